@@ -1,0 +1,102 @@
+"""What a caller may ask of a conversion, as frozen values.
+
+`ConvertOptions` decides *what* the output is; its fingerprint goes into the manifest, so that a
+rerun can tell whether an output was made with the same wishes. What only decides *how* the work is
+done (proof level, force, storage options, workers) stays out of the fingerprint. `Limits` bounds the
+memory and time that a hostile file may claim. No value here is ever a secret: storage options travel
+beside the options, never inside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from ptbin.errors import UsageError
+
+__all__ = ["ConvertOptions", "Limits", "Naming", "OnUnsafe", "VerifyLevel"]
+
+OutputFormat = Literal["torch"]
+Naming = Literal["replace", "append"]
+OnUnsafe = Literal["reject", "extract"]
+VerifyLevel = Literal["none", "checksum", "load"]
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Upper bounds on what one file may cost; units in the names."""
+
+    pickle_nbytes: int = 512 * MIB
+    """Longest pickle that is read into memory (a raw pickle holds its tensors inside)."""
+    opcodes: int = 50_000_000
+    members: int = 1_000_000
+    """Entries in a zip directory."""
+    directory_nbytes: int = 256 * MIB
+    inflate_ratio: int = 1_100
+    """Deflate cannot exceed 1032:1 (zlib FAQ); a member that claims more is a bomb or a lie."""
+    inflated_member_nbytes: int = 64 * MIB
+    """Largest deflated *index* member (pickle, code); deflated storages are streamed and not bound by it."""
+    expanded_nbytes: int = 1024 * MIB
+    """Logical bytes of one stride-0 (expanded) tensor, which may exceed what is stored."""
+    tensors: int = 2_000_000
+    tree_nodes: int = 20_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions:
+    """What the output should be, and how far it is proven.
+
+    Raises:
+        UsageError: an unknown value, or a regular expression that does not compile.
+    """
+
+    format: OutputFormat = "torch"
+    select: str | None = None
+    """Path of the state dict inside the checkpoint, as `inspect` prints it; None: choose automatically."""
+    strip_prefix: str | None = None
+    """`auto` takes `module.` and `_orig_mod.` off in any nesting; another value is taken off literally."""
+    rename: tuple[tuple[str, str], ...] = ()
+    """(regular expression, replacement) pairs, applied in order with `re.sub`."""
+    drop: tuple[str, ...] = ()
+    """Regular expressions; a name that one of them matches anywhere is left out (before renaming)."""
+    on_unsafe: OnUnsafe = "reject"
+    verify: VerifyLevel = "checksum"
+    force: bool = False
+    """Convert even where the output is up to date."""
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        for name, kind in (("format", OutputFormat), ("on_unsafe", OnUnsafe), ("verify", VerifyLevel)):
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                raise UsageError(f"{name}: {value!r} is not one of {', '.join(get_args(kind))}")
+        for pattern in (*self.drop, *(old for old, _ in self.rename)):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(f"{pattern!r} is not a regular expression: {error}") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """The options that shape the output, as the manifest records them."""
+        return {
+            "format": self.format,
+            "select": self.select,
+            "strip_prefix": self.strip_prefix,
+            "rename": [list(pair) for pair in self.rename],
+            "drop": list(self.drop),
+            "on_unsafe": self.on_unsafe,
+        }
+
+    def fingerprint(self) -> str:
+        """Hexadecimal SHA-256 over `to_json()`: equal exactly where the same output is asked for."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def replace(self, **changes: Any) -> ConvertOptions:
+        return dataclasses.replace(self, **changes)
