@@ -1,0 +1,81 @@
+# ptbin: everything that a fresh machine with Python 3.11+ and make needs.
+#
+#   make demo        train small models, convert them through the Prefect flow, look at the results
+#   make test        the test suite, against the installed packages
+#   make check       ruff, mypy, import rules
+#   make bench       whole-process measurements; writes docs/benchmarks.md (about 10 GB of disk, BENCH_DIR)
+#   make test-slow   the suite with its slow part (archives larger than 4 GiB, as sparse files)
+#   make clean       remove .venv and everything that the commands above made
+#
+# PYTHON chooses the interpreter for .venv; PIP_ARGS goes to every `pip install`.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+BENCH_DIR ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+SOURCES := $(shell find ptbin tasks flows -type f ! -name '*.pyc')
+
+# The packages lie in the top folder, where Python would find them before the installed ones. -P (here by
+# its variable, so that child processes inherit it) takes the working directory off sys.path.
+export PYTHONSAFEPATH := 1
+
+.PHONY: install demo test test-slow check bench clean s3-server
+
+install: $(VENV)/.installed
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "ptbin needs Python 3.11 or later: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# Everything but ptbin itself: anew only when the requirements change. hatchling first, so that the build
+# of our own wheel takes the pinned one and not whatever is newest.
+$(VENV)/.requirements: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP) install $(PIP_ARGS) --constraint constraints.txt hatchling
+	$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation '.[dev]'
+	@touch $@
+
+# Not editable: what is tested is what a user gets.
+$(VENV)/.installed: $(VENV)/.requirements $(SOURCES) README.md
+	$(PIP) install --no-deps --no-build-isolation --force-reinstall .
+	@touch $@
+
+demo: install
+	$(BIN)/python benchmarks/demo.py demo-output
+
+test: install s3-server
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: install s3-server
+	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python benchmarks/run.py $(if $(BENCH_DIR),--work-dir $(BENCH_DIR))
+
+# A real S3 server for one integration test: Debian's packages, no service started. Where they cannot be
+# had, that test is skipped and says so.
+s3-server:
+	@if command -v radosgw >/dev/null && command -v ceph-mon >/dev/null && command -v ceph-osd >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing ceph-mon ceph-osd radosgw (for the integration test on a real S3 server)"; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+	    ceph-mon ceph-osd radosgw; } >/dev/null 2>&1 \
+	    || echo "not to be had here: the integration test on a real S3 server will be skipped"; \
+	else \
+	  echo "no radosgw, and not root: the integration test on a real S3 server will be skipped"; \
+	fi
+
+clean:
+	rm -rf $(VENV) demo-output benchmarks/work build dist .mypy_cache .ruff_cache .pytest_cache \
+	  .hypothesis .import_linter_cache
