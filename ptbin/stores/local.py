@@ -1,0 +1,206 @@
+"""Files on a mounted filesystem, without fsspec: this path decides how fast a small conversion starts.
+
+Owns descriptors, directory walks and what identifies a file: size and modification time in
+nanoseconds. The inode stays out, so that a tree put back with `cp -p` counts as unchanged; within one
+reader the open descriptor pins the content. Not detected: a writer that sets the old time again, or
+one that rewrites bytes in place within the clock tick (some milliseconds) of the first look.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as stat_module
+from typing import TYPE_CHECKING
+
+from ptbin.errors import CorruptArchiveError, NotFoundInStoreError, StorageError
+from ptbin.stores.base import (
+    MIB,
+    PARTIAL_SUFFIX,
+    Identity,
+    ListedObject,
+    ObjectStat,
+    RangeReader,
+    Store,
+    check_range,
+    is_partial_name,
+    refuse_other_object,
+)
+from ptbin.stores.faults import mapped_faults
+from ptbin.stores.local_writer import LocalWriter, open_unpublished
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["LocalReader", "LocalStore"]
+
+
+def identity_of(status: os.stat_result) -> Identity:
+    return Identity("mtime", f"{status.st_mtime_ns}-{status.st_size}")
+
+
+class LocalStore(Store):
+    """The filesystem of this machine; a path is an absolute path, and so is a URI."""
+
+    protocol = "file"
+
+    def uri_of(self, path: str) -> str:
+        return path
+
+    def stat(self, path: str) -> ObjectStat:
+        with mapped_faults("read", path):
+            status = os.stat(path)
+        _refuse_irregular(path, status)
+        return ObjectStat(path, status.st_size, identity_of(status))
+
+    def is_directory(self, path: str) -> bool:
+        return os.path.isdir(path)
+
+    def iter_objects(self, path: str) -> Iterator[ListedObject]:
+        """Depth first, by name. Symbolic links are followed, but never back into a directory above.
+
+        Broken links, files that vanish meanwhile, pipes and devices are passed over. A directory that
+        may not be read raises AccessDeniedError: passing it over would hide checkpoints.
+        """
+        if not os.path.isdir(path):
+            return
+        with mapped_faults("list", path):
+            root = os.stat(path)
+        pending: list[tuple[Iterator[os.DirEntry[str]], tuple[int, int]]] = []
+        above: set[tuple[int, int]] = set()
+
+        def enter(directory: str, status: os.stat_result) -> None:
+            key = (status.st_dev, status.st_ino)
+            if key not in above:
+                pending.append((_sorted_entries(directory), key))
+                above.add(key)
+
+        enter(path, root)
+        while pending:
+            entries, key = pending[-1]
+            entry = next(entries, None)
+            if entry is None:
+                pending.pop()
+                above.discard(key)
+                continue
+            try:
+                status = entry.stat()
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ELOOP):
+                    continue
+                with mapped_faults("list", entry.path):
+                    raise
+            if stat_module.S_ISDIR(status.st_mode):
+                enter(entry.path, status)
+            elif stat_module.S_ISREG(status.st_mode) and not is_partial_name(entry.name):
+                relative = os.path.relpath(entry.path, path)
+                yield ListedObject(relative, entry.path, status.st_size, identity_of(status))
+
+    def open_reader(self, path: str, *, expected: Identity | None = None) -> LocalReader:
+        reader = LocalReader(path)
+        if expected is not None:
+            try:
+                refuse_other_object(path, reader.identity, expected)
+            except BaseException:
+                reader.close()
+                raise
+        return reader
+
+    def open_writer(self, path: str, *, size_hint: int | None = None) -> LocalWriter:
+        del size_hint
+        return LocalWriter(path)
+
+    def delete(self, path: str) -> None:
+        try:
+            with mapped_faults("delete", path):
+                os.unlink(path)
+        except NotFoundInStoreError:
+            if os.path.isdir(path):
+                raise
+
+    def check_writable(self, path: str) -> None:
+        """Make and drop an empty unnamed file in the nearest directory that exists."""
+        directory = path
+        while not os.path.isdir(directory):
+            if os.path.lexists(directory) and directory != path:
+                raise StorageError(f"cannot write below {path}: {directory} is not a directory")
+            directory = os.path.dirname(directory)
+        with mapped_faults("write to", directory):
+            descriptor, name = open_unpublished(os.path.join(directory, "check" + PARTIAL_SUFFIX))
+            os.close(descriptor)
+            if name is not None:
+                os.unlink(name)
+
+
+def _sorted_entries(directory: str) -> Iterator[os.DirEntry[str]]:
+    with mapped_faults("list", directory), os.scandir(directory) as entries:
+        return iter(sorted(entries, key=lambda entry: entry.name))
+
+
+def _refuse_irregular(path: str, status: os.stat_result) -> None:
+    if stat_module.S_ISDIR(status.st_mode):
+        raise NotFoundInStoreError(f"cannot read {path}: it is a directory, not a file")
+    if not stat_module.S_ISREG(status.st_mode):
+        raise StorageError(f"cannot read {path}: it is a pipe, socket or device, not a regular file")
+
+
+class LocalReader(RangeReader):
+    """One open descriptor, read by `pread`: no seek position, no buffer, no read-ahead of its own."""
+
+    # Large enough to hide Python's cost per call, small enough to stay in the processor's cache.
+    best_chunk_nbytes = 1 * MIB
+
+    def __init__(self, path: str) -> None:
+        with mapped_faults("read", path):
+            # Opening a pipe or a device may block or act; so look before, and again at what was opened.
+            _refuse_irregular(path, os.stat(path))
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            with mapped_faults("read", path):
+                status = os.fstat(self._descriptor)
+            _refuse_irregular(path, status)
+        except BaseException:
+            self.close()
+            raise
+        self._path = path
+        super().__init__(path, status.st_size, identity_of(status))
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        check_range(self.uri, self.size, offset, nbytes)
+        if nbytes == 0:
+            return b""
+        self.requests += 1
+        with mapped_faults("read", self.uri):
+            data = os.pread(self._descriptor, nbytes, offset)
+            if len(data) < nbytes:  # Linux moves at most 0x7ffff000 bytes a call (man 2 read)
+                pieces, got = [data], len(data)
+                while data and got < nbytes:
+                    data = os.pread(self._descriptor, nbytes - got, offset + got)
+                    pieces.append(data)
+                    got += len(data)
+                data = b"".join(pieces)
+        self.bytes_read += len(data)
+        if len(data) < nbytes:
+            refuse_other_object(self.uri, identity_of(os.fstat(self._descriptor)), self.identity)
+            raise CorruptArchiveError(
+                f"{self.uri} gives {len(data)} of {nbytes} bytes at offset {offset}, although it is {self.size} long"
+            )
+        return data
+
+    def check_unchanged(self) -> None:
+        with mapped_faults("read", self.uri):
+            opened = identity_of(os.fstat(self._descriptor))
+            try:
+                named = identity_of(os.stat(self._path))
+            except FileNotFoundError:
+                named = Identity("mtime", "deleted")
+        refuse_other_object(self.uri, opened, self.identity)
+        refuse_other_object(self.uri, named, self.identity)
+
+    def fileno(self) -> int | None:
+        return self._descriptor
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)

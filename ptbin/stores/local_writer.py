@@ -1,0 +1,257 @@
+"""A local output: invisible until whole, then there at once.
+
+The file has no name while it is written (`O_TMPFILE`), so that a killed process leaves nothing, not even
+used space. Where the filesystem or the system cannot do that, it is written under a temporary name
+beside its target, `.<name>.<random>.ptbin-partial`, which listings pass over. `commit` flushes the
+data, gives the name, and flushes the directory.
+
+Bytes come from other files by `copy_file_range` where possible: no copy through user space, on some
+filesystems no copy at all. The disk begins to write while bytes still arrive (`sync_file_range`), so
+the flush at the end is short. Measured on ext4, 1 GiB, warm: `cp` 0.25 s, copy and flush without this
+0.51 s, with it 0.32 s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from ptbin.errors import StorageError
+from ptbin.stores.base import MIB, PARTIAL_SUFFIX, Writer
+from ptbin.stores.faults import mapped_faults
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ptbin.stores.base import RangeReader
+
+__all__ = ["LocalWriter", "open_unpublished"]
+
+COPY_NBYTES = 16 * MIB
+"""One step of copying and of write-back; 8 to 16 MiB measured best, larger ones overlap less."""
+STREAM_NBYTES = 1 * MIB
+NAME_MAX = 255
+"""Longest file name in bytes on every usual Linux filesystem (limits.h)."""
+SYNC_FILE_RANGE_WRITE = 2
+"""Start writing the dirty pages of a range, do not wait for them (man 2 sync_file_range)."""
+
+# What a filesystem answers that cannot flush a directory (some network and FUSE mounts).
+NO_DIRECTORY_FSYNC_ERRNOS = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+def open_unpublished(target: str) -> tuple[int, str | None]:
+    """A new file beside `target` that is not an output yet: (descriptor, its temporary name or None).
+
+    Mode as the umask says. Raises OSError.
+    """
+    directory = os.path.dirname(target)
+    flags = os.O_RDWR | os.O_CLOEXEC
+    if hasattr(os, "O_TMPFILE"):
+        # EOPNOTSUPP, EISDIR (old kernels), EINVAL (some FUSE mounts): a named file tells the real problem.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(directory, flags | os.O_TMPFILE, 0o666)
+            if os.path.exists(f"/proc/self/fd/{descriptor}"):  # needed to give it a name
+                return descriptor, None
+            os.close(descriptor)
+    name = _partial_name(target)
+    return os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o666), name
+
+
+def _partial_name(target: str) -> str:
+    directory, name = os.path.split(target)
+    ending = f".{os.urandom(6).hex()}{PARTIAL_SUFFIX}"
+    kept = os.fsencode(name)[: NAME_MAX - len(ending) - 1].decode(errors="ignore")
+    return os.path.join(directory, f".{kept}{ending}")
+
+
+class LocalWriter(Writer):
+    """Writes `target`; makes its parent directories, and takes them away again when aborted."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(target)
+        self._target = target
+        self._made: list[str] = []
+        self._descriptor = -1
+        self._partial: str | None = None
+        self._write_back = _WriteBack()
+        try:
+            with mapped_faults("write", target):
+                _refuse_target(target)
+                self._retried_without_parents(self._begin)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _begin(self) -> None:
+        self._descriptor, self._partial = open_unpublished(self._target)
+
+    def _retried_without_parents(self, step: Callable[[], None]) -> None:
+        """Another writer that aborts may take away a still empty directory between two steps of ours."""
+        for _ in range(3):
+            _make_parents(os.path.dirname(self._target), self._made)
+            with contextlib.suppress(FileNotFoundError):
+                return step()
+        return step()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        with mapped_faults("write", self.uri):
+            rest = memoryview(data).cast("B")
+            while rest:
+                nbytes = os.write(self._descriptor, rest)
+                if nbytes == 0:
+                    raise StorageError(f"cannot write {self.uri}: the filesystem takes no more bytes")
+                self._moved(nbytes)
+                rest = rest[nbytes:]
+
+    def _moved(self, nbytes: int) -> None:
+        self.bytes_written += nbytes
+        self._write_back.reached(self._descriptor, self.bytes_written)
+
+    def copy_from(self, reader: RangeReader, offset: int, nbytes: int) -> bool:
+        """Within the kernel where it can; what it cannot, or stops doing half-way, is streamed."""
+        source = reader.fileno()
+        if source is None:
+            return False
+        if nbytes == 0:
+            return True
+        moved = self._copy_in_kernel(source, offset, nbytes)
+        if moved:
+            reader.requests += 1
+            reader.bytes_read += moved
+        if moved < nbytes:
+            # The same fault, if it is one, now shows on the side where it belongs.
+            for piece in reader.iter_range(offset + moved, nbytes - moved, chunk_nbytes=STREAM_NBYTES):
+                self.write(piece)
+        return True
+
+    def _copy_in_kernel(self, source: int, offset: int, nbytes: int) -> int:
+        """Bytes moved. Fewer than asked for where the kernel refuses (EXDEV, EINVAL, ENOSYS, ...) or
+        claims an early end, as it does on some virtual and FUSE filesystems."""
+        moved = 0
+        while moved < nbytes:
+            try:
+                step = os.copy_file_range(source, self._descriptor, min(COPY_NBYTES, nbytes - moved), offset + moved)
+            except OSError:
+                break
+            if step == 0:
+                break
+            moved += step
+            self._moved(step)
+        return moved
+
+    def _publish(self) -> None:
+        with mapped_faults("write", self.uri):
+            os.fsync(self._descriptor)
+            if self._partial is None:
+                self._retried_without_parents(self._give_name)
+            else:
+                os.replace(self._partial, self._target)
+                self._partial = None
+            self._close()
+            for directory in {os.path.dirname(path) for path in (self._target, *self._made)}:
+                _flush_directory(directory)
+
+    def _give_name(self) -> None:
+        try:
+            self._link(self._target)
+        except FileExistsError:
+            partial = _partial_name(self._target)
+            self._link(partial)
+            self._partial = partial
+            os.replace(partial, self._target)
+            self._partial = None
+
+    def _link(self, name: str) -> None:
+        # open(2), O_TMPFILE: /proc's link must be followed, which os.link does only when it is given
+        # a directory descriptor (CPython calls link(2), which does not follow, without one).
+        directory = os.open(os.path.dirname(name), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.link(f"/proc/self/fd/{self._descriptor}", name, src_dir_fd=directory, follow_symlinks=True)
+        finally:
+            os.close(directory)
+
+    def _discard(self) -> None:
+        with contextlib.suppress(OSError):
+            self._close()
+        if self._partial is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._partial)
+        for directory in reversed(self._made):
+            with contextlib.suppress(OSError):  # not empty: somebody else writes there too
+                os.rmdir(directory)
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
+
+
+class _WriteBack:
+    """Asks the kernel to begin writing every `COPY_NBYTES`, without waiting for it.
+
+    Only advice: `fsync` is what makes data durable, so no answer is looked at.
+    """
+
+    def __init__(self) -> None:
+        self._begun = 0
+        self._call: Callable[..., int] | None = None
+
+    def reached(self, descriptor: int, end: int) -> None:
+        if end - self._begun < COPY_NBYTES:
+            return
+        if self._call is None:
+            self._call = _sync_file_range()
+        self._call(descriptor, self._begun, end - self._begun, SYNC_FILE_RANGE_WRITE)
+        self._begun = end
+
+
+def _sync_file_range() -> Callable[..., int]:
+    """The C library's function, or one that does nothing; loaded for large outputs only."""
+    try:
+        import ctypes
+
+        function = ctypes.CDLL(None).sync_file_range
+    except (ImportError, OSError, AttributeError):
+        return lambda *_: 0
+    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return function  # type: ignore[no-any-return]
+
+
+def _refuse_target(target: str) -> None:
+    """Find out before gigabytes are written what would only fail at the end (a name too long, too)."""
+    try:
+        if os.path.isdir(target):
+            raise StorageError(f"cannot write {target}: it is a directory")
+        if not os.path.isfile(target) and not os.path.islink(target):
+            os.lstat(target)
+            raise StorageError(f"cannot write {target}: it is a pipe, socket or device, not a regular file")
+    except FileNotFoundError:
+        pass
+
+
+def _make_parents(directory: str, made: list[str]) -> None:
+    missing = []
+    while not os.path.isdir(directory):
+        missing.append(directory)
+        parent = os.path.dirname(directory)
+        if parent == directory:
+            break
+        directory = parent
+    for path in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path)
+            if path not in made:
+                made.append(path)
+
+
+def _flush_directory(directory: str) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_DIRECTORY_FSYNC_ERRNOS:
+            raise
+    finally:
+        os.close(descriptor)
