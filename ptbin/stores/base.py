@@ -31,6 +31,7 @@ __all__ = [
     "Identity",
     "ListedObject",
     "ObjectStat",
+    "Pending",
     "RangeReader",
     "Store",
     "Writer",
@@ -131,7 +132,7 @@ class RangeReader(ABC):
     gap_nbytes: ClassVar[int] = 0
     """Two ranges at most this far apart are fetched as one: a request costs more than these bytes."""
     best_chunk_nbytes: ClassVar[int] = 8 * MIB
-    window: ClassVar[int] = 1
+    window: int = 1
     """How many chunks may be in flight or waiting to be consumed."""
 
     def __init__(self, uri: str, size: int, identity: Identity) -> None:
@@ -211,16 +212,22 @@ class RangeReader(ABC):
 
 
 class Pending:
-    """A fetch that is under way on another thread's event loop; calling it waits for the bytes."""
+    """A fetch that is under way on another thread's event loop; calling it waits for the bytes.
 
-    __slots__ = ("_future",)
+    `explain` may turn the failure of the wait it is given into a better one.
+    """
 
-    def __init__(self, future: Future[bytes]) -> None:
+    __slots__ = ("_explain", "_future")
+
+    def __init__(
+        self, future: Future[bytes], explain: Callable[[Callable[[], bytes]], bytes] | None = None
+    ) -> None:
         self._future = future
+        self._explain = explain
 
     def __call__(self) -> bytes:
         try:
-            return self._future.result()
+            return self._explain(self._future.result) if self._explain else self._future.result()
         except BaseException:
             self._future.cancel()  # an interrupted wait must not leave the request running
             raise

@@ -152,10 +152,13 @@ def fault(error: BaseException, doing: str, uri: str) -> PtbinError:
     names = {cls.__name__ for cls in type(error).__mro__}
     if names & NO_CREDENTIALS_CLASS_NAMES:
         return AccessDeniedError(
-            f"cannot {doing} {uri}: {_one_line(error)}; give credentials in the storage options or the environment"
+            f"cannot {doing} {uri}: {_one_line(error)}; "
+            "give credentials in the storage options or the environment"
         )
     if isinstance(error, TimeoutError) or names & TRANSIENT_CLASS_NAMES:
-        return StorageError(f"cannot {doing} {uri}: the store does not answer ({_one_line(error)})", transient=True)
+        return StorageError(
+            f"cannot {doing} {uri}: the store does not answer ({_one_line(error)})", transient=True
+        )
     if isinstance(error, OSError):
         return _from_os_error(error, doing, uri)
     if isinstance(error, NotImplementedError):
@@ -198,7 +201,8 @@ def _classified(code: str, status: int | None, said: str, doing: str, uri: str) 
         return NotFoundInStoreError(f"cannot {doing} {uri}: no such object")
     if code in DENIED_CODES or status in (401, 403):
         return AccessDeniedError(
-            f"cannot {doing} {uri}: access denied ({_shorten(answer)}); check the credentials and their rights"
+            f"cannot {doing} {uri}: access denied ({_shorten(answer)}); "
+            "check the credentials and their rights"
         )
     transient = code in TRANSIENT_CODES or status in TRANSIENT_STATUSES
     return StorageError(f"cannot {doing} {uri}: the store answered {_shorten(answer)}", transient=transient)

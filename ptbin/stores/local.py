@@ -26,7 +26,7 @@ from ptbin.stores.base import (
     is_partial_name,
     refuse_other_object,
 )
-from ptbin.stores.faults import mapped_faults
+from ptbin.stores.faults import fault, mapped_faults
 from ptbin.stores.local_writer import LocalWriter, open_unpublished
 
 if TYPE_CHECKING:
@@ -54,7 +54,12 @@ class LocalStore(Store):
         return ObjectStat(path, status.st_size, identity_of(status))
 
     def is_directory(self, path: str) -> bool:
-        return os.path.isdir(path)
+        try:
+            return stat_module.S_ISDIR(os.stat(path).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise fault(error, "read", path) from error
 
     def iter_objects(self, path: str) -> Iterator[ListedObject]:
         """Depth first, by name. Symbolic links are followed, but never back into a directory above.
@@ -183,7 +188,8 @@ class LocalReader(RangeReader):
         if len(data) < nbytes:
             refuse_other_object(self.uri, identity_of(os.fstat(self._descriptor)), self.identity)
             raise CorruptArchiveError(
-                f"{self.uri} gives {len(data)} of {nbytes} bytes at offset {offset}, although it is {self.size} long"
+                f"{self.uri} gives {len(data)} of {nbytes} bytes at offset {offset}, "
+                f"although it is {self.size} long"
             )
         return data
 

@@ -127,12 +127,16 @@ class LocalWriter(Writer):
         return True
 
     def _copy_in_kernel(self, source: int, offset: int, nbytes: int) -> int:
-        """Bytes moved. Fewer than asked for where the kernel refuses (EXDEV, EINVAL, ENOSYS, ...) or
-        claims an early end, as it does on some virtual and FUSE filesystems."""
+        """Bytes moved.
+
+        Fewer than asked for where the kernel refuses (EXDEV, EINVAL, ENOSYS, ...) or claims an early
+        end, as it does on some virtual and FUSE filesystems.
+        """
         moved = 0
         while moved < nbytes:
             try:
-                step = os.copy_file_range(source, self._descriptor, min(COPY_NBYTES, nbytes - moved), offset + moved)
+                asked = min(COPY_NBYTES, nbytes - moved)
+                step = os.copy_file_range(source, self._descriptor, asked, offset + moved)
             except OSError:
                 break
             if step == 0:
@@ -216,7 +220,7 @@ def _sync_file_range() -> Callable[..., int]:
     except (ImportError, OSError, AttributeError):
         return lambda *_: 0
     function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _refuse_target(target: str) -> None:

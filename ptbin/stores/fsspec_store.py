@@ -1,0 +1,389 @@
+"""Any filesystem that fsspec knows: memory, sftp, gcs, abfs, hf, http and the rest.
+
+Owns the mapping of fsspec's loose conventions to this room's promises. Identity is the best thing that
+`info()` offers (ETag, generation, checksum, unique id, else time and size); most backends cannot make a
+read conditional, so the pin is kept by `check_unchanged()`, which readers of a whole object must call at
+the end. Only explicit ranges are fetched; fsspec's own read-ahead caches and listing caches stay unused.
+Asynchronous filesystems (gcs, abfs, http) keep `window` requests in flight, the others one.
+
+Object stores, whose `open(..., "wb")` publishes at the end, are written in place and discarded on
+failure; others get a temporary name that is moved over the final one. That move is as atomic as the
+backend's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from ptbin.errors import NotFoundInStoreError, SourceChangedError, StorageError, UsageError
+from ptbin.stores.base import (
+    MIB,
+    PARTIAL_SUFFIX,
+    Identity,
+    ListedObject,
+    ObjectStat,
+    Pending,
+    RangeReader,
+    Store,
+    Writer,
+    check_range,
+    is_partial_name,
+    refuse_other_object,
+)
+from ptbin.stores.faults import fault, mapped_faults, public_uri
+from ptbin.stores.retry import RetryPolicy, call_with_retries, call_with_retries_async
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from ptbin.stores.base import IdentityKind
+    from ptbin.stores.ranges import Fetch
+
+__all__ = ["FsspecStore", "open_fsspec"]
+
+PUBLISH_ON_CLOSE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "tos"}
+"""Protocols whose file appears only when it is closed; a rename there would be a copy and a delete."""
+
+# (key of fsspec's info(), kind), the strongest first: what changes with every write, whatever the clock does.
+IDENTITY_KEYS: tuple[tuple[str, IdentityKind], ...] = (
+    ("ETag", "etag"),
+    ("etag", "etag"),
+    ("generation", "version_id"),
+    ("md5Hash", "checksum"),
+    ("md5", "checksum"),
+    ("checksum", "checksum"),
+    ("uid", "uid"),
+    ("mtime", "mtime"),
+    ("last_modified", "mtime"),
+    ("LastModified", "mtime"),
+    ("updated", "mtime"),
+    ("modified", "mtime"),
+    ("created", "mtime"),
+)
+LOCAL_UID = "uid"  # sftp's and local info() call the owning user "uid": a number, and no identity
+
+
+def identity_from(info: Mapping[str, Any], size: int) -> Identity:
+    """The strongest identity `info` offers; sizes alone (kind "uid") where it offers nothing."""
+    for key, kind in IDENTITY_KEYS:
+        value = info.get(key)
+        if value in (None, "") or (key == LOCAL_UID and isinstance(value, int)):
+            continue
+        if kind == "mtime":
+            return Identity(kind, f"{_moment(value)}-{size}")
+        return Identity(kind, str(value).removeprefix("W/").strip('"'))
+    return Identity("uid", f"size-{size}")
+
+
+def _moment(value: object) -> str:
+    """One spelling of a time; `info` and `ls` of one filesystem may differ (memory: datetime, float)."""
+    if isinstance(value, datetime):
+        value = (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    return f"{value:.6f}" if isinstance(value, int | float) else str(value)
+
+
+def _stripped(fs: Any, uri: object) -> str:
+    return str(fs._strip_protocol(uri))  # noqa: SLF001 - fsspec offers no other way to turn a URL into a path
+
+
+def open_fsspec(uri: str, options: Mapping[str, Any]) -> tuple[Store, str]:
+    """Raises UsageError for a protocol fsspec does not know or options its filesystem does not take."""
+    protocol = uri.partition(":")[0].lower()
+    try:
+        if "::" in uri:
+            path = str(url_to_fs(uri, **options)[1])
+        else:
+            path = _stripped(fsspec.get_filesystem_class(protocol), uri)
+    except (ValueError, ImportError, TypeError) as error:
+        raise UsageError(f"cannot open {public_uri(uri)}: {error}") from error
+    return FsspecStore(uri, path, options), path
+
+
+class FsspecStore(Store):
+    """The filesystem behind one URI; connected at the first use, and again after a fork."""
+
+    def __init__(
+        self, uri: str, path: str, options: Mapping[str, Any], *, retry: RetryPolicy | None = None
+    ) -> None:
+        self.protocol = uri.partition(":")[0].lower()
+        self.retry = retry or RetryPolicy()
+        self._uri = uri
+        self._options = dict(options)
+        bare = uri.rstrip("/")
+        # "sftp://host/dir" holds the path "/dir": what stands before it turns a path into a URI again.
+        self._prefix = public_uri(bare[: len(bare) - len(path)]) if path and bare.endswith(path) else None
+        self._connected: tuple[int, Any] | None = None
+
+    @property
+    def fs(self) -> Any:
+        """The fsspec filesystem of this process."""
+        if self._connected is None or self._connected[0] != os.getpid():
+            try:
+                fs, _ = url_to_fs(self._uri, **self._options)
+            except TypeError as error:
+                # Not its text: some of these quote the options.
+                raise UsageError(
+                    f"the storage options for {public_uri(self._uri)} are not what its filesystem takes"
+                ) from error
+            except Exception as error:
+                raise fault(error, "connect to", self._uri) from error
+            self._connected = (os.getpid(), fs)
+        return self._connected[1]
+
+    def uri_of(self, path: str) -> str:
+        if self._prefix is None:
+            return public_uri(str(self.fs.unstrip_protocol(path)))
+        return public_uri(self._prefix + path)
+
+    def _info(self, path: str) -> dict[str, Any]:
+        def ask() -> dict[str, Any]:
+            with mapped_faults("read", self.uri_of(path)):
+                self.fs.invalidate_cache()
+                info: dict[str, Any] = self.fs.info(path)
+                return info
+
+        return call_with_retries(ask, self.retry)
+
+    def stat(self, path: str) -> ObjectStat:
+        uri = self.uri_of(path)
+        info = self._info(path)
+        if info.get("type") == "directory":
+            raise NotFoundInStoreError(f"cannot read {uri}: it is a directory, not a file")
+        size = info.get("size")
+        if not isinstance(size, int):
+            raise StorageError(f"cannot read {uri}: the store does not tell its size")
+        return ObjectStat(uri, size, identity_from(info, size))
+
+    def is_directory(self, path: str) -> bool:
+        try:
+            return self._info(path).get("type") == "directory"
+        except NotFoundInStoreError:
+            return False
+
+    def iter_objects(self, path: str) -> Iterator[ListedObject]:
+        """One `ls` for each directory, by name; memory: the directories between the root and here."""
+        root = path.rstrip("/")
+        pending = [iter(self._entries(path))]
+        while pending:
+            info = next(pending[-1], None)
+            if info is None:
+                pending.pop()
+                continue
+            name = self._name(info)
+            if info["type"] == "directory":
+                pending.append(iter(self._entries(name)))
+                continue
+            if is_partial_name(name):
+                continue
+            if info["type"] == "link" or not isinstance(info.get("size"), int):
+                try:
+                    found = self.stat(name)
+                except NotFoundInStoreError:
+                    continue  # a broken link, a link to a directory, or deleted meanwhile
+                size, identity = found.size, found.identity
+            else:
+                size, identity = info["size"], identity_from(info, info["size"])
+            yield ListedObject(name[len(root) :].lstrip("/"), self.uri_of(name), size, identity)
+
+    def _entries(self, directory: str) -> list[dict[str, Any]]:
+        def ask() -> list[dict[str, Any]]:
+            with mapped_faults("list", self.uri_of(directory)):
+                self.fs.invalidate_cache()
+                listed: list[dict[str, Any]] = self.fs.ls(directory, detail=True)
+                return listed
+
+        try:
+            listed = call_with_retries(ask, self.retry)
+        except NotFoundInStoreError:
+            return []
+        bare = directory.rstrip("/")
+        # Object stores list a directory's marker object, and a file as its own only entry.
+        return sorted((info for info in listed if self._name(info) != bare), key=self._name)
+
+    def _name(self, info: Mapping[str, Any]) -> str:
+        return _stripped(self.fs, info["name"]).rstrip("/")
+
+    def open_reader(self, path: str, *, expected: Identity | None = None) -> RangeReader:
+        found = self.stat(path)
+        if expected is not None:
+            refuse_other_object(found.uri, found.identity, expected)
+        return FsspecReader(self, path, found)
+
+    def open_writer(self, path: str, *, size_hint: int | None = None) -> Writer:
+        del size_hint
+        return FsspecWriter(self, path)
+
+    def delete(self, path: str) -> None:
+        with contextlib.suppress(NotFoundInStoreError), mapped_faults("delete", self.uri_of(path)):
+            self.fs.rm_file(path)
+
+    def check_writable(self, path: str) -> None:
+        """Write and delete an empty object whose name no listing shows: there is no cheaper sure way."""
+        probe = f"{path.rstrip('/')}/.check.{os.urandom(6).hex()}{PARTIAL_SUFFIX}"
+        with contextlib.suppress(StorageError):
+            if self._info(path).get("type") == "file":
+                probe = _partial_name(path)
+        with mapped_faults("write to", self.uri_of(path)):
+            _make_parents(self, probe)
+            self.fs.pipe_file(probe, b"")
+            self.fs.rm_file(probe)
+
+
+def _partial_name(path: str) -> str:
+    parent, slash, name = path.rpartition("/")
+    return f"{parent}{slash}.{name}.{os.urandom(6).hex()}{PARTIAL_SUFFIX}"
+
+
+def _make_parents(store: FsspecStore, path: str) -> None:
+    """Where directories are real; object stores and `memory` have none to make."""
+    if store.protocol not in PUBLISH_ON_CLOSE and store.protocol != "memory":
+        store.fs.makedirs(path.rpartition("/")[0] or "/", exist_ok=True)
+
+
+class FsspecReader(RangeReader):
+    """Ranges by `cat_file`, its arguments named: positional ones mean other things in some backends."""
+
+    gap_nbytes = 256 * 1024
+    window = 4
+
+    def __init__(self, store: FsspecStore, path: str, found: ObjectStat) -> None:
+        super().__init__(found.uri, found.size, found.identity)
+        self._store = store
+        self._path = path
+        self._concurrent = bool(getattr(store.fs, "async_impl", False) and not store.fs.asynchronous)
+        if not self._concurrent:
+            self.window = 1
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        check_range(self.uri, self.size, offset, nbytes)
+        if nbytes == 0:
+            return b""
+
+        def ask() -> bytes:
+            with mapped_faults("read", self.uri):
+                self.requests += 1
+                data: bytes = self._store.fs.cat_file(self._path, start=offset, end=offset + nbytes)
+            return self._checked(data, offset, nbytes)
+
+        return self._explained(lambda: call_with_retries(ask, self._store.retry))
+
+    def start_fetch(self, fetch: Fetch) -> Callable[[], bytes]:
+        if not self._concurrent:
+            return super().start_fetch(fetch)
+        fs = self._store.fs
+
+        end = fetch.offset + fetch.nbytes
+
+        async def ask() -> bytes:
+            with mapped_faults("read", self.uri):
+                self.requests += 1
+                # fsspec's documented coroutine interface, in spite of its name
+                data: bytes = await fs._cat_file(self._path, start=fetch.offset, end=end)  # noqa: SLF001
+            return self._checked(data, fetch.offset, fetch.nbytes)
+
+        coroutine = call_with_retries_async(ask, self._store.retry)
+        return Pending(asyncio.run_coroutine_threadsafe(coroutine, fs.loop), self._explained)
+
+    def _checked(self, data: bytes, offset: int, nbytes: int) -> bytes:
+        self.bytes_read += len(data)
+        if len(data) > nbytes:
+            raise StorageError(
+                f"cannot read {self.uri}: {nbytes} bytes were asked and {len(data)} came: "
+                "the server ignores ranges"
+            )
+        if len(data) < nbytes:
+            raise StorageError(
+                f"cannot read {self.uri}: {len(data)} of {nbytes} bytes came at offset {offset}",
+                transient=True,
+            )
+        return data
+
+    def _explained(self, wait: Callable[[], bytes]) -> bytes:
+        """Where a read fails because the object is another one now, say that instead."""
+        try:
+            return wait()
+        except StorageError as error:
+            with contextlib.suppress(StorageError):
+                self.check_unchanged()
+            if isinstance(error, NotFoundInStoreError):
+                raise SourceChangedError(f"{self.uri} was deleted while it was read") from error
+            raise
+
+    def check_unchanged(self) -> None:
+        try:
+            found = self._store.stat(self._path)
+        except NotFoundInStoreError as error:
+            raise SourceChangedError(f"{self.uri} was deleted while it was read") from error
+        refuse_other_object(self.uri, found.identity, self.identity)
+
+
+class FsspecWriter(Writer):
+    """A file object of the filesystem's own, under a temporary name where that is needed."""
+
+    def __init__(self, store: FsspecStore, path: str) -> None:
+        super().__init__(store.uri_of(path))
+        self._store = store
+        self._final = path
+        self._in_place = store.protocol in PUBLISH_ON_CLOSE
+        self._path = path if self._in_place else _partial_name(path)
+        self._file: Any = None
+        with mapped_faults("write", self.uri):
+            _make_parents(store, path)
+            self._file = store.fs.open(self._path, "wb", block_size=8 * MIB)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        with mapped_faults("write", self.uri):
+            rest = memoryview(data).cast("B")
+            while rest:
+                taken = self._file.write(rest)
+                taken = len(rest) if taken is None else taken  # some file objects do not say
+                self.bytes_written += taken
+                rest = rest[taken:]
+
+    def _publish(self) -> None:
+        fs = self._store.fs
+        with mapped_faults("write", self.uri):
+            self._file.close()
+            fs.invalidate_cache()
+            stored = fs.info(self._path)["size"]
+            if stored != self.bytes_written:
+                raise StorageError(
+                    f"cannot write {self.uri}: {self.bytes_written} bytes were written, {stored} are stored",
+                    transient=True,
+                )
+            if not self._in_place:
+                _move(fs, self._path, self._final)
+
+    def _discard(self) -> None:
+        with contextlib.suppress(Exception):
+            if self._in_place:
+                if hasattr(self._file, "discard"):
+                    self._file.discard()
+                self._file.closed = True  # else the garbage collector would close, and so publish it
+            else:
+                self._file.close()
+        if not self._in_place:
+            with contextlib.suppress(Exception):
+                self._store.fs.rm_file(self._path)
+
+
+def _move(fs: Any, source: str, target: str) -> None:
+    """By the filesystem's rename; its default one would read `*` and `[` in names as patterns."""
+    if type(fs).mv is fsspec.AbstractFileSystem.mv:
+        fs.cp_file(source, target)
+        fs.rm_file(source)
+        return
+    try:
+        fs.mv(source, target)
+    except OSError:
+        if not fs.exists(target):  # some refuse to rename over a file (FTP, WebHDFS)
+            raise
+        fs.rm_file(target)
+        fs.mv(source, target)

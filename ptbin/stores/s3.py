@@ -1,0 +1,202 @@
+"""Amazon S3 and what speaks its protocol (Ceph, MinIO, R2, ...).
+
+Owns requests for objects and listings and their costs: `stat` one HEAD, `read_bytes` one GET, a listing
+one request for a thousand keys with the next page under way, reading one HEAD and then ranges (see
+`s3_reader`), writing one PUT or a multipart upload (see `s3_writer`). Nothing is cached: two calls
+see two states of the store.
+
+An object's identity is its ETag, in listings and in `stat` alike, so that a rerun recognises what it
+has done from the listing alone; a versioned bucket's version id pins a reader in addition.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from ptbin.errors import AccessDeniedError, NotFoundInStoreError, PtbinError, StorageError, UsageError
+from ptbin.stores.base import (
+    PARTIAL_SUFFIX,
+    READ_BYTES_LIMIT,
+    Identity,
+    ListedObject,
+    ObjectStat,
+    Store,
+    is_partial_name,
+    refuse_other_object,
+    refuse_too_large,
+)
+from ptbin.stores.s3_client import S3Client
+from ptbin.stores.s3_reader import S3Reader, etag_of
+from ptbin.stores.s3_writer import S3Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from ptbin.stores.retry import RetryPolicy
+
+__all__ = ["S3Store", "open_s3"]
+
+_SCHEMES = ("s3://", "s3a://")
+
+
+def open_s3(uri: str, options: Mapping[str, Any]) -> tuple[Store, str]:
+    path = uri[uri.index("://") + 3 :] if uri.lower().startswith(_SCHEMES) else ""
+    if not path.strip("/"):
+        raise UsageError(f"{uri} names no bucket; expected s3://bucket/path")
+    return S3Store(options), path.lstrip("/")
+
+
+class S3Store(Store):
+    """A path is "bucket/key"; keys are taken as they are, nothing in them is decoded or folded."""
+
+    protocol = "s3"
+
+    def __init__(self, options: Mapping[str, Any] | None = None, *, retry: RetryPolicy | None = None) -> None:
+        self.client = S3Client(options or {}, retry=retry)
+
+    def uri_of(self, path: str) -> str:
+        return f"s3://{path}"
+
+    def stat(self, path: str) -> ObjectStat:
+        answer = self._head(path)
+        return ObjectStat(self.uri_of(path), answer["ContentLength"], Identity("etag", etag_of(answer)))
+
+    def _head(self, path: str) -> dict[str, Any]:
+        bucket, key = self.client.split(path)
+        uri = self.uri_of(path)
+        if not key:
+            raise NotFoundInStoreError(f"cannot read {uri}: it is a bucket, not an object")
+        try:
+            return self.client.call("head_object", "read", uri, Bucket=bucket, Key=key)
+        except NotFoundInStoreError:
+            # A HEAD's answer has no body that would tell a missing bucket from a missing key.
+            self._refuse_missing_bucket(bucket, "read", uri)
+            raise
+
+    def _refuse_missing_bucket(self, bucket: str, doing: str, uri: str) -> None:
+        try:
+            self.client.call("head_bucket", doing, uri, Bucket=bucket)
+        except NotFoundInStoreError as error:
+            raise NotFoundInStoreError(f"cannot {doing} {uri}: there is no such bucket") from error
+        except PtbinError:
+            return  # allowed to use objects, not to ask for the bucket
+
+    def is_directory(self, path: str) -> bool:
+        """Raises NotFoundInStoreError where not even the bucket exists."""
+        bucket, prefix = self._prefix(path)
+        answer = self.client.call(
+            "list_objects_v2", "list", self.uri_of(path), Bucket=bucket, Prefix=prefix, MaxKeys=1
+        )
+        return bool(answer.get("Contents"))
+
+    def _prefix(self, path: str) -> tuple[str, str]:
+        bucket, key = self.client.split(path)
+        return bucket, key if not key or key.endswith("/") else key + "/"
+
+    def iter_objects(self, path: str) -> Iterator[ListedObject]:
+        """In the order of the keys' UTF-8 bytes; memory: two pages."""
+        bucket, prefix = self._prefix(path)
+        uri = self.uri_of(path)
+
+        async def page(token: str | None) -> dict[str, Any]:
+            asked = {"Bucket": bucket, "Prefix": prefix}
+            if token is not None:
+                asked["ContinuationToken"] = token
+            return await self.client.repeated(
+                lambda: self.client.attempt("list_objects_v2", "list", uri, **asked)
+            )
+
+        coming = self.client.start(page(None))
+        try:
+            more = True
+            while more:
+                answer = coming.result()
+                more = bool(answer.get("IsTruncated"))
+                if more:
+                    coming = self.client.start(page(answer["NextContinuationToken"]))
+                for entry in answer.get("Contents", ()):
+                    key: str = entry["Key"]
+                    if key.endswith("/") or is_partial_name(key):  # "folders" of web consoles; our own probes
+                        continue
+                    yield ListedObject(
+                        key[len(prefix) :],
+                        self.uri_of(f"{bucket}/{key}"),
+                        entry["Size"],
+                        Identity("etag", etag_of(entry)),
+                    )
+        finally:
+            coming.cancel()
+
+    def open_reader(self, path: str, *, expected: Identity | None = None) -> S3Reader:
+        answer = self._head(path)
+        uri = self.uri_of(path)
+        etag = etag_of(answer)
+        if expected is not None:
+            refuse_other_object(uri, Identity("etag", etag), expected)
+        bucket, key = self.client.split(path)
+        version = answer.get("VersionId")
+        return S3Reader(
+            self.client,
+            uri,
+            bucket=bucket,
+            key=key,
+            size=answer["ContentLength"],
+            etag=etag,
+            # "null" names whatever was last written while versioning was off: it pins nothing.
+            version_id=None if version in (None, "null") else version,
+        )
+
+    def open_writer(self, path: str, *, size_hint: int | None = None) -> S3Writer:
+        bucket, key = self.client.split(path)
+        if not key or key.endswith("/"):
+            raise StorageError(f"cannot write {self.uri_of(path)}: it names no object")
+        return S3Writer(self.client, self.uri_of(path), bucket=bucket, key=key, size_hint=size_hint)
+
+    def read_bytes(self, path: str, *, limit: int = READ_BYTES_LIMIT) -> bytes:
+        """One GET: whole answers come from one state of the object, so nothing needs pinning."""
+        bucket, key = self.client.split(path)
+        uri = self.uri_of(path)
+        if not key:
+            raise NotFoundInStoreError(f"cannot read {uri}: it is a bucket, not an object")
+
+        async def get() -> bytes:
+            answer = await self.client.attempt("get_object", "read", uri, Bucket=bucket, Key=key)
+            size = answer["ContentLength"]
+            if size > limit:
+                answer["Body"].close()
+                refuse_too_large(uri, size, limit)
+            data = await self.client.body(answer, "read", uri)
+            if len(data) != size:
+                raise StorageError(f"cannot read {uri}: {len(data)} of {size} bytes came", transient=True)
+            return data
+
+        return self.client.wait(self.client.repeated(get))
+
+    def delete(self, path: str) -> None:
+        bucket, key = self.client.split(path)
+        self.client.call("delete_object", "delete", self.uri_of(path), Bucket=bucket, Key=key)
+
+    def check_writable(self, path: str) -> None:
+        """Three small requests: is the bucket there, may an upload be begun; it is aborted at once.
+
+        So nothing ever appears, not even in a bucket that keeps versions or sends events.
+        """
+        bucket, key = self.client.split(path)
+        uri = self.uri_of(path)
+        with contextlib.suppress(AccessDeniedError):  # the right to write does not imply the right to ask
+            try:
+                self.client.call("head_bucket", "write to", uri, Bucket=bucket)
+            except NotFoundInStoreError as error:
+                raise NotFoundInStoreError(f"cannot write to {uri}: there is no such bucket") from error
+        probe = f"{key.rstrip('/')}/.check{PARTIAL_SUFFIX}".lstrip("/")
+        answer = self.client.call("create_multipart_upload", "write to", uri, Bucket=bucket, Key=probe)
+        with contextlib.suppress(StorageError):
+            self.client.call(
+                "abort_multipart_upload",
+                "write to",
+                uri,
+                Bucket=bucket,
+                Key=probe,
+                UploadId=answer["UploadId"],
+            )
