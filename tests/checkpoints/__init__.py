@@ -1,0 +1,44 @@
+"""Checkpoints of every kind, made on the spot: one factory each, and what must become of it.
+
+    from tests.checkpoints import factories
+
+    @pytest.mark.parametrize("factory", factories(refused=False), ids=str)
+    def test_converts(factory, tmp_path):
+        made = factory.make(tmp_path)          # writes tmp_path / "<name><suffix>"
+        ...                                    # made.path, made.expected, made.options
+
+    @pytest.mark.parametrize("factory", factories(refused=True), ids=str)
+    def test_refused(factory, tmp_path):
+        made = factory.make(tmp_path)          # made.reason is a code of ptbin.errors
+
+`factories(room="hostile")` narrows to one module of this package, `factories(slow=None)` adds those that
+take gigabytes, `FACTORIES["tied"]` is one of them. In hostile files `made.canary` is a path that must
+never come to exist. The rooms:
+
+    dtypes      every element type, quantized, sparse; `random_bits` for more of the kind
+    layouts     views, strides, ties, scalars, empty and meta tensors, Parameters, legacy twins
+    training    training dicts, whole modules without their classes, Lightning, EMA, TorchScript, raw
+                pickles, numpy; and files that hold no weights
+    containers  framing: deflated, zip64, CRCs off, big-endian, truncated, flipped, disguised
+    hostile     canaries per opcode, bombs, impossible tensors
+
+`craft` puts archives and pickles together by hand for tests that need one more.
+
+The expectations are torch's own wherever torch reads the file (`Factory.torch_reads`): the suite holds
+each factory to that in tests/test_checkpoints.py, and shows there that each canary is a live one.
+"""
+
+from tests.checkpoints import containers, dtypes, hostile, layouts, training
+from tests.checkpoints.registry import FACTORIES, Checkpoint, Factory, factories
+
+__all__ = [
+    "FACTORIES",
+    "Checkpoint",
+    "Factory",
+    "containers",
+    "dtypes",
+    "factories",
+    "hostile",
+    "layouts",
+    "training",
+]
