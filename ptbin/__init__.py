@@ -1,0 +1,65 @@
+"""ptbin: PyTorch checkpoints to clean weights, without loading them and without running their code.
+
+    import ptbin
+    manifest = ptbin.convert("run1/last.ckpt", "weights/last.bin")
+    issues = ptbin.verify("weights/last.bin.manifest.json")
+
+The engine: pure Python, no torch (but for `verify="load"`), no Prefect, no environment, no printing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ptbin.version import __version__
+
+if TYPE_CHECKING:
+    from ptbin import catalog, errors
+    from ptbin.conversion import Draft, commit, convert, stage
+    from ptbin.inspection import inspect
+    from ptbin.options import ConvertOptions, Limits
+    from ptbin.proof.manifests import Issue, verify
+
+__all__ = [
+    "ConvertOptions",
+    "Draft",
+    "Issue",
+    "Limits",
+    "__version__",
+    "catalog",
+    "commit",
+    "convert",
+    "errors",
+    "inspect",
+    "stage",
+    "verify",
+]
+
+# Resolved on first use: `import ptbin` alone costs a few milliseconds.
+_HOMES = {
+    "ConvertOptions": "ptbin.options",
+    "Limits": "ptbin.options",
+    "Draft": "ptbin.conversion",
+    "convert": "ptbin.conversion",
+    "stage": "ptbin.conversion",
+    "commit": "ptbin.conversion",
+    "inspect": "ptbin.inspection",
+    "Issue": "ptbin.proof.manifests",
+    "verify": "ptbin.proof.manifests",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("catalog", "errors"):
+        return importlib.import_module(f"ptbin.{name}")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'ptbin' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

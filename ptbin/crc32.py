@@ -1,0 +1,54 @@
+"""CRC-32 of a concatenation from the CRC-32s of its parts.
+
+zlib has `crc32_combine` and Python's zlib module does not offer it. The mathematics is zlib's (crc32.c,
+`multmodp`, `x2nmodp`): appending n bytes multiplies a CRC by x^(8n) modulo the polynomial.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+__all__ = ["combine_crc32"]
+
+_POLYNOMIAL = 0xEDB88320  # CRC-32 (ISO 3309), bits reversed
+
+
+def _multiply(a: int, b: int) -> int:
+    """a times b modulo the polynomial, both with bits reversed (x^0 is the highest bit)."""
+    product = 0
+    mask = 1 << 31
+    while a:
+        if a & mask:
+            product ^= b
+            a ^= mask
+        mask >>= 1
+        b = (b >> 1) ^ _POLYNOMIAL if b & 1 else b >> 1
+    return product
+
+
+def _squares() -> list[int]:
+    powers = [1 << 30]  # x^1
+    for _ in range(63):
+        powers.append(_multiply(powers[-1], powers[-1]))
+    return powers
+
+
+_X_POWER = _squares()  # x^(2^k)
+
+
+@lru_cache(maxsize=4096)
+def _shift(nbytes: int) -> int:
+    """x^(8 nbytes) modulo the polynomial."""
+    result = 1 << 31  # x^0
+    exponent, k = nbytes * 8, 0
+    while exponent:
+        if exponent & 1:
+            result = _multiply(_X_POWER[k], result)
+        exponent >>= 1
+        k += 1
+    return result
+
+
+def combine_crc32(first: int, second: int, second_nbytes: int) -> int:
+    """CRC-32 of A+B from crc32(A), crc32(B) and the length of B in bytes."""
+    return _multiply(_shift(second_nbytes), first) ^ second

@@ -1,0 +1,70 @@
+"""How torch frames one record of a zip archive: local header, padding, descriptor.
+
+A fact of the format, shared by the reader (which predicts and checks it) and the writer (which emits
+it). Source: caffe2/serialize/inline_container.cc (`getPadding`) and torch's copy of miniz
+(`mz_zip_writer_add_mem_ex_v2`), confirmed on files of torch 2.13 below and above 4 GiB:
+
+* the local header has version 0, flags 0x0808 (descriptor, UTF-8), no time, CRC and sizes zero;
+* its extra field is, from 4 GiB on, a zip64 field (sizes if the record is that large, offset if the
+  header stands that far), then a field `FB` filled with `Z` so that data begin at a multiple of 64;
+* behind the data a descriptor with signature, CRC-32 and both sizes, 64-bit where a zip64 field stands.
+
+The zip64 field holds the header's own offset, which readers ignore; a record moved elsewhere keeps
+the number its source had (`declared_offset`), so that its bytes can be taken as they are.
+"""
+
+from __future__ import annotations
+
+import struct
+
+__all__ = [
+    "ALIGNMENT",
+    "DESCRIPTOR",
+    "DESCRIPTOR_64",
+    "descriptor",
+    "implied_data_offset",
+    "local_header",
+    "uses_zip64",
+]
+
+ALIGNMENT = 64  # inline_container.h, kFieldAlignment
+FLAGS = 0x0808
+ZIP64_THRESHOLD = 0xFFFFFFFF  # MZ_UINT32_MAX: miniz switches at this value, not above it
+
+DESCRIPTOR = struct.Struct("<4sLLL")
+DESCRIPTOR_64 = struct.Struct("<4sLQQ")
+_LOCAL = struct.Struct("<4s5H3L2H")
+
+
+def uses_zip64(header_offset: int, nbytes: int) -> bool:
+    return header_offset >= ZIP64_THRESHOLD or nbytes >= ZIP64_THRESHOLD
+
+
+def zip64_field(header_offset: int, nbytes: int) -> bytes:
+    """The zip64 extra field torch writes, empty below 4 GiB; the same in local header and directory."""
+    body = b""
+    if nbytes >= ZIP64_THRESHOLD:
+        body += struct.pack("<QQ", nbytes, nbytes)
+    if header_offset >= ZIP64_THRESHOLD:
+        body += struct.pack("<Q", header_offset)
+    return struct.pack("<HH", 1, len(body)) + body if body else b""
+
+
+def implied_data_offset(header_offset: int, name_nbytes: int, nbytes: int) -> int:
+    """Where the data of a record begin whose header stands at `header_offset`."""
+    bare = header_offset + _LOCAL.size + name_nbytes + len(zip64_field(header_offset, nbytes)) + 4
+    return -(-bare // ALIGNMENT) * ALIGNMENT
+
+
+def local_header(name: bytes, nbytes: int, offset: int, declared_offset: int | None = None) -> bytes:
+    """Local header, name, extra field and padding of a record that will stand at `offset`."""
+    zip64 = zip64_field(offset if declared_offset is None else declared_offset, nbytes)
+    bare = offset + _LOCAL.size + len(name) + len(zip64) + 4
+    padding = -bare % ALIGNMENT
+    extra = zip64 + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+    return _LOCAL.pack(b"PK\x03\x04", 0, FLAGS, 0, 0, 0, 0, 0, 0, len(name), len(extra)) + name + extra
+
+
+def descriptor(crc32: int, nbytes: int, *, zip64: bool) -> bytes:
+    packer = DESCRIPTOR_64 if zip64 else DESCRIPTOR
+    return packer.pack(b"PK\x07\x08", crc32, nbytes, nbytes)

@@ -1,0 +1,169 @@
+"""What a pickle says, as inert records.
+
+The pickle machine builds these instead of objects. Numbers, strings, None, lists and tuples stay
+Python's own; everything that could have behaviour becomes one of the classes here. None of them
+hashes, compares or prints its children: a graph of 10^9 leaves fits into 229 bytes of pickle, and
+whoever walks one must remember nodes by identity (`iter_nodes` does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["DictNode", "Global", "Instance", "NdArray", "Opaque", "SetNode", "TorchSize", "children", "iter_nodes"]
+
+
+class Global:
+    """A name the pickle would import: `module`, `name`, and where in the pickle it stands."""
+
+    __slots__ = ("module", "name", "offset")
+
+    def __init__(self, module: str, name: str, offset: int = -1) -> None:
+        self.module = module
+        self.name = name
+        self.offset = offset
+
+    @property
+    def path(self) -> str:
+        return f"{self.module}.{self.name}"
+
+    def __repr__(self) -> str:
+        return f"Global({self.path!r})"
+
+
+class DictNode:
+    """A mapping as pairs in file order; keys may be anything, later pairs win as in Python.
+
+    `kind` is the class that would be built (`dict`, `OrderedDict`, `defaultdict`, `Counter`), `state`
+    what BUILD would put into its `__dict__` (torch keeps `_metadata` there).
+    """
+
+    __slots__ = ("kind", "pairs", "state")
+
+    def __init__(self, kind: str = "dict", pairs: list[tuple[Any, Any]] | None = None) -> None:
+        self.kind = kind
+        self.pairs: list[tuple[Any, Any]] = [] if pairs is None else pairs
+        self.state: Any = None
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Value of the last pair whose key is this string."""
+        for k, v in reversed(self.pairs):
+            if type(k) is str and k == key:
+                return v
+        return default
+
+    def by_name(self) -> dict[str, Any]:
+        """The pairs with string keys; duplicates resolved as Python would (last value, first place)."""
+        return {k: v for k, v in self.pairs if type(k) is str}
+
+
+class SetNode:
+    __slots__ = ("frozen", "items")
+
+    def __init__(self, items: list[Any], *, frozen: bool = False) -> None:
+        self.items = items
+        self.frozen = frozen
+
+
+class Instance:
+    """The result of calling or instantiating `cls`, not called: arguments and what followed.
+
+    `state` is BUILD's argument (the last one), `items` and `pairs` what APPENDS and SETITEMS added.
+    """
+
+    __slots__ = ("args", "cls", "items", "kwargs", "pairs", "state")
+
+    def __init__(self, cls: Any, args: Any = (), kwargs: Any = None) -> None:
+        self.cls = cls
+        self.args = args
+        self.kwargs = kwargs
+        self.state: Any = None
+        self.items: list[Any] = []
+        self.pairs: list[tuple[Any, Any]] = []
+
+    @property
+    def class_path(self) -> str:
+        return self.cls.path if isinstance(self.cls, Global) else "?"
+
+    def attributes(self) -> DictNode | None:
+        """Instance attributes: the state where it is a mapping, or the mapping in a (dict, slots) pair."""
+        state = self.state
+        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], DictNode):
+            state = state[0]
+        return state if isinstance(state, DictNode) else None
+
+
+class NdArray:
+    """A numpy array or scalar: dtype string (`<f4`), shape, memory order, raw bytes."""
+
+    __slots__ = ("data", "dtype", "fortran", "scalar", "shape")
+
+    def __init__(
+        self, dtype: str, shape: tuple[int, ...], data: bytes, *, fortran: bool = False, scalar: bool = False
+    ) -> None:
+        self.dtype = dtype
+        self.shape = shape
+        self.data = data
+        self.fortran = fortran
+        self.scalar = scalar
+
+
+class Opaque:
+    """A tensor whose weights ptbin does not take as bytes, with the reason and the shape if known."""
+
+    __slots__ = ("has_data", "kind", "reason")
+
+    def __init__(self, kind: str, reason: str, *, has_data: bool = True) -> None:
+        self.kind = kind
+        self.reason = reason
+        self.has_data = has_data
+
+
+class TorchSize(tuple[int, ...]):
+    """A `torch.Size`."""
+
+    __slots__ = ()
+
+
+def children(node: Any) -> Iterator[Any]:
+    """Nodes directly below, in file order, keys included."""
+    if isinstance(node, DictNode):
+        for key, value in node.pairs:
+            if type(key) is not str:
+                yield key
+            yield value
+        if node.state is not None:
+            yield node.state
+    elif isinstance(node, (list, tuple)):
+        yield from node
+    elif isinstance(node, Instance):
+        yield node.cls
+        yield node.args
+        if node.kwargs is not None:
+            yield node.kwargs
+        yield node.state
+        yield from node.items
+        for key, value in node.pairs:
+            if type(key) is not str:
+                yield key
+            yield value
+    elif isinstance(node, SetNode):
+        yield from node.items
+
+
+_LEAVES = (str, bytes, int, float, bool, complex, type(None), Global)
+
+
+def iter_nodes(root: Any) -> Iterator[Any]:
+    """Every node below `root` once, parents first; linear in the nodes, whatever the graph unfolds to."""
+    seen: set[int] = {id(root)}
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        yield node
+        for child in children(node):
+            if isinstance(child, _LEAVES) or id(child) in seen:
+                continue
+            seen.add(id(child))
+            stack.append(child)

@@ -1,0 +1,147 @@
+"""The strictest proof: torch itself loads the output, and every tensor equals the source's, byte for byte.
+
+`torch.load(weights_only=True)` is the only call of torch in the engine; torch below 2.10 is refused
+(CVE-2026-24747), and nothing ever falls back to `weights_only=False`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptbin.errors import UsageError, VerificationError
+from ptbin.options import ConvertOptions
+from ptbin.proof.logical import iter_logical_bytes
+from ptbin.reading.checkpoint import read_checkpoint
+from ptbin.reading.keys import keep_writable, rename_entries
+from ptbin.reading.selection import select_state_dict
+from ptbin.state_dict import tensors_of
+from ptbin.stores import Identity, open_store
+
+if TYPE_CHECKING:
+    from ptbin.conversion import Draft
+    from ptbin.stores import Store
+
+__all__ = ["iter_loaded_tensors", "open_with_torch", "prove_by_loading"]
+
+
+def prove_by_loading(
+    draft: Draft, store: Store, path: str, *, source_options: Mapping[str, Any] | None = None
+) -> None:
+    """Compare the output as torch loads it with the source.
+
+    Raises:
+        VerificationError: torch cannot load it, or a tensor differs.
+        SourceChangedError: the source is no longer the one converted.
+    """
+    recorded = draft.manifest["options"]
+    options = ConvertOptions(
+        select=draft.manifest["selected"],
+        strip_prefix=recorded["strip_prefix"],
+        rename=tuple((old, new) for old, new in recorded["rename"]),
+        drop=tuple(recorded["drop"]),
+        limits=draft.limits,
+    )
+    source_store, source_path = open_store(draft.source_uri, source_options)
+    identity = Identity.from_json(draft.manifest["source"]["identity"])
+    with (
+        open_with_torch(store, path) as loaded,
+        source_store.open_reader(source_path, expected=identity) as reader,
+    ):
+        checkpoint = read_checkpoint(reader, options.limits)
+        state_dict = select_state_dict(checkpoint, options.select, options.limits)
+        keep_writable(state_dict, checkpoint.uri)
+        rename_entries(state_dict, options, checkpoint.uri)
+        wanted = [item for name, value in state_dict.entries for item in tensors_of(name, value)]
+        found = list(iter_loaded_tensors(loaded))
+        if [name for name, _ in found] != [name for name, _ in wanted]:
+            raise VerificationError(f"{store.uri_of(path)}: torch loads other names than the source has")
+        for (name, tensor), (_, ref) in zip(found, wanted, strict=True):
+            _compare(store.uri_of(path), name, tensor, ref.dtype.name, ref.shape, iter_logical_bytes(ref, reader))
+        reader.check_unchanged()
+
+
+@contextlib.contextmanager
+def open_with_torch(store: Store, path: str) -> Iterator[Any]:
+    """The output as `torch.load(weights_only=True, mmap=True)` sees it; remote ones by way of a temporary file."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UsageError("--verify load needs torch, which is not installed here") from error
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < (2, 10):
+        raise UsageError(f"--verify load needs torch 2.10 or later, found {torch.__version__}")
+    with tempfile.TemporaryDirectory(prefix="ptbin-") as folder:
+        with store.open_reader(path) as reader:
+            if reader.fileno() is not None:
+                local = Path(path)
+            else:
+                local = Path(folder) / "output.bin"
+                with local.open("wb") as file:
+                    for chunk in reader.iter_range(0, reader.size):
+                        file.write(chunk)
+        try:
+            loaded = torch.load(local, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            raise VerificationError(f"{store.uri_of(path)}: torch cannot load it: {error}") from error
+        yield loaded
+
+
+def iter_loaded_tensors(loaded: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(name, plain tensor) pairs, named and ordered as `state_dict.tensors_of` does."""
+    import torch
+
+    stack: list[tuple[str, Any]] = [(str(name), value) for name, value in reversed(list(loaded.items()))]
+    while stack:
+        name, value = stack.pop()
+        if isinstance(value, torch.Tensor):
+            yield from _parts(name, value)
+        elif isinstance(value, Mapping):
+            stack.extend(reversed([(f"{name}.{key}", v) for key, v in value.items()]))
+        elif isinstance(value, (list, tuple)):
+            stack.extend(reversed([(f"{name}.{index}", v) for index, v in enumerate(value)]))
+
+
+def _parts(name: str, tensor: Any) -> Iterator[tuple[str, Any]]:
+    import torch
+
+    if tensor.layout is torch.sparse_coo:
+        yield f"{name}#indices", tensor._indices()
+        yield f"{name}#values", tensor._values()
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        yield f"{name}#crow_indices", tensor.crow_indices()
+        yield f"{name}#col_indices", tensor.col_indices()
+        yield f"{name}#values", tensor.values()
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        yield f"{name}#ccol_indices", tensor.ccol_indices()
+        yield f"{name}#row_indices", tensor.row_indices()
+        yield f"{name}#values", tensor.values()
+    else:
+        yield name, tensor
+        if tensor.is_quantized and tensor.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams):
+            yield f"{name}#scales", tensor.q_per_channel_scales()
+            yield f"{name}#zero_points", tensor.q_per_channel_zero_points()
+
+
+def _compare(
+    uri: str, name: str, tensor: Any, dtype: str, shape: tuple[int, ...], wanted: Iterator[bytes]
+) -> None:
+    found = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+    if found != (dtype, shape):
+        raise VerificationError(f"{uri}: torch loads {name!r} as {found}, the source has {(dtype, shape)}")
+    packed = tensor.detach().contiguous()
+    digest = hashlib.sha256()
+    for piece in wanted:
+        digest.update(piece)
+    nbytes = packed.untyped_storage().nbytes() if packed.is_quantized else packed.numel() * packed.element_size()
+    own = hashlib.sha256()
+    if nbytes:
+        # The raw memory, because several types (quantized, float8, bits) have no numpy view.
+        own.update((ctypes.c_char * nbytes).from_address(packed.data_ptr()))
+    if own.digest() != digest.digest():
+        raise VerificationError(f"{uri}: {name!r} as torch loads it differs from the source")

@@ -1,0 +1,144 @@
+"""A tensor's logical, contiguous bytes, whatever its strides, as a bounded stream.
+
+This is the content that a tensor's SHA-256 in a manifest covers: the same for every output format.
+"""
+
+from __future__ import annotations
+
+import array
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from ptbin.reading.inflate import iter_inflated
+from ptbin.tensors import ByteRange, Deflated, InMemory, TensorRef, dense_strides
+
+if TYPE_CHECKING:
+    from ptbin.stores import RangeReader
+
+__all__ = ["iter_logical_bytes", "iter_strided"]
+
+BLOCK_NBYTES = 32 << 20
+CHUNK_NBYTES = 4 << 20
+
+_SWAP_CODES = {2: "H", 4: "I", 8: "Q"}
+
+ReadSpan = Callable[[int, int], Iterator[bytes]]
+
+
+def iter_logical_bytes(tensor: TensorRef, reader: RangeReader) -> Iterator[bytes]:
+    """The bytes of a tensor of the source as torch would give them, little-endian."""
+    place = tensor.storage.place
+    assert place is not None
+
+    def read(offset: int, nbytes: int) -> Iterator[bytes]:
+        if isinstance(place, ByteRange):
+            return reader.iter_range(place.offset + offset, nbytes, chunk_nbytes=CHUNK_NBYTES)
+        whole = place.data if isinstance(place, InMemory) else _inflate(place, reader)
+        return iter((whole[offset : offset + nbytes],))
+
+    first = tensor.storage_offset // tensor.dtype.per_unit * tensor.dtype.itemsize
+    width = tensor.dtype.swap_nbytes
+    swap = tensor.storage.big_endian and width > 1
+    stream = iter_strided(read, first, tensor.shape, tensor.stride, tensor.dtype.itemsize, tensor.dtype.per_unit)
+    for piece in stream:
+        if swap:
+            values = array.array(_SWAP_CODES[width], piece)
+            values.byteswap()
+            yield values.tobytes()
+        else:
+            yield piece
+
+
+def _inflate(place: Deflated, reader: RangeReader) -> bytes:
+    return b"".join(iter_inflated(place, reader))
+
+
+def iter_strided(
+    read: ReadSpan, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], itemsize: int, per_unit: int = 1
+) -> Iterator[bytes]:
+    """The elements of a strided view in logical order.
+
+    Contiguous views stream. Others are taken block by block of the outermost dimensions; where even
+    one block's elements lie all over a large storage (a transposed matrix), the storage is read once
+    for every 32 MiB of output.
+
+    Args:
+        read: (offset, nbytes) to the bytes there, in pieces.
+        offset: first byte; shape and stride in elements; `per_unit` elements share one stored unit.
+    """
+    count = math.prod(shape)
+    if count == 0:
+        return
+    if _contiguous(shape, stride):
+        yield from read(offset, -(-count // per_unit) * itemsize)
+        return
+    import numpy
+
+    span = (sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1) * itemsize
+    if span <= BLOCK_NBYTES:
+        flat = numpy.frombuffer(b"".join(read(offset, span)), dtype=numpy.uint8)
+        yield from _blocks(flat, shape, stride, itemsize)
+        return
+    inner_nbytes = math.prod(shape[1:]) * itemsize
+    inner_span = (sum((n - 1) * s for n, s in zip(shape[1:], stride[1:], strict=True)) + 1) * itemsize
+    if inner_span <= BLOCK_NBYTES or inner_nbytes > BLOCK_NBYTES:
+        for index in range(shape[0]):
+            yield from iter_strided(read, offset + index * stride[0] * itemsize, shape[1:], stride[1:], itemsize)
+        return
+    rows = max(1, BLOCK_NBYTES // inner_nbytes)
+    for start in range(0, shape[0], rows):
+        taken = min(rows, shape[0] - start)
+        yield _scan(read, offset + start * stride[0] * itemsize, (taken, *shape[1:]), stride, itemsize)
+
+
+def _blocks(flat: object, shape: tuple[int, ...], stride: tuple[int, ...], itemsize: int) -> Iterator[bytes]:
+    """A view over bytes in memory, packed, a few MiB at a time (an expanded view may be far larger than its span)."""
+    import numpy
+
+    view = numpy.lib.stride_tricks.as_strided(
+        flat, (*shape, itemsize), (*(s * itemsize for s in stride), 1), writeable=False
+    )
+    yield from _pack(view)
+
+
+def _pack(view: object) -> Iterator[bytes]:
+    import numpy
+
+    assert isinstance(view, numpy.ndarray)
+    if view.nbytes <= CHUNK_NBYTES or view.ndim <= 2:
+        rows = max(1, CHUNK_NBYTES // max(1, view.nbytes // max(1, len(view)))) if view.ndim else 1
+        for start in range(0, len(view), rows):
+            yield view[start : start + rows].tobytes()
+        return
+    for part in view:
+        yield from _pack(part)
+
+
+def _scan(
+    read: ReadSpan, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], itemsize: int
+) -> bytes:
+    """One output block whose elements are spread over a long span: one pass over the span, largest stride outermost."""
+    import numpy
+
+    order = sorted(range(len(shape)), key=lambda axis: -stride[axis])
+    out = numpy.empty((*shape, itemsize), dtype=numpy.uint8)
+    sorted_out = out.transpose((*order, len(shape)))
+    outer_step = stride[order[0]] * itemsize
+    rest_shape = tuple(shape[axis] for axis in order[1:])
+    rest_stride = tuple(stride[axis] * itemsize for axis in order[1:])
+    rest_span = sum((n - 1) * s for n, s in zip(rest_shape, rest_stride, strict=True)) + itemsize
+    group = max(1, CHUNK_NBYTES // max(outer_step, 1))
+    for start in range(0, shape[order[0]], group):
+        taken = min(group, shape[order[0]] - start)
+        flat = numpy.frombuffer(
+            b"".join(read(offset + start * outer_step, (taken - 1) * outer_step + rest_span)), dtype=numpy.uint8
+        )
+        sorted_out[start : start + taken] = numpy.lib.stride_tricks.as_strided(
+            flat, (taken, *rest_shape, itemsize), (outer_step, *rest_stride, 1), writeable=False
+        )
+    return out.tobytes()
+
+
+def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    return all(n == 1 or s == d for n, s, d in zip(shape, stride, dense_strides(shape), strict=True))

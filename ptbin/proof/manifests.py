@@ -1,0 +1,135 @@
+"""Verification at any later time: a stored manifest against what is stored beside it.
+
+Needs nothing but the manifest and the store: files by size and SHA-256, tensors by theirs. Finds a
+single flipped bit, a missing or resized file, and says which tensors are hit. Returns issues; raises
+only where it could not look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ptbin.errors import NotFoundInStoreError, StorageError, VerificationError
+from ptbin.manifest import MANIFEST_SUFFIX, hex_crc32, parse_manifest
+from ptbin.proof.digests import digest_file
+from ptbin.proof.output import stored_tensor
+from ptbin.stores import Store, open_store
+
+__all__ = ["Issue", "verify"]
+
+
+@dataclass(frozen=True, slots=True)
+class Issue:
+    """Something that is not as it should be; `reason` is one of `missing_output`, `size_mismatch`,
+    `checksum_mismatch`, `bad_manifest`, `load_failed`, `no_manifest`."""
+
+    reason: str
+    uri: str
+    detail: str
+
+    def to_json(self) -> dict[str, str]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, str]) -> Issue:
+        return cls(**data)
+
+
+def verify(
+    manifest_uri: str,
+    *,
+    level: str = "checksum",
+    storage_options: Mapping[str, Any] | None = None,
+    source_options: Mapping[str, Any] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Issue]:
+    """Check one manifest; an empty list means that everything it says is true.
+
+    Args:
+        level: `checksum` reads every byte; `load` opens the output with torch as well; `none` looks at
+            sizes only.
+
+    Raises:
+        StorageError: the store failed in another way than by not having the file.
+    """
+    del source_options
+    store, path = open_store(manifest_uri, storage_options)
+    uri = store.uri_of(path)
+    try:
+        manifest = parse_manifest(store.read_bytes(path), uri)
+        rows = manifest["tensors"]
+        for row in rows:
+            stored_tensor(row)
+    except NotFoundInStoreError:
+        return [Issue("no_manifest", uri, "there is no manifest")]
+    except (VerificationError, AttributeError) as error:
+        return [Issue("bad_manifest", uri, str(error))]
+    folder = path[: -len(path.rsplit("/", 1)[-1])]
+    issues: list[Issue] = []
+    for output in manifest["outputs"]:
+        mine = [row for row in rows if row.get("file") == output["path"]]
+        issues.extend(_verify_output(store, folder + output["path"], output, mine, level, progress))
+    return issues
+
+
+def _verify_output(
+    store: Store,
+    path: str,
+    output: Mapping[str, Any],
+    rows: list[dict[str, Any]],
+    level: str,
+    progress: Callable[[int], None] | None,
+) -> Iterable[Issue]:
+    uri = store.uri_of(path)
+    try:
+        reader = store.open_reader(path)
+    except NotFoundInStoreError:
+        return [Issue("missing_output", uri, "the manifest names this file, and it is not there")]
+    with reader:
+        if reader.size != output["size"]:
+            return [Issue("size_mismatch", uri, f"{reader.size} bytes, the manifest says {output['size']}")]
+        if level == "none":
+            return []
+        places = [stored_tensor(row) for row in rows]
+        digests = digest_file(reader, [], places, progress)
+    issues: list[Issue] = []
+    sha256, crc32 = output.get("sha256"), output.get("crc32")
+    damaged = (sha256 is not None and digests.sha256 != sha256) or (
+        crc32 is not None and hex_crc32(digests.crc32) != crc32
+    )
+    hit = [
+        row["name"]
+        for row, place in zip(rows, places, strict=True)
+        if row.get("sha256") is not None and digests.tensors[place] != row["sha256"]
+    ]
+    if damaged or hit:
+        what = f"tensors {', '.join(hit[:5])}" if hit else "no tensor, but the file around them"
+        stated = f"SHA-256 {sha256}" if sha256 is not None else f"CRC-32 {crc32}"
+        found = f"SHA-256 {digests.sha256}" if sha256 is not None else f"CRC-32 {hex_crc32(digests.crc32)}"
+        issues.append(Issue("checksum_mismatch", uri, f"found {found}, expected {stated}; hit: {what}"))
+    elif level == "load":
+        issues.extend(_verify_by_loading(store, path, rows))
+    return issues
+
+
+def _verify_by_loading(store: Store, path: str, rows: list[dict[str, Any]]) -> Iterable[Issue]:
+    from ptbin.proof.load import iter_loaded_tensors, open_with_torch
+
+    try:
+        with open_with_torch(store, path) as loaded:
+            found = [(n, str(t.dtype).removeprefix("torch."), list(t.shape)) for n, t in iter_loaded_tensors(loaded)]
+    except StorageError:
+        raise
+    except VerificationError as error:
+        return [Issue("load_failed", store.uri_of(path), str(error))]
+    wanted = [(row["name"], row["dtype"], row["shape"]) for row in rows]
+    if found != wanted:
+        return [Issue("load_failed", store.uri_of(path), "torch loads other tensors than the manifest lists")]
+    return []
+
+
+def is_manifest_path(path: str) -> bool:
+    """Whether a listed path is a manifest."""
+    return path.endswith(MANIFEST_SUFFIX)

@@ -1,0 +1,117 @@
+"""Proof of a fresh output, before its manifest may exist.
+
+`checksum`: the stored output is opened anew by the reading room, its tensors must be the planned ones
+by name, type, shape and place; then every byte is read back. The whole file's CRC-32 must equal the one
+combined from the source's own checksums, each record's must equal the source's, and the SHA-256s found
+go into the manifest.
+
+`load`: torch opens it as well (`weights_only=True`), and every tensor's bytes are compared with the
+source's, read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ptbin.dtypes import BY_NAME
+from ptbin.errors import CheckpointError, VerificationError
+from ptbin.manifest import hex_crc32
+from ptbin.proof.digests import StoredTensor, digest_file
+from ptbin.reading.checkpoint import read_checkpoint
+from ptbin.reading.selection import select_state_dict
+from ptbin.state_dict import tensors_of
+from ptbin.tensors import ByteRange, TensorRef
+
+if TYPE_CHECKING:
+    from ptbin.conversion import Draft
+    from ptbin.stores import RangeReader, Store
+
+__all__ = ["prove_output", "stored_tensor"]
+
+
+def prove_output(
+    draft: Draft,
+    store: Store,
+    path: str,
+    *,
+    source_options: Mapping[str, Any] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Prove the output of `draft` and fill its manifest's digests in.
+
+    Raises:
+        VerificationError: with the first difference found.
+    """
+    with store.open_reader(path) as reader:
+        if reader.size != draft.size:
+            raise VerificationError(f"{reader.uri}: {reader.size} bytes are stored, {draft.size} were written")
+        rows = draft.manifest["tensors"]
+        _check_structure(reader, draft, rows)
+        places = [stored_tensor(row) for row in rows]
+        digests = digest_file(reader, [(offset, nbytes) for offset, nbytes, _ in draft.records], places, progress)
+        for offset, nbytes, crc in draft.records:
+            found = digests.records[offset, nbytes]
+            if found != crc:
+                names = [row["name"] for row in rows if offset <= row["offset"] < offset + max(nbytes, 1)]
+                raise VerificationError(
+                    f"{reader.uri}: bytes {offset} to {offset + nbytes} ({', '.join(names[:3])}) have CRC-32 "
+                    f"{hex_crc32(found)}, the source states {hex_crc32(crc)}"
+                )
+        if digests.crc32 != draft.crc32:
+            raise VerificationError(
+                f"{reader.uri}: the file has CRC-32 {hex_crc32(digests.crc32)}, expected {hex_crc32(draft.crc32)}"
+            )
+        reader.check_unchanged()
+    for row, place in zip(rows, places, strict=True):
+        row["sha256"] = digests.tensors[place]
+    draft.manifest["outputs"][0]["sha256"] = digests.sha256
+    if draft.level == "load":
+        from ptbin.proof.load import prove_by_loading
+
+        prove_by_loading(draft, store, path, source_options=source_options)
+
+
+def stored_tensor(row: Mapping[str, Any]) -> StoredTensor:
+    """Where a manifest's tensor lies.
+
+    Raises:
+        VerificationError: an unknown type, or numbers that make no sense.
+    """
+    dtype = BY_NAME.get(row.get("dtype", ""))
+    shape, stride = row.get("shape"), row.get("stride")
+    numbers = [row.get("offset"), row.get("nbytes"), *(shape or ()), *(stride or ())]
+    if dtype is None or not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise VerificationError(f"the manifest describes tensor {row.get('name')!r} in a way that makes no sense")
+    return StoredTensor(
+        row["offset"],
+        row["nbytes"],
+        tuple(shape),
+        tuple(stride) if stride is not None else None,
+        dtype.itemsize,
+        dtype.per_unit,
+    )
+
+
+def _check_structure(reader: RangeReader, draft: Draft, rows: list[dict[str, Any]]) -> None:
+    """The stored file, read anew, holds exactly the tensors that were planned, where they were planned."""
+    try:
+        checkpoint = read_checkpoint(reader, draft.limits)
+        state_dict = select_state_dict(checkpoint, ".", draft.limits)
+    except CheckpointError as error:
+        raise VerificationError(f"what was stored cannot be read: {error}") from error
+    found = [item for name, value in state_dict.entries for item in tensors_of(name, value)]
+    if len(found) != len(rows):
+        raise VerificationError(f"{reader.uri}: {len(found)} tensors are stored, {len(rows)} were planned")
+    for (name, tensor), row in zip(found, rows, strict=True):
+        stored = (name, tensor.dtype.name, list(tensor.shape), _offset(tensor))
+        planned = (row["name"], row["dtype"], row["shape"], row["offset"] if tensor.numel else 0)
+        if stored != planned:
+            raise VerificationError(f"{reader.uri}: found tensor {stored}, expected {planned}")
+
+
+def _offset(tensor: TensorRef) -> int:
+    place = tensor.storage.place
+    if not isinstance(place, ByteRange):
+        raise VerificationError(f"storage {tensor.storage.key!r} is not stored plainly")
+    return place.offset + tensor.span[0] if tensor.numel else 0

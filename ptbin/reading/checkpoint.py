@@ -1,0 +1,162 @@
+"""One checkpoint file, opened: container recognised by content, pickle run symbolically, storages placed.
+
+Owns the decision which container a file is and the value every later step works on. It does not
+choose a state dict (`selection`), does not judge (`verdicts` does, from the programs kept here) and
+reads none of the weights.
+
+Costs: for a remote torch zip the tail, the directory where that is larger than 64 KiB, and the pickle;
+for a legacy file the pickles at its beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ptbin.errors import CorruptArchiveError, NotACheckpointError, UnsupportedFormatError
+from ptbin.options import Limits
+from ptbin.reading.pickle_machine import PickleProgram
+from ptbin.reading.source import RandomReader, SourceFile
+from ptbin.reading.torch_objects import TorchVocabulary
+from ptbin.tensors import ByteRange, InMemory, Storage
+
+__all__ = ["Checkpoint", "MemoryReader", "Opening", "read_checkpoint"]
+
+# Pickles nest torch.save in torch.save when somebody pickles a storage by plain pickle; never deeper.
+MAX_NESTING = 4
+
+_FOREIGN = (
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
+    (b"\x1f\x8b", "a gzip file; decompress it first"),
+    (b"\xfd7zXZ\x00", "an xz file; decompress it first"),
+    (b"BZh", "a bzip2 file; decompress it first"),
+    (b"\x28\xb5\x2f\xfd", "a zstandard file; decompress it first"),
+    (b"\x89HDF", "an HDF5 file (Keras, maybe)"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x93NUMPY", "a numpy array file"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
+    (b"<!DOCTYPE", "an HTML page; was the download refused?"),
+    (b"<html", "an HTML page; was the download refused?"),
+)
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """A checkpoint file as read.
+
+    Attributes:
+        container: `torch_zip`, `torchscript`, `torch_legacy` or `pickle`.
+        root: the record at the top of the pickle.
+        programs: every pickle run, for `verdicts.judge_programs`.
+        storages: all storages the pickle refers to, by key.
+        archive_root: name of the zip archive's top folder; None outside zip containers.
+        script_classes: TorchScript only: class path to its parameter and buffer names.
+    """
+
+    uri: str
+    size: int
+    container: str
+    root: Any
+    programs: list[PickleProgram]
+    storages: dict[str, Storage]
+    vocabulary: TorchVocabulary
+    archive_root: str | None = None
+    script_classes: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Opening:
+    """What the container readers share while one file is opened."""
+
+    file: SourceFile
+    limits: Limits
+    depth: int = 0
+    programs: list[PickleProgram] = field(default_factory=list)
+    vocabulary: TorchVocabulary = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.vocabulary = TorchVocabulary(self.limits, self._load_nested)
+
+    def _load_nested(self, data: bytes) -> Any:
+        """The record inside bytes that `torch.storage._load_from_bytes` would hand to `torch.load`."""
+        if self.depth >= MAX_NESTING:
+            raise CorruptArchiveError(f"{self.file.uri}: torch.save nested more than {MAX_NESTING} deep")
+        inner = Opening(
+            SourceFile(MemoryReader(data, f"{self.file.uri} (nested)")), self.limits, self.depth + 1, self.programs
+        )
+        checkpoint = _read(inner)
+        for storage in checkpoint.storages.values():
+            if isinstance(storage.place, ByteRange):
+                # Nested CRC-32s need no check here: the bytes lie inside a pickle whose own CRC was checked.
+                place = storage.place
+                storage.place = InMemory(data[place.offset : place.offset + place.nbytes])
+        return checkpoint.root
+
+
+class MemoryReader:
+    """Bytes in memory, as a `RandomReader`."""
+
+    def __init__(self, data: bytes, uri: str) -> None:
+        self._data = data
+        self.size = len(data)
+        self.uri = uri
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        return self._data[offset : offset + nbytes]
+
+
+def read_checkpoint(reader: RandomReader, limits: Limits | None = None) -> Checkpoint:
+    """Recognise and index one file.
+
+    Raises:
+        NotACheckpointError: no container of any kind.
+        UnsupportedFormatError: one that ptbin recognises and does not read.
+        CorruptArchiveError, LimitExceededError: damaged or hostile.
+    """
+    return _read(Opening(SourceFile(reader), limits or Limits()))
+
+
+def _read(opening: Opening) -> Checkpoint:
+    # Here, because the container readers need `Checkpoint` and `Opening`.
+    from ptbin.reading.legacy import read_legacy, read_raw_pickle
+    from ptbin.reading.torch_zip import read_torch_zip
+    from ptbin.reading.zip_directory import read_zip_directory
+
+    file = opening.file
+    if file.size == 0:
+        raise CorruptArchiveError(f"{file.uri}: the file is empty")
+    directory = read_zip_directory(file, opening.limits)
+    if directory is not None:
+        return read_torch_zip(opening, directory)
+    head = file.head(512)
+    refuse_known_foreign(file.uri, head, file.size)
+    readers: tuple[Callable[[Opening], Checkpoint | None], ...] = (read_legacy, read_raw_pickle)
+    for read in readers:
+        checkpoint = read(opening)
+        if checkpoint is not None:
+            return checkpoint
+    raise NotACheckpointError(f"{file.uri}: begins with {head[:8]!r}, which no checkpoint container does")
+
+
+def refuse_known_foreign(uri: str, head: bytes, size: int) -> None:
+    """Name what the file is where its first bytes tell.
+
+    Raises:
+        UnsupportedFormatError: safetensors, or torch's tar format of before 0.1.10.
+        NotACheckpointError: another kind of file.
+    """
+    for magic, what in _FOREIGN:
+        if head.startswith(magic):
+            raise NotACheckpointError(f"{uri}: this is {what}")
+    if head[257:262] == b"ustar":
+        first = head[:100].split(b"\0", 1)[0]
+        if first.lstrip(b"./") in (b"sys_info", b"pickle", b"storages", b"tensors", b""):
+            raise UnsupportedFormatError(
+                f"{uri}: torch's tar format of before 0.1.10; load it with torch.load and save it again"
+            )
+        raise NotACheckpointError(f"{uri}: a tar archive (first member {first[:60]!r}); unpack it first")
+    if len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
+        raise UnsupportedFormatError(
+            f"{uri}: a safetensors file, which holds only weights already; ptbin does not rewrite it"
+        )

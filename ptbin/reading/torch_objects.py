@@ -1,0 +1,302 @@
+"""What torch's pickles mean: the constructors that stand between a storage and a tensor.
+
+Turns `torch._utils._rebuild_*` calls into `TensorRef`s (checked: every stride and offset lies inside
+the storage, every count is bounded), and the handful of builtins that torch's pickles use into plain
+values. Sources: torch/_utils.py, torch/_tensor.py (`_reduce_ex_internal`), torch/storage.py,
+torch/serialization.py, 2.13; `_rebuild_tensor` (v1) and `_rebuild_xla_tensor` are of older releases.
+
+Knows no container: a storage arrives through `persistent` or `load_nested`, both given by the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ptbin.dtypes import BY_STORAGE_CLASS, DType, dtype_by_name
+from ptbin.errors import CorruptArchiveError, LimitExceededError
+from ptbin.options import Limits
+from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, TorchSize
+from ptbin.reading.numpy_objects import iter_numpy_reducers
+from ptbin.tensors import InMemory, SparseTensor, Storage, TensorRef, dense_strides
+
+__all__ = ["TorchVocabulary", "storage_dtype"]
+
+# torch refuses more (c10/core/TensorImpl.h has no limit, but numpy and the file readers around it stop at 64).
+MAX_DIMENSIONS = 64
+
+Reduce = Callable[[tuple[Any, ...]], Any]
+
+_SPARSE_PARTS = {
+    "torch.sparse_coo": ("indices", "values"),
+    "torch.sparse_csr": ("crow_indices", "col_indices", "values"),
+    "torch.sparse_csc": ("ccol_indices", "row_indices", "values"),
+    "torch.sparse_bsr": ("crow_indices", "col_indices", "values"),
+    "torch.sparse_bsc": ("ccol_indices", "row_indices", "values"),
+}
+
+
+def storage_dtype(kind: Any) -> DType:
+    """Element type behind a storage class as a persistent id names it; untyped storages count bytes.
+
+    Raises:
+        ValueError: no storage class.
+    """
+    if not isinstance(kind, Global):
+        raise ValueError("a storage class that is no global")
+    name = kind.name.rsplit(".", 1)[-1]
+    if kind.module in ("torch.storage", "torch") and name in ("UntypedStorage", "_UntypedStorage"):
+        return BY_STORAGE_CLASS["ByteStorage"]
+    dtype = BY_STORAGE_CLASS.get(name)
+    if dtype is None or kind.module.split(".")[0] != "torch":
+        raise ValueError(f"{kind.path} is no storage class")
+    return dtype
+
+
+class TypedStorage:
+    """A storage seen through an element type, as persistent ids deliver it."""
+
+    __slots__ = ("dtype", "storage", "view_offset")
+
+    def __init__(self, storage: Storage, dtype: DType, view_offset: int = 0) -> None:
+        self.storage = storage
+        self.dtype = dtype
+        self.view_offset = view_offset
+
+
+class TorchVocabulary:
+    """The reducer table for one checkpoint."""
+
+    def __init__(self, limits: Limits, load_nested: Callable[[bytes], Any]) -> None:
+        self._limits = limits
+        self._load_nested = load_nested
+        self.tensors_built = 0
+
+    def reducers(self) -> Mapping[tuple[str, str], Reduce]:
+        table: dict[tuple[str, str], Reduce] = dict(iter_numpy_reducers())
+        utils: dict[str, Reduce] = {
+            "_rebuild_tensor": self._tensor_v1,
+            "_rebuild_tensor_v2": self._tensor_v1,
+            "_rebuild_tensor_v3": self._tensor_v3,
+            "_rebuild_parameter": lambda args: args[0],
+            "_rebuild_parameter_with_state": lambda args: args[0],
+            "_rebuild_qtensor": self._qtensor,
+            "_rebuild_sparse_tensor": self._sparse,
+            "_rebuild_sparse_csr_tensor": self._sparse,
+            "_rebuild_device_tensor_from_numpy": self._from_numpy,
+            "_rebuild_xla_tensor": self._from_numpy,
+            "_rebuild_device_tensor_from_cpu_tensor": lambda args: args[0],
+            "_rebuild_meta_tensor_no_storage": lambda args: Opaque(
+                "meta tensor", "a meta tensor has a shape and no data", has_data=False
+            ),
+            "_rebuild_nested_tensor": lambda args: Opaque("nested tensor", "nested tensors are not supported"),
+            "_rebuild_wrapper_subclass": lambda args: Opaque(
+                "wrapper subclass", "the weights lie inside a tensor subclass that only its own code can unwrap"
+            ),
+        }
+        for name, reducer in utils.items():
+            table["torch._utils", name] = reducer
+        for module in ("torch._tensor", "torch.tensor"):
+            table[module, "_rebuild_from_type"] = self._from_type
+            table[module, "_rebuild_from_type_v2"] = self._from_type
+        table["torch.nn.parameter", "Parameter"] = self._parameter
+        table["torch.nn.parameter", "Buffer"] = self._parameter
+        table["torch.storage", "_load_from_bytes"] = lambda args: self._load_nested(_bytes(args[0]))
+        table["torch.serialization", "_get_layout"] = lambda args: Global("torch.layout", args[0])
+        table["torch", "Size"] = lambda args: TorchSize(_ints(args[0], "size"))
+        table["collections", "OrderedDict"] = _ordered_dict
+        table["collections", "defaultdict"] = lambda args: DictNode("defaultdict")
+        table["collections", "Counter"] = lambda args: _copy_dict("Counter", args)
+        table["_codecs", "encode"] = _encode
+        for builtins in ("builtins", "__builtin__"):
+            table[builtins, "dict"] = lambda args: _copy_dict("dict", args)
+            table[builtins, "list"] = lambda args: list(_items(args))
+            table[builtins, "tuple"] = lambda args: tuple(_items(args))
+            table[builtins, "set"] = lambda args: SetNode(list(_items(args)))
+            table[builtins, "frozenset"] = lambda args: SetNode(list(_items(args)), frozen=True)
+            table[builtins, "bytearray"] = lambda args: bytearray(_bytes(args[0])) if args else bytearray()
+            table[builtins, "complex"] = lambda args: complex(*args)
+        return table
+
+    # -- tensors -----------------------------------------------------------------------------
+
+    def tensor(
+        self,
+        typed: Any,
+        dtype: DType | None,
+        storage_offset: Any,
+        shape: Any,
+        stride: Any,
+        quantizer: tuple[Any, ...] | None = None,
+    ) -> TensorRef:
+        """A checked view.
+
+        Raises:
+            CorruptArchiveError: the view does not lie inside its storage.
+            LimitExceededError: an expanded view larger than `Limits.expanded_nbytes`.
+        """
+        if not isinstance(typed, TypedStorage):
+            raise ValueError("a tensor without a storage")
+        element = dtype or typed.dtype
+        sizes, strides = _ints(shape, "shape"), _ints(stride, "stride")
+        if len(sizes) != len(strides) or len(sizes) > MAX_DIMENSIONS:
+            raise ValueError(f"{len(sizes)} sizes and {len(strides)} strides")
+        if type(storage_offset) is not int or storage_offset < 0:
+            raise ValueError("storage offset")
+        self.tensors_built += 1
+        if self.tensors_built > self._limits.tensors:
+            raise LimitExceededError(f"more than {self._limits.tensors} tensors")
+        ref = TensorRef(
+            typed.storage, element, sizes, strides, storage_offset + typed.view_offset, quantizer
+        )
+        if ref.numel:
+            first, end = ref.span
+            if end > typed.storage.nbytes:
+                raise CorruptArchiveError(
+                    f"a {element.name} tensor of shape {list(sizes)}, stride {list(strides)} and offset "
+                    f"{storage_offset} reaches byte {end} of storage {typed.storage.key!r}, "
+                    f"which has {typed.storage.nbytes}"
+                )
+            if ref.nbytes > max(end - first, self._limits.expanded_nbytes):
+                raise LimitExceededError(
+                    f"a tensor of shape {list(sizes)} unfolds {end - first} stored bytes to {ref.nbytes}; "
+                    f"the limit is {self._limits.expanded_nbytes}"
+                )
+        return ref
+
+    def _tensor_v1(self, args: tuple[Any, ...]) -> TensorRef:
+        storage, offset, shape, stride = args[:4]
+        return self.tensor(storage, None, offset, shape, stride)
+
+    def _tensor_v3(self, args: tuple[Any, ...]) -> TensorRef:
+        storage, offset, shape, stride = args[:4]
+        return self.tensor(storage, _dtype_argument(args[6]), offset, shape, stride)
+
+    def _qtensor(self, args: tuple[Any, ...]) -> TensorRef:
+        storage, offset, shape, stride, params = args[:5]
+        if not isinstance(params, tuple) or not params or not isinstance(params[0], Global):
+            raise ValueError("quantizer parameters")
+        for value in params[1:]:
+            if type(value) not in (int, float) and not isinstance(value, TensorRef):
+                raise ValueError("quantizer parameters")
+        return self.tensor(storage, None, offset, shape, stride, (params[0].name, *params[1:]))
+
+    def _sparse(self, args: tuple[Any, ...]) -> SparseTensor:
+        layout, data = args[0], args[1]
+        if not isinstance(layout, Global) or not isinstance(data, tuple):
+            raise ValueError("sparse tensor arguments")
+        name = layout.name if layout.name.startswith("torch.") else f"torch.{layout.name}"
+        names = _SPARSE_PARTS.get(name)
+        if names is None:
+            raise ValueError(f"layout {name}")
+        parts = data[: len(names)]
+        if len(parts) != len(names) or not all(isinstance(part, TensorRef) for part in parts):
+            raise ValueError("sparse tensor parts")
+        shape = _ints(data[len(names)], "shape")
+        coalesced = data[len(names) + 1] if len(data) > len(names) + 1 else None
+        return SparseTensor(
+            name, tuple(zip(names, parts, strict=True)), shape, coalesced if isinstance(coalesced, bool) else None
+        )
+
+    def _from_numpy(self, args: tuple[Any, ...]) -> TensorRef:
+        array = args[0]
+        if not isinstance(array, NdArray):
+            raise ValueError("a device tensor without its array")
+        ref = self.array_as_tensor(array)
+        wanted = _dtype_argument(args[1]) if len(args) > 1 else ref.dtype
+        if wanted.name == "bfloat16" and ref.dtype.name == "float32":
+            raise ValueError("a bfloat16 device tensor stored as float32")
+        return ref
+
+    def array_as_tensor(self, array: NdArray) -> TensorRef:
+        """A numpy array as a tensor over bytes in memory.
+
+        Raises:
+            ValueError: an element type that torch has not.
+        """
+        order, code = array.dtype[0], array.dtype[1:]
+        names = {"b1": "bool", "?": "bool"}
+        letters = {"f": "float", "i": "int", "u": "uint", "c": "complex"}
+        name = names.get(code) or (letters.get(code[:1], "?") + str(8 * int(code[1:] or 0)))
+        dtype = dtype_by_name(name)
+        if dtype is None:
+            raise ValueError(f"numpy type {array.dtype}")
+        stride = dense_strides(array.shape)
+        if array.fortran:
+            stride = tuple(reversed(dense_strides(tuple(reversed(array.shape)))))
+        storage = Storage("numpy", len(array.data), InMemory(array.data), big_endian=order == ">")
+        return self.tensor(TypedStorage(storage, dtype), dtype, 0, array.shape, stride)
+
+    def _from_type(self, args: tuple[Any, ...]) -> Any:
+        # (function, type, arguments, state): the subclass falls away, the data stay
+        function, inner = args[0], args[2]
+        if isinstance(function, Global) and isinstance(inner, tuple):
+            reducer = self.reducers().get((function.module, function.name))
+            if reducer is not None:
+                return reducer(inner)
+        return Instance(function, inner)
+
+    def _parameter(self, args: tuple[Any, ...]) -> Any:
+        if args and isinstance(args[0], (TensorRef, SparseTensor, Opaque)):
+            return args[0]
+        return Instance(Global("torch.nn.parameter", "Parameter"), args)
+
+
+def _dtype_argument(value: Any) -> DType:
+    dtype = dtype_by_name(value.name) if isinstance(value, Global) and value.module == "torch" else None
+    if dtype is None:
+        raise ValueError(f"{value!r} is no element type")
+    return dtype
+
+
+def _ints(value: Any, what: str) -> tuple[int, ...]:
+    if type(value) is int and what == "shape":
+        return (value,)
+    if not isinstance(value, (tuple, list)):
+        raise ValueError(f"{what} is no tuple")
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in value):
+        raise CorruptArchiveError(f"{what} {str(list(value))[:200]} has a negative, too large or non-integer entry")
+    return tuple(value)
+
+
+def _items(args: tuple[Any, ...]) -> Any:
+    if not args:
+        return ()
+    value = args[0]
+    if isinstance(value, SetNode):
+        return value.items
+    if isinstance(value, (list, tuple)):
+        return value
+    raise ValueError("a container of something that is no sequence")
+
+
+def _bytes(value: Any) -> bytes:
+    if isinstance(value, str):
+        return value.encode("latin1")
+    if isinstance(value, (bytes, bytearray)):
+        return bytes(value)
+    raise ValueError("bytes expected")
+
+
+def _encode(args: tuple[Any, ...]) -> bytes:
+    # protocol 2 writes bytes as _codecs.encode(text, 'latin1') (CPython, Lib/pickle.py, save_bytes)
+    text, encoding = args[0], args[1] if len(args) > 1 else "latin1"
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise ValueError("_codecs.encode arguments")
+    return text.encode("latin1")
+
+
+def _ordered_dict(args: tuple[Any, ...]) -> DictNode:
+    return _copy_dict("OrderedDict", args)
+
+
+def _copy_dict(kind: str, args: tuple[Any, ...]) -> DictNode:
+    if not args:
+        return DictNode(kind)
+    value = args[0]
+    if isinstance(value, DictNode):
+        return DictNode(kind, list(value.pairs))
+    # Python 2 pickled an OrderedDict as a list of [key, value] lists
+    if isinstance(value, (list, tuple)) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in value):
+        return DictNode(kind, [(p[0], p[1]) for p in value])
+    raise ValueError(f"{kind} of something that is no mapping")

@@ -1,0 +1,279 @@
+"""Whether a pickle is harmless, by what it names. Nothing is ever run, whatever the verdict.
+
+`safe`: every global is in the table of known-good ones, whose meaning ptbin knows. `unknown`: there
+are others, a model's own classes say; they stay inert. `unsafe`: a name that can only be meant to run
+code or reach the system, or a construction that hides from parsers. The table of good names decides
+what may be *understood*; the table of bad ones only decides what is *refused by default*, so a name
+missing from it costs a refusal, never an execution.
+
+Sources: the allow list of torch/_weights_only_unpickler.py; bypass lists in the advisories of
+picklescan and modelscan; CPython's own module index for what reaches the system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ptbin.dtypes import BY_NAME, BY_STORAGE_CLASS
+from ptbin.nodes import Global, Instance
+from ptbin.reading.pickle_machine import PickleProgram
+
+__all__ = ["GlobalVerdict", "SafetyReport", "judge_global", "judge_programs"]
+
+Verdict = Literal["safe", "unknown", "unsafe"]
+
+# Python 2 names of builtins modules (CPython, Lib/_compat_pickle.py)
+_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "exceptions": "builtins", "commands": "subprocess"}
+
+_SAFE_NAMES: dict[str, frozenset[str]] = {
+    "builtins": frozenset(
+        "dict list tuple set frozenset int float complex bool str bytes bytearray slice range object long unicode".split()
+    ),
+    "collections": frozenset(["OrderedDict", "defaultdict", "Counter", "deque"]),
+    "copyreg": frozenset(["_reconstructor", "__newobj__"]),
+    "_codecs": frozenset(["encode"]),
+    "datetime": frozenset("datetime date time timedelta timezone".split()),
+    "decimal": frozenset(["Decimal"]),
+    "fractions": frozenset(["Fraction"]),
+    "uuid": frozenset(["UUID"]),
+    "pathlib": frozenset("Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath".split()),
+    "argparse": frozenset(["Namespace"]),
+    "types": frozenset(["SimpleNamespace"]),
+    "numpy": frozenset(["dtype", "ndarray"]),
+    "numpy.core.multiarray": frozenset(["_reconstruct", "scalar"]),
+    "numpy._core.multiarray": frozenset(["_reconstruct", "scalar"]),
+    "numpy.core.numeric": frozenset(["_frombuffer"]),
+    "numpy._core.numeric": frozenset(["_frombuffer"]),
+    "torch": frozenset(
+        [
+            *BY_NAME,
+            *BY_STORAGE_CLASS,
+            "Size",
+            "Tensor",
+            "device",
+            "per_tensor_affine",
+            "per_tensor_symmetric",
+            "per_channel_affine",
+            "per_channel_symmetric",
+            "per_channel_affine_float_qparams",
+            "FloatTensor",
+            "LongTensor",
+            "DoubleTensor",
+            "HalfTensor",
+            "ByteTensor",
+            "IntTensor",
+        ]
+    ),
+    "torch.cuda": frozenset(name for name in BY_STORAGE_CLASS),
+    "torch.storage": frozenset(["UntypedStorage", "_UntypedStorage", "TypedStorage", "_TypedStorage", "_load_from_bytes"]),
+    "torch.serialization": frozenset(["_get_layout"]),
+    "torch.layout": frozenset(["torch.strided", "torch.sparse_coo", "torch.sparse_csr"]),
+    "torch.nn.parameter": frozenset(["Parameter", "Buffer", "UninitializedParameter", "UninitializedBuffer"]),
+    "torch._tensor": frozenset(["_rebuild_from_type", "_rebuild_from_type_v2"]),
+    "torch.tensor": frozenset(["_rebuild_from_type", "_rebuild_from_type_v2"]),
+    "torch.nn.backends.thnn": frozenset(["_get_thnn_function_backend"]),
+    "torch._utils": frozenset(
+        [
+            "_rebuild_tensor",
+            "_rebuild_tensor_v2",
+            "_rebuild_tensor_v3",
+            "_rebuild_parameter",
+            "_rebuild_parameter_with_state",
+            "_rebuild_qtensor",
+            "_rebuild_sparse_tensor",
+            "_rebuild_sparse_csr_tensor",
+            "_rebuild_device_tensor_from_numpy",
+            "_rebuild_device_tensor_from_cpu_tensor",
+            "_rebuild_meta_tensor_no_storage",
+            "_rebuild_nested_tensor",
+            "_rebuild_wrapper_subclass",
+            "_rebuild_xla_tensor",
+        ]
+    ),
+}
+
+# A class under these packages, in CamelCase, is a layer or an optimizer of torch's own.
+_SAFE_CLASS_PACKAGES = ("torch.nn.modules.", "torch.optim.", "torch.nn.quantized.", "torch.ao.nn.", "torch.nn.qat.")
+
+_UNSAFE_BUILTINS = frozenset(
+    "eval exec execfile compile open file input raw_input __import__ breakpoint globals locals vars apply "
+    "setattr delattr help exit quit reload".split()
+)
+
+# Top-level modules whose every function is one way or another to run code or reach the system.
+_UNSAFE_MODULES = frozenset(
+    """
+    os posix nt ntpath posixpath sys subprocess _posixsubprocess pty shutil socket _socket socketserver ssl signal
+    ctypes _ctypes cffi mmap fcntl resource select selectors asyncio multiprocessing concurrent threading
+    importlib imp runpy pkgutil zipimport zipapp site sitecustomize usercustomize sysconfig code codeop pdb bdb
+    cProfile profile trace timeit doctest unittest pydoc pydoc_data webbrowser antigravity idlelib lib2to3 turtledemo
+    pip ensurepip venv setuptools distutils pkg_resources wheel
+    urllib urllib2 urllib3 requests http httplib httpx aiohttp ftplib smtplib telnetlib imaplib poplib nntplib
+    xmlrpc paramiko fabric pexpect psutil sh plumbum invoke
+    tempfile fileinput glob io _io _pyio shelve dbm sqlite3 pickle _pickle cPickle jsonpickle marshal
+    linecache inspect gc faulthandler tracemalloc platform getpass crypt pwd grp spwd readline rlcompleter
+    py_compile compileall symtable dis ast tokenize cgitb cgi wsgiref _osx_support _aix_support _pyrepl
+    winreg _winreg msilib nis syslog ossaudiodev tkinter turtle IPython ipykernel nbformat jupyter
+    """.split()
+)
+
+_UNSAFE_PATHS = (
+    "logging.config",
+    "logging.FileHandler",
+    "logging.handlers",
+    "functools.reduce",
+    "itertools.starmap",
+    "operator.attrgetter",
+    "operator.methodcaller",
+    "operator.itemgetter",
+    "_operator.attrgetter",
+    "_operator.methodcaller",
+    "_operator.itemgetter",
+    "types.CodeType",
+    "types.FunctionType",
+    "types.MethodType",
+    "types.LambdaType",
+    "types.ModuleType",
+    "torch.load",
+    "torch.save",
+    "torch.hub",
+    "torch.jit.load",
+    "torch.serialization.load",
+    "torch.utils.cpp_extension",
+    "torch.utils.model_zoo",
+    "torch.utils.bottleneck",
+    "torch.utils.collect_env",
+    "torch.utils._config_module",
+    "torch.utils.data.datapipes.utils.decoder",
+    "torch._inductor",
+    "torch._dynamo.guards",
+    "torch._dynamo.utils",
+    "torch.distributed.rpc",
+    "torch.distributed.launcher",
+    "torch.distributed.run",
+    "torch.fx.experimental.symbolic_shapes.ShapeEnv.evaluate_guards_expression",
+    "torch.package",
+    "torch.cuda._dynamic",
+    "torch.ops",
+    "torch.classes",
+    "torch.testing",
+    "torch._C",
+    "numpy.load",
+    "numpy.fromfile",
+    "numpy.memmap",
+    "numpy.testing",
+    "numpy.f2py",
+    "numpy.distutils",
+    "numpy.ctypeslib",
+    "numpy.lib.npyio",
+    "numpy.lib._npyio_impl",
+    "numpy.savetxt",
+    "numpy.DataSource",
+    "joblib.load",
+    "joblib.numpy_pickle",
+    "pandas.read_pickle",
+    "pandas.io",
+    "cloudpickle.loads",
+    "cloudpickle.load",
+    "dill.loads",
+    "dill.load",
+    "dill._dill.loads",
+    "copyreg.extension",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "uuid._get_command_stdout",
+    "uuid._popen",
+)
+
+_UNSAFE_PARTS = frozenset(
+    "__globals__ __builtins__ __import__ __subclasses__ __bases__ __mro__ __code__ __class__ __dict__ "
+    "__getattribute__ __reduce__ __reduce_ex__ __loader__ __spec__ system popen".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalVerdict:
+    module: str
+    name: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class SafetyReport:
+    """Verdict over all pickles of one checkpoint, with what led to it."""
+
+    verdict: Verdict
+    globals: tuple[GlobalVerdict, ...]
+    findings: tuple[str, ...]
+
+    def to_json(self) -> list[dict[str, str]]:
+        return [{"module": g.module, "name": g.name, "verdict": g.verdict} for g in self.globals]
+
+
+def judge_global(module: str, name: str) -> Verdict:
+    """The verdict on one global."""
+    top, _, rest = module.partition(".")
+    normal = _RENAMED.get(top, top) + (f".{rest}" if rest else "")
+    if name in _SAFE_NAMES.get(normal, ()):
+        return "safe"
+    if normal == "builtins":
+        if name in ("getattr", "hasattr", "type", "super", "property", "print", "map", "filter", "zip"):
+            return "unknown"  # judged by their arguments, see `_judge_call`
+        return "unsafe" if name in _UNSAFE_BUILTINS or "." in name else "unknown"
+    path = f"{normal}.{name}"
+    if path in ("io.BytesIO", "_io.BytesIO", "io.StringIO", "_io.StringIO"):
+        return "unknown"  # buffers in memory; some layers keep their extra state in one
+    if normal.split(".")[0] in _UNSAFE_MODULES:
+        return "unsafe"
+    if any(path == bad or path.startswith(f"{bad}.") or path.startswith(f"{bad}:") for bad in _UNSAFE_PATHS):
+        return "unsafe"
+    # Protocol 4 lets a name walk attributes ("nn.modules.os.system"): every step counts.
+    steps = [*normal.split(".")[1:], *name.split(".")]
+    if any(step in _UNSAFE_PARTS for step in steps) or ("." in name and any(s in _UNSAFE_MODULES for s in name.split("."))):
+        return "unsafe"
+    if module.startswith("__torch__"):
+        return "safe"  # TorchScript's own namespace, resolved inside the archive and never imported
+    last = name.rsplit(".", 1)[-1]
+    if path.startswith(_SAFE_CLASS_PACKAGES) and last[:1].isupper():
+        return "safe"
+    return "unknown"
+
+
+def _judge_call(callee: Any, args: Any) -> str | None:
+    """What is wrong with a call no reducer explains; None when nothing is."""
+    if isinstance(callee, Instance) and callee.class_path == "functools.partial":
+        return None  # how protocol 2 writes constructors with keyword arguments (CPython, Lib/pickle.py)
+    if not isinstance(callee, Global):
+        return f"a call of a value ({type(callee).__name__}) instead of a name"
+    if _RENAMED.get(callee.module, callee.module) == "builtins" and callee.name == "getattr":
+        target, name = (args[0], args[1]) if isinstance(args, tuple) and len(args) >= 2 else (None, None)
+        if not isinstance(name, str) or name.startswith("_") or name in _UNSAFE_PARTS:
+            return "getattr of a private or computed name"
+        if isinstance(target, Global) and judge_global(target.module, target.name) == "unsafe":
+            return f"getattr on {target.path}"
+    return None
+
+
+def judge_programs(programs: Iterable[PickleProgram]) -> SafetyReport:
+    """One verdict for all pickles of a checkpoint."""
+    verdicts: dict[tuple[str, str], GlobalVerdict] = {}
+    findings: list[str] = []
+    for program in programs:
+        for module, name in program.globals:
+            verdict = judge_global(module, name)
+            if (module, name) not in verdicts:
+                verdicts[module, name] = GlobalVerdict(module, name, verdict)
+                if verdict == "unsafe":
+                    findings.append(f"names {module}.{name}")
+        findings.extend(program.oddities)
+        for callee, args in program.calls:
+            found = _judge_call(callee, args)
+            if found is not None and found not in findings:
+                findings.append(found)
+    ordered = tuple(verdicts.values())
+    if findings:
+        return SafetyReport("unsafe", ordered, tuple(findings))
+    overall: Verdict = "unknown" if any(g.verdict != "safe" for g in ordered) else "safe"
+    return SafetyReport(overall, ordered, ())

@@ -1,0 +1,128 @@
+"""A planned output file, as a list of pieces; the value that planning hands to splicing.
+
+Every output is a sequence of literal bytes, source byte ranges and computed streams. A CRC-32 that is
+not known when the plan is made (the source stores none, or the bytes change on the way) gets a *slot*:
+the splice fills it while the bytes pass, and `Late` pieces, which have a known length, are built from
+the slots. Pure data: sizes and offsets in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ptbin.tensors import ByteRange, Deflated, InMemory
+
+__all__ = ["Computed", "Copy", "Gather", "Late", "Literal", "Piece", "Plan", "Recipe", "RecordLayout", "Slice", "Swap"]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """`nbytes` from `offset` on of a stored place (deflated ones are inflated on the way)."""
+
+    place: ByteRange | Deflated | InMemory
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """The elements of a strided view in storage order (largest stride outermost), densely.
+
+    `shape` and `stride` are in elements, sorted by falling stride; `offset` is the first byte inside
+    the place. Reading goes forward only.
+    """
+
+    place: ByteRange | InMemory
+    offset: int
+    itemsize: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        total = self.itemsize
+        for n in self.shape:
+            total *= n
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """Another recipe's bytes with the order of every `width` bytes reversed."""
+
+    inner: Slice | Gather
+    width: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
+
+Recipe = Slice | Gather | Swap
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    data: bytes = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A source range, untouched. Where `crc32` is None, `slot` receives it."""
+
+    offset: int
+    nbytes: int
+    crc32: int | None = None
+    slot: int | None = None
+    what: str = "range"
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Bytes that a recipe produces; `slot` receives their CRC-32."""
+
+    recipe: Recipe
+    slot: int
+    what: str = "stream"
+
+    @property
+    def nbytes(self) -> int:
+        return self.recipe.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Late:
+    """Bytes of known length that depend on slots."""
+
+    nbytes: int
+    build: Callable[[Mapping[int, int]], bytes]
+
+
+Piece = Literal | Copy | Computed | Late
+
+
+@dataclass(frozen=True, slots=True)
+class RecordLayout:
+    """Where one storage comes to lie in the output."""
+
+    key: str
+    offset: int
+    nbytes: int
+    crc32: int | None
+    slot: int | None
+    source_checked: bool
+    """False where the source's CRC-32 covers bytes that are not read (a small view of a large storage)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    pieces: tuple[Piece, ...]
+    size: int
+    records: tuple[RecordLayout, ...]
+    prechecks: tuple[ByteRange, ...] = ()
+    """Ranges whose stored CRC-32 must be confirmed by reading them whole before splicing."""

@@ -1,0 +1,159 @@
+"""Carry a plan out.
+
+Between two local files the kernel moves whole runs of records (`copy_file_range`) and no weight passes
+through this process. Everywhere else the source ranges are streamed in order, a few MiB at a time;
+there the CRC-32s that the source states are checked as the bytes pass. In both cases the result states
+the CRC-32 that the whole output must have, combined from those of its parts.
+
+Promises: the writer receives exactly the plan's bytes or an error is raised; commits nothing itself.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ptbin.crc32 import combine_crc32
+from ptbin.errors import ChecksumMismatchError
+from ptbin.segments import Computed, Copy, Late, Literal, Piece, Plan
+from ptbin.splice.coalesce import coalesce
+from ptbin.splice.recipes import iter_recipe
+from ptbin.tensors import ByteRange
+
+if TYPE_CHECKING:
+    from ptbin.stores import RangeReader, Writer
+
+__all__ = ["SpliceResult", "splice"]
+
+STREAM_CHUNK_NBYTES = 8 << 20
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SpliceResult:
+    """What the output must be.
+
+    Attributes:
+        crcs: CRC-32 by slot.
+        crc32: CRC-32 of the whole output.
+        moved_by_kernel: bytes that never entered this process.
+    """
+
+    crcs: dict[int, int]
+    crc32: int
+    moved_by_kernel: int
+
+
+def splice(plan: Plan, reader: RangeReader, writer: Writer, progress: Progress | None = None) -> SpliceResult:
+    """Write the plan's bytes.
+
+    Raises:
+        ChecksumMismatchError: source bytes whose CRC-32 is not the stored one.
+        SourceChangedError, StorageError: from the stores.
+    """
+    report = progress or _ignore
+    for place in plan.prechecks:
+        _precheck(place, reader)
+    local = reader.fileno() is not None
+    pieces = coalesce(plan.pieces, reader) if local else list(plan.pieces)
+    crcs: dict[int, int] = {}
+    moved = 0
+    streams = _Streams(pieces, reader, local=local)
+    for piece in pieces:
+        if isinstance(piece, Literal):
+            writer.write(piece.data)
+        elif isinstance(piece, Late):
+            data = piece.build(crcs)
+            assert len(data) == piece.nbytes
+            writer.write(data)
+        elif isinstance(piece, Computed):
+            crcs[piece.slot] = _stream(iter_recipe(piece.recipe, reader), piece, writer, report)
+            continue
+        elif local and piece.slot is None and writer.copy_from(reader, piece.offset, piece.nbytes):
+            moved += piece.nbytes
+        else:
+            crc = _stream(streams.of(piece), piece, writer, report)
+            _accept(piece, crc, crcs, reader.uri)
+            continue
+        report(piece.nbytes)
+    return SpliceResult(crcs, _whole_crc32(plan, crcs), moved)
+
+
+def _ignore(nbytes: int) -> None:
+    del nbytes
+
+
+def _stream(stream: Iterator[bytes], piece: Copy | Computed, writer: Writer, report: Progress) -> int:
+    crc = 0
+    total = 0
+    for chunk in stream:
+        crc = zlib.crc32(chunk, crc)
+        writer.write(chunk)
+        total += len(chunk)
+        report(len(chunk))
+    assert total == piece.nbytes, f"{piece.what}: {total} bytes instead of {piece.nbytes}"
+    return crc
+
+
+def _accept(piece: Copy, crc: int, crcs: dict[int, int], uri: str) -> None:
+    if piece.crc32 is not None and crc != piece.crc32:
+        raise ChecksumMismatchError(
+            f"{uri}: {piece.what} has CRC-32 {crc:08x}, the archive states {piece.crc32:08x}; "
+            "the file was damaged after it was written"
+        )
+    if piece.slot is not None:
+        crcs[piece.slot] = crc
+
+
+class _Streams:
+    """The copies of a plan as streams; remote ones share one pass over the source and its read-ahead."""
+
+    def __init__(self, pieces: list[Piece], reader: RangeReader, *, local: bool) -> None:
+        self._reader = reader
+        self._pending: Iterator[tuple[int, bytes]] | None = None
+        self._next = 0
+        if not local:
+            ranges = [(p.offset, p.nbytes) for p in pieces if isinstance(p, Copy)]
+            self._pending = reader.iter_ranges(ranges)
+
+    def of(self, piece: Copy) -> Iterator[bytes]:
+        if self._pending is None:
+            yield from self._reader.iter_range(piece.offset, piece.nbytes, chunk_nbytes=STREAM_CHUNK_NBYTES)
+            return
+        index = self._next
+        self._next += 1
+        left = piece.nbytes
+        while left:
+            owner, chunk = next(self._pending)
+            assert owner == index
+            left -= len(chunk)
+            yield chunk
+
+
+def _precheck(place: ByteRange, reader: RangeReader) -> None:
+    crc = 0
+    for chunk in reader.iter_range(place.offset, place.nbytes):
+        crc = zlib.crc32(chunk, crc)
+    if crc != place.crc32:
+        raise ChecksumMismatchError(
+            f"{reader.uri}: {place.member} has CRC-32 {crc:08x}, the archive states {place.crc32:08x}"
+        )
+
+
+def _whole_crc32(plan: Plan, crcs: dict[int, int]) -> int:
+    total = 0
+    for piece in plan.pieces:
+        if isinstance(piece, Literal):
+            total = zlib.crc32(piece.data, total)
+        elif isinstance(piece, Late):
+            total = zlib.crc32(piece.build(crcs), total)
+        else:
+            crc = piece.crc32 if isinstance(piece, Copy) and piece.crc32 is not None else None
+            if crc is None:
+                assert piece.slot is not None
+                crc = crcs[piece.slot]
+            total = combine_crc32(total, crc, piece.nbytes)
+    return total

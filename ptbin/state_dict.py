@@ -1,0 +1,87 @@
+"""The value a selection ends in: names, values, and what stays behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ptbin.tensors import SparseTensor, Storage, TensorRef
+
+__all__ = ["LeftOut", "StateDict", "tensors_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Something of the source that does not go along: where, how many bytes, why."""
+
+    path: str
+    nbytes: int
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"path": self.path, "nbytes": self.nbytes, "reason": self.reason}
+
+
+@dataclass(slots=True)
+class StateDict:
+    """Names to values, in order.
+
+    Attributes:
+        path: where in the checkpoint, as `--select` takes it (`.` for the top).
+        kind: `mapping`, `module` or `torchscript`.
+        mapping_kind: class of the mapping to write (`dict` or `OrderedDict`).
+        entries: (name, value); values are `TensorRef`s, `SparseTensor`s, plain values, or other
+            records until `selection.keep_writable` has sorted them out.
+        metadata: the mapping torch keeps as `_metadata`, if any.
+        source_names: output name to the name in the source, where they differ.
+    """
+
+    path: str
+    kind: str
+    mapping_kind: str
+    entries: list[tuple[str, Any]]
+    metadata: Any
+    left_out: list[LeftOut] = field(default_factory=list)
+    source_names: dict[str, str] = field(default_factory=dict)
+
+
+def tensors_of(name: str, value: Any) -> list[tuple[str, TensorRef]]:
+    """The plain tensors inside one value, named as manifests name them.
+
+    A tensor is itself; the parts of a sparse tensor are `name#indices`, `name#values`; scales of a
+    per-channel quantized tensor `name#scales`, `name#zero_points`; tensors inside a plain container
+    (an `_extra_state`, say) `name.key`.
+    """
+    from ptbin.nodes import DictNode
+
+    found: list[tuple[str, TensorRef]] = []
+    seen: set[int] = set()
+    stack: list[tuple[str, Any]] = [(name, value)]
+    while stack:
+        label, node = stack.pop()
+        if isinstance(node, TensorRef):
+            found.append((label, node))
+            if node.quantizer is not None:
+                parts = [p for p in node.quantizer if isinstance(p, TensorRef)]
+                found.extend((f"{label}#{part}", p) for part, p in zip(("scales", "zero_points"), parts, strict=False))
+        elif isinstance(node, SparseTensor):
+            found.extend((f"{label}#{part}", tensor) for part, tensor in node.parts)
+        elif isinstance(node, (DictNode, list, tuple)):
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
+            if isinstance(node, DictNode):
+                items = [(f"{label}.{key if isinstance(key, (str, int)) else '?'}", v) for key, v in node.pairs]
+            else:
+                items = [(f"{label}.{index}", v) for index, v in enumerate(node)]
+            stack.extend(reversed(items))
+    return found
+
+
+def storages_of(entries: list[tuple[str, Any]]) -> dict[int, Storage]:
+    """Every storage the entries view, by identity."""
+    found: dict[int, Storage] = {}
+    for name, value in entries:
+        for _, tensor in tensors_of(name, value):
+            found[id(tensor.storage)] = tensor.storage
+    return found

@@ -1,0 +1,166 @@
+"""Where weights lie, as values: the one language that reading, writing and proving share.
+
+A `TensorRef` says how elements are laid out in a `Storage`; a `Storage` says where its bytes are.
+Nothing here opens anything. Offsets and sizes are bytes unless the name says elements.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from ptbin.dtypes import DType
+
+__all__ = ["ByteRange", "Deflated", "InMemory", "SparseTensor", "Storage", "TensorRef", "dense_strides"]
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """`nbytes` bytes of the source from `offset` on, as they are; both exact.
+
+    Attributes:
+        crc32: CRC-32 that the container states for exactly these bytes, or None where it states none.
+        record_offset: where the zip local header of this record begins; None outside zip archives.
+        member: name of the zip member, for messages.
+        closed: the directory alone fixes where the data lie (see `reading.zip_directory`).
+    """
+
+    offset: int
+    nbytes: int
+    crc32: int | None = None
+    record_offset: int | None = None
+    member: str | None = None
+    closed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Deflated:
+    """A deflated zip member: `compressed_nbytes` at `offset` that inflate to `nbytes`."""
+
+    offset: int
+    compressed_nbytes: int
+    nbytes: int
+    crc32: int | None
+    member: str
+
+
+@dataclass(frozen=True, slots=True)
+class InMemory:
+    """Bytes that the pickle itself carried (numpy arrays, nested `torch.save`)."""
+
+    data: bytes = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+
+@dataclass(eq=False, slots=True)
+class Storage:
+    """A run of bytes that tensors view. Identity is meaning: two tensors tied share one `Storage`.
+
+    Attributes:
+        key: name inside the container (`data/<key>`).
+        nbytes: size that the pickle states.
+        place: where the bytes are; None until the container's index has been read to the end.
+        big_endian: the bytes are in the other order and must be swapped by the element's width.
+    """
+
+    key: str
+    nbytes: int
+    place: ByteRange | Deflated | InMemory | None = None
+    big_endian: bool = False
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TensorRef:
+    """A strided view: shape and stride in elements, `storage_offset` in elements.
+
+    Attributes:
+        quantizer: arguments of `torch._utils._rebuild_qtensor` (scheme name, scale or scales, zero
+            point or points, axis), tensors among them as `TensorRef`; None for plain tensors.
+    """
+
+    storage: Storage
+    dtype: DType
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    storage_offset: int = 0
+    quantizer: tuple[Any, ...] | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the logical, contiguous tensor."""
+        return self.dtype.nbytes_of(self.numel)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First byte and end of the part of the storage that the view touches."""
+        if self.numel == 0:
+            return (0, 0)
+        last = self.storage_offset + sum(
+            (n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)
+        )
+        first = self.storage_offset // self.dtype.per_unit * self.dtype.itemsize
+        return (first, self.dtype.nbytes_of(last + 1))
+
+    @property
+    def contiguous(self) -> bool:
+        expected = 1
+        for n, s in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if n != 1 and s != expected:
+                return self.numel == 0
+            expected *= n
+        return True
+
+    @property
+    def dense(self) -> bool:
+        """Every byte of the span is viewed, broadcast (stride 0) dimensions aside."""
+        if self.numel == 0:
+            return True
+        expected = 1
+        for s, n in sorted((s, n) for n, s in zip(self.shape, self.stride, strict=True) if n != 1 and s != 0):
+            if s != expected:
+                return False
+            expected *= n
+        return True
+
+    @property
+    def expanded(self) -> bool:
+        return any(s == 0 and n > 1 for n, s in zip(self.shape, self.stride, strict=True))
+
+    def layout_key(self) -> tuple[Any, ...]:
+        """Equal for views that show the same elements in the same order."""
+        return (id(self.storage), self.dtype.name, self.shape, self.stride, self.storage_offset)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SparseTensor:
+    """A sparse tensor, kept in parts.
+
+    Attributes:
+        layout: `torch.sparse_coo`, `torch.sparse_csr`, ...
+        parts: (part name, tensor): indices and values, in the order `_rebuild_sparse_tensor` takes them.
+        shape: logical shape, elements.
+        coalesced: COO only; None where the file does not say.
+    """
+
+    layout: str
+    parts: tuple[tuple[str, TensorRef], ...]
+    shape: tuple[int, ...]
+    coalesced: bool | None = None
+
+
+def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a contiguous tensor of this shape."""
+    strides = []
+    step = 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))

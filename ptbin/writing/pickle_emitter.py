@@ -1,0 +1,251 @@
+"""A protocol 2 pickle of a state dict, written from scratch.
+
+Emits only what `torch.load(weights_only=True)` reads (torch/_weights_only_unpickler.py, 2.13): plain
+containers and values, `OrderedDict`, and torch's rebuild functions over persistent storage ids. Not one
+byte of the source's pickle goes along. Deterministic: the same records give the same bytes.
+
+Protocol 2, because `weights_only=True` refuses protocol 4 (pytorch/pytorch#118092).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from ptbin.nodes import DictNode, Global, Instance, SetNode, TorchSize
+from ptbin.tensors import SparseTensor, TensorRef
+from ptbin.writing.storages import OutputTensor
+
+__all__ = ["emit_state_dict"]
+
+BATCH = 1000  # as CPython's pickler (Lib/pickle.py, _BATCHSIZE)
+
+
+def emit_state_dict(
+    entries: list[tuple[str, Any]],
+    *,
+    mapping_kind: str,
+    metadata: DictNode | None,
+    locate: Callable[[TensorRef], OutputTensor],
+) -> bytes:
+    """The pickle of the mapping `entries`, its tensors placed by `locate`."""
+    emitter = _Emitter(locate)
+    emitter.emit_mapping(mapping_kind, list(entries), {"_metadata": metadata} if metadata is not None else None)
+    return emitter.finish()
+
+
+class _Emitter:
+    def __init__(self, locate: Callable[[TensorRef], OutputTensor]) -> None:
+        self._out: list[bytes] = [b"\x80\x02"]
+        self._memo: dict[Any, int] = {}
+        self._keep: list[Any] = []
+        self._locate = locate
+
+    def finish(self) -> bytes:
+        self._out.append(b".")
+        return b"".join(self._out)
+
+    # -- memo --------------------------------------------------------------------------------
+
+    def _known(self, key: Any) -> bool:
+        index = self._memo.get(key)
+        if index is None:
+            return False
+        self._out.append(b"h" + bytes([index]) if index < 256 else b"j" + struct.pack("<I", index))
+        return True
+
+    def _remember(self, key: Any) -> None:
+        index = len(self._memo)
+        self._memo[key] = index
+        self._out.append(b"q" + bytes([index]) if index < 256 else b"r" + struct.pack("<I", index))
+
+    # -- values ------------------------------------------------------------------------------
+
+    def text(self, value: str) -> None:
+        if self._known(("str", value)):
+            return
+        raw = value.encode("utf-8", "surrogatepass")
+        self._out.append(b"X" + struct.pack("<I", len(raw)) + raw)
+        self._remember(("str", value))
+
+    def name(self, module: str, name: str) -> None:
+        if self._known(("global", module, name)):
+            return
+        self._out.append(f"c{module}\n{name}\n".encode())
+        self._remember(("global", module, name))
+
+    def number(self, value: int) -> None:
+        if 0 <= value < 256:
+            self._out.append(b"K" + bytes([value]))
+        elif 0 <= value < 65536:
+            self._out.append(b"M" + struct.pack("<H", value))
+        elif -(1 << 31) <= value < 1 << 31:
+            self._out.append(b"J" + struct.pack("<i", value))
+        else:
+            raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+            self._out.append(b"\x8a" + bytes([len(raw)]) + raw)
+
+    def tuple_of(self, count: int, emit: Callable[[], None]) -> None:
+        if count == 0:
+            self._out.append(b")")
+        elif count <= 3:
+            emit()
+            self._out.append((b"\x85", b"\x86", b"\x87")[count - 1])
+        else:
+            self._out.append(b"(")
+            emit()
+            self._out.append(b"t")
+
+    def numbers(self, values: tuple[int, ...]) -> None:
+        self.tuple_of(len(values), lambda: [self.number(v) for v in values] and None)
+
+    def call(self, module: str, name: str, count: int, emit_args: Callable[[], None]) -> None:
+        self.name(module, name)
+        self.tuple_of(count, emit_args)
+        self._out.append(b"R")
+
+    def value(self, value: Any) -> None:
+        if value is None:
+            self._out.append(b"N")
+        elif isinstance(value, bool):
+            self._out.append(b"\x88" if value else b"\x89")
+        elif isinstance(value, int):
+            self.number(value)
+        elif isinstance(value, float):
+            self._out.append(b"G" + struct.pack(">d", value))
+        elif isinstance(value, str):
+            self.text(value)
+        elif isinstance(value, TensorRef):
+            self.tensor(value)
+        elif isinstance(value, SparseTensor):
+            self.sparse(value)
+        elif isinstance(value, complex):
+            parts = (value.real, value.imag)
+            self.call("__builtin__", "complex", 2, lambda: [self.value(p) for p in parts] and None)
+        elif isinstance(value, bytes):
+            self.raw_bytes(value)
+        elif isinstance(value, bytearray):
+            self.call("__builtin__", "bytearray", 1, lambda: self.raw_bytes(bytes(value)))
+        elif isinstance(value, Global):
+            self.name(value.module, value.name)
+        elif isinstance(value, Instance):  # torch.device, the only one `keep_writable` lets pass
+            self.call("torch", "device", len(value.args), lambda: [self.value(a) for a in value.args] and None)
+        else:
+            self.container(value)
+
+    def raw_bytes(self, value: bytes) -> None:
+        def args() -> None:
+            self.text(value.decode("latin1"))
+            self.text("latin1")
+
+        self.call("_codecs", "encode", 2, args)
+
+    def container(self, value: Any) -> None:
+        if self._known(("id", id(value))):
+            return
+        self._keep.append(value)  # an id stays unique only while its object lives
+        if isinstance(value, TorchSize):
+            self.call("torch", "Size", 1, lambda: self.numbers(tuple(value)))
+        elif isinstance(value, tuple):
+            self.tuple_of(len(value), lambda: [self.value(v) for v in value] and None)
+        elif isinstance(value, list):
+            self.list_of(value)
+        elif isinstance(value, SetNode):
+            self.call("__builtin__", "set", 1, lambda: self.list_of(value.items))
+        else:
+            assert isinstance(value, DictNode)
+            self.emit_mapping(value.kind, value.pairs, None)
+        self._remember(("id", id(value)))
+
+    def list_of(self, items: list[Any]) -> None:
+        self._out.append(b"]")
+        for start in range(0, len(items), BATCH):
+            self._out.append(b"(")
+            for item in items[start : start + BATCH]:
+                self.value(item)
+            self._out.append(b"e")
+
+    def emit_mapping(self, kind: str, pairs: list[tuple[Any, Any]], state: dict[str, Any] | None) -> None:
+        if kind == "OrderedDict":
+            self.call("collections", "OrderedDict", 0, lambda: None)
+        else:
+            self._out.append(b"}")
+        for start in range(0, len(pairs), BATCH):
+            self._out.append(b"(")
+            for key, value in pairs[start : start + BATCH]:
+                self.value(key)
+                self.value(value)
+            self._out.append(b"u")
+        if state is not None and kind == "OrderedDict":
+            self._out.append(b"}")
+            for key, value in state.items():
+                self.text(key)
+                self.value(value)
+                self._out.append(b"s")
+            self._out.append(b"b")
+
+    # -- tensors -----------------------------------------------------------------------------
+
+    def storage(self, placed: OutputTensor, tensor: TensorRef) -> None:
+        """Persistent id ('storage', class, key, 'cpu', element count); the location is always the CPU."""
+
+        def fields() -> None:
+            self.text("storage")
+            if tensor.dtype.storage_class is None:
+                self.name("torch.storage", "UntypedStorage")
+                count = placed.storage.nbytes
+            else:
+                self.name("torch", tensor.dtype.storage_class)
+                count = placed.storage.nbytes // tensor.dtype.itemsize
+            self.text(placed.storage.key)
+            self.text("cpu")
+            self.number(count)
+
+        self.tuple_of(5, fields)
+        self._out.append(b"Q")
+
+    def tensor(self, tensor: TensorRef) -> None:
+        placed = self._locate(tensor)
+        untyped = tensor.dtype.storage_class is None
+        function = "_rebuild_tensor_v3" if untyped else "_rebuild_tensor_v2"
+        if tensor.quantizer is not None:
+            function = "_rebuild_qtensor"
+
+        def fields() -> None:
+            self.storage(placed, tensor)
+            self.number(placed.storage_offset)
+            self.numbers(tensor.shape)
+            self.numbers(placed.stride)
+            if tensor.quantizer is not None:
+                self.quantizer(tensor.quantizer)
+            self._out.append(b"\x89")  # requires_grad
+            self.call("collections", "OrderedDict", 0, lambda: None)  # backward hooks
+            if untyped:
+                self.name("torch", tensor.dtype.name)
+
+        self.call("torch._utils", function, 7 if untyped or tensor.quantizer is not None else 6, fields)
+
+    def quantizer(self, params: tuple[Any, ...]) -> None:
+        def fields() -> None:
+            self.name("torch", params[0])
+            for value in params[1:]:
+                self.value(value)
+
+        self.tuple_of(len(params), fields)
+
+    def sparse(self, tensor: SparseTensor) -> None:
+        extra = tensor.layout == "torch.sparse_coo" and tensor.coalesced is not None
+
+        def data() -> None:
+            for _, part in tensor.parts:
+                self.tensor(part)
+            self.call("torch", "Size", 1, lambda: self.numbers(tensor.shape))
+            if extra:
+                self.value(tensor.coalesced)
+
+        def fields() -> None:
+            self.call("torch.serialization", "_get_layout", 1, lambda: self.text(tensor.layout))
+            self.tuple_of(len(tensor.parts) + 1 + int(extra), data)
+
+        self.call("torch._utils", "_rebuild_sparse_tensor", 2, fields)

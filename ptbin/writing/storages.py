@@ -1,0 +1,178 @@
+"""Which bytes of each source storage the output keeps, and how its tensors then view them.
+
+Pure. A storage that its tensors view wholly is taken as it is. Of one that they view in part only the
+viewed bytes go along: overlapping views stay together (ties and shared memory survive), dense ones
+keep their strides, gappy ones are gathered in storage order. No tensor changes its shape, its values
+or, where it was dense, its stride.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ptbin.errors import UnsupportedTensorError
+from ptbin.segments import Gather, Recipe, Slice, Swap
+from ptbin.tensors import ByteRange, Deflated, InMemory, Storage, TensorRef
+
+__all__ = ["OutputStorage", "OutputTensor", "plan_storages"]
+
+
+@dataclass(eq=False, slots=True)
+class OutputStorage:
+    """One record of the output.
+
+    Attributes:
+        recipe: how its bytes come about.
+        whole: the recipe is the source's record from end to end, unchanged.
+        source: the storage it is taken from.
+    """
+
+    key: str
+    nbytes: int
+    recipe: Recipe
+    whole: bool
+    source: Storage
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A view into an output storage; units as in `TensorRef`."""
+
+    storage: OutputStorage
+    stride: tuple[int, ...]
+    storage_offset: int
+
+
+def plan_storages(
+    tensors: list[TensorRef], *, keep_keys: bool
+) -> tuple[list[OutputStorage], dict[tuple[object, ...], OutputTensor]]:
+    """Output storages, in source order, and for each view (`TensorRef.layout_key`) where it then lies.
+
+    Args:
+        keep_keys: keep the source's storage keys (zip sources); otherwise number from 0.
+
+    Raises:
+        UnsupportedTensorError: a big-endian storage seen through element types of different width.
+    """
+    groups: dict[int, list[TensorRef]] = {}
+    for tensor in tensors:
+        groups.setdefault(id(tensor.storage), []).append(tensor)
+    outputs: list[OutputStorage] = []
+    views: dict[tuple[object, ...], OutputTensor] = {}
+    for group in groups.values():
+        for cluster in _clusters(_distinct(group)):
+            outputs.append(_plan_cluster(cluster, views))
+    outputs.sort(key=_source_order)
+    _name(outputs, keep_keys=keep_keys)
+    return outputs, views
+
+
+def _distinct(group: list[TensorRef]) -> list[TensorRef]:
+    return list({tensor.layout_key(): tensor for tensor in group}.values())
+
+
+def _clusters(views: list[TensorRef]) -> list[list[TensorRef]]:
+    """Views of one storage, together where their spans overlap or together cover the storage."""
+    storage = views[0].storage
+    ordered = sorted(views, key=lambda t: t.span)
+    end = 0
+    covered = all(t.dense for t in ordered)
+    for tensor in ordered:
+        if tensor.span[0] > end:
+            covered = False
+        end = max(end, tensor.span[1])
+    if covered and end == storage.nbytes:
+        return [ordered]
+    clusters: list[list[TensorRef]] = []
+    end = -1
+    for tensor in ordered:
+        if clusters and tensor.span[0] < end:
+            clusters[-1].append(tensor)
+        else:
+            clusters.append([tensor])
+        end = max(end, tensor.span[1])
+    return [part for cluster in clusters for part in _without_gaps(cluster)]
+
+
+def _without_gaps(cluster: list[TensorRef]) -> list[list[TensorRef]]:
+    """The cluster, or each view by itself where they interlace and leave bytes that nobody views."""
+    if len(cluster) == 1 or all(t.dense for t in cluster) or isinstance(cluster[0].storage.place, Deflated):
+        return [cluster]
+    span = max(t.span[1] for t in cluster) - min(t.span[0] for t in cluster)
+    return [cluster] if sum(t.nbytes for t in cluster) >= span else [[t] for t in cluster]
+
+
+def _plan_cluster(cluster: list[TensorRef], views: dict[tuple[object, ...], OutputTensor]) -> OutputStorage:
+    storage = cluster[0].storage
+    first = min(t.span[0] for t in cluster)
+    end = max(t.span[1] for t in cluster)
+    place = storage.place
+    assert place is not None
+    if isinstance(place, Deflated) or all(t.dense for t in cluster) or len(cluster) > 1:
+        recipe: Recipe = Slice(place, first, end - first)
+        output = OutputStorage("", end - first, recipe, end - first == storage.nbytes, storage)
+        for tensor in cluster:
+            moved = tensor.storage_offset - first // tensor.dtype.itemsize * tensor.dtype.per_unit
+            views[tensor.layout_key()] = OutputTensor(output, tensor.stride, moved if tensor.numel else 0)
+    else:
+        output = _gathered(cluster[0], place, views)
+    _swap(output, cluster)
+    return output
+
+
+def _gathered(
+    tensor: TensorRef, place: ByteRange | InMemory, views: dict[tuple[object, ...], OutputTensor]
+) -> OutputStorage:
+    """A gappy view, packed; broadcast dimensions are stored once and stay broadcast."""
+    kept = [(s, n, axis) for axis, (n, s) in enumerate(zip(tensor.shape, tensor.stride, strict=True)) if n > 1 and s != 0]
+    kept.sort(key=lambda item: (-item[0], item[2]))
+    shape = tuple(n for _, n, _ in kept)
+    recipe = Gather(place, tensor.span[0], tensor.dtype.itemsize, shape, tuple(s for s, _, _ in kept))
+    stride = [0] * len(tensor.shape)
+    step = 1
+    for _, n, axis in reversed(kept):
+        stride[axis] = step
+        step *= n
+    for axis, n in enumerate(tensor.shape):
+        if n == 1:
+            stride[axis] = 1
+    output = OutputStorage("", recipe.nbytes, recipe, False, tensor.storage)
+    views[tensor.layout_key()] = OutputTensor(output, tuple(stride), 0)
+    return output
+
+
+def _swap(output: OutputStorage, cluster: list[TensorRef]) -> None:
+    if not output.source.big_endian:
+        return
+    widths = {t.dtype.swap_nbytes for t in cluster}
+    if len(widths) > 1:
+        raise UnsupportedTensorError(
+            f"big-endian storage {output.source.key!r} is viewed as elements of {sorted(widths)} bytes at once"
+        )
+    width = widths.pop()
+    if width > 1 and output.nbytes:
+        assert not isinstance(output.recipe, Swap)
+        output.recipe = Swap(output.recipe, width)
+        output.whole = False
+
+
+def _source_order(output: OutputStorage) -> tuple[int, int]:
+    recipe = output.recipe.inner if isinstance(output.recipe, Swap) else output.recipe
+    place = recipe.place
+    if isinstance(place, InMemory):
+        return (1 << 63, 0)  # a stable sort keeps these in order of appearance, behind the rest
+    return (place.offset, recipe.offset)
+
+
+def _name(outputs: list[OutputStorage], *, keep_keys: bool) -> None:
+    taken: set[str] = {output.source.key for output in outputs} if keep_keys else set()
+    used: set[str] = set()
+    for index, output in enumerate(outputs):
+        key = output.source.key if keep_keys and isinstance(output.source.place, (ByteRange, Deflated)) else str(index)
+        if key in used or (not keep_keys and key in taken):
+            part = 1
+            while f"{key}_{part}" in used or f"{key}_{part}" in taken:
+                part += 1
+            key = f"{key}_{part}"
+        used.add(key)
+        output.key = key
