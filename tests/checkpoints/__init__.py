@@ -17,8 +17,9 @@ never come to exist. The rooms:
 
     dtypes      every element type, quantized, sparse; `random_bits` for more of the kind
     layouts     views, strides, ties, scalars, empty and meta tensors, Parameters, legacy twins
-    training    training dicts, whole modules without their classes, Lightning, EMA, TorchScript, raw
-                pickles, numpy; and files that hold no weights
+    training    training dicts, EMA beside raw weights, prefixes, Lightning
+    modules     whole modules with and without their classes, TorchScript
+    pickles     raw pickles, numpy arrays and scalars; and files that hold no weights
     containers  framing: deflated, zip64, CRCs off, big-endian, truncated, flipped, disguised
     hostile     canaries per opcode, bombs, impossible tensors
 
@@ -28,7 +29,7 @@ The expectations are torch's own wherever torch reads the file (`Factory.torch_r
 each factory to that in tests/test_checkpoints.py, and shows there that each canary is a live one.
 """
 
-from tests.checkpoints import containers, dtypes, hostile, layouts, training
+from tests.checkpoints import containers, dtypes, hostile, layouts, modules, pickles, training
 from tests.checkpoints.registry import FACTORIES, Checkpoint, Factory, factories
 
 __all__ = [
@@ -40,5 +41,7 @@ __all__ = [
     "factories",
     "hostile",
     "layouts",
+    "modules",
+    "pickles",
     "training",
 ]
