@@ -335,6 +335,8 @@ class FsspecWriter(Writer):
         self._path = path if self._in_place else _partial_name(path)
         self._file: Any = None
         with mapped_faults("write", self.uri):
+            if not self._in_place and store.fs.isdir(path):
+                raise StorageError(f"cannot write {self.uri}: it is a directory")
             _make_parents(store, path)
             self._file = store.fs.open(self._path, "wb", block_size=8 * MIB)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import io
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,8 @@ class S3Writer(Writer):
         self._client = client
         self._object = {"Bucket": bucket, "Key": key}
         self._part_nbytes = part_nbytes_for(size_hint)
-        self._filling = bytearray()
+        # Bodies are file objects: aiohttp refuses large plain buffers, which would stall its loop.
+        self._filling = io.BytesIO()
         self._upload_id: str | None = None
         self._part_etags: list[str] = []
         self._under_way: deque[Future[str]] = deque()
@@ -59,10 +61,10 @@ class S3Writer(Writer):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         rest = memoryview(data).cast("B")
         while rest:
-            if len(self._filling) == self._part_nbytes:  # only now is it certain that more follows
+            if self._filling.tell() == self._part_nbytes:  # only now is it certain that more follows
                 self._send_part()
-            taken = rest[: self._part_nbytes - len(self._filling)]
-            self._filling += taken
+            taken = rest[: self._part_nbytes - self._filling.tell()]
+            self._filling.write(taken)
             self.bytes_written += len(taken)
             rest = rest[len(taken) :]
 
@@ -77,7 +79,7 @@ class S3Writer(Writer):
             self._upload_id = self._client.wait(self._begin())
         while len(self._under_way) >= WINDOW:
             self._part_etags.append(self._under_way.popleft().result())
-        part, self._filling = self._filling, bytearray()
+        part, self._filling = self._filling, io.BytesIO()
         self._under_way.append(self._client.start(self._upload_part(number, part)))
 
     async def _begin(self) -> str:
@@ -88,32 +90,31 @@ class S3Writer(Writer):
         self._upload_id = answer["UploadId"]
         return self._upload_id
 
-    async def _upload_part(self, number: int, part: bytearray) -> str:
+    async def _upload_part(self, number: int, part: io.BytesIO) -> str:
         task = asyncio.current_task()
         if task is not None:  # always: this runs on the loop
             self._tasks.add(task)
         try:
-            answer = await self._client.repeated(
-                lambda: self._client.attempt(
-                    "upload_part",
-                    "write",
-                    self.uri,
-                    **self._object,
-                    UploadId=self._upload_id,
-                    PartNumber=number,
-                    Body=part,
-                )
+            answer = await self._send(
+                "upload_part", part, UploadId=self._upload_id, PartNumber=number, **self._object
             )
         finally:
             if task is not None:
                 self._tasks.discard(task)
         return str(answer["ETag"])
 
+    async def _send(self, method: str, body: io.BytesIO, **parameters: Any) -> dict[str, Any]:
+        async def once() -> dict[str, Any]:
+            body.seek(0)  # the attempt before has read some of it
+            return await self._client.attempt(method, "write", self.uri, **parameters, Body=body)
+
+        return await self._client.repeated(once)
+
     def _publish(self) -> None:
         if self._upload_id is None:
-            self._client.call("put_object", "write", self.uri, **self._object, Body=bytes(self._filling))
+            self._client.wait(self._send("put_object", self._filling, **self._object))
             return
-        if self._filling:
+        if self._filling.tell():
             self._send_part()
         while self._under_way:
             self._part_etags.append(self._under_way.popleft().result())
@@ -149,7 +150,7 @@ class S3Writer(Writer):
         return etag_of(answer) == expected and answer["ContentLength"] == self.bytes_written
 
     def _discard(self) -> None:
-        self._filling = bytearray()
+        self._filling = io.BytesIO()
         with contextlib.suppress(PtbinError):
             self._client.wait(self._abort())
 

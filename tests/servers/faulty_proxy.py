@@ -1,0 +1,155 @@
+"""An HTTP proxy before a good S3 server that fails on schedule: what clouds do now and then, every time.
+
+A schedule is a list of (condition, fault): each fault strikes once, at the first request that meets its
+condition after the faults before it have struck. So a test says "the second part's first attempt is
+answered 503", and counts what came.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import socket
+import struct
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["Fault", "FaultyProxy", "Request", "faulty_proxy"]
+
+Kind = Literal["503", "500", "403", "reset", "short", "lost-answer"]
+
+BODIES = {
+    "503": (503, "SlowDown", "Please reduce your request rate."),
+    "500": (500, "InternalError", "We encountered an internal error. Please try again."),
+    "403": (403, "AccessDenied", "Access Denied"),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    path: str
+    range: str
+
+
+@dataclass(frozen=True)
+class Fault:
+    kind: Kind
+    meets: Callable[[Request], bool] = lambda request: True
+
+
+@dataclass
+class FaultyProxy:
+    """`url` to talk to, `requests` that came, `faults` still to strike."""
+
+    url: str
+    target: str
+    faults: list[Fault] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def count(self, method: str, text: str = "") -> int:
+        return sum(request.method == method and text in request.path for request in self.requests)
+
+    def strikes(self, request: Request) -> Kind | None:
+        with self.lock:
+            self.requests.append(request)
+            if self.faults and self.faults[0].meets(request):
+                return self.faults.pop(0).kind
+            return None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    proxy: FaultyProxy
+
+    def handle_any(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length)
+        kind = self.proxy.strikes(Request(self.command, self.path, self.headers.get("Range", "")))
+        if kind == "reset":
+            self._reset()
+        elif kind in BODIES:
+            status, code, message = BODIES[kind]
+            text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
+            self._answer(status, [("Content-Type", "application/xml")], text.encode())
+        else:
+            self._forward(body, kind)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any  # noqa: N815 - http.server's names
+
+    def _forward(self, body: bytes, kind: Kind | None) -> None:
+        connection = http.client.HTTPConnection(urlsplit(self.proxy.target).netloc, timeout=30)
+        with contextlib.closing(connection):
+            headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
+            connection.request(self.command, self.path, body, headers)
+            answer = connection.getresponse()
+            content = answer.read()
+        if kind == "lost-answer":
+            self._reset()
+            return
+        dropped = {"connection", "transfer-encoding", "content-length", "server", "date"}
+        kept = [(name, value) for name, value in answer.getheaders() if name.lower() not in dropped]
+        length = answer.getheader("Content-Length") if self.command == "HEAD" else None
+        self._answer(answer.status, kept, content, length=length, cut=kind == "short")
+
+    def _answer(
+        self,
+        status: int,
+        headers: list[tuple[str, str]],
+        content: bytes,
+        *,
+        length: str | None = None,
+        cut: bool = False,
+    ) -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.send_header("Content-Length", length or str(len(content)))
+        self.end_headers()
+        if cut:
+            self.wfile.write(content[: len(content) // 2])
+            self.wfile.flush()
+            self.close_connection = True
+        elif self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _reset(self) -> None:
+        # SO_LINGER of zero seconds: closing sends RST instead of FIN (man 7 socket).
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.connection.close()
+
+    def log_message(self, *_: object) -> None:
+        """Tests look at `requests` instead."""
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def handle_error(self, *_: object) -> None:
+        """Clients that cancel cut their connections; nobody wants the traceback."""
+
+
+@contextlib.contextmanager
+def faulty_proxy(target: str) -> Iterator[FaultyProxy]:
+    """A proxy to the server at `target`, until the block ends."""
+    handler = type("Handler", (_Handler,), {})
+    server = _Server(("127.0.0.1", 0), handler)
+    proxy = FaultyProxy(f"http://127.0.0.1:{server.server_address[1]}", target)
+    handler.proxy = proxy  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield proxy
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
