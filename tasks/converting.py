@@ -1,0 +1,86 @@
+"""The two tasks that make outputs: `convert_batch` writes, `verify_batch` proves and writes manifests.
+
+Neither fails because of a checkpoint: what goes wrong with one becomes its outcome and the batch goes
+on. What a store may do better next time is marked transient and left to the flow to try again. A batch
+that is stopped half-way leaves outputs without manifests at worst, which nobody takes for finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+import ptbin
+from ptbin.catalog import Job
+from ptbin.errors import NotACheckpointError
+from ptbin.manifest import manifest_uri
+from ptbin.options import ConvertOptions
+from tasks.live import LiveRun, find_live_run
+from tasks.outcomes import Converted, Outcome, outcome_of_error
+
+__all__ = ["convert_batch", "verify_batch"]
+
+
+@task(
+    name="convert batch",
+    task_run_name="convert {label}",
+    tags=["ptbin", "convert"],
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def convert_batch(run_id: str, label: str, jobs: Sequence[Job], options: ConvertOptions) -> list[Outcome]:
+    """Write the output of each job; one outcome per job, in order, `staged` where it was written."""
+    del label
+    live = find_live_run(run_id)
+    return [_stage(live, job, options) for job in jobs]
+
+
+@task(
+    name="verify batch",
+    task_run_name="verify {label}",
+    tags=["ptbin", "verify"],
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def verify_batch(run_id: str, label: str, jobs: Sequence[Job], drafts: Sequence[str]) -> list[Outcome]:
+    """Prove each draft against its source and write its manifest; one outcome per job, in order."""
+    del label
+    live = find_live_run(run_id)
+    return [_commit(live, job, draft) for job, draft in zip(jobs, drafts, strict=True)]
+
+
+def _stage(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
+    live.moved(0)
+    try:
+        draft = ptbin.stage(
+            job.source_uri,
+            job.dest_uri,
+            options,
+            source_options=live.source_options,
+            dest_options=live.dest_options,
+            run_id=live.run_id,
+            progress=live.moved,
+        )
+    except NotACheckpointError as error:
+        # Only its place made it a candidate: a directory holds other things too.
+        return outcome_of_error(job.path, error) if job.certain else Outcome(job.path, "not_a_checkpoint")
+    except Exception as error:  # noqa: BLE001 - a fault of ours in one checkpoint must not stop the others
+        return outcome_of_error(job.path, error)
+    return Outcome(job.path, "staged", draft=draft.to_json())
+
+
+def _commit(live: LiveRun, job: Job, draft: str) -> Outcome:
+    live.moved(0)
+    try:
+        manifest = ptbin.commit(
+            ptbin.Draft.from_json(draft),
+            source_options=live.source_options,
+            dest_options=live.dest_options,
+            progress=live.moved,
+        )
+        converted = Converted.from_manifest(manifest, manifest_uri(job.dest_uri))
+    except Exception as error:  # noqa: BLE001 - as in `_stage`
+        return outcome_of_error(job.path, error)
+    return Outcome(job.path, "converted", converted=converted)

@@ -1,0 +1,93 @@
+"""What became of one checkpoint or one manifest in a batch, as small frozen values.
+
+Manifests hold a row per tensor and stay in the store; an outcome carries only what the summary, the
+checksum list and the artifact need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ptbin.errors import CheckpointError, OutputCollisionError, PtbinError
+from tasks.retrying import is_transient
+
+__all__ = ["Converted", "Kind", "ManifestVerdict", "Outcome", "StoredFile", "outcome_of_error"]
+
+Kind = Literal["staged", "converted", "not_a_checkpoint", "rejected", "failed"]
+DETAIL_LENGTH = 500
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One output: path relative to its manifest, size in bytes, hexadecimal SHA-256."""
+
+    path: str
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """The few facts of a manifest that a run keeps."""
+
+    manifest_uri: str
+    outputs: tuple[StoredFile, ...]
+    tensors: int
+    read_nbytes: int
+    written_nbytes: int
+
+    @classmethod
+    def from_manifest(cls, manifest: dict[str, Any], manifest_uri: str) -> Converted:
+        return cls(
+            manifest_uri=manifest_uri,
+            outputs=tuple(
+                StoredFile(output["path"], int(output["size"]), output.get("sha256"))
+                for output in manifest["outputs"]
+            ),
+            tensors=len(manifest["tensors"]),
+            read_nbytes=int(manifest.get("bytes_read") or 0),
+            written_nbytes=int(manifest.get("bytes_written") or 0),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of the checkpoint at `path` (below SOURCE). `staged`: written, not yet proven."""
+
+    path: str
+    kind: Kind
+    reason: str = ""
+    detail: str = ""
+    transient: bool = False
+    draft: str | None = None
+    converted: Converted | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestVerdict:
+    """What verifying one manifest found: no issues means proven."""
+
+    manifest_uri: str
+    issues: tuple[dict[str, Any], ...] = ()
+    transient: bool = False
+
+
+def outcome_of_error(path: str, error: Exception) -> Outcome:
+    """Put an error on its branch: the checkpoint's own fault is `rejected`, everything else `failed`."""
+    if not isinstance(error, PtbinError):
+        return Outcome(path, "failed", "internal_error", one_line(f"{type(error).__name__}: {error}"))
+    rejected = isinstance(error, CheckpointError | OutputCollisionError)
+    return Outcome(
+        path,
+        "rejected" if rejected else "failed",
+        error.reason,
+        one_line(str(error)),
+        transient=is_transient(error),
+    )
+
+
+def one_line(text: str) -> str:
+    """Messages quote what files contain: keep them to one line of bounded length."""
+    text = " ".join(text.split())
+    return text if len(text) <= DETAIL_LENGTH else text[: DETAIL_LENGTH - 1] + "…"
