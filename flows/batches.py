@@ -1,0 +1,57 @@
+"""Cut a list of sized things into batches. Pure.
+
+A Prefect task costs some milliseconds and rows in a database, so tasks must be few; a batch is also the
+unit that waits for its last member, so it must not be large. Largest first: the long conversions begin
+while there is still other work to fill the other workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+__all__ = ["BATCH_COUNT", "BATCH_NBYTES", "MAX_BATCHES", "plan_batches"]
+
+Item = TypeVar("Item")
+
+MAX_BATCHES = 200
+BATCH_NBYTES = 256 << 20
+"""About half a second of local work, and several of network work."""
+BATCH_COUNT = 50
+BATCHES_PER_WORKER = 4
+"""So that the workers finish at about the same time."""
+
+
+def plan_batches(
+    items: Iterable[Item], *, nbytes: Callable[[Item], int], workers: int, max_batches: int = MAX_BATCHES
+) -> list[list[Item]]:
+    """Batches of descending sizes: each item once, at most `max_batches` of them.
+
+    A batch closes when it holds the count or has reached the bytes; an item larger than that is alone in its
+    batch. Both bounds shrink for short lists, so that every worker gets some batches, and grow for long ones.
+    Items of equal size keep their order.
+    """
+    ordered = sorted(items, key=nbytes, reverse=True)
+    total = sum(nbytes(item) for item in ordered)
+    # Every closed batch has used up a share of the count or of the bytes: with half of the batches
+    # allowed to each, and one unfinished batch at the end, there are never more than `max_batches`.
+    half = max(1, (max_batches - 1) // 2)
+    wanted = max(1, workers) * BATCHES_PER_WORKER
+    most_items = max(min(BATCH_COUNT, _divide_up(len(ordered), wanted)), _divide_up(len(ordered), half))
+    most_nbytes = max(min(BATCH_NBYTES, _divide_up(total, wanted)), _divide_up(total, half), 1)
+    batches: list[list[Item]] = []
+    current: list[Item] = []
+    current_nbytes = 0
+    for item in ordered:
+        current.append(item)
+        current_nbytes += nbytes(item)
+        if len(current) >= most_items or current_nbytes >= most_nbytes:
+            batches.append(current)
+            current, current_nbytes = [], 0
+    if current:
+        batches.append(current)
+    return batches
+
+
+def _divide_up(amount: int, parts: int) -> int:
+    return -(-amount // parts)

@@ -1,0 +1,86 @@
+"""The convert flow: every checkpoint below SOURCE becomes a proven output below DEST.
+
+List, pass over what is up to date, cut the rest into batches, write each, prove each, collect, leave a
+run record, publish a table, and end in a state whose message counts. One checkpoint's fault never stops
+the others. All state that a rerun needs lies in DEST (outputs and their manifests); Prefect's caching is
+not used, because it would answer for outputs that are gone.
+
+Costs on Prefect's side: at most about 400 task runs and one artifact, however many checkpoints there are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.task_runners import ThreadPoolTaskRunner
+from pydantic import Field
+
+from flows.access import join_run
+from flows.conversion import Conversion
+from flows.run_record import new_run_id
+from flows.tally import Tally
+from flows.wishes import MAX_WORKERS, build_options
+from ptbin import catalog
+from ptbin.errors import UsageError
+from ptbin.options import Naming, OnUnsafe, VerifyLevel
+from tasks.listing import list_checkpoints
+
+__all__ = ["convert"]
+
+
+@flow(
+    name="convert",
+    flow_run_name="{source} to {dest}",
+    # Wide enough for any `workers`; the fan-out itself never has more in flight than it was told.
+    task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
+    persist_result=False,
+)
+def convert(
+    source: str,
+    dest: str,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    naming: Naming = "replace",
+    select: str | None = None,
+    strip_prefix: str | None = None,
+    rename: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    on_unsafe: OnUnsafe = "reject",
+    verify: VerifyLevel = "checksum",
+    force: bool = False,
+    fail_fast: bool = False,
+    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = 2,
+    source_options: str | None = None,
+    dest_options: str | None = None,
+    run_id: str | None = None,
+) -> State[Any]:
+    """Convert every checkpoint below `source` into `dest`.
+
+    `source_options` and `dest_options` name where storage options lie (`block:NAME`, `env:NAME`); `rename`
+    takes `OLD=NEW`. Ends Completed, or Failed where a checkpoint was rejected or failed.
+    """
+    options = build_options(
+        rename=rename,
+        drop=drop,
+        select=select,
+        strip_prefix=strip_prefix,
+        on_unsafe=on_unsafe,
+        verify=verify,
+        force=force,
+    )
+    started = time.monotonic()
+    with join_run(run_id or new_run_id(), source_options, dest_options) as live:
+        catalog.check_call(source, dest, source_options=live.source_options, dest_options=live.dest_options)
+        found = list_checkpoints(live.run_id, source, list(include), list(exclude))
+        if not found:
+            raise UsageError(f"no checkpoints to convert below SOURCE: {source}")
+        jobs, collisions = catalog.plan_outputs(found, dest, naming=naming)
+        conversion = Conversion(live, options, Tally(live.run_id, source, dest), workers, fail_fast)
+        conversion.refuse(collisions)
+        conversion.run(jobs if force else conversion.drop_up_to_date(jobs))
+        return conversion.finish(time.monotonic() - started)

@@ -1,0 +1,92 @@
+"""Keep a number of task runs going until nothing is left to do.
+
+No more runs are submitted than can work at once. So what follows from a finished batch (its proof) goes
+before batches that have not begun, a run that is stopped has nothing queued, and work that has to wait
+for a store to recover waits here and not in a worker's slot. Knows futures, not what they compute.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import queue
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture
+from prefect.utilities.annotations import quote
+
+__all__ = ["Work", "fan_out", "unexamined"]
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One task run to be: `submit` starts it, `then` gets its final state and says what follows."""
+
+    submit: Callable[[], PrefectFuture[Any]]
+    then: Callable[[State[Any]], Iterable[Work]]
+    urgent: bool = False
+    """Goes before everything that is not: the second half of work already begun."""
+    delay: float = 0.0
+    """Seconds to wait before it may start."""
+
+
+def fan_out(work: Iterable[Work], *, width: int, keep_on: Callable[[], bool] = lambda: True) -> int:
+    """Run the work and all that follows from it, `width` wide; return how many task runs that were.
+
+    Once `keep_on` says no, only urgent work is still started. What is raised in `then` ends the loop:
+    Prefect's runner then drops what has not begun and waits for what has.
+    """
+    order = itertools.count()
+    ready: list[tuple[bool, int, Work]] = []
+    waiting: list[tuple[float, int, Work]] = []
+    running: dict[PrefectFuture[Any], Work] = {}
+    finished: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
+    started = 0
+
+    def add(more: Iterable[Work]) -> None:
+        for piece in more:
+            if piece.delay > 0:
+                heapq.heappush(waiting, (time.monotonic() + piece.delay, next(order), piece))
+            else:
+                heapq.heappush(ready, (not piece.urgent, next(order), piece))
+
+    def hear(done: PrefectFuture[Any]) -> None:
+        finished.put(done)
+
+    add(work)
+    while ready or waiting or running:
+        while waiting and waiting[0][0] <= time.monotonic():
+            piece = heapq.heappop(waiting)[2]
+            heapq.heappush(ready, (not piece.urgent, next(order), piece))
+        if not keep_on():
+            ready = [entry for entry in ready if entry[2].urgent]
+            waiting = [entry for entry in waiting if entry[2].urgent]
+            heapq.heapify(ready)
+            heapq.heapify(waiting)
+        while ready and len(running) < width:
+            piece = heapq.heappop(ready)[2]
+            future = piece.submit()
+            started += 1
+            running[future] = piece
+            future.add_done_callback(hear)
+        if not running and not waiting:
+            continue
+        timeout = max(0.0, waiting[0][0] - time.monotonic()) if waiting and len(running) < width else None
+        try:
+            future = finished.get(timeout=timeout)
+        except queue.Empty:
+            continue
+        future.wait()
+        add(running.pop(future).then(future.state))
+    return started
+
+
+def unexamined(value: Value) -> Value:
+    """Hand a parameter to a task without Prefect walking through it for futures; the task gets the value."""
+    return cast("Value", quote(value))

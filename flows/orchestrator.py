@@ -1,0 +1,243 @@
+"""Where a run's history is kept: the server that the settings name, or an embedded one that lives as long.
+
+With a `PREFECT_API_URL` (environment, profile, `prefect.toml`) that server is used and nothing is
+started. Without one, a server is started as a child on a free local port, over the database in
+`PREFECT_HOME`; `prefect server start` shows its runs later. Whatever the user has set wins over the
+defaults chosen here.
+
+Prefect 3.8.8 sends task-run states as events and its temporary server is stopped while they are still
+under way, which loses most of them (`SubprocessASGIServer.stop`, `TaskRunRecorder`). So the embedded
+server is stopped only after the client's queues are empty and the server has recorded as many final
+task runs as were submitted; the wait is bounded, and its outcome is returned, not hidden.
+
+Costs: about 10 s to start a server with an existing home, 15-20 s with a fresh one, 250 MB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from ptbin.errors import PtbinError
+
+__all__ = ["Orchestrator", "OrchestratorError", "orchestrator"]
+
+STARTUP_SECONDS = 90.0
+RECORDING_SECONDS = 60.0
+INTERRUPTED_SECONDS = 1.5
+"""The recorder writes at least once a second."""
+DRAIN_SECONDS = 20.0
+STOP_SECONDS = 15.0
+
+# Set before Prefect is imported, where the user has not set them. Only the console is silenced: the
+# INFO lines of a run still go to the server, where its page shows them.
+CLIENT_DEFAULTS = {
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+}
+# The recorder takes one event at a time by default; batches cost a third of the server's time.
+# The flush interval stays at its default of 1 s: the recorder rounds it down, and 0 is a busy loop.
+SERVER_DEFAULTS = {
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "200",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "200",
+    "PREFECT_UI_ENABLED": "false",
+    "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
+}
+
+
+class OrchestratorError(PtbinError):
+    """Prefect's server could not be started or reached; nothing was converted."""
+
+    reason = "orchestrator_unavailable"
+
+
+@dataclass
+class Orchestrator:
+    """A server that runs can be recorded on."""
+
+    api_url: str
+    embedded: bool
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def settle(self, flow_run_id: str | None, task_runs: int | None) -> bool:
+        """Send what is queued here; on an embedded server also wait until the task runs are recorded.
+
+        `task_runs` is how many the run submitted; None (it was interrupted) waits a moment for what comes.
+        Returns whether the history is known to be complete: always True for a server that lives on,
+        because it receives the rest by itself.
+        """
+        _drain_client_queues()
+        if not self.embedded or flow_run_id is None:
+            return True
+        began = time.monotonic()
+        seconds = INTERRUPTED_SECONDS if task_runs is None else RECORDING_SECONDS
+        while time.monotonic() < began + seconds:
+            if task_runs is not None and self._recorded(flow_run_id) >= task_runs:
+                return True
+            time.sleep(0.1)
+        return False
+
+    def _recorded(self, flow_run_id: str) -> int:
+        final = ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]
+        question = {
+            "flow_runs": {"id": {"any_": [flow_run_id]}},
+            "task_runs": {"state": {"type": {"any_": final}}},
+        }
+        try:
+            return int(_post_json(f"{self.api_url}/task_runs/count", question))
+        except (OSError, ValueError):
+            return -1
+
+
+@contextlib.contextmanager
+def orchestrator() -> Iterator[Orchestrator]:
+    """The server to run on; an embedded one lives as long as the context.
+
+    Raises:
+        OrchestratorError: no server could be started, with the last thing it said.
+    """
+    for name, value in CLIENT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    from prefect.settings import get_current_settings
+
+    chosen = get_current_settings().to_environment_variables(exclude_unset=True)
+    if api_url := chosen.get("PREFECT_API_URL"):
+        yield Orchestrator(api_url, embedded=False)
+        return
+    with _embedded_server(chosen) as url, _use_api(url):
+        yield Orchestrator(url, embedded=True)
+
+
+@contextlib.contextmanager
+def _embedded_server(chosen: dict[str, str]) -> Iterator[str]:
+    """Start the child, wait until it is healthy, stop it gracefully at the end."""
+    home = Path(chosen.get("PREFECT_HOME", "~/.prefect")).expanduser()
+    if not os.access(home, os.W_OK):  # importing Prefect has tried to create it
+        raise OrchestratorError(
+            f"Prefect's home cannot be written, {home}: set PREFECT_HOME to a directory that can, "
+            "or PREFECT_API_URL to a running server"
+        )
+    with tempfile.TemporaryFile() as log, socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+        child = subprocess.Popen(
+            # -P: the script's own folder must not become a place to import from.
+            [
+                sys.executable,
+                "-P",
+                str(Path(__file__).with_name("embedded_server.py")),
+                str(listener.fileno()),
+            ],
+            env=_server_environment(chosen),
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            pass_fds=[listener.fileno()],
+            # Ctrl-C reaches the foreground group: the server has to outlive it to record the crash.
+            start_new_session=True,
+        )
+        try:
+            listener.close()
+            _wait_until_healthy(child, url, log)
+            yield url
+        finally:
+            _stop(child)
+
+
+def _server_environment(chosen: dict[str, str]) -> dict[str, str]:
+    # The markers are those of Prefect's own `SubprocessASGIServer`: only the services that a run
+    # needs are started, and no scheduler.
+    return {
+        **SERVER_DEFAULTS,
+        **os.environ,
+        **chosen,
+        "PREFECT__SERVER_EPHEMERAL": "1",
+        "PREFECT__SERVER_FINAL": "1",
+    }
+
+
+def _wait_until_healthy(child: subprocess.Popen[bytes], url: str, log: IO[bytes]) -> None:
+    setting = os.environ.get("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS")
+    seconds = float(setting) if setting else STARTUP_SECONDS
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if child.poll() is not None:
+            raise OrchestratorError(
+                f"Prefect's embedded server ended with status {child.returncode} while starting: "
+                + _last_words(log)
+            )
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:  # noqa: S310 - our own http URL
+                if answer.status == 200:
+                    return
+        except OSError:
+            time.sleep(0.1)
+    raise OrchestratorError(
+        f"Prefect's embedded server did not answer within {seconds:.0f} s "
+        "(PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS): " + _last_words(log)
+    )
+
+
+def _last_words(log: IO[bytes]) -> str:
+    log.seek(0)
+    lines = log.read().decode(errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else "it said nothing"
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    if child.stdin is not None:
+        with contextlib.suppress(OSError):
+            child.stdin.close()
+    child.terminate()
+    try:
+        child.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+@contextlib.contextmanager
+def _use_api(url: str) -> Iterator[None]:
+    """Make the server the one that every thread of this process talks to."""
+    from prefect.context import refresh_global_settings_context
+
+    # The environment, not `temporary_settings`: Prefect's own threads start outside our context.
+    os.environ["PREFECT_API_URL"] = url
+    refresh_global_settings_context()
+    try:
+        yield
+    finally:
+        _drain_client_queues()
+        del os.environ["PREFECT_API_URL"]
+        refresh_global_settings_context()
+
+
+def _drain_client_queues() -> None:
+    """Have Prefect's event and log threads send what they hold; they start anew when needed."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (EventsWorker, APILogWorker):
+        with contextlib.suppress(Exception):
+            worker.drain_all(timeout=DRAIN_SECONDS, at_exit=False)
+
+
+def _post_json(url: str, question: dict[str, Any]) -> Any:
+    request = urllib.request.Request(  # noqa: S310 - our own http URL
+        url, json.dumps(question).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
+        return json.load(answer)

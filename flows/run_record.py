@@ -1,0 +1,136 @@
+"""The files that a run leaves in DEST under `_ptbin/runs/<run id>/`. Pure: values in, bytes out.
+
+- `SHA256SUMS`: a line for each output of this run, for `sha256sum -c`. Paths are relative to DEST, so
+  that DEST can be moved: `cd DEST && sha256sum -c _ptbin/runs/<run id>/SHA256SUMS`.
+- `report.html`: the counts and one row per checkpoint; a page without scripts or outside resources.
+- `run.json`: the summary, the options and every checkpoint's outcome; written last.
+
+Storage options are in none of them.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import posixpath
+import uuid
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from flows.tally import Entry, Tally
+
+__all__ = ["new_run_id", "record_files", "record_folder", "sha256sums"]
+
+
+def new_run_id() -> str:
+    """`<UTC time>-<id>`: sorts by time, and names the run's folder and its manifests' `run_id`."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
+
+
+def record_folder(dest: str, run_id: str) -> str:
+    return f"{dest.rstrip('/')}/_ptbin/runs/{run_id}"
+
+
+def record_files(
+    tally: Tally, summary: Mapping[str, Any], *, options: Mapping[str, Any], flow_run_id: str | None
+) -> dict[str, bytes]:
+    """Name and content of each file, in the order to write them.
+
+    No checksum list where nothing was converted: `sha256sum -c` calls an empty one an error.
+    """
+    record = {
+        "schema_version": 1,
+        **summary,
+        "not_checkpoints": tally.count("not_a_checkpoint"),
+        "not_tried": tally.count("not_tried"),
+        "options": dict(options),
+        "prefect_flow_run_id": flow_run_id,
+        "checkpoints": [_entry_json(entry) for entry in _in_order(tally.entries)],
+    }
+    files = {}
+    if lines := sha256sums(tally.entries, tally.dest):
+        files["SHA256SUMS"] = lines.encode()
+    files["report.html"] = _report_page(tally, summary).encode()
+    files["run.json"] = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
+    return files
+
+
+def sha256sums(entries: Iterable[Entry], dest: str) -> str:
+    """Lines as GNU `sha256sum` writes and reads them, sorted by path."""
+    root = dest.rstrip("/") + "/"
+    lines = []
+    for entry in entries:
+        if entry.converted is None:
+            continue
+        folder = posixpath.dirname(entry.converted.manifest_uri.removeprefix(root))
+        for output in entry.converted.outputs:
+            if output.sha256 is not None:  # none where nothing was to be proven
+                lines.append((posixpath.join(folder, output.path), output.sha256))  # noqa: PERF401
+    return "".join(_checksum_line(path, digest) for path, digest in sorted(lines))
+
+
+def _checksum_line(path: str, digest: str) -> str:
+    # coreutils escapes a name that would break the line, and says so with a backslash before the digest
+    # (GNU coreutils manual, "md5sum invocation").
+    escaped = path.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+    marker = "" if escaped == path else "\\"
+    return f"{marker}{digest}  {escaped}\n"
+
+
+def _in_order(entries: Iterable[Entry]) -> list[Entry]:
+    return sorted(entries, key=lambda entry: entry.path)
+
+
+def _entry_json(entry: Entry) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "path": entry.path,
+        "source": entry.source,
+        "size": entry.nbytes,
+        "outcome": entry.outcome,
+    }
+    if entry.reason:
+        row |= {"reason": entry.reason, "detail": entry.detail}
+    if entry.converted is not None:
+        row |= {
+            "manifest": entry.converted.manifest_uri,
+            "tensors": entry.converted.tensors,
+            "outputs": [
+                {"path": output.path, "size": output.size, "sha256": output.sha256}
+                for output in entry.converted.outputs
+            ],
+        }
+    return row
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }
+table { border-collapse: collapse; width: 100%; margin-top: 1.5rem }
+th, td { text-align: left; padding: .35rem .7rem; border-bottom: 1px solid #d7dce1; vertical-align: top }
+td.n { text-align: right; font-variant-numeric: tabular-nums }
+td { overflow-wrap: anywhere }
+.converted, .up_to_date { color: #1a7f37 } .rejected { color: #9a6700 } .failed, .not_tried { color: #b42318 }
+"""
+
+
+def _report_page(tally: Tally, summary: Mapping[str, Any]) -> str:
+    def cell(value: object, kind: str = "") -> str:
+        return f"<td{f' class={kind}' if kind else ''}>{html.escape(str(value))}</td>"
+
+    facts = "".join(
+        f"<tr><th>{html.escape(name)}</th>{cell(value)}</tr>"
+        for name, value in summary.items()
+        if name not in {"manifests", "problems"}
+    )
+    rows = "".join(
+        f"<tr>{cell(entry.path)}{cell(entry.outcome.replace('_', ' '), entry.outcome)}"
+        f"{cell(f'{entry.nbytes:,}', 'n')}{cell(entry.reason)}{cell(entry.detail)}</tr>"
+        for entry in sorted(tally.entries, key=lambda entry: (not entry.reason, entry.path))
+    )
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f"<title>ptbin run {html.escape(tally.run_id)}</title><style>{_STYLE}</style>"
+        f"<h1>{html.escape(tally.message())}</h1><table>{facts}</table>"
+        "<table><tr><th>checkpoint</th><th>outcome</th><th>bytes</th><th>reason</th><th>detail</th></tr>"
+        f"{rows}</table></html>\n"
+    )

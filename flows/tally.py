@@ -1,0 +1,120 @@
+"""What a conversion run has come to so far: outcomes in, counts, message and summary out. Pure.
+
+Every checkpoint that was planned ends in exactly one of: converted, up to date, rejected (its own
+fault), failed (anybody else's), not a checkpoint (content that its place had suggested), not tried (the
+run was told to stop at the first problem).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ptbin.catalog import Job, Problem
+from tasks.outcomes import Converted, Outcome
+
+__all__ = ["Entry", "Tally"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of the report."""
+
+    path: str
+    source: str
+    nbytes: int
+    outcome: str
+    reason: str = ""
+    detail: str = ""
+    converted: Converted | None = None
+
+
+@dataclass(slots=True)
+class Tally:
+    """The outcomes of one run."""
+
+    run_id: str
+    source: str
+    dest: str
+    entries: list[Entry] = field(default_factory=list)
+    run_problems: list[Problem] = field(default_factory=list)
+    """Problems of the run itself, such as a run record that could not be written."""
+
+    def add(self, job: Job, outcome: Outcome) -> None:
+        self.entries.append(
+            Entry(
+                job.path,
+                job.source_uri,
+                job.source_size,
+                outcome.kind,
+                outcome.reason,
+                outcome.detail,
+                outcome.converted,
+            )
+        )
+
+    def add_all(self, jobs: Iterable[Job], outcome: str) -> None:
+        self.entries.extend(Entry(job.path, job.source_uri, job.source_size, outcome) for job in jobs)
+
+    def add_collisions(self, problems: Iterable[Problem]) -> None:
+        self.entries.extend(
+            Entry(problem.source, problem.source, 0, "rejected", problem.reason, problem.detail)
+            for problem in problems
+        )
+
+    def count(self, outcome: str) -> int:
+        return sum(entry.outcome == outcome for entry in self.entries)
+
+    @property
+    def succeeded(self) -> bool:
+        bad = self.count("rejected") + self.count("failed") + self.count("not_tried")
+        return bad == 0 and not self.run_problems
+
+    @property
+    def problems(self) -> list[Entry]:
+        return sorted(
+            (entry for entry in self.entries if entry.outcome in {"rejected", "failed"}),
+            key=lambda entry: entry.path,
+        )
+
+    def message(self) -> str:
+        """The counts as one sentence, for the flow run's state."""
+        parts = [
+            f"converted {self.count('converted')}",
+            f"up to date {self.count('up_to_date')}",
+            f"rejected {self.count('rejected')}",
+            f"failed {self.count('failed')}",
+        ]
+        if skipped := self.count("not_a_checkpoint"):
+            parts.append(f"not checkpoints {skipped}")
+        if left := self.count("not_tried"):
+            parts.append(f"not tried {left}")
+        parts.extend(f"{problem.reason}: {problem.detail}" for problem in self.run_problems)
+        return ", ".join(parts)
+
+    def summary(self, seconds: float) -> dict[str, Any]:
+        """The `--json` document of `convert`; byte counts are of the checkpoints converted in this run."""
+        done = [(entry, entry.converted) for entry in self.entries if entry.converted is not None]
+        return {
+            "run_id": self.run_id,
+            "source": self.source,
+            "dest": self.dest,
+            "converted": len(done),
+            "up_to_date": self.count("up_to_date"),
+            "rejected": self.count("rejected"),
+            "failed": self.count("failed"),
+            "source_bytes": sum(entry.nbytes for entry, _ in done),
+            "read_bytes": sum(facts.read_nbytes for _, facts in done),
+            "written_bytes": sum(facts.written_nbytes for _, facts in done),
+            "seconds": round(seconds, 3),
+            "manifests": sorted(facts.manifest_uri for _, facts in done),
+            "problems": [
+                {"source": entry.source, "reason": entry.reason, "detail": entry.detail}
+                for entry in self.problems
+            ]
+            + [
+                {"source": problem.source, "reason": problem.reason, "detail": problem.detail}
+                for problem in self.run_problems
+            ],
+        }

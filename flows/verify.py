@@ -1,0 +1,145 @@
+"""The verify flow: every manifest below DEST is held against what is stored there.
+
+What is read is what the manifests vouch for, plus one listing for outputs that none of them does. One
+broken output never hides another. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
+
+from prefect import flow, get_run_logger
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+from prefect.task_runners import ThreadPoolTaskRunner
+from pydantic import Field
+
+from flows.access import join_run
+from flows.artifacts import publish_table, verification_rows
+from flows.batches import plan_batches
+from flows.fanout import Work, fan_out, unexamined
+from flows.run_record import new_run_id
+from flows.wishes import MAX_WORKERS
+from ptbin.errors import UsageError
+from ptbin.options import VerifyLevel
+from tasks.checking import verify_manifests
+from tasks.listing import list_manifests, list_orphans
+from tasks.live import LiveRun
+from tasks.outcomes import ManifestVerdict, one_line
+from tasks.retrying import RETRIES, retry_delay
+
+__all__ = ["orphan_issue", "verify"]
+
+ARTIFACT_KEY = "ptbin-verify"
+
+
+@flow(
+    name="verify",
+    flow_run_name="{dest}",
+    task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
+    persist_result=False,
+)
+def verify(
+    dest: str,
+    *,
+    level: VerifyLevel = "checksum",
+    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = 2,
+    source_options: str | None = None,
+    dest_options: str | None = None,
+    run_id: str | None = None,
+) -> State[Any]:
+    """Verify every manifest below `dest` at `level` (`checksum` or `load`).
+
+    Ends Completed where every output is proven and has a manifest, else Failed with the counts.
+    """
+    started = time.monotonic()
+    with join_run(run_id or new_run_id(), source_options, dest_options) as live:
+        manifests = list_manifests(live.run_id, dest)
+        orphans = list_orphans(live.run_id, dest)
+        if not manifests and not orphans:
+            raise UsageError(f"nothing to verify below DEST, neither manifests nor outputs: {dest}")
+        verdicts, task_runs = _verify_all(live, manifests, level, workers)
+        issues = [orphan_issue(uri) for uri in orphans]
+        issues += [issue for verdict in verdicts for issue in verdict.issues]
+        proven = sorted(verdict.manifest_uri for verdict in verdicts if not verdict.issues)
+        message = (
+            f"proven {len(proven)}, failed {len(manifests) - len(proven)}, "
+            f"outputs without a manifest {len(orphans)}"
+        )
+        seconds = time.monotonic() - started
+        publish_table(
+            ARTIFACT_KEY,
+            verification_rows(proven, issues),
+            f"**{message}** in {seconds:.1f} s, below `{dest}`",
+        )
+        live.summary.update(
+            dest=dest,
+            manifests=len(manifests),
+            proven=len(proven),
+            failed=len(manifests) - len(proven),
+            orphans=len(orphans),
+            seconds=round(seconds, 3),
+            issues=issues,
+            message=message,
+            succeeded=not issues,
+            task_runs=task_runs + 2,
+        )
+        return (Failed if issues else Completed)(message=message)
+
+
+def orphan_issue(uri: str) -> dict[str, Any]:
+    """An output that nothing vouches for: the run that wrote it did not finish with it."""
+    detail = "no manifest beside it: never proven, a rerun of the conversion replaces it"
+    return {"reason": "no_manifest", "uri": uri, "detail": detail}
+
+
+def _verify_all(
+    live: LiveRun, manifests: Sequence[str], level: VerifyLevel, workers: int
+) -> tuple[list[ManifestVerdict], int]:
+    """One final verdict per manifest, and the number of task runs that took."""
+    final: list[ManifestVerdict] = []
+    logger = get_run_logger()
+    live.listener.planned(len(manifests), 0, 0)
+
+    def check(uris: Sequence[str], retry: int = 0) -> Work:
+        label = f"{len(uris)} manifests" + (f", retry {retry}" if retry else "")
+
+        def then(state: State[Any]) -> Iterable[Work]:
+            if state.is_completed():
+                verdicts: list[ManifestVerdict] = state.result()
+            else:
+                detail = one_line(f"the task run ended {state.name}: {state.message}")
+                verdicts = [
+                    ManifestVerdict(uri, ({"reason": "internal_error", "uri": uri, "detail": detail},))
+                    for uri in uris
+                ]
+            again = [verdict.manifest_uri for verdict in verdicts if verdict.transient and retry < RETRIES]
+            for verdict in verdicts:
+                if verdict.manifest_uri in again:
+                    continue
+                final.append(verdict)
+                first = verdict.issues[0] if verdict.issues else {"reason": "", "detail": ""}
+                live.listener.settled(
+                    verdict.manifest_uri,
+                    "failed" if verdict.issues else "proven",
+                    nbytes=0,
+                    reason=first["reason"],
+                    detail=first["detail"],
+                )
+                for issue in verdict.issues:
+                    logger.warning("%s: %s: %s", issue["reason"], issue["uri"], issue["detail"])
+            if again:
+                yield check(again, retry + 1)
+
+        return Work(
+            lambda: verify_manifests.submit(live.run_id, label, unexamined(uris), level),
+            then,
+            delay=retry_delay(retry) if retry else 0.0,
+        )
+
+    # Sizes stand in the manifests, which are not read twice: batches go by count alone.
+    batches = plan_batches(manifests, nbytes=lambda _: 0, workers=workers)
+    task_runs = fan_out(map(check, batches), width=workers)
+    return final, task_runs
