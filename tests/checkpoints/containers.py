@@ -381,6 +381,12 @@ def safetensors_file(path: Path) -> Checkpoint:
     return Checkpoint(path, None, reason="unsupported_format")
 
 
+@checkpoint(reason="corrupt_archive")
+def empty_file(path: Path) -> Checkpoint:
+    path.write_bytes(b"")
+    return Checkpoint(path, None, reason="corrupt_archive")
+
+
 def _not_a_checkpoint(name: str, content: bytes) -> None:
     @checkpoint(name=name, reason="unsupported_format")
     def build(path: Path) -> Checkpoint:
@@ -389,7 +395,6 @@ def _not_a_checkpoint(name: str, content: bytes) -> None:
 
 
 for _name, _content in {
-    "empty_file": b"",
     "git_lfs_pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:"
     + b"ab" * 32
     + b"\nsize 123456\n",

@@ -79,11 +79,19 @@ def compiled_and_parallel_prefixes(path: Path) -> Checkpoint:
     )
 
 
+@checkpoint(suffix=".ckpt")
+def prefix_on_some_names_only(path: Path) -> Checkpoint:
+    """`module.w` and `w`: taking the prefix off one would make them one name, so it stays."""
+    state = {"module.w": torch.ones(2), "w": torch.zeros(2)}
+    torch.save({"model": state}, path)
+    return Checkpoint(path, state, options={"strip_prefix": "auto"})
+
+
 @checkpoint(suffix=".ckpt", reason="output_collision")
-def prefixes_that_collide(path: Path) -> Checkpoint:
-    """`module.w` and `w`: one name once the prefix is off."""
-    torch.save({"model": {"module.w": torch.ones(2), "w": torch.zeros(2)}}, path)
-    return Checkpoint(path, None, reason="output_collision", options={"strip_prefix": "auto"})
+def names_that_a_rename_makes_equal(path: Path) -> Checkpoint:
+    torch.save({"model": {"student.w": torch.ones(2), "teacher.w": torch.zeros(2)}}, path)
+    rename = (("^(student|teacher)[.]", ""),)
+    return Checkpoint(path, None, reason="output_collision", options={"rename": rename})
 
 
 @checkpoint(suffix=".ckpt", reason="ambiguous_state_dict")

@@ -1,0 +1,144 @@
+"""What the project promises as a whole: what is installed, what importing costs, what must not be in the tree."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import ptbin
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("ptbin", "tasks", "flows")
+
+installed_run = pytest.mark.skipif(
+    not os.environ.get("PYTHONSAFEPATH"), reason="run without -P: the working directory is what is tested"
+)
+
+
+def _python(code: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@installed_run
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_suite_tests_what_is_installed(package: str) -> None:
+    where = Path(_python(f"import {package}; print({package}.__path__[0])")).resolve()
+    assert ROOT not in where.parents or ".venv" in where.parts
+
+
+@installed_run
+def test_installed_files_are_those_of_the_tree() -> None:
+    """A stale installation would make every other test a statement about the past."""
+    for package in PACKAGES:
+        installed = Path(_python(f"import {package}; print({package}.__path__[0])"))
+        tree = {
+            path.relative_to(ROOT / package): path.read_bytes() for path in (ROOT / package).rglob("*.py")
+        }
+        assert {path.relative_to(installed): path.read_bytes() for path in installed.rglob("*.py")} == tree
+
+
+def test_version_is_said_once_and_truly() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "version" in project["dynamic"]
+    if os.environ.get("PYTHONSAFEPATH"):
+        assert metadata.version("ptbin") == ptbin.__version__
+
+
+def test_importing_ptbin_imports_nothing_heavy() -> None:
+    loaded = _python(
+        "import ptbin, sys; ptbin.convert, ptbin.inspect, ptbin.verify; print(*sys.modules)"
+    ).split()
+    heavy = {"torch", "numpy", "prefect", "fsspec", "s3fs", "boto3", "botocore", "rich", "pydantic"}
+    assert heavy & {name.partition(".")[0] for name in loaded} == set()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("hatchling", reason="the wheel's builder is in the dev extra")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+    ]
+    subprocess.run([*command, str(ROOT)], check=True, timeout=120, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
+    assert not [name for name in names if name.endswith((".pyc", ".bin", ".pt"))]
+
+
+def test_wheel_offers_the_command(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        entries = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        assert "ptbin = flows.cli:main" in archive.read(entries).decode()
+        assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
+
+
+def _tracked_texts() -> dict[str, str]:
+    try:
+        listed = subprocess.run(["git", "ls-files", "-z"], capture_output=True, cwd=ROOT, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    texts = {}
+    for name in listed.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            texts[name] = (ROOT / name).read_bytes().decode("utf-8", errors="replace")
+    return texts
+
+
+def test_no_secrets_and_no_places_of_one_machine_in_the_tree() -> None:
+    patterns = {
+        "an AWS access key": r"\b(AKIA|ASIA)[0-9A-Z]{16}\b",
+        "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+        "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}\b",
+        "a GitHub token": r"\bgh[pousr]_[A-Za-z0-9]{30,}\b",
+        "a home folder": r"/(home|Users)/(?!me\b|user\b|runner\b)[a-z]\w+/",
+        "a package index": r"(?i)(index-url|find-links)\s*=?\s*(https?|file):",
+    }
+    found = [
+        f"{name}: {what}"
+        for name, text in _tracked_texts().items()
+        if name != "tests/test_project.py"
+        for what, pattern in patterns.items()
+        if re.search(pattern, text)
+    ]
+    assert found == []
+
+
+def test_constraints_pin_everything_and_point_nowhere() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line)] == []
+    pinned = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower() for line in lines}
+    assert not [name for name in pinned if name.startswith(("nvidia", "cuda", "triton"))]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    names = {re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", one)[0]).lower() for one in wanted}
+    assert names - pinned == set()
+
+
+def test_license_is_the_whole_apache_text() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
