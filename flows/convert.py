@@ -26,7 +26,7 @@ from flows.tally import Tally
 from flows.wishes import MAX_WORKERS, build_options
 from ptbin import catalog
 from ptbin.errors import UsageError
-from ptbin.options import Naming, OnUnsafe, VerifyLevel
+from ptbin.options import Naming, OnUnsafe, OutputFormat, VerifyLevel
 from tasks.listing import list_checkpoints
 
 __all__ = ["convert"]
@@ -45,6 +45,7 @@ def convert(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    format: OutputFormat = "torch",  # noqa: A002 - the name on the command line and in manifests
     naming: Naming = "replace",
     select: str | None = None,
     strip_prefix: str | None = None,
@@ -65,6 +66,7 @@ def convert(
     takes `OLD=NEW`. Ends Completed, or Failed where a checkpoint was rejected or failed.
     """
     options = build_options(
+        format=format,
         rename=rename,
         drop=drop,
         select=select,

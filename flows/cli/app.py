@@ -1,0 +1,94 @@
+"""The entry point: commands, exit statuses, and how errors look.
+
+0: all done. 1: the run finished, but some checkpoints failed or were rejected. 2: the call itself was
+wrong and nothing was written. 130: interrupted. An error is one line on standard error; a traceback
+appears only with `--log-level debug`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from flows.cli.convert_command import convert_command
+from flows.cli.inspect_command import inspect_command
+from flows.cli.interrupts import INTERRUPTED_STATUS, hear_signals
+from flows.cli.printing import print_error
+from flows.cli.verify_command import verify_command
+from ptbin.errors import CheckpointError, PtbinError
+from ptbin.version import __version__
+
+__all__ = ["cli", "main"]
+
+EPILOG = """\b
+Examples:
+  ptbin inspect run1/last.ckpt
+  ptbin convert run1/last.ckpt last.bin
+  ptbin convert s3://models/checkpoints s3://models/weights --workers 4
+  ptbin verify s3://models/weights
+
+\b
+Exit status: 0 all done; 1 some checkpoints failed or were rejected;
+2 the call was wrong, nothing was written; 130 interrupted."""
+
+
+@click.group(
+    epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(__version__, prog_name="ptbin", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Turn PyTorch checkpoints into clean, proven weights, without running their code."""
+
+
+cli.add_command(inspect_command)
+cli.add_command(convert_command)
+cli.add_command(verify_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its status."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with hear_signals():
+            status = cli.main(words, prog_name="ptbin", standalone_mode=False)
+            sys.stdout.flush()
+    except click.ClickException as error:
+        print_error(_usage_line(error))
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        print_error("interrupted", kind="ptbin")
+        return INTERRUPTED_STATUS
+    except BrokenPipeError:
+        # Whoever read our output has had enough; nothing may be flushed into the closed pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except PtbinError as error:
+        _print_traceback(words)
+        print_error(str(error))
+        return 1 if isinstance(error, CheckpointError) else 2
+    except Exception as error:  # noqa: BLE001 - the last line of defence: a line, not a traceback
+        _print_traceback(words)
+        print_error(f"{type(error).__name__}: {error} (a fault in ptbin; --log-level debug shows where)")
+        return 1
+    return status if isinstance(status, int) else 0
+
+
+def _usage_line(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "ptbin"
+    return f"{error.format_message()} (see {command} --help)"
+
+
+def _print_traceback(words: Sequence[str]) -> None:
+    # Read from the words themselves: the error may have come before any option was parsed.
+    if "--log-level=debug" in words or ("--log-level" in words and "debug" in words):
+        traceback.print_exc()

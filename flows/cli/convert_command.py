@@ -1,0 +1,276 @@
+"""`ptbin convert`: one checkpoint by the engine directly, or a whole store through the Prefect flow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flows.cli.printing import print_json, print_line
+from flows.cli.progress import Problems, showing_progress
+from flows.cli.shared_options import Shared, shared_options
+from flows.cli.summary import JSON_KEYS, conversion_lines, plan_lines
+from flows.wishes import MAX_WORKERS, build_options
+from ptbin.errors import StorageError, UsageError
+
+if TYPE_CHECKING:
+    from ptbin.catalog import Found, Job
+    from ptbin.options import ConvertOptions
+
+__all__ = ["convert_command"]
+
+EPILOG = """\b
+Examples:
+  ptbin convert run1/last.ckpt last.bin
+  ptbin convert checkpoints/ weights/ --dry-run
+  ptbin convert checkpoints/ weights/ --include 'run*/last.ckpt' --workers 4
+  ptbin convert s3://models/checkpoints s3://models/weights --json > summary.json
+  ptbin convert ema.pt ema.bin --select ema_state_dict --strip-prefix auto
+  ptbin convert in.pt s3://models/in.bin --dest-options @minio.json
+
+SOURCE and DEST are local paths or any fsspec URL. One checkpoint goes to DEST if that ends in .bin, else
+into DEST. Everything else (a directory, a prefix, a quoted glob) is converted below DEST through Prefect:
+on the server of PREFECT_API_URL, or on one that is started for the run. A rerun converts only what is new
+or changed.
+
+\b
+Exit status: 0 all converted or up to date; 1 some were rejected or failed;
+2 the call was wrong, nothing was written; 130 interrupted."""
+
+
+@click.command("convert", epilog=EPILOG)
+@click.argument("source")
+@click.argument("dest")
+@click.option("--include", multiple=True, metavar="GLOB", help="Only paths that match (repeatable).")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Not those that match (repeatable).")
+@click.option("--format", "output_format", type=click.Choice(["torch"]), default="torch", show_default=True)
+@click.option(
+    "--naming",
+    type=click.Choice(["replace", "append"]),
+    default="replace",
+    show_default=True,
+    help="last.ckpt becomes last.bin, or last.ckpt.bin.",
+)
+@click.option("--select", metavar="PATH", help="The state dict to take, as `inspect` lists them.")
+@click.option("--strip-prefix", metavar="P", help="Take P off all names; auto: module. and _orig_mod.")
+@click.option("--rename", multiple=True, metavar="OLD=NEW", help="Regex replacement on names (repeatable).")
+@click.option("--drop", multiple=True, metavar="REGEX", help="Leave out names that match (repeatable).")
+@click.option(
+    "--verify",
+    type=click.Choice(["none", "checksum", "load"]),
+    default="checksum",
+    show_default=True,
+    help="Proof before an output counts: none, read it back, or also open it with torch.",
+)
+@click.option(
+    "--on-unsafe",
+    type=click.Choice(["reject", "extract"]),
+    default="reject",
+    show_default=True,
+    help="Pickles that can only be meant to run code: refuse, or take the weights (running nothing).",
+)
+@click.option("--force", is_flag=True, help="Convert even what is up to date.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done, write nothing.")
+@click.option("--fail-fast", is_flag=True, help="Begin nothing new after the first problem.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1, MAX_WORKERS),
+    default=2,
+    show_default=True,
+    metavar="N",
+    help="Batches worked on at once.",
+)
+@shared_options
+def convert_command(  # noqa: PLR0917 - click passes by name
+    source: str,
+    dest: str,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    output_format: str,
+    naming: Any,
+    select: str | None,
+    strip_prefix: str | None,
+    rename: Sequence[str],
+    drop: Sequence[str],
+    verify: str,
+    on_unsafe: str,
+    force: bool,
+    dry_run: bool,
+    fail_fast: bool,
+    workers: int,
+    **shared_values: Any,
+) -> int:
+    """Convert SOURCE, one checkpoint or a whole store of them, into DEST."""
+    shared = Shared(**shared_values)
+    wishes: dict[str, Any] = {
+        "format": output_format,
+        "select": select,
+        "strip_prefix": strip_prefix,
+        "rename": list(rename),
+        "drop": list(drop),
+        "on_unsafe": on_unsafe,
+        "verify": verify,
+        "force": force,
+    }
+    options = build_options(**wishes)
+    from ptbin import catalog
+
+    catalog.check_call(
+        source,
+        dest,
+        source_options=shared.source_options,
+        dest_options=shared.dest_options,
+        writes=not dry_run,
+    )
+    single = _single_checkpoint(source, dest, shared)
+    if dry_run:
+        found = [single] if single else _list(source, include, exclude, shared)
+        return _print_plan(found, dest, naming, options, shared)
+    if single is not None:
+        summary = _convert_one(_job_of(single, dest, naming), source, dest, options, shared)
+    else:
+        from flows.cli.on_prefect import run_flow
+        from flows.run_record import new_run_id
+
+        with showing_progress(shared) as listener:
+            summary = run_flow(
+                "convert",
+                new_run_id(),
+                shared,
+                listener,
+                source=source,
+                dest=dest,
+                include=list(include),
+                exclude=list(exclude),
+                naming=naming,
+                fail_fast=fail_fast,
+                workers=workers,
+                **wishes,
+            )
+    if shared.as_json:
+        print_json({key: summary[key] for key in JSON_KEYS})
+    elif not shared.quiet:
+        for line in conversion_lines(summary):
+            print_line(line)
+    return 0 if summary["succeeded"] else 1
+
+
+def _single_checkpoint(source: str, dest: str, shared: Shared) -> Found | None:
+    """SOURCE if it is one object, None if it is a place that holds some."""
+    from ptbin import catalog
+    from ptbin.stores import open_store
+
+    store, path = open_store(source, shared.source_options)
+    if not store.is_directory(path):
+        try:
+            stat = store.stat(path)
+        except StorageError:
+            pass  # a glob: `check_call` has seen to everything else
+        else:
+            return catalog.Found(path.rsplit("/", 1)[-1], stat.uri, stat.size, stat.identity, certain=True)
+    if dest.endswith(".bin"):
+        raise UsageError(
+            f"DEST ends in .bin and so names one output, but SOURCE is a place with many: {source}; "
+            f"give a directory ({dest}/ if it is to have that name)"
+        )
+    return None
+
+
+def _job_of(found: Found, dest: str, naming: Any) -> Job:
+    from ptbin import catalog
+
+    if dest.endswith(".bin"):
+        return catalog.Job(found.uri, found.size, dest, found.path, found.certain, found.identity)
+    jobs, problems = catalog.plan_outputs([found], dest, naming=naming)
+    if problems:
+        raise UsageError(problems[0].detail)
+    return jobs[0]
+
+
+def _list(source: str, include: Sequence[str], exclude: Sequence[str], shared: Shared) -> list[Found]:
+    from ptbin import catalog
+
+    found = catalog.find_checkpoints(
+        source, include=tuple(include), exclude=tuple(exclude), storage_options=shared.source_options
+    )
+    return list(found)
+
+
+def _convert_one(job: Job, source: str, dest: str, options: ConvertOptions, shared: Shared) -> dict[str, Any]:
+    """What the flow does for many, for one, without Prefect; no run record is written."""
+    from flows.run_record import new_run_id
+    from flows.tally import Tally
+
+    started = time.monotonic()
+    tally = Tally(new_run_id(), source, dest)
+    with showing_progress(shared) as listener:
+        if _is_current(job, options, shared):
+            tally.add_all([job], "up_to_date")
+        else:
+            tally.add(job, _outcome_of(job, tally.run_id, options, shared, listener))
+    return tally.summary(time.monotonic() - started) | {"succeeded": tally.succeeded}
+
+
+def _outcome_of(job: Job, run_id: str, options: ConvertOptions, shared: Shared, listener: Problems) -> Any:
+    import ptbin
+    from ptbin.manifest import manifest_uri
+    from tasks.outcomes import Converted, Outcome, outcome_of_error
+
+    listener.planned(1, job.source_size, 0)
+    try:
+        manifest = ptbin.convert(
+            job.source_uri,
+            job.dest_uri,
+            options,
+            source_options=shared.source_options,
+            dest_options=shared.dest_options,
+            run_id=run_id,
+            progress=listener.moved,
+        )
+    except (ptbin.errors.CheckpointError, ptbin.errors.VerificationError, StorageError) as error:
+        outcome = outcome_of_error(job.path, error)
+        listener.settled(
+            job.path, outcome.kind, nbytes=job.source_size, reason=outcome.reason, detail=outcome.detail
+        )
+        return outcome
+    return Outcome(
+        job.path, "converted", converted=Converted.from_manifest(manifest, manifest_uri(job.dest_uri))
+    )
+
+
+def _is_current(job: Job, options: ConvertOptions, shared: Shared) -> bool:
+    from ptbin import catalog
+
+    return not options.force and catalog.is_up_to_date(job, options, dest_options=shared.dest_options)
+
+
+def _print_plan(
+    found: Sequence[Found], dest: str, naming: Any, options: ConvertOptions, shared: Shared
+) -> int:
+    from ptbin import catalog
+
+    if not found:
+        raise UsageError("no checkpoints to convert below SOURCE")
+    if len(found) == 1 and dest.endswith(".bin"):
+        jobs, collisions = [_job_of(found[0], dest, naming)], list[catalog.Problem]()
+    else:
+        jobs, collisions = catalog.plan_outputs(found, dest, naming=naming)
+    current = [job for job in jobs if _is_current(job, options, shared)]
+    to_do = [job for job in jobs if job not in current]
+    if shared.as_json:
+        print_json(
+            {
+                "dry_run": True,
+                "convert": [
+                    {"source": job.source_uri, "dest": job.dest_uri, "size": job.source_size} for job in to_do
+                ],
+                "up_to_date": [job.source_uri for job in current],
+                "problems": [problem.to_json() for problem in collisions],
+            }
+        )
+    else:
+        for line in plan_lines(to_do, current, collisions):
+            print_line(line)
+    return 1 if collisions else 0

@@ -1,0 +1,104 @@
+"""`ptbin inspect`: what is in one checkpoint, from its index alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from flows.cli.printing import align, print_error, print_json, print_line
+from flows.cli.shared_options import Shared, shared_options
+from flows.units import format_nbytes
+from ptbin.errors import CheckpointError
+
+__all__ = ["inspect_command"]
+
+SHOWN_ROWS = 20
+
+EPILOG = """\b
+Examples:
+  ptbin inspect run1/last.ckpt
+  ptbin inspect s3://models/run1/last.ckpt --json | jq .verdict
+
+Reads only the index, a few kilobytes of any file, and runs nothing of what is in it."""
+
+
+@click.command("inspect", epilog=EPILOG)
+@click.argument("uri")
+@shared_options
+def inspect_command(uri: str, **shared: Any) -> int:
+    """Describe the checkpoint at URI: container, state dicts, tensors, and the globals its pickle names."""
+    options = Shared(**shared)
+    import ptbin
+
+    try:
+        report = ptbin.inspect(uri, storage_options=options.source_options)
+    except CheckpointError as error:
+        if options.as_json:
+            print_json({"uri": uri, "reason": error.reason, "detail": str(error)})
+        print_error(f"{error.reason}: {error}")
+        return 1
+    if options.as_json:
+        print_json(report)
+    elif not options.quiet:
+        _print_report(report)
+    return 0
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    facts: list[tuple[str, ...]] = [
+        ("container", str(report["container"])),
+        ("size", format_nbytes(report["size"])),
+        ("verdict", str(report["verdict"])),
+        ("selected", _selected(report)),
+    ]
+    print_line(str(report["uri"]))
+    _print_rows(facts)
+    _print_section(
+        "state dicts",
+        [
+            (row["path"] or "(top)", f"{row['tensors']} tensors", format_nbytes(row["nbytes"]))
+            for row in report["state_dicts"]
+        ],
+    )
+    _print_section(
+        "tensors",
+        [
+            (
+                row["name"],
+                row["dtype"],
+                "x".join(map(str, row["shape"])) or "scalar",
+                format_nbytes(row["nbytes"]),
+            )
+            for row in report["tensors"]
+        ],
+    )
+    _print_section(
+        "globals named by the pickle",
+        [(f"{row['module']}.{row['name']}", row["verdict"]) for row in report["globals"]],
+    )
+    _print_section("findings", [(finding,) for finding in report.get("findings", [])])
+
+
+def _shape(shape: list[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _selected(report: dict[str, Any]) -> str:
+    if report["selected"] is None:
+        return f"none: {report['reason']}: {report['detail']}"
+    return report["selected"] or "(top)"
+
+
+def _print_section(title: str, rows: list[tuple[str, ...]]) -> None:
+    if not rows:
+        return
+    print_line(f"{title} ({len(rows)})")
+    _print_rows(rows[:SHOWN_ROWS])
+    if len(rows) > SHOWN_ROWS:
+        print_line(f"  ... and {len(rows) - SHOWN_ROWS} more; --json lists them all")
+
+
+def _print_rows(rows: list[tuple[str, ...]]) -> None:
+    for line in align(rows):
+        print_line(line)

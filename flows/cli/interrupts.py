@@ -1,0 +1,46 @@
+"""Ctrl-C and SIGTERM: one way out, through every `with` that is open.
+
+The first signal raises `KeyboardInterrupt` in the main thread, so writers abort and nothing half-written
+stays. A second one ends the process at once: what it leaves has a temporary name or no manifest, and
+nobody takes that for finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+__all__ = ["INTERRUPTED_STATUS", "hear_signals"]
+
+INTERRUPTED_STATUS = 130
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def hear_signals() -> Iterator[None]:
+    """Handle both signals while the context lasts; only the main thread can, others are left alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _interrupt) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    for other in _SIGNALS:
+        signal.signal(other, _leave_at_once)
+    raise KeyboardInterrupt
+
+
+def _leave_at_once(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    os._exit(INTERRUPTED_STATUS)

@@ -1,0 +1,64 @@
+"""Run a flow from the command line: open the run here, find a server, call, wait for the history."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from flows.cli.progress import Problems
+from flows.cli.shared_options import Shared
+from ptbin.errors import PtbinError
+from tasks.live import LiveRun, open_live_run
+
+__all__ = ["run_flow"]
+
+
+def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **parameters: Any) -> dict[str, Any]:
+    """Call the flow `convert` or `verify` and return the summary it left.
+
+    Raises:
+        PtbinError: what the flow raised before it came to a summary.
+        KeyboardInterrupt: the run was interrupted; Prefect has recorded it as crashed.
+    """
+    if shared.log_level in {"debug", "info"}:
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", shared.log_level.upper())
+        os.environ.setdefault("PREFECT_LOGGING_LEVEL", shared.log_level.upper())
+    from flows.orchestrator import orchestrator
+
+    live = LiveRun(run_id, shared.source_options, shared.dest_options, listener)
+    listener.stage("starting Prefect")
+    with orchestrator() as server, open_live_run(live):
+        flow = _find_flow(name)
+        from prefect.exceptions import TerminationSignal
+
+        listener.stage("looking at SOURCE and DEST" if name == "convert" else "looking at DEST")
+        try:
+            state = flow(**parameters, run_id=run_id, return_state=True)
+        except TerminationSignal as error:  # Prefect's own handler of SIGTERM, while a flow runs
+            raise KeyboardInterrupt from error
+        finally:
+            complete = server.settle(live.summary.get("flow_run_id"), live.summary.get("task_runs"))
+        if state.is_crashed():
+            raise KeyboardInterrupt
+        if "message" not in live.summary:
+            raise _error_of(state)
+        if not complete:
+            listener.tell("Prefect's server has not recorded every task run; the results are not affected")
+    return live.summary
+
+
+def _find_flow(name: str) -> Any:
+    if name == "convert":
+        from flows.convert import convert
+
+        return convert
+    from flows.verify import verify
+
+    return verify
+
+
+def _error_of(state: Any) -> Exception:
+    error = state.result(raise_on_failure=False)
+    return (
+        error if isinstance(error, Exception) else PtbinError(f"the flow ended {state.name}: {state.message}")
+    )

@@ -1,0 +1,48 @@
+"""Text for people: lines on standard error, results on standard output.
+
+What comes out of a file (names, messages that quote them) may hold control characters that would drive
+the terminal; they are shown escaped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+__all__ = ["align", "print_error", "print_json", "print_line", "printable"]
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with everything that does not print as itself escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def print_error(message: str, kind: str = "ptbin: error") -> None:
+    """One line on standard error."""
+    click.echo(f"{kind}: {printable(' '.join(message.split()))}", err=True)
+
+
+def print_line(text: str = "") -> None:
+    """One line on standard output."""
+    click.echo(printable(text))
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """The one document of `--json`. ASCII only: any consumer's locale can read it."""
+    click.echo(json.dumps(document, indent=2))
+
+
+def align(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), indent: str = "  ") -> list[str]:
+    """Rows as lines with aligned columns; the columns in `right` are flush right, the last one is free."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append((indent + "  ".join(cells)).rstrip())
+    return lines

@@ -1,0 +1,78 @@
+"""The summary at the end of a run, for people. Pure: values in, lines out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flows.cli.printing import align
+from flows.cli.progress import short_detail
+from flows.units import format_nbytes
+
+if TYPE_CHECKING:
+    from ptbin.catalog import Job, Problem
+
+__all__ = ["JSON_KEYS", "conversion_lines", "plan_lines", "verification_lines"]
+
+JSON_KEYS = (
+    "run_id", "source", "dest", "converted", "up_to_date", "rejected", "failed", "source_bytes", "read_bytes",
+    "written_bytes", "seconds", "manifests", "problems",
+)  # fmt: skip
+"""The `--json` summary of `convert`, in this order."""
+
+SHOWN_PROBLEMS = 20
+
+
+def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
+    """The table of outcomes, the problems, and where the run record lies."""
+    moved = (
+        f"{format_nbytes(summary['source_bytes'])} of checkpoints, "
+        f"{format_nbytes(summary['read_bytes'])} read, {format_nbytes(summary['written_bytes'])} written"
+    )
+    rows = [
+        ("converted", str(summary["converted"]), moved if summary["converted"] else ""),
+        ("up to date", str(summary["up_to_date"]), ""),
+        ("rejected", str(summary["rejected"]), ""),
+        ("failed", str(summary["failed"]), ""),
+    ]
+    lines = align(rows, right=[1], indent="")
+    if summary["problems"]:
+        lines += ["", *_problem_lines(summary["problems"])]
+    lines += ["", f"{summary['seconds']:.1f} s, run {summary['run_id']}"]
+    if summary.get("record"):
+        lines.append(f"run record and report: {summary['record']}")
+    return lines
+
+
+def plan_lines(to_do: Sequence[Job], up_to_date: Sequence[Job], collisions: Sequence[Problem]) -> list[str]:
+    """What a run would do, one checkpoint a line."""
+    rows = [("convert", format_nbytes(job.source_size), f"{job.path} -> {job.dest_uri}") for job in to_do]
+    rows += [("up to date", format_nbytes(job.source_size), job.path) for job in up_to_date]
+    rows += [("reject", problem.reason, problem.source) for problem in collisions]
+    total = format_nbytes(sum(job.source_size for job in to_do))
+    counts = f"would convert {len(to_do)} ({total}), up to date {len(up_to_date)}, rejected {len(collisions)}"
+    return [*align(rows, indent=""), "", f"{counts}; nothing was written"]
+
+
+def verification_lines(summary: Mapping[str, Any]) -> list[str]:
+    rows = [
+        ("proven", str(summary["proven"])),
+        ("failed", str(summary["failed"])),
+        ("outputs without a manifest", str(summary["orphans"])),
+    ]
+    lines = align(rows, right=[1], indent="")
+    problems = [{"source": issue["uri"], **issue} for issue in summary["issues"]]
+    if problems:
+        lines += ["", *_problem_lines(problems)]
+    return [*lines, "", f"{summary['seconds']:.1f} s"]
+
+
+def _problem_lines(problems: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [
+        (str(problem["reason"]), str(problem["source"]), short_detail(problem["source"], problem["detail"]))
+        for problem in problems[:SHOWN_PROBLEMS]
+    ]
+    lines = [line for row in rows for line in (f"{row[0]}: {row[1]}", f"    {row[2]}")]
+    if len(problems) > SHOWN_PROBLEMS:
+        lines.append(f"... and {len(problems) - SHOWN_PROBLEMS} more, in the run record")
+    return lines
