@@ -1,7 +1,7 @@
 """Stores that count, fail on schedule, or are slow, around any real one.
 
-All three are one wrapper with one hook: `before(operation, path)` is called first, on the caller's thread, for
-every operation: "stat", "list", "open", "read", "check", "create", "write", "copy", "commit", "abort", "delete",
+All three are one wrapper with one hook: `before(call)` comes first, on the caller's thread, for every
+operation: "stat", "list", "open", "read", "check", "create", "write", "copy", "commit", "delete",
 "is_directory", "check_writable". They nest, and `registered` puts one behind a protocol of its own, so
 that code which only knows URIs meets it:
 

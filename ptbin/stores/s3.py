@@ -42,9 +42,9 @@ _SCHEMES = ("s3://", "s3a://")
 
 def open_s3(uri: str, options: Mapping[str, Any]) -> tuple[Store, str]:
     path = uri[uri.index("://") + 3 :] if uri.lower().startswith(_SCHEMES) else ""
-    if not path.strip("/"):
+    if not path.partition("/")[0]:
         raise UsageError(f"{uri} names no bucket; expected s3://bucket/path")
-    return S3Store(options), path.lstrip("/")
+    return S3Store(options), path
 
 
 class S3Store(Store):

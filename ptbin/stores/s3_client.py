@@ -6,7 +6,8 @@ Knows no reading or writing. All calls run on fsspec's event-loop thread; a call
 have as many under way as it likes. Making a client costs some 0.3 s, so stores share it.
 
 botocore's and s3fs's own retries are switched off (unless options ask for them): two layers multiply the
-attempts, and s3fs's repeats neither throttled nor half-received answers reliably.
+attempts, and s3fs's repeats neither throttled nor half-received answers reliably. What remains below is
+aiohttp, which repeats an idempotent request once where the connection breaks before an answer.
 """
 
 from __future__ import annotations

@@ -98,7 +98,9 @@ class StoreContract:
             assert reader.read(9, 1) == b"9"
             assert (reader.requests, reader.bytes_read) == (3, 15)
 
-    @pytest.mark.parametrize(("offset", "nbytes"), [(0, 11), (10, 1), (11, 0), (-1, 2), (5, -1), (1 << 70, 1)])
+    @pytest.mark.parametrize(
+        ("offset", "nbytes"), [(0, 11), (10, 1), (11, 0), (-1, 2), (5, -1), (1 << 70, 1)]
+    )
     def test_a_range_outside_of_the_object_is_corruption(
         self, place: Place, offset: int, nbytes: int
     ) -> None:

@@ -1,1 +1,1 @@
-"""S3 servers of the suite's own, on free loopback ports: moto, a real gateway, and a proxy that misbehaves."""
+"""S3 servers on free loopback ports: moto, a real gateway, and a proxy that misbehaves."""

@@ -1,8 +1,7 @@
 """An HTTP proxy before a good S3 server that fails on schedule: what clouds do now and then, every time.
 
-A schedule is a list of (condition, fault): each fault strikes once, at the first request that meets its
-condition after the faults before it have struck. So a test says "the second part's first attempt is
-answered 503", and counts what came.
+A schedule is a list of faults with conditions: each strikes once, at the first request that meets its
+condition. So a test says "the second part's first attempt is answered 503", and counts what came.
 """
 
 from __future__ import annotations
@@ -60,8 +59,10 @@ class FaultyProxy:
     def strikes(self, request: Request) -> Kind | None:
         with self.lock:
             self.requests.append(request)
-            if self.faults and self.faults[0].meets(request):
-                return self.faults.pop(0).kind
+            for fault in self.faults:
+                if fault.meets(request):
+                    self.faults.remove(fault)
+                    return fault.kind
             return None
 
 

@@ -149,7 +149,7 @@ class RadosGateway:
         osd_environment = {"MALLOC_MMAP_THRESHOLD_": "262144"}  # gives deleted objects' memory back
         self._launch("osd", "ceph-osd", "-f", "-i", "0", **osd_environment)
         endpoint = S3Endpoint(f"http://127.0.0.1:{port}")
-        # The first client makes the zone and its pools, and must be alone while it does; it waits for the OSD.
+        # The first client makes the zone and its pools, alone while it does; it waits for the OSD.
         user = ("--uid=s3test", "--display-name=s3test")
         keys = (f"--access-key={endpoint.key}", f"--secret-key={endpoint.secret}")
         self._step("radosgw-admin", "user", "create", *user, *keys)

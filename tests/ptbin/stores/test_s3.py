@@ -1,0 +1,455 @@
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import threading
+import tracemalloc
+from typing import Any
+
+import pytest
+
+from ptbin.errors import (
+    AccessDeniedError,
+    NotFoundInStoreError,
+    SourceChangedError,
+    StorageError,
+    UsageError,
+)
+from ptbin.stores import open_store
+from ptbin.stores.retry import RetryPolicy
+from ptbin.stores.s3 import S3Store
+from ptbin.stores.s3_client import S3Client
+from ptbin.stores.s3_writer import part_nbytes_for
+from tests.servers.endpoint import QUICK, S3Endpoint
+from tests.servers.faulty_proxy import Fault, FaultyProxy, Request
+
+MIB = 1 << 20
+CONTENT = os.urandom(MIB) * 30
+
+
+@pytest.fixture
+def bucket(moto_s3: S3Endpoint) -> str:
+    return moto_s3.make_bucket()
+
+
+@pytest.fixture
+def store(proxy: FaultyProxy) -> S3Store:
+    """A store that talks through the proxy."""
+    return S3Endpoint(proxy.url).store()
+
+
+# ------------------------------------------------------------------------------------------------- requests
+
+
+def test_costs_are_what_the_docstrings_say(proxy: FaultyProxy, store: S3Store, bucket: str) -> None:
+    def requests() -> list[tuple[str, str]]:
+        made = [(request.method, request.range) for request in proxy.requests]
+        proxy.requests.clear()
+        return made
+
+    store.write_bytes(f"{bucket}/x", b"0123456789")
+    assert requests() == [("PUT", "")]
+    store.stat(f"{bucket}/x")
+    assert requests() == [("HEAD", "")]
+    store.read_bytes(f"{bucket}/x")
+    assert requests() == [("GET", "")]
+    with store.open_reader(f"{bucket}/x") as reader:
+        reader.read(2, 3)
+        assert requests() == [("HEAD", ""), ("GET", "bytes=2-4")]
+    list(store.iter_objects(bucket))
+    assert requests() == [("GET", "")]
+
+
+def test_reading_ahead_is_bounded(proxy: FaultyProxy, store: S3Store, bucket: str) -> None:
+    store.write_bytes(f"{bucket}/x", CONTENT)
+    with store.open_reader(f"{bucket}/x") as reader:
+        pieces = reader.iter_range(0, len(CONTENT), chunk_nbytes=MIB)
+        next(pieces)
+        assert reader.requests <= reader.window
+        assert b"".join(pieces) == CONTENT[MIB:]
+        assert (reader.requests, reader.bytes_read) == (30, len(CONTENT))
+
+
+def test_parts_go_out_side_by_side(proxy: FaultyProxy, store: S3Store, bucket: str) -> None:
+    with store.open_writer(f"{bucket}/x", size_hint=len(CONTENT)) as writer:
+        writer.write(CONTENT)
+        writer.commit()
+    # 30 MiB in parts of 8: begin, four parts, complete.
+    assert [request.method for request in proxy.requests].count("PUT") == 4
+    assert proxy.count("POST") == 2
+    assert store.read_bytes(f"{bucket}/x") == CONTENT
+
+
+def test_a_long_listing_comes_in_pages(proxy: FaultyProxy, store: S3Store, bucket: str) -> None:
+    client = store.client
+    for number in range(7):
+        store.write_bytes(f"{bucket}/p/{number}", b"x" * number)
+    attempt = client.attempt
+
+    async def small_pages(method: str, doing: str, uri: str, **parameters: Any) -> dict[str, Any]:
+        return await attempt(method, doing, uri, **parameters, MaxKeys=3)
+
+    client.attempt = small_pages  # type: ignore[method-assign]
+    proxy.requests.clear()
+    assert [found.path for found in store.iter_objects(f"{bucket}/p")] == list("0123456")
+    assert proxy.count("GET") == 3
+
+
+@pytest.mark.parametrize(
+    ("size_hint", "part"),
+    [
+        (0, 8 * MIB),
+        (80_000 * MIB, 8 * MIB),
+        (80_000 * MIB + 1, 9 * MIB),
+        (5 << 40, 525 * MIB),
+        (None, 32 * MIB),
+    ],
+)
+def test_parts_grow_so_that_ten_thousand_are_enough(size_hint: int | None, part: int) -> None:
+    assert part_nbytes_for(size_hint) == part
+    if size_hint:
+        assert -(-size_hint // part) <= 10_000
+
+
+def test_more_parts_than_s3_takes_is_an_error_and_aborts(
+    moto_s3: S3Endpoint, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ptbin.stores.s3_writer.MAX_PARTS", 2)
+    with (
+        pytest.raises(StorageError, match="foretold"),
+        moto_s3.store().open_writer(f"{bucket}/x", size_hint=10) as writer,
+    ):
+        writer.write(CONTENT)
+    assert moto_s3.uploads_in(bucket) == []
+
+
+def test_memory_does_not_grow_with_the_object(moto_s3: S3Endpoint, store: S3Store, bucket: str) -> None:
+    store.write_bytes(f"{bucket}/x", CONTENT * 4)  # 120 MiB; moto's own memory is counted too
+    gc.collect()
+    tracemalloc.start()
+    with store.open_reader(f"{bucket}/x") as reader:
+        for _ in reader.iter_range(0, 16 * MIB, chunk_nbytes=MIB):
+            pass
+        _, few = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        for _ in reader.iter_range(0, reader.size, chunk_nbytes=MIB):
+            pass
+        _, many = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert many < few + 16 * MIB
+
+
+# ------------------------------------------------------------------------------------------------- retries
+
+
+@pytest.mark.parametrize("kind", ["503", "500", "reset", "short"])
+def test_a_read_outlasts_passing_faults(proxy: FaultyProxy, store: S3Store, bucket: str, kind: Any) -> None:
+    store.write_bytes(f"{bucket}/x", CONTENT)
+    gets = lambda request: request.method == "GET"  # noqa: E731
+    proxy.faults += [Fault(kind, gets)] * 3
+    proxy.requests.clear()
+    with store.open_reader(f"{bucket}/x") as reader:
+        assert reader.read(5, 1000) == CONTENT[5:1005]
+        # aiohttp repeats a request once by itself where its connection breaks.
+        assert reader.requests == (2 if kind == "reset" else 4)
+    assert proxy.count("GET") == 4
+    assert not proxy.faults
+
+
+@pytest.mark.parametrize("kind", ["503", "reset", "short"])
+def test_attempts_at_reading_are_bounded(proxy: FaultyProxy, store: S3Store, bucket: str, kind: Any) -> None:
+    store.write_bytes(f"{bucket}/x", CONTENT)
+    proxy.faults += [Fault(kind, lambda request: request.method == "GET")] * 9
+    with (
+        store.open_reader(f"{bucket}/x") as reader,
+        pytest.raises(StorageError, match=f"s3://{bucket}/x") as caught,
+    ):
+        reader.read(0, 1000)
+    assert caught.value.transient
+    assert proxy.count("GET") == QUICK.attempts * (2 if kind == "reset" else 1)
+
+
+def test_a_permanent_fault_is_not_repeated(proxy: FaultyProxy, store: S3Store, bucket: str) -> None:
+    store.write_bytes(f"{bucket}/x", b"x")
+    proxy.faults += [Fault("403", lambda request: request.method == "GET")] * 2
+    with pytest.raises(AccessDeniedError, match="AccessDenied"):
+        store.read_bytes(f"{bucket}/x")
+    assert proxy.count("GET") == 1
+
+
+@pytest.mark.parametrize("kind", ["503", "500", "reset", "lost-answer"])
+def test_an_upload_outlasts_passing_faults(
+    proxy: FaultyProxy, store: S3Store, moto_s3: S3Endpoint, bucket: str, kind: Any
+) -> None:
+    proxy.faults += [
+        Fault(kind, lambda request: "partNumber=2" in request.path),
+        Fault(kind, lambda request: "partNumber=4" in request.path),
+        # A completion whose answer is lost has happened: the repetition finds no upload any more.
+        Fault(kind, lambda request: request.method == "POST" and "uploadId" in request.path),
+    ]
+    with store.open_writer(f"{bucket}/x", size_hint=len(CONTENT)) as writer:
+        writer.write(CONTENT)
+        writer.commit()
+    assert not proxy.faults
+    assert store.read_bytes(f"{bucket}/x") == CONTENT
+    assert moto_s3.uploads_in(bucket) == []
+
+
+def test_a_small_object_outlasts_them_too(proxy: FaultyProxy, store: S3Store, bucket: str) -> None:
+    proxy.faults += [Fault("503"), Fault("reset"), Fault("500")]
+    store.write_bytes(f"{bucket}/x", b"weights")
+    assert store.read_bytes(f"{bucket}/x") == b"weights"
+
+
+def failing(request: Request) -> bool:
+    return "partNumber=3" in request.path
+
+
+@pytest.mark.parametrize("fault", [Fault("403", failing), Fault("503", failing)], ids=["403", "503"])
+def test_a_failed_upload_is_aborted(
+    proxy: FaultyProxy, store: S3Store, moto_s3: S3Endpoint, bucket: str, fault: Fault
+) -> None:
+    proxy.faults += [fault] * 9
+    with pytest.raises(StorageError, match=f"cannot write s3://{bucket}/x"):
+        write_large(store, bucket)
+    assert moto_s3.uploads_in(bucket) == []
+    assert list(store.iter_objects(bucket)) == []
+
+
+def test_a_failing_abort_does_not_hide_the_first_error(
+    proxy: FaultyProxy, store: S3Store, bucket: str
+) -> None:
+    proxy.faults += [Fault("403", failing)]
+    proxy.faults += [Fault("500", lambda request: request.method == "DELETE")] * 9
+    with pytest.raises(AccessDeniedError, match="cannot write"):
+        write_large(store, bucket)
+    assert proxy.count("DELETE") == QUICK.attempts
+
+
+def test_an_upload_under_way_is_given_up_with_the_writer(
+    store: S3Store, moto_s3: S3Endpoint, bucket: str
+) -> None:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        store.open_writer(f"{bucket}/x", size_hint=1 << 30) as writer,
+    ):
+        writer.write(CONTENT)
+        assert moto_s3.uploads_in(bucket) == ["x"]
+        raise KeyboardInterrupt
+    assert moto_s3.uploads_in(bucket) == []
+
+
+def test_an_unreachable_store_is_a_transient_error() -> None:
+    policy = RetryPolicy(attempts=2, first_delay_s=0.01)
+    store = S3Endpoint("http://127.0.0.1:9").store(retry=policy)  # the discard port: nobody listens
+    with pytest.raises(StorageError, match="does not answer") as caught:
+        store.stat("bucket/x")
+    assert caught.value.transient
+
+
+# ------------------------------------------------------------------------------------------------- the pin
+
+
+@pytest.mark.parametrize("versioned", [False, True])
+def test_every_range_belongs_to_the_object_seen_first(moto_s3: S3Endpoint, versioned: bool) -> None:
+    check_pin(moto_s3, versioned=versioned)
+
+
+@pytest.mark.s3_real
+@pytest.mark.parametrize("versioned", [False, True])
+def test_every_range_belongs_to_the_object_seen_first_on_a_real_server(
+    rados_s3: S3Endpoint, versioned: bool
+) -> None:
+    check_pin(rados_s3, versioned=versioned)
+
+
+def check_pin(endpoint: S3Endpoint, *, versioned: bool) -> None:
+    """Unversioned: refused. Versioned: the old version is read on, and the change is told at the end."""
+    bucket = endpoint.make_bucket(versioned=versioned)
+    store = endpoint.store()
+    store.write_bytes(f"{bucket}/x", b"old" * MIB)
+    with store.open_reader(f"{bucket}/x") as reader:
+        assert (reader.version_id is not None) is versioned
+        pieces = reader.iter_range(0, reader.size, chunk_nbytes=MIB // 4)
+        got = [next(pieces)]
+        store.write_bytes(f"{bucket}/x", b"new" * MIB)
+        if versioned:
+            assert b"".join([*got, *pieces]) == b"old" * MIB
+            assert reader.read(0, 3) == b"old"
+        else:
+            with pytest.raises(SourceChangedError, match=f"s3://{bucket}/x"):
+                got += list(pieces)
+            assert b"new" not in b"".join(got)
+            with pytest.raises(SourceChangedError):
+                reader.read(0, 3)
+        with pytest.raises(SourceChangedError):
+            reader.check_unchanged()
+
+
+def test_an_object_that_shrank_is_another_one(moto_s3: S3Endpoint, bucket: str) -> None:
+    store = moto_s3.store()
+    store.write_bytes(f"{bucket}/x", b"0123456789")
+    with store.open_reader(f"{bucket}/x") as reader:
+        store.write_bytes(f"{bucket}/x", b"0")
+        with pytest.raises(SourceChangedError):
+            reader.read(5, 5)
+
+
+def test_a_deleted_object_is_another_one(moto_s3: S3Endpoint, bucket: str) -> None:
+    store = moto_s3.store()
+    store.write_bytes(f"{bucket}/x", b"0123456789")
+    with store.open_reader(f"{bucket}/x") as reader:
+        store.delete(f"{bucket}/x")
+        with pytest.raises(SourceChangedError, match="deleted"):
+            reader.read(5, 5)
+
+
+def test_a_server_that_ignores_conditions_is_found_out(
+    store: S3Store, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write_bytes(f"{bucket}/x", b"old")
+    with store.open_reader(f"{bucket}/x") as reader:
+        store.write_bytes(f"{bucket}/x", b"new")
+        monkeypatch.setattr(reader, "_pin", {})
+        with pytest.raises(SourceChangedError, match="not the object seen first"):
+            reader.read(0, 3)
+
+
+def test_a_server_that_ignores_ranges_is_found_out(
+    store: S3Store, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write_bytes(f"{bucket}/x", b"0123456789")
+    attempt = store.client.attempt
+
+    async def without_range(*positional: str, **parameters: Any) -> dict[str, Any]:
+        parameters.pop("Range", None)
+        return await attempt(*positional, **parameters)
+
+    monkeypatch.setattr(store.client, "attempt", without_range)
+    with (
+        store.open_reader(f"{bucket}/x") as reader,
+        pytest.raises(StorageError, match="ignores ranges"),
+    ):
+        reader.read(2, 3)
+
+
+# ------------------------------------------------------------------------------------ buckets, options, keys
+
+
+def write_large(store: S3Store, bucket: str) -> None:
+    with store.open_writer(f"{bucket}/x", size_hint=len(CONTENT)) as writer:
+        writer.write(CONTENT)
+        writer.commit()
+
+
+SERVERS = ["moto_s3", pytest.param("rados_s3", marks=pytest.mark.s3_real)]
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_a_missing_bucket_is_told_from_a_missing_object(server: str, request: pytest.FixtureRequest) -> None:
+    endpoint: S3Endpoint = request.getfixturevalue(server)
+    store = endpoint.store()
+    missing = "bucket-that-is-not"
+    for ask in (
+        lambda: store.stat(f"{missing}/x"),
+        lambda: store.read_bytes(f"{missing}/x"),
+        lambda: list(store.iter_objects(f"{missing}/x")),
+        lambda: store.is_directory(f"{missing}/x"),
+        lambda: store.check_writable(f"{missing}/x"),
+        lambda: store.write_bytes(f"{missing}/x", b"x"),
+        lambda: store.write_bytes(f"{missing}/x", CONTENT),
+    ):
+        with pytest.raises(NotFoundInStoreError, match="no such bucket"):
+            ask()
+    bucket = endpoint.make_bucket()
+    with pytest.raises(NotFoundInStoreError, match="no such object"):
+        store.stat(f"{bucket}/x")
+    with pytest.raises(NotFoundInStoreError, match="a bucket"):
+        store.stat(bucket)
+
+
+@pytest.mark.s3_real
+def test_wrong_credentials_are_denied_and_never_told(rados_s3: S3Endpoint) -> None:
+    bucket = rados_s3.make_bucket()
+    for key in ("nobody", rados_s3.key):
+        store = S3Endpoint(rados_s3.url, key=key, secret="hunter2").store()
+        for ask in (store.stat, store.read_bytes, store.check_writable, store.is_directory):
+            with pytest.raises(AccessDeniedError) as caught:
+                ask(f"{bucket}/x")
+            assert "hunter2" not in f"{caught.value!r}{caught.value.__cause__!r}"
+    anonymous = S3Store({"anon": True, "endpoint_url": rados_s3.url}, retry=QUICK)
+    with pytest.raises(AccessDeniedError):
+        anonymous.check_writable(f"{bucket}/x")
+
+
+def test_a_check_leaves_no_upload(moto_s3: S3Endpoint, bucket: str) -> None:
+    moto_s3.store().check_writable(bucket)
+    moto_s3.store().check_writable(f"{bucket}/x/y.bin")
+    assert moto_s3.uploads_in(bucket) == []
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize(
+    "key", ["a//b", "../up", "./x", "?versionId=1", "x?y=1", "#x", "a b+c%20d", "ü\u2028"]
+)
+def test_keys_are_taken_as_they_are(server: str, key: str, request: pytest.FixtureRequest) -> None:
+    endpoint: S3Endpoint = request.getfixturevalue(server)
+    bucket = endpoint.make_bucket()
+    store, path = open_store(f"s3://{bucket}/{key}", endpoint.storage_options)
+    store.write_bytes(path, b"x")
+    assert [found.path for found in store.iter_objects(bucket)] == [key]
+    assert store.read_bytes(path) == b"x"
+
+
+def test_markers_of_folders_are_no_objects(moto_s3: S3Endpoint, bucket: str) -> None:
+    store = moto_s3.store()
+    store.client.call("put_object", "write", "x", Bucket=bucket, Key="folder/", Body=b"")
+    assert list(store.iter_objects(bucket)) == []
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3:///key", "s3:///"])
+def test_a_uri_without_a_bucket_is_a_usage_error(uri: str) -> None:
+    with pytest.raises(UsageError, match="names no bucket"):
+        open_store(uri)
+
+
+def test_options_are_handed_through_and_defaults_give_way() -> None:
+    client = S3Client({"anon": True, "config_kwargs": {"read_timeout": 7}, "use_listings_cache": True})
+    assert client.fs.anon
+    assert not client.fs.dircache.use_listings_cache
+    config = client.fs.config_kwargs
+    assert config["read_timeout"] == 7
+    assert config["request_checksum_calculation"] == "when_required"
+
+
+def test_bad_options_are_a_usage_error_that_tells_no_values() -> None:
+    store, _ = open_store("s3://bucket/x", {"config_kwargs": {"hunter2": 1}})
+    with pytest.raises((UsageError, StorageError)):
+        store.stat("bucket/x")
+    with pytest.raises(UsageError):
+        open_store("s3://bucket/x", {"config_kwargs": "hunter2"})
+
+
+def test_stores_share_one_client(moto_s3: S3Endpoint) -> None:
+    found: list[Any] = []
+    threads = [threading.Thread(target=lambda: found.append(moto_s3.store().client.fs)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(fs) for fs in found}) == 1
+    assert moto_s3.store(anon=True).client.fs is not found[0]
+
+
+def test_a_store_works_after_a_fork(moto_s3: S3Endpoint, bucket: str) -> None:
+    store = moto_s3.store()
+    store.write_bytes(f"{bucket}/x", b"from the parent")
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if store.read_bytes(f"{bucket}/x") == b"from the parent" else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert store.read_bytes(f"{bucket}/x") == b"from the parent"
