@@ -10,17 +10,27 @@ from __future__ import annotations
 import json
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ptbin.errors import CheckpointError, UnsafePickleError, UsageError, VerificationError
+from ptbin.errors import (
+    CheckpointError,
+    ChecksumMismatchError,
+    CorruptArchiveError,
+    UnsafePickleError,
+    UsageError,
+    VerificationError,
+)
 from ptbin.manifest import MANIFEST_SUFFIX, SCHEMA_VERSION, dump_manifest, hex_crc32, utc_now
 from ptbin.options import ConvertOptions, Limits
 from ptbin.reading.checkpoint import Checkpoint, read_checkpoint
 from ptbin.reading.keys import keep_writable, rename_entries
+from ptbin.reading.pickle_machine import PickleProgram
 from ptbin.reading.selection import select_state_dict
 from ptbin.reading.verdicts import SafetyReport, judge_programs
+from ptbin.segments import RecordLayout
 from ptbin.splice import SpliceResult, splice
 from ptbin.state_dict import StateDict
 from ptbin.stores import Identity, RangeReader, Store, open_store, public_uri
@@ -33,6 +43,22 @@ Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
+class DraftRecord:
+    """One storage of an output: where it lies there, its CRC-32, and where that CRC-32 is stated in the source.
+
+    `source_offset` is None where the CRC-32 was computed while the bytes passed.
+    """
+
+    offset: int
+    nbytes: int
+    crc32: int
+    source_offset: int | None
+
+    def holds(self, offset: int) -> bool:
+        return self.offset <= offset < self.offset + max(self.nbytes, 1)
+
+
+@dataclass(frozen=True, slots=True)
 class Draft:
     """An output that is written and not yet proven.
 
@@ -40,7 +66,7 @@ class Draft:
         manifest: everything but digests and verification.
         level: proof asked for.
         crc32: of the whole output, as computed from what the source states.
-        records: (offset, nbytes, crc32) of every storage in the output.
+        records: every storage in the output.
     """
 
     source_uri: str
@@ -49,7 +75,7 @@ class Draft:
     manifest: dict[str, Any]
     size: int
     crc32: int
-    records: tuple[tuple[int, int, int], ...]
+    records: tuple[DraftRecord, ...]
     limits: Limits
 
     def to_json(self) -> str:
@@ -58,7 +84,7 @@ class Draft:
     @classmethod
     def from_json(cls, text: str) -> Draft:
         data = json.loads(text)
-        data["records"] = tuple((a, b, c) for a, b, c in data["records"])
+        data["records"] = tuple(DraftRecord(**record) for record in data["records"])
         data["limits"] = Limits(**data["limits"])
         return cls(**data)
 
@@ -106,17 +132,27 @@ def read_selected(
     Raises:
         UnsafePickleError: verdict `unsafe`, unless `options.on_unsafe` is `extract`.
     """
-    checkpoint = read_checkpoint(reader, options.limits)
+    try:
+        checkpoint = read_checkpoint(reader, options.limits)
+    except CorruptArchiveError as error:
+        if isinstance(error.program, PickleProgram):
+            # Hostile pickles are often broken ones as well; what they tried is the better answer.
+            _refuse_unsafe(judge_programs([error.program]), options, reader.uri)
+        raise
     safety = judge_programs(checkpoint.programs)
-    if safety.verdict == "unsafe" and options.on_unsafe == "reject":
-        raise UnsafePickleError(
-            f"{checkpoint.uri}: the pickle {'; '.join(safety.findings[:5])}; nothing was run; "
-            "--on-unsafe extract takes the weights all the same"
-        )
+    _refuse_unsafe(safety, options, reader.uri)
     state_dict = select_state_dict(checkpoint, options.select, options.limits)
     keep_writable(state_dict, checkpoint.uri)
     rename_entries(state_dict, options, checkpoint.uri)
     return checkpoint, safety, state_dict
+
+
+def _refuse_unsafe(safety: SafetyReport, options: ConvertOptions, uri: str) -> None:
+    if safety.verdict == "unsafe" and options.on_unsafe == "reject":
+        raise UnsafePickleError(
+            f"{uri}: the pickle {'; '.join(safety.findings[:5])}; nothing was run; "
+            "--on-unsafe extract takes the weights all the same"
+        )
 
 
 def stage(
@@ -156,11 +192,14 @@ def stage(
     manifest["finished_at"] = utc_now()
     manifest["bytes_read"] = bytes_read
     manifest["bytes_written"] = torch_plan.plan.size
-    records = tuple(
-        (r.offset, r.nbytes, r.crc32 if r.crc32 is not None else result.crcs.get(r.slot if r.slot is not None else -1, 0))
-        for r in torch_plan.plan.records
-    )
+    records = tuple(_draft_record(record, result) for record in torch_plan.plan.records)
     return Draft(source, dest, options.verify, manifest, torch_plan.plan.size, result.crc32, records, options.limits)
+
+
+def _draft_record(record: RecordLayout, result: SpliceResult) -> DraftRecord:
+    crc = record.crc32 if record.slot is None else result.crcs[record.slot]
+    assert crc is not None
+    return DraftRecord(record.offset, record.nbytes, crc, record.source_offset)
 
 
 def _write(
@@ -194,8 +233,9 @@ def commit(
     try:
         if draft.level != "none":
             prove_output(draft, store, path, source_options=source_options, progress=progress)
-    except VerificationError:
+    except VerificationError as error:
         store.delete(path)
+        _blame_source(draft, source_options, error)
         raise
     manifest["verification"] = {
         "level": draft.level,
@@ -204,6 +244,29 @@ def commit(
     }
     store.write_bytes(path + MANIFEST_SUFFIX, dump_manifest(manifest))
     return manifest
+
+
+def _blame_source(draft: Draft, source_options: Mapping[str, Any] | None, error: VerificationError) -> None:
+    """Raise ChecksumMismatchError where it is the source whose bytes are not what it states.
+
+    Runs of records are moved without looking at them, so a damaged source shows only in the proof.
+    """
+    store, path = open_store(draft.source_uri, source_options)
+    identity = Identity.from_json(draft.manifest["source"]["identity"])
+    with store.open_reader(path, expected=identity) as reader:
+        for record in draft.records:
+            if record.source_offset is None:
+                continue
+            crc = 0
+            for chunk in reader.iter_range(record.source_offset, record.nbytes):
+                crc = zlib.crc32(chunk, crc)
+            if crc != record.crc32:
+                names = [row["name"] for row in draft.manifest["tensors"] if record.holds(row["offset"])]
+                raise ChecksumMismatchError(
+                    f"{reader.uri}: bytes {record.source_offset} to {record.source_offset + record.nbytes} "
+                    f"({', '.join(names[:3])}) have CRC-32 {hex_crc32(crc)}, the archive states "
+                    f"{hex_crc32(record.crc32)}; the file was damaged after it was written"
+                ) from error
 
 
 def _draft_manifest(
@@ -260,6 +323,8 @@ def _tensor_rows(torch_plan: TorchPlan, state_dict: StateDict, result: SpliceRes
             row["crc32"] = hex_crc32(crc or 0)
         if not _is_contiguous(planned):
             row["stride"] = list(planned.placed.stride)
+        if tensor.flags:
+            row["lazy"] = list(tensor.flags)
         if record.nbytes and key in first_on:
             row["shares_with"] = first_on[key]
         if not record.source_checked:

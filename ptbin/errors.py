@@ -16,6 +16,7 @@ __all__ = [
     "CheckpointError",
     "ChecksumMismatchError",
     "CorruptArchiveError",
+    "EmptyFileError",
     "LimitExceededError",
     "NoStateDictError",
     "NotACheckpointError",
@@ -45,9 +46,13 @@ class CheckpointError(PtbinError):
 
 
 class CorruptArchiveError(CheckpointError, ValueError):
-    """Structure that contradicts itself or ends early: zip directory, pickle stream, storage sizes."""
+    """Structure that contradicts itself or ends early: zip directory, pickle stream, storage sizes.
+
+    `program` is set where a pickle broke: what it had named until then (`reading.pickle_machine`).
+    """
 
     reason = "corrupt_archive"
+    program: object | None = None
 
 
 class ChecksumMismatchError(CheckpointError, ValueError):
@@ -89,6 +94,12 @@ class NotACheckpointError(UnsupportedFormatError):
 
     Bulk runs skip such a file where only its place made it a candidate (an unknown suffix).
     """
+
+
+class EmptyFileError(NotACheckpointError):
+    """A file of no bytes: a marker, or what an interrupted copy left."""
+
+    reason = "corrupt_archive"
 
 
 class UnsupportedTensorError(CheckpointError, ValueError):

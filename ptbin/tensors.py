@@ -80,6 +80,7 @@ class TensorRef:
     Attributes:
         quantizer: arguments of `torch._utils._rebuild_qtensor` (scheme name, scale or scales, zero
             point or points, axis), tensors among them as `TensorRef`; None for plain tensors.
+        flags: `conj` and `neg`, the lazy operations torch records beside the bytes instead of doing them.
     """
 
     storage: Storage
@@ -88,6 +89,7 @@ class TensorRef:
     stride: tuple[int, ...]
     storage_offset: int = 0
     quantizer: tuple[Any, ...] | None = None
+    flags: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:

@@ -97,13 +97,18 @@ def iter_loaded_tensors(loaded: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     import torch
 
     stack: list[tuple[str, Any]] = [(str(name), value) for name, value in reversed(list(loaded.items()))]
+    seen: set[int] = set()
     while stack:
         name, value = stack.pop()
         if isinstance(value, torch.Tensor):
             yield from _parts(name, value)
+        elif id(value) in seen:
+            continue  # containers may share parts without end; each is walked once
         elif isinstance(value, Mapping):
+            seen.add(id(value))
             stack.extend(reversed([(f"{name}.{key}", v) for key, v in value.items()]))
         elif isinstance(value, (list, tuple)):
+            seen.add(id(value))
             stack.extend(reversed([(f"{name}.{index}", v) for index, v in enumerate(value)]))
 
 
@@ -131,10 +136,17 @@ def _parts(name: str, tensor: Any) -> Iterator[tuple[str, Any]]:
 def _compare(
     uri: str, name: str, tensor: Any, dtype: str, shape: tuple[int, ...], wanted: Iterator[bytes]
 ) -> None:
+    import torch
+
     found = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
     if found != (dtype, shape):
         raise VerificationError(f"{uri}: torch loads {name!r} as {found}, the source has {(dtype, shape)}")
-    packed = tensor.detach().contiguous()
+    physical = tensor.detach()
+    if physical.is_conj():
+        physical = physical.conj()  # flips the flag, so that the stored bytes show
+    if physical.is_neg():
+        physical = torch._neg_view(physical)
+    packed = physical.contiguous()
     digest = hashlib.sha256()
     for piece in wanted:
         digest.update(piece)

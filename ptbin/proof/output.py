@@ -49,14 +49,14 @@ def prove_output(
         rows = draft.manifest["tensors"]
         _check_structure(reader, draft, rows)
         places = [stored_tensor(row) for row in rows]
-        digests = digest_file(reader, [(offset, nbytes) for offset, nbytes, _ in draft.records], places, progress)
-        for offset, nbytes, crc in draft.records:
-            found = digests.records[offset, nbytes]
-            if found != crc:
-                names = [row["name"] for row in rows if offset <= row["offset"] < offset + max(nbytes, 1)]
+        digests = digest_file(reader, [(r.offset, r.nbytes) for r in draft.records], places, progress)
+        for record in draft.records:
+            found = digests.records[record.offset, record.nbytes]
+            if found != record.crc32:
+                names = [row["name"] for row in rows if record.holds(row["offset"])]
                 raise VerificationError(
-                    f"{reader.uri}: bytes {offset} to {offset + nbytes} ({', '.join(names[:3])}) have CRC-32 "
-                    f"{hex_crc32(found)}, the source states {hex_crc32(crc)}"
+                    f"{reader.uri}: bytes {record.offset} to {record.offset + record.nbytes} ({', '.join(names[:3])}) "
+                    f"have CRC-32 {hex_crc32(found)}, the source states {hex_crc32(record.crc32)}"
                 )
         if digests.crc32 != draft.crc32:
             raise VerificationError(

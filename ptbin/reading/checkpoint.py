@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ptbin.errors import CorruptArchiveError, NotACheckpointError, UnsupportedFormatError
+from ptbin.errors import CorruptArchiveError, EmptyFileError, NotACheckpointError, UnsupportedFormatError
 from ptbin.options import Limits
 from ptbin.reading.pickle_machine import PickleProgram
 from ptbin.reading.source import RandomReader, SourceFile
@@ -125,7 +125,7 @@ def _read(opening: Opening) -> Checkpoint:
 
     file = opening.file
     if file.size == 0:
-        raise CorruptArchiveError(f"{file.uri}: the file is empty")
+        raise EmptyFileError(f"{file.uri}: the file is empty")
     directory = read_zip_directory(file, opening.limits)
     if directory is not None:
         return read_torch_zip(opening, directory)

@@ -76,7 +76,7 @@ def read_legacy(opening: Opening) -> Checkpoint | None:
         pos = program.end
     magic, protocol, info, body, keys = programs
     if magic.root != MAGIC_NUMBER or protocol.root != PROTOCOL_VERSION:
-        raise CorruptArchiveError(f"{file.uri}: legacy protocol {protocol.root!r}, expected {PROTOCOL_VERSION}")
+        raise CorruptArchiveError(f"{file.uri}: another magic number or protocol than {PROTOCOL_VERSION}")
     if not isinstance(info.root, DictNode) or info.root.get("little_endian", True) is not True:
         # torch writes storages little-endian whatever the machine; such a file is not of its making.
         raise CorruptArchiveError(f"{file.uri}: a legacy file that says it is not little-endian")

@@ -77,18 +77,23 @@ def run_pickle(
         where: the container's name for this pickle, for messages.
 
     Raises:
-        CorruptArchiveError: truncated or contradictory stream.
+        CorruptArchiveError: truncated or contradictory stream; its `program` holds what was met until then.
         LimitExceededError: more opcodes than `limits.opcodes`.
     """
     machine = _Machine(data, start, reducers, persistent, limits or Limits(), where)
     try:
         return machine.run()
+    except CorruptArchiveError as error:
+        error.program = machine.program
+        raise
     except PtbinError:
         raise
     except (IndexError, KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError, struct.error) as error:
-        raise CorruptArchiveError(
+        damaged = CorruptArchiveError(
             f"{where}: the pickle is damaged at byte {machine.pos}: {type(error).__name__}: {error}"
-        ) from error
+        )
+        damaged.program = machine.program
+        raise damaged from error
 
 
 class _Machine:
@@ -182,7 +187,12 @@ class _Machine:
         if type(callee) is Global and isinstance(args, tuple) and not kwargs:
             reducer = self.reducers.get((callee.module, callee.name))
             if reducer is not None:
-                return reducer(args)
+                try:
+                    return reducer(args)
+                except (ValueError, TypeError, LookupError):
+                    # A builtin called with what makes no sense stays an inert record; a tensor must make sense.
+                    if callee.module.startswith("torch"):
+                        raise
         self.program.calls.append((callee, args))
         return Instance(callee, args, kwargs)
 

@@ -128,6 +128,7 @@ class TorchVocabulary:
         shape: Any,
         stride: Any,
         quantizer: tuple[Any, ...] | None = None,
+        metadata: Any = None,
     ) -> TensorRef:
         """A checked view.
 
@@ -147,7 +148,13 @@ class TorchVocabulary:
         if self.tensors_built > self._limits.tensors:
             raise LimitExceededError(f"more than {self._limits.tensors} tensors")
         ref = TensorRef(
-            typed.storage, element, sizes, strides, storage_offset + typed.view_offset, quantizer
+            typed.storage,
+            element,
+            sizes,
+            strides,
+            storage_offset + typed.view_offset,
+            quantizer,
+            _flags(metadata),
         )
         if ref.numel:
             first, end = ref.span
@@ -165,12 +172,14 @@ class TorchVocabulary:
         return ref
 
     def _tensor_v1(self, args: tuple[Any, ...]) -> TensorRef:
+        # v2 adds requires_grad, hooks, and lately a mapping of lazy operations
         storage, offset, shape, stride = args[:4]
-        return self.tensor(storage, None, offset, shape, stride)
+        return self.tensor(storage, None, offset, shape, stride, metadata=args[6] if len(args) > 6 else None)
 
     def _tensor_v3(self, args: tuple[Any, ...]) -> TensorRef:
         storage, offset, shape, stride = args[:4]
-        return self.tensor(storage, _dtype_argument(args[6]), offset, shape, stride)
+        metadata = args[7] if len(args) > 7 else None
+        return self.tensor(storage, _dtype_argument(args[6]), offset, shape, stride, metadata=metadata)
 
     def _qtensor(self, args: tuple[Any, ...]) -> TensorRef:
         storage, offset, shape, stride, params = args[:5]
@@ -242,10 +251,19 @@ class TorchVocabulary:
         return Instance(Global("torch.nn.parameter", "Parameter"), args)
 
 
+def _flags(metadata: Any) -> tuple[str, ...]:
+    """Lazy operations on a tensor (torch/_utils.py, `_set_obj_state`: the keys `conj` and `neg`)."""
+    if metadata is None:
+        return ()
+    if not isinstance(metadata, DictNode):
+        raise ValueError("tensor metadata")
+    return tuple(name for name in ("conj", "neg") if metadata.get(name) is True)
+
+
 def _dtype_argument(value: Any) -> DType:
     dtype = dtype_by_name(value.name) if isinstance(value, Global) and value.module == "torch" else None
     if dtype is None:
-        raise ValueError(f"{value!r} is no element type")
+        raise ValueError("an element type that torch does not have")
     return dtype
 
 
@@ -255,7 +273,9 @@ def _ints(value: Any, what: str) -> tuple[int, ...]:
     if not isinstance(value, (tuple, list)):
         raise ValueError(f"{what} is no tuple")
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in value):
-        raise CorruptArchiveError(f"{what} {str(list(value))[:200]} has a negative, too large or non-integer entry")
+        # Only numbers are shown: an entry may be a graph of 10^9 leaves.
+        shown = [n if type(n) is int and abs(n) < 1 << 64 else type(n).__name__ for n in value[:8]]
+        raise CorruptArchiveError(f"{what} {shown} has a negative, too large or non-integer entry")
     return tuple(value)
 
 

@@ -223,8 +223,14 @@ class _Emitter:
             self.call("collections", "OrderedDict", 0, lambda: None)  # backward hooks
             if untyped:
                 self.name("torch", tensor.dtype.name)
+            if tensor.flags:
+                self._out.append(b"}")
+                for flag in tensor.flags:
+                    self.text(flag)
+                    self._out.append(b"\x88s")
 
-        self.call("torch._utils", function, 7 if untyped or tensor.quantizer is not None else 6, fields)
+        count = 6 + int(untyped or tensor.quantizer is not None) + int(bool(tensor.flags))
+        self.call("torch._utils", function, count, fields)
 
     def quantizer(self, params: tuple[Any, ...]) -> None:
         def fields() -> None:

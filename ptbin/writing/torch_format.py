@@ -174,7 +174,8 @@ class _Layout:
         else:
             assert slot is not None
             self.add(Late(len(descriptor(0, nbytes, zip64=zip64)), _late_descriptor(slot, nbytes, zip64=zip64)))
-        self.records.append(RecordLayout(storage.key, data_offset, nbytes, crc, slot, checked))
+        source_offset = stored.offset if stored is not None and stored.crc32 is not None else None
+        self.records.append(RecordLayout(storage.key, data_offset, nbytes, crc, slot, checked, source_offset))
         return data_offset
 
     def _body(self, storage: OutputStorage, crc: int | None, slot: int | None) -> Piece:
