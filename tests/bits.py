@@ -15,7 +15,10 @@ __all__ = ["assert_same_tensors", "same_bits"]
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    resolved = tensor.detach().resolve_conj().resolve_neg()
+    plain = resolved.clone(
+        memory_format=torch.contiguous_format
+    )  # `contiguous()` keeps odd strides of length 1
     if plain.numel() == 0:
         return b""
     return plain.reshape(-1).view(torch.uint8).numpy().tobytes()
