@@ -21,6 +21,7 @@ SOURCES := $(shell find ptbin tasks flows -type f ! -name '*.pyc')
 
 # The packages lie in the top folder, where Python would find them before the installed ones. -P (here by
 # its variable, so that child processes inherit it) takes the working directory off sys.path.
+# demo and bench do without: -P would hide a script's own neighbours too.
 export PYTHONSAFEPATH := 1
 
 .PHONY: install demo test test-slow check bench clean s3-server
@@ -46,7 +47,7 @@ $(VENV)/.installed: $(VENV)/.requirements $(SOURCES) README.md
 	@touch $@
 
 demo: install
-	$(BIN)/python benchmarks/demo.py demo-output
+	env -u PYTHONSAFEPATH $(BIN)/python docs/demo/demo.py demo-output
 
 test: install s3-server
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -58,10 +59,10 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 bench: install
-	$(BIN)/python benchmarks/run.py $(if $(BENCH_DIR),--work-dir $(BENCH_DIR))
+	env -u PYTHONSAFEPATH $(BIN)/python benchmarks/run.py $(if $(BENCH_DIR),--work-dir $(BENCH_DIR))
 
 # A real S3 server for one integration test: Debian's packages, no service started. Where they cannot be
 # had, that test is skipped and says so.
