@@ -1,4 +1,4 @@
-"""What the project promises as a whole: what is installed, what importing costs, what the tree must not hold."""
+"""What the project promises as a whole: what is installed, what imports cost, what the tree must not hold."""
 
 from __future__ import annotations
 
