@@ -35,6 +35,7 @@ class Request:
     method: str
     path: str
     range: str
+    if_match: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length)
-        kind = self.proxy.strikes(Request(self.command, self.path, self.headers.get("Range", "")))
+        headers = (self.headers.get(name, "") for name in ("Range", "If-Match"))
+        kind = self.proxy.strikes(Request(self.command, self.path, *headers))
         if kind == "reset":
             self._reset()
         elif kind in BODIES:

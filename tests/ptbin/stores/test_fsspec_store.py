@@ -10,11 +10,13 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from ptbin.errors import AccessDeniedError, SourceChangedError, StorageError, UsageError
 from ptbin.stores import open_store
-from ptbin.stores.fsspec_store import FsspecStore, identity_from
+from ptbin.stores.fsspec_store import FsspecStore, identity_from, open_fsspec
 from ptbin.stores.retry import RetryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tests.servers.endpoint import S3Endpoint
 
 QUICK = RetryPolicy(attempts=3, first_delay_s=0.0)
 
@@ -105,6 +107,19 @@ def test_a_size_that_does_not_match_is_not_published(
             writer.commit()
     monkeypatch.undo()
     assert list(OddFileSystem.store) == ["/a/x"]
+
+
+def test_what_others_write_is_seen(moto_s3: S3Endpoint) -> None:
+    bucket = moto_s3.make_bucket()
+    theirs = moto_s3.store()
+    ours, root = open_fsspec(f"s3://{bucket}/p", moto_s3.storage_options)
+    theirs.write_bytes(f"{bucket}/p/x", b"1")
+    assert [found.path for found in ours.iter_objects(root)] == ["x"]
+    theirs.write_bytes(f"{bucket}/p/x", b"22")
+    theirs.write_bytes(f"{bucket}/p/y", b"333")
+    assert [found.size for found in ours.iter_objects(root)] == [2, 3]
+    theirs.write_bytes(f"{bucket}/p/x", b"4444")
+    assert ours.stat(f"{root}/x").size == 4
 
 
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)

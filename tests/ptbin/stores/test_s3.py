@@ -23,7 +23,7 @@ from ptbin.stores.s3 import S3Store
 from ptbin.stores.s3_client import S3Client
 from ptbin.stores.s3_writer import part_nbytes_for
 from tests.servers.endpoint import QUICK, S3Endpoint
-from tests.servers.faulty_proxy import Fault, FaultyProxy, Request
+from tests.servers.faulty_proxy import Fault, FaultyProxy, Request, faulty_proxy
 
 MIB = 1 << 20
 CONTENT = os.urandom(MIB) * 30
@@ -211,6 +211,45 @@ def test_an_upload_outlasts_passing_faults(
     assert moto_s3.uploads_in(bucket) == []
 
 
+@pytest.mark.s3_real
+def test_a_completion_whose_answer_was_lost_is_found_done(rados_s3: S3Endpoint) -> None:
+    bucket = rados_s3.make_bucket()
+    with faulty_proxy(rados_s3.url) as proxy:
+        store = S3Endpoint(proxy.url).store()
+        completes = lambda request: request.method == "POST" and "uploadId" in request.path  # noqa: E731
+        proxy.faults.append(Fault("lost-answer", completes))
+        write_large(store, bucket)
+        assert proxy.count("POST", "uploadId") == 2
+        assert store.read_bytes(f"{bucket}/x") == CONTENT
+
+
+@pytest.mark.parametrize("completed", [True, False])
+def test_a_missing_upload_is_a_success_only_where_the_object_is_there(
+    moto_s3: S3Endpoint, bucket: str, monkeypatch: pytest.MonkeyPatch, completed: bool
+) -> None:
+    # What S3 answers to a repeated completion; both servers of the suite accept it a second time.
+    store = moto_s3.store()
+    attempt = store.client.attempt
+
+    async def forgetful(method: str, doing: str, uri: str, **parameters: Any) -> dict[str, Any]:
+        if method == "complete_multipart_upload":
+            if completed:
+                await attempt(method, doing, uri, **parameters)
+            raise StorageError(f"cannot {doing} {uri}: the store answered NoSuchUpload")
+        return await attempt(method, doing, uri, **parameters)
+
+    monkeypatch.setattr(store.client, "attempt", forgetful)
+    if completed:
+        write_large(store, bucket)
+        assert store.read_bytes(f"{bucket}/x") == CONTENT
+    else:
+        store.write_bytes(f"{bucket}/x", b"an older one")
+        with pytest.raises(StorageError, match="NoSuchUpload"):
+            write_large(store, bucket)
+        assert store.read_bytes(f"{bucket}/x") == b"an older one"
+        assert moto_s3.uploads_in(bucket) == []
+
+
 def test_a_small_object_outlasts_them_too(proxy: FaultyProxy, store: S3Store, bucket: str) -> None:
     proxy.faults += [Fault("503"), Fault("reset"), Fault("500")]
     store.write_bytes(f"{bucket}/x", b"weights")
@@ -300,6 +339,18 @@ def check_pin(endpoint: S3Endpoint, *, versioned: bool) -> None:
                 reader.read(0, 3)
         with pytest.raises(SourceChangedError):
             reader.check_unchanged()
+
+
+def test_every_range_is_asked_for_on_condition(proxy: FaultyProxy, store: S3Store, bucket: str) -> None:
+    store.write_bytes(f"{bucket}/x", CONTENT)
+    with store.open_reader(f"{bucket}/x") as reader:
+        proxy.requests.clear()
+        reader.read(0, 5)
+        list(reader.iter_range(0, len(CONTENT)))
+        list(reader.iter_ranges([(0, 5), (20 * MIB, 7)]))
+        etag = reader.identity.value
+    assert len(proxy.requests) == 7
+    assert {request.if_match for request in proxy.requests} == {f'"{etag}"'}
 
 
 def test_an_object_that_shrank_is_another_one(moto_s3: S3Endpoint, bucket: str) -> None:
