@@ -7,10 +7,10 @@ while there is still other work to fill the other workers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-__all__ = ["BATCH_COUNT", "BATCH_NBYTES", "MAX_BATCHES", "plan_batches"]
+__all__ = ["BATCH_COUNT", "BATCH_NBYTES", "MAX_BATCHES", "cut", "plan_batches"]
 
 Item = TypeVar("Item")
 
@@ -51,6 +51,12 @@ def plan_batches(
     if current:
         batches.append(current)
     return batches
+
+
+def cut(items: Sequence[Item], count: int, *, max_batches: int = MAX_BATCHES) -> list[Sequence[Item]]:
+    """Parts of `count` items in their order, larger ones where there would be more than `max_batches`."""
+    count = max(count, _divide_up(len(items), max_batches))
+    return [items[start : start + count] for start in range(0, len(items), count)]
 
 
 def _divide_up(amount: int, parts: int) -> int:

@@ -17,7 +17,7 @@ from prefect.states import Completed, Failed
 
 from flows.access import current_flow_run_id
 from flows.artifacts import conversion_rows, publish_table
-from flows.batches import plan_batches
+from flows.batches import cut, plan_batches
 from flows.fanout import Work, fan_out, unexamined
 from flows.run_record import record_files, record_folder
 from flows.tally import Tally
@@ -35,6 +35,7 @@ from tasks.retrying import RETRIES, retry_delay
 __all__ = ["Conversion"]
 
 ARTIFACT_KEY = "ptbin-convert"
+ASKING_COUNT = 200
 ASKING_WIDTH = 8
 """At least so many ask what is up to date: that is waiting for small answers, not work."""
 
@@ -77,10 +78,8 @@ class Conversion:
                 current.update(state.result())
             return ()
 
-        width = max(self.workers, ASKING_WIDTH)
-        self.task_runs += fan_out(
-            map(ask, plan_batches(jobs, nbytes=lambda _: 0, workers=width)), width=width
-        )
+        parts = cut(jobs, ASKING_COUNT)
+        self.task_runs += fan_out(map(ask, parts), width=max(self.workers, ASKING_WIDTH))
         self.tally.add_all((job for job in jobs if job.path in current), "up_to_date")
         return [job for job in jobs if job.path not in current]
 

@@ -218,11 +218,24 @@ def _use_api(url: str) -> Iterator[None]:
     os.environ["PREFECT_API_URL"] = url
     refresh_global_settings_context()
     try:
-        yield
+        with _without_heartbeat():
+            yield
     finally:
         _drain_client_queues()
         del os.environ["PREFECT_API_URL"]
         refresh_global_settings_context()
+
+
+@contextlib.contextmanager
+def _without_heartbeat() -> Iterator[None]:
+    """Nothing watches for heartbeats on a server that ends with its run, and their thread costs a second."""
+    from prefect.settings import get_current_settings, temporary_settings
+
+    if "heartbeat_frequency" in get_current_settings().flows.model_fields_set:
+        yield
+        return
+    with temporary_settings({"flows.heartbeat_frequency": None}):
+        yield
 
 
 def _drain_client_queues() -> None:

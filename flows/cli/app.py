@@ -59,8 +59,15 @@ def run(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with hear_signals():
-            status = cli.main(words, prog_name="ptbin", standalone_mode=False)
+            # Not `cli.main`: it would answer an interrupt with an empty line of its own.
+            with cli.make_context("ptbin", words) as context:
+                status = cli.invoke(context)
             sys.stdout.flush()
+    except click.exceptions.Exit as error:  # --help and --version
+        return error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else "", err=True)
+        return 2
     except click.ClickException as error:
         print_error(_usage_line(error))
         return 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,7 +12,7 @@ import click
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import Problems, showing_progress
 from flows.cli.shared_options import Shared, shared_options
-from flows.cli.summary import JSON_KEYS, conversion_lines, plan_lines
+from flows.cli.summary import JSON_KEYS, conversion_lines, plan_lines, single_lines
 from flows.wishes import MAX_WORKERS, build_options
 from ptbin.errors import StorageError, UsageError
 
@@ -83,7 +84,7 @@ Exit status: 0 all converted or up to date; 1 some were rejected or failed;
     help="Batches worked on at once.",
 )
 @shared_options
-def convert_command(  # noqa: PLR0917 - click passes by name
+def convert_command(
     source: str,
     dest: str,
     include: Sequence[str],
@@ -129,8 +130,11 @@ def convert_command(  # noqa: PLR0917 - click passes by name
         found = [single] if single else _list(source, include, exclude, shared)
         return _print_plan(found, dest, naming, options, shared)
     if single is not None:
-        summary = _convert_one(_job_of(single, dest, naming), source, dest, options, shared)
+        job = _job_of(single, dest, naming)
+        summary, lines = _convert_one(job, source, dest, options, shared)
     else:
+        if not _list(source, include, exclude, shared, limit=1):
+            raise UsageError(f"no checkpoints to convert below SOURCE: {source}")
         from flows.cli.on_prefect import run_flow
         from flows.run_record import new_run_id
 
@@ -149,10 +153,11 @@ def convert_command(  # noqa: PLR0917 - click passes by name
                 workers=workers,
                 **wishes,
             )
+        lines = conversion_lines(summary)
     if shared.as_json:
         print_json({key: summary[key] for key in JSON_KEYS})
     elif not shared.quiet:
-        for line in conversion_lines(summary):
+        for line in lines:
             print_line(line)
     return 0 if summary["succeeded"] else 1
 
@@ -189,16 +194,20 @@ def _job_of(found: Found, dest: str, naming: Any) -> Job:
     return jobs[0]
 
 
-def _list(source: str, include: Sequence[str], exclude: Sequence[str], shared: Shared) -> list[Found]:
+def _list(
+    source: str, include: Sequence[str], exclude: Sequence[str], shared: Shared, limit: int | None = None
+) -> list[Found]:
     from ptbin import catalog
 
     found = catalog.find_checkpoints(
         source, include=tuple(include), exclude=tuple(exclude), storage_options=shared.source_options
     )
-    return list(found)
+    return list(islice(found, limit))
 
 
-def _convert_one(job: Job, source: str, dest: str, options: ConvertOptions, shared: Shared) -> dict[str, Any]:
+def _convert_one(
+    job: Job, source: str, dest: str, options: ConvertOptions, shared: Shared
+) -> tuple[dict[str, Any], list[str]]:
     """What the flow does for many, for one, without Prefect; no run record is written."""
     from flows.run_record import new_run_id
     from flows.tally import Tally
@@ -210,7 +219,8 @@ def _convert_one(job: Job, source: str, dest: str, options: ConvertOptions, shar
             tally.add_all([job], "up_to_date")
         else:
             tally.add(job, _outcome_of(job, tally.run_id, options, shared, listener))
-    return tally.summary(time.monotonic() - started) | {"succeeded": tally.succeeded}
+    summary = tally.summary(time.monotonic() - started)
+    return summary | {"succeeded": tally.succeeded}, single_lines(tally.entries[0], job, summary["seconds"])
 
 
 def _outcome_of(job: Job, run_id: str, options: ConvertOptions, shared: Shared, listener: Problems) -> Any:

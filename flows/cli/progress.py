@@ -50,6 +50,9 @@ class PlainProgress(Problems):
 
     def planned(self, files: int, nbytes: int, up_to_date: int) -> None:
         self._files = files
+        self._told_at = time.monotonic()
+        if files == 1:
+            return  # one file is the call itself; it is news only where it takes long
         size = f", {format_nbytes(nbytes)}" if nbytes else ""
         done = f"; {up_to_date} up to date" if up_to_date else ""
         self.tell(f"{files} files to work on{size}{done}")
@@ -68,7 +71,7 @@ class PlainProgress(Problems):
     def _tell_sometimes(self) -> None:
         with self._lock:
             now = time.monotonic()
-            if now < self._told_at + LINE_SECONDS:
+            if self._files == 0 or now < self._told_at + LINE_SECONDS:
                 return
             self._told_at = now
             text = f"{self._files_done} of {self._files} files, {format_nbytes(self._nbytes_moved)} moved"
@@ -76,13 +79,14 @@ class PlainProgress(Problems):
 
 
 class BarProgress(Problems):
-    """A live bar, drawn by rich; problems scroll past above it."""
+    """A live bar, drawn by rich. Problems are counted here; the summary, right below, tells them."""
 
     def __init__(self, progress: Any) -> None:
         self._progress = progress
         self._task = progress.add_task("starting", total=None, moved="")
         self._lock = threading.Lock()
         self._files = self._files_done = self._nbytes = self._nbytes_done = self._nbytes_moved = 0
+        self._problems = 0
 
     def stage(self, text: str) -> None:
         self._progress.update(self._task, description=text)
@@ -100,10 +104,11 @@ class BarProgress(Problems):
         self._draw()
 
     def settled(self, path: str, kind: str, *, nbytes: int, reason: str = "", detail: str = "") -> None:
-        super().settled(path, kind, nbytes=nbytes, reason=reason, detail=detail)
+        del path, kind, detail
         with self._lock:
             self._files_done += 1
             self._nbytes_done += nbytes
+            self._problems += bool(reason)
         self._draw()
 
     def tell(self, text: str) -> None:
@@ -112,11 +117,12 @@ class BarProgress(Problems):
         )
 
     def _draw(self) -> None:
+        problems = f", {self._problems} with problems" if self._problems else ""
         self._progress.update(
             self._task,
-            description=f"{self._files_done} of {self._files} files",
+            description=f"{self._files_done} of {self._files} file{'s' if self._files != 1 else ''}",
             completed=self._nbytes_done if self._nbytes else self._files_done,
-            moved=f"{format_nbytes(self._nbytes_moved)} moved",
+            moved=f"{format_nbytes(self._nbytes_moved)} moved{problems}",
         )
 
 

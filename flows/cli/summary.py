@@ -10,9 +10,10 @@ from flows.cli.progress import short_detail
 from flows.units import format_nbytes
 
 if TYPE_CHECKING:
+    from flows.tally import Entry
     from ptbin.catalog import Job, Problem
 
-__all__ = ["JSON_KEYS", "conversion_lines", "plan_lines", "verification_lines"]
+__all__ = ["JSON_KEYS", "conversion_lines", "plan_lines", "single_lines", "verification_lines"]
 
 JSON_KEYS = (
     "run_id", "source", "dest", "converted", "up_to_date", "rejected", "failed", "source_bytes", "read_bytes",
@@ -42,6 +43,17 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
     if summary.get("record"):
         lines.append(f"run record and report: {summary['record']}")
     return lines
+
+
+def single_lines(entry: Entry, job: Job, seconds: float) -> list[str]:
+    """The outcome of a single conversion; a problem has been told already."""
+    if entry.outcome == "up_to_date":
+        return [f"{job.dest_uri} is up to date"]
+    if entry.converted is None:
+        return []
+    written = format_nbytes(sum(output.size for output in entry.converted.outputs))
+    tensors = f"{entry.converted.tensors} tensors, {written} of {format_nbytes(entry.nbytes)}"
+    return [f"{job.path} -> {job.dest_uri}: {tensors}, {seconds:.1f} s"]
 
 
 def plan_lines(to_do: Sequence[Job], up_to_date: Sequence[Job], collisions: Sequence[Problem]) -> list[str]:

@@ -12,6 +12,7 @@ from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared, shared_options
 from flows.cli.summary import verification_lines
 from flows.wishes import MAX_WORKERS
+from ptbin.errors import UsageError
 
 __all__ = ["verify_command"]
 
@@ -60,6 +61,7 @@ def verify_command(dest: str, level: str, workers: int, **shared_values: Any) ->
             from flows.cli.on_prefect import run_flow
             from flows.run_record import new_run_id
 
+            _refuse_empty(dest, shared)
             summary = run_flow(
                 "verify", new_run_id(), shared, listener, dest=dest, level=level, workers=workers
             )
@@ -72,6 +74,15 @@ def verify_command(dest: str, level: str, workers: int, **shared_values: Any) ->
         for line in verification_lines(summary):
             print_line(line)
     return 0 if not summary["issues"] else 1
+
+
+def _refuse_empty(dest: str, shared: Shared) -> None:
+    from ptbin import catalog
+
+    for find in (catalog.find_manifests, catalog.find_orphans):
+        if next(iter(find(dest, storage_options=shared.dest_options)), None) is not None:
+            return
+    raise UsageError(f"nothing to verify below DEST, neither manifests nor outputs: {dest}")
 
 
 def _verify_one(dest: str, level: str, shared: Shared, listener: Any) -> dict[str, Any]:
