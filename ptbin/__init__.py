@@ -16,7 +16,8 @@ from ptbin.version import __version__
 
 if TYPE_CHECKING:
     from ptbin import catalog, errors
-    from ptbin.conversion import Draft, commit, convert, stage
+    from ptbin.conversion import commit, convert, stage
+    from ptbin.draft import Draft
     from ptbin.inspection import inspect
     from ptbin.options import ConvertOptions, Limits
     from ptbin.proof.manifests import Issue, verify
@@ -40,7 +41,7 @@ __all__ = [
 _HOMES = {
     "ConvertOptions": "ptbin.options",
     "Limits": "ptbin.options",
-    "Draft": "ptbin.conversion",
+    "Draft": "ptbin.draft",
     "convert": "ptbin.conversion",
     "stage": "ptbin.conversion",
     "commit": "ptbin.conversion",

@@ -44,11 +44,13 @@ OUTPUT_SUFFIX = ".bin"
 
 # Names under which people keep checkpoints, and archives of them: always looked into.
 CHECKPOINT_SUFFIXES = frozenset(
-    ".pt .pth .ckpt .bin .th .tar .pkl .pickle .model .ptc .pts .jit .torchscript .zip .7z .gz .xz .weights .pt2 .safetensors".split()
+    ".pt .pth .ckpt .bin .th .tar .pkl .pickle .model .ptc .pts "
+    ".jit .torchscript .zip .7z .gz .xz .weights .pt2 .safetensors".split()
 )
 # Names that cannot be one: never looked into.
 OTHER_SUFFIXES = frozenset(
-    """.json .jsonl .txt .md .rst .yaml .yml .toml .ini .cfg .conf .log .csv .tsv .html .htm .xml .pdf .png .jpg .jpeg
+    """.json .jsonl .txt .md .rst .yaml .yml .toml .ini .cfg .conf .log .csv .tsv .html .htm .xml .pdf
+    .png .jpg .jpeg
     .gif .svg .bmp .webp .mp4 .wav .py .ipynb .sh .c .h .cpp .cu .js .css .lock .sha256 .md5 .sig .asc .crc
     .tfevents .db .sqlite .parquet .arrow .npy .npz .h5 .hdf5 .onnx .tflite .gguf .pb .out .err""".split()
 )
@@ -236,7 +238,11 @@ def plan_outputs(
         parts = item.path.split("/")
         if any(part in ("", ".", "..") for part in parts) or "\\" in item.path or "\0" in item.path:
             problems.append(
-                Problem(item.uri, "unsafe_path", f"{item.path!r} is no plain relative path; rename the object first")
+                Problem(
+                    item.uri,
+                    "unsafe_path",
+                    f"{item.path!r} is no plain relative path; rename the object first",
+                )
             )
             continue
         output = relative_output(item.path, naming)
@@ -309,7 +315,9 @@ def is_up_to_date(
         return False
     folder = path[: -len(path.rsplit("/", 1)[-1])]
     try:
-        return all(store.stat(folder + output["path"]).size == output["size"] for output in manifest["outputs"])
+        return all(
+            store.stat(folder + output["path"]).size == output["size"] for output in manifest["outputs"]
+        )
     except NotFoundInStoreError:
         return False
 
@@ -386,7 +394,8 @@ def _refuse_overlap(source: Store, path: str, dest: Store, dest_path: str, *, is
         raise UsageError(f"{below}: source and destination are the same place")
     if is_directory and below.startswith(f"{above}/"):
         raise UsageError(
-            f"{below} lies inside the source {above}: the next run would take outputs for checkpoints; choose another place"
+            f"{below} lies inside the source {above}: the next run "
+            "would take outputs for checkpoints; choose another place"
         )
 
 

@@ -7,14 +7,13 @@ both. Killed at any instant, what remains is either nothing, an output without a
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
+from ptbin.draft import Draft, DraftRecord
 from ptbin.errors import (
     CheckpointError,
     ChecksumMismatchError,
@@ -24,7 +23,7 @@ from ptbin.errors import (
     VerificationError,
 )
 from ptbin.manifest import MANIFEST_SUFFIX, SCHEMA_VERSION, dump_manifest, hex_crc32, utc_now
-from ptbin.options import ConvertOptions, Limits
+from ptbin.options import ConvertOptions
 from ptbin.reading.checkpoint import Checkpoint, read_checkpoint
 from ptbin.reading.keys import keep_writable, rename_entries
 from ptbin.reading.pickle_machine import PickleProgram
@@ -37,56 +36,9 @@ from ptbin.stores import Identity, RangeReader, Store, open_store, public_uri
 from ptbin.version import __version__
 from ptbin.writing.torch_format import PlannedTensor, TorchPlan, plan_torch_archive
 
-__all__ = ["Draft", "commit", "convert", "read_selected", "stage"]
+__all__ = ["commit", "convert", "read_selected", "stage"]
 
 Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class DraftRecord:
-    """One storage of an output: where it lies there, its CRC-32, and where that CRC-32 is stated in the source.
-
-    `source_offset` is None where the CRC-32 was computed while the bytes passed.
-    """
-
-    offset: int
-    nbytes: int
-    crc32: int
-    source_offset: int | None
-
-    def holds(self, offset: int) -> bool:
-        return self.offset <= offset < self.offset + max(self.nbytes, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """An output that is written and not yet proven.
-
-    Attributes:
-        manifest: everything but digests and verification.
-        level: proof asked for.
-        crc32: of the whole output, as computed from what the source states.
-        records: every storage in the output.
-    """
-
-    source_uri: str
-    dest_uri: str
-    level: str
-    manifest: dict[str, Any]
-    size: int
-    crc32: int
-    records: tuple[DraftRecord, ...]
-    limits: Limits
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str) -> Draft:
-        data = json.loads(text)
-        data["records"] = tuple(DraftRecord(**record) for record in data["records"])
-        data["limits"] = Limits(**data["limits"])
-        return cls(**data)
 
 
 def convert(
@@ -124,9 +76,7 @@ def convert(
     return commit(draft, source_options=source_options, dest_options=dest_options, progress=progress)
 
 
-def read_selected(
-    reader: RangeReader, options: ConvertOptions
-) -> tuple[Checkpoint, SafetyReport, StateDict]:
+def read_selected(reader: RangeReader, options: ConvertOptions) -> tuple[Checkpoint, SafetyReport, StateDict]:
     """Index the source, judge it and take the state dict out of it.
 
     Raises:
@@ -193,7 +143,9 @@ def stage(
     manifest["bytes_read"] = bytes_read
     manifest["bytes_written"] = torch_plan.plan.size
     records = tuple(_draft_record(record, result) for record in torch_plan.plan.records)
-    return Draft(source, dest, options.verify, manifest, torch_plan.plan.size, result.crc32, records, options.limits)
+    return Draft(
+        source, dest, options.verify, manifest, torch_plan.plan.size, result.crc32, records, options.limits
+    )
 
 
 def _draft_record(record: RecordLayout, result: SpliceResult) -> DraftRecord:
@@ -290,7 +242,9 @@ def _draft_manifest(
         "selected": state_dict.path,
         "options": options.to_json(),
         "options_fingerprint": options.fingerprint(),
-        "outputs": [{"path": "", "size": torch_plan.plan.size, "sha256": None, "crc32": hex_crc32(result.crc32)}],
+        "outputs": [
+            {"path": "", "size": torch_plan.plan.size, "sha256": None, "crc32": hex_crc32(result.crc32)}
+        ],
         "tensors": _tensor_rows(torch_plan, state_dict, result),
         "left_out": [item.to_json() for item in state_dict.left_out],
         "globals": safety.to_json(),
@@ -319,7 +273,11 @@ def _tensor_rows(torch_plan: TorchPlan, state_dict: StateDict, result: SpliceRes
             "sha256": None,
         }
         if _covers(planned, record.offset, record.nbytes):
-            crc = record.crc32 if record.crc32 is not None else result.crcs.get(record.slot if record.slot is not None else -1)
+            crc = (
+                record.crc32
+                if record.crc32 is not None
+                else result.crcs.get(record.slot if record.slot is not None else -1)
+            )
             row["crc32"] = hex_crc32(crc or 0)
         if not _is_contiguous(planned):
             row["stride"] = list(planned.placed.stride)
@@ -354,5 +312,3 @@ def _covers(planned: PlannedTensor, offset: int, nbytes: int) -> bool:
 
 def _iso(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-
-

@@ -35,7 +35,7 @@ def inspect(
         safety = judge_programs(checkpoint.programs)
         candidates = find_candidates(checkpoint, limits)
         selected, reason, detail = _choose(checkpoint, candidates)
-        report = {
+        return {
             "uri": reader.uri,
             "container": checkpoint.container,
             "size": reader.size,
@@ -49,7 +49,6 @@ def inspect(
             "verdict": safety.verdict,
             "bytes_read": reader.bytes_read,
         }
-    return report
 
 
 def _choose(

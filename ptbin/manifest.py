@@ -16,7 +16,15 @@ from typing import Any
 
 from ptbin.errors import VerificationError
 
-__all__ = ["MANIFEST_SUFFIX", "SCHEMA_VERSION", "dump_manifest", "hex_crc32", "manifest_uri", "parse_manifest", "utc_now"]
+__all__ = [
+    "MANIFEST_SUFFIX",
+    "SCHEMA_VERSION",
+    "dump_manifest",
+    "hex_crc32",
+    "manifest_uri",
+    "parse_manifest",
+    "utc_now",
+]
 
 SCHEMA_VERSION = 1
 MANIFEST_SUFFIX = ".manifest.json"

@@ -11,7 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["DictNode", "Global", "Instance", "NdArray", "Opaque", "SetNode", "TorchSize", "children", "iter_nodes"]
+__all__ = [
+    "DictNode",
+    "Global",
+    "Instance",
+    "NdArray",
+    "Opaque",
+    "SetNode",
+    "TorchSize",
+    "children",
+    "iter_nodes",
+]
 
 
 class Global:

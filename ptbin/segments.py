@@ -13,7 +13,19 @@ from dataclasses import dataclass, field
 
 from ptbin.tensors import ByteRange, Deflated, InMemory
 
-__all__ = ["Computed", "Copy", "Gather", "Late", "Literal", "Piece", "Plan", "Recipe", "RecordLayout", "Slice", "Swap"]
+__all__ = [
+    "Computed",
+    "Copy",
+    "Gather",
+    "Late",
+    "Literal",
+    "Piece",
+    "Plan",
+    "Recipe",
+    "RecordLayout",
+    "Slice",
+    "Swap",
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,9 @@ def tensors_of(name: str, value: Any) -> list[tuple[str, TensorRef]]:
             found.append((label, node))
             if node.quantizer is not None:
                 parts = [p for p in node.quantizer if isinstance(p, TensorRef)]
-                found.extend((f"{label}#{part}", p) for part, p in zip(("scales", "zero_points"), parts, strict=False))
+                found.extend(
+                    (f"{label}#{part}", p) for part, p in zip(("scales", "zero_points"), parts, strict=False)
+                )
         elif isinstance(node, SparseTensor):
             found.extend((f"{label}#{part}", tensor) for part, tensor in node.parts)
         elif isinstance(node, (DictNode, list, tuple)):
@@ -71,7 +73,9 @@ def tensors_of(name: str, value: Any) -> list[tuple[str, TensorRef]]:
                 continue
             seen.add(id(node))
             if isinstance(node, DictNode):
-                items = [(f"{label}.{key if isinstance(key, (str, int)) else '?'}", v) for key, v in node.pairs]
+                items = [
+                    (f"{label}.{key if isinstance(key, (str, int)) else '?'}", v) for key, v in node.pairs
+                ]
             else:
                 items = [(f"{label}.{index}", v) for index, v in enumerate(node)]
             stack.extend(reversed(items))

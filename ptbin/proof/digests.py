@@ -115,7 +115,9 @@ class _Region:
 
     __slots__ = ("end", "feed", "finish", "start")
 
-    def __init__(self, start: int, nbytes: int, feed: Callable[[memoryview], None], finish: Callable[[], None]) -> None:
+    def __init__(
+        self, start: int, nbytes: int, feed: Callable[[memoryview], None], finish: Callable[[], None]
+    ) -> None:
         self.start = start
         self.end = start + nbytes
         self.feed = feed
@@ -125,7 +127,9 @@ class _Region:
 class _RegionLane:
     """Feeds every region, overlapping ones included, from chunks in file order."""
 
-    def __init__(self, found: FileDigests, records: list[tuple[int, int]], tensors: list[StoredTensor]) -> None:
+    def __init__(
+        self, found: FileDigests, records: list[tuple[int, int]], tensors: list[StoredTensor]
+    ) -> None:
         regions = [self._record(found, r) for r in records] + [self._tensor(found, t) for t in tensors]
         self._waiting = sorted(regions, key=lambda r: r.start, reverse=True)
         self._active: list[tuple[int, int, _Region]] = []

@@ -24,7 +24,7 @@ from ptbin.state_dict import tensors_of
 from ptbin.stores import Identity, open_store
 
 if TYPE_CHECKING:
-    from ptbin.conversion import Draft
+    from ptbin.draft import Draft
     from ptbin.stores import Store
 
 __all__ = ["iter_loaded_tensors", "open_with_torch", "prove_by_loading"]
@@ -62,13 +62,15 @@ def prove_by_loading(
         if [name for name, _ in found] != [name for name, _ in wanted]:
             raise VerificationError(f"{store.uri_of(path)}: torch loads other names than the source has")
         for (name, tensor), (_, ref) in zip(found, wanted, strict=True):
-            _compare(store.uri_of(path), name, tensor, ref.dtype.name, ref.shape, iter_logical_bytes(ref, reader))
+            _compare(
+                store.uri_of(path), name, tensor, ref.dtype.name, ref.shape, iter_logical_bytes(ref, reader)
+            )
         reader.check_unchanged()
 
 
 @contextlib.contextmanager
 def open_with_torch(store: Store, path: str) -> Iterator[Any]:
-    """The output as `torch.load(weights_only=True, mmap=True)` sees it; remote ones by way of a temporary file."""
+    """The output as `torch.load(weights_only=True, mmap=True)` sees it; remote ones by a temporary file."""
     try:
         import torch
     except ImportError as error:
@@ -116,8 +118,8 @@ def _parts(name: str, tensor: Any) -> Iterator[tuple[str, Any]]:
     import torch
 
     if tensor.layout is torch.sparse_coo:
-        yield f"{name}#indices", tensor._indices()
-        yield f"{name}#values", tensor._values()
+        yield f"{name}#indices", tensor._indices()  # noqa: SLF001 - indices() refuses uncoalesced tensors
+        yield f"{name}#values", tensor._values()  # noqa: SLF001 - as above
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         yield f"{name}#crow_indices", tensor.crow_indices()
         yield f"{name}#col_indices", tensor.col_indices()
@@ -128,7 +130,10 @@ def _parts(name: str, tensor: Any) -> Iterator[tuple[str, Any]]:
         yield f"{name}#values", tensor.values()
     else:
         yield name, tensor
-        if tensor.is_quantized and tensor.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams):
+        if tensor.is_quantized and tensor.qscheme() in (
+            torch.per_channel_affine,
+            torch.per_channel_affine_float_qparams,
+        ):
             yield f"{name}#scales", tensor.q_per_channel_scales()
             yield f"{name}#zero_points", tensor.q_per_channel_zero_points()
 
@@ -145,12 +150,14 @@ def _compare(
     if physical.is_conj():
         physical = physical.conj()  # flips the flag, so that the stored bytes show
     if physical.is_neg():
-        physical = torch._neg_view(physical)
+        physical = torch._neg_view(physical)  # noqa: SLF001 - torch has no public way to flip this flag
     packed = physical.contiguous()
     digest = hashlib.sha256()
     for piece in wanted:
         digest.update(piece)
-    nbytes = packed.untyped_storage().nbytes() if packed.is_quantized else packed.numel() * packed.element_size()
+    nbytes = (
+        packed.untyped_storage().nbytes() if packed.is_quantized else packed.numel() * packed.element_size()
+    )
     own = hashlib.sha256()
     if nbytes:
         # The raw memory, because several types (quantized, float8, bits) have no numpy view.

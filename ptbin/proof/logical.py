@@ -10,10 +10,13 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from ptbin.reading.inflate import iter_inflated
+from ptbin.inflate import iter_inflated
 from ptbin.tensors import ByteRange, Deflated, InMemory, TensorRef, dense_strides
 
 if TYPE_CHECKING:
+    import numpy
+    import numpy.typing
+
     from ptbin.stores import RangeReader
 
 __all__ = ["iter_logical_bytes", "iter_strided"]
@@ -40,7 +43,9 @@ def iter_logical_bytes(tensor: TensorRef, reader: RangeReader) -> Iterator[bytes
     first = tensor.storage_offset // tensor.dtype.per_unit * tensor.dtype.itemsize
     width = tensor.dtype.swap_nbytes
     swap = tensor.storage.big_endian and width > 1
-    stream = iter_strided(read, first, tensor.shape, tensor.stride, tensor.dtype.itemsize, tensor.dtype.per_unit)
+    stream = iter_strided(
+        read, first, tensor.shape, tensor.stride, tensor.dtype.itemsize, tensor.dtype.per_unit
+    )
     for piece in stream:
         if swap:
             values = array.array(_SWAP_CODES[width], piece)
@@ -55,7 +60,12 @@ def _inflate(place: Deflated, reader: RangeReader) -> bytes:
 
 
 def iter_strided(
-    read: ReadSpan, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], itemsize: int, per_unit: int = 1
+    read: ReadSpan,
+    offset: int,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    itemsize: int,
+    per_unit: int = 1,
 ) -> Iterator[bytes]:
     """The elements of a strided view in logical order.
 
@@ -84,7 +94,9 @@ def iter_strided(
     inner_span = (sum((n - 1) * s for n, s in zip(shape[1:], stride[1:], strict=True)) + 1) * itemsize
     if inner_span <= BLOCK_NBYTES or inner_nbytes > BLOCK_NBYTES:
         for index in range(shape[0]):
-            yield from iter_strided(read, offset + index * stride[0] * itemsize, shape[1:], stride[1:], itemsize)
+            yield from iter_strided(
+                read, offset + index * stride[0] * itemsize, shape[1:], stride[1:], itemsize
+            )
         return
     rows = max(1, BLOCK_NBYTES // inner_nbytes)
     for start in range(0, shape[0], rows):
@@ -92,8 +104,10 @@ def iter_strided(
         yield _scan(read, offset + start * stride[0] * itemsize, (taken, *shape[1:]), stride, itemsize)
 
 
-def _blocks(flat: object, shape: tuple[int, ...], stride: tuple[int, ...], itemsize: int) -> Iterator[bytes]:
-    """A view over bytes in memory, packed, a few MiB at a time (an expanded view may be far larger than its span)."""
+def _blocks(
+    flat: numpy.typing.NDArray[numpy.uint8], shape: tuple[int, ...], stride: tuple[int, ...], itemsize: int
+) -> Iterator[bytes]:
+    """A view over bytes in memory, packed, a few MiB at a time (expanded ones exceed their span)."""
     import numpy
 
     view = numpy.lib.stride_tricks.as_strided(
@@ -102,10 +116,7 @@ def _blocks(flat: object, shape: tuple[int, ...], stride: tuple[int, ...], items
     yield from _pack(view)
 
 
-def _pack(view: object) -> Iterator[bytes]:
-    import numpy
-
-    assert isinstance(view, numpy.ndarray)
+def _pack(view: numpy.typing.NDArray[numpy.uint8]) -> Iterator[bytes]:
     if view.nbytes <= CHUNK_NBYTES or view.ndim <= 2:
         rows = max(1, CHUNK_NBYTES // max(1, view.nbytes // max(1, len(view)))) if view.ndim else 1
         for start in range(0, len(view), rows):
@@ -118,7 +129,7 @@ def _pack(view: object) -> Iterator[bytes]:
 def _scan(
     read: ReadSpan, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], itemsize: int
 ) -> bytes:
-    """One output block whose elements are spread over a long span: one pass over the span, largest stride outermost."""
+    """One output block whose elements lie all over a long span: one pass, largest stride outermost."""
     import numpy
 
     order = sorted(range(len(shape)), key=lambda axis: -stride[axis])
@@ -132,7 +143,8 @@ def _scan(
     for start in range(0, shape[order[0]], group):
         taken = min(group, shape[order[0]] - start)
         flat = numpy.frombuffer(
-            b"".join(read(offset + start * outer_step, (taken - 1) * outer_step + rest_span)), dtype=numpy.uint8
+            b"".join(read(offset + start * outer_step, (taken - 1) * outer_step + rest_span)),
+            dtype=numpy.uint8,
         )
         sorted_out[start : start + taken] = numpy.lib.stride_tricks.as_strided(
             flat, (taken, *rest_shape, itemsize), (outer_step, *rest_stride, 1), writeable=False

@@ -23,7 +23,8 @@ __all__ = ["Issue", "verify"]
 @dataclass(frozen=True, slots=True)
 class Issue:
     """Something that is not as it should be; `reason` is one of `missing_output`, `size_mismatch`,
-    `checksum_mismatch`, `bad_manifest`, `load_failed`, `no_manifest`."""
+    `checksum_mismatch`, `bad_manifest`, `load_failed`, `no_manifest`.
+    """
 
     reason: str
     uri: str
@@ -119,7 +120,10 @@ def _verify_by_loading(store: Store, path: str, rows: list[dict[str, Any]]) -> I
 
     try:
         with open_with_torch(store, path) as loaded:
-            found = [(n, str(t.dtype).removeprefix("torch."), list(t.shape)) for n, t in iter_loaded_tensors(loaded)]
+            found = [
+                (n, str(t.dtype).removeprefix("torch."), list(t.shape))
+                for n, t in iter_loaded_tensors(loaded)
+            ]
     except StorageError:
         raise
     except VerificationError as error:

@@ -24,7 +24,7 @@ from ptbin.state_dict import tensors_of
 from ptbin.tensors import ByteRange, TensorRef
 
 if TYPE_CHECKING:
-    from ptbin.conversion import Draft
+    from ptbin.draft import Draft
     from ptbin.stores import RangeReader, Store
 
 __all__ = ["prove_output", "stored_tensor"]
@@ -45,7 +45,9 @@ def prove_output(
     """
     with store.open_reader(path) as reader:
         if reader.size != draft.size:
-            raise VerificationError(f"{reader.uri}: {reader.size} bytes are stored, {draft.size} were written")
+            raise VerificationError(
+                f"{reader.uri}: {reader.size} bytes are stored, {draft.size} were written"
+            )
         rows = draft.manifest["tensors"]
         _check_structure(reader, draft, rows)
         places = [stored_tensor(row) for row in rows]
@@ -55,12 +57,14 @@ def prove_output(
             if found != record.crc32:
                 names = [row["name"] for row in rows if record.holds(row["offset"])]
                 raise VerificationError(
-                    f"{reader.uri}: bytes {record.offset} to {record.offset + record.nbytes} ({', '.join(names[:3])}) "
+                    f"{reader.uri}: bytes {record.offset} to "
+                    f"{record.offset + record.nbytes} ({', '.join(names[:3])}) "
                     f"have CRC-32 {hex_crc32(found)}, the source states {hex_crc32(record.crc32)}"
                 )
         if digests.crc32 != draft.crc32:
             raise VerificationError(
-                f"{reader.uri}: the file has CRC-32 {hex_crc32(digests.crc32)}, expected {hex_crc32(draft.crc32)}"
+                f"{reader.uri}: the file has CRC-32 "
+                f"{hex_crc32(digests.crc32)}, expected {hex_crc32(draft.crc32)}"
             )
         reader.check_unchanged()
     for row, place in zip(rows, places, strict=True):
@@ -82,7 +86,9 @@ def stored_tensor(row: Mapping[str, Any]) -> StoredTensor:
     shape, stride = row.get("shape"), row.get("stride")
     numbers = [row.get("offset"), row.get("nbytes"), *(shape or ()), *(stride or ())]
     if dtype is None or not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise VerificationError(f"the manifest describes tensor {row.get('name')!r} in a way that makes no sense")
+        raise VerificationError(
+            f"the manifest describes tensor {row.get('name')!r} in a way that makes no sense"
+        )
     return StoredTensor(
         row["offset"],
         row["nbytes"],

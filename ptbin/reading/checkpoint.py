@@ -83,7 +83,10 @@ class Opening:
         if self.depth >= MAX_NESTING:
             raise CorruptArchiveError(f"{self.file.uri}: torch.save nested more than {MAX_NESTING} deep")
         inner = Opening(
-            SourceFile(MemoryReader(data, f"{self.file.uri} (nested)")), self.limits, self.depth + 1, self.programs
+            SourceFile(MemoryReader(data, f"{self.file.uri} (nested)")),
+            self.limits,
+            self.depth + 1,
+            self.programs,
         )
         checkpoint = _read(inner)
         for storage in checkpoint.storages.values():

@@ -10,8 +10,8 @@ import re
 from typing import Any
 
 from ptbin.errors import NoStateDictError, OutputCollisionError, UnsupportedTensorError
-from ptbin.options import ConvertOptions
 from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode
+from ptbin.options import ConvertOptions
 from ptbin.state_dict import LeftOut, StateDict
 from ptbin.tensors import SparseTensor, TensorRef
 
@@ -42,7 +42,9 @@ def keep_writable(state_dict: StateDict, uri: str) -> None:
         elif _is_writable(value, 0, set()):
             kept.append((name, value))
         else:
-            state_dict.left_out.append(LeftOut(name, 0, f"weights_only=True cannot read a {_describe(value)}"))
+            state_dict.left_out.append(
+                LeftOut(name, 0, f"weights_only=True cannot read a {_describe(value)}")
+            )
     if not any(isinstance(v, (TensorRef, SparseTensor)) for _, v in kept):
         raise NoStateDictError(f"{uri}: no tensor with data in {state_dict.path!r}")
     state_dict.entries = kept
@@ -56,8 +58,10 @@ def _is_metadata(value: Any) -> bool:
 
 
 def _is_writable(value: Any, depth: int, done: set[int]) -> bool:
-    """Whether weights_only=True reads what we would write for this value (torch/_weights_only_unpickler.py)."""
-    if value is None or isinstance(value, (bool, float, complex, str, bytes, bytearray, TensorRef, SparseTensor)):
+    """Whether weights_only=True reads what we would write (torch/_weights_only_unpickler.py)."""
+    if value is None or isinstance(
+        value, (bool, float, complex, str, bytes, bytearray, TensorRef, SparseTensor)
+    ):
         return True
     if isinstance(value, int):
         return value.bit_length() < 2000  # LONG1 holds 255 bytes
@@ -82,7 +86,9 @@ def _is_writable(value: Any, depth: int, done: set[int]) -> bool:
             return False
     else:
         return False
-    if any(child is value for child in below) or not all(_is_writable(child, depth + 1, done) for child in below):
+    if any(child is value for child in below) or not all(
+        _is_writable(child, depth + 1, done) for child in below
+    ):
         return False
     done.add(id(value))
     return True

@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 from ptbin.errors import CorruptArchiveError, LimitExceededError, NotACheckpointError
-from ptbin.reading.checkpoint import Checkpoint, Opening
 from ptbin.nodes import DictNode, Global
+from ptbin.reading.checkpoint import Checkpoint, Opening
 from ptbin.reading.pickle_machine import PickleProgram, PickleTruncatedError, run_pickle
 from ptbin.reading.torch_objects import TypedStorage, storage_dtype
 from ptbin.tensors import ByteRange, Storage
@@ -58,12 +58,18 @@ def read_legacy(opening: Opening) -> Checkpoint | None:
         known = storages.setdefault(key, Storage(key, nbytes))
         itemsizes.setdefault(key, dtype.itemsize)
         if known.nbytes != nbytes:
-            raise CorruptArchiveError(f"{file.uri}: storage {key!r} has two sizes, {known.nbytes} and {nbytes} bytes")
+            raise CorruptArchiveError(
+                f"{file.uri}: storage {key!r} has two sizes, {known.nbytes} and {nbytes} bytes"
+            )
         view = pid[5] if len(pid) > 5 else None
         offset = 0
         if view is not None:
             # (view key, offset in elements, view size): a storage that was a slice of another
-            if not isinstance(view, tuple) or len(view) != 3 or not all(type(n) is int and n >= 0 for n in view[1:]):
+            if (
+                not isinstance(view, tuple)
+                or len(view) != 3
+                or not all(type(n) is int and n >= 0 for n in view[1:])
+            ):
                 raise CorruptArchiveError(f"{file.uri}: storage {key!r} with view metadata of another form")
             offset = view[1]
         return TypedStorage(known, dtype, offset)
@@ -94,7 +100,8 @@ def _place_storages(opening: Opening, keys: Any, storages: dict[str, Storage], p
         raise CorruptArchiveError(f"{file.uri}: the list of storage keys is none")
     if len(set(keys)) != len(keys) or set(keys) != set(storages):
         raise CorruptArchiveError(
-            f"{file.uri}: {len(keys)} storage keys listed, {len(storages)} used by the pickle, and they differ"
+            f"{file.uri}: {len(keys)} storage keys listed, "
+            f"{len(storages)} used by the pickle, and they differ"
         )
     for key in keys:
         storage = storages[key]
@@ -138,7 +145,11 @@ def _run_at(opening: Opening, pos: int, where: str, persistent: Any) -> PicklePr
         data = file.read(pos, end - pos, "pickle")
         try:
             program = run_pickle(
-                data, reducers=opening.vocabulary.reducers(), persistent=persistent, limits=limits, where=where
+                data,
+                reducers=opening.vocabulary.reducers(),
+                persistent=persistent,
+                limits=limits,
+                where=where,
             )
         except PickleTruncatedError:
             if end == file.size:

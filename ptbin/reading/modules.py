@@ -56,7 +56,11 @@ def module_state_dict(root: Instance, path: str) -> StateDict:
         transient = set()
         if isinstance(skipped, SetNode):
             transient = {name for name in skipped.items if isinstance(name, str)}
-        entries.extend((prefix + name, value) for name, value in _pairs(attributes.get("_parameters")) if value is not None)
+        entries.extend(
+            (prefix + name, value)
+            for name, value in _pairs(attributes.get("_parameters"))
+            if value is not None
+        )
         for name, value in _pairs(attributes.get("_buffers")):
             if value is None:
                 continue
@@ -88,20 +92,28 @@ def script_state_dict(
     def own(module: Instance, prefix: str) -> Iterator[tuple[str, Any]]:
         attributes = module.attributes()
         if attributes is None:
-            packed = sum(n.nbytes for n in iter_nodes((module.state, module.args)) if isinstance(n, TensorRef))
+            packed = sum(
+                n.nbytes for n in iter_nodes((module.state, module.args)) if isinstance(n, TensorRef)
+            )
             if packed:
-                left_out.append(LeftOut(prefix.rstrip("."), packed, "packed by the class itself, outside its state dict"))
+                left_out.append(
+                    LeftOut(prefix.rstrip("."), packed, "packed by the class itself, outside its state dict")
+                )
             return
         parameters, buffers = classes.get(module.class_path, ((), ()))
         named = attributes.by_name()
-        for name in (*parameters, *buffers):
-            if isinstance(named.get(name), TensorRef):
-                entries.append((prefix + name, named[name]))
+        entries.extend(
+            (prefix + name, named[name])
+            for name in (*parameters, *buffers)
+            if isinstance(named.get(name), TensorRef)
+        )
         for name, value in named.items():
             if name in parameters or name in buffers:
                 continue
             if isinstance(value, TensorRef):
-                left_out.append(LeftOut(prefix + name, value.nbytes, "plain attribute, no parameter or buffer"))
+                left_out.append(
+                    LeftOut(prefix + name, value.nbytes, "plain attribute, no parameter or buffer")
+                )
             elif isinstance(value, Instance) and value.class_path.startswith("__torch__"):
                 yield prefix + name, value
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ptbin.errors import CorruptArchiveError, LimitExceededError, PtbinError
-from ptbin.options import Limits
 from ptbin.nodes import DictNode, Global, Instance, SetNode
+from ptbin.options import Limits
 
 __all__ = ["PickleProgram", "PickleTruncatedError", "Reducer", "run_pickle"]
 
@@ -88,7 +88,16 @@ def run_pickle(
         raise
     except PtbinError:
         raise
-    except (IndexError, KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError, struct.error) as error:
+    except (
+        IndexError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        struct.error,
+    ) as error:
         damaged = CorruptArchiveError(
             f"{where}: the pickle is damaged at byte {machine.pos}: {type(error).__name__}: {error}"
         )
@@ -190,7 +199,7 @@ class _Machine:
                 try:
                     return reducer(args)
                 except (ValueError, TypeError, LookupError):
-                    # A builtin called with what makes no sense stays an inert record; a tensor must make sense.
+                    # A builtin called with nonsense stays an inert record; a tensor must make sense.
                     if callee.module.startswith("torch"):
                         raise
         self.program.calls.append((callee, args))
@@ -316,7 +325,7 @@ def _build(m: _Machine) -> None:
         target.state = state
     elif hasattr(target, "set_state"):
         target.set_state(state)
-    # BUILD on a tensor sets Python attributes, which are not weights; on anything else it has no meaning here.
+    # BUILD on a tensor sets Python attributes, which are not weights; elsewhere it has no meaning here.
 
 
 def _pairs_of(target: Any) -> list[tuple[Any, Any]]:
@@ -392,7 +401,9 @@ def _persistent_id(m: _Machine, pid: Any) -> None:
 def _frame(m: _Machine) -> None:
     nbytes = m.unsigned(8)
     if nbytes > m.size - m.pos:
-        raise PickleTruncatedError(f"{m.where}: FRAME of {nbytes} bytes at byte {m.pos}, {m.size - m.pos} are left")
+        raise PickleTruncatedError(
+            f"{m.where}: FRAME of {nbytes} bytes at byte {m.pos}, {m.size - m.pos} are left"
+        )
     if m.pos - 9 < m.frame_end:
         m.program.oddities.append(f"a frame inside a frame at byte {m.pos}")
     m.frame_end = m.pos + nbytes
@@ -405,11 +416,11 @@ def _proto(m: _Machine) -> None:
 
 
 def _no_buffer(m: _Machine) -> None:
-    raise ValueError("an out-of-band buffer, which no file can hold")
+    raise ValueError(f"an out-of-band buffer at byte {m.pos}, which no file can hold")
 
 
 def _readonly_buffer(m: _Machine) -> None:
-    m.stack[-1]  # noqa: B018 - the stack must not be empty; the record itself is immutable already
+    m.stack[-1]
 
 
 _DISPATCH: list[Callable[[_Machine], None] | None] = [None] * 256

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptbin.errors import AmbiguousStateDictError, LimitExceededError, NoStateDictError
+from ptbin.nodes import DictNode, Instance, NdArray, Opaque, iter_nodes
 from ptbin.options import Limits
 from ptbin.reading.checkpoint import Checkpoint
 from ptbin.reading.modules import is_module, module_state_dict, script_state_dict
-from ptbin.nodes import DictNode, Instance, NdArray, Opaque, iter_nodes
 from ptbin.state_dict import LeftOut, StateDict, storages_of, tensors_of
 from ptbin.tensors import SparseTensor, Storage, TensorRef
 
@@ -26,7 +26,17 @@ MAX_SEARCH_DEPTH = 10
 
 # Names under which frameworks keep the one model (PyTorch's own tutorials, Lightning, timm, mmcv, fairseq,
 # detectron2, DeepSpeed): the preferred one where the rest is marginal.
-PRIMARY_NAMES = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params", "model_state")
+PRIMARY_NAMES = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "net",
+    "network",
+    "weights",
+    "params",
+    "model_state",
+)
 
 # What trainers save beside the model. Mappings below these are offered for --select, never chosen.
 _BESIDE = re.compile(
@@ -76,10 +86,12 @@ def find_candidates(checkpoint: Checkpoint, limits: Limits) -> list[Candidate]:
         if visited > limits.tree_nodes:
             raise LimitExceededError(f"{checkpoint.uri}: more than {limits.tree_nodes} records")
         found = _as_state_dict(checkpoint, node, ".".join(path) or ".", strict=True)
-        # An object's own attributes are not weights by being tensors: only modules and well-known names count there.
+        # An object's own attributes are no weights by being tensors: modules and well-known names are.
         if found is not None and path and path[-1] not in PRIMARY_NAMES and not _has_weight_like(found):
             continue
-        if found is not None and (not inside or found.kind != "mapping" or (path and path[-1] in PRIMARY_NAMES)):
+        if found is not None and (
+            not inside or found.kind != "mapping" or (path and path[-1] in PRIMARY_NAMES)
+        ):
             candidates.append(_measured(found, beside))
             continue
         below = _below(node)
@@ -144,7 +156,11 @@ def _why_none(checkpoint: Checkpoint, beside: list[Candidate]) -> str:
     root = checkpoint.root
     if beside:
         return "no state dict of a model; --select takes one of " + ", ".join(c.path for c in beside[:10])
-    if isinstance(root, (list, tuple)) and root and all(isinstance(v, (TensorRef, SparseTensor)) for v in root):
+    if (
+        isinstance(root, (list, tuple))
+        and root
+        and all(isinstance(v, (TensorRef, SparseTensor)) for v in root)
+    ):
         return f"a list of {len(root)} tensors without names; a state dict needs a name for each"
     if isinstance(root, (TensorRef, SparseTensor)):
         return "a single tensor without a name"
@@ -157,7 +173,11 @@ def _without_twins(candidates: list[Candidate]) -> list[Candidate]:
     kept: dict[tuple[Any, ...], Candidate] = {}
     for candidate in sorted(candidates, key=lambda c: c.path not in PRIMARY_NAMES):
         key = tuple(
-            sorted((n, t.layout_key()) for name, value in candidate.state_dict.entries for n, t in tensors_of(name, value))
+            sorted(
+                (n, t.layout_key())
+                for name, value in candidate.state_dict.entries
+                for n, t in tensors_of(name, value)
+            )
         )
         kept.setdefault(key, candidate)
     return [c for c in candidates if c in kept.values()]
@@ -203,7 +223,9 @@ def _as_state_dict(checkpoint: Checkpoint, node: Any, path: str, *, strict: bool
             return _mapping(checkpoint, DictNode("dict", node.pairs), path, node.attributes(), strict=strict)
         else:
             return None
-        return found if any(isinstance(v, (TensorRef, SparseTensor, Opaque)) for _, v in found.entries) else None
+        return (
+            found if any(isinstance(v, (TensorRef, SparseTensor, Opaque)) for _, v in found.entries) else None
+        )
     if isinstance(node, DictNode):
         state = node.state if isinstance(node.state, DictNode) else None
         return _mapping(checkpoint, node, path, state, strict=strict)
@@ -217,9 +239,13 @@ def _mapping(
     if not named or (strict and any(not isinstance(key, str) for key, _ in node.pairs)):
         return None
     arrays = [v for v in named.values() if isinstance(v, NdArray) and not v.scalar]
-    tensors = [v for v in named.values() if isinstance(v, (TensorRef, SparseTensor)) or (isinstance(v, Opaque) and v.has_data)]
+    tensors = [
+        v
+        for v in named.values()
+        if isinstance(v, (TensorRef, SparseTensor)) or (isinstance(v, Opaque) and v.has_data)
+    ]
     if not tensors and len(arrays) == len(named):
-        # Model zoos of before torch (detectron2's, say) hold numpy arrays; torch would load them with from_numpy.
+        # Some model zoos (detectron2's, say) hold numpy arrays, which their readers give to from_numpy.
         try:
             named = {name: checkpoint.vocabulary.array_as_tensor(array) for name, array in named.items()}
         except ValueError:
@@ -229,10 +255,14 @@ def _mapping(
         return None
     if strict and (_is_rng(named) or {"state", "param_groups"} <= named.keys()):
         return None
-    if strict and any(_is_branch(v) and not k.endswith("_extra_state") and _holds_tensors(v) for k, v in named.items()):
+    if strict and any(
+        _is_branch(v) and not k.endswith("_extra_state") and _holds_tensors(v) for k, v in named.items()
+    ):
         return None
     kind = "OrderedDict" if node.kind == "OrderedDict" else "dict"
-    return StateDict(path, "mapping", kind, list(named.items()), state.get("_metadata") if state is not None else None)
+    return StateDict(
+        path, "mapping", kind, list(named.items()), state.get("_metadata") if state is not None else None
+    )
 
 
 def _has_weight_like(state_dict: StateDict) -> bool:
@@ -246,7 +276,9 @@ def _has_weight_like(state_dict: StateDict) -> bool:
 def _is_rng(named: dict[str, Any]) -> bool:
     tensors = [(k, v) for k, v in named.items() if isinstance(v, TensorRef)]
     return bool(tensors) and all(
-        t.dtype.name == "uint8" and len(t.shape) == 1 and (t.nbytes in _RNG_NBYTES or "rng" in k or k in ("cpu", "cuda"))
+        t.dtype.name == "uint8"
+        and len(t.shape) == 1
+        and (t.nbytes in _RNG_NBYTES or "rng" in k or k in ("cpu", "cuda"))
         for k, t in tensors
     )
 

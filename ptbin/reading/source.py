@@ -51,7 +51,8 @@ class SourceFile:
         """
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
             raise CorruptArchiveError(
-                f"{self.uri}: {what} should be {nbytes} bytes at {offset}, the file has {self.size}; is it truncated?"
+                f"{self.uri}: {what} should be {nbytes} bytes at "
+                f"{offset}, the file has {self.size}; is it truncated?"
             )
         cached = self._cached(offset, nbytes)
         if cached is None:

@@ -15,14 +15,14 @@ from typing import Any
 
 from ptbin.dtypes import BY_STORAGE_CLASS, DType, dtype_by_name
 from ptbin.errors import CorruptArchiveError, LimitExceededError
-from ptbin.options import Limits
 from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, TorchSize
+from ptbin.options import Limits
 from ptbin.reading.numpy_objects import iter_numpy_reducers
 from ptbin.tensors import InMemory, SparseTensor, Storage, TensorRef, dense_strides
 
 __all__ = ["TorchVocabulary", "storage_dtype"]
 
-# torch refuses more (c10/core/TensorImpl.h has no limit, but numpy and the file readers around it stop at 64).
+# torch itself has no limit; numpy, and with it most readers of weights, stops at 64.
 MAX_DIMENSIONS = 64
 
 Reduce = Callable[[tuple[Any, ...]], Any]
@@ -89,9 +89,12 @@ class TorchVocabulary:
             "_rebuild_meta_tensor_no_storage": lambda args: Opaque(
                 "meta tensor", "a meta tensor has a shape and no data", has_data=False
             ),
-            "_rebuild_nested_tensor": lambda args: Opaque("nested tensor", "nested tensors are not supported"),
+            "_rebuild_nested_tensor": lambda args: Opaque(
+                "nested tensor", "nested tensors are not supported"
+            ),
             "_rebuild_wrapper_subclass": lambda args: Opaque(
-                "wrapper subclass", "the weights lie inside a tensor subclass that only its own code can unwrap"
+                "wrapper subclass",
+                "the weights lie inside a tensor subclass that only its own code can unwrap",
             ),
         }
         for name, reducer in utils.items():
@@ -114,6 +117,8 @@ class TorchVocabulary:
             table[builtins, "tuple"] = lambda args: tuple(_items(args))
             table[builtins, "set"] = lambda args: SetNode(list(_items(args)))
             table[builtins, "frozenset"] = lambda args: SetNode(list(_items(args)), frozen=True)
+            # protocol 2 writes empty bytes as a call without arguments
+            table[builtins, "bytes"] = lambda args: _bytes(args[0]) if args else b""
             table[builtins, "bytearray"] = lambda args: bytearray(_bytes(args[0])) if args else bytearray()
             table[builtins, "complex"] = lambda args: complex(*args)
         return table
@@ -204,7 +209,10 @@ class TorchVocabulary:
         shape = _ints(data[len(names)], "shape")
         coalesced = data[len(names) + 1] if len(data) > len(names) + 1 else None
         return SparseTensor(
-            name, tuple(zip(names, parts, strict=True)), shape, coalesced if isinstance(coalesced, bool) else None
+            name,
+            tuple(zip(names, parts, strict=True)),
+            shape,
+            coalesced if isinstance(coalesced, bool) else None,
         )
 
     def _from_numpy(self, args: tuple[Any, ...]) -> TensorRef:

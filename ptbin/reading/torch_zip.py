@@ -44,7 +44,7 @@ def read_torch_zip(opening: Opening, directory: ZipDirectory) -> Checkpoint:
     folder = "data"
 
     def persistent(pid: Any) -> TypedStorage:
-        kind, cls, key, _location, numel = _storage_id(pid)
+        cls, key, numel = _storage_id(pid)
         dtype = storage_dtype(cls)
         nbytes = numel * dtype.itemsize
         known = storages.get(f"{folder}/{key}")
@@ -54,7 +54,8 @@ def read_torch_zip(opening: Opening, directory: ZipDirectory) -> Checkpoint:
             )
         elif known.nbytes != nbytes:
             raise CorruptArchiveError(
-                f"{opening.file.uri}: storage {key!r} is {known.nbytes} bytes in one place and {nbytes} in another"
+                f"{opening.file.uri}: storage {key!r} is {known.nbytes} "
+                f"bytes in one place and {nbytes} in another"
             )
         return TypedStorage(known, dtype)
 
@@ -72,7 +73,11 @@ def read_torch_zip(opening: Opening, directory: ZipDirectory) -> Checkpoint:
     name = f"{root}/data.pkl"
     raw = directory.read_member(name)
     program = run_pickle(
-        raw, reducers=reducers, persistent=persistent, limits=opening.limits, where=f"{opening.file.uri}: {name}"
+        raw,
+        reducers=reducers,
+        persistent=persistent,
+        limits=opening.limits,
+        where=f"{opening.file.uri}: {name}",
     )
     if program.end != len(raw):
         program.oddities.append(f"{len(raw) - program.end} bytes behind the end of {name}")
@@ -93,7 +98,8 @@ def _archive_root(directory: ZipDirectory) -> str | None:
     first = next(iter(directory.members)).split("/", 1)[0]
     if len(roots) > 1 or roots[0] != first:
         raise CorruptArchiveError(
-            f"{directory.file.uri}: pickles under {', '.join(roots[:4])}, first member under {first}: loaders would disagree"
+            f"{directory.file.uri}: pickles under {', '.join(roots[:4])}, "
+            f"first member under {first}: loaders would disagree"
         )
     return roots[0]
 
@@ -103,7 +109,8 @@ def _fetch_index(directory: ZipDirectory, root: str) -> None:
     pickle = directory.members[f"{root}/data.pkl"]
     if pickle.nbytes > directory.limits.pickle_nbytes:
         raise LimitExceededError(
-            f"{directory.file.uri}: a pickle of {pickle.nbytes} bytes, the limit is {directory.limits.pickle_nbytes}"
+            f"{directory.file.uri}: a pickle of {pickle.nbytes} "
+            f"bytes, the limit is {directory.limits.pickle_nbytes}"
         )
     end = pickle.next_offset
     for member in directory.members.values():
@@ -124,7 +131,7 @@ def _is_big_endian(directory: ZipDirectory, root: str) -> bool:
     return order == b"big"
 
 
-def _storage_id(pid: Any) -> tuple[str, Any, str, Any, int]:
+def _storage_id(pid: Any) -> tuple[Any, str, int]:
     # ('storage', class, key, location, number of elements): torch/serialization.py, persistent_id
     if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] not in ("storage", b"storage"):
         raise CorruptArchiveError(f"a persistent id that is no storage: {type(pid).__name__}")
@@ -133,7 +140,7 @@ def _storage_id(pid: Any) -> tuple[str, Any, str, Any, int]:
         key = str(key)
     if not isinstance(key, str) or not key or type(numel) is not int or numel < 0:
         raise CorruptArchiveError("a storage id without key or element count")
-    return "storage", pid[1], key, pid[3], numel
+    return pid[1], key, numel
 
 
 def _place(opening: Opening, directory: ZipDirectory, name: str, nbytes: int) -> ByteRange | Deflated:
@@ -142,20 +149,25 @@ def _place(opening: Opening, directory: ZipDirectory, name: str, nbytes: int) ->
     if member is None:
         raise CorruptArchiveError(f"{uri}: the pickle needs {name!r}, the archive has no such member")
     if member.nbytes != nbytes:
-        raise CorruptArchiveError(f"{uri}: member {name!r} has {member.nbytes} bytes, the pickle says {nbytes}")
+        raise CorruptArchiveError(
+            f"{uri}: member {name!r} has {member.nbytes} bytes, the pickle says {nbytes}"
+        )
     member = directory.locate(member)
     assert member.data_offset is not None
     crc = directory.crc32_of(member)
     if member.method == DEFLATED:
         if member.nbytes > opening.limits.inflate_ratio * member.compressed_nbytes + 64:
             raise LimitExceededError(
-                f"{uri}: member {name!r} claims to inflate from {member.compressed_nbytes} to {member.nbytes} bytes"
+                f"{uri}: member {name!r} claims to inflate from "
+                f"{member.compressed_nbytes} to {member.nbytes} bytes"
             )
         return Deflated(member.data_offset, member.compressed_nbytes, member.nbytes, crc, name)
     return ByteRange(member.data_offset, nbytes, crc, member.header_offset, name, member.closed)
 
 
-def _read_script_classes(directory: ZipDirectory, root: str) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+def _read_script_classes(
+    directory: ZipDirectory, root: str
+) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
     """Parameter and buffer names of every class in `code/`, which alone tells them from plain attributes."""
     classes: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
     prefix = f"{root}/code/"
@@ -167,6 +179,8 @@ def _read_script_classes(directory: ZipDirectory, root: str) -> dict[str, tuple[
         starts = list(_CLASS.finditer(text))
         for index, match in enumerate(starts):
             end = starts[index + 1].start() if index + 1 < len(starts) else len(text)
-            found = {kind: tuple(_QUOTED.findall(names)) for kind, names in _NAMES.findall(text[match.end() : end])}
+            found = {
+                kind: tuple(_QUOTED.findall(names)) for kind, names in _NAMES.findall(text[match.end() : end])
+            }
             classes[f"{module}.{match[1]}"] = (found.get("parameters", ()), found.get("buffers", ()))
     return classes

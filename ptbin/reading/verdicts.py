@@ -25,11 +25,17 @@ __all__ = ["GlobalVerdict", "SafetyReport", "judge_global", "judge_programs"]
 Verdict = Literal["safe", "unknown", "unsafe"]
 
 # Python 2 names of builtins modules (CPython, Lib/_compat_pickle.py)
-_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "exceptions": "builtins", "commands": "subprocess"}
+_RENAMED = {
+    "__builtin__": "builtins",
+    "copy_reg": "copyreg",
+    "exceptions": "builtins",
+    "commands": "subprocess",
+}
 
 _SAFE_NAMES: dict[str, frozenset[str]] = {
     "builtins": frozenset(
-        "dict list tuple set frozenset int float complex bool str bytes bytearray slice range object long unicode".split()
+        "dict list tuple set frozenset int float complex bool "
+        "str bytes bytearray slice range object long unicode".split()
     ),
     "collections": frozenset(["OrderedDict", "defaultdict", "Counter", "deque"]),
     "copyreg": frozenset(["_reconstructor", "__newobj__"]),
@@ -67,7 +73,9 @@ _SAFE_NAMES: dict[str, frozenset[str]] = {
         ]
     ),
     "torch.cuda": frozenset(name for name in BY_STORAGE_CLASS),
-    "torch.storage": frozenset(["UntypedStorage", "_UntypedStorage", "TypedStorage", "_TypedStorage", "_load_from_bytes"]),
+    "torch.storage": frozenset(
+        ["UntypedStorage", "_UntypedStorage", "TypedStorage", "_TypedStorage", "_load_from_bytes"]
+    ),
     "torch.serialization": frozenset(["_get_layout"]),
     "torch.layout": frozenset(["torch.strided", "torch.sparse_coo", "torch.sparse_csr"]),
     "torch.nn.parameter": frozenset(["Parameter", "Buffer", "UninitializedParameter", "UninitializedBuffer"]),
@@ -95,7 +103,13 @@ _SAFE_NAMES: dict[str, frozenset[str]] = {
 }
 
 # A class under these packages, in CamelCase, is a layer or an optimizer of torch's own.
-_SAFE_CLASS_PACKAGES = ("torch.nn.modules.", "torch.optim.", "torch.nn.quantized.", "torch.ao.nn.", "torch.nn.qat.")
+_SAFE_CLASS_PACKAGES = (
+    "torch.nn.modules.",
+    "torch.optim.",
+    "torch.nn.quantized.",
+    "torch.ao.nn.",
+    "torch.nn.qat.",
+)
 
 _UNSAFE_BUILTINS = frozenset(
     "eval exec execfile compile open file input raw_input __import__ breakpoint globals locals vars apply "
@@ -105,10 +119,13 @@ _UNSAFE_BUILTINS = frozenset(
 # Top-level modules whose every function is one way or another to run code or reach the system.
 _UNSAFE_MODULES = frozenset(
     """
-    os posix nt ntpath posixpath sys subprocess _posixsubprocess pty shutil socket _socket socketserver ssl signal
+    os posix nt ntpath posixpath sys subprocess _posixsubprocess pty shutil socket _socket
+    socketserver ssl signal
     ctypes _ctypes cffi mmap fcntl resource select selectors asyncio multiprocessing concurrent threading
-    importlib imp runpy pkgutil zipimport zipapp site sitecustomize usercustomize sysconfig code codeop pdb bdb
-    cProfile profile trace timeit doctest unittest pydoc pydoc_data webbrowser antigravity idlelib lib2to3 turtledemo
+    importlib imp runpy pkgutil zipimport zipapp site sitecustomize usercustomize
+    sysconfig code codeop pdb bdb
+    cProfile profile trace timeit doctest unittest pydoc pydoc_data webbrowser
+    antigravity idlelib lib2to3 turtledemo
     pip ensurepip venv setuptools distutils pkg_resources wheel
     urllib urllib2 urllib3 requests http httplib httpx aiohttp ftplib smtplib telnetlib imaplib poplib nntplib
     xmlrpc paramiko fabric pexpect psutil sh plumbum invoke
@@ -227,11 +244,13 @@ def judge_global(module: str, name: str) -> Verdict:
         return "unknown"  # buffers in memory; some layers keep their extra state in one
     if normal.split(".")[0] in _UNSAFE_MODULES:
         return "unsafe"
-    if any(path == bad or path.startswith(f"{bad}.") or path.startswith(f"{bad}:") for bad in _UNSAFE_PATHS):
+    if any(path == bad or path.startswith((f"{bad}.", f"{bad}:")) for bad in _UNSAFE_PATHS):
         return "unsafe"
     # Protocol 4 lets a name walk attributes ("nn.modules.os.system"): every step counts.
     steps = [*normal.split(".")[1:], *name.split(".")]
-    if any(step in _UNSAFE_PARTS for step in steps) or ("." in name and any(s in _UNSAFE_MODULES for s in name.split("."))):
+    if any(step in _UNSAFE_PARTS for step in steps) or (
+        "." in name and any(s in _UNSAFE_MODULES for s in name.split("."))
+    ):
         return "unsafe"
     if module.startswith("__torch__"):
         return "safe"  # TorchScript's own namespace, resolved inside the archive and never imported

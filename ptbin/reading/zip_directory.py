@@ -83,20 +83,25 @@ class ZipDirectory:
         raw = self.file.read(member.header_offset, _LOCAL.size, f"local header of {member.name!r}")
         signature, _, flags, method, _, _, crc, csize, usize, n, e = _LOCAL.unpack(raw)
         if signature != b"PK\x03\x04":
-            raise CorruptArchiveError(f"{where}: found {signature!r}, expected a local header, at byte {member.header_offset}")
+            raise CorruptArchiveError(
+                f"{where}: found {signature!r}, expected a local header, at byte {member.header_offset}"
+            )
         name = self.file.read(member.header_offset + _LOCAL.size, n, "member name")
         if name != member.raw_name:
             raise CorruptArchiveError(f"{where}: its local header calls it {name[:80]!r}")
         if method != member.method or flags & _ENCRYPTED:
             raise CorruptArchiveError(f"{where}: local header and directory disagree about method or flags")
-        if not flags & _HAS_DESCRIPTOR and csize != 0xFFFFFFFF and (
-            (crc, csize, usize) != (member.crc32, member.compressed_nbytes, member.nbytes)
+        if (
+            not flags & _HAS_DESCRIPTOR
+            and csize != 0xFFFFFFFF
+            and ((crc, csize, usize) != (member.crc32, member.compressed_nbytes, member.nbytes))
         ):
             raise CorruptArchiveError(f"{where}: local header and directory disagree about CRC or sizes")
         data_offset = member.header_offset + _LOCAL.size + n + e
         if data_offset + member.compressed_nbytes > member.next_offset:
             raise CorruptArchiveError(
-                f"{where}: {member.compressed_nbytes} bytes at {data_offset} reach into what begins at {member.next_offset}"
+                f"{where}: {member.compressed_nbytes} bytes at {data_offset} "
+                f"reach into what begins at {member.next_offset}"
             )
         located = replace(member, data_offset=data_offset)
         self.members[member.name] = located
@@ -114,7 +119,9 @@ class ZipDirectory:
             raise CorruptArchiveError(f"{self.file.uri}: no member {name!r}")
         limit = self.limits.pickle_nbytes if member.method == STORED else self.limits.inflated_member_nbytes
         if member.nbytes > limit:
-            raise LimitExceededError(f"{self.file.uri}: member {name!r} has {member.nbytes} bytes, the limit is {limit}")
+            raise LimitExceededError(
+                f"{self.file.uri}: member {name!r} has {member.nbytes} bytes, the limit is {limit}"
+            )
         member = self.locate(member)
         assert member.data_offset is not None
         raw = self.file.read(member.data_offset, member.compressed_nbytes, f"member {name!r}")
@@ -123,12 +130,17 @@ class ZipDirectory:
             try:
                 raw = inflater.decompress(raw, member.nbytes + 1)
             except zlib.error as error:
-                raise CorruptArchiveError(f"{self.file.uri}: member {name!r} does not inflate: {error}") from error
+                raise CorruptArchiveError(
+                    f"{self.file.uri}: member {name!r} does not inflate: {error}"
+                ) from error
         if len(raw) != member.nbytes:
-            raise CorruptArchiveError(f"{self.file.uri}: member {name!r} has {len(raw)} bytes, {member.nbytes} are stated")
+            raise CorruptArchiveError(
+                f"{self.file.uri}: member {name!r} has {len(raw)} bytes, {member.nbytes} are stated"
+            )
         if not self.crcs_off and zlib.crc32(raw) != member.crc32:
             raise CorruptArchiveError(
-                f"{self.file.uri}: member {name!r} has CRC-32 {zlib.crc32(raw):08x}, the directory states {member.crc32:08x}"
+                f"{self.file.uri}: member {name!r} has CRC-32 "
+                f"{zlib.crc32(raw):08x}, the directory states {member.crc32:08x}"
             )
         return raw
 
@@ -154,12 +166,15 @@ def read_zip_directory(file: SourceFile, limits: Limits) -> ZipDirectory | None:
         raise LimitExceededError(f"{file.uri}: a directory of {count} members and {size} bytes")
     if offset + size != directory_end:
         raise CorruptArchiveError(
-            f"{file.uri}: the directory should end at byte {offset + size}, its end record stands at {directory_end}"
+            f"{file.uri}: the directory should end at byte "
+            f"{offset + size}, its end record stands at {directory_end}"
         )
     raw = file.read(offset, size, "zip directory")
     members = _parse_entries(file.uri, raw, count, offset)
     if file.head(4) != b"PK\x03\x04" or (members and members[0].header_offset != 0):
-        raise CorruptArchiveError(f"{file.uri}: bytes before the first member; torch refuses such an archive as well")
+        raise CorruptArchiveError(
+            f"{file.uri}: bytes before the first member; torch refuses such an archive as well"
+        )
     crcs_off = any(m.nbytes for m in members) and all(m.crc32 == 0 for m in members)
     return ZipDirectory(file, {m.name: m for m in members}, offset, crcs_off, limits)
 
@@ -197,7 +212,9 @@ def _parse_entries(uri: str, raw: bytes, count: int, directory_offset: int) -> l
     for index in range(count):
         if pos + _ENTRY.size > len(raw) or raw[pos : pos + 4] != b"PK\x01\x02":
             raise CorruptArchiveError(f"{uri}: the directory breaks off at entry {index} of {count}")
-        (_, _, _, flags, method, _, _, crc, csize, usize, n, e, c, disk, _, _, offset) = _ENTRY.unpack_from(raw, pos)
+        (_, _, _, flags, method, _, _, crc, csize, usize, n, e, c, disk, _, _, offset) = _ENTRY.unpack_from(
+            raw, pos
+        )
         body = pos + _ENTRY.size
         raw_name, extra = raw[body : body + n], raw[body + n : body + n + e]
         pos = body + n + e + c
@@ -221,11 +238,15 @@ def _parse_entries(uri: str, raw: bytes, count: int, directory_offset: int) -> l
             raise CorruptArchiveError(f"{uri}: members {twin!r} and {name!r} are one name to torch")
         found.append(Member(name, raw_name, method, flags, crc, csize, usize, offset, 0))
     if pos != len(raw):
-        raise CorruptArchiveError(f"{uri}: {len(raw) - pos} bytes in the directory behind its {count} entries")
+        raise CorruptArchiveError(
+            f"{uri}: {len(raw) - pos} bytes in the directory behind its {count} entries"
+        )
     return _place(uri, found, directory_offset)
 
 
-def _zip64_values(uri: str, name: str, extra: bytes, usize: int, csize: int, offset: int) -> tuple[int, int, int]:
+def _zip64_values(
+    uri: str, name: str, extra: bytes, usize: int, csize: int, offset: int
+) -> tuple[int, int, int]:
     """Sizes and offset with the zip64 extra field applied (APPNOTE.TXT 4.5.3)."""
     pos = 0
     values = [usize, csize, offset]
@@ -253,7 +274,9 @@ def _place(uri: str, found: list[Member], directory_offset: int) -> list[Member]
     for index, member in enumerate(ordered):
         following = ordered[index + 1].header_offset if index + 1 < len(ordered) else directory_offset
         if member.header_offset + 30 + len(member.raw_name) + member.compressed_nbytes > following:
-            raise CorruptArchiveError(f"{uri}: member {member.name!r} overlaps what begins at byte {following}")
+            raise CorruptArchiveError(
+                f"{uri}: member {member.name!r} overlaps what begins at byte {following}"
+            )
         member = replace(member, next_offset=following)
         placed.append(_close(member))
     return placed
@@ -277,10 +300,15 @@ def refuse_foreign_zip(directory: ZipDirectory) -> None:
     uri = directory.file.uri
     if any(name.endswith("/model.json") or name == "model.json" for name in names):
         raise UnsupportedFormatError(
-            f"{uri}: a TorchScript archive of before 1.0 (model.json); load and save it again with a newer torch"
+            f"{uri}: a TorchScript archive of before 1.0 "
+            "(model.json); load and save it again with a newer torch"
         )
-    if any(name.rsplit("/", 1)[-1] == "archive_format" or name.endswith("models/model.json") for name in names):
+    if any(
+        name.rsplit("/", 1)[-1] == "archive_format" or name.endswith("models/model.json") for name in names
+    ):
         raise UnsupportedFormatError(
             f"{uri}: a torch.export archive (.pt2); save its state_dict with torch.save to convert it"
         )
-    raise NotACheckpointError(f"{uri}: a zip archive without a data.pkl, so no checkpoint of torch's ({', '.join(names[:3])})")
+    raise NotACheckpointError(
+        f"{uri}: a zip archive without a data.pkl, so no checkpoint of torch's ({', '.join(names[:3])})"
+    )

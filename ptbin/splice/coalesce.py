@@ -37,7 +37,11 @@ def coalesce(pieces: Iterable[Piece], reader: RangeReader) -> list[Piece]:
             and between.nbytes <= MAX_FRAMING_NBYTES
             and reader.read(before.offset + before.nbytes, between.nbytes) == between.data
         ):
-            merged[-2:] = [Copy(before.offset, piece.offset + piece.nbytes - before.offset, what=f"run from {before.what}")]
+            merged[-2:] = [
+                Copy(
+                    before.offset, piece.offset + piece.nbytes - before.offset, what=f"run from {before.what}"
+                )
+            ]
         else:
             merged.append(piece)
     return merged

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ptbin.reading.inflate import iter_inflated
+from ptbin.inflate import iter_inflated
 from ptbin.segments import Gather, Recipe, Slice, Swap
 from ptbin.tensors import ByteRange, InMemory
 

@@ -10,7 +10,8 @@ Protocol 2, because `weights_only=True` refuses protocol 4 (pytorch/pytorch#1180
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from ptbin.nodes import DictNode, Global, Instance, SetNode, TorchSize
@@ -31,7 +32,9 @@ def emit_state_dict(
 ) -> bytes:
     """The pickle of the mapping `entries`, its tensors placed by `locate`."""
     emitter = _Emitter(locate)
-    emitter.emit_mapping(mapping_kind, list(entries), {"_metadata": metadata} if metadata is not None else None)
+    emitter.emit_mapping(
+        mapping_kind, list(entries), {"_metadata": metadata} if metadata is not None else None
+    )
     return emitter.finish()
 
 
@@ -97,8 +100,13 @@ class _Emitter:
             emit()
             self._out.append(b"t")
 
+    @staticmethod
+    def each(emit: Callable[[Any], None], values: Iterable[Any]) -> None:
+        for value in values:
+            emit(value)
+
     def numbers(self, values: tuple[int, ...]) -> None:
-        self.tuple_of(len(values), lambda: [self.number(v) for v in values] and None)
+        self.tuple_of(len(values), partial(self.each, self.number, values))
 
     def call(self, module: str, name: str, count: int, emit_args: Callable[[], None]) -> None:
         self.name(module, name)
@@ -122,7 +130,7 @@ class _Emitter:
             self.sparse(value)
         elif isinstance(value, complex):
             parts = (value.real, value.imag)
-            self.call("__builtin__", "complex", 2, lambda: [self.value(p) for p in parts] and None)
+            self.call("__builtin__", "complex", 2, partial(self.each, self.value, parts))
         elif isinstance(value, bytes):
             self.raw_bytes(value)
         elif isinstance(value, bytearray):
@@ -130,7 +138,7 @@ class _Emitter:
         elif isinstance(value, Global):
             self.name(value.module, value.name)
         elif isinstance(value, Instance):  # torch.device, the only one `keep_writable` lets pass
-            self.call("torch", "device", len(value.args), lambda: [self.value(a) for a in value.args] and None)
+            self.call("torch", "device", len(value.args), partial(self.each, self.value, value.args))
         else:
             self.container(value)
 
@@ -148,7 +156,7 @@ class _Emitter:
         if isinstance(value, TorchSize):
             self.call("torch", "Size", 1, lambda: self.numbers(tuple(value)))
         elif isinstance(value, tuple):
-            self.tuple_of(len(value), lambda: [self.value(v) for v in value] and None)
+            self.tuple_of(len(value), partial(self.each, self.value, value))
         elif isinstance(value, list):
             self.list_of(value)
         elif isinstance(value, SetNode):

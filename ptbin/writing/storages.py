@@ -60,8 +60,7 @@ def plan_storages(
     outputs: list[OutputStorage] = []
     views: dict[tuple[object, ...], OutputTensor] = {}
     for group in groups.values():
-        for cluster in _clusters(_distinct(group)):
-            outputs.append(_plan_cluster(cluster, views))
+        outputs.extend(_plan_cluster(cluster, views) for cluster in _clusters(_distinct(group)))
     outputs.sort(key=_source_order)
     _name(outputs, keep_keys=keep_keys)
     return outputs, views
@@ -124,7 +123,11 @@ def _gathered(
     tensor: TensorRef, place: ByteRange | InMemory, views: dict[tuple[object, ...], OutputTensor]
 ) -> OutputStorage:
     """A gappy view, packed; broadcast dimensions are stored once and stay broadcast."""
-    kept = [(s, n, axis) for axis, (n, s) in enumerate(zip(tensor.shape, tensor.stride, strict=True)) if n > 1 and s != 0]
+    kept = [
+        (s, n, axis)
+        for axis, (n, s) in enumerate(zip(tensor.shape, tensor.stride, strict=True))
+        if n > 1 and s != 0
+    ]
     kept.sort(key=lambda item: (-item[0], item[2]))
     shape = tuple(n for _, n, _ in kept)
     recipe = Gather(place, tensor.span[0], tensor.dtype.itemsize, shape, tuple(s for s, _, _ in kept))
@@ -147,7 +150,8 @@ def _swap(output: OutputStorage, cluster: list[TensorRef]) -> None:
     widths = {t.dtype.swap_nbytes for t in cluster}
     if len(widths) > 1:
         raise UnsupportedTensorError(
-            f"big-endian storage {output.source.key!r} is viewed as elements of {sorted(widths)} bytes at once"
+            f"big-endian storage {output.source.key!r} is viewed "
+            f"as elements of {sorted(widths)} bytes at once"
         )
     width = widths.pop()
     if width > 1 and output.nbytes:
@@ -168,7 +172,11 @@ def _name(outputs: list[OutputStorage], *, keep_keys: bool) -> None:
     taken: set[str] = {output.source.key for output in outputs} if keep_keys else set()
     used: set[str] = set()
     for index, output in enumerate(outputs):
-        key = output.source.key if keep_keys and isinstance(output.source.place, (ByteRange, Deflated)) else str(index)
+        key = (
+            output.source.key
+            if keep_keys and isinstance(output.source.place, (ByteRange, Deflated))
+            else str(index)
+        )
         if key in used or (not keep_keys and key in taken):
             part = 1
             while f"{key}_{part}" in used or f"{key}_{part}" in taken:

@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ptbin.framing import ZIP64_THRESHOLD, descriptor, local_header, uses_zip64, zip64_field
-from ptbin.state_dict import StateDict, tensors_of
 from ptbin.segments import Computed, Copy, Late, Literal, Piece, Plan, RecordLayout, Slice
+from ptbin.state_dict import StateDict, tensors_of
 from ptbin.tensors import ByteRange, TensorRef
 from ptbin.writing.pickle_emitter import emit_state_dict
 from ptbin.writing.storages import OutputStorage, OutputTensor, plan_storages
@@ -173,7 +173,9 @@ class _Layout:
             self.add(Literal(descriptor(crc, nbytes, zip64=zip64)))
         else:
             assert slot is not None
-            self.add(Late(len(descriptor(0, nbytes, zip64=zip64)), _late_descriptor(slot, nbytes, zip64=zip64)))
+            self.add(
+                Late(len(descriptor(0, nbytes, zip64=zip64)), _late_descriptor(slot, nbytes, zip64=zip64))
+            )
         source_offset = stored.offset if stored is not None and stored.crc32 is not None else None
         self.records.append(RecordLayout(storage.key, data_offset, nbytes, crc, slot, checked, source_offset))
         return data_offset
@@ -211,7 +213,23 @@ def _entry(entry: _Entry, crc32: int | None) -> bytes:
     size = min(entry.nbytes, ZIP64_THRESHOLD)
     offset = min(entry.header_offset, ZIP64_THRESHOLD)
     head = _ENTRY.pack(
-        b"PK\x01\x02", 0, 0, FLAGS, 0, 0, 0, crc32, size, size, len(entry.name), len(zip64), 0, 0, 0, 0, offset
+        b"PK\x01\x02",
+        0,
+        0,
+        FLAGS,
+        0,
+        0,
+        0,
+        crc32,
+        size,
+        size,
+        len(entry.name),
+        len(zip64),
+        0,
+        0,
+        0,
+        0,
+        offset,
     )
     return head + entry.name + zip64
 

@@ -1,0 +1,1 @@
+"""Reading checkpoints: containers, symbolic pickles, verdicts, and finding the state dict. Writes nothing."""
