@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import time
 import uuid
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ptbin.draft import Draft, DraftRecord
 from ptbin.errors import (
     CheckpointError,
-    ChecksumMismatchError,
     CorruptArchiveError,
     UnsafePickleError,
     UsageError,
@@ -126,7 +124,9 @@ def stage(
         try:
             checkpoint, safety, state_dict = read_selected(reader, options)
             torch_plan = plan_torch_archive(state_dict, archive_root=checkpoint.archive_root)
-            result = _write(torch_plan, reader, dest_store, dest_path, progress)
+            result = _write(
+                torch_plan, reader, dest_store, dest_path, progress, check_source=options.verify != "none"
+            )
         except CheckpointError:
             # An object that was replaced meanwhile looks damaged; say which of the two it is.
             reader.check_unchanged()
@@ -151,14 +151,20 @@ def stage(
 def _draft_record(record: RecordLayout, result: SpliceResult) -> DraftRecord:
     crc = record.crc32 if record.slot is None else result.crcs[record.slot]
     assert crc is not None
-    return DraftRecord(record.offset, record.nbytes, crc, record.source_offset)
+    return DraftRecord(record.offset, record.nbytes, crc)
 
 
 def _write(
-    torch_plan: TorchPlan, reader: RangeReader, dest_store: Store, dest_path: str, progress: Progress | None
+    torch_plan: TorchPlan,
+    reader: RangeReader,
+    dest_store: Store,
+    dest_path: str,
+    progress: Progress | None,
+    *,
+    check_source: bool,
 ) -> SpliceResult:
     with dest_store.open_writer(dest_path, size_hint=torch_plan.plan.size) as writer:
-        result = splice(torch_plan.plan, reader, writer, progress)
+        result = splice(torch_plan.plan, reader, writer, progress, check_source=check_source)
         reader.check_unchanged()
         # A manifest of an earlier output must not vouch for this one, not even for an instant.
         dest_store.delete(dest_path + MANIFEST_SUFFIX)
@@ -185,9 +191,8 @@ def commit(
     try:
         if draft.level != "none":
             prove_output(draft, store, path, source_options=source_options, progress=progress)
-    except VerificationError as error:
+    except VerificationError:
         store.delete(path)
-        _blame_source(draft, source_options, error)
         raise
     manifest["verification"] = {
         "level": draft.level,
@@ -196,29 +201,6 @@ def commit(
     }
     store.write_bytes(path + MANIFEST_SUFFIX, dump_manifest(manifest))
     return manifest
-
-
-def _blame_source(draft: Draft, source_options: Mapping[str, Any] | None, error: VerificationError) -> None:
-    """Raise ChecksumMismatchError where it is the source whose bytes are not what it states.
-
-    Runs of records are moved without looking at them, so a damaged source shows only in the proof.
-    """
-    store, path = open_store(draft.source_uri, source_options)
-    identity = Identity.from_json(draft.manifest["source"]["identity"])
-    with store.open_reader(path, expected=identity) as reader:
-        for record in draft.records:
-            if record.source_offset is None:
-                continue
-            crc = 0
-            for chunk in reader.iter_range(record.source_offset, record.nbytes):
-                crc = zlib.crc32(chunk, crc)
-            if crc != record.crc32:
-                names = [row["name"] for row in draft.manifest["tensors"] if record.holds(row["offset"])]
-                raise ChecksumMismatchError(
-                    f"{reader.uri}: bytes {record.source_offset} to {record.source_offset + record.nbytes} "
-                    f"({', '.join(names[:3])}) have CRC-32 {hex_crc32(crc)}, the archive states "
-                    f"{hex_crc32(record.crc32)}; the file was damaged after it was written"
-                ) from error
 
 
 def _draft_manifest(

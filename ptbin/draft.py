@@ -13,15 +13,11 @@ __all__ = ["Draft", "DraftRecord"]
 
 @dataclass(frozen=True, slots=True)
 class DraftRecord:
-    """One storage of an output: where it lies there, its CRC-32, and where the source states that.
-
-    `source_offset` is None where the CRC-32 was computed while the bytes passed.
-    """
+    """One storage of an output: where it lies there, its CRC-32, as the source states it."""
 
     offset: int
     nbytes: int
     crc32: int
-    source_offset: int | None
 
     def holds(self, offset: int) -> bool:
         return self.offset <= offset < self.offset + max(self.nbytes, 1)

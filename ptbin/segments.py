@@ -129,8 +129,6 @@ class RecordLayout:
     slot: int | None
     source_checked: bool
     """False where the source's CRC-32 covers bytes that are not read (a small view of a large storage)."""
-    source_offset: int | None = None
-    """Where the source holds these very bytes under this very CRC-32; None for computed ones."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Carry a plan out.
 
 Between two local files the kernel moves whole runs of records (`copy_file_range`) and no weight passes
-through this process. Everywhere else the source ranges are streamed in order, a few MiB at a time;
+through this process to the output. Everywhere else the source ranges are streamed in order, a few MiB at a time;
 there the CRC-32s that the source states are checked as the bytes pass. In both cases the result states
 the CRC-32 that the whole output must have, combined from those of its parts.
 
@@ -47,8 +47,19 @@ class SpliceResult:
     moved_by_kernel: int
 
 
-def splice(plan: Plan, reader: RangeReader, writer: Writer, progress: Progress | None = None) -> SpliceResult:
+def splice(
+    plan: Plan,
+    reader: RangeReader,
+    writer: Writer,
+    progress: Progress | None = None,
+    *,
+    check_source: bool = True,
+) -> SpliceResult:
     """Write the plan's bytes.
+
+    Args:
+        check_source: also read what the kernel moved, to check it against the source's CRC-32s, so that
+            a damaged source is found before the writer commits. Streamed bytes are checked always.
 
     Raises:
         ChecksumMismatchError: source bytes whose CRC-32 is not the stored one.
@@ -79,6 +90,8 @@ def splice(plan: Plan, reader: RangeReader, writer: Writer, progress: Progress |
             _accept(piece, crc, crcs, reader.uri)
             continue
         report(piece.nbytes)
+    if moved and check_source:
+        _check_copies(plan, reader)
     return SpliceResult(crcs, _whole_crc32(plan, crcs), moved)
 
 
@@ -131,6 +144,15 @@ class _Streams:
             assert owner == index
             left -= len(chunk)
             yield chunk
+
+
+def _check_copies(plan: Plan, reader: RangeReader) -> None:
+    for piece in plan.pieces:
+        if isinstance(piece, Copy) and piece.crc32 is not None:
+            crc = 0
+            for chunk in reader.iter_range(piece.offset, piece.nbytes):
+                crc = zlib.crc32(chunk, crc)
+            _accept(piece, crc, {}, reader.uri)
 
 
 def _precheck(place: ByteRange, reader: RangeReader) -> None:

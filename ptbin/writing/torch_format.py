@@ -176,8 +176,7 @@ class _Layout:
             self.add(
                 Late(len(descriptor(0, nbytes, zip64=zip64)), _late_descriptor(slot, nbytes, zip64=zip64))
             )
-        source_offset = stored.offset if stored is not None and stored.crc32 is not None else None
-        self.records.append(RecordLayout(storage.key, data_offset, nbytes, crc, slot, checked, source_offset))
+        self.records.append(RecordLayout(storage.key, data_offset, nbytes, crc, slot, checked))
         return data_offset
 
     def _body(self, storage: OutputStorage, crc: int | None, slot: int | None) -> Piece:
