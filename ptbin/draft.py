@@ -13,7 +13,7 @@ __all__ = ["Draft", "DraftRecord"]
 
 @dataclass(frozen=True, slots=True)
 class DraftRecord:
-    """One storage of an output: where it lies there, its CRC-32, as the source states it."""
+    """One storage of an output: where it lies there, and its CRC-32 as the source states it."""
 
     offset: int
     nbytes: int

@@ -1,7 +1,7 @@
 """Carry a plan out.
 
 Between two local files the kernel moves whole runs of records (`copy_file_range`) and no weight passes
-through this process to the output. Everywhere else the source ranges are streamed in order, a few MiB at a time;
+through this process on its way. Everywhere else the source ranges are streamed in order, a few MiB at a time;
 there the CRC-32s that the source states are checked as the bytes pass. In both cases the result states
 the CRC-32 that the whole output must have, combined from those of its parts.
 
