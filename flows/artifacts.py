@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flows.tally import Entry
-from flows.units import format_nbytes
+from flows.units import format_nbytes, short_detail
 
 __all__ = ["MAX_ROWS", "conversion_rows", "publish_table", "verification_rows"]
 
@@ -24,13 +24,13 @@ def conversion_rows(entries: Iterable[Entry]) -> list[dict[str, Any]]:
         {
             "checkpoint": entry.path,
             "outcome": entry.outcome.replace("_", " "),
+            "reason": entry.reason,
+            "detail": short_detail(entry.path, entry.detail),
             "source size": format_nbytes(entry.nbytes),
             "output size": format_nbytes(sum(output.size for output in entry.converted.outputs))
             if entry.converted
             else "",
             "tensors": entry.converted.tensors if entry.converted else "",
-            "reason": entry.reason,
-            "detail": entry.detail,
         }
         for entry in ordered
     ]

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from flows.tally import Entry, Tally
+from flows.units import short_detail
 
 __all__ = ["new_run_id", "record_files", "record_folder", "sha256sums"]
 
@@ -107,7 +108,8 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }
 table { border-collapse: collapse; width: 100%; margin-top: 1.5rem }
 th, td { text-align: left; padding: .35rem .7rem; border-bottom: 1px solid #d7dce1; vertical-align: top }
-td.n { text-align: right; font-variant-numeric: tabular-nums }
+td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+td.r { white-space: nowrap }
 td { overflow-wrap: anywhere }
 .converted, .up_to_date { color: #1a7f37 } .rejected { color: #9a6700 } .failed, .not_tried { color: #b42318 }
 """
@@ -124,7 +126,8 @@ def _report_page(tally: Tally, summary: Mapping[str, Any]) -> str:
     )
     rows = "".join(
         f"<tr>{cell(entry.path)}{cell(entry.outcome.replace('_', ' '), entry.outcome)}"
-        f"{cell(f'{entry.nbytes:,}', 'n')}{cell(entry.reason)}{cell(entry.detail)}</tr>"
+        f"{cell(f'{entry.nbytes:,}', 'n')}{cell(entry.reason, 'r')}"
+        f"{cell(short_detail(entry.path, entry.detail))}</tr>"
         for entry in sorted(tally.entries, key=lambda entry: (not entry.reason, entry.path))
     )
     return (

@@ -1,8 +1,8 @@
-"""How amounts are written for people."""
+"""How amounts and messages are written for people."""
 
 from __future__ import annotations
 
-__all__ = ["format_nbytes"]
+__all__ = ["format_nbytes", "short_detail"]
 
 
 def format_nbytes(nbytes: float) -> str:
@@ -15,3 +15,9 @@ def format_nbytes(nbytes: float) -> str:
             break
     digits = 2 if nbytes < 9.995 else 1 if nbytes < 99.95 else 0
     return f"{nbytes:.{digits}f} {unit}"
+
+
+def short_detail(path: str, detail: str) -> str:
+    """Engine messages begin with the URI, which the line has named already."""
+    head, colon, rest = detail.partition(": ")
+    return rest if colon and head.endswith(path) else detail

@@ -14,7 +14,7 @@ from typing import Any
 
 from flows.cli.printing import print_error, printable
 from flows.cli.shared_options import Shared
-from flows.units import format_nbytes
+from flows.units import format_nbytes, short_detail
 from tasks.live import Listener
 
 __all__ = ["BarProgress", "PlainProgress", "Problems", "showing_progress"]
@@ -124,12 +124,6 @@ class BarProgress(Problems):
             completed=self._nbytes_done if self._nbytes else self._files_done,
             moved=f"{format_nbytes(self._nbytes_moved)} moved{problems}",
         )
-
-
-def short_detail(path: str, detail: str) -> str:
-    """Engine messages begin with the URI, which the line has named already."""
-    head, colon, rest = detail.partition(": ")
-    return rest if colon and head.endswith(path) else detail
 
 
 @contextlib.contextmanager

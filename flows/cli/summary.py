@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flows.cli.printing import align
-from flows.cli.progress import short_detail
-from flows.units import format_nbytes
+from flows.units import format_nbytes, short_detail
 
 if TYPE_CHECKING:
     from flows.tally import Entry
