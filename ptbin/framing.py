@@ -7,7 +7,8 @@ it). Source: caffe2/serialize/inline_container.cc (`getPadding`) and torch's cop
 * the local header has version 0, flags 0x0808 (descriptor, UTF-8), no time, CRC and sizes zero;
 * its extra field is, from 4 GiB on, a zip64 field (sizes if the record is that large, offset if the
   header stands that far), then a field `FB` filled with `Z` so that data begin at a multiple of 64;
-* behind the data a descriptor with signature, CRC-32 and both sizes, 64-bit where a zip64 field stands.
+* an empty record has flags 0x0800 and no descriptor;
+* behind other data a descriptor with signature, CRC-32 and both sizes, 64-bit where a zip64 field stands.
 
 The zip64 field holds the header's own offset, which readers ignore; a record moved elsewhere keeps
 the number its source had (`declared_offset`), so that its bytes can be taken as they are.
@@ -19,16 +20,16 @@ import struct
 
 __all__ = [
     "ALIGNMENT",
-    "DESCRIPTOR",
-    "DESCRIPTOR_64",
     "descriptor",
+    "descriptor_nbytes",
+    "flags_of",
     "implied_data_offset",
     "local_header",
     "uses_zip64",
 ]
 
 ALIGNMENT = 64  # inline_container.h, kFieldAlignment
-FLAGS = 0x0808
+_UTF8, _HAS_DESCRIPTOR = 0x0800, 0x0008
 ZIP64_THRESHOLD = 0xFFFFFFFF  # MZ_UINT32_MAX: miniz switches at this value, not above it
 
 DESCRIPTOR = struct.Struct("<4sLLL")
@@ -62,9 +63,28 @@ def local_header(name: bytes, nbytes: int, offset: int, declared_offset: int | N
     bare = offset + _LOCAL.size + len(name) + len(zip64) + 4
     padding = -bare % ALIGNMENT
     extra = zip64 + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-    return _LOCAL.pack(b"PK\x03\x04", 0, FLAGS, 0, 0, 0, 0, 0, 0, len(name), len(extra)) + name + extra
+    return (
+        _LOCAL.pack(b"PK\x03\x04", 0, flags_of(nbytes), 0, 0, 0, 0, 0, 0, len(name), len(extra))
+        + name
+        + extra
+    )
+
+
+def flags_of(nbytes: int) -> int:
+    """General purpose flags of a record of this size, in its local header and in the directory."""
+    return _UTF8 | _HAS_DESCRIPTOR if nbytes else _UTF8
+
+
+def descriptor_nbytes(header_offset: int, nbytes: int) -> int:
+    """Size of what stands behind a record whose header stands, or declares to stand, there."""
+    if not nbytes:
+        return 0
+    return (DESCRIPTOR_64 if uses_zip64(header_offset, nbytes) else DESCRIPTOR).size
 
 
 def descriptor(crc32: int, nbytes: int, *, zip64: bool) -> bytes:
+    """What stands behind the data; nothing behind empty data."""
+    if not nbytes:
+        return b""
     packer = DESCRIPTOR_64 if zip64 else DESCRIPTOR
     return packer.pack(b"PK\x07\x08", crc32, nbytes, nbytes)

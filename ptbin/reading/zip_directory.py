@@ -21,7 +21,7 @@ import zlib
 from dataclasses import dataclass, replace
 
 from ptbin.errors import CorruptArchiveError, LimitExceededError, NotACheckpointError, UnsupportedFormatError
-from ptbin.framing import DESCRIPTOR, DESCRIPTOR_64, implied_data_offset, uses_zip64
+from ptbin.framing import descriptor_nbytes, implied_data_offset
 from ptbin.options import Limits
 from ptbin.reading.source import EDGE_NBYTES, SourceFile
 
@@ -284,11 +284,10 @@ def _place(uri: str, found: list[Member], directory_offset: int) -> list[Member]
 
 def _close(member: Member) -> Member:
     """Fix `data_offset` where the layout of torch's writer closes without a gap."""
-    if member.method != STORED or not member.flags & _HAS_DESCRIPTOR:
+    if member.method != STORED or bool(member.flags & _HAS_DESCRIPTOR) != bool(member.nbytes):
         return member
     data_offset = implied_data_offset(member.header_offset, len(member.raw_name), member.nbytes)
-    zip64 = uses_zip64(member.header_offset, member.nbytes)
-    tail = DESCRIPTOR_64.size if zip64 else DESCRIPTOR.size
+    tail = descriptor_nbytes(member.header_offset, member.nbytes)
     if data_offset + member.nbytes + tail == member.next_offset:
         return replace(member, data_offset=data_offset, closed=True)
     return member

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ptbin.framing import ZIP64_THRESHOLD, descriptor, local_header, uses_zip64, zip64_field
+from ptbin.framing import ZIP64_THRESHOLD, descriptor, flags_of, local_header, uses_zip64, zip64_field
 from ptbin.segments import Computed, Copy, Late, Literal, Piece, Plan, RecordLayout, Slice
 from ptbin.state_dict import StateDict, tensors_of
 from ptbin.tensors import ByteRange, TensorRef
@@ -30,7 +30,6 @@ _ENTRY = struct.Struct("<4s6H3L5H2L")
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR64 = struct.Struct("<4sLQL")
-FLAGS = 0x0808
 
 # Reading more of a storage than its view, only to confirm the stored CRC-32, may cost this much.
 PRECHECK_FLOOR_NBYTES = 512 * 1024
@@ -215,7 +214,7 @@ def _entry(entry: _Entry, crc32: int | None) -> bytes:
         b"PK\x01\x02",
         0,
         0,
-        FLAGS,
+        flags_of(entry.nbytes),
         0,
         0,
         0,

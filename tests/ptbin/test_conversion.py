@@ -218,8 +218,7 @@ def test_a_source_that_changes_meanwhile_is_no_source(
     source = tmp_path / "s.pt"
     torch.save({"w": torch.ones(1000)}, source)
     from ptbin import conversion
-
-    original = conversion.splice
+    from ptbin.splice import splice as original
 
     def overwriting(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
