@@ -112,8 +112,7 @@ class LocalStore(Store):
         return reader
 
     def open_writer(self, path: str, *, size_hint: int | None = None) -> LocalWriter:
-        del size_hint
-        return LocalWriter(path)
+        return LocalWriter(path, size_hint)
 
     def delete(self, path: str) -> None:
         try:

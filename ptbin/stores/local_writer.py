@@ -6,9 +6,9 @@ beside its target, `.<name>.<random>.ptbin-partial`, which listings pass over. `
 data, gives the name, and flushes the directory.
 
 Bytes come from other files by `copy_file_range` where possible: no copy through user space, on some
-filesystems no copy at all. The disk begins to write while bytes still arrive (`sync_file_range`), so
-the flush at the end is short. Measured on ext4, 1 GiB, warm: `cp` 0.25 s, copy and flush without this
-0.51 s, with it 0.32 s.
+filesystems no copy at all. Blocks are reserved at once (`fallocate`) and a second thread flushes while
+bytes still arrive, so the flush at the end is short. Measured on ext4, 1 GiB, warm, medians of 7: `cp`
+0.24 s, copy and flush without either 0.49 s, with flushing 0.30 s, with both 0.28 s.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from ptbin.stores.faults import mapped_faults
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from queue import SimpleQueue
+    from threading import Thread
 
     from ptbin.stores.base import RangeReader
 
@@ -34,8 +36,10 @@ COPY_NBYTES = 16 * MIB
 STREAM_NBYTES = 1 * MIB
 NAME_MAX = 255
 """Longest file name in bytes on every usual Linux filesystem (limits.h)."""
-SYNC_FILE_RANGE_WRITE = 2
-"""Start writing the dirty pages of a range, do not wait for them (man 2 sync_file_range)."""
+RESERVE_NBYTES = 16 * MIB
+"""Outputs at least this large get their blocks reserved."""
+FALLOC_FL_KEEP_SIZE = 1
+"""Reserve blocks, leave the file's size alone (linux/falloc.h)."""
 
 # What a filesystem answers that cannot flush a directory (some network and FUSE mounts).
 NO_DIRECTORY_FSYNC_ERRNOS = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -69,7 +73,7 @@ def _partial_name(target: str) -> str:
 class LocalWriter(Writer):
     """Writes `target`; makes its parent directories, and takes them away again when aborted."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, size_hint: int | None = None) -> None:
         super().__init__(target)
         self._target = target
         self._made: list[str] = []
@@ -80,6 +84,8 @@ class LocalWriter(Writer):
             with mapped_faults("write", target):
                 _refuse_target(target)
                 self._retried_without_parents(self._begin)
+                if size_hint is not None and size_hint >= RESERVE_NBYTES:
+                    _reserve(self._descriptor, size_hint)
         except BaseException:
             self.abort()
             raise
@@ -147,6 +153,7 @@ class LocalWriter(Writer):
 
     def _publish(self) -> None:
         with mapped_faults("write", self.uri):
+            self._write_back.finish()
             os.fsync(self._descriptor)
             if self._partial is None:
                 self._retried_without_parents(self._give_name)
@@ -178,6 +185,8 @@ class LocalWriter(Writer):
 
     def _discard(self) -> None:
         with contextlib.suppress(OSError):
+            self._write_back.finish()
+        with contextlib.suppress(OSError):
             self._close()
         if self._partial is not None:
             with contextlib.suppress(OSError):
@@ -193,34 +202,68 @@ class LocalWriter(Writer):
 
 
 class _WriteBack:
-    """Asks the kernel to begin writing every `COPY_NBYTES`, without waiting for it.
+    """Flushes on a second thread while bytes arrive, so that the last flush finds little to do.
 
-    Only advice: `fsync` is what makes data durable, so no answer is looked at.
+    A fault of the disk is reported once for each open file, so one met here is kept and raised by
+    `finish`: the flush that follows would not see it again (errseq_t, Linux 4.13).
     """
 
     def __init__(self) -> None:
         self._begun = 0
-        self._call: Callable[..., int] | None = None
+        self._steps: SimpleQueue[bool] | None = None
+        self._thread: Thread | None = None
+        self._fault: OSError | None = None
 
     def reached(self, descriptor: int, end: int) -> None:
         if end - self._begun < COPY_NBYTES:
             return
-        if self._call is None:
-            self._call = _sync_file_range()
-        self._call(descriptor, self._begun, end - self._begun, SYNC_FILE_RANGE_WRITE)
         self._begun = end
+        if self._steps is None:
+            # Here, because small outputs need neither.
+            from queue import SimpleQueue
+            from threading import Thread
+
+            self._steps = SimpleQueue()
+            self._thread = Thread(target=self._flush, args=(descriptor, self._steps), daemon=True)
+            self._thread.start()
+        self._steps.put(True)
+
+    def _flush(self, descriptor: int, steps: SimpleQueue[bool]) -> None:
+        while steps.get():
+            try:
+                os.fdatasync(descriptor)
+            except OSError as error:
+                self._fault = error
+                return
+
+    def finish(self) -> None:
+        """Wait for the thread. Raises OSError where a flush failed."""
+        if self._steps is not None and self._thread is not None:
+            self._steps.put(False)
+            self._thread.join()
+            self._thread = None
+        if self._fault is not None:
+            fault, self._fault = self._fault, None
+            raise fault
 
 
-def _sync_file_range() -> Callable[..., int]:
-    """The C library's function, or one that does nothing; loaded for large outputs only."""
+def _reserve(descriptor: int, nbytes: int) -> None:
+    """Reserve blocks for what is to come; a disk too small says so now and not after gigabytes.
+
+    `fallocate` itself, not `os.posix_fallocate`: where the filesystem cannot, the C library's stand-in
+    writes every block. Raises OSError (ENOSPC, EDQUOT, EFBIG) alone.
+    """
     try:
         import ctypes
 
-        function = ctypes.CDLL(None).sync_file_range
+        function = ctypes.CDLL(None, use_errno=True).fallocate
     except (ImportError, OSError, AttributeError):
-        return lambda *_: 0
-    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    return function
+        return
+    function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    if function(descriptor, FALLOC_FL_KEEP_SIZE, 0, nbytes):
+        code = ctypes.get_errno()
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(code, os.strerror(code))
 
 
 def _refuse_target(target: str) -> None:

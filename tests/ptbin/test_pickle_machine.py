@@ -102,7 +102,9 @@ CALLS = {
     "OBJ": b"(cos\nsystem\nS'true'\no.",
     "OBJ then POP": b"(cos\nsystem\nS'true'\no0N.",
     "STACK_GLOBAL": b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R.",
-    "STACK_GLOBAL of memoised strings": b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94h\x00h\x01\x93\x8c\x04true\x85R.",
+    "STACK_GLOBAL of memoised strings": (
+        b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94h\x00h\x01\x93\x8c\x04true\x85R."
+    ),
     "BUILD": b"cos\nsystem\n)\x81}S'x'\nS'y'\nsb.",
 }
 
