@@ -41,7 +41,7 @@ PRIMARY_NAMES = (
 # What trainers save beside the model. Mappings below these are offered for --select, never chosen.
 _BESIDE = re.compile(
     r"^(optim|opt$|opt_|lr_sched|sched|rng|random|cuda_rng|scaler|grad_scaler|loops?$|callbacks?$|hyper_param|hparams"
-    r"|args$|config$|cfg$|amp|trainer|dataloader|sampler|last_optimizer)",
+    r"|args$|config$|cfg$|amp$|dataloader|sampler|last_optimizer)",
     re.IGNORECASE,
 )
 
