@@ -1,0 +1,202 @@
+"""The batch tasks by their plain functions: one checkpoint's fault is its outcome, never the batch's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+import ptbin
+from ptbin import errors
+from ptbin.catalog import Job
+from ptbin.options import ConvertOptions
+from tasks import converting
+from tasks.checking import verify_manifests
+from tasks.converting import convert_batch, verify_batch
+from tasks.live import Interrupted, Listener, LiveRun, find_live_run, is_open, open_live_run
+from tasks.outcomes import Outcome, one_line, outcome_of_error
+
+OPTIONS = ConvertOptions()
+
+
+class Draft:
+    """Stands for the engine's draft."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def to_json(self) -> str:
+        return self.text
+
+    @classmethod
+    def from_json(cls, text: str) -> Draft:
+        return cls(text)
+
+
+@pytest.fixture
+def live() -> Iterator[LiveRun]:
+    with open_live_run(LiveRun("r", {"key": "source secret"}, {"key": "dest secret"})) as live:
+        yield live
+
+
+def job(path: str, *, certain: bool = True) -> Job:
+    return Job(f"/src/{path}", 10, f"/out/{path}.bin", path, certain, None)
+
+
+def engine(monkeypatch: pytest.MonkeyPatch, behaviour: dict[str, Exception | None]) -> list[dict[str, Any]]:
+    """Let `stage` and `commit` do what `behaviour` says for a path; return the keywords of each call."""
+    calls: list[dict[str, Any]] = []
+
+    def act(path: str, keywords: dict[str, Any]) -> None:
+        calls.append(keywords)
+        error = behaviour.get(path.removeprefix("/src/"))
+        if error is not None:
+            raise error
+
+    def stage(source: str, dest: str, options: ConvertOptions, **keywords: Any) -> Draft:
+        act(source, keywords)
+        return Draft(source)
+
+    def commit(draft: Draft, **keywords: Any) -> dict[str, Any]:
+        act(draft.text, keywords)
+        return {
+            "outputs": [{"path": "x.bin", "size": 4, "sha256": "ab"}],
+            "tensors": [{}, {}],
+            "bytes_read": 5,
+            "bytes_written": 4,
+        }
+
+    monkeypatch.setattr(ptbin, "stage", stage, raising=False)
+    monkeypatch.setattr(ptbin, "commit", commit, raising=False)
+    monkeypatch.setattr(ptbin, "Draft", Draft, raising=False)
+    return calls
+
+
+def convert(jobs: Sequence[Job]) -> list[Outcome]:
+    return convert_batch.fn("r", "label", jobs, OPTIONS)
+
+
+def test_each_error_becomes_the_outcome_of_its_own_checkpoint(
+    live: LiveRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine(
+        monkeypatch,
+        {
+            "unsafe": errors.UnsafePickleError("names os.system"),
+            "gone": errors.NotFoundInStoreError("no such key"),
+            "slow": errors.StorageError("503", transient=True),
+            "wrong": errors.VerificationError("digest"),
+            "bug": ZeroDivisionError("division by zero"),
+            "text": errors.NotACheckpointError("a text file"),
+        },
+    )
+    jobs = [job(p) for p in ("good", "unsafe", "gone", "slow", "wrong", "bug", "text", "last")]
+    jobs.append(job("text", certain=False))
+    found = [(outcome.kind, outcome.reason, outcome.transient) for outcome in convert(jobs)]
+    assert found == [
+        ("staged", "", False),
+        ("rejected", "unsafe_pickle", False),
+        ("failed", "storage_error", False),
+        ("failed", "storage_error", True),
+        ("failed", "verification_failed", False),
+        ("failed", "internal_error", False),
+        ("rejected", "unsupported_format", False),
+        ("staged", "", False),
+        ("not_a_checkpoint", "", False),
+    ]
+
+
+def test_a_proof_that_fails_fails_its_own_output(live: LiveRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine(monkeypatch, {"bad": errors.VerificationError("digest")})
+    jobs = [job("good"), job("bad")]
+    good, bad = verify_batch.fn("r", "label", jobs, ["/src/good", "/src/bad"])
+    assert good.converted is not None
+    assert good.converted.manifest_uri == "/out/good.bin.manifest.json"
+    assert (good.converted.tensors, good.converted.read_nbytes, good.converted.written_nbytes) == (2, 5, 4)
+    assert (bad.kind, bad.reason) == ("failed", "verification_failed")
+
+
+def test_storage_options_come_from_the_open_run(live: LiveRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = engine(monkeypatch, {})
+    convert([job("a")])
+    assert calls[0]["source_options"] == {"key": "source secret"}
+    assert calls[0]["dest_options"] == {"key": "dest secret"}
+    assert calls[0]["run_id"] == "r"
+
+
+def test_without_its_run_a_task_does_not_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = engine(monkeypatch, {})
+    with pytest.raises(LookupError, match="not open in this process"):
+        convert([job("a")])
+    assert calls == []
+
+
+def test_a_run_that_is_being_stopped_interrupts_its_tasks(
+    live: LiveRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = engine(monkeypatch, {})
+    live.stopping.set()
+    with pytest.raises(Interrupted):
+        convert([job("a")])
+    assert calls == []
+
+
+def test_the_progress_callback_is_what_stops_the_engine() -> None:
+    heard: list[int] = []
+
+    class Hearing(Listener):
+        def moved(self, nbytes: int) -> None:
+            heard.append(nbytes)
+
+    live = LiveRun("r", listener=Hearing())
+    live.moved(5)
+    live.stopping.set()
+    with pytest.raises(Interrupted):
+        live.moved(6)
+    assert heard == [5]
+
+
+def test_a_run_is_open_only_inside_its_context() -> None:
+    live = LiveRun("r2")
+    with open_live_run(live):
+        assert find_live_run("r2") is live
+    assert not is_open("r2")
+    assert live.stopping.is_set()
+
+
+def test_no_representation_shows_storage_options(live: LiveRun) -> None:
+    assert "secret" not in repr(live)
+
+
+def test_one_manifest_that_cannot_be_read_hides_no_other(
+    live: LiveRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def verify(uri: str, **keywords: Any) -> list[Any]:
+        if uri == "a":
+            raise errors.StorageError("reset", transient=True)
+        if uri == "b":
+            raise KeyError("bug")
+        return []
+
+    monkeypatch.setattr(ptbin, "verify", verify, raising=False)
+    a, b, c = verify_manifests.fn("r", "label", ["a", "b", "c"], "checksum")
+    assert (a.transient, a.issues[0]["reason"]) == (True, "storage_error")
+    assert (b.transient, b.issues[0]["reason"]) == (False, "internal_error")
+    assert c.issues == ()
+
+
+def test_messages_are_one_bounded_line() -> None:
+    assert one_line("a\nb\t c") == "a b c"
+    assert len(one_line("x" * 10_000)) == 500
+    assert "\n" not in outcome_of_error("p", ValueError("two\nlines")).detail
+
+
+def test_nothing_is_cached_or_persisted_by_prefect() -> None:
+    from prefect.cache_policies import NO_CACHE
+
+    for task in (convert_batch, verify_batch, verify_manifests):
+        assert task.cache_policy == NO_CACHE
+        assert task.persist_result is False
+        assert task.retries == 0  # a retry would redo what is finished; the flow retries the rest
+    assert converting.__doc__

@@ -1,0 +1,42 @@
+"""What is tried again, and when."""
+
+from __future__ import annotations
+
+import pytest
+from prefect.states import Failed
+
+from ptbin.errors import AccessDeniedError, CorruptArchiveError, StorageError
+from tasks.listing import list_checkpoints, list_manifests, list_orphans
+from tasks.recording import write_run_record
+from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, retry_delay, worth_retrying
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (StorageError("503 slow down", transient=True), True),
+        (StorageError("no space left"), False),
+        (AccessDeniedError("403"), False),
+        (CorruptArchiveError("truncated"), False),
+        (ConnectionError("not one of ours"), False),
+        (KeyError("bug"), False),
+    ],
+)
+def test_only_transient_errors_of_a_store_are_worth_it(error: Exception, expected: bool) -> None:
+    assert worth_retrying(None, None, Failed(data=error)) is expected
+
+
+@pytest.mark.parametrize("task", [list_checkpoints, list_manifests, list_orphans, write_run_record])
+def test_whole_tasks_retry_by_that_rule(task: object) -> None:
+    assert getattr(task, "retry_condition_fn", None) is worth_retrying
+    assert getattr(task, "retries", None) == RETRIES
+    assert getattr(task, "retry_jitter_factor", None) == JITTER
+
+
+def test_delays_grow_and_carry_jitter() -> None:
+    for retry, base in enumerate(RETRY_DELAYS, start=1):
+        delays = {retry_delay(retry) for _ in range(50)}
+        assert len(delays) > 1
+        assert all(base <= delay <= base * (1 + JITTER) for delay in delays)
+    assert list(RETRY_DELAYS) == sorted(RETRY_DELAYS)
+    assert len(RETRY_DELAYS) == RETRIES
