@@ -57,11 +57,22 @@ def implied_data_offset(header_offset: int, name_nbytes: int, nbytes: int) -> in
     return -(-bare // ALIGNMENT) * ALIGNMENT
 
 
-def local_header(name: bytes, nbytes: int, offset: int, declared_offset: int | None = None) -> bytes:
-    """Local header, name, extra field and padding of a record that will stand at `offset`."""
+def local_header(
+    name: bytes,
+    nbytes: int,
+    offset: int,
+    declared_offset: int | None = None,
+    congruent: tuple[int, int] = (0, ALIGNMENT),
+) -> bytes:
+    """Local header, name, extra field and padding of a record that will stand at `offset`.
+
+    Args:
+        congruent: (remainder, modulus) that the offset of the data must have; torch's own is (0, 64).
+    """
     zip64 = zip64_field(offset if declared_offset is None else declared_offset, nbytes)
     bare = offset + _LOCAL.size + len(name) + len(zip64) + 4
-    padding = -bare % ALIGNMENT
+    remainder, modulus = congruent
+    padding = (remainder - bare) % modulus
     extra = zip64 + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
     return (
         _LOCAL.pack(b"PK\x03\x04", 0, flags_of(nbytes), 0, 0, 0, 0, 0, 0, len(name), len(extra))

@@ -277,20 +277,20 @@ def _place(uri: str, found: list[Member], directory_offset: int) -> list[Member]
             raise CorruptArchiveError(
                 f"{uri}: member {member.name!r} overlaps what begins at byte {following}"
             )
-        member = replace(member, next_offset=following)
-        placed.append(_close(member))
+        data_offset = _closing_offset(member, following)
+        placed.append(
+            replace(member, next_offset=following, data_offset=data_offset, closed=data_offset is not None)
+        )
     return placed
 
 
-def _close(member: Member) -> Member:
-    """Fix `data_offset` where the layout of torch's writer closes without a gap."""
+def _closing_offset(member: Member, following: int) -> int | None:
+    """Where the data begin, if the layout of torch's writer then closes without a gap."""
     if member.method != STORED or bool(member.flags & _HAS_DESCRIPTOR) != bool(member.nbytes):
-        return member
+        return None
     data_offset = implied_data_offset(member.header_offset, len(member.raw_name), member.nbytes)
-    tail = descriptor_nbytes(member.header_offset, member.nbytes)
-    if data_offset + member.nbytes + tail == member.next_offset:
-        return replace(member, data_offset=data_offset, closed=True)
-    return member
+    end = data_offset + member.nbytes + descriptor_nbytes(member.header_offset, member.nbytes)
+    return data_offset if end == following else None
 
 
 def refuse_foreign_zip(directory: ZipDirectory) -> None:

@@ -17,7 +17,16 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ptbin.framing import ZIP64_THRESHOLD, descriptor, flags_of, local_header, uses_zip64, zip64_field
+from ptbin.framing import (
+    ALIGNMENT,
+    ZIP64_THRESHOLD,
+    descriptor,
+    descriptor_nbytes,
+    flags_of,
+    local_header,
+    uses_zip64,
+    zip64_field,
+)
 from ptbin.segments import Computed, Copy, Late, Literal, Piece, Plan, RecordLayout, Slice
 from ptbin.state_dict import StateDict, tensors_of
 from ptbin.tensors import ByteRange, TensorRef
@@ -34,6 +43,11 @@ _LOCATOR64 = struct.Struct("<4sLQL")
 # Reading more of a storage than its view, only to confirm the stored CRC-32, may cost this much.
 PRECHECK_FLOOR_NBYTES = 512 * 1024
 PRECHECK_SHARE = 100
+
+# The first record of a run this long is padded so that all of the run keeps its offsets modulo a page: the
+# kernel then copies page by page (a quarter less time, measured), and filesystems that share blocks may.
+LONG_RUN_NBYTES = 1 << 20
+PAGE_NBYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +100,11 @@ def plan_torch_archive(state_dict: StateDict, *, archive_root: str | None) -> To
     layout.literal_member("byteorder", b"little")
     offsets: dict[int, int] = {}
     prechecks = _prechecks(storages)
+    heads = _run_heads(storages)
     for storage in storages:
-        offsets[id(storage)] = layout.record(storage, checked=_is_checked(storage, prechecks))
+        offsets[id(storage)] = layout.record(
+            storage, checked=_is_checked(storage, prechecks), page_aligned=id(storage) in heads
+        )
     layout.literal_member("version", b"3\n")
     layout.directory()
     tensors = []
@@ -98,6 +115,29 @@ def plan_torch_archive(state_dict: StateDict, *, archive_root: str | None) -> To
         tensors.append(PlannedTensor(name, tensor, placed, offsets[id(placed.storage)] + first))
     plan = Plan(tuple(layout.pieces), layout.offset, tuple(layout.records), tuple(prechecks))
     return TorchPlan(plan, tuple(tensors))
+
+
+def _stored(storage: OutputStorage) -> ByteRange | None:
+    """Where the source holds the record as a whole, if it does so plainly."""
+    place = storage.source.place
+    return place if storage.whole and isinstance(place, ByteRange) else None
+
+
+def _run_heads(storages: list[OutputStorage]) -> set[int]:
+    """First records of long runs of neighbours, by identity."""
+    runs: list[tuple[int, int]] = []
+    end = -1
+    for storage in storages:
+        place = _stored(storage)
+        if place is None or place.record_offset is None:
+            end = -1
+            continue
+        if place.closed and place.record_offset == end:
+            runs[-1] = (runs[-1][0], runs[-1][1] + place.nbytes)
+        elif place.offset % ALIGNMENT == 0:
+            runs.append((id(storage), place.nbytes))
+        end = place.offset + place.nbytes + descriptor_nbytes(place.record_offset, place.nbytes)
+    return {head for head, nbytes in runs if nbytes >= LONG_RUN_NBYTES}
 
 
 def _prechecks(storages: list[OutputStorage]) -> list[ByteRange]:
@@ -148,17 +188,22 @@ class _Layout:
         self.add(Literal(local_header(raw_name, len(data), self.offset) + data))
         self.add(Literal(descriptor(crc, len(data), zip64=zip64)))
 
-    def record(self, storage: OutputStorage, *, checked: bool) -> int:
-        """Add one storage; returns where its data begin."""
+    def record(self, storage: OutputStorage, *, checked: bool, page_aligned: bool) -> int:
+        """Add one storage; returns where its data begin.
+
+        `page_aligned` keeps the place within a page that the data have in the source.
+        """
         raw_name = f"{self.root}/data/{storage.key}".encode()
         nbytes = storage.nbytes
-        place = storage.source.place
-        stored = place if storage.whole and isinstance(place, ByteRange) else None
+        stored = _stored(storage)
         # A record whose framing in the source is torch's own keeps the offset that framing declares, so
         # that header, data and descriptor can be taken as one range wherever they come to lie.
         declared = stored.record_offset if stored is not None and stored.closed else None
         header_offset = self.offset
-        self.add(Literal(local_header(raw_name, nbytes, header_offset, declared)))
+        congruent = (0, ALIGNMENT)
+        if page_aligned and stored is not None:
+            congruent = (stored.offset % PAGE_NBYTES, PAGE_NBYTES)
+        self.add(Literal(local_header(raw_name, nbytes, header_offset, declared, congruent)))
         data_offset = self.offset
         crc = stored.crc32 if stored is not None else None
         slot = None if crc is not None else len(self.records)

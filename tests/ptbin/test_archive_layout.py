@@ -24,6 +24,7 @@ from ptbin.reading.zip_directory import read_zip_directory
 from ptbin.segments import Copy, Literal
 from ptbin.splice.coalesce import coalesce
 from ptbin.stores import RangeReader, open_store
+from ptbin.tensors import ByteRange
 from ptbin.writing.torch_format import TorchPlan, plan_torch_archive
 from tests.checkpoints import Checkpoint
 
@@ -118,6 +119,24 @@ def test_the_weights_of_a_training_checkpoint_are_one_run(tmp_path: Path) -> Non
     new_bytes = sum(piece.nbytes for piece in pieces if isinstance(piece, Literal))
     assert copies[0].nbytes + new_bytes == plan.size
     assert sum(p.nbytes for p in pieces) == sum(p.nbytes for p in plan.pieces)
+
+
+def test_a_long_run_keeps_its_place_within_pages(tmp_path: Path) -> None:
+    """The kernel then copies page by page, and filesystems that share blocks may share them."""
+    import ptbin
+
+    state = {"pad": torch.ones(333), **{f"w{i}": torch.full((300, 300), float(i)) for i in range(5)}}
+    torch.save({"first": {"x": torch.ones(77)}, "model": state}, tmp_path / "s.pt")
+    ptbin.convert(str(tmp_path / "s.pt"), str(tmp_path / "a.bin"), ptbin.ConvertOptions(select="model"))
+    with opened(tmp_path / "s.pt") as source, opened(tmp_path / "a.bin") as output:
+        wanted = {key: s.place for key, s in read_checkpoint(source).storages.items()}
+        for key, storage in read_checkpoint(output).storages.items():
+            place = wanted[key]
+            assert isinstance(place, ByteRange)
+            assert isinstance(storage.place, ByteRange)
+            assert storage.place.offset % 4096 == place.offset % 4096
+    ptbin.convert(str(tmp_path / "a.bin"), str(tmp_path / "b.bin"))
+    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
 
 
 def test_foreign_framing_is_written_anew(tmp_path: Path) -> None:

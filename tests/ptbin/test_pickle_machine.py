@@ -87,9 +87,9 @@ def test_sets_bytes_and_shared_parts(protocol: int) -> None:
 
 
 def test_every_opcode_of_pickletools_is_known() -> None:
-    from ptbin.reading.pickle_machine import _DISPATCH
+    from ptbin.reading.pickle_opcodes import DISPATCH
 
-    known = {chr(code) for code, handler in enumerate(_DISPATCH) if handler is not None} | {"."}
+    known = {chr(code) for code, handler in enumerate(DISPATCH) if handler is not None} | {"."}
     assert known == {opcode.code for opcode in pickletools.opcodes}
 
 
