@@ -1,8 +1,9 @@
 """Checkpoints that strangers wrote: each converts to the bits that torch reads, or is refused rightly.
 
-The files, from public repositories, lie outside this one (`shared/checkpoints` beside the checkout, or PTBIN_CORPUS); without
-them these tests skip. What is right is said by torch, or where torch needs classes that are gone, by an
-unpickler of our own here that knows only inert stand-ins. Files under malicious/ are never unpickled.
+They come from public repositories and lie outside this one (`shared/checkpoints` beside the checkout, or
+PTBIN_CORPUS); without them these tests skip. What is right is said by torch, or where torch needs classes
+that are gone, by an unpickler of our own that knows only inert stand-ins. Files under malicious/ are never
+unpickled.
 """
 
 from __future__ import annotations
