@@ -2,8 +2,8 @@
 
 `wait4` gives the resident peak of the process that was waited for. Linux lets a child begin with its
 parent's peak (fs/exec.c, `exec_mmap`: `setmax_mm_hiwater_rss`), so each command is started by a bare
-interpreter of 9 MiB; that is the smallest peak which can be told. Commands that are compared are run in turns, round by round: what the machine does meanwhile hits
-all of them, and medians are taken over rounds.
+interpreter of 9 MiB; that is the smallest peak which can be told. Commands that are compared are run in
+turns, round by round: what the machine does meanwhile hits all of them, and medians are taken over rounds.
 """
 
 from __future__ import annotations
