@@ -10,7 +10,9 @@ from flows.batches import BATCH_COUNT, BATCH_NBYTES, MAX_BATCHES, cut, plan_batc
 sizes_lists = st.lists(st.integers(0, 1 << 40), max_size=400)
 
 
-def plan(sizes: list[int], *, workers: int = 2, max_batches: int = MAX_BATCHES) -> list[list[tuple[int, int]]]:
+def plan(
+    sizes: list[int], *, workers: int = 2, max_batches: int = MAX_BATCHES
+) -> list[list[tuple[int, int]]]:
     return plan_batches(
         list(enumerate(sizes)), nbytes=lambda item: item[1], workers=workers, max_batches=max_batches
     )

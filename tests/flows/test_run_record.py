@@ -82,7 +82,10 @@ def test_sha256sum_accepts_the_checksum_list(tmp_path: Path, name: str) -> None:
 def test_the_record_comes_last_and_a_list_without_lines_not_at_all() -> None:
     tally = Tally("r", "/src", "/out")
     tally.add(job("a"), outcome("a", "rejected"))
-    assert list(record_files(tally, tally.summary(1), options={}, flow_run_id=None)) == ["report.html", "run.json"]
+    assert list(record_files(tally, tally.summary(1), options={}, flow_run_id=None)) == [
+        "report.html",
+        "run.json",
+    ]
     tally.add(job("b"), outcome("b", "converted"))
     files = record_files(tally, tally.summary(1), options={"format": "torch"}, flow_run_id="f")
     assert list(files) == ["SHA256SUMS", "report.html", "run.json"]
