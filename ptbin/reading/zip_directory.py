@@ -122,7 +122,9 @@ class ZipDirectory:
             raise LimitExceededError(
                 f"{self.file.uri}: member {name!r} has {member.nbytes} bytes, the limit is {limit}"
             )
-        member = self.locate(member)
+        # Index members are few and their headers lie beside them: no trust in the implied place here, where a
+        # loader that follows the local header would read another pickle.
+        member = self.locate(replace(member, data_offset=None))
         assert member.data_offset is not None
         raw = self.file.read(member.data_offset, member.compressed_nbytes, f"member {name!r}")
         if member.method == DEFLATED:
