@@ -213,8 +213,9 @@ def _report(
     lines = [
         "# Benchmarks",
         "",
-        f"Made by `make bench`; do not edit by hand. Whole processes, in turns, medians over {2 * rounds + 1} rounds (torch: {rounds}),",
-        f"page cache warm, local disk, {os.cpu_count()} cores, Python {platform.python_version()},",
+        f"Made by `make bench`; do not edit by hand. Whole processes in turns, medians over {2 * rounds + 1}",
+        f"rounds (torch: {rounds}), page cache warm, local disk, {os.cpu_count()} cores,",
+        f"Python {platform.python_version()},",
         f"torch {metadata.version('torch').partition('+')[0]}.",
         "",
         "| figure | found | bound | kept |",

@@ -46,7 +46,9 @@ def test_installed_files_are_those_of_the_tree() -> None:
         tree = {
             path.relative_to(ROOT / package): path.read_bytes() for path in (ROOT / package).rglob("*.py")
         }
-        assert {path.relative_to(installed): path.read_bytes() for path in installed.rglob("*.py")} == tree
+        there = {path.relative_to(installed): path.read_bytes() for path in installed.rglob("*.py")}
+        differing = [str(name) for name in tree.keys() | there.keys() if tree.get(name) != there.get(name)]
+        assert sorted(differing) == [], "run `make install`"
 
 
 def test_version_is_said_once_and_truly() -> None:
