@@ -276,6 +276,20 @@ def test_a_source_overwritten_meanwhile(
     assert not output.parent.exists()
 
 
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_a_source_rewritten_in_place_is_not_blamed_as_damaged(tmp_path: Path, at: int) -> None:
+    """The open file itself changes under the reader, so that what it reads makes no sense."""
+    _checkpoint_of(tmp_path, 20 * MIB)
+    source = tmp_path / "model.pt"
+    store = FaultyStore(
+        LocalStore(), {"read": [None] * at + [lambda: source.write_bytes(b"new" * 7_000_000)]}
+    )
+    with registered("faulty", store), pytest.raises(SourceChangedError):
+        ptbin.convert(f"faulty://{source}", str(tmp_path / "out" / "model.bin"))
+    assert store.struck["read"] == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_source_deleted_meanwhile(tmp_path: Path, moto_s3: S3Endpoint) -> None:
     _checkpoint_of(tmp_path, 20 * MIB)
     bucket, inner = moto_s3.make_bucket(), moto_s3.store()
