@@ -145,7 +145,7 @@ def test_a_small_conversion_imports_next_to_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_beyond_4_gib(tmp_path: Path) -> None:
-    """Sparse on disk: one storage beyond 4 GiB, others whose headers stand behind that offset; zip64."""
+    """One storage beyond 4 GiB, others whose headers stand behind that offset; zip64."""
     big = torch.zeros((4 << 30) + 4096, dtype=torch.uint8)
     for place in (0, 123_456_789, (4 << 30) + 4095):
         big[place] = 77
