@@ -22,7 +22,7 @@ from ptbin.errors import (
 )
 from ptbin.manifest import MANIFEST_SUFFIX, SCHEMA_VERSION, dump_manifest, hex_crc32, utc_now
 from ptbin.options import ConvertOptions
-from ptbin.reading.checkpoint import Checkpoint, read_checkpoint
+from ptbin.reading.checkpoint import Checkpoint, one_clear_error, read_checkpoint
 from ptbin.reading.keys import keep_writable, rename_entries
 from ptbin.reading.pickle_machine import PickleProgram
 from ptbin.reading.selection import select_state_dict
@@ -122,8 +122,9 @@ def stage(
         raise UsageError(f"{public_uri(source)}: source and destination are the same file")
     with source_store.open_reader(source_path) as reader:
         try:
-            checkpoint, safety, state_dict = read_selected(reader, options)
-            torch_plan = plan_torch_archive(state_dict, archive_root=checkpoint.archive_root)
+            with one_clear_error(reader.uri):
+                checkpoint, safety, state_dict = read_selected(reader, options)
+                torch_plan = plan_torch_archive(state_dict, archive_root=checkpoint.archive_root)
             result = _write(
                 torch_plan, reader, dest_store, dest_path, progress, check_source=options.verify != "none"
             )

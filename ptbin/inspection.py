@@ -7,7 +7,7 @@ from typing import Any
 
 from ptbin.errors import AmbiguousStateDictError, NoStateDictError
 from ptbin.options import Limits
-from ptbin.reading.checkpoint import Checkpoint, read_checkpoint
+from ptbin.reading.checkpoint import Checkpoint, one_clear_error, read_checkpoint
 from ptbin.reading.selection import Candidate, choose_candidate, find_candidates
 from ptbin.reading.verdicts import judge_programs
 from ptbin.state_dict import tensors_of
@@ -30,7 +30,7 @@ def inspect(
     """
     limits = limits or Limits()
     store, path = open_store(uri, storage_options)
-    with store.open_reader(path) as reader:
+    with store.open_reader(path) as reader, one_clear_error(reader.uri):
         checkpoint = read_checkpoint(reader, limits)
         safety = judge_programs(checkpoint.programs)
         candidates = find_candidates(checkpoint, limits)

@@ -81,7 +81,7 @@ def parse_manifest(data: bytes, uri: str) -> dict[str, Any]:
     """
     try:
         manifest = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise VerificationError(f"{uri}: the manifest is no JSON: {error}") from error
     if not isinstance(manifest, dict):
         raise VerificationError(f"{uri}: the manifest is no JSON object")
@@ -94,8 +94,14 @@ def parse_manifest(data: bytes, uri: str) -> dict[str, Any]:
             raise VerificationError(f"{uri}: the manifest has no proper {key!r}")
     for output in manifest["outputs"]:
         path = output.get("path") if isinstance(output, dict) else None
-        if not isinstance(path, str) or not isinstance(output.get("size"), int):
+        if not isinstance(path, str) or not path or not isinstance(output.get("size"), int):
             raise VerificationError(f"{uri}: the manifest names an output without path or size")
-        if "/" in path or "\\" in path or path in ("", ".", ".."):
+        if (
+            not path.isprintable()
+            or len(path.encode("utf-8", "replace")) > 255
+            or "\ud800" <= max(path) <= "\udfff"
+        ):
+            raise VerificationError(f"{uri}: the manifest names an output by what is no file name")
+        if "/" in path or "\\" in path or path in (".", ".."):
             raise VerificationError(f"{uri}: the manifest names {path!r}, which lies outside its folder")
     return manifest

@@ -97,8 +97,18 @@ class Instance:
         return self.cls.path if isinstance(self.cls, Global) else "?"
 
     def attributes(self) -> DictNode | None:
-        """Instance attributes: the state where it is a mapping, or the mapping in a (dict, slots) pair."""
+        """Instance attributes: the state where it is a mapping, or the mapping in a (dict, slots) pair.
+
+        torch.fx's `reduce_graph_module` takes them as its first argument instead.
+        """
         state = self.state
+        if (
+            state is None
+            and self.class_path.startswith("torch.fx.")
+            and isinstance(self.args, tuple)
+            and self.args
+        ):
+            state = self.args[0]
         if isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], DictNode):
             state = state[0]
         return state if isinstance(state, DictNode) else None
@@ -165,9 +175,15 @@ def children(node: Any) -> Iterator[Any]:
 _LEAVES = (str, bytes, int, float, bool, complex, type(None), Global)
 
 
-def iter_nodes(root: Any) -> Iterator[Any]:
-    """Every node below `root` once, parents first; linear in the nodes, whatever the graph unfolds to."""
-    seen: set[int] = {id(root)}
+def iter_nodes(root: Any, seen: set[int] | None = None) -> Iterator[Any]:
+    """Every node below `root` once, parents first; linear in the nodes, whatever the graph unfolds to.
+
+    `seen` holds the identities met by earlier walks, which are passed over, and takes up those of this one.
+    """
+    seen = set() if seen is None else seen
+    if id(root) in seen:
+        return
+    seen.add(id(root))
     stack = [root]
     while stack:
         node = stack.pop()

@@ -42,8 +42,14 @@ class Limits:
     """Deflate cannot exceed 1032:1 (zlib FAQ); a member that claims more is a bomb or a lie."""
     inflated_member_nbytes: int = 64 * MIB
     """Largest deflated *index* member (pickle, code); deflated storages are streamed and not bound by it."""
+    pickle_inflate_ratio: int = 100
+    """A deflated pickle that grows by more is no state dict's: those shrink about tenfold."""
+    code_nbytes: int = 32 * MIB
+    """All of a TorchScript archive's code together."""
+    copied_nbytes: int = 256 * MIB
+    """What all constructor calls of one pickle may copy (a call may name one large argument many times)."""
     expanded_nbytes: int = 1024 * MIB
-    """Logical bytes of one stride-0 (expanded) tensor, which may exceed what is stored."""
+    """Logical bytes beyond what is stored, of all expanded (stride 0) and overlapping tensors together."""
     tensors: int = 2_000_000
     tree_nodes: int = 20_000_000
 

@@ -7,7 +7,10 @@ from typing import Any
 
 from ptbin.tensors import SparseTensor, Storage, TensorRef
 
-__all__ = ["LeftOut", "StateDict", "tensors_of"]
+__all__ = ["LeftOut", "StateDict", "key_label", "storages_of", "tensors_of"]
+
+MAX_DEPTH = 32
+"""Containers inside one value; what lies deeper is not looked for tensors (`keep_writable` drops it)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +59,9 @@ def tensors_of(name: str, value: Any) -> list[tuple[str, TensorRef]]:
 
     found: list[tuple[str, TensorRef]] = []
     seen: set[int] = set()
-    stack: list[tuple[str, Any]] = [(name, value)]
+    stack: list[tuple[str, Any, int]] = [(name, value, 0)]
     while stack:
-        label, node = stack.pop()
+        label, node, depth = stack.pop()
         if isinstance(node, TensorRef):
             found.append((label, node))
             if node.quantizer is not None:
@@ -69,17 +72,26 @@ def tensors_of(name: str, value: Any) -> list[tuple[str, TensorRef]]:
         elif isinstance(node, SparseTensor):
             found.extend((f"{label}#{part}", tensor) for part, tensor in node.parts)
         elif isinstance(node, (DictNode, list, tuple)):
-            if id(node) in seen:
+            if id(node) in seen or depth > MAX_DEPTH:
                 continue
             seen.add(id(node))
             if isinstance(node, DictNode):
-                items = [
-                    (f"{label}.{key if isinstance(key, (str, int)) else '?'}", v) for key, v in node.pairs
-                ]
+                items = [(f"{label}.{key_label(key)}", v, depth + 1) for key, v in node.pairs if _may_hold(v)]
             else:
-                items = [(f"{label}.{index}", v) for index, v in enumerate(node)]
+                items = [(f"{label}.{index}", v, depth + 1) for index, v in enumerate(node) if _may_hold(v)]
             stack.extend(reversed(items))
     return found
+
+
+def key_label(key: Any) -> str:
+    """A key inside a value, as part of a tensor's name in the manifest."""
+    if isinstance(key, str):
+        return key[:200]
+    return str(key) if isinstance(key, int) and abs(key) < 1 << 63 else "?"
+
+
+def _may_hold(value: Any) -> bool:
+    return not isinstance(value, (str, bytes, int, float, type(None)))
 
 
 def storages_of(entries: list[tuple[str, Any]]) -> dict[int, Storage]:

@@ -131,6 +131,16 @@ class TensorRef:
         return True
 
     @property
+    def overlapping(self) -> bool:
+        """Some byte is viewed by more than one index, broadcast dimensions aside (`Tensor.unfold`)."""
+        span = 1
+        for s, n in sorted((s, n) for n, s in zip(self.shape, self.stride, strict=True) if n > 1 and s != 0):
+            if s < span:
+                return True
+            span += s * (n - 1)
+        return False
+
+    @property
     def expanded(self) -> bool:
         return any(s == 0 and n > 1 for n, s in zip(self.shape, self.stride, strict=True))
 

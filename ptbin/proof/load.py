@@ -20,7 +20,7 @@ from ptbin.proof.logical import iter_logical_bytes
 from ptbin.reading.checkpoint import read_checkpoint
 from ptbin.reading.keys import keep_writable, rename_entries
 from ptbin.reading.selection import select_state_dict
-from ptbin.state_dict import tensors_of
+from ptbin.state_dict import key_label, tensors_of
 from ptbin.stores import Identity, open_store
 
 if TYPE_CHECKING:
@@ -98,20 +98,21 @@ def iter_loaded_tensors(loaded: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """(name, plain tensor) pairs, named and ordered as `state_dict.tensors_of` does."""
     import torch
 
-    stack: list[tuple[str, Any]] = [(str(name), value) for name, value in reversed(list(loaded.items()))]
-    seen: set[int] = set()
-    while stack:
-        name, value = stack.pop()
-        if isinstance(value, torch.Tensor):
-            yield from _parts(name, value)
-        elif id(value) in seen:
-            continue  # containers may share parts without end; each is walked once
-        elif isinstance(value, Mapping):
+    for entry, root in loaded.items():
+        seen: set[int] = set()
+        stack: list[tuple[str, Any]] = [(str(entry), root)]
+        while stack:
+            name, value = stack.pop()
+            if isinstance(value, torch.Tensor):
+                yield from _parts(name, value)
+                continue
+            if id(value) in seen:
+                continue  # containers may share parts without end; each is walked once
             seen.add(id(value))
-            stack.extend(reversed([(f"{name}.{key}", v) for key, v in value.items()]))
-        elif isinstance(value, (list, tuple)):
-            seen.add(id(value))
-            stack.extend(reversed([(f"{name}.{index}", v) for index, v in enumerate(value)]))
+            if isinstance(value, Mapping):
+                stack.extend(reversed([(f"{name}.{key_label(key)}", v) for key, v in value.items()]))
+            elif isinstance(value, (list, tuple)):
+                stack.extend(reversed([(f"{name}.{index}", v) for index, v in enumerate(value)]))
 
 
 def _parts(name: str, tensor: Any) -> Iterator[tuple[str, Any]]:

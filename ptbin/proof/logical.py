@@ -85,6 +85,9 @@ def iter_strided(
         return
     import numpy
 
+    # numpy takes 64 dimensions at most, and those of one element say nothing.
+    axes = [(n, s) for n, s in zip(shape, stride, strict=True) if n != 1]
+    shape, stride = tuple(n for n, _ in axes), tuple(s for _, s in axes)
     span = (sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1) * itemsize
     if span <= BLOCK_NBYTES:
         flat = numpy.frombuffer(b"".join(read(offset, span)), dtype=numpy.uint8)
@@ -117,13 +120,14 @@ def _blocks(
 
 
 def _pack(view: numpy.typing.NDArray[numpy.uint8]) -> Iterator[bytes]:
-    if view.nbytes <= CHUNK_NBYTES or view.ndim <= 2:
-        rows = max(1, CHUNK_NBYTES // max(1, view.nbytes // max(1, len(view)))) if view.ndim else 1
-        for start in range(0, len(view), rows):
-            yield view[start : start + rows].tobytes()
+    row_nbytes = view[0].nbytes
+    if row_nbytes > CHUNK_NBYTES:
+        for part in view:
+            yield from _pack(part)
         return
-    for part in view:
-        yield from _pack(part)
+    rows = max(1, CHUNK_NBYTES // max(1, row_nbytes))
+    for start in range(0, len(view), rows):
+        yield view[start : start + rows].tobytes()
 
 
 def _scan(

@@ -61,11 +61,10 @@ def verify(
     try:
         manifest = parse_manifest(store.read_bytes(path), uri)
         rows = manifest["tensors"]
-        for row in rows:
-            stored_tensor(row)
+        _check_rows(manifest, uri)
     except NotFoundInStoreError:
         return [Issue("no_manifest", uri, "there is no manifest")]
-    except (VerificationError, AttributeError) as error:
+    except VerificationError as error:
         return [Issue("bad_manifest", uri, str(error))]
     folder = path[: -len(path.rsplit("/", 1)[-1])]
     issues: list[Issue] = []
@@ -73,6 +72,20 @@ def verify(
         mine = [row for row in rows if row.get("file") == output["path"]]
         issues.extend(_verify_output(store, folder + output["path"], output, mine, level, progress))
     return issues
+
+
+def _check_rows(manifest: Mapping[str, Any], uri: str) -> None:
+    """Raises VerificationError where the manifest could vouch for less than it seems to."""
+    sizes = {output["path"]: output["size"] for output in manifest["outputs"]}
+    if not sizes or not manifest["tensors"]:
+        raise VerificationError(f"{uri}: the manifest lists no output or no tensor")
+    for output in manifest["outputs"]:
+        if not any(isinstance(output.get(digest), str) for digest in ("sha256", "crc32")):
+            raise VerificationError(f"{uri}: the manifest holds no digest of {output['path']!r}")
+    for row in manifest["tensors"]:
+        if not isinstance(row, dict) or row.get("file") not in sizes:
+            raise VerificationError(f"{uri}: the manifest lists a tensor in no output of its own")
+        stored_tensor(row, sizes[row["file"]])
 
 
 def _verify_output(

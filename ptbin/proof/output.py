@@ -11,6 +11,7 @@ source's, read again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from ptbin.manifest import hex_crc32
 from ptbin.proof.digests import StoredTensor, digest_file
 from ptbin.reading.checkpoint import read_checkpoint
 from ptbin.reading.selection import select_state_dict
+from ptbin.reading.verdicts import judge_programs
 from ptbin.state_dict import tensors_of
 from ptbin.tensors import ByteRange, TensorRef
 
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
     from ptbin.stores import RangeReader, Store
 
 __all__ = ["prove_output", "stored_tensor"]
+
+
+# As `Limits.expanded_nbytes`: a stride 0 in a manifest must not keep a verifier busy for days.
+MAX_UNFOLDED_NBYTES = 1 << 30
 
 
 def prove_output(
@@ -76,19 +82,31 @@ def prove_output(
         prove_by_loading(draft, store, path, source_options=source_options)
 
 
-def stored_tensor(row: Mapping[str, Any]) -> StoredTensor:
-    """Where a manifest's tensor lies.
+def stored_tensor(row: Mapping[str, Any], file_size: int | None = None) -> StoredTensor:
+    """Where a manifest's tensor lies; inside a file of `file_size` bytes, where that is given.
 
     Raises:
         VerificationError: an unknown type, or numbers that make no sense.
     """
-    dtype = BY_NAME.get(row.get("dtype", ""))
-    shape, stride = row.get("shape"), row.get("stride")
-    numbers = [row.get("offset"), row.get("nbytes"), *(shape or ()), *(stride or ())]
-    if dtype is None or not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise VerificationError(
-            f"the manifest describes tensor {row.get('name')!r} in a way that makes no sense"
-        )
+    wrong = VerificationError(
+        f"the manifest describes tensor {str(row.get('name'))[:200]!r} in a way that makes no sense"
+    )
+    name, dtype_name, shape, stride = row.get("name"), row.get("dtype"), row.get("shape"), row.get("stride")
+    dtype = BY_NAME.get(dtype_name) if isinstance(dtype_name, str) else None
+    if dtype is None or not isinstance(name, str) or not isinstance(shape, list) or len(shape) > 64:
+        raise wrong
+    if stride is not None and (not isinstance(stride, list) or len(stride) != len(shape)):
+        raise wrong
+    offset, nbytes = row.get("offset"), row.get("nbytes")
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in (offset, nbytes, *shape, *(stride or ()))):
+        raise wrong
+    assert isinstance(offset, int)
+    if nbytes != dtype.nbytes_of(math.prod(shape)):
+        raise wrong
+    last = sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if stride is not None else 0
+    end = offset + (dtype.nbytes_of(last + 1) if stride is not None else nbytes) if nbytes else offset
+    if file_size is not None and (end > file_size or nbytes > max(file_size, MAX_UNFOLDED_NBYTES)):
+        raise wrong
     return StoredTensor(
         row["offset"],
         row["nbytes"],
@@ -103,6 +121,9 @@ def _check_structure(reader: RangeReader, draft: Draft, rows: list[dict[str, Any
     """The stored file, read anew, holds exactly the tensors that were planned, where they were planned."""
     try:
         checkpoint = read_checkpoint(reader, draft.limits)
+        safety = judge_programs(checkpoint.programs)
+        if safety.verdict != "safe":
+            raise VerificationError(f"{reader.uri}: the output's own pickle is not safe: {safety.globals}")
         state_dict = select_state_dict(checkpoint, ".", draft.limits)
     except CheckpointError as error:
         raise VerificationError(f"what was stored cannot be read: {error}") from error

@@ -10,18 +10,26 @@ for a legacy file the pickles at its beginning.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import struct
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ptbin.errors import CorruptArchiveError, EmptyFileError, NotACheckpointError, UnsupportedFormatError
+from ptbin.errors import (
+    CorruptArchiveError,
+    EmptyFileError,
+    NotACheckpointError,
+    PtbinError,
+    UnsupportedFormatError,
+)
 from ptbin.options import Limits
 from ptbin.reading.pickle_machine import PickleProgram
 from ptbin.reading.source import RandomReader, SourceFile
 from ptbin.reading.torch_objects import TorchVocabulary
-from ptbin.tensors import ByteRange, InMemory, Storage
+from ptbin.tensors import ByteRange, Deflated, InMemory, Storage
 
-__all__ = ["Checkpoint", "MemoryReader", "Opening", "read_checkpoint"]
+__all__ = ["Checkpoint", "MemoryReader", "Opening", "one_clear_error", "read_checkpoint"]
 
 # Pickles nest torch.save in torch.save when somebody pickles a storage by plain pickle; never deeper.
 MAX_NESTING = 4
@@ -94,7 +102,32 @@ class Opening:
                 # Nested CRC-32s need no check here: the bytes lie inside a pickle whose own CRC was checked.
                 place = storage.place
                 storage.place = InMemory(data[place.offset : place.offset + place.nbytes])
+            elif isinstance(storage.place, Deflated):
+                raise UnsupportedFormatError(f"{self.file.uri}: a compressed archive inside a pickle")
         return checkpoint.root
+
+
+@contextlib.contextmanager
+def one_clear_error(uri: str) -> Iterator[None]:
+    """The outer edge of reading: whatever a foreign file brings Python to, callers see one kind of error."""
+    try:
+        yield
+    except PtbinError:
+        raise
+    except (
+        ArithmeticError,
+        AssertionError,
+        LookupError,
+        MemoryError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise CorruptArchiveError(
+            f"{uri}: what it says makes no sense ({type(error).__name__}: {str(error)[:200]})"
+        ) from error
+    except struct.error as error:
+        raise CorruptArchiveError(f"{uri}: a number in it is out of range ({error})") from error
 
 
 class MemoryReader:

@@ -7,17 +7,19 @@ applies the caller's rules and refuses two tensors under one name.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
-from ptbin.errors import NoStateDictError, OutputCollisionError, UnsupportedTensorError
-from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode
+from ptbin.dtypes import BY_NAME
+from ptbin.errors import NoStateDictError, OutputCollisionError, UnsupportedTensorError, UsageError
+from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, iter_nodes
 from ptbin.options import ConvertOptions
 from ptbin.state_dict import LeftOut, StateDict
 from ptbin.tensors import SparseTensor, TensorRef
 
 __all__ = ["keep_writable", "rename_entries", "wrapper_prefixes"]
 
-MAX_VALUE_DEPTH = 100
+MAX_VALUE_DEPTH = 32
 
 # torch.compile wraps a module as `_orig_mod` wherever it stands; DataParallel and DistributedDataParallel
 # wrap the whole model as `module`.
@@ -34,12 +36,13 @@ def keep_writable(state_dict: StateDict, uri: str) -> None:
         NoStateDictError: nothing remains.
     """
     kept: list[tuple[str, Any]] = []
+    done: set[int] = set()
     for name, value in state_dict.entries:
         if isinstance(value, Opaque):
             if value.has_data:
                 raise UnsupportedTensorError(f"{uri}: {name!r} is a {value.kind}: {value.reason}")
             state_dict.left_out.append(LeftOut(name, 0, value.reason))
-        elif _is_writable(value, 0, set()):
+        elif _is_writable(value, 0, done):
             kept.append((name, value))
         else:
             state_dict.left_out.append(
@@ -54,7 +57,7 @@ def keep_writable(state_dict: StateDict, uri: str) -> None:
 
 
 def _is_metadata(value: Any) -> bool:
-    return isinstance(value, DictNode) and _is_writable(value, 0, set())
+    return isinstance(value, DictNode) and _is_writable(value, 0, set()) and not _holds_tensors(value)
 
 
 def _is_writable(value: Any, depth: int, done: set[int]) -> bool:
@@ -66,23 +69,23 @@ def _is_writable(value: Any, depth: int, done: set[int]) -> bool:
     if isinstance(value, int):
         return value.bit_length() < 2000  # LONG1 holds 255 bytes
     if isinstance(value, Global):
-        return value.module == "torch" and value.name not in ("Tensor", "device", "Size")
+        return value.module == "torch" and value.name in BY_NAME
     if isinstance(value, Instance):
-        return value.class_path == "torch.device" and isinstance(value.args, tuple) and not value.state
+        return _is_device(value)
     if depth > MAX_VALUE_DEPTH:
         return False
     if id(value) in done:
         return True
     if isinstance(value, DictNode):
         below = [part for pair in value.pairs for part in pair]
-        hashable = all(isinstance(key, (str, int, float, bytes, tuple, type(None))) for key, _ in value.pairs)
+        hashable = all(_is_plain_key(key) for key, _ in value.pairs)
         if value.kind not in ("dict", "OrderedDict") or value.state is not None or not hashable:
             return False
     elif isinstance(value, (list, tuple)):
         below = list(value)
     elif isinstance(value, SetNode):
         below = list(value.items)
-        if value.frozen:
+        if value.frozen or not all(_is_plain_key(item) for item in value.items):
             return False
     else:
         return False
@@ -92,6 +95,32 @@ def _is_writable(value: Any, depth: int, done: set[int]) -> bool:
         return False
     done.add(id(value))
     return True
+
+
+def _is_plain_key(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain_key(item) for item in value) if len(value) < 10 else False
+    return value is None or (isinstance(value, (str, float, bytes, int)) and not isinstance(value, DictNode))
+
+
+def _is_device(value: Instance) -> bool:
+    """`torch.device('cuda')` or `torch.device('cuda', 0)`, and nothing else about it."""
+    if (
+        value.class_path != "torch.device"
+        or value.kwargs
+        or value.items
+        or value.pairs
+        or value.state is not None
+    ):
+        return False
+    args = value.args
+    if not isinstance(args, tuple) or not 1 <= len(args) <= 2 or not isinstance(args[0], str):
+        return False
+    return len(args) == 1 or type(args[1]) is int
+
+
+def _holds_tensors(value: Any) -> bool:
+    return any(isinstance(node, (TensorRef, SparseTensor)) for node in iter_nodes(value))
 
 
 def _describe(value: Any) -> str:
@@ -135,7 +164,7 @@ def rename_entries(state_dict: StateDict, options: ConvertOptions, uri: str) -> 
         raise NoStateDictError(f"{uri}: the rules drop every tensor of {state_dict.path!r}")
     old = [name for name, _ in entries]
     new = _renamed(old, options)
-    clashes = {name for name in new if new.count(name) > 1} if len(set(new)) < len(new) else set()
+    clashes = [name for name, count in Counter(new).items() if count > 1]
     if clashes:
         first = min(clashes)
         sources = [o for o, n in zip(old, new, strict=True) if n == first]
@@ -152,26 +181,34 @@ def _renamed(names: list[str], options: ConvertOptions) -> list[str]:
     elif options.strip_prefix:
         names = [name.removeprefix(options.strip_prefix) for name in names]
     for pattern, replacement in options.rename:
-        names = [re.sub(pattern, replacement, name) for name in names]
+        try:
+            names = [re.sub(pattern, replacement, name) for name in names]
+        except (re.error, IndexError) as error:
+            raise UsageError(f"--rename: {replacement!r} does not fit {pattern!r}: {error}") from error
     return names
 
 
 def _renamed_metadata(metadata: DictNode, names: list[str], options: ConvertOptions) -> DictNode:
     """`_metadata` is keyed by module path: follow each path through the names of the tensors below it."""
     renamed = DictNode(metadata.kind)
+    moved: dict[str, str] = {}
+    for old, new in zip(names, _renamed(names, options), strict=True):
+        # Every module path above this tensor, if what stands below it kept its name.
+        cut = old.rfind(".")
+        while cut >= 0:
+            tail = old[cut:]
+            if not new.endswith(tail):
+                break
+            moved.setdefault(old[:cut], new[: len(new) - len(tail)])
+            cut = old.rfind(".", 0, cut)
+        if new.endswith(f".{old}"):
+            moved.setdefault("", new[: -len(old) - 1])
     taken: set[str] = set()
-    moved = dict(zip(names, _renamed(names, options), strict=True))
     for key, value in metadata.pairs:
         if not isinstance(key, str):
             continue
-        prefix = f"{key}." if key else ""
-        new = key
-        for old_name, new_name in moved.items():
-            tail = old_name[len(prefix) :]
-            if old_name.startswith(prefix) and new_name.endswith(tail):
-                new = new_name[: len(new_name) - len(tail)].removesuffix(".")
-                break
-        if new not in taken:
-            taken.add(new)
-            renamed.pairs.append((new, value))
+        target = moved.get(key, key)
+        if target not in taken:
+            taken.add(target)
+            renamed.pairs.append((target, value))
     return renamed

@@ -39,7 +39,7 @@ def read_legacy(opening: Opening) -> Checkpoint | None:
     if _MAGIC_BYTES not in file.head(32):
         return None
     storages: dict[str, Storage] = {}
-    itemsizes: dict[str, int] = {}
+    classes: dict[str, str] = {}
 
     def persistent(pid: Any) -> Any:
         if isinstance(pid, tuple) and pid and pid[0] in ("module", b"module"):
@@ -51,12 +51,13 @@ def read_legacy(opening: Opening) -> Checkpoint | None:
             raise CorruptArchiveError(f"{file.uri}: a persistent id that is no storage")
         key, numel = pid[2], pid[4]
         key = str(key) if isinstance(key, int) else key
-        if not isinstance(key, str) or type(numel) is not int or numel < 0:
+        if not isinstance(key, str) or type(numel) is not int or not 0 <= numel < 1 << 59:
             raise CorruptArchiveError(f"{file.uri}: a storage id without key or element count")
         dtype = storage_dtype(pid[1])
         nbytes = numel * dtype.itemsize
         known = storages.setdefault(key, Storage(key, nbytes))
-        itemsizes.setdefault(key, dtype.itemsize)
+        if classes.setdefault(key, dtype.name) != dtype.name:
+            raise CorruptArchiveError(f"{file.uri}: storage {key!r} is given two element types")
         if known.nbytes != nbytes:
             raise CorruptArchiveError(
                 f"{file.uri}: storage {key!r} has two sizes, {known.nbytes} and {nbytes} bytes"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ptbin.errors import CorruptArchiveError
+from ptbin.errors import CorruptArchiveError, LimitExceededError
 from ptbin.nodes import DictNode, Instance, SetNode, iter_nodes
 from ptbin.state_dict import LeftOut, StateDict
 from ptbin.tensors import SparseTensor, TensorRef
@@ -20,6 +20,11 @@ from ptbin.tensors import SparseTensor, TensorRef
 __all__ = ["is_module", "module_state_dict", "script_state_dict"]
 
 MAX_DEPTH = 200
+
+# A module may be reached over many paths, and each counts: sixteen kilobytes of pickle can hold 2^60 of them.
+MAX_MODULES = 200_000
+MAX_ENTRIES = 500_000
+MAX_NAME_NBYTES = 32 << 20
 
 
 def is_module(node: Any) -> bool:
@@ -78,7 +83,7 @@ def module_state_dict(root: Instance, path: str) -> StateDict:
             if is_module(child):
                 yield prefix + name, child
 
-    _walk(root, own)
+    _walk(root, own, lambda: len(entries) + len(left_out))
     return StateDict(path, "module", "OrderedDict", entries, None, left_out)
 
 
@@ -117,18 +122,23 @@ def script_state_dict(
             elif isinstance(value, Instance) and value.class_path.startswith("__torch__"):
                 yield prefix + name, value
 
-    _walk(root, own)
+    _walk(root, own, lambda: len(entries) + len(left_out))
     return StateDict(path, "torchscript", "OrderedDict", entries, None, left_out)
 
 
-def _walk(root: Instance, own: Callable[[Instance, str], Iterator[tuple[str, Any]]]) -> None:
+def _walk(
+    root: Instance, own: Callable[[Instance, str], Iterator[tuple[str, Any]]], count: Callable[[], int]
+) -> None:
     """Depth first, in order; a module that contains itself is refused, one used twice is walked twice."""
     stack: list[tuple[Instance, str, tuple[int, ...]]] = [(root, "", ())]
-    budget = 2_000_000
+    modules = name_nbytes = 0
     while stack:
         module, prefix, above = stack.pop()
-        budget -= 1
-        if id(module) in above or len(above) > MAX_DEPTH or budget < 0:
-            raise CorruptArchiveError(f"modules nested without end at {prefix!r}")
+        if id(module) in above or len(above) > MAX_DEPTH:
+            raise CorruptArchiveError(f"modules nested without end at {prefix[:200]!r}")
+        modules += 1
+        name_nbytes += len(prefix)
+        if modules > MAX_MODULES or name_nbytes > MAX_NAME_NBYTES or count() > MAX_ENTRIES:
+            raise LimitExceededError(f"more modules or parameters than any model has, at {prefix[:200]!r}")
         below = [(child, f"{name}.", (*above, id(module))) for name, child in own(module, prefix)]
         stack.extend(reversed(below))

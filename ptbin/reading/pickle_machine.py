@@ -191,6 +191,9 @@ class Machine:
         key = (module, name)
         known = self.globals_seen.get(key)
         if known is None:
+            if not (module.isprintable() and name.isprintable()):
+                # A line break in a name would end it wherever it is written out as text.
+                self.program.oddities.append(f"a global with control characters before byte {self.pos}")
             known = self.globals_seen[key] = Global(module, name, self.pos)
             self.program.globals[key] = self.pos
         return known

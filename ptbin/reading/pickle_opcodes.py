@@ -171,16 +171,13 @@ def _newobj_ex(m: Machine) -> None:
 def _build(m: Machine) -> None:
     state = m.stack.pop()
     target = m.stack[-1]
-    if isinstance(target, Instance):
-        if isinstance(target.state, DictNode) and isinstance(state, DictNode):
-            target.state = DictNode("dict", [*target.state.pairs, *state.pairs])
-        else:
-            target.state = state
-    elif isinstance(target, DictNode):
+    if isinstance(target, (Instance, DictNode)):
         target.state = state
     elif hasattr(target, "set_state"):
         target.set_state(state)
-    # BUILD on a tensor sets Python attributes, which are not weights; elsewhere it has no meaning here.
+    else:
+        # On a finished tensor this would exchange its content (torch/_tensor.py, `__setstate__`).
+        m.program.oddities.append(f"state set on a finished {type(target).__name__} at byte {m.pos}")
 
 
 def _pairs_of(target: Any) -> list[tuple[Any, Any]]:

@@ -24,6 +24,10 @@ __all__ = ["Candidate", "find_candidates", "select_state_dict"]
 
 MAX_SEARCH_DEPTH = 10
 
+# Records inside values that are no tensors (`_extra_state`, say), over all entries of one mapping: each entry
+# is walked for itself, and a thousand entries may share one large value.
+MAX_VALUE_NODES = 1_000_000
+
 # Names under which frameworks keep the one model (PyTorch's own tutorials, Lightning, timm, mmcv, fairseq,
 # detectron2, DeepSpeed): the preferred one where the rest is marginal.
 PRIMARY_NAMES = (
@@ -41,7 +45,7 @@ PRIMARY_NAMES = (
 # What trainers save beside the model. Mappings below these are offered for --select, never chosen.
 _BESIDE = re.compile(
     r"^(optim|opt$|opt_|lr_sched|sched|rng|random|cuda_rng|scaler|grad_scaler|loops?$|callbacks?$|hyper_param|hparams"
-    r"|args$|config$|cfg$|amp$|dataloader|sampler|last_optimizer)",
+    r"|args$|config$|cfg$|amp$|dataloader|sampler|criterion|loss|history|metrics|stats|last_optimizer)",
     re.IGNORECASE,
 )
 
@@ -201,7 +205,11 @@ def _below(node: Any) -> list[tuple[str, Any]]:
     if isinstance(node, Instance):
         attributes = node.attributes()
         pairs = [*node.pairs, *(attributes.pairs if attributes is not None else [])]
-        return [(str(k), v) for k, v in pairs if isinstance(k, (str, int)) and _is_branch(v)]
+        found = [(str(k), v) for k, v in pairs if isinstance(k, (str, int)) and _is_branch(v)]
+        if isinstance(node.args, tuple):
+            # torch.compile's wrapper is pickled as a call with the module as an argument
+            found.extend((str(index), arg) for index, arg in enumerate(node.args) if is_module(arg))
+        return found
     return []
 
 
@@ -255,10 +263,22 @@ def _mapping(
         return None
     if strict and (_is_rng(named) or {"state", "param_groups"} <= named.keys()):
         return None
-    if strict and any(
-        _is_branch(v) and not k.endswith("_extra_state") and _holds_tensors(v) for k, v in named.items()
-    ):
-        return None
+    budget = MAX_VALUE_NODES
+    for key, value in named.items():
+        if not _is_branch(value):
+            continue
+        for node_below in iter_nodes(value):
+            budget -= 1
+            if budget < 0:
+                raise LimitExceededError(
+                    f"{checkpoint.uri}: more than {MAX_VALUE_NODES} records inside the values of {path!r}"
+                )
+            if (
+                strict
+                and isinstance(node_below, (TensorRef, SparseTensor))
+                and not key.endswith("_extra_state")
+            ):
+                return None
     kind = "OrderedDict" if node.kind == "OrderedDict" else "dict"
     return StateDict(
         path, "mapping", kind, list(named.items()), state.get("_metadata") if state is not None else None
@@ -283,10 +303,6 @@ def _is_rng(named: dict[str, Any]) -> bool:
     )
 
 
-def _holds_tensors(node: Any) -> bool:
-    return any(isinstance(n, (TensorRef, SparseTensor)) for n in iter_nodes(node))
-
-
 def _resolve(root: Any, path: str) -> Any:
     """The node at a dotted path; keys may themselves contain dots, so the longest fitting key wins."""
     node, rest = root, "" if path == "." else path
@@ -305,6 +321,7 @@ def _unselected(checkpoint: Checkpoint, chosen: StateDict) -> list[LeftOut]:
     taken: set[int] = set(storages_of(chosen.entries))
     taken.update(id(s) for _, v in chosen.entries if isinstance(v, TensorRef) for s in (v.storage,))
     left: list[LeftOut] = []
+    seen: set[int] = set()
     node, rest, prefix = checkpoint.root, "" if chosen.path == "." else chosen.path, ""
     while rest:
         children = _below(node)
@@ -317,7 +334,7 @@ def _unselected(checkpoint: Checkpoint, chosen: StateDict) -> list[LeftOut]:
             if name == step:
                 following = child
                 continue
-            nbytes = _claim(child, taken)
+            nbytes = _claim(child, taken, seen)
             left.append(LeftOut(f"{prefix}{name}", nbytes, "not part of the selected state dict"))
         node, rest, prefix = following, rest[len(step) + 1 :], f"{prefix}{step}."
     return left
@@ -335,10 +352,10 @@ def _children_with_leaves(node: Any) -> list[tuple[str, Any]]:
     return []
 
 
-def _claim(node: Any, taken: set[int]) -> int:
+def _claim(node: Any, taken: set[int], seen: set[int]) -> int:
     """Bytes of the storages below a node that nothing before it has claimed."""
     total = 0
-    for found in iter_nodes(node):
+    for found in iter_nodes(node, seen):
         storages: list[Storage] = []
         if isinstance(found, TensorRef):
             storages = [found.storage]

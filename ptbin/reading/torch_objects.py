@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ptbin.dtypes import BY_STORAGE_CLASS, DType, dtype_by_name
-from ptbin.errors import CorruptArchiveError, LimitExceededError
+from ptbin.errors import CorruptArchiveError, LimitExceededError, UnsupportedTensorError
 from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, TorchSize
 from ptbin.options import Limits
 from ptbin.reading.numpy_objects import iter_numpy_reducers
@@ -26,6 +26,17 @@ __all__ = ["TorchVocabulary", "storage_dtype"]
 MAX_DIMENSIONS = 64
 
 Reduce = Callable[[tuple[Any, ...]], Any]
+
+_PER_TENSOR = ((float, int),)
+_PER_CHANNEL = ((TensorRef, TensorRef, int),)
+QUANTIZER_SCHEMES: dict[str, tuple[tuple[type, ...], ...]] = {
+    "per_tensor_affine": _PER_TENSOR,
+    "per_tensor_symmetric": _PER_TENSOR,
+    "per_channel_affine": _PER_CHANNEL,
+    "per_channel_symmetric": _PER_CHANNEL,
+    "per_channel_affine_float_qparams": _PER_CHANNEL,
+}
+"""Schemes of `torch._utils._rebuild_qtensor` and the types of what follows them."""
 
 _SPARSE_PARTS = {
     "torch.sparse_coo": ("indices", "values"),
@@ -71,6 +82,8 @@ class TorchVocabulary:
         self._limits = limits
         self._load_nested = load_nested
         self.tensors_built = 0
+        self._copied_nbytes = 0
+        self._unfolded_nbytes = 0
 
     def reducers(self) -> Mapping[tuple[str, str], Reduce]:
         table: dict[tuple[str, str], Reduce] = dict(iter_numpy_reducers())
@@ -79,13 +92,13 @@ class TorchVocabulary:
             "_rebuild_tensor_v2": self._tensor_v1,
             "_rebuild_tensor_v3": self._tensor_v3,
             "_rebuild_parameter": lambda args: args[0],
-            "_rebuild_parameter_with_state": lambda args: args[0],
+            "_rebuild_parameter_with_state": _with_state,
             "_rebuild_qtensor": self._qtensor,
             "_rebuild_sparse_tensor": self._sparse,
             "_rebuild_sparse_csr_tensor": self._sparse,
             "_rebuild_device_tensor_from_numpy": self._from_numpy,
             "_rebuild_xla_tensor": self._from_numpy,
-            "_rebuild_device_tensor_from_cpu_tensor": lambda args: args[0],
+            "_rebuild_device_tensor_from_cpu_tensor": _from_cpu_tensor,
             "_rebuild_meta_tensor_no_storage": lambda args: Opaque(
                 "meta tensor", "a meta tensor has a shape and no data", has_data=False
             ),
@@ -104,22 +117,24 @@ class TorchVocabulary:
             table[module, "_rebuild_from_type_v2"] = self._from_type
         table["torch.nn.parameter", "Parameter"] = self._parameter
         table["torch.nn.parameter", "Buffer"] = self._parameter
-        table["torch.storage", "_load_from_bytes"] = lambda args: self._load_nested(_bytes(args[0]))
+        table["torch.storage", "_load_from_bytes"] = lambda args: self._load_nested(self._bytes(args[0]))
         table["torch.serialization", "_get_layout"] = lambda args: Global("torch.layout", args[0])
         table["torch", "Size"] = lambda args: TorchSize(_ints(args[0], "size"))
-        table["collections", "OrderedDict"] = _ordered_dict
+        table["collections", "OrderedDict"] = lambda args: self._copy_dict("OrderedDict", args)
         table["collections", "defaultdict"] = lambda args: DictNode("defaultdict")
-        table["collections", "Counter"] = lambda args: _copy_dict("Counter", args)
-        table["_codecs", "encode"] = _encode
+        table["collections", "Counter"] = lambda args: self._copy_dict("Counter", args)
+        table["_codecs", "encode"] = self._encode
         for builtins in ("builtins", "__builtin__"):
-            table[builtins, "dict"] = lambda args: _copy_dict("dict", args)
-            table[builtins, "list"] = lambda args: list(_items(args))
-            table[builtins, "tuple"] = lambda args: tuple(_items(args))
-            table[builtins, "set"] = lambda args: SetNode(list(_items(args)))
-            table[builtins, "frozenset"] = lambda args: SetNode(list(_items(args)), frozen=True)
+            table[builtins, "dict"] = lambda args: self._copy_dict("dict", args)
+            table[builtins, "list"] = lambda args: list(self._items(args))
+            table[builtins, "tuple"] = lambda args: tuple(self._items(args))
+            table[builtins, "set"] = lambda args: SetNode(list(self._items(args)))
+            table[builtins, "frozenset"] = lambda args: SetNode(list(self._items(args)), frozen=True)
             # protocol 2 writes empty bytes as a call without arguments
-            table[builtins, "bytes"] = lambda args: _bytes(args[0]) if args else b""
-            table[builtins, "bytearray"] = lambda args: bytearray(_bytes(args[0])) if args else bytearray()
+            table[builtins, "bytes"] = lambda args: self._bytes(args[0]) if args else b""
+            table[builtins, "bytearray"] = lambda args: (
+                bytearray(self._bytes(args[0])) if args else bytearray()
+            )
             table[builtins, "complex"] = lambda args: complex(*args)
         return table
 
@@ -161,6 +176,8 @@ class TorchVocabulary:
             quantizer,
             _flags(metadata),
         )
+        if element.per_unit > 1 and not (ref.contiguous and ref.storage_offset % element.per_unit == 0):
+            raise UnsupportedTensorError(f"a {element.name} tensor that begins or steps inside a byte")
         if ref.numel:
             first, end = ref.span
             if end > typed.storage.nbytes:
@@ -169,7 +186,8 @@ class TorchVocabulary:
                     f"{storage_offset} reaches byte {end} of storage {typed.storage.key!r}, "
                     f"which has {typed.storage.nbytes}"
                 )
-            if ref.nbytes > max(end - first, self._limits.expanded_nbytes):
+            self._unfolded_nbytes += max(ref.nbytes - (end - first), 0)
+            if self._unfolded_nbytes > self._limits.expanded_nbytes:
                 raise LimitExceededError(
                     f"a tensor of shape {list(sizes)} unfolds {end - first} stored bytes to {ref.nbytes}; "
                     f"the limit is {self._limits.expanded_nbytes}"
@@ -190,9 +208,11 @@ class TorchVocabulary:
         storage, offset, shape, stride, params = args[:5]
         if not isinstance(params, tuple) or not params or not isinstance(params[0], Global):
             raise ValueError("quantizer parameters")
-        for value in params[1:]:
-            if type(value) not in (int, float) and not isinstance(value, TensorRef):
-                raise ValueError("quantizer parameters")
+        scheme = params[0].name if params[0].module == "torch" else ""
+        kinds = tuple(type(value) for value in params[1:])
+        plain = all(not isinstance(v, TensorRef) or v.quantizer is None for v in params[1:])
+        if scheme not in QUANTIZER_SCHEMES or kinds not in QUANTIZER_SCHEMES[scheme] or not plain:
+            raise ValueError("quantizer parameters")
         return self.tensor(storage, None, offset, shape, stride, (params[0].name, *params[1:]))
 
     def _sparse(self, args: tuple[Any, ...]) -> SparseTensor:
@@ -220,9 +240,8 @@ class TorchVocabulary:
         if not isinstance(array, NdArray):
             raise ValueError("a device tensor without its array")
         ref = self.array_as_tensor(array)
-        wanted = _dtype_argument(args[1]) if len(args) > 1 else ref.dtype
-        if wanted.name == "bfloat16" and ref.dtype.name == "float32":
-            raise ValueError("a bfloat16 device tensor stored as float32")
+        if len(args) > 1 and _dtype_argument(args[1]) != ref.dtype:
+            raise UnsupportedTensorError(f"a device tensor stored as {ref.dtype.name} to be cast on loading")
         return ref
 
     def array_as_tensor(self, array: NdArray) -> TensorRef:
@@ -247,6 +266,7 @@ class TorchVocabulary:
     def _from_type(self, args: tuple[Any, ...]) -> Any:
         # (function, type, arguments, state): the subclass falls away, the data stay
         function, inner = args[0], args[2]
+        _refuse_content(args[3] if len(args) > 3 else None)
         if isinstance(function, Global) and isinstance(inner, tuple):
             reducer = self.reducers().get((function.module, function.name))
             if reducer is not None:
@@ -257,6 +277,78 @@ class TorchVocabulary:
         if args and isinstance(args[0], (TensorRef, SparseTensor, Opaque)):
             return args[0]
         return Instance(Global("torch.nn.parameter", "Parameter"), args)
+
+    # -- builtins, each copy charged: one argument may be named by a million calls -------------------
+
+    def charge(self, nbytes: int) -> None:
+        """Count what a constructor copies. Raises LimitExceededError beyond `Limits.copied_nbytes`."""
+        self._copied_nbytes += nbytes
+        if self._copied_nbytes > self._limits.copied_nbytes:
+            raise LimitExceededError(f"constructor calls copy more than {self._limits.copied_nbytes} bytes")
+
+    def _items(self, args: tuple[Any, ...]) -> Any:
+        if not args:
+            return ()
+        value = args[0].items if isinstance(args[0], SetNode) else args[0]
+        if not isinstance(value, (list, tuple)):
+            raise ValueError("a container of something that is no sequence")
+        self.charge(8 * len(value))
+        return value
+
+    def _bytes(self, value: Any) -> bytes:
+        if not isinstance(value, (str, bytes, bytearray)):
+            raise ValueError("bytes expected")
+        self.charge(len(value))
+        return value.encode("latin1") if isinstance(value, str) else bytes(value)
+
+    def _encode(self, args: tuple[Any, ...]) -> bytes:
+        # protocol 2 writes bytes as _codecs.encode(text, 'latin1') (CPython, Lib/pickle.py, save_bytes)
+        text, encoding = args[0], args[1] if len(args) > 1 else "latin1"
+        if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+            raise ValueError("_codecs.encode arguments")
+        self.charge(len(text))
+        return text.encode("latin1")
+
+    def _copy_dict(self, kind: str, args: tuple[Any, ...]) -> DictNode:
+        if not args:
+            return DictNode(kind)
+        value = args[0]
+        if isinstance(value, DictNode):
+            self.charge(16 * len(value.pairs))
+            return DictNode(kind, list(value.pairs))
+        # Python 2 pickled an OrderedDict as a list of [key, value] lists
+        if isinstance(value, (list, tuple)) and all(
+            isinstance(p, (list, tuple)) and len(p) == 2 for p in value
+        ):
+            self.charge(16 * len(value))
+            return DictNode(kind, [(p[0], p[1]) for p in value])
+        raise ValueError(f"{kind} of something that is no mapping")
+
+
+# Attributes of a tensor that exchange its content when they are set.
+_CONTENT = frozenset(["data", "real", "imag", "_data", "grad_fn", "names"])
+
+
+def _refuse_content(state: Any) -> None:
+    """Refuse Python attributes that would change what the tensor holds."""
+    parts = state if isinstance(state, tuple) else (state,)
+    for part in parts:
+        if part is None:
+            continue
+        if not isinstance(part, DictNode) or not _CONTENT.isdisjoint(part.by_name()):
+            raise ValueError("tensor attributes that would exchange its content")
+
+
+def _with_state(args: tuple[Any, ...]) -> Any:
+    _refuse_content(args[3])
+    return args[0]
+
+
+def _from_cpu_tensor(args: tuple[Any, ...]) -> Any:
+    tensor = args[0]
+    if isinstance(tensor, TensorRef) and _dtype_argument(args[1]) != tensor.dtype:
+        raise UnsupportedTensorError(f"a device tensor stored as {tensor.dtype.name} to be cast on loading")
+    return tensor
 
 
 def _flags(metadata: Any) -> tuple[str, ...]:
@@ -285,46 +377,3 @@ def _ints(value: Any, what: str) -> tuple[int, ...]:
         shown = [n if type(n) is int and abs(n) < 1 << 64 else type(n).__name__ for n in value[:8]]
         raise CorruptArchiveError(f"{what} {shown} has a negative, too large or non-integer entry")
     return tuple(value)
-
-
-def _items(args: tuple[Any, ...]) -> Any:
-    if not args:
-        return ()
-    value = args[0]
-    if isinstance(value, SetNode):
-        return value.items
-    if isinstance(value, (list, tuple)):
-        return value
-    raise ValueError("a container of something that is no sequence")
-
-
-def _bytes(value: Any) -> bytes:
-    if isinstance(value, str):
-        return value.encode("latin1")
-    if isinstance(value, (bytes, bytearray)):
-        return bytes(value)
-    raise ValueError("bytes expected")
-
-
-def _encode(args: tuple[Any, ...]) -> bytes:
-    # protocol 2 writes bytes as _codecs.encode(text, 'latin1') (CPython, Lib/pickle.py, save_bytes)
-    text, encoding = args[0], args[1] if len(args) > 1 else "latin1"
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise ValueError("_codecs.encode arguments")
-    return text.encode("latin1")
-
-
-def _ordered_dict(args: tuple[Any, ...]) -> DictNode:
-    return _copy_dict("OrderedDict", args)
-
-
-def _copy_dict(kind: str, args: tuple[Any, ...]) -> DictNode:
-    if not args:
-        return DictNode(kind)
-    value = args[0]
-    if isinstance(value, DictNode):
-        return DictNode(kind, list(value.pairs))
-    # Python 2 pickled an OrderedDict as a list of [key, value] lists
-    if isinstance(value, (list, tuple)) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in value):
-        return DictNode(kind, [(p[0], p[1]) for p in value])
-    raise ValueError(f"{kind} of something that is no mapping")

@@ -23,7 +23,7 @@ __all__ = ["read_torch_zip"]
 NEIGHBOUR_NBYTES = 256 * 1024
 
 _CLASS = re.compile(r"^class (\w+)\(Module\):", re.MULTILINE)
-_NAMES = re.compile(r"^  __(parameters|buffers)__ = \[([^\]]*)\]", re.MULTILINE)
+_NAMES = re.compile(r"^  __(parameters|buffers)__ = \[([^\]\n]*)\]", re.MULTILINE)
 _QUOTED = re.compile(r'"([^"\\]*)"')
 
 
@@ -41,6 +41,7 @@ def read_torch_zip(opening: Opening, directory: ZipDirectory) -> Checkpoint:
     _fetch_index(directory, root)
     big_endian = _is_big_endian(directory, root)
     storages: dict[str, Storage] = {}
+    classes: dict[str, str] = {}
     folder = "data"
 
     def persistent(pid: Any) -> TypedStorage:
@@ -52,7 +53,10 @@ def read_torch_zip(opening: Opening, directory: ZipDirectory) -> Checkpoint:
             known = storages[f"{folder}/{key}"] = Storage(
                 key, nbytes, _place(opening, directory, f"{root}/{folder}/{key}", nbytes), big_endian
             )
-        elif known.nbytes != nbytes:
+        if classes.setdefault(f"{folder}/{key}", dtype.name) != dtype.name:
+            # torch loads such a storage with the first type and reads every tensor through it
+            raise CorruptArchiveError(f"{opening.file.uri}: storage {key!r} is given two element types")
+        if known.nbytes != nbytes:
             raise CorruptArchiveError(
                 f"{opening.file.uri}: storage {key!r} is {known.nbytes} "
                 f"bytes in one place and {nbytes} in another"
@@ -119,7 +123,9 @@ def _fetch_index(directory: ZipDirectory, root: str) -> None:
             end = member.next_offset
         elif member.header_offset >= end:
             break
-    directory.file.fetch(pickle.header_offset, end - pickle.header_offset)
+    # Not everything up to the next member: between the two there may be anything.
+    most = 30 + len(pickle.raw_name) + 0xFFFF + pickle.compressed_nbytes + NEIGHBOUR_NBYTES
+    directory.file.fetch(pickle.header_offset, min(end - pickle.header_offset, most))
 
 
 def _is_big_endian(directory: ZipDirectory, root: str) -> bool:
@@ -138,7 +144,7 @@ def _storage_id(pid: Any) -> tuple[Any, str, int]:
     key, numel = pid[2], pid[4]
     if isinstance(key, int):
         key = str(key)
-    if not isinstance(key, str) or not key or type(numel) is not int or numel < 0:
+    if not isinstance(key, str) or not key or type(numel) is not int or not 0 <= numel < 1 << 59:
         raise CorruptArchiveError("a storage id without key or element count")
     return pid[1], key, numel
 
@@ -171,9 +177,15 @@ def _read_script_classes(
     """Parameter and buffer names of every class in `code/`, which alone tells them from plain attributes."""
     classes: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
     prefix = f"{root}/code/"
+    total = 0
     for name in list(directory.members):
         if not (name.startswith(prefix) and name.endswith(".py")):
             continue
+        total += directory.members[name].nbytes
+        if total > directory.limits.code_nbytes:
+            raise LimitExceededError(
+                f"{directory.file.uri}: more than {directory.limits.code_nbytes} bytes of TorchScript code"
+            )
         module = name[len(prefix) : -len(".py")].replace("/", ".")
         text = directory.read_member(name).decode("utf-8", "replace")
         starts = list(_CLASS.finditer(text))

@@ -22,6 +22,8 @@ from ptbin.reading.pickle_machine import PickleProgram
 
 __all__ = ["GlobalVerdict", "SafetyReport", "judge_global", "judge_programs"]
 
+MAX_FINDINGS = 1000
+
 Verdict = Literal["safe", "unknown", "unsafe"]
 
 # Python 2 names of builtins modules (CPython, Lib/_compat_pickle.py)
@@ -119,21 +121,28 @@ _UNSAFE_BUILTINS = frozenset(
 # Top-level modules whose every function is one way or another to run code or reach the system.
 _UNSAFE_MODULES = frozenset(
     """
-    os posix nt ntpath posixpath sys subprocess _posixsubprocess pty shutil socket _socket
-    socketserver ssl signal
-    ctypes _ctypes cffi mmap fcntl resource select selectors asyncio multiprocessing concurrent threading
-    importlib imp runpy pkgutil zipimport zipapp site sitecustomize usercustomize
-    sysconfig code codeop pdb bdb
-    cProfile profile trace timeit doctest unittest pydoc pydoc_data webbrowser
-    antigravity idlelib lib2to3 turtledemo
-    pip ensurepip venv setuptools distutils pkg_resources wheel
-    urllib urllib2 urllib3 requests http httplib httpx aiohttp ftplib smtplib telnetlib imaplib poplib nntplib
-    xmlrpc paramiko fabric pexpect psutil sh plumbum invoke
-    tempfile fileinput glob io _io _pyio shelve dbm sqlite3 pickle _pickle cPickle jsonpickle marshal
-    linecache inspect gc faulthandler tracemalloc platform getpass crypt pwd grp spwd readline rlcompleter
+    os posix nt ntpath posixpath sys subprocess _posixsubprocess pty shutil socket _socket socketserver
+    ssl signal ctypes _ctypes cffi mmap fcntl resource select selectors asyncio multiprocessing
+    concurrent threading importlib imp runpy pkgutil zipimport zipapp site sitecustomize usercustomize
+    sysconfig code codeop pdb bdb cProfile profile trace timeit doctest unittest pydoc pydoc_data
+    webbrowser antigravity idlelib lib2to3 turtledemo pip ensurepip venv setuptools distutils
+    pkg_resources wheel urllib urllib2 urllib3 requests http httplib httpx aiohttp ftplib smtplib
+    telnetlib imaplib poplib nntplib xmlrpc paramiko fabric pexpect psutil sh plumbum invoke tempfile
+    fileinput glob io _io _pyio shelve dbm sqlite3 pickle _pickle cPickle jsonpickle marshal linecache
+    inspect gc faulthandler tracemalloc platform getpass crypt pwd grp spwd readline rlcompleter
     py_compile compileall symtable dis ast tokenize cgitb cgi wsgiref _osx_support _aix_support _pyrepl
     winreg _winreg msilib nis syslog ossaudiodev tkinter turtle IPython ipykernel nbformat jupyter
+    _thread thread dummy_threading atexit _winapi _interpreters _xxsubinterpreters _xxinterpchannels
+    _testcapi _imp _frozen_importlib _frozen_importlib_external mailcap pipes zipfile tarfile gzip bz2
+    lzma wave asyncore asynchat smtpd uu BaseHTTPServer SocketServer SimpleHTTPServer xmlrpclib httplib2
+    numexpr sympy fire jinja2 mako pyximport cython cffi_backend _cffi_backend pywin win32api win32com
+    nose pytest
     """.split()
+)
+
+# Of these only the module itself is judged: people's own packages are called like that, too.
+_COMMON_NAMES = frozenset(
+    "code profile trace select sh invoke fabric platform inspect signal dis site test".split()
 )
 
 _UNSAFE_PATHS = (
@@ -141,6 +150,36 @@ _UNSAFE_PATHS = (
     "logging.FileHandler",
     "logging.handlers",
     "functools.reduce",
+    "builtins.reduce",
+    "weakref.finalize",
+    "dataclasses._create_fn",
+    "typing._eval_type",
+    "typing.get_type_hints",
+    "operator.call",
+    "_operator.call",
+    "codecs.open",
+    "test.support",
+    "torch.jit.unsupported_tensor_ops",
+    "torch.multiprocessing",
+    "torch.distributed.elastic",
+    "torch.fx.graph_module._exec_with_source",
+    "torch.fx.graph_module._forward_from_src",
+    "torch.export.load",
+    "torch._ops",
+    "numpy.save",
+    "numpy.loadtxt",
+    "numpy.genfromtxt",
+    "numpy.core.multiarray.fromfile",
+    "numpy._core.multiarray.fromfile",
+    "numpy.rec",
+    "numpy.core.records",
+    "pandas.eval",
+    "hydra.utils",
+    "cloudpickle.cloudpickle.loads",
+    "cloudpickle.cloudpickle.subprocess",
+    "dill._dill._import_module",
+    "dill._dill._eval_repr",
+    "keras.models.load_model",
     "itertools.starmap",
     "operator.attrgetter",
     "operator.methodcaller",
@@ -176,7 +215,12 @@ _UNSAFE_PATHS = (
     "torch.ops",
     "torch.classes",
     "torch.testing",
-    "torch._C",
+    "torch._C._load",
+    "torch._C._jit",
+    "torch._C.import",
+    "torch._C.PyTorchFileReader",
+    "torch._C.PyTorchFileWriter",
+    "torch._C._distributed",
     "numpy.load",
     "numpy.fromfile",
     "numpy.memmap",
@@ -206,7 +250,7 @@ _UNSAFE_PATHS = (
 
 _UNSAFE_PARTS = frozenset(
     "__globals__ __builtins__ __import__ __subclasses__ __bases__ __mro__ __code__ __class__ __dict__ "
-    "__getattribute__ __reduce__ __reduce_ex__ __loader__ __spec__ system popen".split()
+    "__getattribute__ __reduce__ __reduce_ex__ __loader__ __spec__".split()
 )
 
 
@@ -229,6 +273,20 @@ class SafetyReport:
         return [{"module": g.module, "name": g.name, "verdict": g.verdict} for g in self.globals]
 
 
+# Members of such modules that whole pickled modules do hold, and that only name a constant or a path rule.
+_HARMLESS = {
+    "inspect": frozenset(["_empty", "Parameter", "Signature", "_ParameterKind"]),
+    "signal": frozenset(["Signals", "Handlers"]),
+    "posixpath": frozenset(["join", "basename", "dirname", "splitext"]),
+    "io": frozenset(["BytesIO", "StringIO"]),
+    "_io": frozenset(["BytesIO", "StringIO"]),
+}
+
+
+def _names_unsafe_path(path: str) -> bool:
+    return any(path == bad or path.startswith((f"{bad}.", f"{bad}:")) for bad in _UNSAFE_PATHS)
+
+
 def judge_global(module: str, name: str) -> Verdict:
     """The verdict on one global."""
     top, _, rest = module.partition(".")
@@ -242,20 +300,27 @@ def judge_global(module: str, name: str) -> Verdict:
     path = f"{normal}.{name}"
     if path in ("io.BytesIO", "_io.BytesIO", "io.StringIO", "_io.StringIO"):
         return "unknown"  # buffers in memory; some layers keep their extra state in one
-    if normal.split(".")[0] in _UNSAFE_MODULES:
+    first, _, inside = normal.partition(".")
+    if first in _COMMON_NAMES:
+        if not inside and name not in _HARMLESS.get(first, ()):
+            return "unsafe"
+    elif first in _UNSAFE_MODULES and name not in _HARMLESS.get(normal, ()):
         return "unsafe"
-    if any(path == bad or path.startswith((f"{bad}.", f"{bad}:")) for bad in _UNSAFE_PATHS):
+    if _names_unsafe_path(path):
         return "unsafe"
     # Protocol 4 lets a name walk attributes ("nn.modules.os.system"): every step counts.
-    steps = [*normal.split(".")[1:], *name.split(".")]
-    if any(step in _UNSAFE_PARTS for step in steps) or (
-        "." in name and any(s in _UNSAFE_MODULES for s in name.split("."))
+    steps = name.split(".")
+    if any(step in _UNSAFE_PARTS for step in [*normal.split("."), *steps]):
+        return "unsafe"
+    if steps[-1] in ("system", "popen") or (
+        len(steps) > 1 and any(step in _UNSAFE_MODULES for step in steps)
     ):
+        return "unsafe"
+    if len(steps) > 1 and any(_names_unsafe_path(".".join(steps[start:])) for start in range(len(steps) - 1)):
         return "unsafe"
     if module.startswith("__torch__"):
         return "safe"  # TorchScript's own namespace, resolved inside the archive and never imported
-    last = name.rsplit(".", 1)[-1]
-    if path.startswith(_SAFE_CLASS_PACKAGES) and last[:1].isupper():
+    if path.startswith(_SAFE_CLASS_PACKAGES) and name[:1].isupper() and "." not in name:
         return "safe"
     return "unknown"
 
@@ -268,8 +333,9 @@ def _judge_call(callee: Any, args: Any) -> str | None:
         return f"a call of a value ({type(callee).__name__}) instead of a name"
     if _RENAMED.get(callee.module, callee.module) == "builtins" and callee.name == "getattr":
         target, name = (args[0], args[1]) if isinstance(args, tuple) and len(args) >= 2 else (None, None)
-        if not isinstance(name, str) or name.startswith("_") or name in _UNSAFE_PARTS:
-            return "getattr of a private or computed name"
+        # A bound method is pickled like this, private ones too; a dunder or a computed name is not.
+        if not isinstance(name, str) or name.startswith("__") or name in ("system", "popen"):
+            return "getattr of a special or computed name"
         if isinstance(target, Global) and judge_global(target.module, target.name) == "unsafe":
             return f"getattr on {target.path}"
     return None
@@ -278,19 +344,19 @@ def _judge_call(callee: Any, args: Any) -> str | None:
 def judge_programs(programs: Iterable[PickleProgram]) -> SafetyReport:
     """One verdict for all pickles of a checkpoint."""
     verdicts: dict[tuple[str, str], GlobalVerdict] = {}
-    findings: list[str] = []
+    findings: dict[str, None] = {}
     for program in programs:
         for module, name in program.globals:
             verdict = judge_global(module, name)
             if (module, name) not in verdicts:
                 verdicts[module, name] = GlobalVerdict(module, name, verdict)
                 if verdict == "unsafe":
-                    findings.append(f"names {module}.{name}")
-        findings.extend(program.oddities)
+                    findings[f"names {module}.{name}"] = None
+        findings.update(dict.fromkeys(program.oddities))
         for callee, args in program.calls:
             found = _judge_call(callee, args)
-            if found is not None and found not in findings:
-                findings.append(found)
+            if found is not None and len(findings) < MAX_FINDINGS:
+                findings[found] = None
     ordered = tuple(verdicts.values())
     if findings:
         return SafetyReport("unsafe", ordered, tuple(findings))

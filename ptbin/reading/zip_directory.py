@@ -122,6 +122,13 @@ class ZipDirectory:
             raise LimitExceededError(
                 f"{self.file.uri}: member {name!r} has {member.nbytes} bytes, the limit is {limit}"
             )
+        if member.method == DEFLATED and member.nbytes > (
+            self.limits.pickle_inflate_ratio * member.compressed_nbytes + (1 << 20)
+        ):
+            raise LimitExceededError(
+                f"{self.file.uri}: member {name!r} claims to inflate "
+                f"from {member.compressed_nbytes} to {member.nbytes} bytes"
+            )
         # Index members are few and their headers lie beside them: no trust in the implied place here, where a
         # loader that follows the local header would read another pickle.
         member = self.locate(replace(member, data_offset=None))

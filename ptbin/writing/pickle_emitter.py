@@ -14,11 +14,37 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+from ptbin.dtypes import BY_NAME, BY_STORAGE_CLASS
+from ptbin.errors import UnsupportedTensorError
 from ptbin.nodes import DictNode, Global, Instance, SetNode, TorchSize
 from ptbin.tensors import SparseTensor, TensorRef
 from ptbin.writing.storages import OutputTensor
 
 __all__ = ["emit_state_dict"]
+
+_SCHEMES = (
+    "per_tensor_affine",
+    "per_tensor_symmetric",
+    "per_channel_affine",
+    "per_channel_symmetric",
+    "per_channel_affine_float_qparams",
+)
+
+# Everything an output's pickle may name; a subset of what weights_only=True allows.
+_NAMES = frozenset(
+    [
+        ("collections", "OrderedDict"),
+        ("_codecs", "encode"),
+        *(("__builtin__", name) for name in ("bytearray", "complex", "set")),
+        *(
+            ("torch._utils", f"_rebuild_{name}")
+            for name in ("tensor_v2", "tensor_v3", "qtensor", "sparse_tensor")
+        ),
+        ("torch.serialization", "_get_layout"),
+        ("torch.storage", "UntypedStorage"),
+        *(("torch", name) for name in ("Size", "device", *_SCHEMES, *BY_NAME, *BY_STORAGE_CLASS)),
+    ]
+)
 
 BATCH = 1000  # as CPython's pickler (Lib/pickle.py, _BATCHSIZE)
 
@@ -73,6 +99,9 @@ class _Emitter:
         self._remember(("str", value))
 
     def name(self, module: str, name: str) -> None:
+        if (module, name) not in _NAMES:
+            # Whatever a foreign pickle said, nothing but these reaches an output.
+            raise UnsupportedTensorError(f"{module}.{name} is no name that an output may hold")
         if self._known(("global", module, name)):
             return
         self._out.append(f"c{module}\n{name}\n".encode())

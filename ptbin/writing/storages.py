@@ -74,6 +74,8 @@ def _clusters(views: list[TensorRef]) -> list[list[TensorRef]]:
     """Views of one storage, together where their spans overlap or together cover the storage."""
     storage = views[0].storage
     ordered = sorted(views, key=lambda t: t.span)
+    if isinstance(storage.place, Deflated):
+        return [ordered]  # inflated once, whatever views it
     end = 0
     covered = all(t.dense for t in ordered)
     for tensor in ordered:
@@ -95,7 +97,7 @@ def _clusters(views: list[TensorRef]) -> list[list[TensorRef]]:
 
 def _without_gaps(cluster: list[TensorRef]) -> list[list[TensorRef]]:
     """The cluster, or each view by itself where they interlace and leave bytes that nobody views."""
-    if len(cluster) == 1 or all(t.dense for t in cluster) or isinstance(cluster[0].storage.place, Deflated):
+    if len(cluster) == 1 or all(t.dense for t in cluster):
         return [cluster]
     span = max(t.span[1] for t in cluster) - min(t.span[0] for t in cluster)
     return [cluster] if sum(t.nbytes for t in cluster) >= span else [[t] for t in cluster]
@@ -103,11 +105,18 @@ def _without_gaps(cluster: list[TensorRef]) -> list[list[TensorRef]]:
 
 def _plan_cluster(cluster: list[TensorRef], views: dict[tuple[object, ...], OutputTensor]) -> OutputStorage:
     storage = cluster[0].storage
-    first = min(t.span[0] for t in cluster)
+    # Offsets count in elements of each view's own type: begin where all of them can.
+    width = max(t.dtype.itemsize for t in cluster)
+    first = min(t.span[0] for t in cluster) // width * width
     end = max(t.span[1] for t in cluster)
     place = storage.place
     assert place is not None
-    if isinstance(place, Deflated) or all(t.dense for t in cluster) or len(cluster) > 1:
+    if (
+        isinstance(place, Deflated)
+        or all(t.dense for t in cluster)
+        or len(cluster) > 1
+        or cluster[0].overlapping
+    ):
         recipe: Recipe = Slice(place, first, end - first)
         output = OutputStorage("", end - first, recipe, end - first == storage.nbytes, storage)
         for tensor in cluster:
@@ -169,7 +178,7 @@ def _source_order(output: OutputStorage) -> tuple[int, int]:
 
 
 def _name(outputs: list[OutputStorage], *, keep_keys: bool) -> None:
-    taken: set[str] = {output.source.key for output in outputs} if keep_keys else set()
+    taken: set[str] = {output.source.key.casefold() for output in outputs} if keep_keys else set()
     used: set[str] = set()
     for index, output in enumerate(outputs):
         key = (
@@ -177,10 +186,11 @@ def _name(outputs: list[OutputStorage], *, keep_keys: bool) -> None:
             if keep_keys and isinstance(output.source.place, (ByteRange, Deflated))
             else str(index)
         )
-        if key in used or (not keep_keys and key in taken):
+        # Case-folded, as torch looks members up.
+        if key.casefold() in used:
             part = 1
-            while f"{key}_{part}" in used or f"{key}_{part}" in taken:
+            while f"{key}_{part}".casefold() in used | taken:
                 part += 1
             key = f"{key}_{part}"
-        used.add(key)
+        used.add(key.casefold())
         output.key = key

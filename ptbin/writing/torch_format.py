@@ -49,6 +49,9 @@ PRECHECK_SHARE = 100
 LONG_RUN_NBYTES = 1 << 20
 PAGE_NBYTES = 4096
 
+# torch names the root after the file; nothing longer than a file name is kept.
+MAX_ROOT_NBYTES = 255
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
@@ -88,7 +91,8 @@ def plan_torch_archive(state_dict: StateDict, *, archive_root: str | None) -> To
     """
     named = [item for name, value in state_dict.entries for item in tensors_of(name, value)]
     storages, views = plan_storages([t for _, t in named], keep_keys=archive_root is not None)
-    root = archive_root if archive_root is not None else "archive"
+    keep_root = archive_root is not None and len(archive_root.encode("utf-8", "replace")) <= MAX_ROOT_NBYTES
+    root = archive_root if keep_root and archive_root is not None else "archive"
     pickle = emit_state_dict(
         state_dict.entries,
         mapping_kind=state_dict.mapping_kind,
