@@ -8,7 +8,9 @@ the name alone promised one).
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -191,8 +193,8 @@ def _compiled(pattern: str) -> re.Pattern[str]:
             pieces.append("[^/]")
             position += 1
         elif pattern[position] == "[" and (end := pattern.find("]", position + 2)) > 0:
-            body = pattern[position + 1 : end].replace("\\", "\\\\")
-            pieces.append(f"[{'^' + body[1:] if body[0] == '!' else body}]")
+            # fnmatch knows all about classes: "(?s:" + class + ")\\Z" is what it makes of one.
+            pieces.append(fnmatch.translate(pattern[position : end + 1])[4:-3])
             position = end + 1
         else:
             pieces.append(re.escape(pattern[position]))
@@ -208,11 +210,10 @@ def _split_glob(source: str, storage_options: Mapping[str, Any] | None) -> tuple
     if _GLOB.search(source) is None:
         return source, None
     store, path = open_store(source, storage_options)
-    try:
+    with contextlib.suppress(StorageError, ValueError):
+        if store.is_directory(path):
+            return source, None
         store.stat(path)
-    except (StorageError, ValueError):
-        pass
-    else:
         return source, None
     fixed: list[str] = []
     parts = source.split("/")
@@ -308,6 +309,7 @@ def is_up_to_date(
         source.get("identity") != job.identity.to_json()
         or source.get("uri") != job.source_uri
         or source.get("size") != job.source_size
+        or not manifest["outputs"]
         or manifest["options_fingerprint"] != options.fingerprint()
         or proven not in levels
         or levels.index(proven) < levels.index(options.verify)
@@ -389,7 +391,7 @@ def check_call(
 
 
 def _refuse_overlap(source: Store, path: str, dest: Store, dest_path: str, *, is_directory: bool) -> None:
-    above, below = source.uri_of(path).rstrip("/"), dest.uri_of(dest_path).rstrip("/")
+    above, below = (_real_place(*place) for place in ((source, path), (dest, dest_path)))
     if above == below:
         raise UsageError(f"{below}: source and destination are the same place")
     if is_directory and below.startswith(f"{above}/"):
@@ -397,6 +399,11 @@ def _refuse_overlap(source: Store, path: str, dest: Store, dest_path: str, *, is
             f"{below} lies inside the source {above}: the next run "
             "would take outputs for checkpoints; choose another place"
         )
+
+
+def _real_place(store: Store, path: str) -> str:
+    """The URI, local ones with symbolic links resolved: a link may lead from one place into the other."""
+    return (os.path.realpath(path) if store.protocol == "file" else store.uri_of(path)).rstrip("/")
 
 
 def is_rejection(reason: str) -> bool:

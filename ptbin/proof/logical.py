@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["iter_logical_bytes", "iter_strided"]
 
-BLOCK_NBYTES = 32 << 20
+BLOCK_NBYTES = 8 << 20
 CHUNK_NBYTES = 4 << 20
 
 _SWAP_CODES = {2: "H", 4: "I", 8: "Q"}
@@ -71,7 +71,7 @@ def iter_strided(
 
     Contiguous views stream. Others are taken block by block of the outermost dimensions; where even
     one block's elements lie all over a large storage (a transposed matrix), the storage is read once
-    for every 32 MiB of output.
+    for every 8 MiB of output.
 
     Args:
         read: (offset, nbytes) to the bytes there, in pieces.
