@@ -204,6 +204,8 @@ class Machine:
             if reducer is not None:
                 try:
                     return reducer(args)
+                except PtbinError:
+                    raise
                 except (ValueError, TypeError, LookupError):
                     # A builtin called with nonsense stays an inert record; a tensor must make sense.
                     if callee.module.startswith("torch"):
