@@ -23,7 +23,7 @@ from flows.access import join_run
 from flows.conversion import Conversion
 from flows.run_record import new_run_id
 from flows.tally import Tally
-from flows.wishes import MAX_WORKERS, build_options
+from flows.wishes import MAX_WORKERS, build_options, refuse_secrets
 from ptbin import catalog
 from ptbin.errors import UsageError
 from ptbin.options import Naming, OnUnsafe, OutputFormat, VerifyLevel
@@ -75,6 +75,7 @@ def convert(
         verify=verify,
         force=force,
     )
+    refuse_secrets(source, dest)
     started = time.monotonic()
     with join_run(run_id or new_run_id(), source_options, dest_options) as live:
         catalog.check_call(source, dest, source_options=live.source_options, dest_options=live.dest_options)

@@ -34,6 +34,7 @@ from ptbin.errors import PtbinError
 
 __all__ = ["Orchestrator", "OrchestratorError", "orchestrator"]
 
+TIMEOUT_SETTING = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
 STARTUP_SECONDS = 90.0
 RECORDING_SECONDS = 60.0
 INTERRUPTED_SECONDS = 1.5
@@ -49,11 +50,13 @@ CLIENT_DEFAULTS = {
     "DO_NOT_TRACK": "1",
 }
 # The recorder takes one event at a time by default; batches cost a third of the server's time.
-# The flush interval stays at its default of 1 s: the recorder rounds it down, and 0 is a busy loop.
+# What does not fill a batch waits for the flush: after 5 s by default, and 1 is the least there is, because
+# the recorder rounds down and 0 is a busy loop (`prefect.server.services.task_run_recorder`).
 SERVER_DEFAULTS = {
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "200",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "200",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
     "PREFECT_UI_ENABLED": "false",
     "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
 }
@@ -151,7 +154,7 @@ def _embedded_server(chosen: dict[str, str]) -> Iterator[str]:
         )
         try:
             listener.close()
-            _wait_until_healthy(child, url, log)
+            _wait_until_healthy(child, url, log, float(chosen.get(TIMEOUT_SETTING, STARTUP_SECONDS)))
             yield url
         finally:
             _stop(child)
@@ -169,9 +172,7 @@ def _server_environment(chosen: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _wait_until_healthy(child: subprocess.Popen[bytes], url: str, log: IO[bytes]) -> None:
-    setting = os.environ.get("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS")
-    seconds = float(setting) if setting else STARTUP_SECONDS
+def _wait_until_healthy(child: subprocess.Popen[bytes], url: str, log: IO[bytes], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if child.poll() is not None:
@@ -187,7 +188,7 @@ def _wait_until_healthy(child: subprocess.Popen[bytes], url: str, log: IO[bytes]
             time.sleep(0.1)
     raise OrchestratorError(
         f"Prefect's embedded server did not answer within {seconds:.0f} s "
-        "(PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS): " + _last_words(log)
+        f"({TIMEOUT_SETTING}): {_last_words(log)}"
     )
 
 

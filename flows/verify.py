@@ -21,7 +21,7 @@ from flows.artifacts import publish_table, verification_rows
 from flows.batches import plan_batches
 from flows.fanout import Work, fan_out, unexamined
 from flows.run_record import new_run_id
-from flows.wishes import MAX_WORKERS
+from flows.wishes import MAX_WORKERS, refuse_secrets
 from ptbin.errors import UsageError
 from ptbin.options import VerifyLevel
 from tasks.checking import verify_manifests
@@ -54,6 +54,7 @@ def verify(
 
     Ends Completed where every output is proven and has a manifest, else Failed with the counts.
     """
+    refuse_secrets(dest)
     started = time.monotonic()
     with join_run(run_id or new_run_id(), source_options, dest_options) as live:
         manifests = list_manifests(live.run_id, dest)

@@ -13,7 +13,7 @@ from flows.cli.printing import print_json, print_line
 from flows.cli.progress import Problems, showing_progress
 from flows.cli.shared_options import Shared, shared_options
 from flows.cli.summary import JSON_KEYS, conversion_lines, plan_lines, single_lines
-from flows.wishes import MAX_WORKERS, build_options
+from flows.wishes import MAX_WORKERS, build_options, refuse_secrets
 from ptbin.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ def convert_command(
         job = _job_of(single, dest, naming)
         summary, lines = _convert_one(job, source, dest, options, shared)
     else:
+        refuse_secrets(source, dest)
         if not _list(source, include, exclude, shared, limit=1):
             raise UsageError(f"no checkpoints to convert below SOURCE: {source}")
         from flows.cli.on_prefect import run_flow
@@ -211,9 +212,10 @@ def _convert_one(
     """What the flow does for many, for one, without Prefect; no run record is written."""
     from flows.run_record import new_run_id
     from flows.tally import Tally
+    from ptbin.stores import public_uri
 
     started = time.monotonic()
-    tally = Tally(new_run_id(), source, dest)
+    tally = Tally(new_run_id(), public_uri(source), public_uri(dest))
     with showing_progress(shared) as listener:
         if _is_current(job, options, shared):
             tally.add_all([job], "up_to_date")

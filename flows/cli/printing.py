@@ -12,11 +12,14 @@ from typing import Any
 
 import click
 
+from ptbin.stores import public_uri
+
 __all__ = ["align", "print_error", "print_json", "print_line", "printable"]
 
 
 def printable(text: str) -> str:
-    """`text` on one line, with everything that does not print as itself escaped."""
+    """`text` on one line, without passwords in URIs, what does not print as itself escaped."""
+    text = public_uri(text)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 

@@ -11,7 +11,7 @@ from flows.cli.printing import print_json, print_line
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared, shared_options
 from flows.cli.summary import verification_lines
-from flows.wishes import MAX_WORKERS
+from flows.wishes import MAX_WORKERS, refuse_secrets
 from ptbin.errors import UsageError
 
 __all__ = ["verify_command"]
@@ -61,6 +61,7 @@ def verify_command(dest: str, level: str, workers: int, **shared_values: Any) ->
             from flows.cli.on_prefect import run_flow
             from flows.run_record import new_run_id
 
+            refuse_secrets(dest)
             _refuse_empty(dest, shared)
             summary = run_flow(
                 "verify", new_run_id(), shared, listener, dest=dest, level=level, workers=workers
@@ -88,6 +89,7 @@ def _refuse_empty(dest: str, shared: Shared) -> None:
 def _verify_one(dest: str, level: str, shared: Shared, listener: Any) -> dict[str, Any]:
     import ptbin
     from ptbin.manifest import MANIFEST_SUFFIX, manifest_uri
+    from ptbin.stores import public_uri
 
     started = time.monotonic()
     listener.planned(1, 0, 0)
@@ -103,7 +105,7 @@ def _verify_one(dest: str, level: str, shared: Shared, listener: Any) -> dict[st
     for issue in issues:
         listener.settled(issue["uri"], "failed", nbytes=0, reason=issue["reason"], detail=issue["detail"])
     return {
-        "dest": dest,
+        "dest": public_uri(dest),
         "manifests": 1,
         "proven": int(not issues),
         "failed": int(bool(issues)),

@@ -192,6 +192,17 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
     assert printable("ümlaut 重み") == "ümlaut 重み"
 
 
+def test_passwords_in_uris_are_neither_printed_nor_given_to_prefect(
+    good_source: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "hunter2" not in printable("cannot read https://me:hunter2@host/x.pt")
+    monkeypatch.setattr("ptbin.catalog.check_call", lambda *_, **__: None)
+    status, text, problems = run(capsys, "convert", good_source, "https://me:hunter2@host/out")
+    assert (status, text) == (2, "")
+    assert "storage options" in problems
+    assert "hunter2" not in problems
+
+
 def test_progress_without_a_terminal_is_lines_now_and_then(
     capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

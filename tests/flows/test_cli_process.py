@@ -11,10 +11,14 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from flows.orchestrator import Orchestrator
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
+Database = Callable[[str], list[tuple[Any, ...]]]
 Start = Callable[..., "subprocess.Popen[str]"]
 
 HEAVY = ("prefect", "torch", "rich", "fsspec", "boto3", "numpy", "pydantic")
@@ -112,6 +116,17 @@ def test_bulk_conversion_and_verification_by_status(ptbin: Run, good_source: Pat
     second = ptbin("verify", "out", home=home, PREFECT_LOGGING_LEVEL="INFO")
     assert second.returncode == 1
     assert "no_manifest" in second.stdout
+
+
+def test_a_running_server_is_used_where_one_is_named(
+    ptbin: Run, good_source: Path, tmp_path: Path, server: Orchestrator, database: Database
+) -> None:
+    done = ptbin("convert", good_source, "out", "--json", "-q", PREFECT_API_URL=server.api_url)
+    assert done.returncode == 0, done.stderr
+    record = next((tmp_path / "out" / "_ptbin" / "runs").glob("*/run.json"))
+    flow_run = json.loads(record.read_text())["prefect_flow_run_id"]
+    assert database(f"select state_type from flow_run where id = '{flow_run}'") == [("COMPLETED",)]
+    assert not (tmp_path / "home" / "prefect.db").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
