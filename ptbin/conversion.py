@@ -7,8 +7,8 @@ both. Killed at any instant, what remains is either nothing, an output without a
 
 from __future__ import annotations
 
+import os
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -138,7 +138,7 @@ def stage(
     manifest["outputs"][0]["path"] = name
     for row in manifest["tensors"]:
         row["file"] = name
-    manifest["run_id"] = run_id or uuid.uuid4().hex[:12]
+    manifest["run_id"] = run_id or os.urandom(6).hex()
     manifest["started_at"] = _iso(started)
     manifest["finished_at"] = utc_now()
     manifest["bytes_read"] = bytes_read
@@ -185,12 +185,12 @@ def commit(
     Raises:
         VerificationError: the stored output is not what the source says; it is removed.
     """
-    from ptbin.proof.output import prove_output
-
     store, path = open_store(draft.dest_uri, dest_options)
     manifest = draft.manifest
     try:
         if draft.level != "none":
+            from ptbin.proof.output import prove_output
+
             prove_output(draft, store, path, source_options=source_options, progress=progress)
     except VerificationError:
         store.delete(path)

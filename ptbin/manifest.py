@@ -10,8 +10,8 @@ The schema is published as `ptbin/manifest.schema.json`; `SCHEMA_VERSION` change
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from ptbin.errors import VerificationError
@@ -52,7 +52,7 @@ def manifest_uri(output_uri: str) -> str:
 
 def utc_now() -> str:
     """Now, as ISO 8601 in UTC with whole seconds."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def hex_crc32(value: int) -> str:
