@@ -15,18 +15,14 @@ from typing import Any
 from ptbin.draft import Draft, DraftRecord
 from ptbin.errors import (
     CheckpointError,
-    CorruptArchiveError,
-    UnsafePickleError,
     UsageError,
     VerificationError,
 )
 from ptbin.manifest import MANIFEST_SUFFIX, SCHEMA_VERSION, dump_manifest, hex_crc32, utc_now
 from ptbin.options import ConvertOptions
-from ptbin.reading.checkpoint import Checkpoint, one_clear_error, read_checkpoint
-from ptbin.reading.keys import keep_writable, rename_entries
-from ptbin.reading.pickle_machine import PickleProgram
-from ptbin.reading.selection import select_state_dict
-from ptbin.reading.verdicts import SafetyReport, judge_programs
+from ptbin.reading.checkpoint import Checkpoint, one_clear_error
+from ptbin.reading.selected import read_selected
+from ptbin.reading.verdicts import SafetyReport
 from ptbin.segments import RecordLayout
 from ptbin.splice import SpliceResult, splice
 from ptbin.state_dict import StateDict
@@ -34,7 +30,7 @@ from ptbin.stores import Identity, RangeReader, Store, open_store, public_uri
 from ptbin.version import __version__
 from ptbin.writing.torch_format import PlannedTensor, TorchPlan, plan_torch_archive
 
-__all__ = ["commit", "convert", "read_selected", "stage"]
+__all__ = ["commit", "convert", "stage"]
 
 Progress = Callable[[int], None]
 
@@ -72,35 +68,6 @@ def convert(
         progress=progress,
     )
     return commit(draft, source_options=source_options, dest_options=dest_options, progress=progress)
-
-
-def read_selected(reader: RangeReader, options: ConvertOptions) -> tuple[Checkpoint, SafetyReport, StateDict]:
-    """Index the source, judge it and take the state dict out of it.
-
-    Raises:
-        UnsafePickleError: verdict `unsafe`, unless `options.on_unsafe` is `extract`.
-    """
-    try:
-        checkpoint = read_checkpoint(reader, options.limits)
-    except CorruptArchiveError as error:
-        if isinstance(error.program, PickleProgram):
-            # Hostile pickles are often broken ones as well; what they tried is the better answer.
-            _refuse_unsafe(judge_programs([error.program]), options, reader.uri)
-        raise
-    safety = judge_programs(checkpoint.programs)
-    _refuse_unsafe(safety, options, reader.uri)
-    state_dict = select_state_dict(checkpoint, options.select, options.limits)
-    keep_writable(state_dict, checkpoint.uri)
-    rename_entries(state_dict, options, checkpoint.uri)
-    return checkpoint, safety, state_dict
-
-
-def _refuse_unsafe(safety: SafetyReport, options: ConvertOptions, uri: str) -> None:
-    if safety.verdict == "unsafe" and options.on_unsafe == "reject":
-        raise UnsafePickleError(
-            f"{uri}: the pickle {'; '.join(safety.findings[:5])}; nothing was run; "
-            "--on-unsafe extract takes the weights all the same"
-        )
 
 
 def stage(

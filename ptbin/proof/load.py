@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ptbin.errors import UsageError, VerificationError
 from ptbin.options import ConvertOptions
 from ptbin.proof.logical import iter_logical_bytes
-from ptbin.reading.checkpoint import read_checkpoint
-from ptbin.reading.keys import keep_writable, rename_entries
-from ptbin.reading.selection import select_state_dict
+from ptbin.reading.selected import read_selected
 from ptbin.state_dict import key_label, tensors_of
 from ptbin.stores import Identity, open_store
 
@@ -45,6 +43,7 @@ def prove_by_loading(
         strip_prefix=recorded["strip_prefix"],
         rename=tuple((old, new) for old, new in recorded["rename"]),
         drop=tuple(recorded["drop"]),
+        on_unsafe=recorded["on_unsafe"],
         limits=draft.limits,
     )
     source_store, source_path = open_store(draft.source_uri, source_options)
@@ -53,10 +52,7 @@ def prove_by_loading(
         open_with_torch(store, path) as loaded,
         source_store.open_reader(source_path, expected=identity) as reader,
     ):
-        checkpoint = read_checkpoint(reader, options.limits)
-        state_dict = select_state_dict(checkpoint, options.select, options.limits)
-        keep_writable(state_dict, checkpoint.uri)
-        rename_entries(state_dict, options, checkpoint.uri)
+        _, _, state_dict = read_selected(reader, options)
         wanted = [item for name, value in state_dict.entries for item in tensors_of(name, value)]
         found = list(iter_loaded_tensors(loaded))
         if [name for name, _ in found] != [name for name, _ in wanted]:

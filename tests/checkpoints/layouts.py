@@ -123,7 +123,7 @@ def only_empty_tensors(path: Path) -> Checkpoint:
 
 @checkpoint()
 def meta_tensors(path: Path) -> Checkpoint:
-    """No bytes at all; they stay meta in the output."""
+    """No bytes at all: torch keeps them, an output of weights lists them as left out."""
     return _save(path, {"m": torch.empty(3, 4, device="meta"), "w": random_bits(torch.float32, (4,))})
 
 
