@@ -147,3 +147,15 @@ def test_same_bits_tells_what_torch_equal_does_not() -> None:
     assert not same_bits(torch.zeros(2), torch.zeros(2, dtype=torch.int32))
     assert not same_bits(torch.zeros(2, 1), torch.zeros(2))
     assert same_bits(torch.arange(6.0).view(2, 3).t(), torch.arange(6.0).view(2, 3).t().contiguous())
+
+
+@pytest.mark.slow
+def test_torch_reads_the_archive_larger_than_four_gib(tmp_path: Path) -> None:
+    made = FACTORIES["larger_than_four_gib"].make(tmp_path)
+    assert made.expected is not None
+    loaded = torch.load(made.path, weights_only=True, mmap=True)
+    assert_same_tensors({"small": loaded["small"]}, {"small": made.expected["small"]})
+    assert loaded["big"].shape == made.expected["big"].shape
+    assert not loaded["big"].any()
+    used = made.path.stat().st_blocks * 512  # stat(2): blocks of 512 bytes
+    assert used < 1 << 20, "the hole was filled"
