@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["BY_NAME", "BY_STORAGE_CLASS", "DType", "dtype_by_name"]
+__all__ = ["BY_NAME", "BY_STORAGE_CLASS", "SAFETENSORS_NAMES", "DType", "dtype_by_name"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,29 @@ _ALL = (
 
 BY_NAME: dict[str, DType] = {dtype.name: dtype for dtype in _ALL}
 BY_STORAGE_CLASS: dict[str, DType] = {d.storage_class: d for d in _ALL if d.storage_class is not None}
+
+# safetensors' names (its `Dtype` enum); what is missing here it cannot hold.
+SAFETENSORS_NAMES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
+    "int16": "I16",
+    "uint16": "U16",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int32": "I32",
+    "uint32": "U32",
+    "float32": "F32",
+    "complex64": "C64",
+    "float64": "F64",
+    "int64": "I64",
+    "uint64": "U64",
+}
 
 # Second names that torch gives the same objects (torch/__init__.pyi); old files may hold them.
 _ALIASES = {

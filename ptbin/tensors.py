@@ -1,7 +1,8 @@
 """Where weights lie, as values: the one language that reading, writing and proving share.
 
 A `TensorRef` says how elements are laid out in a `Storage`; a `Storage` says where its bytes are.
-Nothing here opens anything. Offsets and sizes are bytes unless the name says elements.
+Nothing here opens anything. Offsets and sizes are bytes unless the name says elements. The offsets of a
+source of several files count in one address space (`stores.joined`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,19 @@ from typing import Any
 
 from ptbin.dtypes import DType
 
-__all__ = ["ByteRange", "Deflated", "InMemory", "SparseTensor", "Storage", "TensorRef", "dense_strides"]
+__all__ = [
+    "ByteRange",
+    "Deflated",
+    "InMemory",
+    "Joined",
+    "Place",
+    "SparseTensor",
+    "Storage",
+    "TensorRef",
+    "Tile",
+    "Tiled",
+    "dense_strides",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +69,52 @@ class InMemory:
         return len(self.data)
 
 
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """Several ranges, one behind the other: shards along the first dimension, ZeRO's flat partitions."""
+
+    parts: tuple[ByteRange | InMemory, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One box of a tensor that lies in pieces.
+
+    Attributes:
+        start: where in the whole tensor the box begins, in elements, one number per dimension.
+        shape: its extent, in elements.
+        place: the storage that the box was saved with.
+        offset: first byte of the box inside `place`.
+        stride: how the box lies in `place`, in elements; a dense row-major box has `dense_strides(shape)`.
+    """
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    place: ByteRange | InMemory
+    offset: int
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiled:
+    """A dense row-major tensor of `shape` that boxes fill without overlap or gap; its maker checks that."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+    tiles: tuple[Tile, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+
+Place = ByteRange | Deflated | InMemory | Joined | Tiled
+
+
 @dataclass(eq=False, slots=True)
 class Storage:
     """A run of bytes that tensors view. Identity is meaning: two tensors tied share one `Storage`.
@@ -69,7 +128,7 @@ class Storage:
 
     key: str
     nbytes: int
-    place: ByteRange | Deflated | InMemory | None = None
+    place: Place | None = None
     big_endian: bool = False
 
 

@@ -27,9 +27,10 @@ from ptbin.options import Limits
 from ptbin.reading.pickle_machine import PickleProgram
 from ptbin.reading.source import RandomReader, SourceFile
 from ptbin.reading.torch_objects import TorchVocabulary
+from ptbin.stores.joined import JoinedReader
 from ptbin.tensors import ByteRange, Deflated, InMemory, Storage
 
-__all__ = ["Checkpoint", "MemoryReader", "Opening", "one_clear_error", "read_checkpoint"]
+__all__ = ["Checkpoint", "MemoryReader", "Opening", "one_clear_error", "read_checkpoint", "read_opened"]
 
 # Pickles nest torch.save in torch.save when somebody pickles a storage by plain pickle; never deeper.
 MAX_NESTING = 4
@@ -54,7 +55,7 @@ class Checkpoint:
     """A checkpoint file as read.
 
     Attributes:
-        container: `torch_zip`, `torchscript`, `torch_legacy` or `pickle`.
+        container: `torch_zip`, `torchscript`, `torch_legacy`, `pickle`, ... (listed in the schema).
         root: the record at the top of the pickle.
         programs: every pickle run, for `verdicts.judge_programs`.
         storages: all storages the pickle refers to, by key.
@@ -96,7 +97,7 @@ class Opening:
             self.depth + 1,
             self.programs,
         )
-        checkpoint = _read(inner)
+        checkpoint = read_opened(inner)
         for storage in checkpoint.storages.values():
             if isinstance(storage.place, ByteRange):
                 # Nested CRC-32s need no check here: the bytes lie inside a pickle whose own CRC was checked.
@@ -150,12 +151,19 @@ def read_checkpoint(reader: RandomReader, limits: Limits | None = None) -> Check
         UnsupportedFormatError: one that ptbin recognises and does not read.
         CorruptArchiveError, LimitExceededError: damaged or hostile.
     """
-    return _read(Opening(SourceFile(reader), limits or Limits()))
+    limits = limits or Limits()
+    if isinstance(reader, JoinedReader):
+        from ptbin.reading.folders import read_folder
+
+        return read_folder(reader, limits)
+    return read_opened(Opening(SourceFile(reader), limits))
 
 
-def _read(opening: Opening) -> Checkpoint:
+def read_opened(opening: Opening) -> Checkpoint:
+    """Recognise and index the one file of an opening."""
     # Here, because the container readers need `Checkpoint` and `Opening`.
     from ptbin.reading.legacy import read_legacy, read_raw_pickle
+    from ptbin.reading.safetensors import read_safetensors
     from ptbin.reading.torch_zip import read_torch_zip
     from ptbin.reading.zip_directory import read_zip_directory
 
@@ -166,8 +174,12 @@ def _read(opening: Opening) -> Checkpoint:
     if directory is not None:
         return read_torch_zip(opening, directory)
     head = file.head(512)
-    refuse_known_foreign(file.uri, head, file.size)
-    readers: tuple[Callable[[Opening], Checkpoint | None], ...] = (read_legacy, read_raw_pickle)
+    refuse_known_foreign(file.uri, head)
+    readers: tuple[Callable[[Opening], Checkpoint | None], ...] = (
+        read_safetensors,
+        read_legacy,
+        read_raw_pickle,
+    )
     for read in readers:
         checkpoint = read(opening)
         if checkpoint is not None:
@@ -175,11 +187,11 @@ def _read(opening: Opening) -> Checkpoint:
     raise NotACheckpointError(f"{file.uri}: begins with {head[:8]!r}, which no checkpoint container does")
 
 
-def refuse_known_foreign(uri: str, head: bytes, size: int) -> None:
+def refuse_known_foreign(uri: str, head: bytes) -> None:
     """Name what the file is where its first bytes tell.
 
     Raises:
-        UnsupportedFormatError: safetensors, or torch's tar format of before 0.1.10.
+        UnsupportedFormatError: torch's tar format of before 0.1.10.
         NotACheckpointError: another kind of file.
     """
     for magic, what in _FOREIGN:
@@ -192,7 +204,3 @@ def refuse_known_foreign(uri: str, head: bytes, size: int) -> None:
                 f"{uri}: torch's tar format of before 0.1.10; load it with torch.load and save it again"
             )
         raise NotACheckpointError(f"{uri}: a tar archive (first member {first[:60]!r}); unpack it first")
-    if len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
-        raise UnsupportedFormatError(
-            f"{uri}: a safetensors file, which holds only weights already; ptbin does not rewrite it"
-        )

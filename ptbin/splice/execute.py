@@ -68,7 +68,7 @@ def splice(
     report = progress or _ignore
     for place in plan.prechecks:
         _precheck(place, reader)
-    local = reader.fileno() is not None
+    local = reader.is_local
     pieces = coalesce(plan.pieces, reader) if local else list(plan.pieces)
     crcs: dict[int, int] = {}
     moved = 0
@@ -83,7 +83,11 @@ def splice(
         elif isinstance(piece, Computed):
             crcs[piece.slot] = _stream(iter_recipe(piece.recipe, reader), piece, writer, report)
             continue
-        elif local and piece.slot is None and writer.copy_from(reader, piece.offset, piece.nbytes):
+        elif (
+            local
+            and piece.slot is None
+            and writer.copy_from(*reader.locate(piece.offset, piece.nbytes), piece.nbytes)
+        ):
             moved += piece.nbytes
         else:
             crc = _stream(streams.of(piece), piece, writer, report)

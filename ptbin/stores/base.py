@@ -47,7 +47,7 @@ PARTIAL_SUFFIX = ".ptbin-partial"
 
 READ_BYTES_LIMIT = 256 * MIB
 
-IdentityKind = Literal["etag", "version_id", "mtime", "checksum", "uid"]
+IdentityKind = Literal["etag", "version_id", "mtime", "checksum", "uid", "parts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +198,16 @@ class RangeReader(ABC):
     def fileno(self) -> int | None:
         """The open descriptor of a local file, for `copy_file_range`; None for anything else."""
         return None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether ranges lie in files of this machine, which the kernel can move."""
+        return self.fileno() is not None
+
+    def locate(self, offset: int, nbytes: int) -> tuple[RangeReader, int]:
+        """The reader of the one object that holds a range, and the range's offset there."""
+        check_range(self.uri, self.size, offset, nbytes)
+        return self, offset
 
     def close(self) -> None:  # noqa: B027 - most readers hold nothing open
         """Release what the reader holds; harmless twice."""

@@ -1,0 +1,127 @@
+"""Checkpoints of several files: each file read by its own container's reader, then joined into one record.
+
+Owns nothing of a format but Hugging Face's index. Ranges found in one file are moved into the address
+space of the whole (`stores.joined`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ptbin.errors import CorruptArchiveError, OutputCollisionError, UnsupportedFormatError
+from ptbin.folders import DCP_METADATA, INDEX_SUFFIX
+from ptbin.nodes import DictNode
+from ptbin.options import Limits
+from ptbin.reading.checkpoint import Checkpoint, Opening, read_opened
+from ptbin.reading.source import SourceFile
+from ptbin.sources import parse_index
+from ptbin.stores.joined import JoinedReader, PartReader
+from ptbin.tensors import ByteRange, Deflated, InMemory, Joined, Place, Storage, Tiled
+
+__all__ = ["move_place", "read_folder", "read_part"]
+
+
+def read_folder(reader: JoinedReader, limits: Limits) -> Checkpoint:
+    """Index a checkpoint of several files.
+
+    Raises:
+        CorruptArchiveError: the files contradict each other. UnsupportedFormatError: no kind ptbin knows.
+    """
+    if DCP_METADATA in reader.names:
+        from ptbin.reading.dcp import read_dcp
+
+        return read_dcp(reader, limits)
+    if any(name.endswith("_optim_states.pt") for name in reader.names):
+        from ptbin.reading.deepspeed import read_deepspeed
+
+        return read_deepspeed(reader, limits)
+    index = next((name for name in reader.names if name.endswith(INDEX_SUFFIX)), None)
+    if index is None:
+        raise UnsupportedFormatError(f"{reader.uri}: a folder of no known kind")
+    return _read_indexed(reader, index, limits)
+
+
+def read_part(reader: JoinedReader, name: str, opening: Opening) -> Checkpoint:
+    """One file of the folder as a checkpoint by itself, its places moved into the whole's address space.
+
+    Its pickles are added to those of `opening`.
+    """
+    part = reader.part(name)
+    inner = Opening(SourceFile(part), opening.limits, opening.depth, opening.programs)
+    checkpoint = read_opened(inner)
+    for storage in checkpoint.storages.values():
+        assert storage.place is not None
+        storage.place = move_place(storage.place, part.base)
+    return checkpoint
+
+
+def move_place(place: Place, base: int) -> Place:
+    """The place with its offsets counted from `base` bytes earlier."""
+    if isinstance(place, ByteRange):
+        record = None if place.record_offset is None else place.record_offset + base
+        return dataclasses.replace(place, offset=place.offset + base, record_offset=record)
+    if isinstance(place, Deflated):
+        return dataclasses.replace(place, offset=place.offset + base)
+    if isinstance(place, InMemory):
+        return place
+    if isinstance(place, Joined):
+        return Joined(tuple(_moved_part(part, base) for part in place.parts))
+    tiles = (dataclasses.replace(tile, place=_moved_part(tile.place, base)) for tile in place.tiles)
+    return Tiled(place.shape, place.itemsize, tuple(tiles))
+
+
+def _moved_part(place: ByteRange | InMemory, base: int) -> ByteRange | InMemory:
+    moved = move_place(place, base)
+    assert isinstance(moved, (ByteRange, InMemory))
+    return moved
+
+
+def _read_indexed(reader: JoinedReader, index_name: str, limits: Limits) -> Checkpoint:
+    part = reader.part(index_name)
+    index = parse_index(part.read(0, part.size), reader.uri)
+    opening = Opening(SourceFile(part), limits)
+    if "weight_map" not in index:
+        from ptbin.reading.raw import read_raw
+
+        return read_raw(reader, index, opening)
+    root: DictNode | None = None
+    storages: dict[str, Storage] = {}
+    home: dict[str, str] = {}
+    containers = set()
+    for name in reader.names:
+        if name == index_name:
+            continue
+        checkpoint = read_part(reader, name, opening)
+        containers.add(checkpoint.container)
+        if not isinstance(checkpoint.root, DictNode):
+            raise CorruptArchiveError(f"{reader.uri}: {name} holds no mapping of names to tensors")
+        if root is None:
+            root = DictNode(checkpoint.root.kind)
+            root.state = checkpoint.root.state
+        for key, value in checkpoint.root.pairs:
+            if key in home:
+                raise OutputCollisionError(f"{reader.uri}: {key!r} is in {home[key]} and in {name}")
+            home[key] = name
+            root.pairs.append((key, value))
+        storages.update({f"{name}/{key}": storage for key, storage in checkpoint.storages.items()})
+    _compare_with_index(reader.uri, index["weight_map"], home)
+    container = "safetensors_sharded" if containers == {"safetensors"} else "torch_sharded"
+    return Checkpoint(
+        reader.uri, reader.size, container, root, opening.programs, storages, opening.vocabulary
+    )
+
+
+def _compare_with_index(uri: str, weight_map: dict[str, Any], home: dict[str, str]) -> None:
+    wrong = [name for name, file in weight_map.items() if home.get(name) != file]
+    if wrong:
+        name = wrong[0]
+        found = f"it is in {home[name]}" if name in home else "no file has it"
+        raise CorruptArchiveError(
+            f"{uri}: the index puts {name!r} into {weight_map[name]}, {found} ({len(wrong)} such names)"
+        )
+
+
+def parts_by_name(reader: JoinedReader) -> dict[str, PartReader]:
+    """Every file of the folder."""
+    return {name: reader.part(name) for name in reader.names}

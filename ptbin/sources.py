@@ -1,0 +1,153 @@
+"""Opening what a URI means as a checkpoint: one file, or several that are one.
+
+    with open_source("s3://models/run1/checkpoint-100") as reader: ...
+
+The reader is pinned whichever it is; a source of several files is one address space (`stores.joined`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ptbin.errors import CorruptArchiveError, NotFoundInStoreError, UnsupportedFormatError
+from ptbin.folders import INDEX_SUFFIX, Group, main_handle
+from ptbin.stores import Identity, ListedObject, RangeReader, Store, open_store
+from ptbin.stores.base import refuse_other_object
+from ptbin.stores.joined import JoinedReader
+
+__all__ = ["SourcePlace", "find_source", "open_source", "parse_index"]
+
+# Files directly in a folder that is asked to be one checkpoint; a store with more is not one.
+MAX_LISTED = 200_000
+MAX_INDEX_NBYTES = 256 << 20
+_PLAIN_HEADS = (b"PK\x03\x04", b"\x80")
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePlace:
+    """What a URI was found to mean.
+
+    Attributes:
+        path: of the file, of the index file, or of the folder.
+        parts: the files of a folder checkpoint, paths relative to `folder`; empty for one file.
+        folder: path of the folder that holds `parts`, or that a file lies in.
+    """
+
+    store: Store
+    path: str
+    folder: str
+    parts: tuple[ListedObject, ...] = ()
+
+    def open(self, expected: Identity | None = None) -> RangeReader:
+        """A pinned reader. Raises SourceChangedError where the identity is not `expected`."""
+        if not self.parts:
+            return self.store.open_reader(self.path, expected=expected)
+        reader = JoinedReader(self.store, self.folder, self.parts, uri=self.store.uri_of(self.path))
+        if expected is not None:
+            refuse_other_object(reader.uri, reader.identity, expected)
+        return reader
+
+
+def open_source(
+    uri: str, storage_options: Mapping[str, Any] | None = None, *, expected: Identity | None = None
+) -> RangeReader:
+    """The checkpoint at `uri`, opened.
+
+    Raises:
+        UnsupportedFormatError: a folder that is no checkpoint.
+        NotFoundInStoreError, StorageError: from the store.
+    """
+    return find_source(uri, storage_options).open(expected)
+
+
+def find_source(uri: str, storage_options: Mapping[str, Any] | None = None) -> SourcePlace:
+    """What `uri` means: a file, an index file with its shards, a folder. Arguments and errors: `open_source`."""
+    store, path = open_store(uri, storage_options)
+    path = path.rstrip("/") or path
+    if path.endswith(INDEX_SUFFIX):
+        return _indexed(store, path)
+    if not store.is_directory(path):
+        index = path + INDEX_SUFFIX
+        if path.endswith(".bin") and _is_raw(store, path, index):
+            return _indexed(store, index)
+        return SourcePlace(store, path, path.rpartition("/")[0])
+    listed = itertools.islice(store.iter_objects(path), MAX_LISTED)
+    direct = [item for item in listed if "/" not in item.path]
+    found = main_handle(direct)
+    if found is None and any(item.path == "latest" for item in direct):
+        # DeepSpeed: the tag of the last checkpoint, which is the name of a folder beside this file
+        tag = store.read_bytes(f"{path}/latest", limit=4096).decode("utf-8", "replace").strip()
+        if _is_plain_name(tag) and store.is_directory(f"{path}/{tag}"):
+            return find_source(f"{uri.rstrip('/')}/{tag}", storage_options)
+    if found is None:
+        raise UnsupportedFormatError(
+            f"{store.uri_of(path)}: a folder that is not one checkpoint by itself; name a file in it"
+        )
+    if isinstance(found, ListedObject):
+        return SourcePlace(store, f"{path}/{found.path}", path)
+    if found.kind == "sharded":
+        return _indexed(store, f"{path}/{found.handle}")
+    return SourcePlace(store, path, path, _ordered(found))
+
+
+def _ordered(group: Group) -> tuple[ListedObject, ...]:
+    return tuple(sorted(group.members, key=lambda item: item.path))
+
+
+def _is_plain_name(name: str) -> bool:
+    return name not in ("", ".", "..") and "/" not in name and "\\" not in name and name.isprintable()
+
+
+def _is_raw(store: Store, path: str, index: str) -> bool:
+    """Whether an index of ours vouches for a file that does not look like a torch file."""
+    try:
+        with store.open_reader(path) as reader:
+            if reader.read(0, min(4, reader.size)).startswith(_PLAIN_HEADS):
+                return False
+        return parse_index(store.read_bytes(index, limit=MAX_INDEX_NBYTES), index).get("tensors") is not None
+    except (NotFoundInStoreError, CorruptArchiveError):
+        return False
+
+
+def _indexed(store: Store, path: str) -> SourcePlace:
+    folder, _, name = path.rpartition("/")
+    stat = store.stat(path)
+    index = parse_index(store.read_bytes(path, limit=MAX_INDEX_NBYTES), stat.uri)
+    parts = [ListedObject(name, stat.uri, stat.size, stat.identity)]
+    for shard in sorted(set(index["files"])):
+        found = store.stat(f"{folder}/{shard}")
+        parts.append(ListedObject(shard, found.uri, found.size, found.identity))
+    return SourcePlace(store, path, folder, tuple(parts))
+
+
+def parse_index(data: bytes, uri: str) -> dict[str, Any]:
+    """An index of shards, with `files` (names of the files it refers to) added.
+
+    Hugging Face's has `weight_map` (tensor name to file), that of format `raw` has `tensors`.
+
+    Raises:
+        CorruptArchiveError: no such index, or a file name that is absolute, climbs, or leads into a folder.
+    """
+    try:
+        index = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CorruptArchiveError(f"{uri}: the index is no JSON: {error}") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    tensors = index.get("tensors") if isinstance(index, dict) else None
+    if isinstance(weight_map, dict):
+        files = list(weight_map.values())
+    elif isinstance(tensors, dict) and all(isinstance(row, dict) for row in tensors.values()):
+        files = [row.get("file") for row in tensors.values()]
+    else:
+        raise CorruptArchiveError(f"{uri}: neither a weight_map nor tensors are in this index")
+    names = list(dict.fromkeys(files)) if all(isinstance(name, str) for name in files) else []
+    if not names:
+        raise CorruptArchiveError(f"{uri}: the index names no files")
+    for name in names:
+        if not _is_plain_name(name):
+            raise CorruptArchiveError(f"{uri}: the index names {name!r}, which lies outside its folder")
+    return {**index, "files": names}
