@@ -1,4 +1,4 @@
-"""One checkpoint to one `.bin`: read, select, plan, splice, prove, and only then the manifest.
+"""One checkpoint to one output: read, select, plan, splice, prove, and only then the manifest.
 
 `stage` writes the output and returns a `Draft`; the output does not count yet. `commit` proves it and
 writes the manifest. The two halves may run in different processes; a draft is one string. `convert` is
@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import os
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ptbin.draft import Draft, DraftRecord
+from ptbin.draft import Draft, DraftFile
+from ptbin.drafting import Written, draft_file, draft_manifest
 from ptbin.errors import (
     CheckpointError,
+    NotFoundInStoreError,
     UsageError,
     VerificationError,
 )
-from ptbin.manifest import MANIFEST_SUFFIX, SCHEMA_VERSION, dump_manifest, hex_crc32, utc_now
+from ptbin.manifest import MANIFEST_SUFFIX, dump_manifest, parse_manifest, utc_now
 from ptbin.options import ConvertOptions
-from ptbin.reading.checkpoint import Checkpoint, one_clear_error
+from ptbin.reading.checkpoint import one_clear_error
 from ptbin.reading.selected import read_selected
-from ptbin.reading.verdicts import SafetyReport
-from ptbin.segments import RecordLayout
+from ptbin.segments import FilePlan
+from ptbin.sidecars import copy_sidecars
+from ptbin.sources import find_source
 from ptbin.splice import SpliceResult, splice
-from ptbin.state_dict import StateDict
-from ptbin.stores import Identity, RangeReader, Store, open_store, public_uri
-from ptbin.version import __version__
-from ptbin.writing.torch_format import PlannedTensor, TorchPlan, plan_torch_archive
+from ptbin.stores import RangeReader, Store, open_store, public_uri
+from ptbin.ties import tie_equal_tensors
+from ptbin.writing.outputs import plan_output
 
 __all__ = ["commit", "convert", "stage"]
 
@@ -83,61 +86,74 @@ def stage(
     """Write the output, without its manifest. Arguments and errors as `convert`."""
     options = options or ConvertOptions()
     started = time.time()
-    source_store, source_path = open_store(source, source_options)
+    place = find_source(source, source_options)
     dest_store, dest_path = open_store(dest, dest_options)
-    if source_store.uri_of(source_path) == dest_store.uri_of(dest_path):
+    if place.store.uri_of(place.path) == dest_store.uri_of(dest_path):
         raise UsageError(f"{public_uri(source)}: source and destination are the same file")
-    with source_store.open_reader(source_path) as reader:
+    folder, _, name = dest_path.rstrip("/").rpartition("/")
+    written: list[Written] = []
+    with place.open() as reader:
         try:
             with one_clear_error(reader.uri):
                 checkpoint, safety, state_dict = read_selected(reader, options)
-                torch_plan = plan_torch_archive(state_dict, archive_root=checkpoint.archive_root)
-            result = _write(
-                torch_plan, reader, dest_store, dest_path, progress, check_source=options.verify != "none"
-            )
+                if options.tie_by_value:
+                    tie_equal_tensors(state_dict, reader)
+                output = plan_output(state_dict, options, name, archive_root=checkpoint.archive_root)
+            obsolete = _outputs_of_before(dest_store, dest_path)
+            check_source = options.verify != "none"
+            for plan in output.files:
+                result = _write(
+                    plan, reader, dest_store, folder, dest_path, progress, check_source=check_source
+                )
+                written.append((plan, result))
         except CheckpointError:
             # An object that was replaced meanwhile looks damaged; say which of the two it is.
             reader.check_unchanged()
             raise
-        manifest = _draft_manifest(reader, checkpoint, safety, state_dict, torch_plan, result, options)
+        files = [draft_file(plan, result) for plan, result in written]
+        for text_name, data in output.texts:
+            dest_store.write_bytes(f"{folder}/{text_name}", data)
+            files.append(DraftFile(text_name, len(data), zlib.crc32(data)))
+        if options.layout == "hf":
+            files.extend(copy_sidecars(place, dest_store, folder))
+        manifest = draft_manifest(reader, checkpoint, safety, state_dict, written, files, options)
         bytes_read = reader.bytes_read
-    name = dest_path.rstrip("/").rsplit("/", 1)[-1]
-    manifest["outputs"][0]["path"] = name
-    for row in manifest["tensors"]:
-        row["file"] = name
+    for path in obsolete - {file.path for file in files}:
+        dest_store.delete(f"{folder}/{path}")
     manifest["run_id"] = run_id or os.urandom(6).hex()
     manifest["started_at"] = _iso(started)
     manifest["finished_at"] = utc_now()
     manifest["bytes_read"] = bytes_read
-    manifest["bytes_written"] = torch_plan.plan.size
-    records = tuple(_draft_record(record, result) for record in torch_plan.plan.records)
-    return Draft(
-        source, dest, options.verify, manifest, torch_plan.plan.size, result.crc32, records, options.limits
-    )
-
-
-def _draft_record(record: RecordLayout, result: SpliceResult) -> DraftRecord:
-    crc = record.crc32 if record.slot is None else result.crcs[record.slot]
-    assert crc is not None
-    return DraftRecord(record.offset, record.nbytes, crc)
+    manifest["bytes_written"] = sum(file.size for file in files)
+    return Draft(source, dest, options.verify, manifest, tuple(files), options.limits)
 
 
 def _write(
-    torch_plan: TorchPlan,
+    plan: FilePlan,
     reader: RangeReader,
     dest_store: Store,
+    folder: str,
     dest_path: str,
     progress: Progress | None,
     *,
     check_source: bool,
 ) -> SpliceResult:
-    with dest_store.open_writer(dest_path, size_hint=torch_plan.plan.size) as writer:
-        result = splice(torch_plan.plan, reader, writer, progress, check_source=check_source)
+    with dest_store.open_writer(f"{folder}/{plan.name}", size_hint=plan.plan.size) as writer:
+        result = splice(plan.plan, reader, writer, progress, check_source=check_source)
         reader.check_unchanged()
         # A manifest of an earlier output must not vouch for this one, not even for an instant.
         dest_store.delete(dest_path + MANIFEST_SUFFIX)
         writer.commit()
     return result
+
+
+def _outputs_of_before(store: Store, path: str) -> set[str]:
+    """Names of the files that an earlier manifest of this output lists: shards of another count, say."""
+    try:
+        manifest = parse_manifest(store.read_bytes(path + MANIFEST_SUFFIX), path)
+    except (NotFoundInStoreError, VerificationError):
+        return set()
+    return {output["path"] for output in manifest["outputs"]}
 
 
 def commit(
@@ -160,7 +176,9 @@ def commit(
 
             prove_output(draft, store, path, source_options=source_options, progress=progress)
     except VerificationError:
-        store.delete(path)
+        folder = path.rpartition("/")[0]
+        for file in draft.files:
+            store.delete(f"{folder}/{file.path}")
         raise
     manifest["verification"] = {
         "level": draft.level,
@@ -169,95 +187,6 @@ def commit(
     }
     store.write_bytes(path + MANIFEST_SUFFIX, dump_manifest(manifest))
     return manifest
-
-
-def _draft_manifest(
-    reader: RangeReader,
-    checkpoint: Checkpoint,
-    safety: SafetyReport,
-    state_dict: StateDict,
-    torch_plan: TorchPlan,
-    result: SpliceResult,
-    options: ConvertOptions,
-) -> dict[str, Any]:
-    identity: Identity = reader.identity
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "source": {
-            "uri": reader.uri,
-            "size": reader.size,
-            "identity": identity.to_json(),
-            "container": checkpoint.container,
-        },
-        "selected": state_dict.path,
-        "options": options.to_json(),
-        "options_fingerprint": options.fingerprint(),
-        "outputs": [
-            {"path": "", "size": torch_plan.plan.size, "sha256": None, "crc32": hex_crc32(result.crc32)}
-        ],
-        "tensors": _tensor_rows(torch_plan, state_dict, result),
-        "left_out": [item.to_json() for item in state_dict.left_out],
-        "globals": safety.to_json(),
-        "safety": {"verdict": safety.verdict, "findings": list(safety.findings)},
-        "verification": {},
-        "tool": {"name": "ptbin", "version": __version__},
-    }
-
-
-def _tensor_rows(torch_plan: TorchPlan, state_dict: StateDict, result: SpliceResult) -> list[dict[str, Any]]:
-    records = {r.key: r for r in torch_plan.plan.records}
-    first_on: dict[str, str] = {}
-    rows = []
-    for planned in torch_plan.tensors:
-        tensor, key = planned.tensor, planned.placed.storage.key
-        record = records[key]
-        owner = planned.name.split("#", 1)[0]
-        row: dict[str, Any] = {
-            "name": planned.name,
-            "source_name": _source_name(state_dict, owner, planned.name),
-            "dtype": tensor.dtype.name,
-            "shape": list(tensor.shape),
-            "nbytes": tensor.nbytes,
-            "file": "",
-            "offset": planned.offset,
-            "sha256": None,
-        }
-        if _covers(planned, record.offset, record.nbytes):
-            crc = (
-                record.crc32
-                if record.crc32 is not None
-                else result.crcs.get(record.slot if record.slot is not None else -1)
-            )
-            row["crc32"] = hex_crc32(crc or 0)
-        if not _is_contiguous(planned):
-            row["stride"] = list(planned.placed.stride)
-        if tensor.flags:
-            row["lazy"] = list(tensor.flags)
-        if record.nbytes and key in first_on:
-            row["shares_with"] = first_on[key]
-        if not record.source_checked:
-            row["source_checked"] = False
-        first_on.setdefault(key, planned.name)
-        rows.append(row)
-    return rows
-
-
-def _source_name(state_dict: StateDict, owner: str, name: str) -> str:
-    source = state_dict.source_names.get(owner)
-    return name if source is None else source + name[len(owner) :]
-
-
-def _is_contiguous(planned: PlannedTensor) -> bool:
-    expected = 1
-    for n, s in zip(reversed(planned.tensor.shape), reversed(planned.placed.stride), strict=True):
-        if n != 1 and s != expected:
-            return planned.tensor.numel == 0
-        expected *= n
-    return True
-
-
-def _covers(planned: PlannedTensor, offset: int, nbytes: int) -> bool:
-    return planned.offset == offset and planned.tensor.nbytes == nbytes and _is_contiguous(planned)
 
 
 def _iso(seconds: float) -> str:

@@ -8,12 +8,12 @@ from typing import Any
 
 from ptbin.options import Limits
 
-__all__ = ["Draft", "DraftRecord"]
+__all__ = ["Draft", "DraftFile", "DraftRecord"]
 
 
 @dataclass(frozen=True, slots=True)
 class DraftRecord:
-    """One storage of an output: where it lies there, and its CRC-32 as the source states it."""
+    """One storage of an output file: where it lies there, and its CRC-32 as the source states it."""
 
     offset: int
     nbytes: int
@@ -24,23 +24,35 @@ class DraftRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftFile:
+    """One file of an output: its name beside the manifest, and what it must be.
+
+    Attributes:
+        crc32: of the whole file, as computed from what the source states.
+        records: every storage in it; none in a file without weights (an index, a tokenizer).
+    """
+
+    path: str
+    size: int
+    crc32: int
+    records: tuple[DraftRecord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Draft:
     """An output that is written and not yet proven.
 
     Attributes:
-        manifest: everything but digests and verification.
+        dest_uri: name of the output; its manifest lies at this name with `.manifest.json` behind it.
+        manifest: everything but digests and verification; its `outputs` stand for `files` in order.
         level: proof asked for.
-        crc32: of the whole output, as computed from what the source states.
-        records: every storage in the output.
     """
 
     source_uri: str
     dest_uri: str
     level: str
     manifest: dict[str, Any]
-    size: int
-    crc32: int
-    records: tuple[DraftRecord, ...]
+    files: tuple[DraftFile, ...]
     limits: Limits
 
     def to_json(self) -> str:
@@ -49,6 +61,9 @@ class Draft:
     @classmethod
     def from_json(cls, text: str) -> Draft:
         data = json.loads(text)
-        data["records"] = tuple(DraftRecord(**record) for record in data["records"])
+        data["files"] = tuple(
+            DraftFile(**{**file, "records": tuple(DraftRecord(**record) for record in file["records"])})
+            for file in data["files"]
+        )
         data["limits"] = Limits(**data["limits"])
         return cls(**data)

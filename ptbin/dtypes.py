@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["BY_NAME", "BY_STORAGE_CLASS", "SAFETENSORS_NAMES", "DType", "dtype_by_name"]
+__all__ = ["BY_NAME", "BY_STORAGE_CLASS", "CAST_NAMES", "SAFETENSORS_NAMES", "DType", "dtype_by_name"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,20 @@ _ALL = (
 
 BY_NAME: dict[str, DType] = {dtype.name: dtype for dtype in _ALL}
 BY_STORAGE_CLASS: dict[str, DType] = {d.storage_class: d for d in _ALL if d.storage_class is not None}
+
+# What `--dtype` casts from and to. Left out: float8_e8m0fnu, which has neither sign nor zero and holds
+# scales, not weights; float4_e2m1fn_x2, for which torch has no casts; integers and complex numbers, because a
+# cast is about the precision of weights.
+CAST_NAMES = (
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+)
 
 # safetensors' names (its `Dtype` enum); what is missing here it cannot hold.
 SAFETENSORS_NAMES = {

@@ -4,8 +4,8 @@ Listing (`catalog`) and opening (`sources`) both ask here, so that both mean the
 several files has a *handle*, the path that names it: the folder itself, or the index file in it.
 
 Sources: torch.distributed.checkpoint's FileSystemWriter (`.metadata`, `__<rank>_<n>.distcp`), Lightning's
-FSDP strategy (`meta.pt` beside those), DeepSpeed's engine (`_get_ckpt_name`, `_get_zero_ckpt_name`), transformers'
-`SAFE_WEIGHTS_INDEX_NAME` and `WEIGHTS_INDEX_NAME`.
+FSDP strategy (`meta.pt` beside those), DeepSpeed's engine (`_get_ckpt_name`, `_get_zero_ckpt_name`),
+transformers' `SAFE_WEIGHTS_INDEX_NAME` and `WEIGHTS_INDEX_NAME`.
 """
 
 from __future__ import annotations

@@ -13,14 +13,17 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from ptbin.dtypes import CAST_NAMES
 from ptbin.errors import UsageError
 
-__all__ = ["ConvertOptions", "Limits", "Naming", "OnUnsafe", "VerifyLevel"]
+__all__ = ["ConvertOptions", "Layout", "Limits", "Naming", "OnUnsafe", "OutputFormat", "VerifyLevel"]
 
-OutputFormat = Literal["torch"]
+OutputFormat = Literal["torch", "raw", "safetensors"]
+Layout = Literal["mirror", "hf"]
 Naming = Literal["replace", "append"]
 OnUnsafe = Literal["reject", "extract"]
 VerifyLevel = Literal["none", "checksum", "load"]
@@ -71,6 +74,14 @@ class ConvertOptions:
     """(regular expression, replacement) pairs, applied in order with `re.sub`."""
     drop: tuple[str, ...] = ()
     """Regular expressions; a name that one of them matches anywhere is left out (before renaming)."""
+    dtype: str | None = None
+    """Element type that floating tensors are cast to (`dtypes.CAST_NAMES`); None: keep each one's own."""
+    max_shard_size: int | None = None
+    """Bytes of tensors in one file, above which the output is cut into shards with an index."""
+    layout: Layout = "mirror"
+    """`hf`: under the names transformers looks for, with configuration and tokenizer files copied along."""
+    tie_by_value: bool = False
+    """Store matrices once that are equal bit for bit, as if they had been tied in the source."""
     on_unsafe: OnUnsafe = "reject"
     verify: VerifyLevel = "checksum"
     force: bool = False
@@ -78,10 +89,22 @@ class ConvertOptions:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        for name, kind in (("format", OutputFormat), ("on_unsafe", OnUnsafe), ("verify", VerifyLevel)):
+        kinds = (
+            ("format", OutputFormat),
+            ("layout", Layout),
+            ("on_unsafe", OnUnsafe),
+            ("verify", VerifyLevel),
+        )
+        for name, kind in kinds:
             value = getattr(self, name)
             if value not in get_args(kind):
                 raise UsageError(f"{name}: {value!r} is not one of {', '.join(get_args(kind))}")
+        if self.dtype is not None and self.dtype not in CAST_NAMES:
+            raise UsageError(f"dtype: {self.dtype!r} is not one of {', '.join(CAST_NAMES)}")
+        if self.max_shard_size is not None and self.max_shard_size < 1:
+            raise UsageError(f"max_shard_size: {self.max_shard_size} is not a positive number of bytes")
+        if self.layout == "hf" and self.format == "raw":
+            raise UsageError("layout hf has no place for format raw, which transformers does not read")
         for pattern in (*self.drop, *(old for old, _ in self.rename)):
             try:
                 re.compile(pattern)
@@ -89,7 +112,20 @@ class ConvertOptions:
                 raise UsageError(f"{pattern!r} is not a regular expression: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
-        """The options that shape the output, as the manifest records them."""
+        """The options that shape the output, as the manifest records them.
+
+        Those that came later are there only where they are set: outputs of before stay up to date.
+        """
+        later = {
+            name: getattr(self, name)
+            for name, default in (
+                ("dtype", None),
+                ("max_shard_size", None),
+                ("layout", "mirror"),
+                ("tie_by_value", False),
+            )
+            if getattr(self, name) != default
+        }
         return {
             "format": self.format,
             "select": self.select,
@@ -97,7 +133,16 @@ class ConvertOptions:
             "rename": [list(pair) for pair in self.rename],
             "drop": list(self.drop),
             "on_unsafe": self.on_unsafe,
+            **later,
         }
+
+    @classmethod
+    def from_json(cls, recorded: Mapping[str, Any], **others: Any) -> ConvertOptions:
+        """The options a manifest records; `others` are the fields it does not."""
+        fields = {**recorded, **others}
+        fields["rename"] = tuple((old, new) for old, new in recorded["rename"])
+        fields["drop"] = tuple(recorded["drop"])
+        return cls(**fields)
 
     def fingerprint(self) -> str:
         """Hexadecimal SHA-256 over `to_json()`: equal exactly where the same output is asked for."""

@@ -8,23 +8,32 @@ the slots. Pure data: sizes and offsets in bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from ptbin.tensors import ByteRange, Deflated, InMemory
+from ptbin.dtypes import DType
+from ptbin.tensors import ByteRange, Deflated, InMemory, TensorRef, Tiled
 
 __all__ = [
+    "Assemble",
+    "Cast",
+    "Combined",
     "Computed",
     "Copy",
+    "FilePlan",
     "Gather",
     "Late",
     "Literal",
     "Piece",
     "Plan",
+    "PlannedTensor",
     "Recipe",
     "RecordLayout",
     "Slice",
+    "Strided",
     "Swap",
+    "nbytes_of",
 ]
 
 
@@ -60,10 +69,39 @@ class Gather:
 
 
 @dataclass(frozen=True, slots=True)
+class Strided:
+    """The elements of a strided view in logical order (last index fastest), densely.
+
+    `shape` and `stride` are in elements; `offset` is the first byte inside the place.
+    """
+
+    place: ByteRange | Deflated | InMemory
+    offset: int
+    itemsize: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.itemsize * math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Assemble:
+    """A tensor put together from its tiles, row-major."""
+
+    tiled: Tiled
+
+    @property
+    def nbytes(self) -> int:
+        return self.tiled.nbytes
+
+
+@dataclass(frozen=True, slots=True)
 class Swap:
     """Another recipe's bytes with the order of every `width` bytes reversed."""
 
-    inner: Slice | Gather
+    inner: Slice | Gather | Strided
     width: int
 
     @property
@@ -71,7 +109,29 @@ class Swap:
         return self.inner.nbytes
 
 
-Recipe = Slice | Gather | Swap
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Another recipe's elements in another type, rounded as torch rounds.
+
+    `what` names the tensor, under which overflows are counted.
+    """
+
+    inner: tuple[Recipe, ...]
+    source: DType
+    target: DType
+    what: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.inner) // self.source.itemsize * self.target.itemsize
+
+
+Recipe = Slice | Gather | Strided | Assemble | Swap | Cast
+
+
+def nbytes_of(recipes: tuple[Recipe, ...]) -> int:
+    """Bytes that several recipes, one behind the other, come to."""
+    return sum(recipe.nbytes for recipe in recipes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +175,19 @@ class Late:
     build: Callable[[Mapping[int, int]], bytes]
 
 
-Piece = Literal | Copy | Computed | Late
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """No bytes: `slot` receives the CRC-32 of `parts`, each (CRC-32, or the slot that has it, bytes)."""
+
+    slot: int
+    parts: tuple[tuple[int | None, int | None, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+
+Piece = Literal | Copy | Computed | Late | Combined
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,3 +210,36 @@ class Plan:
     records: tuple[RecordLayout, ...]
     prechecks: tuple[ByteRange, ...] = ()
     """Ranges whose stored CRC-32 must be confirmed by reading them whole before splicing."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One plain tensor of an output.
+
+    Attributes:
+        dtype: in the output; differs from the source's where it is cast.
+        stride: in elements; None where it is stored contiguously.
+        offset: first byte it touches in the file.
+        record: key of the `RecordLayout` it lies in.
+    """
+
+    name: str
+    source: TensorRef
+    dtype: DType
+    stride: tuple[int, ...] | None
+    offset: int
+    record: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the logical, contiguous tensor."""
+        return self.dtype.nbytes_of(self.source.numel)
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlan:
+    """One output file: its name beside the others, its pieces, the tensors in it."""
+
+    name: str
+    plan: Plan
+    tensors: tuple[PlannedTensor, ...]

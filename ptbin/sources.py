@@ -65,7 +65,7 @@ def open_source(
 
 
 def find_source(uri: str, storage_options: Mapping[str, Any] | None = None) -> SourcePlace:
-    """What `uri` means: a file, an index file with its shards, a folder. Arguments and errors: `open_source`."""
+    """What `uri` means: a file, an index file with its shards, a folder. Errors as `open_source`."""
     store, path = open_store(uri, storage_options)
     path = path.rstrip("/") or path
     if path.endswith(INDEX_SUFFIX):

@@ -14,18 +14,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptbin.dtypes import DType
 from ptbin.errors import UsageError, VerificationError
 from ptbin.options import ConvertOptions
 from ptbin.proof.logical import iter_logical_bytes
 from ptbin.reading.selected import read_selected
+from ptbin.sources import open_source
 from ptbin.state_dict import key_label, tensors_of
-from ptbin.stores import Identity, open_store
+from ptbin.stores import Identity
 
 if TYPE_CHECKING:
     from ptbin.draft import Draft
     from ptbin.stores import Store
 
-__all__ = ["iter_loaded_tensors", "open_with_torch", "prove_by_loading"]
+__all__ = ["iter_loaded_tensors", "open_output", "open_with_torch", "prove_by_loading"]
 
 
 def prove_by_loading(
@@ -37,31 +39,113 @@ def prove_by_loading(
         VerificationError: torch cannot load it, or a tensor differs.
         SourceChangedError: the source is no longer the one converted.
     """
-    recorded = draft.manifest["options"]
-    options = ConvertOptions(
-        select=draft.manifest["selected"],
-        strip_prefix=recorded["strip_prefix"],
-        rename=tuple((old, new) for old, new in recorded["rename"]),
-        drop=tuple(recorded["drop"]),
-        on_unsafe=recorded["on_unsafe"],
-        limits=draft.limits,
+    options = ConvertOptions.from_json(draft.manifest["options"], verify="load", limits=draft.limits).replace(
+        select=draft.manifest["selected"]
     )
-    source_store, source_path = open_store(draft.source_uri, source_options)
     identity = Identity.from_json(draft.manifest["source"]["identity"])
+    rows = {row["name"]: row for row in draft.manifest["tensors"]}
     with (
-        open_with_torch(store, path) as loaded,
-        source_store.open_reader(source_path, expected=identity) as reader,
+        open_output(store, path, draft.manifest) as loaded,
+        open_source(draft.source_uri, source_options, expected=identity) as reader,
     ):
         _, _, state_dict = read_selected(reader, options)
-        wanted = [item for name, value in state_dict.entries for item in tensors_of(name, value)]
-        found = list(iter_loaded_tensors(loaded))
-        if [name for name, _ in found] != [name for name, _ in wanted]:
+        wanted = dict(item for name, value in state_dict.entries for item in tensors_of(name, value))
+        found = dict(iter_loaded_tensors(loaded))
+        if found.keys() != rows.keys() or (options.format == "torch" and list(found) != list(rows)):
             raise VerificationError(f"{store.uri_of(path)}: torch loads other names than the source has")
-        for (name, tensor), (_, ref) in zip(found, wanted, strict=True):
-            _compare(
-                store.uri_of(path), name, tensor, ref.dtype.name, ref.shape, iter_logical_bytes(ref, reader)
-            )
+        for name, tensor in found.items():
+            ref = wanted[name]
+            target = rows[name]["dtype"]
+            stream = iter_logical_bytes(ref, reader)
+            if target != ref.dtype.name:
+                stream = _cast_by_torch(stream, ref.dtype, target)
+            _compare(store.uri_of(path), name, tensor, target, ref.shape, stream)
         reader.check_unchanged()
+
+
+def _cast_by_torch(stream: Iterator[bytes], source: DType, target: str) -> Iterator[bytes]:
+    """The stream's elements as `torch.Tensor.to` casts them."""
+    import torch
+
+    rest = b""
+    for piece in stream:
+        data = rest + piece
+        # In multiples of what torch's vectorised loops take at once: its scalar tails treat NaNs differently.
+        whole = len(data) - len(data) % (source.itemsize * 64)
+        rest = data[whole:]
+        if whole:
+            yield _cast_block(torch, data[:whole], source, target)
+    if rest:
+        padding = bytes(-len(rest) % (source.itemsize * 64))
+        block = _cast_block(torch, rest + padding, source, target)
+        yield block[: len(block) - len(padding) * len(block) // (len(rest) + len(padding))]
+
+
+def _cast_block(torch: Any, data: bytes, source: DType, target: str) -> bytes:
+    tensor = torch.frombuffer(bytearray(data), dtype=getattr(torch, source.name))
+    cast = tensor.to(getattr(torch, target))
+    return bytes(cast.view(torch.uint8).numpy().data)
+
+
+@contextlib.contextmanager
+def open_output(store: Store, path: str, manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """All files of an output, by the reader their format is meant for; name to value.
+
+    Raises:
+        VerificationError: a reader refuses a file. UsageError: safetensors is not installed.
+    """
+    folder = path.rpartition("/")[0]
+    form = manifest["options"].get("format", "torch")
+    files = dict.fromkeys(row["file"] for row in manifest["tensors"])
+    with contextlib.ExitStack() as stack:
+        merged: dict[str, Any] = {}
+        for name in files:
+            place = f"{folder}/{name}"
+            rows = [row for row in manifest["tensors"] if row["file"] == name]
+            if form == "torch":
+                merged.update(stack.enter_context(open_with_torch(store, place)))
+                continue
+            local = stack.enter_context(_local_copy(store, place))
+            try:
+                merged.update(_safetensors(local, rows) if form == "safetensors" else _raw(local, rows))
+            except (RuntimeError, ValueError, OSError) as error:
+                raise VerificationError(f"{store.uri_of(place)}: cannot be loaded: {error}") from error
+        yield merged
+
+
+def _safetensors(local: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UsageError("--verify load of safetensors needs the package safetensors") from error
+    loaded = load_file(local)
+    return {row["name"]: loaded[row.get("shares_with", row["name"])] for row in rows}
+
+
+def _raw(local: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    import torch
+
+    whole = torch.from_file(str(local), shared=False, size=local.stat().st_size, dtype=torch.uint8)
+    return {
+        row["name"]: whole[row["offset"] : row["offset"] + row["nbytes"]]
+        .view(getattr(torch, row["dtype"]))
+        .reshape(row["shape"])
+        for row in rows
+    }
+
+
+@contextlib.contextmanager
+def _local_copy(store: Store, path: str) -> Iterator[Path]:
+    """The file as one of this machine; remote ones by a temporary copy."""
+    with tempfile.TemporaryDirectory(prefix="ptbin-") as folder, store.open_reader(path) as reader:
+        if reader.is_local:
+            yield Path(path)
+            return
+        local = Path(folder) / "output"
+        with local.open("wb") as file:
+            for chunk in reader.iter_range(0, reader.size):
+                file.write(chunk)
+        yield local
 
 
 @contextlib.contextmanager
@@ -74,15 +158,7 @@ def open_with_torch(store: Store, path: str) -> Iterator[Any]:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < (2, 10):
         raise UsageError(f"--verify load needs torch 2.10 or later, found {torch.__version__}")
-    with tempfile.TemporaryDirectory(prefix="ptbin-") as folder:
-        with store.open_reader(path) as reader:
-            if reader.fileno() is not None:
-                local = Path(path)
-            else:
-                local = Path(folder) / "output.bin"
-                with local.open("wb") as file:
-                    for chunk in reader.iter_range(0, reader.size):
-                        file.write(chunk)
+    with _local_copy(store, path) as local:
         try:
             loaded = torch.load(local, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from ptbin.inflate import iter_inflated
-from ptbin.tensors import ByteRange, Deflated, InMemory, TensorRef, dense_strides
+from ptbin.tensors import ByteRange, Deflated, InMemory, Joined, Place, TensorRef, Tiled, dense_strides
 
 if TYPE_CHECKING:
     import numpy
@@ -35,10 +35,7 @@ def iter_logical_bytes(tensor: TensorRef, reader: RangeReader) -> Iterator[bytes
     assert place is not None
 
     def read(offset: int, nbytes: int) -> Iterator[bytes]:
-        if isinstance(place, ByteRange):
-            return reader.iter_range(place.offset + offset, nbytes, chunk_nbytes=CHUNK_NBYTES)
-        whole = place.data if isinstance(place, InMemory) else _inflate(place, reader)
-        return iter((whole[offset : offset + nbytes],))
+        return _iter_place(place, offset, nbytes, reader)
 
     first = tensor.storage_offset // tensor.dtype.per_unit * tensor.dtype.itemsize
     width = tensor.dtype.swap_nbytes
@@ -53,6 +50,54 @@ def iter_logical_bytes(tensor: TensorRef, reader: RangeReader) -> Iterator[bytes
             yield values.tobytes()
         else:
             yield piece
+
+
+def _iter_place(place: Place, offset: int, nbytes: int, reader: RangeReader) -> Iterator[bytes]:
+    """Bytes of a storage, wherever they are."""
+    if isinstance(place, ByteRange):
+        yield from reader.iter_range(place.offset + offset, nbytes, chunk_nbytes=CHUNK_NBYTES)
+    elif isinstance(place, InMemory):
+        yield place.data[offset : offset + nbytes]
+    elif isinstance(place, Deflated):
+        yield _inflate(place, reader)[offset : offset + nbytes]
+    elif isinstance(place, Joined):
+        for part in place.parts:
+            first, last = max(offset, 0), min(offset + nbytes, part.nbytes)
+            if first < last:
+                yield from _iter_place(part, first, last - first, reader)
+            offset -= part.nbytes
+    else:
+        yield from _iter_tiled(place, offset, nbytes, reader)
+
+
+def _iter_tiled(place: Tiled, offset: int, nbytes: int, reader: RangeReader) -> Iterator[bytes]:
+    """Line by line: the runs of the last dimension, each from the tiles that cross it."""
+    width = place.shape[-1] if place.shape else 1
+    line_nbytes = width * place.itemsize
+    outer = place.shape[:-1]
+    for line in range(offset // line_nbytes, -(-(offset + nbytes) // line_nbytes)):
+        where = []
+        rest = line
+        for n in reversed(outer):
+            where.append(rest % n)
+            rest //= n
+        where.reverse()
+        pieces = []
+        for tile in place.tiles:
+            inside = [i - s for i, s in zip(where, tile.start, strict=False)]
+            if all(0 <= i < n for i, n in zip(inside, tile.shape, strict=False)) and 0 not in tile.shape:
+                run = tile.shape[-1] if tile.shape else 1
+                step = tile.stride[-1] if tile.stride else 1
+                first = sum(i * s for i, s in zip(inside, tile.stride, strict=False)) * place.itemsize
+                span = ((run - 1) * step + 1) * place.itemsize
+                data = b"".join(_iter_place(tile.place, tile.offset + first, span, reader))
+                if step != 1:
+                    starts = range(0, span, step * place.itemsize)
+                    data = b"".join(data[at : at + place.itemsize] for at in starts)
+                pieces.append((tile.start[-1] if tile.start else 0, data))
+        whole = b"".join(data for _, data in sorted(pieces))
+        begin = line * line_nbytes
+        yield whole[max(offset - begin, 0) : min(offset + nbytes - begin, line_nbytes)]
 
 
 def _inflate(place: Deflated, reader: RangeReader) -> bytes:

@@ -71,6 +71,8 @@ def verify(
     for output in manifest["outputs"]:
         mine = [row for row in rows if row.get("file") == output["path"]]
         issues.extend(_verify_output(store, folder + output["path"], output, mine, level, progress))
+    if level == "load" and not issues:
+        issues.extend(_verify_by_loading(store, path.removesuffix(MANIFEST_SUFFIX), manifest))
     return issues
 
 
@@ -123,25 +125,23 @@ def _verify_output(
         stated = f"SHA-256 {sha256}" if sha256 is not None else f"CRC-32 {crc32}"
         found = f"SHA-256 {digests.sha256}" if sha256 is not None else f"CRC-32 {hex_crc32(digests.crc32)}"
         issues.append(Issue("checksum_mismatch", uri, f"found {found}, expected {stated}; hit: {what}"))
-    elif level == "load":
-        issues.extend(_verify_by_loading(store, path, rows))
     return issues
 
 
-def _verify_by_loading(store: Store, path: str, rows: list[dict[str, Any]]) -> Iterable[Issue]:
-    from ptbin.proof.load import iter_loaded_tensors, open_with_torch
+def _verify_by_loading(store: Store, path: str, manifest: dict[str, Any]) -> Iterable[Issue]:
+    from ptbin.proof.load import iter_loaded_tensors, open_output
 
     try:
-        with open_with_torch(store, path) as loaded:
-            found = [
-                (n, str(t.dtype).removeprefix("torch."), list(t.shape))
+        with open_output(store, path, manifest) as loaded:
+            found = {
+                n: (str(t.dtype).removeprefix("torch."), list(t.shape))
                 for n, t in iter_loaded_tensors(loaded)
-            ]
+            }
     except StorageError:
         raise
     except VerificationError as error:
         return [Issue("load_failed", store.uri_of(path), str(error))]
-    wanted = [(row["name"], row["dtype"], row["shape"]) for row in rows]
+    wanted = {row["name"]: (row["dtype"], row["shape"]) for row in manifest["tensors"]}
     if found != wanted:
         return [Issue("load_failed", store.uri_of(path), "torch loads other tensors than the manifest lists")]
     return []

@@ -11,12 +11,14 @@ source's, read again.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ptbin.dtypes import BY_NAME
 from ptbin.errors import CheckpointError, VerificationError
+from ptbin.folders import INDEX_SUFFIX
 from ptbin.manifest import hex_crc32
 from ptbin.proof.digests import StoredTensor, digest_file
 from ptbin.reading.checkpoint import read_checkpoint
@@ -26,7 +28,7 @@ from ptbin.state_dict import tensors_of
 from ptbin.tensors import ByteRange, TensorRef
 
 if TYPE_CHECKING:
-    from ptbin.draft import Draft
+    from ptbin.draft import Draft, DraftFile
     from ptbin.stores import RangeReader, Store
 
 __all__ = ["prove_output", "stored_tensor"]
@@ -49,37 +51,66 @@ def prove_output(
     Raises:
         VerificationError: with the first difference found.
     """
-    with store.open_reader(path) as reader:
-        if reader.size != draft.size:
-            raise VerificationError(
-                f"{reader.uri}: {reader.size} bytes are stored, {draft.size} were written"
-            )
-        rows = draft.manifest["tensors"]
-        _check_structure(reader, draft, rows)
-        places = [stored_tensor(row) for row in rows]
-        digests = digest_file(reader, [(r.offset, r.nbytes) for r in draft.records], places, progress)
-        for record in draft.records:
-            found = digests.records[record.offset, record.nbytes]
-            if found != record.crc32:
-                names = [row["name"] for row in rows if record.holds(row["offset"])]
-                raise VerificationError(
-                    f"{reader.uri}: bytes {record.offset} to "
-                    f"{record.offset + record.nbytes} ({', '.join(names[:3])}) "
-                    f"have CRC-32 {hex_crc32(found)}, the source states {hex_crc32(record.crc32)}"
-                )
-        if digests.crc32 != draft.crc32:
-            raise VerificationError(
-                f"{reader.uri}: the file has CRC-32 "
-                f"{hex_crc32(digests.crc32)}, expected {hex_crc32(draft.crc32)}"
-            )
-        reader.check_unchanged()
-    for row, place in zip(rows, places, strict=True):
-        row["sha256"] = digests.tensors[place]
-    draft.manifest["outputs"][0]["sha256"] = digests.sha256
+    folder = path.rpartition("/")[0]
+    for file, output in zip(draft.files, draft.manifest["outputs"], strict=True):
+        rows = [row for row in draft.manifest["tensors"] if row["file"] == file.path]
+        with store.open_reader(f"{folder}/{file.path}") as reader:
+            output["sha256"] = _prove_file(reader, file, rows, draft, progress)
+    if draft.manifest["options"]["format"] == "raw":
+        check_raw_index(store, path, draft.manifest["tensors"])
     if draft.level == "load":
         from ptbin.proof.load import prove_by_loading
 
         prove_by_loading(draft, store, path, source_options=source_options)
+
+
+def _prove_file(
+    reader: RangeReader,
+    file: DraftFile,
+    rows: list[dict[str, Any]],
+    draft: Draft,
+    progress: Callable[[int], None] | None,
+) -> str:
+    """SHA-256 of the file, once it has proven to be what was meant; its tensors' rows get theirs."""
+    if reader.size != file.size:
+        raise VerificationError(f"{reader.uri}: {reader.size} bytes are stored, {file.size} were written")
+    if rows and draft.manifest["options"]["format"] != "raw":
+        _check_structure(reader, draft, rows)
+    places = [stored_tensor(row, file.size) for row in rows]
+    digests = digest_file(reader, [(r.offset, r.nbytes) for r in file.records], places, progress)
+    for record in file.records:
+        found = digests.records[record.offset, record.nbytes]
+        if found != record.crc32:
+            names = [row["name"] for row in rows if record.holds(row["offset"])]
+            raise VerificationError(
+                f"{reader.uri}: bytes {record.offset} to "
+                f"{record.offset + record.nbytes} ({', '.join(names[:3])}) "
+                f"have CRC-32 {hex_crc32(found)}, the source states {hex_crc32(record.crc32)}"
+            )
+    if digests.crc32 != file.crc32:
+        raise VerificationError(
+            f"{reader.uri}: the file has CRC-32 {hex_crc32(digests.crc32)}, expected {hex_crc32(file.crc32)}"
+        )
+    reader.check_unchanged()
+    for row, place in zip(rows, places, strict=True):
+        row["sha256"] = digests.tensors[place]
+    return digests.sha256
+
+
+def check_raw_index(store: Store, path: str, rows: list[dict[str, Any]]) -> None:
+    """The stored index of format `raw` says of every tensor what was planned.
+
+    Raises:
+        VerificationError: it says something else.
+    """
+    try:
+        index = json.loads(store.read_bytes(path + INDEX_SUFFIX))
+        found = {name: dict(row) for name, row in index["tensors"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise VerificationError(f"{path}{INDEX_SUFFIX}: what was stored is no index: {error}") from error
+    keys = ("dtype", "shape", "file", "offset", "nbytes")
+    if found != {row["name"]: {key: row[key] for key in keys} for row in rows}:
+        raise VerificationError(f"{path}{INDEX_SUFFIX}: the stored index is not the planned one")
 
 
 def stored_tensor(row: Mapping[str, Any], file_size: int | None = None) -> StoredTensor:
@@ -130,6 +161,9 @@ def _check_structure(reader: RangeReader, draft: Draft, rows: list[dict[str, Any
     found = [item for name, value in state_dict.entries for item in tensors_of(name, value)]
     if len(found) != len(rows):
         raise VerificationError(f"{reader.uri}: {len(found)} tensors are stored, {len(rows)} were planned")
+    if draft.manifest["options"]["format"] == "safetensors":
+        found.sort(key=lambda item: item[0])  # the header's order says nothing
+        rows = sorted(rows, key=lambda row: str(row["name"]))
     for (name, tensor), row in zip(found, rows, strict=True):
         stored = (name, tensor.dtype.name, list(tensor.shape), _offset(tensor))
         planned = (row["name"], row["dtype"], row["shape"], row["offset"] if tensor.numel else 0)

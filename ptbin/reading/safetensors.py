@@ -47,7 +47,7 @@ def read_safetensors(opening: Opening) -> Checkpoint | None:
         raise CorruptArchiveError(f"{file.uri}: the header is no JSON: {error}") from error
     if not isinstance(header, dict):
         raise CorruptArchiveError(f"{file.uri}: the header is no JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     start = 8 + header_nbytes
     root = DictNode("OrderedDict")
     storages: dict[str, Storage] = {}
@@ -57,6 +57,12 @@ def read_safetensors(opening: Opening) -> Checkpoint | None:
         storages[name] = tensor.storage
         root.pairs.append((name, tensor))
     _refuse_holes(file.uri, storages, start, file.size)
+    named = root.by_name()
+    if isinstance(metadata, dict):
+        # safetensors.torch.save_model stores one of several tied tensors, and the others' names here
+        for name, kept in metadata.items():
+            if isinstance(kept, str) and kept in named and name not in named:
+                root.pairs.append((name, named[kept]))
     return Checkpoint(
         file.uri, file.size, "safetensors", root, opening.programs, storages, opening.vocabulary
     )

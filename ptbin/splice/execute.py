@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 
 from ptbin.crc32 import combine_crc32
 from ptbin.errors import ChecksumMismatchError
-from ptbin.segments import Computed, Copy, Late, Literal, Piece, Plan
+from ptbin.segments import Combined, Computed, Copy, Late, Literal, Piece, Plan
 from ptbin.splice.coalesce import coalesce
 from ptbin.splice.recipes import iter_recipe
 from ptbin.tensors import ByteRange
 
 if TYPE_CHECKING:
+    from ptbin.splice.casting import CastTally
     from ptbin.stores import RangeReader, Writer
 
 __all__ = ["SpliceResult", "splice"]
@@ -40,11 +41,13 @@ class SpliceResult:
         crcs: CRC-32 by slot.
         crc32: CRC-32 of the whole output.
         moved_by_kernel: bytes that never entered this process.
+        overflowed: by record key, elements that a cast made infinite.
     """
 
     crcs: dict[int, int]
     crc32: int
     moved_by_kernel: int
+    overflowed: dict[str, int]
 
 
 def splice(
@@ -72,6 +75,7 @@ def splice(
     pieces = coalesce(plan.pieces, reader) if local else list(plan.pieces)
     crcs: dict[int, int] = {}
     moved = 0
+    overflows: dict[str, CastTally] = {}
     streams = _Streams(pieces, reader, local=local)
     for piece in pieces:
         if isinstance(piece, Literal):
@@ -80,8 +84,11 @@ def splice(
             data = piece.build(crcs)
             assert len(data) == piece.nbytes
             writer.write(data)
+        elif isinstance(piece, Combined):
+            crcs[piece.slot] = _combined(piece, crcs)
         elif isinstance(piece, Computed):
-            crcs[piece.slot] = _stream(iter_recipe(piece.recipe, reader), piece, writer, report)
+            stream = iter_recipe(piece.recipe, reader, overflows, check=check_source)
+            crcs[piece.slot] = _stream(stream, piece, writer, report)
             continue
         elif (
             local
@@ -96,7 +103,18 @@ def splice(
         report(piece.nbytes)
     if moved and check_source:
         _check_copies(plan, reader)
-    return SpliceResult(crcs, _whole_crc32(plan, crcs), moved)
+    overflowed = {what: tally.overflowed for what, tally in overflows.items() if tally.overflowed}
+    return SpliceResult(crcs, _whole_crc32(plan, crcs), moved, overflowed)
+
+
+def _combined(piece: Combined, crcs: dict[int, int]) -> int:
+    total = 0
+    for crc, slot, nbytes in piece.parts:
+        if crc is None:
+            assert slot is not None
+            crc = crcs[slot]
+        total = combine_crc32(total, crc, nbytes)
+    return total
 
 
 def _ignore(nbytes: int) -> None:
@@ -176,7 +194,7 @@ def _whole_crc32(plan: Plan, crcs: dict[int, int]) -> int:
             total = zlib.crc32(piece.data, total)
         elif isinstance(piece, Late):
             total = zlib.crc32(piece.build(crcs), total)
-        else:
+        elif not isinstance(piece, Combined):
             crc = piece.crc32 if isinstance(piece, Copy) and piece.crc32 is not None else None
             if crc is None:
                 assert piece.slot is not None

@@ -1,4 +1,4 @@
-"""Byte streams that are computed on the way: inflated, gathered, swapped.
+"""Byte streams that are computed on the way: inflated, gathered, put in order, assembled, swapped, cast.
 
 Bounded memory: a few MiB whatever the tensor's size. Each stream reads its source forward only.
 """
@@ -6,15 +6,21 @@ Bounded memory: a few MiB whatever the tensor's size. Each stream reads its sour
 from __future__ import annotations
 
 import array
+import itertools
 import math
+import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ptbin.errors import ChecksumMismatchError
 from ptbin.inflate import iter_inflated
-from ptbin.segments import Gather, Recipe, Slice, Swap
-from ptbin.tensors import ByteRange, InMemory
+from ptbin.segments import Assemble, Cast, Gather, Recipe, Slice, Strided, Swap
+from ptbin.splice.assembly import iter_assembled
+from ptbin.splice.strided import iter_in_order
+from ptbin.tensors import ByteRange, Deflated, InMemory
 
 if TYPE_CHECKING:
+    from ptbin.splice.casting import CastTally
     from ptbin.stores import RangeReader
 
 __all__ = ["iter_recipe"]
@@ -26,22 +32,69 @@ HOLE_NBYTES = 256 * 1024
 _SWAP_CODES = {2: "H", 4: "I", 8: "Q"}
 
 
-def iter_recipe(recipe: Recipe, reader: RangeReader) -> Iterator[bytes]:
+def iter_recipe(
+    recipe: Recipe, reader: RangeReader, overflows: dict[str, CastTally], *, check: bool = True
+) -> Iterator[bytes]:
     """The bytes of a recipe, in pieces.
 
+    Args:
+        overflows: casts count here what became infinite, by the recipe's `what`.
+        check: hold ranges that are read whole against the CRC-32 their container states.
+
     Raises:
-        ChecksumMismatchError, CorruptArchiveError: a deflated member is damaged.
+        ChecksumMismatchError, CorruptArchiveError: the source is damaged.
     """
+    if isinstance(recipe, Cast):
+        from ptbin.splice.casting import CastTally, iter_cast
+
+        inner = (iter_recipe(part, reader, overflows, check=check) for part in recipe.inner)
+        tally = overflows.setdefault(recipe.what, CastTally())
+        return iter_cast(itertools.chain.from_iterable(inner), recipe.source, recipe.target, tally)
     if isinstance(recipe, Swap):
-        return _swapped(iter_recipe(recipe.inner, reader), recipe.width)
+        return _swapped(iter_recipe(recipe.inner, reader, overflows, check=check), recipe.width)
+    if isinstance(recipe, Assemble):
+        return iter_assembled(recipe.tiled, reader)
     if isinstance(recipe, Gather):
         return _gathered(recipe, reader)
+    if isinstance(recipe, Strided):
+        return _in_order(recipe, reader)
     place = recipe.place
     if isinstance(place, InMemory):
         return iter((place.data[recipe.offset : recipe.offset + recipe.nbytes],))
+    if isinstance(place, Deflated):
+        return _window(iter_inflated(place, reader), recipe)
+    stream = reader.iter_range(place.offset + recipe.offset, recipe.nbytes, chunk_nbytes=CHUNK_NBYTES)
+    if check and place.crc32 is not None and recipe.nbytes == place.nbytes:
+        return _checked(stream, place, reader.uri)
+    return stream
+
+
+def _checked(stream: Iterator[bytes], place: ByteRange, uri: str) -> Iterator[bytes]:
+    crc = 0
+    for piece in stream:
+        crc = zlib.crc32(piece, crc)
+        yield piece
+    if crc != place.crc32:
+        raise ChecksumMismatchError(
+            f"{uri}: {place.member} has CRC-32 {crc:08x}, the archive states {place.crc32:08x}"
+        )
+
+
+def _in_order(recipe: Strided, reader: RangeReader) -> Iterator[bytes]:
+    place = recipe.place
     if isinstance(place, ByteRange):
-        return reader.iter_range(place.offset + recipe.offset, recipe.nbytes, chunk_nbytes=CHUNK_NBYTES)
-    return _window(iter_inflated(place, reader), recipe)
+        base = place.offset
+
+        def read(offset: int, nbytes: int) -> bytes:
+            return reader.read(base + offset, nbytes)
+    else:
+        # A deflated storage has no random access: it is inflated once, within `Limits.expanded_nbytes`.
+        data = place.data if isinstance(place, InMemory) else b"".join(iter_inflated(place, reader))
+
+        def read(offset: int, nbytes: int) -> bytes:
+            return data[offset : offset + nbytes]
+
+    return iter_in_order(read, recipe.offset, recipe.shape, recipe.stride, recipe.itemsize)
 
 
 def _window(stream: Iterator[bytes], recipe: Slice) -> Iterator[bytes]:

@@ -224,17 +224,17 @@ class _Emitter:
 
     # -- tensors -----------------------------------------------------------------------------
 
-    def storage(self, placed: OutputTensor, tensor: TensorRef) -> None:
+    def storage(self, placed: OutputTensor) -> None:
         """Persistent id ('storage', class, key, 'cpu', element count); the location is always the CPU."""
 
         def fields() -> None:
             self.text("storage")
-            if tensor.dtype.storage_class is None:
+            if placed.dtype.storage_class is None:
                 self.name("torch.storage", "UntypedStorage")
                 count = placed.storage.nbytes
             else:
-                self.name("torch", tensor.dtype.storage_class)
-                count = placed.storage.nbytes // tensor.dtype.itemsize
+                self.name("torch", placed.dtype.storage_class)
+                count = placed.storage.nbytes // placed.dtype.itemsize
             self.text(placed.storage.key)
             self.text("cpu")
             self.number(count)
@@ -244,13 +244,13 @@ class _Emitter:
 
     def tensor(self, tensor: TensorRef) -> None:
         placed = self._locate(tensor)
-        untyped = tensor.dtype.storage_class is None
+        untyped = placed.dtype.storage_class is None
         function = "_rebuild_tensor_v3" if untyped else "_rebuild_tensor_v2"
         if tensor.quantizer is not None:
             function = "_rebuild_qtensor"
 
         def fields() -> None:
-            self.storage(placed, tensor)
+            self.storage(placed)
             self.number(placed.storage_offset)
             self.numbers(tensor.shape)
             self.numbers(placed.stride)
@@ -259,7 +259,7 @@ class _Emitter:
             self._out.append(b"\x89")  # requires_grad
             self.call("collections", "OrderedDict", 0, lambda: None)  # backward hooks
             if untyped:
-                self.name("torch", tensor.dtype.name)
+                self.name("torch", placed.dtype.name)
             if tensor.flags:
                 self._out.append(b"}")
                 for flag in tensor.flags:

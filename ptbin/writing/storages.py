@@ -1,4 +1,4 @@
-"""Which bytes of each source storage the output keeps, and how its tensors then view them.
+"""Which bytes of each source storage a torch archive keeps, and how its tensors then view them.
 
 Pure. A storage that its tensors view wholly is taken as it is. Of one that they view in part only the
 viewed bytes go along: overlapping views stay together (ties and shared memory survive), dense ones
@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ptbin.dtypes import DType
 from ptbin.errors import UnsupportedTensorError
-from ptbin.segments import Gather, Recipe, Slice, Swap
-from ptbin.tensors import ByteRange, Deflated, InMemory, Storage, TensorRef
+from ptbin.segments import Assemble, Cast, Gather, Recipe, Slice, Strided, Swap, nbytes_of
+from ptbin.tensors import ByteRange, Deflated, InMemory, Joined, Place, Storage, TensorRef, Tiled
+from ptbin.writing.casts import Casts
+from ptbin.writing.layout import whole_range
 
-__all__ = ["OutputStorage", "OutputTensor", "plan_storages"]
+__all__ = ["OutputStorage", "OutputTensor", "first_offset", "plan_storages", "slices_of", "swapped"]
 
 
 @dataclass(eq=False, slots=True)
@@ -22,16 +25,22 @@ class OutputStorage:
     """One record of the output.
 
     Attributes:
-        recipe: how its bytes come about.
-        whole: the recipe is the source's record from end to end, unchanged.
+        recipes: how its bytes come about, one behind the other.
         source: the storage it is taken from.
     """
 
     key: str
-    nbytes: int
-    recipe: Recipe
-    whole: bool
+    recipes: tuple[Recipe, ...]
     source: Storage
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes_of(self.recipes)
+
+    @property
+    def stored(self) -> ByteRange | None:
+        """Where the source holds all of it plainly: its own record from end to end, unchanged."""
+        return whole_range(self.recipes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +48,19 @@ class OutputTensor:
     """A view into an output storage; units as in `TensorRef`."""
 
     storage: OutputStorage
+    dtype: DType
     stride: tuple[int, ...]
     storage_offset: int
 
 
 def plan_storages(
-    tensors: list[TensorRef], *, keep_keys: bool
+    tensors: list[TensorRef], *, keep_keys: bool, casts: Casts
 ) -> tuple[list[OutputStorage], dict[tuple[object, ...], OutputTensor]]:
     """Output storages, in source order, and for each view (`TensorRef.layout_key`) where it then lies.
 
     Args:
         keep_keys: keep the source's storage keys (zip sources); otherwise number from 0.
+        casts: which tensors change their element type.
 
     Raises:
         UnsupportedTensorError: a big-endian storage seen through element types of different width.
@@ -60,7 +71,7 @@ def plan_storages(
     outputs: list[OutputStorage] = []
     views: dict[tuple[object, ...], OutputTensor] = {}
     for group in groups.values():
-        outputs.extend(_plan_cluster(cluster, views) for cluster in _clusters(_distinct(group)))
+        outputs.extend(_plan_cluster(cluster, views, casts) for cluster in _clusters(_distinct(group)))
     outputs.sort(key=_source_order)
     _name(outputs, keep_keys=keep_keys)
     return outputs, views
@@ -103,7 +114,9 @@ def _without_gaps(cluster: list[TensorRef]) -> list[list[TensorRef]]:
     return [cluster] if sum(t.nbytes for t in cluster) >= span else [[t] for t in cluster]
 
 
-def _plan_cluster(cluster: list[TensorRef], views: dict[tuple[object, ...], OutputTensor]) -> OutputStorage:
+def _plan_cluster(
+    cluster: list[TensorRef], views: dict[tuple[object, ...], OutputTensor], casts: Casts
+) -> OutputStorage:
     storage = cluster[0].storage
     # Offsets count in elements of each view's own type: begin where all of them can.
     width = max(t.dtype.itemsize for t in cluster)
@@ -111,25 +124,54 @@ def _plan_cluster(cluster: list[TensorRef], views: dict[tuple[object, ...], Outp
     end = max(t.span[1] for t in cluster)
     place = storage.place
     assert place is not None
+    target = casts.of_all(cluster, storage.key)
     if (
-        isinstance(place, Deflated)
+        isinstance(place, (Deflated, Joined, Tiled))
         or all(t.dense for t in cluster)
         or len(cluster) > 1
         or cluster[0].overlapping
     ):
-        recipe: Recipe = Slice(place, first, end - first)
-        output = OutputStorage("", end - first, recipe, end - first == storage.nbytes, storage)
+        output = OutputStorage("", slices_of(place, first, end - first), storage)
         for tensor in cluster:
             moved = tensor.storage_offset - first // tensor.dtype.itemsize * tensor.dtype.per_unit
-            views[tensor.layout_key()] = OutputTensor(output, tensor.stride, moved if tensor.numel else 0)
+            views[tensor.layout_key()] = OutputTensor(
+                output, target or tensor.dtype, tensor.stride, moved if tensor.numel else 0
+            )
     else:
-        output = _gathered(cluster[0], place, views)
+        output = _gathered(cluster[0], place, views, target)
     _swap(output, cluster)
+    if target is not None and output.nbytes:
+        output.recipes = (Cast(output.recipes, cluster[0].dtype, target, f"storage {storage.key}"),)
     return output
 
 
+def slices_of(place: Place, offset: int, nbytes: int) -> tuple[Recipe, ...]:
+    """The bytes from `offset` on, from every place they lie in.
+
+    Raises:
+        UnsupportedTensorError: a part of what has to be put together from tiles.
+    """
+    if isinstance(place, Tiled):
+        if (offset, nbytes) == (0, place.nbytes):
+            return (Assemble(place),)
+        raise UnsupportedTensorError("a view of a part of a tensor that is stored in tiles")
+    if not isinstance(place, Joined):
+        return (Slice(place, offset, nbytes),)
+    slices = []
+    position = 0
+    for part in place.parts:
+        first, last = max(offset - position, 0), min(offset + nbytes - position, part.nbytes)
+        if first < last:
+            slices.append(Slice(part, first, last - first))
+        position += part.nbytes
+    return tuple(slices)
+
+
 def _gathered(
-    tensor: TensorRef, place: ByteRange | InMemory, views: dict[tuple[object, ...], OutputTensor]
+    tensor: TensorRef,
+    place: ByteRange | InMemory,
+    views: dict[tuple[object, ...], OutputTensor],
+    target: DType | None,
 ) -> OutputStorage:
     """A gappy view, packed; broadcast dimensions are stored once and stay broadcast."""
     kept = [
@@ -148,8 +190,8 @@ def _gathered(
     for axis, n in enumerate(tensor.shape):
         if n == 1:
             stride[axis] = 1
-    output = OutputStorage("", recipe.nbytes, recipe, False, tensor.storage)
-    views[tensor.layout_key()] = OutputTensor(output, tuple(stride), 0)
+    output = OutputStorage("", (recipe,), tensor.storage)
+    views[tensor.layout_key()] = OutputTensor(output, target or tensor.dtype, tuple(stride), 0)
     return output
 
 
@@ -164,17 +206,30 @@ def _swap(output: OutputStorage, cluster: list[TensorRef]) -> None:
         )
     width = widths.pop()
     if width > 1 and output.nbytes:
-        assert not isinstance(output.recipe, Swap)
-        output.recipe = Swap(output.recipe, width)
-        output.whole = False
+        output.recipes = tuple(swapped(recipe, width) for recipe in output.recipes)
+
+
+def swapped(recipe: Recipe, width: int) -> Swap:
+    assert isinstance(recipe, (Slice, Gather, Strided))
+    return Swap(recipe, width)
 
 
 def _source_order(output: OutputStorage) -> tuple[int, int]:
-    recipe = output.recipe.inner if isinstance(output.recipe, Swap) else output.recipe
-    place = recipe.place
-    if isinstance(place, InMemory):
-        return (1 << 63, 0)  # a stable sort keeps these in order of appearance, behind the rest
-    return (place.offset, recipe.offset)
+    return first_offset(output.recipes[0]) if output.recipes else (1 << 63, 0)
+
+
+def first_offset(recipe: Recipe) -> tuple[int, int]:
+    """Where in the source a recipe begins to read; what lies in memory comes behind everything else."""
+    if isinstance(recipe, Cast):
+        return first_offset(recipe.inner[0])
+    if isinstance(recipe, Swap):
+        return first_offset(recipe.inner)
+    place: Place
+    if isinstance(recipe, Assemble):
+        place, offset = recipe.tiled.tiles[0].place, recipe.tiled.tiles[0].offset
+    else:
+        place, offset = recipe.place, recipe.offset
+    return (place.offset, offset) if isinstance(place, (ByteRange, Deflated)) else (1 << 63, 0)
 
 
 def _name(outputs: list[OutputStorage], *, keep_keys: bool) -> None:

@@ -16,6 +16,7 @@ import struct
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ptbin.framing import (
     ALIGNMENT,
@@ -27,22 +28,22 @@ from ptbin.framing import (
     uses_zip64,
     zip64_field,
 )
-from ptbin.segments import Computed, Copy, Late, Literal, Piece, Plan, RecordLayout, Slice
-from ptbin.state_dict import StateDict, tensors_of
-from ptbin.tensors import ByteRange, TensorRef
+from ptbin.nodes import DictNode
+from ptbin.segments import FilePlan, Late, Literal, PlannedTensor
+from ptbin.state_dict import tensors_of
+from ptbin.stores.joined import PART_BITS
+from ptbin.writing.casts import Casts
+from ptbin.writing.layout import FileLayout
 from ptbin.writing.pickle_emitter import emit_state_dict
+from ptbin.writing.prechecks import is_checked, prechecks_for
 from ptbin.writing.storages import OutputStorage, OutputTensor, plan_storages
 
-__all__ = ["PlannedTensor", "TorchPlan", "plan_torch_archive"]
+__all__ = ["plan_torch_archive"]
 
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR64 = struct.Struct("<4sLQL")
-
-# Reading more of a storage than its view, only to confirm the stored CRC-32, may cost this much.
-PRECHECK_FLOOR_NBYTES = 512 * 1024
-PRECHECK_SHARE = 100
 
 # The first record of a run this long is padded so that all of the run keeps its offsets modulo a page: the
 # kernel then copies page by page (a quarter less time, measured), and filesystems that share blocks may.
@@ -51,25 +52,6 @@ PAGE_NBYTES = 4096
 
 # torch names the root after the file; nothing longer than a file name is kept.
 MAX_ROOT_NBYTES = 255
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """One plain tensor of the output.
-
-    `offset` is the first byte it touches in the file; stride in elements, `record` the storage key.
-    """
-
-    name: str
-    tensor: TensorRef
-    placed: OutputTensor
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class TorchPlan:
-    plan: Plan
-    tensors: tuple[PlannedTensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,48 +65,68 @@ class _Entry:
     slot: int | None
 
 
-def plan_torch_archive(state_dict: StateDict, *, archive_root: str | None) -> TorchPlan:
-    """Lay the output out.
+def plan_torch_archive(
+    name: str,
+    entries: list[tuple[str, Any]],
+    *,
+    mapping_kind: str,
+    metadata: DictNode | None,
+    archive_root: str | None,
+    casts: Casts,
+) -> FilePlan:
+    """Lay one archive out.
 
     Args:
+        name: of the file.
+        entries: names and values, in order; metadata: what torch keeps as `_metadata`.
         archive_root: the source's archive root where it is a torch zip, else None.
     """
-    named = [item for name, value in state_dict.entries for item in tensors_of(name, value)]
-    storages, views = plan_storages([t for _, t in named], keep_keys=archive_root is not None)
+    named = [item for label, value in entries for item in tensors_of(label, value)]
+    storages, views = plan_storages([t for _, t in named], keep_keys=archive_root is not None, casts=casts)
     keep_root = archive_root is not None and len(archive_root.encode("utf-8", "replace")) <= MAX_ROOT_NBYTES
     root = archive_root if keep_root and archive_root is not None else "archive"
     pickle = emit_state_dict(
-        state_dict.entries,
-        mapping_kind=state_dict.mapping_kind,
-        metadata=state_dict.metadata,
+        entries,
+        mapping_kind=mapping_kind,
+        metadata=metadata,
         locate=lambda tensor: views[tensor.layout_key()],
     )
-    layout = _Layout(root)
+    layout = _Archive(root)
     layout.literal_member("data.pkl", pickle)
     layout.literal_member("byteorder", b"little")
     offsets: dict[int, int] = {}
-    prechecks = _prechecks(storages)
+    prechecks = prechecks_for([storage.recipes for storage in storages])
     heads = _run_heads(storages)
     for storage in storages:
         offsets[id(storage)] = layout.record(
-            storage, checked=_is_checked(storage, prechecks), page_aligned=id(storage) in heads
+            storage, checked=is_checked(storage.recipes, prechecks), page_aligned=id(storage) in heads
         )
     layout.literal_member("version", b"3\n")
     layout.directory()
     tensors = []
-    for name, tensor in named:
+    for label, tensor in named:
         placed = views[tensor.layout_key()]
-        unit = tensor.dtype
-        first = placed.storage_offset // unit.per_unit * unit.itemsize
-        tensors.append(PlannedTensor(name, tensor, placed, offsets[id(placed.storage)] + first))
-    plan = Plan(tuple(layout.pieces), layout.offset, tuple(layout.records), tuple(prechecks))
-    return TorchPlan(plan, tuple(tensors))
+        first = placed.storage_offset // placed.dtype.per_unit * placed.dtype.itemsize
+        tensors.append(
+            PlannedTensor(
+                label,
+                tensor,
+                placed.dtype,
+                None if _is_contiguous(tensor.shape, placed) else placed.stride,
+                offsets[id(placed.storage)] + first,
+                placed.storage.key,
+            )
+        )
+    return FilePlan(name, layout.finish(prechecks), tuple(tensors))
 
 
-def _stored(storage: OutputStorage) -> ByteRange | None:
-    """Where the source holds the record as a whole, if it does so plainly."""
-    place = storage.source.place
-    return place if storage.whole and isinstance(place, ByteRange) else None
+def _is_contiguous(shape: tuple[int, ...], placed: OutputTensor) -> bool:
+    expected = 1
+    for n, s in zip(reversed(shape), reversed(placed.stride), strict=True):
+        if n != 1 and s != expected:
+            return 0 in shape
+        expected *= n
+    return True
 
 
 def _run_heads(storages: list[OutputStorage]) -> set[int]:
@@ -132,7 +134,7 @@ def _run_heads(storages: list[OutputStorage]) -> set[int]:
     runs: list[tuple[int, int]] = []
     end = -1
     for storage in storages:
-        place = _stored(storage)
+        place = storage.stored
         if place is None or place.record_offset is None:
             end = -1
             continue
@@ -144,45 +146,13 @@ def _run_heads(storages: list[OutputStorage]) -> set[int]:
     return {head for head, nbytes in runs if nbytes >= LONG_RUN_NBYTES}
 
 
-def _prechecks(storages: list[OutputStorage]) -> list[ByteRange]:
-    """Storages viewed in part whose CRC-32 is worth confirming, smallest first, within the allowance."""
-    allowance = max(PRECHECK_FLOOR_NBYTES, sum(s.nbytes for s in storages) // PRECHECK_SHARE)
-    partial = {
-        id(s.source): s.source.place
-        for s in storages
-        if not s.whole and isinstance(s.source.place, ByteRange) and s.source.place.crc32 is not None
-    }
-    chosen = []
-    for place in sorted(partial.values(), key=lambda p: p.nbytes):
-        allowance -= place.nbytes
-        if allowance < 0:
-            break
-        chosen.append(place)
-    return chosen
-
-
-def _is_checked(storage: OutputStorage, prechecks: list[ByteRange]) -> bool:
-    place = storage.source.place
-    return storage.whole or not isinstance(place, ByteRange) or place.crc32 is None or place in prechecks
-
-
-class _Layout:
-    """The archive as it grows: pieces, current offset, directory entries."""
+class _Archive(FileLayout):
+    """The archive as it grows: what `FileLayout` keeps, and the directory entries."""
 
     def __init__(self, root: str) -> None:
+        super().__init__()
         self.root = root
-        self.pieces: list[Piece] = []
-        self.offset = 0
         self.entries: list[_Entry] = []
-        self.records: list[RecordLayout] = []
-
-    def add(self, piece: Piece) -> None:
-        last = self.pieces[-1] if self.pieces else None
-        if isinstance(piece, Literal) and isinstance(last, Literal):
-            self.pieces[-1] = Literal(last.data + piece.data)
-        else:
-            self.pieces.append(piece)
-        self.offset += piece.nbytes
 
     def literal_member(self, name: str, data: bytes) -> None:
         raw_name = f"{self.root}/{name}".encode()
@@ -199,41 +169,27 @@ class _Layout:
         """
         raw_name = f"{self.root}/data/{storage.key}".encode()
         nbytes = storage.nbytes
-        stored = _stored(storage)
+        stored = storage.stored
         # A record whose framing in the source is torch's own keeps the offset that framing declares, so
         # that header, data and descriptor can be taken as one range wherever they come to lie.
         declared = stored.record_offset if stored is not None and stored.closed else None
+        if declared is not None:
+            declared &= (1 << PART_BITS) - 1
         header_offset = self.offset
         congruent = (0, ALIGNMENT)
         if page_aligned and stored is not None:
             congruent = (stored.offset % PAGE_NBYTES, PAGE_NBYTES)
         self.add(Literal(local_header(raw_name, nbytes, header_offset, declared, congruent)))
-        data_offset = self.offset
-        crc = stored.crc32 if stored is not None else None
-        slot = None if crc is not None else len(self.records)
-        if nbytes:
-            self.add(self._body(storage, crc, slot))
-        else:
-            crc, slot = 0, None
+        record = self.body(storage.key, storage.recipes, checked=checked)
         zip64 = uses_zip64(header_offset if declared is None else declared, nbytes)
-        self.entries.append(_Entry(raw_name, nbytes, header_offset, crc, slot))
-        if crc is not None:
-            self.add(Literal(descriptor(crc, nbytes, zip64=zip64)))
+        self.entries.append(_Entry(raw_name, nbytes, header_offset, record.crc32, record.slot))
+        if record.crc32 is not None:
+            self.add(Literal(descriptor(record.crc32, nbytes, zip64=zip64)))
         else:
-            assert slot is not None
-            self.add(
-                Late(len(descriptor(0, nbytes, zip64=zip64)), _late_descriptor(slot, nbytes, zip64=zip64))
-            )
-        self.records.append(RecordLayout(storage.key, data_offset, nbytes, crc, slot, checked))
-        return data_offset
-
-    def _body(self, storage: OutputStorage, crc: int | None, slot: int | None) -> Piece:
-        recipe = storage.recipe
-        if isinstance(recipe, Slice) and isinstance(recipe.place, ByteRange):
-            what = recipe.place.member or f"storage {storage.key}"
-            return Copy(recipe.place.offset + recipe.offset, recipe.nbytes, crc, slot, what)
-        assert slot is not None
-        return Computed(recipe, slot, f"storage {storage.key}")
+            assert record.slot is not None
+            build = _late_descriptor(record.slot, nbytes, zip64=zip64)
+            self.add(Late(len(descriptor(0, nbytes, zip64=zip64)), build))
+        return record.offset
 
     def directory(self) -> None:
         start = self.offset

@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 
 from ptbin.crc32 import combine_crc32
 from ptbin.framing import descriptor, implied_data_offset, local_header, uses_zip64
-from ptbin.options import Limits
+from ptbin.options import ConvertOptions, Limits
 from ptbin.reading.checkpoint import read_checkpoint
 from ptbin.reading.selection import select_state_dict
 from ptbin.reading.source import SourceFile
 from ptbin.reading.zip_directory import read_zip_directory
-from ptbin.segments import Copy, Literal
+from ptbin.segments import Copy, FilePlan, Literal
 from ptbin.splice.coalesce import coalesce
 from ptbin.stores import RangeReader, open_store
 from ptbin.tensors import ByteRange
-from ptbin.writing.torch_format import TorchPlan, plan_torch_archive
+from ptbin.writing.outputs import plan_output
 from tests.checkpoints import Checkpoint
 
 Make = Callable[[str], Checkpoint]
@@ -36,11 +36,11 @@ def opened(path: Path) -> RangeReader:
     return store.open_reader(inside)
 
 
-def planned(reader: RangeReader) -> TorchPlan:
+def planned(reader: RangeReader) -> FilePlan:
     checkpoint = read_checkpoint(reader)
-    return plan_torch_archive(
-        select_state_dict(checkpoint, None, Limits()), archive_root=checkpoint.archive_root
-    )
+    state_dict = select_state_dict(checkpoint, None, Limits())
+    root = checkpoint.archive_root
+    return plan_output(state_dict, ConvertOptions(), "x.bin", archive_root=root).files[0]
 
 
 @given(st.binary(max_size=200), st.binary(max_size=200))

@@ -1,0 +1,129 @@
+"""The manifest of an output that is written and not yet proven: everything but digests. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ptbin.draft import DraftFile, DraftRecord
+from ptbin.manifest import SCHEMA_VERSION, hex_crc32
+from ptbin.options import ConvertOptions
+from ptbin.reading.checkpoint import Checkpoint
+from ptbin.reading.verdicts import SafetyReport
+from ptbin.segments import FilePlan, PlannedTensor, RecordLayout
+from ptbin.splice import SpliceResult
+from ptbin.state_dict import StateDict
+from ptbin.stores import RangeReader
+from ptbin.stores.joined import JoinedReader
+from ptbin.version import __version__
+
+__all__ = ["Written", "draft_file", "draft_manifest"]
+
+Written = tuple[FilePlan, SpliceResult]
+
+
+def draft_manifest(
+    reader: RangeReader,
+    checkpoint: Checkpoint,
+    safety: SafetyReport,
+    state_dict: StateDict,
+    written: Sequence[Written],
+    files: Sequence[DraftFile],
+    options: ConvertOptions,
+) -> dict[str, Any]:
+    """What is known once everything is written; run id and times are the caller's to add."""
+    source: dict[str, Any] = {
+        "uri": reader.uri,
+        "size": reader.size,
+        "identity": reader.identity.to_json(),
+        "container": checkpoint.container,
+    }
+    if isinstance(reader, JoinedReader):
+        source["files"] = [
+            {
+                "path": part.path,
+                "size": part.size,
+                "identity": part.identity.to_json() if part.identity is not None else None,
+            }
+            for part in reader.parts
+        ]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "source": source,
+        "selected": state_dict.path,
+        "options": options.to_json(),
+        "options_fingerprint": options.fingerprint(),
+        "outputs": [
+            {"path": file.path, "size": file.size, "sha256": None, "crc32": hex_crc32(file.crc32)}
+            for file in files
+        ],
+        "tensors": _tensor_rows(written, state_dict),
+        "left_out": [item.to_json() for item in state_dict.left_out],
+        "globals": safety.to_json(),
+        "safety": {"verdict": safety.verdict, "findings": list(safety.findings)},
+        "verification": {},
+        "tool": {"name": "ptbin", "version": __version__},
+    }
+
+
+def draft_file(plan: FilePlan, result: SpliceResult) -> DraftFile:
+    records = tuple(
+        DraftRecord(record.offset, record.nbytes, _crc32(record, result)) for record in plan.plan.records
+    )
+    return DraftFile(plan.name, plan.plan.size, result.crc32, records)
+
+
+def _crc32(record: RecordLayout, result: SpliceResult) -> int:
+    crc = record.crc32 if record.slot is None else result.crcs[record.slot]
+    assert crc is not None
+    return crc
+
+
+def _tensor_rows(written: Sequence[Written], state_dict: StateDict) -> list[dict[str, Any]]:
+    rows = []
+    for file, result in written:
+        records = {record.key: record for record in file.plan.records}
+        first_on: dict[str, str] = {}
+        for planned in file.tensors:
+            record = records[planned.record]
+            row = _row(file.name, planned, record, result, state_dict)
+            if record.nbytes and record.key in first_on:
+                row["shares_with"] = first_on[record.key]
+            first_on.setdefault(record.key, planned.name)
+            rows.append(row)
+    return rows
+
+
+def _row(
+    file: str, planned: PlannedTensor, record: RecordLayout, result: SpliceResult, state_dict: StateDict
+) -> dict[str, Any]:
+    tensor = planned.source
+    row: dict[str, Any] = {
+        "name": planned.name,
+        "source_name": _source_name(state_dict, planned.name),
+        "dtype": planned.dtype.name,
+        "shape": list(tensor.shape),
+        "nbytes": planned.nbytes,
+        "file": file,
+        "offset": planned.offset,
+        "sha256": None,
+    }
+    if (planned.offset, planned.nbytes, planned.stride) == (record.offset, record.nbytes, None):
+        row["crc32"] = hex_crc32(_crc32(record, result))
+    if planned.stride is not None:
+        row["stride"] = list(planned.stride)
+    if tensor.flags:
+        row["lazy"] = list(tensor.flags)
+    if planned.dtype is not tensor.dtype:
+        row["cast_from"] = tensor.dtype.name
+        if record.key in result.overflowed:
+            row["overflowed"] = result.overflowed[record.key]
+    if not record.source_checked:
+        row["source_checked"] = False
+    return row
+
+
+def _source_name(state_dict: StateDict, name: str) -> str:
+    owner = name.split("#", 1)[0]
+    source = state_dict.source_names.get(owner)
+    return name if source is None else source + name[len(owner) :]

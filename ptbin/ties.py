@@ -1,0 +1,83 @@
+"""Joining tensors that are equal bit for bit, as if the source had tied them.
+
+Wrappers separate what was one: a gathered copy of `lm_head` beside the embedding, say. Only matrices of more
+than one distinct value are joined: that two biases, or two fresh adapters, are all zeros means nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from ptbin.proof.logical import iter_logical_bytes
+from ptbin.state_dict import LeftOut, StateDict
+from ptbin.tensors import ByteRange, TensorRef
+
+if TYPE_CHECKING:
+    from ptbin.stores import RangeReader
+
+__all__ = ["tie_equal_tensors"]
+
+
+def tie_equal_tensors(state_dict: StateDict, reader: RangeReader) -> None:
+    """Let the later of two equal tensors view the storage of the first.
+
+    Reads the tensors that another one resembles by type, shape and, where the container states one, CRC-32.
+    """
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for index, (_, value) in enumerate(state_dict.entries):
+        if isinstance(value, TensorRef) and _may_be_tied(value):
+            key = (value.dtype.name, value.shape, _known_crc32(value))
+            alike.setdefault(key, []).append(index)
+    for indices in _comparable(alike):
+        first: dict[str, int] = {}
+        for index in indices:
+            name, tensor = state_dict.entries[index]
+            digest = _digest(tensor, reader)
+            if digest is None:
+                continue
+            owner = first.setdefault(digest, index)
+            kept_name, kept = state_dict.entries[owner]
+            if owner != index and kept.layout_key() != tensor.layout_key():
+                state_dict.entries[index] = (name, kept)
+                reason = f"equal to {kept_name!r}, stored once (tie_by_value)"
+                state_dict.left_out.append(LeftOut(name, tensor.nbytes, reason))
+
+
+def _may_be_tied(tensor: TensorRef) -> bool:
+    return len(tensor.shape) > 1 and tensor.numel > 1 and not tensor.flags and tensor.quantizer is None
+
+
+def _comparable(alike: dict[tuple[object, ...], list[int]]) -> list[list[int]]:
+    """Groups that may hold equal tensors: one without a known CRC-32 may equal any of its type and shape."""
+    groups: list[list[int]] = []
+    by_form: dict[tuple[object, ...], list[tuple[object, list[int]]]] = {}
+    for (dtype, shape, crc), indices in alike.items():
+        by_form.setdefault((dtype, shape), []).append((crc, indices))
+    for forms in by_form.values():
+        if any(crc is None for crc, _ in forms):
+            groups.append(sorted(index for _, indices in forms for index in indices))
+        else:
+            groups.extend(indices for _, indices in forms)
+    return [group for group in groups if len(group) > 1]
+
+
+def _known_crc32(tensor: TensorRef) -> int | None:
+    """CRC-32 of the tensor's own bytes, where it fills its record in order."""
+    place = tensor.storage.place
+    if isinstance(place, ByteRange) and tensor.contiguous and place.nbytes == tensor.nbytes:
+        return None if tensor.storage.big_endian else place.crc32
+    return None
+
+
+def _digest(tensor: TensorRef, reader: RangeReader) -> str | None:
+    """SHA-256 of the logical bytes; None where all elements are the same."""
+    digest = hashlib.sha256()
+    itemsize = tensor.dtype.itemsize
+    first = b""
+    constant = True
+    for piece in iter_logical_bytes(tensor, reader):
+        digest.update(piece)
+        first = first or bytes(piece[:itemsize])
+        constant = constant and bytes(piece) == first * (len(piece) // itemsize)
+    return None if constant else digest.hexdigest()

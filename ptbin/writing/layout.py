@@ -1,0 +1,100 @@
+"""One output file as it grows: pieces, records, CRC-32 slots. Every format lays itself out with this."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ptbin.crc32 import combine_crc32
+from ptbin.segments import (
+    Cast,
+    Combined,
+    Computed,
+    Copy,
+    Literal,
+    Piece,
+    Plan,
+    Recipe,
+    RecordLayout,
+    Slice,
+    nbytes_of,
+)
+from ptbin.tensors import ByteRange
+
+__all__ = ["FileLayout", "whole_range"]
+
+
+def whole_range(recipes: tuple[Recipe, ...]) -> ByteRange | None:
+    """The source range that the recipes are, from end to end and unchanged; None where they are not one."""
+    if len(recipes) != 1 or not isinstance(recipes[0], Slice):
+        return None
+    place = recipes[0].place
+    if isinstance(place, ByteRange) and recipes[0].offset == 0 and recipes[0].nbytes == place.nbytes:
+        return place
+    return None
+
+
+class FileLayout:
+    """Pieces one behind the other; `offset` is where the next one begins."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Piece] = []
+        self.offset = 0
+        self.records: list[RecordLayout] = []
+        self._slots = 0
+
+    def add(self, piece: Piece) -> None:
+        last = self.pieces[-1] if self.pieces else None
+        if isinstance(piece, Literal) and isinstance(last, Literal):
+            self.pieces[-1] = Literal(last.data + piece.data)
+        elif piece.nbytes or not isinstance(piece, Literal):
+            self.pieces.append(piece)
+        self.offset += piece.nbytes
+
+    def align(self, alignment: int) -> None:
+        """Zeros up to a multiple of `alignment`."""
+        self.add(Literal(bytes(-self.offset % alignment)))
+
+    def body(self, key: str, recipes: tuple[Recipe, ...], *, checked: bool) -> RecordLayout:
+        """Add the bytes of one record; what is not known of its CRC-32 gets a slot."""
+        start = self.offset
+        what = f"storage {key}"
+        parts: list[tuple[int | None, int | None, int]] = []
+        for recipe in recipes:
+            nbytes = recipe.nbytes
+            if not nbytes:
+                continue
+            if isinstance(recipe, Cast):
+                recipe = dataclasses.replace(recipe, what=key)  # overflows are counted by record
+            place = whole_range((recipe,))
+            crc = place.crc32 if place is not None else None
+            slot = None if crc is not None else self._slot()
+            if isinstance(recipe, Slice) and isinstance(recipe.place, ByteRange):
+                name = recipe.place.member or what
+                self.add(Copy(recipe.place.offset + recipe.offset, nbytes, crc, slot, name))
+            else:
+                assert slot is not None
+                self.add(Computed(recipe, slot, what))
+            parts.append((crc, slot, nbytes))
+        total, slot = self._combined(parts)
+        record = RecordLayout(key, start, nbytes_of(recipes), total, slot, checked)
+        self.records.append(record)
+        return record
+
+    def _combined(self, parts: list[tuple[int | None, int | None, int]]) -> tuple[int | None, int | None]:
+        if len(parts) == 1:
+            return parts[0][:2]
+        total = 0
+        for crc, _, nbytes in parts:
+            if crc is None:
+                slot = self._slot()
+                self.add(Combined(slot, tuple(parts)))
+                return None, slot
+            total = combine_crc32(total, crc, nbytes)
+        return total, None
+
+    def _slot(self) -> int:
+        self._slots += 1
+        return self._slots - 1
+
+    def finish(self, prechecks: tuple[ByteRange, ...] = ()) -> Plan:
+        return Plan(tuple(self.pieces), self.offset, tuple(self.records), prechecks)
