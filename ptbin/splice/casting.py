@@ -46,8 +46,8 @@ CAST_NAMES = (
     "float8_e5m2fnuz",
 )
 
-# Elements per numpy call. The scratch buffers of 64 Ki elements stay in an L2 cache of 1 MiB; with 16 Ki the
-# calls themselves begin to count, with 256 Ki the cache is too small (measured, float32 to bfloat16).
+# Elements per numpy call. float32 to bfloat16 reads 3.2 GB/s with 8 Ki, where the calls themselves count,
+# 7.2 with 64 Ki, whose scratch buffers stay in an L2 cache of 1 MiB, and 6.1 with 1 Mi (one core, AMD EPYC).
 BLOCK = 1 << 16
 # Shorter pieces are put together first: a gather may yield single elements.
 SMALL_NBYTES = 1 << 16
@@ -261,7 +261,7 @@ def _table(source: str, target: str) -> _Table:
         elif target == "float16":
             results = _float16_bits(wide)
         elif target == "bfloat16":
-            # Exact but for float16, whose numbers all have bfloat16 neighbours: nothing overflows here.
+            # bfloat16 reaches further than all the small types: nothing overflows here.
             results = ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).astype(numpy.uint16)
             results[numpy.isnan(wide.view(numpy.float32))] = 0x7FC0
         else:
