@@ -26,7 +26,7 @@ from flows.tally import Tally
 from flows.wishes import MAX_WORKERS, build_options, refuse_secrets
 from ptbin import catalog
 from ptbin.errors import UsageError
-from ptbin.options import Naming, OnUnsafe, OutputFormat, VerifyLevel
+from ptbin.options import Layout, Naming, OnUnsafe, OutputFormat, VerifyLevel
 from tasks.listing import list_checkpoints
 
 __all__ = ["convert"]
@@ -46,11 +46,15 @@ def convert(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     format: OutputFormat = "torch",  # noqa: A002 - the name on the command line and in manifests
+    layout: Layout = "mirror",
     naming: Naming = "replace",
     select: str | None = None,
     strip_prefix: str | None = None,
     rename: Sequence[str] = (),
     drop: Sequence[str] = (),
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
+    tie_by_value: bool = False,
     on_unsafe: OnUnsafe = "reject",
     verify: VerifyLevel = "checksum",
     force: bool = False,
@@ -71,6 +75,10 @@ def convert(
         drop=drop,
         select=select,
         strip_prefix=strip_prefix,
+        layout=layout,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        tie_by_value=tie_by_value,
         on_unsafe=on_unsafe,
         verify=verify,
         force=force,
@@ -82,7 +90,9 @@ def convert(
         found = list_checkpoints(live.run_id, source, list(include), list(exclude))
         if not found:
             raise UsageError(f"no checkpoints to convert below SOURCE: {source}")
-        jobs, collisions = catalog.plan_outputs(found, dest, naming=naming)
+        jobs, collisions = catalog.plan_outputs(
+            found, dest, naming=naming, format=options.format, layout=options.layout
+        )
         conversion = Conversion(live, options, Tally(live.run_id, source, dest), workers, fail_fast)
         conversion.refuse(collisions)
         conversion.run(jobs if force else conversion.drop_up_to_date(jobs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,24 +10,49 @@ from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions
 from ptbin.stores import public_uri
 
-__all__ = ["MAX_WORKERS", "build_options", "refuse_secrets"]
+__all__ = ["MAX_WORKERS", "build_options", "parse_size", "refuse_secrets"]
 
 MAX_WORKERS = 64
 
 
-def build_options(*, rename: Sequence[str] = (), drop: Sequence[str] = (), **others: Any) -> ConvertOptions:
-    """`ConvertOptions` with `rename` written as `OLD=NEW`.
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes: a number, or one with a unit. As at Hugging Face GB is 10^9 bytes, and GiB 2^30.
 
     Raises:
-        UsageError: an unknown value, or a rename without `=`.
+        UsageError: anything else.
     """
+    match = _SIZE.fullmatch(str(text))
+    unit = _UNITS.get(match[2].upper().removesuffix("B") + "B" if match[2] else "") if match else None
+    if match is None or unit is None:
+        raise UsageError(f"{text!r} is no size; examples: 500MB, 5GB, 2GiB")
+    return int(float(match[1]) * unit)
+
+
+def build_options(
+    *,
+    rename: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    max_shard_size: str | int | None = None,
+    **others: Any,
+) -> ConvertOptions:
+    """`ConvertOptions` with `rename` written as `OLD=NEW` and sizes with units.
+
+    Raises:
+        UsageError: an unknown value, a rename without `=`, a size that is none.
+    """
+    limit = parse_size(max_shard_size) if max_shard_size is not None else None
     pairs = []
     for text in rename:
         old, equals, new = text.partition("=")
         if not equals or not old:
             raise UsageError(f"rename: {text!r} is not of the form OLD=NEW")
         pairs.append((old, new))
-    return ConvertOptions(rename=tuple(pairs), drop=tuple(drop), **others)
+    return ConvertOptions(rename=tuple(pairs), drop=tuple(drop), max_shard_size=limit, **others)
 
 
 def refuse_secrets(*uris: str) -> None:

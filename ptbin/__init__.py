@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ptbin.conversion import commit, convert, stage
     from ptbin.draft import Draft
     from ptbin.inspection import inspect
+    from ptbin.loading import load
     from ptbin.options import ConvertOptions, Limits
     from ptbin.proof.manifests import Issue, verify
 
@@ -33,6 +34,7 @@ __all__ = [
     "convert",
     "errors",
     "inspect",
+    "load",
     "stage",
     "verify",
 ]
@@ -46,6 +48,7 @@ _HOMES = {
     "stage": "ptbin.conversion",
     "commit": "ptbin.conversion",
     "inspect": "ptbin.inspection",
+    "load": "ptbin.loading",
     "Issue": "ptbin.proof.manifests",
     "verify": "ptbin.proof.manifests",
 }

@@ -24,8 +24,10 @@ from ptbin.errors import (
     UsageError,
     VerificationError,
 )
+from ptbin.folders import INDEX_SUFFIX, Grouping, is_folder_part
 from ptbin.manifest import MANIFEST_SUFFIX, parse_manifest
-from ptbin.options import ConvertOptions, Naming
+from ptbin.options import ConvertOptions, Layout, Naming, OutputFormat
+from ptbin.sources import find_source
 from ptbin.stores import Identity, ListedObject, Store, is_partial_name, open_store
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "check_call",
     "find_checkpoints",
     "find_manifests",
+    "find_one",
     "find_orphans",
     "is_up_to_date",
     "plan_outputs",
@@ -43,6 +46,11 @@ __all__ = [
 
 RUNS_FOLDER = "_ptbin"
 OUTPUT_SUFFIX = ".bin"
+OUTPUT_SUFFIXES: dict[OutputFormat, str] = {"torch": ".bin", "raw": ".bin", "safetensors": ".safetensors"}
+
+# Stems under which Hugging Face folders keep their weights: the folder is the model, not the file.
+_HF_STEMS = ("model", "pytorch_model", "adapter_model")
+_SHARD = re.compile(r"-\d{5,}-of-\d{5,}(?=\.[a-z]+$)")
 
 # Names under which people keep checkpoints, and archives of them: always looked into.
 CHECKPOINT_SUFFIXES = frozenset(
@@ -136,23 +144,62 @@ def find_checkpoints(
     root, pattern = _split_glob(source, storage_options)
     store, path = open_store(root, storage_options)
     if pattern is None and not store.is_directory(path):
-        stat = store.stat(path)
-        name = path.rstrip("/").rsplit("/", 1)[-1]
-        yield Found(name, stat.uri, stat.size, stat.identity, True)
+        yield find_one(source, storage_options=storage_options)
         return
+
+    def wanted(item: ListedObject) -> Iterator[Found]:
+        if pattern is None or _matches(f"/{item.path}", pattern):
+            certain = _is_candidate(item, include, exclude)
+            if certain is not None:
+                yield Found(item.path, item.uri, item.size, item.identity, certain)
+
+    grouping = Grouping()
     for item in store.iter_objects(path):
-        if pattern is not None and not _matches(f"/{item.path}", pattern):
+        if _is_our_own(item.path):
             continue
-        certain = _is_candidate(item, include, exclude)
-        if certain is not None:
-            yield Found(item.path, item.uri, item.size, item.identity, certain)
+        if is_folder_part(item.path.rpartition("/")[2]):
+            grouping.add(item)  # a later file may say that the two are one checkpoint
+        else:
+            yield from wanted(item)
+    groups, single = grouping.finish()
+    for item in single:
+        yield from wanted(item)
+    for group in groups:
+        paths = [group.handle, *(member.path for member in group.members)]
+        if pattern is not None and not any(_matches(f"/{path}", pattern) for path in paths):
+            continue
+        if any(_matches(path, glob) for glob in exclude for path in paths[:1]) or (
+            include and not any(_matches(path, glob) for glob in include for path in paths)
+        ):
+            continue
+        uri = store.uri_of(f"{path.rstrip('/')}/{group.handle}" if group.handle else path)
+        name = group.handle or path.rstrip("/").rpartition("/")[2]
+        yield Found(name, uri, group.size, group.identity, True)
+
+
+def find_one(source: str, *, storage_options: Mapping[str, Any] | None = None) -> Found:
+    """SOURCE as one checkpoint: a file, an index with its shards, or a folder that is one.
+
+    Raises:
+        NotFoundInStoreError: nothing is there. UnsupportedFormatError: a folder that is not one checkpoint.
+    """
+    place = find_source(source, storage_options)
+    name = place.path.rstrip("/").rpartition("/")[2]
+    if not place.parts:
+        stat = place.store.stat(place.path)
+        return Found(name, stat.uri, stat.size, stat.identity, True)
+    return Found(name, place.store.uri_of(place.path), place.size, place.identity, True)
+
+
+def _is_our_own(path: str) -> bool:
+    """Run records, manifests and unfinished outputs are no checkpoints."""
+    return RUNS_FOLDER in path.split("/") or is_partial_name(path) or path.endswith(MANIFEST_SUFFIX)
 
 
 def _is_candidate(item: ListedObject, include: Sequence[str], exclude: Sequence[str]) -> bool | None:
     """True: by its name a checkpoint. False: its content must tell. None: passed over."""
-    parts = item.path.split("/")
-    name = parts[-1]
-    if RUNS_FOLDER in parts or is_partial_name(item.path) or not name or item.path.endswith(MANIFEST_SUFFIX):
+    name = item.path.rpartition("/")[2]
+    if not name or _is_our_own(item.path):
         return None
     if any(_matches(item.path, glob) for glob in exclude):
         return None
@@ -226,11 +273,17 @@ def _split_glob(source: str, storage_options: Mapping[str, Any] | None) -> tuple
 
 
 def plan_outputs(
-    found: Iterable[Found], dest: str, *, naming: Naming = "replace"
+    found: Iterable[Found],
+    dest: str,
+    *,
+    naming: Naming = "replace",
+    format: OutputFormat = "torch",  # noqa: A002 - as ConvertOptions calls it
+    layout: Layout = "mirror",
 ) -> tuple[list[Job], list[Problem]]:
     """Where each checkpoint's output goes, and those that would share one (none of them is converted).
 
-    Pure. `replace` puts `.bin` in the place of the suffix, `append` behind it.
+    Pure. `replace` puts `.bin` in the place of the suffix, `append` behind it. Layout `hf` gives each
+    checkpoint a folder, unless it lies in one under a name of Hugging Face's already.
     """
     jobs: dict[str, list[Job]] = {}
     problems: list[Problem] = []
@@ -246,7 +299,7 @@ def plan_outputs(
                 )
             )
             continue
-        output = relative_output(item.path, naming)
+        output = relative_output(item.path, naming, OUTPUT_SUFFIXES[format], layout)
         # Case-folded, because the destination may be a file system that does not tell the two apart.
         jobs.setdefault(output.casefold(), []).append(
             Job(item.uri, item.size, f"{base}/{output}", item.path, item.certain, item.identity)
@@ -273,16 +326,27 @@ def plan_outputs(
     return planned, problems
 
 
-def relative_output(path: str, naming: Naming) -> str:
+def relative_output(
+    path: str, naming: Naming, output_suffix: str = OUTPUT_SUFFIX, layout: Layout = "mirror"
+) -> str:
     """Path of the output below DEST for a checkpoint at `path` below SOURCE."""
+    path = path.removesuffix(INDEX_SUFFIX)
     folder, slash, name = path.rpartition("/")
+    if layout == "hf":
+        stem = name.rpartition(".")[0]
+        adapter = stem == "adapter_model"
+        own = "adapter_model" if adapter else "model" if output_suffix == ".safetensors" else "pytorch_model"
+        if stem in _HF_STEMS:
+            return f"{folder}{slash}{own}{output_suffix}"
+        inside = path if naming == "append" else relative_output(path, naming, "")
+        return f"{inside}/{own}{output_suffix}"
     if naming == "append":
-        return f"{path}{OUTPUT_SUFFIX}"
+        return f"{path}{output_suffix}"
     stem = name[: -len(".tar")] if name.lower().endswith((".pth.tar", ".pt.tar", ".ckpt.tar")) else name
     suffix = _suffix(stem)
     if suffix in CHECKPOINT_SUFFIXES:
         stem = stem[: -len(suffix)]
-    return f"{folder}{slash}{stem}{OUTPUT_SUFFIX}"
+    return f"{folder}{slash}{stem}{output_suffix}"
 
 
 def is_up_to_date(
@@ -338,7 +402,7 @@ def find_manifests(dest: str, *, storage_options: Mapping[str, Any] | None = Non
 
 
 def find_orphans(dest: str, *, storage_options: Mapping[str, Any] | None = None) -> Iterator[str]:
-    """URIs of `.bin` files below DEST that no manifest vouches for."""
+    """URIs of weights below DEST that no manifest vouches for; shards are vouched for by their output's."""
     store, path = open_store(dest, storage_options)
     if not store.is_directory(path):
         return
@@ -349,10 +413,10 @@ def find_orphans(dest: str, *, storage_options: Mapping[str, Any] | None = None)
             continue
         if item.path.endswith(MANIFEST_SUFFIX):
             manifests.add(item.path.removesuffix(MANIFEST_SUFFIX))
-        elif item.path.endswith(OUTPUT_SUFFIX):
+        elif item.path.endswith(tuple(OUTPUT_SUFFIXES.values())):
             outputs[item.path] = item.uri
     for name, uri in outputs.items():
-        if name not in manifests:
+        if not {name, _SHARD.sub("", name)} & manifests:
             yield uri
 
 

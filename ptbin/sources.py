@@ -17,7 +17,7 @@ from ptbin.errors import CorruptArchiveError, NotFoundInStoreError, UnsupportedF
 from ptbin.folders import INDEX_SUFFIX, Group, main_handle
 from ptbin.stores import Identity, ListedObject, RangeReader, Store, open_store
 from ptbin.stores.base import refuse_other_object
-from ptbin.stores.joined import JoinedReader
+from ptbin.stores.joined import JoinedReader, joint_identity
 
 __all__ = ["SourcePlace", "find_source", "open_source", "parse_index"]
 
@@ -41,6 +41,16 @@ class SourcePlace:
     path: str
     folder: str
     parts: tuple[ListedObject, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all parts together."""
+        return sum(part.size for part in self.parts)
+
+    @property
+    def identity(self) -> Identity:
+        """Of all parts together."""
+        return joint_identity((part.path, part.size, part.identity) for part in self.parts)
 
     def open(self, expected: Identity | None = None) -> RangeReader:
         """A pinned reader. Raises SourceChangedError where the identity is not `expected`."""

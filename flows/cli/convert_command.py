@@ -14,13 +14,17 @@ from flows.cli.progress import Problems, showing_progress
 from flows.cli.shared_options import Shared, shared_options
 from flows.cli.summary import JSON_KEYS, conversion_lines, plan_lines, single_lines
 from flows.wishes import MAX_WORKERS, build_options, refuse_secrets
-from ptbin.errors import StorageError, UsageError
+from ptbin.dtypes import CAST_NAMES
+from ptbin.errors import StorageError, UnsupportedFormatError, UsageError
 
 if TYPE_CHECKING:
     from ptbin.catalog import Found, Job
     from ptbin.options import ConvertOptions
 
 __all__ = ["convert_command"]
+
+ONE_OUTPUT = (".bin", ".safetensors")
+"""What DEST ends in where it names one output."""
 
 EPILOG = """\b
 Examples:
@@ -29,6 +33,8 @@ Examples:
   ptbin convert checkpoints/ weights/ --include 'run*/last.ckpt' --workers 4
   ptbin convert s3://models/checkpoints s3://models/weights --json > summary.json
   ptbin convert ema.pt ema.bin --select ema_state_dict --strip-prefix auto
+  ptbin convert runs/step-900 model.safetensors --format safetensors --dtype bfloat16
+  ptbin convert checkpoints/ hub/ --layout hf --max-shard-size 5GB
   ptbin convert in.pt s3://models/in.bin --dest-options @minio.json
 
 SOURCE and DEST are local paths or any fsspec URL. One checkpoint goes to DEST if that ends in .bin, else
@@ -46,7 +52,26 @@ Exit status: 0 all converted or up to date; 1 some were rejected or failed;
 @click.argument("dest")
 @click.option("--include", multiple=True, metavar="GLOB", help="Only paths that match (repeatable).")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Not those that match (repeatable).")
-@click.option("--format", "output_format", type=click.Choice(["torch"]), default="torch", show_default=True)
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["torch", "raw", "safetensors"]),
+    default="torch",
+    show_default=True,
+    help="torch: as pytorch_model.bin; raw: bare tensors and a JSON index; safetensors.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["mirror", "hf"]),
+    default="mirror",
+    show_default=True,
+    help="hf: names that transformers looks for, config and tokenizer copied along.",
+)
+@click.option(
+    "--dtype", type=click.Choice(CAST_NAMES), metavar="NAME", help="Cast floating tensors, as torch."
+)
+@click.option("--max-shard-size", metavar="SIZE", help="Cut larger outputs into shards: 5GB, 500MiB, ...")
+@click.option("--tie-by-value", is_flag=True, help="Store equal matrices once, as tied.")
 @click.option(
     "--naming",
     type=click.Choice(["replace", "append"]),
@@ -90,6 +115,10 @@ def convert_command(
     include: Sequence[str],
     exclude: Sequence[str],
     output_format: str,
+    layout: str,
+    dtype: str | None,
+    max_shard_size: str | None,
+    tie_by_value: bool,
     naming: Any,
     select: str | None,
     strip_prefix: str | None,
@@ -107,6 +136,10 @@ def convert_command(
     shared = Shared(**shared_values)
     wishes: dict[str, Any] = {
         "format": output_format,
+        "layout": layout,
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "tie_by_value": tie_by_value,
         "select": select,
         "strip_prefix": strip_prefix,
         "rename": list(rename),
@@ -130,7 +163,7 @@ def convert_command(
         found = [single] if single else _list(source, include, exclude, shared)
         return _print_plan(found, dest, naming, options, shared)
     if single is not None:
-        job = _job_of(single, dest, naming)
+        job = _job_of(single, dest, naming, options)
         summary, lines = _convert_one(job, source, dest, options, shared)
     else:
         refuse_secrets(source, dest)
@@ -169,27 +202,28 @@ def _single_checkpoint(source: str, dest: str, shared: Shared) -> Found | None:
     from ptbin.stores import open_store
 
     store, path = open_store(source, shared.source_options)
-    if not store.is_directory(path):
+    names_one = dest.endswith(ONE_OUTPUT)
+    if names_one or not store.is_directory(path):
         try:
-            stat = store.stat(path)
-        except StorageError:
-            pass  # a glob: `check_call` has seen to everything else
-        else:
-            return catalog.Found(path.rsplit("/", 1)[-1], stat.uri, stat.size, stat.identity, certain=True)
-    if dest.endswith(".bin"):
+            return catalog.find_one(source, storage_options=shared.source_options)
+        except (StorageError, UnsupportedFormatError):
+            pass  # a glob, or a folder of many: `check_call` has seen to everything else
+    if names_one:
         raise UsageError(
-            f"DEST ends in .bin and so names one output, but SOURCE is a place with many: {source}; "
-            f"give a directory ({dest}/ if it is to have that name)"
+            f"DEST ends in {dest[dest.rindex('.') :]} and so names one output, but SOURCE is a place with "
+            f"many: {source}; give a directory ({dest}/ if it is to have that name)"
         )
     return None
 
 
-def _job_of(found: Found, dest: str, naming: Any) -> Job:
+def _job_of(found: Found, dest: str, naming: Any, options: ConvertOptions) -> Job:
     from ptbin import catalog
 
-    if dest.endswith(".bin"):
+    if dest.endswith(ONE_OUTPUT):
         return catalog.Job(found.uri, found.size, dest, found.path, found.certain, found.identity)
-    jobs, problems = catalog.plan_outputs([found], dest, naming=naming)
+    jobs, problems = catalog.plan_outputs(
+        [found], dest, naming=naming, format=options.format, layout=options.layout
+    )
     if problems:
         raise UsageError(problems[0].detail)
     return jobs[0]
@@ -265,10 +299,12 @@ def _print_plan(
 
     if not found:
         raise UsageError("no checkpoints to convert below SOURCE")
-    if len(found) == 1 and dest.endswith(".bin"):
-        jobs, collisions = [_job_of(found[0], dest, naming)], list[catalog.Problem]()
+    if len(found) == 1 and dest.endswith(ONE_OUTPUT):
+        jobs, collisions = [_job_of(found[0], dest, naming, options)], list[catalog.Problem]()
     else:
-        jobs, collisions = catalog.plan_outputs(found, dest, naming=naming)
+        jobs, collisions = catalog.plan_outputs(
+            found, dest, naming=naming, format=options.format, layout=options.layout
+        )
     current = [job for job in jobs if _is_current(job, options, shared)]
     to_do = [job for job in jobs if job not in current]
     if shared.as_json:

@@ -26,25 +26,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ptbin.dtypes import DType
+from ptbin.dtypes import CAST_NAMES, DType
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["CAST_NAMES", "CastTally", "iter_cast"]
-
-# Left out: float8_e8m0fnu, which has neither sign nor zero and holds scales, not weights; float4_e2m1fn_x2,
-# for which torch has no casts; integers and complex numbers, because `--dtype` is about weights' precision.
-CAST_NAMES = (
-    "float64",
-    "float32",
-    "float16",
-    "bfloat16",
-    "float8_e4m3fn",
-    "float8_e4m3fnuz",
-    "float8_e5m2",
-    "float8_e5m2fnuz",
-)
 
 # Elements per numpy call. float32 to bfloat16 reads 3.2 GB/s with 8 Ki, where the calls themselves count,
 # 7.2 with 64 Ki, whose scratch buffers stay in an L2 cache of 1 MiB, and 6.1 with 1 Mi (one core, AMD EPYC).

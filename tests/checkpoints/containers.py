@@ -373,12 +373,13 @@ def torch_export_archive(path: Path) -> Checkpoint:
     return Checkpoint(path, None, reason="unsupported_format")
 
 
-@checkpoint(suffix=".safetensors", reason="unsupported_format")
+@checkpoint(suffix=".safetensors", torch_reads=None)
 def safetensors_file(path: Path) -> Checkpoint:
     from safetensors.torch import save_file
 
-    save_file(random_state_dict(), str(path))
-    return Checkpoint(path, None, reason="unsupported_format")
+    state_dict = random_state_dict()
+    save_file(state_dict, str(path))
+    return Checkpoint(path, state_dict)
 
 
 @checkpoint(reason="corrupt_archive")

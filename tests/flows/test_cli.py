@@ -126,7 +126,7 @@ WRONG_CALLS = {
     "options in a file that is missing": ["convert", "good", "out", "--dest-options", "@missing.json"],
     "an unknown protocol": ["convert", "good", "nowhere://out"],
     "an unknown command": ["transmogrify"],
-    "an unknown option": ["convert", "good", "out", "--dtype", "float16"],
+    "an unknown option": ["convert", "good", "out", "--colour", "red"],
     "an argument too few": ["convert", "good"],
     "verifying what is missing": ["verify", "missing"],
     "verifying what holds nothing": ["verify", "empty"],

@@ -366,8 +366,8 @@ def test_an_output_damaged_while_it_was_stored_is_taken_away(tmp_path: Path) -> 
         data[len(data) // 2] ^= 1
         output.write_bytes(data)
 
-    # the second reader of the destination's store is the proof's
-    store = FaultyStore(LocalStore(), {"open": [damage]})
+    # the first reader of the destination's store looks for an earlier manifest, the second is the proof's
+    store = FaultyStore(LocalStore(), {"open": [None, damage]})
     with registered("faulty", store), pytest.raises(ptbin.errors.VerificationError):
         ptbin.convert(str(tmp_path / "model.pt"), f"faulty://{output}")
     assert store.struck["open"] == 1
