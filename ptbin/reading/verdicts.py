@@ -47,6 +47,7 @@ _SAFE_NAMES: dict[str, frozenset[str]] = {
     "fractions": frozenset(["Fraction"]),
     "uuid": frozenset(["UUID"]),
     "pathlib": frozenset("Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath".split()),
+    "pathlib._local": frozenset("Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath".split()),
     "argparse": frozenset(["Namespace"]),
     "types": frozenset(["SimpleNamespace"]),
     "numpy": frozenset(["dtype", "ndarray"]),
@@ -80,6 +81,23 @@ _SAFE_NAMES: dict[str, frozenset[str]] = {
     ),
     "torch.serialization": frozenset(["_get_layout"]),
     "torch.layout": frozenset(["torch.strided", "torch.sparse_coo", "torch.sparse_csr"]),
+    # What `.metadata` of torch.distributed.checkpoint consists of; records without behaviour.
+    "torch.distributed.checkpoint.metadata": frozenset(
+        [
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        ]
+    ),
+    "torch.distributed.checkpoint.filesystem": frozenset(["_StorageInfo"]),
+    "torch.distributed._shard.sharded_tensor.metadata": frozenset(
+        ["MEM_FORMAT_ENCODING", "TensorProperties"]
+    ),
     "torch.nn.parameter": frozenset(["Parameter", "Buffer", "UninitializedParameter", "UninitializedBuffer"]),
     "torch._tensor": frozenset(["_rebuild_from_type", "_rebuild_from_type_v2"]),
     "torch.tensor": frozenset(["_rebuild_from_type", "_rebuild_from_type_v2"]),
