@@ -1,0 +1,166 @@
+"""DeepSpeed ZeRO folders: real ones by DeepSpeed on gloo, and ones laid out by hand after its source.
+
+    made = train(tmp_path, world_size=2)       # {"stage1": tmp_path/"stage1/global_step2", ...}
+
+`train` starts this file as a script, one process a rank, and each makes every variant in turn. What a folder
+means is asked of DeepSpeed itself: `consolidate` runs the `zero_to_fp32` that it puts beside checkpoints.
+`by_hand` writes what `deepspeed/runtime/zero/stage_1_and_2.py` and `stage3.py` (`state_dict`) and
+`runtime/engine.py` (`_save_checkpoint`) write, 0.19, for cases that no short training brings about.
+
+Imports neither ptbin nor the rest of this package, so that the ranks start fast.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["VARIANTS", "consolidate", "environment", "train"]
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "stage1": {"zero_optimization": {"stage": 1}},
+    "stage2": {"zero_optimization": {"stage": 2}},
+    "stage2_round_robin": {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+    "stage3": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+    "stage3_subgroups": {
+        "zero_optimization": {"stage": 3, "sub_group_size": 40, "stage3_param_persistence_threshold": 10}
+    },
+    "stage2_fp32": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": False}},
+    "stage3_fp32": {"zero_optimization": {"stage": 3}, "bf16": {"enabled": False}},
+}
+"""Name to what its DeepSpeed configuration adds to bfloat16 training."""
+
+
+class Net(nn.Module):
+    """Ties, frozen weights, buffers of several types; sizes that neither 2 nor 3 divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 7)
+        self.frozen = nn.Linear(7, 5)
+        self.norm = nn.BatchNorm1d(5)
+        self.body = nn.Linear(5, 7)
+        self.scale = nn.Parameter(torch.tensor([1.5, 0.5, 2.5]))
+        self.bare = nn.Parameter(torch.tensor([0.75]))
+        self.head = nn.Linear(7, 11, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("table", torch.arange(9).reshape(3, 3))
+        self.register_buffer("mask", torch.tensor([True, False, True]))
+        self.register_buffer("slope", torch.linspace(0, 1, 5))
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+        for parameter in self.frozen.parameters():
+            parameter.requires_grad = False
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.frozen(self.embedding(tokens))
+        # Not by its own forward, which wants statistics and inputs of one type: ZeRO 3 gives it two.
+        hidden = hidden * self.norm.weight + self.norm.bias
+        self.norm.running_mean += hidden.detach().mean(0).to(self.norm.running_mean)
+        self.norm.num_batches_tracked += 1
+        hidden = self.body(hidden * self.slope.to(hidden)) * self.scale.sum() + self.bare
+        logits: torch.Tensor = self.head(hidden)
+        return logits
+
+
+def environment() -> dict[str, str]:
+    """Settings under which DeepSpeed runs on the CPU and compiles nothing."""
+    return {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "DS_SKIP_CUDA_CHECK": "1",
+        "DS_BUILD_OPS": "0",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def train(folder: Path, *, world_size: int, variants: tuple[str, ...] = tuple(VARIANTS)) -> dict[str, Path]:
+    """Two optimizer steps of each variant on `world_size` processes; variant to its tag folder."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = []
+    for rank in range(world_size):
+        settings = {
+            **environment(),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        command = [sys.executable, "-P", __file__, str(folder), *variants]
+        ranks.append(
+            subprocess.Popen(
+                command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    try:
+        said = [rank.communicate(timeout=240)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    if any(rank.returncode for rank in ranks):
+        raise RuntimeError("DeepSpeed failed:\n" + "\n".join(text[-3000:] for text in said))
+    return {name: folder / name / "global_step2" for name in variants}
+
+
+def consolidate(tag_folder: Path) -> dict[str, torch.Tensor]:
+    """What DeepSpeed's own `zero_to_fp32` makes of a tag folder."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    found: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(
+        str(tag_folder.parent), tag=tag_folder.name
+    )
+    return found
+
+
+def _run_rank(folder: Path, variants: list[str]) -> None:
+    import deepspeed
+
+    deepspeed.comm.torch.build_shm_op = lambda: None  # it would compile C++ for collectives in shared memory
+    deepspeed.init_distributed(dist_backend="gloo")
+    for name in variants:
+        _train_one(deepspeed, folder / name, VARIANTS[name])
+    torch.distributed.destroy_process_group()
+
+
+def _train_one(deepspeed: Any, folder: Path, extra: Mapping[str, Any]) -> None:
+    torch.manual_seed(3)
+    model = Net()
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in trained if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for n, p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        ],
+        lr=0.013,
+    )
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "bf16": {"enabled": True},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **extra,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    torch.manual_seed(torch.distributed.get_rank())
+    for _ in range(2):
+        tokens = torch.randint(0, 11, (6,))
+        loss = engine(tokens).float().square().mean()
+        engine.backward(loss)
+        engine.step()
+    engine.save_checkpoint(str(folder), client_state={"epoch": 4})
+
+
+if __name__ == "__main__":
+    _run_rank(Path(sys.argv[1]), sys.argv[2:])
