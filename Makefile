@@ -38,7 +38,9 @@ $(VENV)/.created:
 # of our own wheel takes the pinned one and not whatever is newest.
 $(VENV)/.requirements: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP) install $(PIP_ARGS) --constraint constraints.txt hatchling
-	$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation '.[dev]'
+	$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation '.[dev,interop]'
+	@# DeepSpeed comes as source, and its setup imports torch; without it the tests on real ZeRO folders are skipped.
+	-DS_BUILD_OPS=0 $(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation deepspeed
 	@touch $@
 
 # Not editable: what is tested is what a user gets.
@@ -63,6 +65,7 @@ check: install
 
 bench: install
 	env -u PYTHONSAFEPATH $(BIN)/python benchmarks/run.py $(if $(BENCH_DIR),--work-dir $(BENCH_DIR))
+	env -u PYTHONSAFEPATH $(BIN)/python benchmarks/formats.py --report docs/benchmarks-formats.md $(if $(BENCH_DIR),--work-dir $(BENCH_DIR))
 
 # A real S3 server for one integration test: Debian's packages, no service started. Where they cannot be
 # had, that test is skipped and says so.
