@@ -61,6 +61,7 @@ class Checkpoint:
         storages: all storages the pickle refers to, by key.
         archive_root: name of the zip archive's top folder; None outside zip containers.
         script_classes: TorchScript only: class path to its parameter and buffer names.
+        preferred: path of the candidate to choose where several remain; a container's reader may know.
     """
 
     uri: str
@@ -72,6 +73,7 @@ class Checkpoint:
     vocabulary: TorchVocabulary
     archive_root: str | None = None
     script_classes: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
+    preferred: str | None = None
 
 
 @dataclass(slots=True)

@@ -202,6 +202,7 @@ class _Folder:
             self.opening.programs,
             self.storages,
             self.opening.vocabulary,
+            preferred="fp32",
         )
 
     # -- files ---------------------------------------------------------------------------------

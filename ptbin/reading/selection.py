@@ -144,6 +144,9 @@ def choose_candidate(checkpoint: Checkpoint, candidates: list[Candidate]) -> Can
     main = _without_twins([c for c in candidates if not c.beside])
     if len(main) == 1:
         return main[0]
+    preferred = next((c for c in main if c.path == checkpoint.preferred), None)
+    if preferred is not None:
+        return preferred
     if main:
         named = [c for c in main if c.path in PRIMARY_NAMES]
         if len(named) == 1 and sum(c.nbytes for c in main) - named[0].nbytes <= named[0].nbytes // 100:
