@@ -10,8 +10,8 @@ from ptbin.options import Limits
 from ptbin.reading.checkpoint import Checkpoint, one_clear_error, read_checkpoint
 from ptbin.reading.selection import Candidate, choose_candidate, find_candidates
 from ptbin.reading.verdicts import judge_programs
+from ptbin.sources import open_source
 from ptbin.state_dict import tensors_of
-from ptbin.stores import open_store
 
 __all__ = ["inspect"]
 
@@ -29,8 +29,7 @@ def inspect(
         CheckpointError: the file cannot be read. StorageError: nor can the store.
     """
     limits = limits or Limits()
-    store, path = open_store(uri, storage_options)
-    with store.open_reader(path) as reader, one_clear_error(reader.uri):
+    with open_source(uri, storage_options) as reader, one_clear_error(reader.uri):
         checkpoint = read_checkpoint(reader, limits)
         safety = judge_programs(checkpoint.programs)
         candidates = find_candidates(checkpoint, limits)
