@@ -16,14 +16,14 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["VARIANTS", "consolidate", "environment", "train"]
+__all__ = ["VARIANTS", "by_hand", "consolidate", "environment", "train"]
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "stage1": {"zero_optimization": {"stage": 1}},
@@ -33,10 +33,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stage3_subgroups": {
         "zero_optimization": {"stage": 3, "sub_group_size": 40, "stage3_param_persistence_threshold": 10}
     },
+    "stage2_bfloat16_buffers": {"zero_optimization": {"stage": 2}, "_buffers": "bfloat16"},
     "stage2_fp32": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": False}},
     "stage3_fp32": {"zero_optimization": {"stage": 3}, "bf16": {"enabled": False}},
 }
-"""Name to what its DeepSpeed configuration adds to bfloat16 training."""
+"""Name to what its DeepSpeed configuration adds to bfloat16 training; `_buffers` is the buffers' type."""
 
 
 class Net(nn.Module):
@@ -68,6 +69,117 @@ class Net(nn.Module):
         hidden = self.body(hidden * self.slope.to(hidden)) * self.scale.sum() + self.bare
         logits: torch.Tensor = self.head(hidden)
         return logits
+
+
+Groups = Sequence[Mapping[str, torch.Tensor]]
+Change = Callable[[str, dict[str, Any]], None]
+
+
+def by_hand(
+    folder: Path,
+    groups: Groups,
+    *,
+    stage: int,
+    world_size: int,
+    frozen: Mapping[str, torch.Tensor] | None = None,
+    buffers: Mapping[str, torch.Tensor] | None = None,
+    shared: Mapping[str, str] | None = None,
+    paddings: Sequence[Sequence[int]] | None = None,
+    change: Change | None = None,
+    legacy: bool = False,
+) -> Path:
+    """The tag folder that the published layout gives these parameters.
+
+    Args:
+        paddings: for each group (stage 2) the elements behind each parameter.
+        change: called with each file's name and its content, before it is written.
+        legacy: in torch's format of before 1.6.
+    """
+    frozen, buffers, shared = frozen or {}, buffers or {}, shared or {}
+    tag = folder / "global_step7"
+    tag.mkdir(parents=True)
+
+    def save(name: str, states: dict[str, Any]) -> None:
+        if change is not None:
+            change(name, states)
+        torch.save(states, tag / name, _use_new_zipfile_serialization=not legacy)
+
+    cut = _cut_stage_3 if stage == 3 else _cut_stage_2
+    rows = [list(row) for row in paddings] if paddings is not None else None
+    partitions = [cut(group, world_size, rows[i] if rows else None) for i, group in enumerate(groups)]
+    for rank in range(world_size):
+        flats = [partition[rank] for partition in partitions]
+        states = {
+            "zero_stage": stage,
+            "partition_count": world_size if stage == 3 else [world_size] * len(groups),
+            "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups": flats,
+            "optimizer_state_dict" if stage == 3 else "base_optimizer_state": {
+                "state": {i: {"exp_avg": torch.zeros_like(flat)} for i, flat in enumerate(flats)},
+                "param_groups": [{"params": [i]} for i in range(len(flats))],
+            },
+        }
+        if paddings is not None:
+            states["param_alignment_paddings"] = rows
+        name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        save(name, {"optimizer_state_dict": states, "ds_version": "0.19.8"})
+    trained = {name: tensor for group in groups for name, tensor in group.items()}
+    for rank in range(world_size if stage == 3 else 1):
+        module: dict[str, torch.Tensor] = {**buffers}
+        for name, tensor in {**trained, **frozen}.items():
+            module[name] = torch.empty(0) if stage == 3 else tensor.bfloat16()
+        module.update({name: module[owner] for name, owner in shared.items() if owner in module})
+        fragments = dict(frozen)
+        if stage == 3:
+            fragments = {name: _share(tensor, world_size, rank) for name, tensor in frozen.items()}
+        states = {
+            "module": module,
+            "buffer_names": list(buffers),
+            "param_shapes": [{name: tensor.shape for name, tensor in group.items()} for group in groups],
+            "frozen_param_shapes": {name: tensor.shape for name, tensor in frozen.items()},
+            "frozen_param_fragments": fragments,
+            "shared_params": dict(shared),
+            "global_steps": 7,
+            "ds_version": "0.19.8",
+        }
+        prefix = f"zero_pp_rank_{rank}_" if stage == 3 else ""
+        save(f"{prefix}mp_rank_00_model_states.pt", states)
+    return tag
+
+
+def _cut_stage_2(
+    group: Mapping[str, torch.Tensor], world_size: int, padding: Sequence[int] | None
+) -> list[torch.Tensor]:
+    """One vector, padded to a multiple of twice the ranks and cut evenly; padding at the end is not saved."""
+    behind = padding or [0] * len(group)
+    parts = [
+        part for t, n in zip(group.values(), behind, strict=True) for part in (t.reshape(-1), _ones(n, t))
+    ]
+    vector = torch.cat(parts)
+    share = -(-vector.numel() // (2 * world_size)) * 2
+    cuts = []
+    for rank in range(world_size):
+        piece = torch.full((share,), 7.5, dtype=vector.dtype)
+        held = vector[rank * share : (rank + 1) * share]
+        piece[: held.numel()] = held
+        cuts.append(piece[: held.numel()])
+    return cuts
+
+
+def _cut_stage_3(
+    group: Mapping[str, torch.Tensor], world_size: int, _padding: Sequence[int] | None
+) -> list[torch.Tensor]:
+    return [torch.cat([_share(t, world_size, rank) for t in group.values()]) for rank in range(world_size)]
+
+
+def _share(tensor: torch.Tensor, world_size: int, rank: int) -> torch.Tensor:
+    """What one rank of stage 3 holds: an equal part, the last padded (`zero3_partitioned_param_info`)."""
+    share = -(-tensor.numel() // world_size)
+    flat = torch.cat([tensor.reshape(-1), _ones(share * world_size - tensor.numel(), tensor)])
+    return flat[rank * share : (rank + 1) * share].clone()
+
+
+def _ones(count: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.ones(count, dtype=like.dtype)
 
 
 def environment() -> dict[str, str]:
@@ -127,7 +239,8 @@ def consolidate(tag_folder: Path) -> dict[str, torch.Tensor]:
 def _run_rank(folder: Path, variants: list[str]) -> None:
     import deepspeed
 
-    deepspeed.comm.torch.build_shm_op = lambda: None  # it would compile C++ for collectives in shared memory
+    # Otherwise it compiles C++ for collectives in shared memory. (`deepspeed.comm.torch` is torch itself.)
+    vars(sys.modules["deepspeed.comm.torch"])["build_shm_op"] = lambda: None
     deepspeed.init_distributed(dist_backend="gloo")
     for name in variants:
         _train_one(deepspeed, folder / name, VARIANTS[name])
@@ -137,6 +250,13 @@ def _run_rank(folder: Path, variants: list[str]) -> None:
 def _train_one(deepspeed: Any, folder: Path, extra: Mapping[str, Any]) -> None:
     torch.manual_seed(3)
     model = Net()
+    settings = dict(extra)
+    buffers = settings.pop("_buffers", None)
+    if buffers is not None:
+        for name, buffer in model.named_buffers():
+            owner, _, leaf = name.rpartition(".")
+            if buffer.is_floating_point():
+                setattr(model.get_submodule(owner), leaf, buffer.to(getattr(torch, buffers)))
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [
@@ -150,7 +270,7 @@ def _train_one(deepspeed: Any, folder: Path, extra: Mapping[str, Any]) -> None:
         "bf16": {"enabled": True},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        **extra,
+        **settings,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     torch.manual_seed(torch.distributed.get_rank())
