@@ -11,8 +11,8 @@ A tensor of one chunk keeps that chunk's place; chunks along the first dimension
 others a `Tiled`. torch loads the objects with `weights_only=False`, so their pickles are judged as well.
 
 Costs: one read of `.metadata`, then of every chunk the first and last KiB, in the order of the files:
-neighbours share requests, so about one a chunk, far fewer where chunks are small or the store bridges
-gaps. Memory: the index, one record a chunk. No weights are read.
+neighbours share requests, so about one a chunk; far fewer where chunks are small or the store bridges gaps
+(it then fetches the weights between and drops them). Memory: the index, one record a chunk.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ def read_dcp(reader: JoinedReader, limits: Limits) -> Checkpoint:
         program.oddities.append(f"{len(raw) - program.end} bytes behind the end of {DCP_METADATA}")
     opening.programs.append(program)
     entries = _Index(reader, program.root, limits).entries()
+    program.root = None  # the entries say all of it, in less memory
     found = _Spans(reader, opening, limits).read_all(entries)
     storages: dict[str, Storage] = {}
     seen: set[int] = set()

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -418,6 +419,20 @@ def test_small_chunks_share_their_requests(tmp_path: Path) -> None:
     with open_source(str(folder)) as reader:
         read_checkpoint(reader)
         assert reader.requests == 2
+
+
+def test_distant_stores_bridge_gaps(tmp_path: Path) -> None:
+    """Where a request costs more than the bytes between, a file is one run of large requests."""
+    folder = save_alone(tmp_path / "saved", {f"layer.{index}": torch.ones(64, 64) for index in range(200)})
+    store = fsspec.filesystem("memory")
+    store.put(str(folder), "/dcp/requests", recursive=True)
+    try:
+        with open_source("memory://dcp/requests") as reader:
+            checkpoint = read_checkpoint(reader)
+            assert reader.requests == 2
+            assert len(checkpoint.storages) == 200
+    finally:
+        store.rm("/dcp", recursive=True)
 
 
 def test_many_chunks_take_linear_time() -> None:
