@@ -3,7 +3,7 @@
     made = train(tmp_path, world_size=2)       # {"stage1": tmp_path/"stage1/global_step2", ...}
 
 `train` starts this file as a script, one process a rank, and each makes every variant in turn. What a folder
-means is asked of DeepSpeed itself: `consolidate` runs the `zero_to_fp32` that it puts beside checkpoints.
+means is asked of DeepSpeed itself, by the `zero_to_fp32` that it puts beside checkpoints (`consolidated`).
 `by_hand` writes what `deepspeed/runtime/zero/stage_1_and_2.py` and `stage3.py` (`state_dict`) and
 `runtime/engine.py` (`_save_checkpoint`) write, 0.19, for cases that no short training brings about.
 
@@ -12,6 +12,7 @@ Imports neither ptbin nor the rest of this package, so that the ranks start fast
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import subprocess
@@ -23,7 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["VARIANTS", "by_hand", "consolidate", "environment", "train"]
+__all__ = ["VARIANTS", "by_hand", "consolidate", "consolidated", "train"]
+
+TAG = "global_step2"
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "stage1": {"zero_optimization": {"stage": 1}},
@@ -64,8 +67,11 @@ class Net(nn.Module):
         hidden = self.frozen(self.embedding(tokens))
         # Not by its own forward, which wants statistics and inputs of one type: ZeRO 3 gives it two.
         hidden = hidden * self.norm.weight + self.norm.bias
-        self.norm.running_mean += hidden.detach().mean(0).to(self.norm.running_mean)
-        self.norm.num_batches_tracked += 1
+        mean, count = self.norm.running_mean, self.norm.num_batches_tracked
+        assert mean is not None
+        assert count is not None
+        mean += hidden.detach().mean(0).to(mean)
+        count += 1
         hidden = self.body(hidden * self.slope.to(hidden)) * self.scale.sum() + self.bare
         logits: torch.Tensor = self.head(hidden)
         return logits
@@ -96,7 +102,7 @@ def by_hand(
         legacy: in torch's format of before 1.6.
     """
     frozen, buffers, shared = frozen or {}, buffers or {}, shared or {}
-    tag = folder / "global_step7"
+    tag = folder / TAG
     tag.mkdir(parents=True)
 
     def save(name: str, states: dict[str, Any]) -> None:
@@ -109,7 +115,7 @@ def by_hand(
     partitions = [cut(group, world_size, rows[i] if rows else None) for i, group in enumerate(groups)]
     for rank in range(world_size):
         flats = [partition[rank] for partition in partitions]
-        states = {
+        states: dict[str, Any] = {
             "zero_stage": stage,
             "partition_count": world_size if stage == 3 else [world_size] * len(groups),
             "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups": flats,
@@ -199,7 +205,7 @@ def train(folder: Path, *, world_size: int, variants: tuple[str, ...] = tuple(VA
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    ranks = []
+    processes = []
     for rank in range(world_size):
         settings = {
             **environment(),
@@ -210,40 +216,55 @@ def train(folder: Path, *, world_size: int, variants: tuple[str, ...] = tuple(VA
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        command = [sys.executable, "-P", __file__, str(folder), *variants]
-        ranks.append(
+        command = [sys.executable, "-P", __file__, "train", str(folder), *variants]
+        processes.append(
             subprocess.Popen(
                 command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
         )
     try:
-        said = [rank.communicate(timeout=240)[0] for rank in ranks]
+        said = [process.communicate(timeout=240)[0] for process in processes]
     finally:
-        for rank in ranks:
-            rank.kill()
-    if any(rank.returncode for rank in ranks):
+        for process in processes:
+            process.kill()
+    if any(process.returncode for process in processes):
         raise RuntimeError("DeepSpeed failed:\n" + "\n".join(text[-3000:] for text in said))
-    return {name: folder / name / "global_step2" for name in variants}
+    return {name: folder / name / TAG for name in variants}
 
 
-def consolidate(tag_folder: Path) -> dict[str, torch.Tensor]:
-    """What DeepSpeed's own `zero_to_fp32` makes of a tag folder."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+def consolidate(*tag_folders: Path) -> None:
+    """Have DeepSpeed's own `zero_to_fp32` say what tag folders mean; `consolidated` gives its answer.
 
-    found: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(
-        str(tag_folder.parent), tag=tag_folder.name
-    )
+    In a process of its own, since importing DeepSpeed changes the process that does. `train` has done it.
+    """
+    command = [sys.executable, "-P", __file__, "consolidate", *map(str, tag_folders)]
+    subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=240)
+
+
+def consolidated(tag_folder: Path) -> dict[str, torch.Tensor]:
+    """The state dict that `zero_to_fp32` made of a tag folder."""
+    found: dict[str, torch.Tensor] = torch.load(tag_folder.parent / "fp32.pt", weights_only=True)
     return found
 
 
-def _run_rank(folder: Path, variants: list[str]) -> None:
-    import deepspeed
+def _consolidate(tag_folders: Sequence[Path]) -> None:
+    zero_to_fp32 = importlib.import_module("deepspeed.utils.zero_to_fp32")
+    for tag in tag_folders:
+        found = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(tag.parent), tag=tag.name)
+        torch.save(found, tag.parent / "fp32.pt")
 
+
+def _run_rank(folder: Path, variants: list[str]) -> None:
+    # By name: DeepSpeed is not typed, and need not be installed.
+    deepspeed = importlib.import_module("deepspeed")
     # Otherwise it compiles C++ for collectives in shared memory. (`deepspeed.comm.torch` is torch itself.)
     vars(sys.modules["deepspeed.comm.torch"])["build_shm_op"] = lambda: None
     deepspeed.init_distributed(dist_backend="gloo")
     for name in variants:
         _train_one(deepspeed, folder / name, VARIANTS[name])
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        _consolidate([folder / name / TAG for name in variants])
     torch.distributed.destroy_process_group()
 
 
@@ -279,8 +300,11 @@ def _train_one(deepspeed: Any, folder: Path, extra: Mapping[str, Any]) -> None:
         loss = engine(tokens).float().square().mean()
         engine.backward(loss)
         engine.step()
-    engine.save_checkpoint(str(folder), client_state={"epoch": 4})
+    engine.save_checkpoint(str(folder), tag=TAG, client_state={"epoch": 4})
 
 
 if __name__ == "__main__":
-    _run_rank(Path(sys.argv[1]), sys.argv[2:])
+    if sys.argv[1] == "consolidate":
+        _consolidate([Path(argument) for argument in sys.argv[2:]])
+    else:
+        _run_rank(Path(sys.argv[2]), sys.argv[3:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import zipfile
@@ -29,7 +30,7 @@ from ptbin.reading.verdicts import judge_programs
 from ptbin.sources import open_source
 from ptbin.tensors import ByteRange, InMemory, Joined, TensorRef
 from tests.bits import assert_same_tensors, same_bits
-from tests.checkpoints.deepspeed_zero import VARIANTS, by_hand, consolidate, environment, train
+from tests.checkpoints.deepspeed_zero import VARIANTS, by_hand, consolidate, consolidated, train
 
 # -- reading, and an oracle's view of what was read ------------------------------------------------
 
@@ -104,6 +105,7 @@ BUFFERS = {
     "turned": torch.randn(3, 2).half().t(),
     "mask": torch.tensor([True, False]),
 }
+PADDINGS = [[5, 0, 3], [1, 2]]
 SHARED = {"head": "embedding", "nowhere": "gone"}
 
 
@@ -133,32 +135,29 @@ def folder_of(path: Path, stage: int, world_size: int, **more: Any) -> Path:
 # -- folders that DeepSpeed wrote --------------------------------------------------------------------
 
 
+def needs_deepspeed() -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """Every variant on two ranks, some on three."""
-    pytest.importorskip("deepspeed")
+    needs_deepspeed()
     folder = tmp_path_factory.mktemp("deepspeed")
     made = train(folder / "2", world_size=2)
     three = train(folder / "3", world_size=3, variants=("stage2", "stage3_subgroups"))
     return {**made, **{f"{name}_of_three": path for name, path in three.items()}}
 
 
-@pytest.fixture
-def quiet_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in environment().items():
-        monkeypatch.setenv(name, value)
-
-
 REAL = (*VARIANTS, "stage2_of_three", "stage3_subgroups_of_three")
 
 
-@pytest.mark.filterwarnings("ignore")  # DeepSpeed's own
-@pytest.mark.usefixtures("quiet_deepspeed")
 @pytest.mark.parametrize("variant", REAL)
 def test_is_what_zero_to_fp32_finds(trained: Mapping[str, Path], variant: str) -> None:
     tag = trained[variant]
     checkpoint = read(tag)
-    found, expected = tensors_in(checkpoint, tag), consolidate(tag)
+    found, expected = tensors_in(checkpoint, tag), consolidated(tag)
     extra = {"frozen.weight", "frozen.bias"} if variant == "stage1" else set()  # which it loses
     assert found.keys() - expected.keys() == extra
     assert_same_tensors({name: found[name] for name in expected}, expected)
@@ -220,13 +219,17 @@ def test_layout_by_hand(tmp_path: Path, stage: int, world_size: int) -> None:
     assert (checkpoint.root.get("module") is None) == (stage == 3)
 
 
-@pytest.mark.filterwarnings("ignore")  # DeepSpeed's own
-@pytest.mark.usefixtures("quiet_deepspeed")
-@pytest.mark.parametrize("stage", [2, 3])
-def test_layout_by_hand_is_deepspeeds(tmp_path: Path, stage: int) -> None:
+def test_layout_by_hand_is_deepspeeds(tmp_path: Path) -> None:
     """What the hand-made folders mean is not only our own opinion."""
-    pytest.importorskip("deepspeed")
-    assert_same_tensors(consolidate(folder_of(tmp_path, stage, 3)), expected_of())
+    needs_deepspeed()
+    tags = [
+        folder_of(tmp_path / "2", 2, 3),
+        folder_of(tmp_path / "3", 3, 3),
+        folder_of(tmp_path / "paddings", 2, 2, paddings=PADDINGS),
+    ]
+    consolidate(*tags)
+    for tag in tags:
+        assert_same_tensors(consolidated(tag), expected_of())
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -235,13 +238,9 @@ def test_legacy_files(tmp_path: Path, stage: int) -> None:
     assert_same_tensors(tensors_in(read(tag), tag), expected_of())
 
 
-@pytest.mark.filterwarnings("ignore")  # DeepSpeed's own
-@pytest.mark.usefixtures("quiet_deepspeed")
 def test_alignment_paddings_between_parameters(tmp_path: Path) -> None:
-    tag = folder_of(tmp_path, 2, 2, paddings=[[5, 0, 3], [1, 2]])
+    tag = folder_of(tmp_path, 2, 2, paddings=PADDINGS)
     assert_same_tensors(tensors_in(read(tag), tag), expected_of())
-    pytest.importorskip("deepspeed")
-    assert_same_tensors(consolidate(tag), expected_of())
 
 
 def test_partitions_keep_their_type(tmp_path: Path) -> None:
