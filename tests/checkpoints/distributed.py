@@ -52,13 +52,13 @@ def make_distributed(folder: Path) -> dict[str, Path]:
 
 def save_alone(path: Path, state: dict[str, Any], **arguments: Any) -> Path:
     """`dcp.save` by this process, without a process group."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if "storage_writer" not in arguments:
             arguments["checkpoint_id"] = path
-        dcp.save(state, no_dist=True, **arguments)
+        save(state, no_dist=True, **arguments)
     return path
 
 
@@ -199,36 +199,36 @@ class _App:
 
 def _rank(rank: int, world: int, folder: Path) -> None:
     import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)
     if world == 4:
-        dcp.save({"model": _mesh()}, checkpoint_id=folder / "mesh")
-        dcp.save({"model": _tensor_parallel(world)}, checkpoint_id=folder / "tensor_parallel_4")
-        dcp.save(_fsdp_and_tensor_parallel(), checkpoint_id=folder / "fsdp_and_tensor_parallel")
+        save({"model": _mesh()}, checkpoint_id=folder / "mesh")
+        save({"model": _tensor_parallel(world)}, checkpoint_id=folder / "tensor_parallel_4")
+        save(_fsdp_and_tensor_parallel(), checkpoint_id=folder / "fsdp_and_tensor_parallel")
     else:
         state = {"model": _tensor_parallel(world), "step": 3}
-        dcp.save(state, checkpoint_id=folder / "tensor_parallel")
-        waiting: Any = dcp.async_save(state, checkpoint_id=folder / "async")
+        save(state, checkpoint_id=folder / "tensor_parallel")
+        waiting: Any = async_save(state, checkpoint_id=folder / "async")
         waiting.result()
         model, moments, flat = _fsdp2(world)
-        dcp.save({"model": model, "optim": moments}, checkpoint_id=folder / "fsdp2")
-        dcp.save({"app": _App(model, moments)}, checkpoint_id=folder / "app")
+        save({"model": model, "optim": moments}, checkpoint_id=folder / "fsdp2")
+        save({"app": _App(model, moments)}, checkpoint_id=folder / "app")
         beside = {
             "lr_scheduler": {"last_epoch": 4},
             "train_state": {"step": torch.tensor(9, dtype=torch.int32), "losses": [1.0, 2.0]},
             "dataloader": {f"dp_rank_{rank}": {"position": rank}},
         }
-        dcp.save({**model, "optimizer": flat, **beside}, checkpoint_id=folder / "torchtitan")
+        save({**model, "optimizer": flat, **beside}, checkpoint_id=folder / "torchtitan")
         model, moments = _fsdp1()
-        dcp.save({"model": model, "optim": moments}, checkpoint_id=folder / "fsdp1")
+        save({"model": model, "optim": moments}, checkpoint_id=folder / "fsdp1")
         _lightning(rank, folder / "lightning", model, moments)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def _lightning(rank: int, path: Path, model: dict[str, Any], moments: dict[str, Any]) -> None:
-    from lightning.fabric.strategies.fsdp import _METADATA_FILENAME, _distributed_checkpoint_save
+    from lightning.fabric.strategies.fsdp import _distributed_checkpoint_save
 
     path.mkdir(exist_ok=True)
     _distributed_checkpoint_save({"model": model, "optimizer_0": moments}, path)
@@ -240,7 +240,7 @@ def _lightning(rank: int, path: Path, model: dict[str, Any], moments: dict[str, 
             "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5)}},
             "hyper_parameters": {"lr": 0.1},
         }
-        torch.save(rest, path / _METADATA_FILENAME)
+        torch.save(rest, path / "meta.pt")
 
 
 if __name__ == "__main__":

@@ -22,14 +22,14 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import SerializationFormat
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
 import ptbin
 from ptbin.errors import (
+    ChecksumMismatchError,
     CorruptArchiveError,
     LimitExceededError,
     NoStateDictError,
@@ -703,6 +703,25 @@ def test_converts(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     found = torch.load(tmp_path / "out.bin", weights_only=True)
     tensors = {key: value for key, value in found.items() if isinstance(value, torch.Tensor)}
     assert_same_tensors(tensors, weights_in(folders[name]))
+
+
+@pytest.mark.parametrize("tensor", ["rows", "columns", "plain"])
+def test_a_flipped_weight_is_noticed(tensor: str, lie: Lie, tmp_path: Path) -> None:
+    """Whole, joined and tiled tensors all carry the chunks' own CRC-32s."""
+    place = lie.tell().root.get("model").get(tensor).storage.place
+    if isinstance(place, Tiled):
+        place = place.tiles[-1].place
+    elif isinstance(place, Joined):
+        place = place.parts[-1]
+    with open_source(str(lie.folder)) as reader:
+        assert isinstance(reader, JoinedReader)
+        file = lie.folder / reader.names[place.offset >> PART_BITS]
+    data = bytearray(file.read_bytes())
+    data[(place.offset & ((1 << PART_BITS) - 1)) + place.nbytes // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ChecksumMismatchError):
+        ptbin.convert(str(lie.folder), str(tmp_path / "out.bin"))
+    assert not (tmp_path / "out.bin").exists()
 
 
 def test_a_folder_of_optimizers_only(tmp_path: Path) -> None:
