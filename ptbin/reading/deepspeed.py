@@ -137,6 +137,10 @@ def _slice(place: ByteRange | InMemory, start: int, nbytes: int) -> ByteRange | 
     return ByteRange(place.offset + start, nbytes, member=place.member)
 
 
+def _type_of(vector: _Vector) -> str:
+    return "no type" if vector.dtype is None else vector.dtype.name
+
+
 def _refuse_overlap(uri: str, tensors: Iterable[TensorRef]) -> None:
     """No byte may serve two tensors: a small file would unfold to any size."""
     spans = sorted((id(t.storage), *t.span) for t in tensors if t.numel)
@@ -502,7 +506,8 @@ class _Folder:
         for rank, vector in zip(ranks, vectors, strict=True):
             if (vector.numel, vector.dtype) != (available, vectors[0].dtype):
                 raise CorruptArchiveError(
-                    f"{self.uri}: {rank.name} has {vector.numel} elements, {ranks[0].name} {available}"
+                    f"{self.uri}: {rank.name} has {vector.numel} elements of {_type_of(vector)}, "
+                    f"{ranks[0].name} {available} of {_type_of(vectors[0])}"
                 )
         offset = 0
         for name, shape in ((name, shape) for group in groups for name, shape in group.items()):

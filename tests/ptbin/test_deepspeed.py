@@ -103,6 +103,7 @@ BUFFERS = {
     "meanb": torch.tensor([0x7FC1, 0x0001, -32768, 0x7F81], dtype=torch.int16).view(torch.bfloat16),
     "mean64": torch.tensor([1e300, 1e-50, 0.1], dtype=torch.float64),
     "turned": torch.randn(3, 2).half().t(),
+    "part": torch.randn(9).half()[4:7],
     "mask": torch.tensor([True, False]),
 }
 PADDINGS = [[5, 0, 3], [1, 2]]
@@ -249,6 +250,41 @@ def test_partitions_keep_their_type(tmp_path: Path) -> None:
     assert_same_tensors(tensors_in(read(tag), tag), expected_of(groups))
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_converts_by_hand(tmp_path: Path, stage: int) -> None:
+    tag = folder_of(tmp_path, stage, 3)
+    manifest = ptbin.convert(str(tag), str(tmp_path / "x.bin"), ptbin.ConvertOptions(verify="load"))
+    assert manifest["selected"] == "fp32"
+    loaded = torch.load(tmp_path / "x.bin", weights_only=True)
+    assert_same_tensors(loaded, expected_of())
+    assert loaded["head"].data_ptr() == loaded["embedding"].data_ptr()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_partitions_may_be_views(tmp_path: Path, stage: int) -> None:
+    def embed(flats: list[torch.Tensor]) -> list[torch.Tensor]:
+        whole = torch.cat([torch.zeros(3), *flats, torch.zeros(2)])
+        ends = torch.tensor([len(flat) for flat in flats]).cumsum(0) + 3
+        return [whole[end - len(flat) : end] for end, flat in zip(ends.tolist(), flats, strict=True)]
+
+    tag = folder_of(tmp_path, stage, 2, change=_flats(stage, embed))
+    assert_same_tensors(tensors_in(read(tag), tag), expected_of())
+
+
+def test_names_that_only_the_module_has_are_taken_from_it(tmp_path: Path) -> None:
+    """DeepSpeed saves no frozen parameters in stage 1 but those in the module."""
+    tag = folder_of(tmp_path, 1, 2, change=_model(frozen_param_shapes=None, frozen_param_fragments=None))
+    frozen = {name: tensor.bfloat16() for name, tensor in FROZEN.items()}
+    assert_same_tensors(tensors_in(read(tag), tag), {**expected_of(), **frozen})
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_no_piece_is_empty(tmp_path: Path, stage: int) -> None:
+    for name, ref in read(folder_of(tmp_path, stage, 3)).root.get("fp32").by_name().items():
+        place = ref.storage.place
+        assert name == "void" or all(p.nbytes for p in getattr(place, "parts", (place,)))
+
+
 def test_full_weights_in_stage_3_are_offered(tmp_path: Path) -> None:
     def fill(name: str, states: dict[str, Any]) -> None:
         if "module" in states:
@@ -331,6 +367,14 @@ def _gapped(flats: list[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.stack([flat, flat], 1)[:, 0] for flat in flats]
 
 
+def _on_rank_1(change: Any) -> Any:
+    def changed(name: str, states: dict[str, Any]) -> None:
+        if "rank_1_mp" in name:
+            change(name, states)
+
+    return changed
+
+
 def _first_fragment_cut(name: str, states: dict[str, Any]) -> None:
     if "model_states" in name:
         fragments = states["frozen_param_fragments"]
@@ -406,6 +450,16 @@ LIES: tuple[tuple[int, Any, type[CheckpointError], str], ...] = (
     ),
     (2, _optim(param_alignment_paddings=[[0, 0, -1], [0, 0]]), CorruptArchiveError, "alignment_paddings"),
     (2, _optim(param_alignment_paddings=[[0, 9, 0], [0, 0]]), CorruptArchiveError, "begins at element"),
+    (2, _on_rank_1(_optim(zero_stage=1)), CorruptArchiveError, "of stage 2 with 2 partitions"),
+    (2, _on_rank_1(_optim(partition_count=4)), CorruptArchiveError, "of stage 2 with 2 partitions"),
+    (2, _on_rank_1(_flats(2, lambda flats: flats[:1])), CorruptArchiveError, "of stage 2 with 2 partitions"),
+    (
+        3,
+        _on_rank_1(_flats(3, lambda flats: [flats[0], flats[1][:1]])),
+        CorruptArchiveError,
+        "has 29 elements",
+    ),
+    (3, _on_rank_1(_flats(3, lambda flats: [f.half() for f in flats])), CorruptArchiveError, "of float16"),
     (3, _optim(ds_zero_partition_groups=[]), UnsupportedFormatError, "ds_to_universal"),
 )
 
@@ -466,20 +520,35 @@ def test_a_file_too_many_is_refused(tmp_path: Path, source: str, copy: str, erro
         read(tag)
 
 
-def _repacked(path: Path) -> None:
-    """The same archive, compressed."""
+def _repacked(path: Path, method: int, byteorder: bytes = b"little") -> None:
+    """The same archive with members packed by `method`, claiming a byte order."""
     with zipfile.ZipFile(path) as archive:
         members = [(info.filename, archive.read(info)) for info in archive.infolist()]
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(path, "w", method) as archive:
         for name, data in members:
-            archive.writestr(name, data)
+            archive.writestr(name, byteorder if name.endswith("/byteorder") else data)
 
 
 def test_compressed_partitions_are_refused(tmp_path: Path) -> None:
     tag = folder_of(tmp_path, 2, 2)
-    _repacked(tag / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    _repacked(tag / "zero_pp_rank_1_mp_rank_00_optim_states.pt", zipfile.ZIP_DEFLATED)
     with pytest.raises(UnsupportedTensorError, match="compressed"):
         read(tag)
+
+
+def test_big_endian_partitions_are_refused(tmp_path: Path) -> None:
+    tag = folder_of(tmp_path, 2, 2)
+    _repacked(tag / "zero_pp_rank_1_mp_rank_00_optim_states.pt", zipfile.ZIP_STORED, b"big")
+    with pytest.raises(UnsupportedTensorError, match="big-endian"):
+        read(tag)
+
+
+def test_big_endian_buffers_are_cast(tmp_path: Path) -> None:
+    tag = folder_of(tmp_path, 2, 2)
+    _repacked(tag / "mp_rank_00_model_states.pt", zipfile.ZIP_STORED, b"big")
+    found = read(tag).root.get("fp32").get("mean16").storage.place
+    swapped = BUFFERS["mean16"].numpy().byteswap()
+    assert found.data == swapped.astype("<f4").tobytes()
 
 
 def test_a_damaged_buffer_is_found_when_it_is_cast(tmp_path: Path) -> None:
