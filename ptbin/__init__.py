@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from ptbin.loading import load
     from ptbin.options import ConvertOptions, Limits
     from ptbin.proof.manifests import Issue, verify
+    from ptbin.restoring import RestoreOptions, restore
 
 __all__ = [
     "ConvertOptions",
     "Draft",
     "Issue",
     "Limits",
+    "RestoreOptions",
     "__version__",
     "catalog",
     "commit",
@@ -35,6 +37,7 @@ __all__ = [
     "errors",
     "inspect",
     "load",
+    "restore",
     "stage",
     "verify",
 ]
@@ -49,6 +52,8 @@ _HOMES = {
     "commit": "ptbin.conversion",
     "inspect": "ptbin.inspection",
     "load": "ptbin.loading",
+    "RestoreOptions": "ptbin.restoring",
+    "restore": "ptbin.restoring",
     "Issue": "ptbin.proof.manifests",
     "verify": "ptbin.proof.manifests",
 }

@@ -279,11 +279,13 @@ def plan_outputs(
     naming: Naming = "replace",
     format: OutputFormat = "torch",  # noqa: A002 - as ConvertOptions calls it
     layout: Layout = "mirror",
+    suffix: str | None = None,
 ) -> tuple[list[Job], list[Problem]]:
     """Where each checkpoint's output goes, and those that would share one (none of them is converted).
 
     Pure. `replace` puts `.bin` in the place of the suffix, `append` behind it. Layout `hf` gives each
-    checkpoint a folder, unless it lies in one under a name of Hugging Face's already.
+    checkpoint a folder, unless it lies in one under a name of Hugging Face's already. `suffix` is that of
+    the outputs where they are of another kind (`.pt`).
     """
     jobs: dict[str, list[Job]] = {}
     problems: list[Problem] = []
@@ -299,7 +301,7 @@ def plan_outputs(
                 )
             )
             continue
-        output = relative_output(item.path, naming, OUTPUT_SUFFIXES[format], layout)
+        output = relative_output(item.path, naming, suffix or OUTPUT_SUFFIXES[format], layout)
         # Case-folded, because the destination may be a file system that does not tell the two apart.
         jobs.setdefault(output.casefold(), []).append(
             Job(item.uri, item.size, f"{base}/{output}", item.path, item.certain, item.identity)

@@ -18,6 +18,7 @@ __all__ = [
     "CorruptArchiveError",
     "EmptyFileError",
     "LimitExceededError",
+    "ModelMismatchError",
     "NoStateDictError",
     "NotACheckpointError",
     "NotFoundInStoreError",
@@ -106,6 +107,12 @@ class UnsupportedTensorError(CheckpointError, ValueError):
     """A tensor whose weights cannot be taken as plain bytes (nested, distributed, wrapper subclass)."""
 
     reason = "unsupported_tensor"
+
+
+class ModelMismatchError(CheckpointError, ValueError):
+    """Weights that do not fit the model they are to be loaded into: the message lists every key."""
+
+    reason = "model_mismatch"
 
 
 class SourceChangedError(CheckpointError, RuntimeError):

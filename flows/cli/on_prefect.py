@@ -14,7 +14,7 @@ __all__ = ["run_flow"]
 
 
 def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **parameters: Any) -> dict[str, Any]:
-    """Call the flow `convert` or `verify` and return the summary it left.
+    """Call the flow `convert`, `restore` or `verify` and return the summary it left.
 
     Raises:
         PtbinError: what the flow raised before it came to a summary.
@@ -31,7 +31,7 @@ def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **param
         flow = _find_flow(name)
         from prefect.exceptions import TerminationSignal
 
-        listener.stage("looking at SOURCE and DEST" if name == "convert" else "looking at DEST")
+        listener.stage("looking at SOURCE and DEST" if name != "verify" else "looking at DEST")
         try:
             state = flow(**parameters, run_id=run_id, return_state=True)
         except TerminationSignal as error:  # Prefect's own handler of SIGTERM, while a flow runs
@@ -52,6 +52,10 @@ def _find_flow(name: str) -> Any:
         from flows.convert import convert
 
         return convert
+    if name == "restore":
+        from flows.restore import restore
+
+        return restore
     from flows.verify import verify
 
     return verify

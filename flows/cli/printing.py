@@ -14,7 +14,7 @@ import click
 
 from ptbin.stores import public_uri
 
-__all__ = ["align", "print_error", "print_json", "print_line", "printable"]
+__all__ = ["align", "print_error", "print_json", "print_line", "print_lines_of_error", "printable"]
 
 
 def printable(text: str) -> str:
@@ -31,6 +31,12 @@ def print_error(message: str, kind: str = "ptbin: error") -> None:
 def print_line(text: str = "") -> None:
     """One line on standard output."""
     click.echo(printable(text))
+
+
+def print_lines_of_error(lines: Sequence[str]) -> None:
+    """The lines of a report that belongs to an error, on standard error."""
+    for line in lines:
+        click.echo(f"  {printable(line)}", err=True)
 
 
 def print_json(document: Mapping[str, Any]) -> None:

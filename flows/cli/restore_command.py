@@ -1,0 +1,214 @@
+"""`ptbin restore`: weights back into a `.pt`, one by the engine, or a whole store through the flow."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flows.cli.printing import print_json, print_line, print_lines_of_error
+from flows.cli.progress import showing_progress
+from flows.cli.shared_options import Shared, shared_options
+from flows.cli.summary import JSON_KEYS, conversion_lines, single_lines
+from flows.wishes import MAX_WORKERS, refuse_secrets
+from ptbin.errors import CheckpointError, StorageError, UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from ptbin.catalog import Found, Job
+
+__all__ = ["restore_command"]
+
+EPILOG = """\b
+Examples:
+  ptbin restore last.bin last.pt
+  ptbin restore weights/model.safetensors model.pt
+  ptbin restore last.bin module.pt --model nets:make_net --model-args '{"width": 64}' --model-path src
+  ptbin restore hub/bert bert.pt --model transformers
+  ptbin restore last.bin net.pt2 --model nets:make_net --as exported --example nets:inputs
+  ptbin restore s3://models/weights s3://models/checkpoints
+
+SOURCE is one set of weights (a file, an index of shards, a folder), and DEST a file that ends in .pt, .pth,
+.ckpt or .pt2; otherwise everything below SOURCE is restored below DEST, through Prefect. With --model the
+code that you name is imported, in a process of its own; nothing else is.
+
+\b
+Exit status: 0 all restored; 1 some were rejected (the report says which keys do not fit) or failed;
+2 the call was wrong, nothing was written; 130 interrupted."""
+
+ONE_OUTPUT = (".pt", ".pth", ".ckpt", ".pt2", ".th")
+
+
+def _model_args(_context: click.Context, _param: click.Parameter, value: str | None) -> Any:
+    if value is None:
+        return None
+    try:
+        arguments = json.loads(value)
+    except ValueError as error:
+        raise click.BadParameter(f"not JSON: {error}") from error
+    if not isinstance(arguments, (dict, list)):
+        raise click.BadParameter("a JSON object (keyword arguments) or array (positional ones)")
+    return arguments
+
+
+@click.command("restore", epilog=EPILOG)
+@click.argument("source")
+@click.argument("dest")
+@click.option(
+    "--model", metavar="MODULE:CALLABLE", help="What builds the module; transformers: by config.json."
+)
+@click.option("--model-args", metavar="JSON", callback=_model_args, help="Arguments for it.")
+@click.option("--model-path", metavar="DIR", help="Where its module lies.")
+@click.option(
+    "--as",
+    "save_as",
+    type=click.Choice(["state-dict", "module", "torchscript", "exported"]),
+    help="What to save; with --model a whole module unless said otherwise.",
+)
+@click.option("--example", metavar="MODULE:CALLABLE", help="Returns inputs, for exported and traced modules.")
+@click.option("--allow-missing", multiple=True, metavar="GLOB", help="Names the weights need not have.")
+@click.option("--allow-unexpected", multiple=True, metavar="GLOB", help="Names the model need not have.")
+@click.option("--select", metavar="PATH", help="The state dict to take, where SOURCE holds several.")
+@click.option("--include", multiple=True, metavar="GLOB", help="Only paths that match (repeatable).")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Not those that match (repeatable).")
+@click.option("--naming", type=click.Choice(["replace", "append"]), default="replace", show_default=True)
+@click.option("--force", is_flag=True, help="Restore even what is up to date.")
+@click.option("--fail-fast", is_flag=True, help="Begin nothing new after the first problem.")
+@click.option("--workers", type=click.IntRange(1, MAX_WORKERS), default=2, show_default=True, metavar="N")
+@shared_options
+def restore_command(
+    source: str,
+    dest: str,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    naming: Any,
+    fail_fast: bool,
+    workers: int,
+    **values: Any,
+) -> int:
+    """Restore SOURCE, weights that were taken out of checkpoints, into DEST."""
+    wishes = {
+        name: values.pop(name)
+        for name in (
+            *("model", "model_args", "model_path", "save_as", "example", "select", "force"),
+            *("allow_missing", "allow_unexpected"),
+        )
+    }
+    shared = Shared(**values)
+    import ptbin
+
+    options = ptbin.RestoreOptions(**wishes)
+    ptbin.catalog.check_call(
+        source, dest, source_options=shared.source_options, dest_options=shared.dest_options
+    )
+    single = _single(source, dest, shared)
+    if single is not None:
+        job = _job_of(single, dest, naming)
+        summary, lines = _restore_one(job, source, dest, options, shared)
+    else:
+        refuse_secrets(source, dest)
+        from flows.cli.on_prefect import run_flow
+        from flows.run_record import new_run_id
+
+        with showing_progress(shared) as listener:
+            summary = run_flow(
+                "restore",
+                new_run_id(),
+                shared,
+                listener,
+                source=source,
+                dest=dest,
+                include=list(include),
+                exclude=list(exclude),
+                naming=naming,
+                fail_fast=fail_fast,
+                workers=workers,
+                **{key: list(value) if isinstance(value, tuple) else value for key, value in wishes.items()},
+            )
+        lines = conversion_lines(summary)
+    if shared.as_json:
+        print_json({key: summary[key] for key in JSON_KEYS})
+    elif not shared.quiet:
+        for line in lines:
+            print_line(line)
+    return 0 if summary["succeeded"] else 1
+
+
+def _single(source: str, dest: str, shared: Shared) -> Found | None:
+    """SOURCE if it is one set of weights and DEST one file, None if it is a place that holds some."""
+    from ptbin import catalog
+    from ptbin.errors import UnsupportedFormatError
+    from ptbin.stores import open_store
+
+    store, path = open_store(source, shared.source_options)
+    names_one = dest.endswith(ONE_OUTPUT)
+    if names_one or not store.is_directory(path):
+        try:
+            return catalog.find_one(source, storage_options=shared.source_options)
+        except (StorageError, UnsupportedFormatError):
+            pass  # a glob, or a folder of many
+    if names_one:
+        raise UsageError(f"DEST names one file, but SOURCE is a place with many: {source}; give a directory")
+    return None
+
+
+def _job_of(found: Found, dest: str, naming: Any) -> Job:
+    from ptbin import catalog
+
+    if dest.endswith(ONE_OUTPUT):
+        return catalog.Job(found.uri, found.size, dest, found.path, found.certain, found.identity)
+    jobs, problems = catalog.plan_outputs([found], dest, naming=naming, suffix=".pt")
+    if problems:
+        raise UsageError(problems[0].detail)
+    return jobs[0]
+
+
+def _restore_one(
+    job: Job, source: str, dest: str, options: Any, shared: Shared
+) -> tuple[dict[str, Any], list[str]]:
+    """What the flow does for many, for one, without Prefect; no run record is written."""
+    import ptbin
+    from flows.run_record import new_run_id
+    from flows.tally import Tally
+    from ptbin.manifest import manifest_uri
+    from ptbin.stores import public_uri
+    from tasks.outcomes import Converted, Outcome, outcome_of_error
+
+    started = time.monotonic()
+    tally = Tally(new_run_id(), public_uri(source), public_uri(dest))
+    report: list[str] = []
+    with showing_progress(shared) as listener:
+        listener.planned(1, job.source_size, 0)
+        try:
+            if (
+                options.model is None
+                and not options.force
+                and ptbin.catalog.is_up_to_date(job, options.conversion(), dest_options=shared.dest_options)
+            ):
+                tally.add_all([job], "up_to_date")
+            else:
+                manifest = ptbin.restore(
+                    job.source_uri,
+                    job.dest_uri,
+                    options,
+                    source_options=shared.source_options,
+                    dest_options=shared.dest_options,
+                    run_id=tally.run_id,
+                    progress=listener.moved,
+                )
+                facts = Converted.from_manifest(manifest, manifest_uri(job.dest_uri))
+                tally.add(job, Outcome(job.path, "converted", converted=facts))
+        except (CheckpointError, VerificationError, StorageError) as error:
+            # whole, with its lines: which keys do not fit is what the caller wants to know
+            outcome = dataclasses.replace(outcome_of_error(job.path, error), detail=str(error))
+            tally.add(job, outcome)
+            first, *report = str(error).splitlines() or [""]
+            listener.settled(
+                job.path, outcome.kind, nbytes=job.source_size, reason=outcome.reason, detail=first
+            )
+    print_lines_of_error(report)
+    summary = tally.summary(time.monotonic() - started)
+    return summary | {"succeeded": tally.succeeded}, single_lines(tally.entries[0], job, summary["seconds"])

@@ -1,0 +1,53 @@
+"""The task of the restore flow: weights back into `.pt` files, one outcome per job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+import ptbin
+from ptbin import RestoreOptions
+from ptbin.catalog import Job
+from ptbin.errors import NotACheckpointError
+from ptbin.manifest import manifest_uri
+from tasks.live import LiveRun, find_live_run
+from tasks.outcomes import Converted, Outcome, outcome_of_error
+
+__all__ = ["restore_batch"]
+
+
+@task(
+    name="restore batch",
+    task_run_name="restore {label}",
+    tags=["ptbin", "restore"],
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def restore_batch(run_id: str, label: str, jobs: Sequence[Job], options: RestoreOptions) -> list[Outcome]:
+    """Restore each job, proven and with its manifest; one outcome per job, in order."""
+    del label
+    live = find_live_run(run_id)
+    return [_restore(live, job, options) for job in jobs]
+
+
+def _restore(live: LiveRun, job: Job, options: RestoreOptions) -> Outcome:
+    live.moved(0)
+    try:
+        manifest = ptbin.restore(
+            job.source_uri,
+            job.dest_uri,
+            options,
+            source_options=live.source_options,
+            dest_options=live.dest_options,
+            run_id=live.run_id,
+            progress=live.moved,
+        )
+    except NotACheckpointError as error:
+        # Only its place made it a candidate: a directory holds other things too.
+        return outcome_of_error(job.path, error) if job.certain else Outcome(job.path, "not_a_checkpoint")
+    except Exception as error:  # noqa: BLE001 - what is wrong with one must not stop the others
+        return outcome_of_error(job.path, error)
+    converted = Converted.from_manifest(manifest, manifest_uri(job.dest_uri))
+    return Outcome(job.path, "converted", converted=converted)
