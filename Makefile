@@ -61,7 +61,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --no-logo
+	$(BIN)/lint-imports --no-logo --no-cache
 
 bench: install
 	env -u PYTHONSAFEPATH $(BIN)/python benchmarks/run.py $(if $(BENCH_DIR),--work-dir $(BENCH_DIR))

@@ -36,6 +36,11 @@ def read_torch_zip(opening: Opening, directory: ZipDirectory) -> Checkpoint:
     """
     root = _archive_root(directory)
     if root is None:
+        from ptbin.reading.exported import read_exported
+
+        exported = read_exported(opening, directory)
+        if exported is not None:
+            return exported
         refuse_foreign_zip(directory)
         raise AssertionError("unreachable")
     _fetch_index(directory, root)

@@ -315,7 +315,8 @@ def refuse_foreign_zip(directory: ZipDirectory) -> None:
         name.rsplit("/", 1)[-1] == "archive_format" or name.endswith("models/model.json") for name in names
     ):
         raise UnsupportedFormatError(
-            f"{uri}: a torch.export archive (.pt2); save its state_dict with torch.save to convert it"
+            f"{uri}: a torch.export archive (.pt2) without weights that ptbin reads: one of before torch "
+            "2.8, or compiled code; load it and save its state_dict with torch.save"
         )
     raise NotACheckpointError(
         f"{uri}: a zip archive without a data.pkl, so no checkpoint of torch's ({', '.join(names[:3])})"

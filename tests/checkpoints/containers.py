@@ -366,11 +366,22 @@ def tar_from_before_0_1_10(path: Path) -> Checkpoint:
     return Checkpoint(path, None, reason="unsupported_format")
 
 
-@checkpoint(suffix=".pt2", reason="unsupported_format")
+@checkpoint(suffix=".pt2", torch_reads=None)
 def torch_export_archive(path: Path) -> Checkpoint:
-    model = torch.nn.Linear(3, 2)
-    torch.export.save(torch.export.export(model, (torch.zeros(1, 3),)), path)
-    return Checkpoint(path, None, reason="unsupported_format")
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+            self.right.weight = self.left.weight
+            self.norm = torch.nn.BatchNorm1d(2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.norm(self.left(x)) + self.right(x)
+            return result
+
+    program = torch.export.export(Tied().eval(), (torch.zeros(4, 3),))
+    torch.export.save(program, path)
+    return Checkpoint(path, {name: tensor.detach() for name, tensor in program.state_dict.items()})
 
 
 @checkpoint(suffix=".safetensors", torch_reads=None)
