@@ -181,7 +181,7 @@ def find_one(source: str, *, storage_options: Mapping[str, Any] | None = None) -
     """SOURCE as one checkpoint: a file, an index with its shards, or a folder that is one.
 
     Raises:
-        NotFoundInStoreError: nothing is there. UnsupportedFormatError: a folder that is not one checkpoint.
+        NotFoundInStoreError: nothing is there. UsageError: a folder that is not one checkpoint.
     """
     place = find_source(source, storage_options)
     name = place.path.rstrip("/").rpartition("/")[2]

@@ -8,7 +8,7 @@ from typing import Any
 from ptbin.errors import AmbiguousStateDictError, NoStateDictError
 from ptbin.options import Limits
 from ptbin.reading.checkpoint import Checkpoint, one_clear_error, read_checkpoint
-from ptbin.reading.selection import Candidate, choose_candidate, find_candidates
+from ptbin.reading.selection import Candidate, choose_candidate, find_candidates, why_chosen
 from ptbin.reading.verdicts import judge_programs
 from ptbin.sources import open_source
 from ptbin.state_dict import tensors_of
@@ -22,7 +22,7 @@ def inspect(
     """Describe one checkpoint without reading its weights and without running any of its code.
 
     Returns:
-        `uri`, `container`, `size`, `selected` (path or None), `reason` and `detail` where nothing is
+        `uri`, `container`, `size`, `selected` (path or None), `why`, `reason` and `detail` where nothing is
         selected, `state_dicts`, `tensors` of the selected one, `globals`, `findings`, `verdict`.
 
     Raises:
@@ -39,6 +39,7 @@ def inspect(
             "container": checkpoint.container,
             "size": reader.size,
             "selected": selected.path if selected is not None else None,
+            "why": why_chosen(selected, candidates, checkpoint.preferred) if selected is not None else None,
             "reason": reason,
             "detail": detail,
             "state_dicts": [candidate.to_json() for candidate in candidates],

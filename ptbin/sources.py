@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ptbin.errors import CorruptArchiveError, NotFoundInStoreError, UnsupportedFormatError
+from ptbin.errors import CorruptArchiveError, NotFoundInStoreError, UsageError
 from ptbin.folders import INDEX_SUFFIX, Group, main_handle
 from ptbin.stores import Identity, ListedObject, RangeReader, Store, open_store
 from ptbin.stores.base import refuse_other_object
@@ -68,7 +68,7 @@ def open_source(
     """The checkpoint at `uri`, opened.
 
     Raises:
-        UnsupportedFormatError: a folder that is no checkpoint.
+        UsageError: a folder that is no checkpoint.
         NotFoundInStoreError, StorageError: from the store.
     """
     return find_source(uri, storage_options).open(expected)
@@ -94,8 +94,8 @@ def find_source(uri: str, storage_options: Mapping[str, Any] | None = None) -> S
         if _is_plain_name(tag) and store.is_directory(f"{path}/{tag}"):
             return find_source(f"{uri.rstrip('/')}/{tag}", storage_options)
     if found is None:
-        raise UnsupportedFormatError(
-            f"{store.uri_of(path)}: a folder that is not one checkpoint by itself; name a file in it"
+        raise UsageError(
+            f"{store.uri_of(path)}: a directory that is not one checkpoint by itself; name a file in it"
         )
     if isinstance(found, ListedObject):
         return SourcePlace(store, f"{path}/{found.path}", path)

@@ -15,7 +15,7 @@ from flows.cli.shared_options import Shared, shared_options
 from flows.cli.summary import JSON_KEYS, conversion_lines, plan_lines, single_lines
 from flows.wishes import MAX_WORKERS, build_options, refuse_secrets
 from ptbin.dtypes import CAST_NAMES
-from ptbin.errors import StorageError, UnsupportedFormatError, UsageError
+from ptbin.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from ptbin.catalog import Found, Job
@@ -206,7 +206,7 @@ def _single_checkpoint(source: str, dest: str, shared: Shared) -> Found | None:
     if names_one or not store.is_directory(path):
         try:
             return catalog.find_one(source, storage_options=shared.source_options)
-        except (StorageError, UnsupportedFormatError):
+        except (StorageError, UsageError):
             pass  # a glob, or a folder of many: `check_call` has seen to everything else
     if names_one:
         raise UsageError(

@@ -57,7 +57,12 @@ def _print_report(report: dict[str, Any]) -> None:
     _print_section(
         "state dicts",
         [
-            (row["path"] or "(top)", f"{row['tensors']} tensors", format_nbytes(row["nbytes"]))
+            (
+                row["path"] or "(top)",
+                f"{row['tensors']} tensors",
+                format_nbytes(row["nbytes"]),
+                row["role"] or "",
+            )
             for row in report["state_dicts"]
         ],
     )
@@ -87,7 +92,7 @@ def _shape(shape: list[int]) -> str:
 def _selected(report: dict[str, Any]) -> str:
     if report["selected"] is None:
         return f"none: {report['reason']}: {report['detail']}"
-    return report["selected"] or "(top)"
+    return f"{report['selected'] or '(top)'}: {report['why']}"
 
 
 def _print_section(title: str, rows: list[tuple[str, ...]]) -> None:

@@ -140,7 +140,6 @@ def restore_command(
 def _single(source: str, dest: str, shared: Shared) -> Found | None:
     """SOURCE if it is one set of weights and DEST one file, None if it is a place that holds some."""
     from ptbin import catalog
-    from ptbin.errors import UnsupportedFormatError
     from ptbin.stores import open_store
 
     store, path = open_store(source, shared.source_options)
@@ -148,7 +147,7 @@ def _single(source: str, dest: str, shared: Shared) -> Found | None:
     if names_one or not store.is_directory(path):
         try:
             return catalog.find_one(source, storage_options=shared.source_options)
-        except (StorageError, UnsupportedFormatError):
+        except (StorageError, UsageError):
             pass  # a glob, or a folder of many
     if names_one:
         raise UsageError(f"DEST names one file, but SOURCE is a place with many: {source}; give a directory")

@@ -15,14 +15,18 @@ from typing import Any
 from ptbin.errors import AmbiguousStateDictError, LimitExceededError, NoStateDictError
 from ptbin.nodes import DictNode, Instance, NdArray, Opaque, iter_nodes
 from ptbin.options import Limits
+from ptbin.reading.averages import COPY_SUFFIX, copies_inside, named_by_order, role_of
 from ptbin.reading.checkpoint import Checkpoint
 from ptbin.reading.modules import is_module, module_state_dict, script_state_dict
 from ptbin.state_dict import LeftOut, StateDict, storages_of, tensors_of
 from ptbin.tensors import SparseTensor, Storage, TensorRef
 
-__all__ = ["Candidate", "find_candidates", "select_state_dict"]
+__all__ = ["Candidate", "find_candidates", "select_state_dict", "why_chosen"]
 
 MAX_SEARCH_DEPTH = 10
+
+AVERAGED = "ema"
+"""What `--select` takes for the averaged copy, wherever it is."""
 
 # Records inside values that are no tensors (`_extra_state`, say), over all entries of one mapping: each entry
 # is walked for itself, and a thousand entries may share one large value.
@@ -67,8 +71,13 @@ class Candidate:
     nbytes: int
     beside: bool
 
+    @property
+    def role(self) -> str | None:
+        """`ema` where it is an averaged copy of a model's weights, by its name."""
+        return role_of(self.path)
+
     def to_json(self) -> dict[str, Any]:
-        return {"path": self.path, "tensors": self.tensors, "nbytes": self.nbytes}
+        return {"path": self.path, "tensors": self.tensors, "nbytes": self.nbytes, "role": self.role}
 
 
 def find_candidates(checkpoint: Checkpoint, limits: Limits) -> list[Candidate]:
@@ -108,7 +117,14 @@ def find_candidates(checkpoint: Checkpoint, limits: Limits) -> list[Candidate]:
                     inside or (isinstance(node, Instance) and not node.pairs),
                 )
             )
-    return candidates
+    return candidates + _averaged_copies(checkpoint, candidates)
+
+
+def _averaged_copies(checkpoint: Checkpoint, candidates: list[Candidate]) -> list[Candidate]:
+    """Averages that are no state dict of their own; offered, never chosen."""
+    copies = [copies_inside(c.state_dict) for c in candidates if not c.beside]
+    copies.append(named_by_order(checkpoint.root, [c.state_dict for c in candidates if not c.beside]))
+    return [_measured(copy, beside=True) for copy in copies if copy is not None]
 
 
 def select_state_dict(checkpoint: Checkpoint, select: str | None, limits: Limits) -> StateDict:
@@ -126,13 +142,47 @@ def select_state_dict(checkpoint: Checkpoint, select: str | None, limits: Limits
         chosen = next((c.state_dict for c in candidates if c.path == select), None)
         if chosen is None:
             chosen = _as_state_dict(checkpoint, _resolve(checkpoint.root, select), select, strict=False)
+        if chosen is None and select == AVERAGED:
+            chosen = _the_average(checkpoint, candidates)
         if chosen is None:
             offered = ", ".join(c.path for c in candidates[:20]) or "none"
             raise NoStateDictError(f"{checkpoint.uri}: no state dict at {select!r}; found: {offered}")
     else:
         chosen = choose_candidate(checkpoint, candidates).state_dict
+    whole = chosen.path.removesuffix(COPY_SUFFIX)
+    if whole != chosen.path:
+        raw = next(c for c in candidates if c.path == whole).state_dict
+        copied = {id(value) for _, value in chosen.entries}
+        nbytes = sum(v.nbytes for _, v in raw.entries if isinstance(v, TensorRef) and id(v) not in copied)
+        chosen.left_out.append(LeftOut(whole, nbytes, "raw weights; their averaged copy is selected"))
+        return chosen
     chosen.left_out.extend(_unselected(checkpoint, chosen))
     return chosen
+
+
+def _the_average(checkpoint: Checkpoint, candidates: list[Candidate]) -> StateDict:
+    averages = [c for c in candidates if c.role == AVERAGED]
+    if len(averages) == 1:
+        return averages[0].state_dict
+    listed = ", ".join(c.path for c in (averages or candidates)[:20])
+    if averages:
+        raise AmbiguousStateDictError(
+            f"{checkpoint.uri}: {len(averages)} averaged copies, choose one with --select: {listed}",
+            tuple(c.path for c in averages),
+        )
+    raise NoStateDictError(f"{checkpoint.uri}: no averaged copy; found: {listed or 'none'}")
+
+
+def why_chosen(chosen: Candidate, candidates: list[Candidate], preferred: str | None) -> str:
+    """One sentence: why this one and none of the others."""
+    others = [c for c in candidates if c is not chosen]
+    if not others:
+        return "the only state dict there is"
+    if chosen.path == preferred:
+        return "what this container is meant to hold"
+    if all(c.beside for c in others):
+        return "the only one that is not saved beside a model"
+    return f"the others are the same weights, or marginal beside {chosen.path!r}"
 
 
 def choose_candidate(checkpoint: Checkpoint, candidates: list[Candidate]) -> Candidate:
@@ -152,7 +202,9 @@ def choose_candidate(checkpoint: Checkpoint, candidates: list[Candidate]) -> Can
         if len(named) == 1 and sum(c.nbytes for c in main) - named[0].nbytes <= named[0].nbytes // 100:
             return named[0]
         paths = tuple(c.path for c in main)
-        listed = ", ".join(f"{c.path} ({c.tensors} tensors, {c.nbytes} bytes)" for c in main[:20])
+        listed = ", ".join(
+            f"{c.path} ({c.tensors} tensors, {c.nbytes} bytes{', ema' if c.role else ''})" for c in main[:20]
+        )
         raise AmbiguousStateDictError(
             f"{checkpoint.uri}: {len(main)} state dicts, choose one with --select: {listed}", paths
         )

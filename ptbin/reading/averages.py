@@ -1,0 +1,98 @@
+"""Averaged copies of a model's weights (EMA, SWA): found by name, offered, never chosen unasked. Pure.
+
+`--select ema` takes the one copy a checkpoint has, wherever it is:
+
+* a state dict of its own under a telling name (`state_dict_ema`, `ema.model`, `averaged_model`, ...);
+* inside the model's flat state dict, with names of its own: `ema_model.` (ema_pytorch), `model_ema.` with the
+  dots taken out (LitEma of latent diffusion). Offered as `<path>#ema`, under the names of the raw weights;
+* a list `shadow_params` (torch_ema, diffusers), where one model beside it has as many parameters of the same
+  shapes in the same order. Offered as its path, under that model's names.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ptbin.nodes import DictNode
+from ptbin.state_dict import StateDict
+from ptbin.tensors import TensorRef
+
+__all__ = ["COPY_SUFFIX", "copies_inside", "named_by_order", "role_of"]
+
+_AVERAGED = re.compile(r"(?:^|[._#])(?:ema|swa|averaged?|shadow)(?:$|[._#\d])", re.IGNORECASE)
+_PREFIXES = ("ema_model.", "model_ema.", "ema.")
+_LIT_EMA = "model_ema."
+_COUNTERS = ("decay", "num_updates", "initted", "step", "n_averaged")
+COPY_SUFFIX = "#ema"
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def role_of(path: str) -> str | None:
+    """`ema` where a path says that what lies there is an average."""
+    return "ema" if _AVERAGED.search(path) else None
+
+
+def copies_inside(found: StateDict) -> StateDict | None:
+    """The averaged copy that a flat state dict holds beside the raw weights, if it holds one."""
+    tensors = {name: value for name, value in found.entries if isinstance(value, TensorRef)}
+    for prefix in _PREFIXES:
+        copied = {
+            name: value
+            for name, value in tensors.items()
+            if name.startswith(prefix) and name[len(prefix) :] not in _COUNTERS
+        }
+        if not copied or len(copied) == len(tensors):
+            continue
+        entries = _without_dots(tensors, copied) if prefix == _LIT_EMA else []
+        entries = entries or [(name[len(prefix) :], value) for name, value in copied.items()]
+        path = found.path + COPY_SUFFIX
+        return StateDict(path, found.kind, found.mapping_kind, entries, None)
+    return None
+
+
+def _without_dots(tensors: dict[str, Any], copied: dict[str, Any]) -> list[tuple[str, Any]]:
+    """LitEma's copies under the names they had: `model.` and what lost its dots."""
+    named = []
+    for name in tensors:
+        if name.startswith("model."):
+            copy = copied.get(_LIT_EMA + name.removeprefix("model.").replace(".", ""))
+            if copy is not None:
+                named.append((name, copy))
+    return named if len(named) == len(copied) else []
+
+
+def named_by_order(root: Any, models: list[StateDict]) -> StateDict | None:
+    """`shadow_params` under the names of the one model whose parameters they follow."""
+    path, shadow = _shadow_params(root)
+    if not shadow:
+        return None
+    shapes = [tensor.shape for tensor in shadow]
+    fitting: list[tuple[StateDict, list[str]]] = []
+    for model in models:
+        named = [(n, v) for n, v in model.entries if isinstance(v, TensorRef)]
+        parameters = [(n, v) for n, v in named if n.rpartition(".")[2] not in _BUFFERS]
+        for names in {id(named): named, id(parameters): parameters}.values():
+            if [value.shape for _, value in names] == shapes:
+                fitting.append((model, [name for name, _ in names]))
+                break
+    if len(fitting) != 1:
+        return None
+    model, names_in_order = fitting[0]
+    entries = list(zip(names_in_order, shadow, strict=True))
+    return StateDict(path, "mapping", model.mapping_kind, list(entries), None)
+
+
+def _shadow_params(root: Any) -> tuple[str, list[TensorRef]]:
+    """The only list of that name at the top or one level below it."""
+    if not isinstance(root, DictNode):
+        return "", []
+    places = [("", root)]
+    places += [(f"{name}.", child) for name, child in root.by_name().items() if isinstance(child, DictNode)]
+    found = [(f"{prefix}shadow_params", node.get("shadow_params")) for prefix, node in places]
+    lists = [
+        (path, list(value))
+        for path, value in found
+        if isinstance(value, (list, tuple)) and value and all(isinstance(v, TensorRef) for v in value)
+    ]
+    return lists[0] if len(lists) == 1 else ("", [])
