@@ -1,4 +1,4 @@
-"""The recipes of docs/recipes.md, run as they stand; each must answer as the network that was trained does."""
+"""The recipes of docs/recipes.md, run as they stand; each must answer as the trained network does."""
 
 from __future__ import annotations
 
