@@ -71,7 +71,7 @@ class Weights(Mapping[str, "NDArray[Any]"]):
     def __init__(self, reader: RangeReader, tensors: dict[str, TensorRef]) -> None:
         self._reader = reader
         self._tensors = tensors
-        self._maps: dict[int, mmap.mmap] = {}
+        self._maps: dict[str, mmap.mmap] = {}
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         tensor = self._tensors[name]
@@ -119,9 +119,9 @@ class Weights(Mapping[str, "NDArray[Any]"]):
         descriptor = reader.fileno()
         if descriptor is None:
             return None
-        mapping = self._maps.get(id(reader))
+        mapping = self._maps.get(reader.uri)
         if mapping is None:
-            mapping = self._maps[id(reader)] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+            mapping = self._maps[reader.uri] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
         flat = numpy.frombuffer(mapping, dtype=numpy.uint8, count=end - first, offset=offset)
         steps = tuple(step * tensor.dtype.itemsize for step in tensor.stride)
         return numpy.ndarray(tensor.shape, dtype, flat, 0, steps)

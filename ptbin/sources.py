@@ -134,6 +134,13 @@ def _indexed(store: Store, path: str) -> SourcePlace:
     return SourcePlace(store, path, folder, tuple(parts))
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return found
+
+
 def parse_index(data: bytes, uri: str) -> dict[str, Any]:
     """An index of shards, with `files` (names of the files it refers to) added.
 
@@ -143,7 +150,7 @@ def parse_index(data: bytes, uri: str) -> dict[str, Any]:
         CorruptArchiveError: no such index, or a file name that is absolute, climbs, or leads into a folder.
     """
     try:
-        index = json.loads(data)
+        index = json.loads(data, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise CorruptArchiveError(f"{uri}: the index is no JSON: {error}") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None

@@ -34,6 +34,11 @@ def read_raw(reader: JoinedReader, index: dict[str, Any], opening: Opening) -> C
         or metadata.get("byte_order") != "little"
     ):
         raise CorruptArchiveError(f"{reader.uri}: not an index of format raw, version 1, little-endian")
+    stored = sum(reader.part(name).size for name in index["files"])
+    if metadata.get("total_size") != stored:
+        raise CorruptArchiveError(
+            f"{reader.uri}: its files hold {stored} bytes, the index says {metadata.get('total_size')}"
+        )
     root = DictNode("OrderedDict")
     storages: dict[str, Storage] = {}
     shared: dict[tuple[str, int, int], Storage] = {}
