@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,22 +67,23 @@ def test_onnx_runtime(network: nn.Sequential) -> None:
     torch.testing.assert_close(torch.from_numpy(_run("ONNX Runtime")["answer"]), _wanted(network))
 
 
-def test_jax(network: nn.Sequential) -> None:
-    numpy = pytest.importorskip("numpy")
-    pytest.importorskip("jax")
-    answer = numpy.array(_run("JAX")["answer"])
-    torch.testing.assert_close(torch.from_numpy(answer), _wanted(network))
-
-
-def test_tensorflow_lite(network: nn.Sequential, tmp_path: Path) -> None:
-    """In a process of its own: TensorFlow is large, loud, and does not let go."""
-    pytest.importorskip("ai_edge_litert")
-    script = RECIPES["TensorFlow and TensorFlow Lite"]
-    script += "\nimport json\nprint('answer', json.dumps(answer.tolist()))\n"
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+def _answer_in_a_process_of_its_own(title: str, folder: Path) -> torch.Tensor:
+    """For frameworks that do not let go: TensorFlow is large and loud, JAX warns of every later fork."""
+    script = RECIPES[title] + "\nimport json\nprint('answer', json.dumps(answer.tolist()))\n"
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    answer = json.loads(done.stdout.rsplit("answer ", 1)[1])
-    torch.testing.assert_close(torch.tensor(answer), _wanted(network))
+    return torch.tensor(json.loads(done.stdout.rsplit("answer ", 1)[1]))
+
+
+@pytest.mark.skipif(find_spec("jax") is None, reason="no JAX here")
+def test_jax(network: nn.Sequential, tmp_path: Path) -> None:
+    torch.testing.assert_close(_answer_in_a_process_of_its_own("JAX", tmp_path), _wanted(network))
+
+
+@pytest.mark.skipif(find_spec("ai_edge_litert") is None, reason="no TensorFlow Lite here")
+def test_tensorflow_lite(network: nn.Sequential, tmp_path: Path) -> None:
+    answer = _answer_in_a_process_of_its_own("TensorFlow and TensorFlow Lite", tmp_path)
+    torch.testing.assert_close(answer, _wanted(network))
 
 
 def _tiny(architecture: str) -> Any:
