@@ -258,6 +258,9 @@ def _pieces(fetch: Fetch, wait: Callable[[], bytes]) -> Iterator[tuple[int, byte
 class Writer(ABC):
     """One output, appended to in order; leaving the `with` block without `commit()` aborts it."""
 
+    identity: Identity | None = None
+    """What was published, once `commit` returned; None where the store does not say and asking is a request."""
+
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self.bytes_written = 0
@@ -360,11 +363,12 @@ class Store(ABC):
             refuse_too_large(reader.uri, reader.size, limit)
             return reader.read(0, reader.size)
 
-    def write_bytes(self, path: str, data: bytes) -> None:
-        """Write a whole small object, or nothing."""
+    def write_bytes(self, path: str, data: bytes) -> Identity | None:
+        """Write a whole small object, or nothing; its identity, where the store tells it without a request."""
         with self.open_writer(path, size_hint=len(data)) as writer:
             writer.write(data)
             writer.commit()
+            return writer.identity
 
 
 def refuse_too_large(uri: str, size: int, limit: int) -> None:

@@ -27,16 +27,12 @@ from ptbin.stores.base import (
     refuse_other_object,
 )
 from ptbin.stores.faults import fault, mapped_faults
-from ptbin.stores.local_writer import LocalWriter, open_unpublished
+from ptbin.stores.local_writer import LocalWriter, identity_of, open_unpublished
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["LocalReader", "LocalStore"]
-
-
-def identity_of(status: os.stat_result) -> Identity:
-    return Identity("mtime", f"{status.st_mtime_ns}-{status.st_size}")
 
 
 class LocalStore(Store):

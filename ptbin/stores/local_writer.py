@@ -19,7 +19,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ptbin.errors import StorageError
-from ptbin.stores.base import MIB, PARTIAL_SUFFIX, Writer
+from ptbin.stores.base import MIB, PARTIAL_SUFFIX, Identity, Writer
 from ptbin.stores.faults import mapped_faults
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from ptbin.stores.base import RangeReader
 
-__all__ = ["LocalWriter", "open_unpublished"]
+__all__ = ["LocalWriter", "identity_of", "open_unpublished"]
 
 COPY_NBYTES = 16 * MIB
 """One step of copying and of write-back; 8 to 16 MiB measured best, larger ones overlap less."""
@@ -68,6 +68,10 @@ def _partial_name(target: str) -> str:
     ending = f".{os.urandom(6).hex()}{PARTIAL_SUFFIX}"
     kept = os.fsencode(name)[: NAME_MAX - len(ending) - 1].decode(errors="ignore")
     return os.path.join(directory, f".{kept}{ending}")
+
+
+def identity_of(status: os.stat_result) -> Identity:
+    return Identity("mtime", f"{status.st_mtime_ns}-{status.st_size}")
 
 
 class LocalWriter(Writer):
@@ -160,6 +164,7 @@ class LocalWriter(Writer):
             else:
                 os.replace(self._partial, self._target)
                 self._partial = None
+            self.identity = identity_of(os.fstat(self._descriptor))
             self._close()
             for directory in {os.path.dirname(path) for path in (self._target, *self._made)}:
                 _flush_directory(directory)

@@ -16,7 +16,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import PtbinError, StorageError
-from ptbin.stores.base import MIB, Writer
+from ptbin.stores.base import MIB, Identity, Writer
 from ptbin.stores.s3_reader import etag_of
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ class S3Writer(Writer):
 
     def _publish(self) -> None:
         if self._upload_id is None:
-            self._client.wait(self._send("put_object", self._filling, **self._object))
+            answer = self._client.wait(self._send("put_object", self._filling, **self._object))
+            self.identity = Identity("etag", etag_of(answer)) if etag_of(answer) else None
             return
         if self._filling.tell():
             self._send_part()
