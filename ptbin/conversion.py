@@ -11,12 +11,14 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ptbin.draft import Draft, DraftFile
 from ptbin.drafting import Written, draft_file, draft_manifest
 from ptbin.errors import (
     CheckpointError,
+    ChecksumMismatchError,
     NotFoundInStoreError,
     UsageError,
     VerificationError,
@@ -29,7 +31,7 @@ from ptbin.segments import FilePlan
 from ptbin.sidecars import copy_sidecars
 from ptbin.sources import find_source
 from ptbin.splice import SpliceResult, splice
-from ptbin.stores import RangeReader, Store, open_store, public_uri
+from ptbin.stores import CopyRefused, RangeReader, Store, open_store, public_uri
 from ptbin.ties import tie_equal_tensors
 from ptbin.writing.outputs import plan_output
 
@@ -92,6 +94,7 @@ def stage(
         raise UsageError(f"{public_uri(source)}: source and destination are the same file")
     folder, _, name = dest_path.rstrip("/").rpartition("/")
     written: list[Written] = []
+    files: list[DraftFile] = []
     with place.open() as reader:
         try:
             with one_clear_error(reader.uri):
@@ -101,16 +104,16 @@ def stage(
                 output = plan_output(state_dict, options, name, archive_root=checkpoint.archive_root)
             obsolete = _outputs_of_before(dest_store, dest_path)
             check_source = options.verify != "none"
+            notes: list[str] = []
             for plan in output.files:
-                result = _write(
-                    plan, reader, dest_store, folder, dest_path, progress, check_source=check_source
-                )
+                writing = _Writing(plan, reader, dest_store, folder, dest_path, progress)
+                result, copied = writing.run(check_source=check_source, replaces=bool(obsolete), notes=notes)
                 written.append((plan, result))
+                files.append(draft_file(plan, result, copied))
         except CheckpointError:
             # An object that was replaced meanwhile looks damaged; say which of the two it is.
             reader.check_unchanged()
             raise
-        files = [draft_file(plan, result) for plan, result in written]
         for text_name, data in output.texts:
             dest_store.write_bytes(f"{folder}/{text_name}", data)
             files.append(DraftFile(text_name, len(data), zlib.crc32(data)))
@@ -125,26 +128,54 @@ def stage(
     manifest["finished_at"] = utc_now()
     manifest["bytes_read"] = bytes_read
     manifest["bytes_written"] = sum(file.size for file in files)
+    manifest["bytes_copied_in_store"] = sum(file.copied_nbytes for file in files)
+    if notes:
+        manifest["notes"] = notes
     return Draft(source, dest, options.verify, manifest, tuple(files), options.limits)
 
 
-def _write(
-    plan: FilePlan,
-    reader: RangeReader,
-    dest_store: Store,
-    folder: str,
-    dest_path: str,
-    progress: Progress | None,
-    *,
-    check_source: bool,
-) -> SpliceResult:
-    with dest_store.open_writer(f"{folder}/{plan.name}", size_hint=plan.plan.size) as writer:
-        result = splice(plan.plan, reader, writer, progress, check_source=check_source)
-        reader.check_unchanged()
-        # A manifest of an earlier output must not vouch for this one, not even for an instant.
-        dest_store.delete(dest_path + MANIFEST_SUFFIX)
-        writer.commit()
-    return result
+@dataclass(frozen=True, slots=True)
+class _Writing:
+    """One output file being written."""
+
+    plan: FilePlan
+    reader: RangeReader
+    store: Store
+    folder: str
+    dest_path: str
+    progress: Progress | None
+
+    def run(self, *, check_source: bool, replaces: bool, notes: list[str]) -> tuple[SpliceResult, int]:
+        """The result, and the bytes that the store copied by itself.
+
+        Where it refuses to, everything is streamed through this process instead and `notes` says why.
+        """
+        try:
+            return self._once(check_source, replaces, copies=True)
+        except CopyRefused as refusal:
+            notes.append(f"streamed, because the store did not copy: {refusal}")
+            return self._once(check_source, replaces, copies=False)
+
+    def _once(self, check_source: bool, replaces: bool, *, copies: bool) -> tuple[SpliceResult, int]:
+        plan = self.plan
+        path = f"{self.folder}/{plan.name}"
+        with self.store.open_writer(path, size_hint=plan.plan.size, copies=copies) as writer:
+            result = splice(
+                plan.plan,
+                self.reader,
+                writer,
+                self.progress,
+                check_source=check_source,
+                # What a store copied is read when the output is proven. Before that only where a good
+                # output stands in its place: a damaged source must not replace it.
+                check_copied=check_source and replaces,
+            )
+            self.reader.check_unchanged()
+            # A manifest of an earlier output must not vouch for this one, not even for an instant.
+            self.store.delete(self.dest_path + MANIFEST_SUFFIX)
+            writer.expected_crc32 = result.crc32
+            writer.commit()
+        return result, writer.bytes_copied
 
 
 def _outputs_of_before(store: Store, path: str) -> set[str]:
@@ -167,15 +198,17 @@ def commit(
 
     Raises:
         VerificationError: the stored output is not what the source says; it is removed.
+        ChecksumMismatchError: the same of what the store copied by itself: the source itself is damaged.
     """
     store, path = open_store(draft.dest_uri, dest_options)
     manifest = draft.manifest
+    proven_by: str | None = None
     try:
         if draft.level != "none":
             from ptbin.proof.output import prove_output
 
-            prove_output(draft, store, path, source_options=source_options, progress=progress)
-    except VerificationError:
+            proven_by = prove_output(draft, store, path, source_options=source_options, progress=progress)
+    except (VerificationError, ChecksumMismatchError):
         folder = path.rpartition("/")[0]
         for file in draft.files:
             store.delete(f"{folder}/{file.path}")
@@ -185,6 +218,8 @@ def commit(
         "status": "not verified" if draft.level == "none" else "verified",
         "at": utc_now(),
     }
+    if proven_by is not None:
+        manifest["verification"]["proven_by"] = proven_by
     store.write_bytes(path + MANIFEST_SUFFIX, dump_manifest(manifest))
     return manifest
 

@@ -30,12 +30,14 @@ class DraftFile:
     Attributes:
         crc32: of the whole file, as computed from what the source states.
         records: every storage in it; none in a file without weights (an index, a tokenizer).
+        copied_nbytes: of the file, that the store copied by itself.
     """
 
     path: str
     size: int
     crc32: int
     records: tuple[DraftRecord, ...] = ()
+    copied_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,11 +66,11 @@ def draft_manifest(
     }
 
 
-def draft_file(plan: FilePlan, result: SpliceResult) -> DraftFile:
+def draft_file(plan: FilePlan, result: SpliceResult, copied_nbytes: int = 0) -> DraftFile:
     records = tuple(
         DraftRecord(record.offset, record.nbytes, _crc32(record, result)) for record in plan.plan.records
     )
-    return DraftFile(plan.name, plan.plan.size, result.crc32, records)
+    return DraftFile(plan.name, plan.plan.size, result.crc32, records, copied_nbytes)
 
 
 def _crc32(record: RecordLayout, result: SpliceResult) -> int:

@@ -5,6 +5,10 @@ by name, type, shape and place; then every byte is read back. The whole file's C
 combined from the source's own checksums, each record's must equal the source's, and the SHA-256s found
 go into the manifest.
 
+Where an object store copied the weights by itself and keeps a CRC-32 of the whole object, computed from the
+bytes it holds, that number takes the place of reading them: equal to the one combined from the source's
+checksums, it proves the same. The index is read and compared all the same.
+
 `load`: torch opens it as well (`weights_only=True`), and every tensor's bytes are compared with the
 source's, read again.
 """
@@ -17,7 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ptbin.dtypes import BY_NAME
-from ptbin.errors import CheckpointError, VerificationError
+from ptbin.errors import CheckpointError, ChecksumMismatchError, VerificationError
 from ptbin.folders import INDEX_SUFFIX
 from ptbin.manifest import hex_crc32
 from ptbin.proof.digests import StoredTensor, digest_file
@@ -31,7 +35,10 @@ if TYPE_CHECKING:
     from ptbin.draft import Draft, DraftFile
     from ptbin.stores import RangeReader, Store
 
-__all__ = ["prove_output", "stored_tensor"]
+__all__ = ["READ_BACK", "STORE_CHECKSUM", "prove_output", "stored_tensor"]
+
+READ_BACK = "read back"
+STORE_CHECKSUM = "store checksum"
 
 
 # As `Limits.expanded_nbytes`: a stride 0 in a manifest must not keep a verifier busy for days.
@@ -45,16 +52,24 @@ def prove_output(
     *,
     source_options: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
-) -> None:
-    """Prove the output of `draft` and fill its manifest's digests in.
+) -> str:
+    """Prove the output of `draft` and fill its manifest's digests in; return what proved it.
 
     Raises:
         VerificationError: with the first difference found.
+        ChecksumMismatchError: the difference is in bytes that the store copied: the source holds them so.
     """
     folder = path.rpartition("/")[0]
+    proven_by = READ_BACK
     for file, output in zip(draft.files, draft.manifest["outputs"], strict=True):
         rows = [row for row in draft.manifest["tensors"] if row["file"] == file.path]
         with store.open_reader(f"{folder}/{file.path}") as reader:
+            if draft.level == "checksum" and file.copied_nbytes:
+                stated = store.crc32_of(f"{folder}/{file.path}")
+                if stated is not None:
+                    _prove_by_store(reader, file, rows, draft, stated)
+                    proven_by = STORE_CHECKSUM
+                    continue
             output["sha256"] = _prove_file(reader, file, rows, draft, progress)
     if draft.manifest["options"]["format"] == "raw":
         check_raw_index(store, path, draft.manifest["tensors"])
@@ -62,6 +77,26 @@ def prove_output(
         from ptbin.proof.load import prove_by_loading
 
         prove_by_loading(draft, store, path, source_options=source_options)
+    return proven_by
+
+
+def _prove_by_store(
+    reader: RangeReader, file: DraftFile, rows: list[dict[str, Any]], draft: Draft, stated: int
+) -> None:
+    _check_size(reader, file)
+    if rows and draft.manifest["options"]["format"] != "raw":
+        _check_structure(reader, draft, rows)
+    if stated != file.crc32:
+        raise ChecksumMismatchError(
+            f"{reader.uri}: the store states CRC-32 {hex_crc32(stated)} for what it copied, the source's "
+            f"checksums come to {hex_crc32(file.crc32)}: the source was damaged after it was written"
+        )
+    reader.check_unchanged()
+
+
+def _check_size(reader: RangeReader, file: DraftFile) -> None:
+    if reader.size != file.size:
+        raise VerificationError(f"{reader.uri}: {reader.size} bytes are stored, {file.size} were written")
 
 
 def _prove_file(
@@ -72,23 +107,24 @@ def _prove_file(
     progress: Callable[[int], None] | None,
 ) -> str:
     """SHA-256 of the file, once it has proven to be what was meant; its tensors' rows get theirs."""
-    if reader.size != file.size:
-        raise VerificationError(f"{reader.uri}: {reader.size} bytes are stored, {file.size} were written")
+    _check_size(reader, file)
     if rows and draft.manifest["options"]["format"] != "raw":
         _check_structure(reader, draft, rows)
+    # What the store copied differs from what the source states only where the source itself does.
+    wrong = ChecksumMismatchError if file.copied_nbytes else VerificationError
     places = [stored_tensor(row, file.size) for row in rows]
     digests = digest_file(reader, [(r.offset, r.nbytes) for r in file.records], places, progress)
     for record in file.records:
         found = digests.records[record.offset, record.nbytes]
         if found != record.crc32:
             names = [row["name"] for row in rows if record.holds(row["offset"])]
-            raise VerificationError(
+            raise wrong(
                 f"{reader.uri}: bytes {record.offset} to "
                 f"{record.offset + record.nbytes} ({', '.join(names[:3])}) "
                 f"have CRC-32 {hex_crc32(found)}, the source states {hex_crc32(record.crc32)}"
             )
     if digests.crc32 != file.crc32:
-        raise VerificationError(
+        raise wrong(
             f"{reader.uri}: the file has CRC-32 {hex_crc32(digests.crc32)}, expected {hex_crc32(file.crc32)}"
         )
     reader.check_unchanged()

@@ -4,39 +4,37 @@ A plan alternates framing (literals) and data (copies). Where two copies lie in 
 far apart as the literal between them is long, and the source holds those very bytes there, the three
 are one copy. The check reads the source's framing, which is foreign: a local header, extra field or
 descriptor that is anything but what its directory entry implies does not match and is written anew.
+
+Costs: a small read for each pair of neighbours. On a remote store many are under way at once, and those that
+lie close together share a request as long as no more than `SPARE` of the weights comes along with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from ptbin.segments import Copy, Literal, Piece
-
-if TYPE_CHECKING:
-    from ptbin.stores import RangeReader
+from ptbin.stores import RangeReader
+from ptbin.stores.ranges import affordable_gap
 
 __all__ = ["coalesce"]
 
 # Framing between two records is a descriptor and a padded header; anything longer is not worth comparing.
 MAX_FRAMING_NBYTES = 4096
+SPARE = 1 / 512
 
 
 def coalesce(pieces: Iterable[Piece], reader: RangeReader) -> list[Piece]:
-    """The same bytes in fewer pieces. Costs one small read for each pair of neighbours."""
+    """The same bytes in fewer pieces."""
+    pieces = list(pieces)
+    between = _candidates(pieces)
+    whole = _confirmed(between, reader)
     merged: list[Piece] = []
-    for piece in pieces:
-        if (
-            isinstance(piece, Copy)
-            and len(merged) >= 2
-            and isinstance(between := merged[-1], Literal)
-            and isinstance(before := merged[-2], Copy)
-            and before.slot is None
-            and piece.slot is None
-            and before.offset + before.nbytes + between.nbytes == piece.offset
-            and between.nbytes <= MAX_FRAMING_NBYTES
-            and reader.read(before.offset + before.nbytes, between.nbytes) == between.data
-        ):
+    for index, piece in enumerate(pieces):
+        if index - 1 in whole:
+            assert isinstance(piece, Copy)
+            before = merged[-2]
+            assert isinstance(before, Copy)
             merged[-2:] = [
                 Copy(
                     before.offset, piece.offset + piece.nbytes - before.offset, what=f"run from {before.what}"
@@ -45,3 +43,33 @@ def coalesce(pieces: Iterable[Piece], reader: RangeReader) -> list[Piece]:
         else:
             merged.append(piece)
     return merged
+
+
+def _candidates(pieces: list[Piece]) -> dict[int, tuple[int, bytes]]:
+    """By index of a literal: where in the source its bytes would have to be, and the bytes."""
+    found: dict[int, tuple[int, bytes]] = {}
+    for index in range(1, len(pieces) - 1):
+        before, literal, after = pieces[index - 1 : index + 2]
+        if (
+            isinstance(literal, Literal)
+            and isinstance(before, Copy)
+            and isinstance(after, Copy)
+            and before.slot is None
+            and after.slot is None
+            and before.offset + before.nbytes + literal.nbytes == after.offset
+            and literal.nbytes <= MAX_FRAMING_NBYTES
+        ):
+            found[index] = (before.offset + before.nbytes, literal.data)
+    return found
+
+
+def _confirmed(between: dict[int, tuple[int, bytes]], reader: RangeReader) -> set[int]:
+    """Those whose bytes the source does hold."""
+    indices = list(between)
+    ranges = [(between[index][0], len(between[index][1])) for index in indices]
+    span = ranges[-1][0] + ranges[-1][1] - ranges[0][0] if ranges else 0
+    gap = affordable_gap(ranges, most=reader.gap_nbytes, budget_nbytes=int(span * SPARE))
+    read: dict[int, bytes] = {}
+    for number, data in reader.iter_ranges(ranges, gap_nbytes=gap):
+        read[number] = read.get(number, b"") + data
+    return {index for number, index in enumerate(indices) if read.get(number, b"") == between[index][1]}

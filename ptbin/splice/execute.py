@@ -1,9 +1,10 @@
 """Carry a plan out.
 
-Between two local files the kernel moves whole runs of records (`copy_file_range`) and no weight passes
-through this process on its way. Everywhere else the source ranges are streamed in order, a few MiB at a time;
-there the CRC-32s that the source states are checked as the bytes pass. In both cases the result states
-the CRC-32 that the whole output must have, combined from those of its parts.
+Between two local files the kernel moves whole runs of records (`copy_file_range`), inside one object store
+the store does (`UploadPartCopy`), and no weight passes through this process on its way. Everywhere else the
+source ranges are streamed in order, a few MiB at a time; there the CRC-32s that the source states are
+checked as the bytes pass. In all cases the result states the CRC-32 that the whole output must have,
+combined from those of its parts.
 
 Promises: the writer receives exactly the plan's bytes or an error is raised; commits nothing itself.
 """
@@ -11,14 +12,14 @@ Promises: the writer receives exactly the plan's bytes or an error is raised; co
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ptbin.crc32 import combine_crc32
 from ptbin.errors import ChecksumMismatchError
 from ptbin.segments import Combined, Computed, Copy, Late, Literal, Piece, Plan
-from ptbin.splice.coalesce import coalesce
+from ptbin.splice.moves import Move, with_moves
 from ptbin.splice.recipes import iter_recipe
 from ptbin.tensors import ByteRange
 
@@ -40,13 +41,13 @@ class SpliceResult:
     Attributes:
         crcs: CRC-32 by slot.
         crc32: CRC-32 of the whole output.
-        moved_by_kernel: bytes that never entered this process.
+        moved: bytes that never entered this process on their way: the kernel or the store moved them.
         overflowed: by record key, elements that a cast made infinite.
     """
 
     crcs: dict[int, int]
     crc32: int
-    moved_by_kernel: int
+    moved: int
     overflowed: dict[str, int]
 
 
@@ -57,26 +58,29 @@ def splice(
     progress: Progress | None = None,
     *,
     check_source: bool = True,
+    check_copied: bool = True,
 ) -> SpliceResult:
     """Write the plan's bytes.
 
     Args:
-        check_source: also read what the kernel moved, to check it against the source's CRC-32s, so that
-            a damaged source is found before the writer commits. Streamed bytes are checked always.
+        check_source: also read what the kernel moved, to check it against the source's CRC-32s, so that a
+            damaged source is found before the writer commits. Streamed bytes are checked always.
+        check_copied: likewise what an object store is going to copy, unless it checks that by itself.
 
     Raises:
         ChecksumMismatchError: source bytes whose CRC-32 is not the stored one.
-        SourceChangedError, StorageError: from the stores.
+        SourceChangedError, StorageError: from the stores. CopyRefused: the store will not move anything.
     """
     report = progress or _ignore
     for place in plan.prechecks:
         _precheck(place, reader)
-    local = reader.is_local
-    pieces = coalesce(plan.pieces, reader) if local else list(plan.pieces)
+    pieces = with_moves(plan.pieces, reader, writer)
+    moved = sum(piece.nbytes for piece in pieces if isinstance(piece, Move))
+    if moved and check_copied and not reader.is_local and not writer.checks_crc32:
+        _check_copies(plan, reader)
     crcs: dict[int, int] = {}
-    moved = 0
     overflows: dict[str, CastTally] = {}
-    streams = _Streams(pieces, reader, local=local)
+    streams = _Streams(pieces, reader)
     for piece in pieces:
         if isinstance(piece, Literal):
             writer.write(piece.data)
@@ -90,18 +94,17 @@ def splice(
             stream = iter_recipe(piece.recipe, reader, overflows, check=check_source)
             crcs[piece.slot] = _stream(stream, piece, writer, report)
             continue
-        elif (
-            local
-            and piece.slot is None
-            and writer.copy_from(*reader.locate(piece.offset, piece.nbytes), piece.nbytes)
-        ):
-            moved += piece.nbytes
+        elif isinstance(piece, Move):
+            if not writer.copy_from(*reader.locate(piece.offset, piece.nbytes), piece.nbytes):
+                for chunk in reader.iter_range(piece.offset, piece.nbytes, chunk_nbytes=STREAM_CHUNK_NBYTES):
+                    writer.write(chunk)
         else:
             crc = _stream(streams.of(piece), piece, writer, report)
             _accept(piece, crc, crcs, reader.uri)
             continue
         report(piece.nbytes)
-    if moved and check_source:
+    if moved and check_source and reader.is_local:
+        # Afterwards, because they still lie in memory.
         _check_copies(plan, reader)
     overflowed = {what: tally.overflowed for what, tally in overflows.items() if tally.overflowed}
     return SpliceResult(crcs, _whole_crc32(plan, crcs), moved, overflowed)
@@ -146,11 +149,11 @@ def _accept(piece: Copy, crc: int, crcs: dict[int, int], uri: str) -> None:
 class _Streams:
     """The copies of a plan as streams; remote ones share one pass over the source and its read-ahead."""
 
-    def __init__(self, pieces: list[Piece], reader: RangeReader, *, local: bool) -> None:
+    def __init__(self, pieces: Sequence[Piece | Move], reader: RangeReader) -> None:
         self._reader = reader
         self._pending: Iterator[tuple[int, bytes]] | None = None
         self._next = 0
-        if not local:
+        if not reader.is_local:
             ranges = [(p.offset, p.nbytes) for p in pieces if isinstance(p, Copy)]
             self._pending = reader.iter_ranges(ranges)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ptbin.errors import UsageError
 from ptbin.stores.base import (
     PARTIAL_SUFFIX,
+    CopyRefused,
     Identity,
     ListedObject,
     ObjectStat,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PARTIAL_SUFFIX",
+    "CopyRefused",
     "Identity",
     "ListedObject",
     "ObjectStat",

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
-from ptbin.errors import CorruptArchiveError, LimitExceededError, SourceChangedError
+from ptbin.errors import CorruptArchiveError, LimitExceededError, SourceChangedError, StorageError
+from ptbin.stores.parts import Part, Stretch
 from ptbin.stores.ranges import Fetch, plan_fetches
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PARTIAL_SUFFIX",
+    "CopyRefused",
     "Identity",
     "ListedObject",
     "ObjectStat",
@@ -95,6 +97,10 @@ class ListedObject:
     identity: Identity | None
 
 
+class CopyRefused(StorageError):  # noqa: N818 - an answer, not a fault
+    """The store will not copy this by itself; the same bytes can still be streamed to a new writer."""
+
+
 def is_partial_name(path: str) -> bool:
     """Whether the last part of `path` is a temporary name of an unfinished output."""
     return path.endswith(PARTIAL_SUFFIX)
@@ -132,8 +138,10 @@ class RangeReader(ABC):
     gap_nbytes: ClassVar[int] = 0
     """Two ranges at most this far apart are fetched as one: a request costs more than these bytes."""
     best_chunk_nbytes: ClassVar[int] = 8 * MIB
-    window: int = 1
-    """How many chunks may be in flight or waiting to be consumed."""
+    window_nbytes: int = 0
+    """So many bytes may be under way or waiting to be consumed, in chunks; 0: one chunk at a time."""
+    max_under_way: int = 1
+    """So many requests at once, however small they are."""
 
     def __init__(self, uri: str, size: int, identity: Identity) -> None:
         self.uri = uri
@@ -166,22 +174,32 @@ class RangeReader(ABC):
             yield piece
 
     def iter_ranges(
-        self, ranges: Sequence[tuple[int, int]], *, chunk_nbytes: int | None = None
+        self,
+        ranges: Sequence[tuple[int, int]],
+        *,
+        chunk_nbytes: int | None = None,
+        gap_nbytes: int | None = None,
     ) -> Iterator[tuple[int, bytes]]:
         """(index of the range, next piece of it), in the order given; empty ranges give no piece.
 
-        Ascending neighbours share a request where the gap is at most `gap_nbytes`. Memory: `window`
-        chunks. A generator closed early cancels what is in flight.
+        Ascending neighbours share a request where the gap is at most `gap_nbytes` (None: what suits the
+        store). Memory: `window_nbytes`, or one chunk. A generator closed early cancels what is in flight.
         """
         for offset, nbytes in ranges:
             check_range(self.uri, self.size, offset, nbytes)
         chunk = chunk_nbytes or self.best_chunk_nbytes
-        fetches = plan_fetches(ranges, chunk_nbytes=chunk, gap_nbytes=self.gap_nbytes)
+        gap = self.gap_nbytes if gap_nbytes is None else gap_nbytes
+        fetches = plan_fetches(ranges, chunk_nbytes=chunk, gap_nbytes=gap)
+        under_way = 0
         with self._window() as waiting:
             for fetch in fetches:
-                waiting.append((fetch, self.start_fetch(fetch)))
-                if len(waiting) >= self.window:
+                while waiting and (
+                    under_way + fetch.nbytes > self.window_nbytes or len(waiting) >= self.max_under_way
+                ):
+                    under_way -= waiting[0][0].nbytes
                     yield from _pieces(*waiting.popleft())
+                waiting.append((fetch, self.start_fetch(fetch)))
+                under_way += fetch.nbytes
             while waiting:
                 yield from _pieces(*waiting.popleft())
 
@@ -203,6 +221,11 @@ class RangeReader(ABC):
     def is_local(self) -> bool:
         """Whether ranges lie in files of this machine, which the kernel can move."""
         return self.fileno() is not None
+
+    @property
+    def server_side_store(self) -> object | None:
+        """What stands for the store that holds all of this, where a writer to it could copy inside."""
+        return None
 
     def locate(self, offset: int, nbytes: int) -> tuple[RangeReader, int]:
         """The reader of the one object that holds a range, and the range's offset there."""
@@ -258,12 +281,20 @@ def _pieces(fetch: Fetch, wait: Callable[[], bytes]) -> Iterator[tuple[int, byte
 class Writer(ABC):
     """One output, appended to in order; leaving the `with` block without `commit()` aborts it."""
 
+    bytes_copied: int
+    """How many of `bytes_written` the store copied by itself, without their coming through this machine."""
+    expected_crc32: int | None
+    """CRC-32 of all that was written; set before `commit`: stores that can check it do, and then publish."""
+    checks_crc32: bool = False
+    """Known after `lay_out`: the store will compare the CRC-32 of what it keeps with `expected_crc32`."""
     identity: Identity | None = None
-    """What was published, once `commit` returned; None where the store does not say and asking is a request."""
+    """What was published, once `commit` returned; None where the store does not say it of its own accord."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self.bytes_written = 0
+        self.bytes_copied = 0
+        self.expected_crc32: int | None = None
         self._open = True
 
     @abstractmethod
@@ -276,11 +307,31 @@ class Writer(ABC):
     @abstractmethod
     def _discard(self) -> None: ...
 
+    def moves_from(self, reader: RangeReader) -> bool:
+        """Whether `copy_from` may work for ranges of `reader`; costs no request."""
+        del reader
+        return False
+
+    def lay_out(self, stretches: Sequence[Stretch]) -> list[Part]:
+        """Foretell the whole output, and what of it could be copied; before the first byte, or not at all.
+
+        Returns the parts in which the store wants it: a copied part is then one call of `copy_from`, all
+        else is written. Empty where nothing is worth copying.
+        """
+        parts = []
+        start = 0
+        for stretch in stretches:
+            parts.append(Part(start, stretch.nbytes, stretch.copyable))
+            start += stretch.nbytes
+        return parts
+
     def copy_from(self, reader: RangeReader, offset: int, nbytes: int) -> bool:
         """Append a range of `reader` by the cheapest kernel or server-side move.
 
-        False: "cannot, please stream"; then nothing was appended. What was moved counts in the
-        reader's `bytes_read` as well.
+        False: "cannot, please stream"; then nothing was appended.
+
+        Raises:
+            CopyRefused: here or in `commit`: the store would not; begin again with a writer that streams.
         """
         del reader, offset, nbytes
         return False
@@ -340,8 +391,16 @@ class Store(ABC):
         """Pin the object. Raises SourceChangedError where its identity is not `expected`."""
 
     @abstractmethod
-    def open_writer(self, path: str, *, size_hint: int | None = None) -> Writer:
-        """Begin an output; `size_hint` (bytes to come) lets a store choose its part size."""
+    def open_writer(self, path: str, *, size_hint: int | None = None, copies: bool = True) -> Writer:
+        """Begin an output; `size_hint` (bytes to come) lets a store choose its part size.
+
+        `copies` false: everything is to come through `write`.
+        """
+
+    def crc32_of(self, path: str) -> int | None:
+        """The CRC-32 of a whole object, computed by the store from what it keeps; None: it has none."""
+        del path
+        return None
 
     @abstractmethod
     def delete(self, path: str) -> None:
@@ -364,7 +423,7 @@ class Store(ABC):
             return reader.read(0, reader.size)
 
     def write_bytes(self, path: str, data: bytes) -> Identity | None:
-        """Write a whole small object, or nothing; its identity, where the store tells it without a request."""
+        """Write a whole small object, or nothing; its identity where the store tells it by itself."""
         with self.open_writer(path, size_hint=len(data)) as writer:
             writer.write(data)
             writer.commit()

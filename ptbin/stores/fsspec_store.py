@@ -216,8 +216,8 @@ class FsspecStore(Store):
             refuse_other_object(found.uri, found.identity, expected)
         return FsspecReader(self, path, found)
 
-    def open_writer(self, path: str, *, size_hint: int | None = None) -> Writer:
-        del size_hint
+    def open_writer(self, path: str, *, size_hint: int | None = None, copies: bool = True) -> Writer:
+        del size_hint, copies
         return FsspecWriter(self, path)
 
     def delete(self, path: str) -> None:
@@ -251,7 +251,8 @@ class FsspecReader(RangeReader):
     """Ranges by `cat_file`, its arguments named: positional ones mean other things in some backends."""
 
     gap_nbytes = 256 * 1024
-    window = 4
+    window_nbytes = 32 * MIB
+    max_under_way = 8
 
     def __init__(self, store: FsspecStore, path: str, found: ObjectStat) -> None:
         super().__init__(found.uri, found.size, found.identity)
@@ -259,7 +260,7 @@ class FsspecReader(RangeReader):
         self._path = path
         self._concurrent = bool(getattr(store.fs, "async_impl", False) and not store.fs.asynchronous)
         if not self._concurrent:
-            self.window = 1
+            self.max_under_way = 1
 
     def read(self, offset: int, nbytes: int) -> bytes:
         check_range(self.uri, self.size, offset, nbytes)

@@ -117,7 +117,11 @@ class JoinedReader(RangeReader):
         return reader.read(inner, nbytes)
 
     def iter_ranges(
-        self, ranges: Sequence[tuple[int, int]], *, chunk_nbytes: int | None = None
+        self,
+        ranges: Sequence[tuple[int, int]],
+        *,
+        chunk_nbytes: int | None = None,
+        gap_nbytes: int | None = None,
     ) -> Iterator[tuple[int, bytes]]:
         """As the base says; the read-ahead ends with each file."""
         start = 0
@@ -130,13 +134,17 @@ class JoinedReader(RangeReader):
             for offset, nbytes in ranges[start:end]:
                 reader, local = self.locate(offset, nbytes)
                 inner.append((local, nbytes))
-            for number, piece in reader.iter_ranges(inner, chunk_nbytes=chunk_nbytes):
+            for number, piece in reader.iter_ranges(inner, chunk_nbytes=chunk_nbytes, gap_nbytes=gap_nbytes):
                 yield start + number, piece
             start = end
 
     @property
     def is_local(self) -> bool:
         return self._store.protocol == "file"
+
+    @property
+    def server_side_store(self) -> object | None:
+        return self.reader_of(0).server_side_store
 
     def start_fetch(self, fetch: Fetch) -> Callable[[], bytes]:
         return lambda: self.read(fetch.offset, fetch.nbytes)

@@ -107,7 +107,8 @@ class LocalStore(Store):
                 raise
         return reader
 
-    def open_writer(self, path: str, *, size_hint: int | None = None) -> LocalWriter:
+    def open_writer(self, path: str, *, size_hint: int | None = None, copies: bool = True) -> LocalWriter:
+        del copies  # a local file's always could
         return LocalWriter(path, size_hint)
 
     def delete(self, path: str) -> None:

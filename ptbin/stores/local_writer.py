@@ -119,6 +119,9 @@ class LocalWriter(Writer):
         self.bytes_written += nbytes
         self._write_back.reached(self._descriptor, self.bytes_written)
 
+    def moves_from(self, reader: RangeReader) -> bool:
+        return reader.is_local
+
     def copy_from(self, reader: RangeReader, offset: int, nbytes: int) -> bool:
         """Within the kernel where it can; what it cannot, or stops doing half-way, is streamed."""
         source = reader.fileno()

@@ -8,12 +8,13 @@ planned as they are consumed, also for a range of many gigabytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["Fetch", "Piece", "plan_fetches"]
+__all__ = ["Fetch", "Piece", "affordable_gap", "plan_fetches"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +62,20 @@ def plan_fetches(
             end = position
     if pieces:
         yield Fetch(begin, end - begin, tuple(pieces))
+
+
+def affordable_gap(ranges: Sequence[tuple[int, int]], *, most: int, budget_nbytes: int) -> int:
+    """The widest gap up to `most` such that fetching all gaps not wider costs `budget_nbytes` at most."""
+    gaps = sorted(
+        after - (offset + nbytes)
+        for (offset, nbytes), (after, _) in pairwise(ranges)
+        if 0 <= after - (offset + nbytes) <= most
+    )
+    widest = 0
+    for gap in gaps:
+        budget_nbytes -= gap
+        if budget_nbytes < 0:
+            # Others may be as wide as the last one that was paid for.
+            return min(widest, gap - 1) if gap else 0
+        widest = gap
+    return widest

@@ -25,10 +25,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """How long a store is given to recover: by default five attempts over 3 to 6 seconds."""
+    """How long a store is given to recover: by default eight attempts over 6 to 13 seconds.
 
-    attempts: int = 5
-    first_delay_s: float = 0.4
+    The first waits are short, because most faults are of one request alone and hold up what is behind it.
+    """
+
+    attempts: int = 8
+    first_delay_s: float = 0.1
     max_delay_s: float = 20.0
 
     def __post_init__(self) -> None:

@@ -11,7 +11,9 @@ has done from the listing alone; a versioned bucket's version id pins a reader i
 
 from __future__ import annotations
 
+import base64
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import AccessDeniedError, NotFoundInStoreError, PtbinError, StorageError, UsageError
@@ -99,22 +101,21 @@ class S3Store(Store):
         bucket, prefix = self._prefix(path)
         uri = self.uri_of(path)
 
-        async def page(token: str | None) -> dict[str, Any]:
+        def page(token: str | None) -> dict[str, Any]:
             asked = {"Bucket": bucket, "Prefix": prefix}
             if token is not None:
                 asked["ContinuationToken"] = token
-            return await self.client.repeated(
-                lambda: self.client.attempt("list_objects_v2", "list", uri, **asked)
-            )
+            return self.client.call("list_objects_v2", "list", uri, **asked)
 
-        coming = self.client.start(page(None))
+        coming = self.client.start(lambda: page(None))
         try:
             more = True
             while more:
                 answer = coming.result()
                 more = bool(answer.get("IsTruncated"))
                 if more:
-                    coming = self.client.start(page(answer["NextContinuationToken"]))
+                    token = answer["NextContinuationToken"]
+                    coming = self.client.start(partial(page, token))
                 for entry in answer.get("Contents", ()):
                     key: str = entry["Key"]
                     if key.endswith("/") or is_partial_name(key):  # "folders" of web consoles; our own probes
@@ -147,11 +148,33 @@ class S3Store(Store):
             version_id=None if version in (None, "null") else version,
         )
 
-    def open_writer(self, path: str, *, size_hint: int | None = None) -> S3Writer:
+    def open_writer(self, path: str, *, size_hint: int | None = None, copies: bool = True) -> S3Writer:
         bucket, key = self.client.split(path)
         if not key or key.endswith("/"):
             raise StorageError(f"cannot write {self.uri_of(path)}: it names no object")
-        return S3Writer(self.client, self.uri_of(path), bucket=bucket, key=key, size_hint=size_hint)
+        return S3Writer(
+            self.client,
+            self.uri_of(path),
+            bucket=bucket,
+            key=key,
+            size_hint=size_hint,
+            copies=copies and self.client.options.server_side_copy,
+        )
+
+    def crc32_of(self, path: str) -> int | None:
+        """One HEAD. Of composite checksums (of parts, not of the object) S3 says so: they are none."""
+        bucket, key = self.client.split(path)
+        answer = self.client.call(
+            "head_object", "read", self.uri_of(path), Bucket=bucket, Key=key, ChecksumMode="ENABLED"
+        )
+        stated = answer.get("ChecksumCRC32")
+        if not isinstance(stated, str) or answer.get("ChecksumType") != "FULL_OBJECT":
+            return None
+        try:
+            digest = base64.b64decode(stated, validate=True)
+        except ValueError:
+            return None
+        return int.from_bytes(digest, "big") if len(digest) == 4 else None
 
     def read_bytes(self, path: str, *, limit: int = READ_BYTES_LIMIT) -> bytes:
         """One GET: whole answers come from one state of the object, so nothing needs pinning."""
@@ -160,18 +183,18 @@ class S3Store(Store):
         if not key:
             raise NotFoundInStoreError(f"cannot read {uri}: it is a bucket, not an object")
 
-        async def get() -> bytes:
-            answer = await self.client.attempt("get_object", "read", uri, Bucket=bucket, Key=key)
-            size = answer["ContentLength"]
-            if size > limit:
-                answer["Body"].close()
-                refuse_too_large(uri, size, limit)
-            data = await self.client.body(answer, "read", uri)
-            if len(data) != size:
-                raise StorageError(f"cannot read {uri}: {len(data)} of {size} bytes came", transient=True)
+        def accept(answer: dict[str, Any]) -> None:
+            refuse_too_large(uri, answer["ContentLength"], limit)
+
+        def get() -> bytes:
+            answer, data = self.client.fetch("read", uri, accept, Bucket=bucket, Key=key)
+            if len(data) != answer["ContentLength"]:
+                raise StorageError(
+                    f"cannot read {uri}: {len(data)} of {answer['ContentLength']} bytes came", transient=True
+                )
             return data
 
-        return self.client.wait(self.client.repeated(get))
+        return self.client.repeated(get)
 
     def delete(self, path: str) -> None:
         bucket, key = self.client.split(path)

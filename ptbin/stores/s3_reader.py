@@ -2,11 +2,12 @@
 
 Owns the pin: every request carries `IfMatch` (and `VersionId` where the bucket keeps versions), every
 answer's ETag and length are checked, so that bytes of two states of an object never mix. Sequential
-reading keeps `window` requests of `best_chunk_nbytes` under way: 32 MiB of memory.
+reading keeps `window_nbytes` under way or waiting to be consumed: 32 MiB of memory.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import NotFoundInStoreError, SourceChangedError, StorageError
@@ -31,7 +32,8 @@ class S3Reader(RangeReader):
 
     gap_nbytes = 256 * 1024
     best_chunk_nbytes = 8 * MIB
-    window = 4
+    window_nbytes = 32 * MIB
+    max_under_way = 16
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class S3Reader(RangeReader):
         self._client = client
         self._object = {"Bucket": bucket, "Key": key}
         self._etag = etag
+        self._counting = threading.Lock()
         self._pin: dict[str, str] = {}
         if etag:
             self._pin["IfMatch"] = f'"{etag}"'
@@ -65,19 +68,28 @@ class S3Reader(RangeReader):
         return self.start_fetch(Fetch(offset, nbytes, ()))()
 
     def start_fetch(self, fetch: Fetch) -> Callable[[], bytes]:
-        get = self._client.repeated(lambda: self._get(fetch.offset, fetch.nbytes))
+        def get() -> bytes:
+            return self._client.repeated(lambda: self._get(fetch.offset, fetch.nbytes))
+
         return Pending(self._client.start(get))
 
-    async def _get(self, offset: int, nbytes: int) -> bytes:
-        self.requests += 1
+    def _get(self, offset: int, nbytes: int) -> bytes:
+        with self._counting:
+            self.requests += 1
+
+        def accept(answer: dict[str, Any]) -> None:
+            if etag_of(answer) == self._etag and answer["ContentLength"] == nbytes:
+                return
+            refuse_other_object(self.uri, Identity("etag", etag_of(answer)), self.identity)
+            raise StorageError(
+                f"cannot read {self.uri}: {nbytes} bytes were asked and {answer['ContentLength']} announced: "
+                "the server ignores ranges"
+            )
+
+        last = offset + nbytes - 1  # inclusive (RFC 9110, 14.1.2)
         try:
-            answer = await self._client.attempt(
-                "get_object",
-                "read",
-                self.uri,
-                **self._object,
-                **self._pin,
-                Range=f"bytes={offset}-{offset + nbytes - 1}",  # inclusive (RFC 9110, 14.1.2)
+            _, data = self._client.fetch(
+                "read", self.uri, accept, **self._object, **self._pin, Range=f"bytes={offset}-{last}"
             )
         except NotFoundInStoreError as error:
             raise SourceChangedError(f"{self.uri} was deleted while it was read") from error
@@ -85,21 +97,32 @@ class S3Reader(RangeReader):
             if "InvalidRange" in str(error):  # the range lies in the pinned object: so this is another one
                 raise SourceChangedError(f"{self.uri} was overwritten while it was read") from error
             raise
-        if etag_of(answer) != self._etag or answer["ContentLength"] != nbytes:
-            answer["Body"].close()
-            refuse_other_object(self.uri, Identity("etag", etag_of(answer)), self.identity)
-            raise StorageError(
-                f"cannot read {self.uri}: {nbytes} bytes were asked and {answer['ContentLength']} announced: "
-                "the server ignores ranges"
-            )
-        data = await self._client.body(answer, "read", self.uri)
-        self.bytes_read += len(data)
+        with self._counting:
+            self.bytes_read += len(data)
         if len(data) != nbytes:
             raise StorageError(
                 f"cannot read {self.uri}: {len(data)} of {nbytes} bytes came at offset {offset}",
                 transient=True,
             )
         return data
+
+    @property
+    def server_side_store(self) -> S3Client:
+        return self._client
+
+    @property
+    def copy_source(self) -> dict[str, Any]:
+        """Arguments of `upload_part_copy` that name this very state of the object.
+
+        Some servers ignore the ETag here (Ceph does): whoever copies asks `check_unchanged` afterwards.
+        """
+        source = dict(self._object)
+        if self.version_id is not None:
+            source["VersionId"] = self.version_id
+        named: dict[str, Any] = {"CopySource": source}
+        if self._etag:
+            named["CopySourceIfMatch"] = f'"{self._etag}"'
+        return named
 
     def check_unchanged(self) -> None:
         """One HEAD of the name, whatever version was read."""

@@ -1,138 +1,275 @@
 """One S3 object written in order: a single PUT where it is small, else a multipart upload.
 
-Nothing is visible before `commit`. Parts have one size, but the last (some stores insist), chosen from
-the expected size so that 10,000 parts are enough. Up to `WINDOW` parts are under way while the next one
-fills: 40 MiB of memory for objects up to 80 GiB, 5 parts' worth above. A failed upload is aborted; its
-parts would else be paid for, for ever, without being seen.
+Nothing is visible before `commit`. What lies in the same store already is not sent again: `lay_out` cuts the
+output into parts (`parts`), and `copy_from` has the store copy those that are ranges of another object, each
+pinned to the state of that object that the reader saw. Up to `UPLOADS` parts are under way while the next
+one fills (40 MiB of memory for objects up to 80 GiB, 5 parts' worth above), and up to `COPIES` copies.
+A failed upload is aborted; its parts would else be paid for, for ever, without being seen.
 """
 
 from __future__ import annotations
 
-import asyncio
+import base64
 import contextlib
 import hashlib
-import io
+import zlib
 from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, wait
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ptbin.errors import PtbinError, StorageError
-from ptbin.stores.base import MIB, Identity, Writer
-from ptbin.stores.s3_reader import etag_of
+from ptbin.errors import (
+    AccessDeniedError,
+    NotFoundInStoreError,
+    PtbinError,
+    SourceChangedError,
+    StorageError,
+)
+from ptbin.stores.base import MIB, CopyRefused, Identity, Writer
+from ptbin.stores.parts import Part, PartRules, Stretch, plan_parts
+from ptbin.stores.s3_reader import S3Reader, etag_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import Future
 
+    from ptbin.stores.base import RangeReader
     from ptbin.stores.s3_client import S3Client
 
 __all__ = ["S3Writer", "part_nbytes_for"]
 
-# https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
-MAX_PARTS = 10_000
-MAX_PART_NBYTES = 5 * 1024 * MIB
-PART_NBYTES = 8 * MIB
+RULES = PartRules()
 UNKNOWN_SIZE_PART_NBYTES = 32 * MIB
 """Where no size is foretold: room for 312 GiB."""
-WINDOW = 4
+UPLOADS = 4
+COPIES = 8
+LEAST_COPIED_NBYTES = 8 * MIB
+"""An output with less to copy is streamed: that takes fewer requests and no more time."""
 
 
 def part_nbytes_for(size_hint: int | None) -> int:
     """The part size, whole mebibytes, with which `size_hint` bytes fit into one upload."""
     if size_hint is None:
         return UNKNOWN_SIZE_PART_NBYTES
-    needed = -(-size_hint // MAX_PARTS)
-    return min(MAX_PART_NBYTES, max(PART_NBYTES, -(-needed // MIB) * MIB))
+    needed = -(-size_hint // RULES.max_parts)
+    return min(RULES.max_nbytes, max(RULES.upload_nbytes, -(-needed // MIB) * MIB))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A part that the store has: its ETag, and its CRC-32 where that is asked for at the end."""
+
+    etag: str
+    crc32: str | None = None
 
 
 class S3Writer(Writer):
     """Made by `S3Store.open_writer`; asks nothing of the store before the first part is full."""
 
-    def __init__(self, client: S3Client, uri: str, *, bucket: str, key: str, size_hint: int | None) -> None:
+    def __init__(
+        self, client: S3Client, uri: str, *, bucket: str, key: str, size_hint: int | None, copies: bool
+    ) -> None:
         super().__init__(uri)
         self._client = client
         self._object = {"Bucket": bucket, "Key": key}
+        self._copies = copies
         self._part_nbytes = part_nbytes_for(size_hint)
-        # Bodies are file objects: aiohttp refuses large plain buffers, which would stall its loop.
-        self._filling = io.BytesIO()
+        self._sizes: deque[int] = deque()  # of the parts to be uploaded, where they were laid out
+        self._filling = bytearray()
         self._upload_id: str | None = None
-        self._part_etags: list[str] = []
-        self._under_way: deque[Future[str]] = deque()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._beginning: Future[str] | None = None
+        self._sent: list[_Sent] = []
+        self._under_way: deque[tuple[bool, Future[_Sent]]] = deque()
+
+    # -- bytes that come from here -------------------------------------------------------------
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         rest = memoryview(data).cast("B")
         while rest:
-            if self._filling.tell() == self._part_nbytes:  # only now is it certain that more follows
+            if len(self._filling) == self._part_nbytes:  # only now is it certain that more follows
                 self._send_part()
-            taken = rest[: self._part_nbytes - self._filling.tell()]
-            self._filling.write(taken)
+            taken = rest[: self._part_nbytes - len(self._filling)]
+            self._filling += taken
             self.bytes_written += len(taken)
             rest = rest[len(taken) :]
 
     def _send_part(self) -> None:
-        number = len(self._part_etags) + len(self._under_way) + 1
-        if number > MAX_PARTS:
+        number = self._next_number()
+        part, self._filling = self._filling, bytearray()
+        if self._sizes:
+            self._part_nbytes = self._sizes.popleft()
+        self._submit(UPLOADS, lambda: self._upload_part(number, part), copied=False)
+
+    def _next_number(self) -> int:
+        number = len(self._sent) + len(self._under_way) + 1
+        if number > RULES.max_parts:
             raise StorageError(
-                f"cannot write {self.uri}: more than {MAX_PARTS} parts of {self._part_nbytes} bytes; "
+                f"cannot write {self.uri}: more than {RULES.max_parts} parts of {self._part_nbytes} bytes; "
                 "it grew beyond the size that was foretold"
             )
-        if self._upload_id is None:
-            self._upload_id = self._client.wait(self._begin())
-        while len(self._under_way) >= WINDOW:
-            self._part_etags.append(self._under_way.popleft().result())
-        part, self._filling = self._filling, io.BytesIO()
-        self._under_way.append(self._client.start(self._upload_part(number, part)))
+        self._begin()
+        return number
 
-    async def _begin(self) -> str:
-        answer = await self._client.repeated(
-            lambda: self._client.attempt("create_multipart_upload", "write", self.uri, **self._object)
-        )
-        # Kept at once: an interrupted wait must still find what there is to abort.
-        self._upload_id = answer["UploadId"]
-        return self._upload_id
+    def _submit(self, most: int, work: Callable[[], _Sent], *, copied: bool) -> None:
+        """Start a part; wait before for the oldest ones while too many of its kind are under way."""
+        while sum(kind is copied for kind, _ in self._under_way) >= most:
+            self._collect()
 
-    async def _upload_part(self, number: int, part: io.BytesIO) -> str:
-        task = asyncio.current_task()
-        if task is not None:  # always: this runs on the loop
-            self._tasks.add(task)
+        def unless_aborted() -> _Sent:
+            if not self._open:
+                raise StorageError(f"the upload of {self.uri} was given up")
+            return work()
+
+        self._under_way.append((copied, self._client.start(lambda: self._client.repeated(unless_aborted))))
+
+    def _collect(self) -> None:
+        _, future = self._under_way.popleft()
+        self._sent.append(future.result())
+
+    def _begin(self) -> None:
+        if self._beginning is None:
+            # On another thread: an interrupt here must not lose an upload that the store has begun.
+            self._beginning = self._client.start(self._create_upload)
+        self._upload_id = self._beginning.result()
+
+    def _create_upload(self) -> str:
+        """Begin the upload; with copies in it, ask the store to keep a CRC-32 of the whole object."""
+        asked: dict[str, str] = {}
+        if self._moves:
+            asked = {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"}
         try:
-            answer = await self._send(
-                "upload_part", part, UploadId=self._upload_id, PartNumber=number, **self._object
+            answer = self._client.call("create_multipart_upload", "write", self.uri, **self._object, **asked)
+        except StorageError as error:
+            if not asked or error.transient or isinstance(error, (AccessDeniedError, NotFoundInStoreError)):
+                raise
+            answer = self._client.call("create_multipart_upload", "write", self.uri, **self._object)
+        # A store that knows nothing of checksums drops the wish without a word.
+        self.checks_crc32 = bool(asked) and answer.get("ChecksumAlgorithm") == "CRC32"
+        return str(answer["UploadId"])
+
+    def _upload_part(self, number: int, part: bytearray) -> _Sent:
+        checksum = {"ChecksumCRC32": _base64(zlib.crc32(part))} if self.checks_crc32 else {}
+        answer = self._client.attempt(
+            "upload_part",
+            "write",
+            self.uri,
+            **self._object,
+            **checksum,
+            UploadId=self._upload_id,
+            PartNumber=number,
+            Body=part,
+        )
+        return _Sent(str(answer["ETag"]), checksum.get("ChecksumCRC32"))
+
+    # -- bytes that the store has --------------------------------------------------------------
+
+    _moves = False
+
+    def moves_from(self, reader: RangeReader) -> bool:
+        return self._copies and reader.server_side_store is not None and self._reaches(reader)
+
+    def _reaches(self, reader: RangeReader) -> bool:
+        other = reader.server_side_store
+        return other is self._client or (
+            isinstance(other, type(self._client)) and self._client.reaches_same_store(other)
+        )
+
+    def lay_out(self, stretches: Sequence[Stretch]) -> list[Part]:
+        try:
+            parts = plan_parts(stretches, self._rules())
+        except ValueError as error:
+            raise StorageError(f"cannot write {self.uri}: {error}") from error
+        if sum(part.nbytes for part in parts if part.copied) < LEAST_COPIED_NBYTES:
+            return []
+        self._moves = True
+        self._sizes = deque(part.nbytes for part in parts if not part.copied)
+        self._part_nbytes = self._sizes.popleft() if self._sizes else RULES.upload_nbytes
+        self._begin()
+        return parts
+
+    def _rules(self) -> PartRules:
+        return PartRules(equal=self._client.options.equal_parts)
+
+    def copy_from(self, reader: RangeReader, offset: int, nbytes: int) -> bool:
+        """One part, copied by the store; between parts only, as `lay_out` has cut them."""
+        if not self._moves:
+            return False
+        if not isinstance(reader, S3Reader):
+            return False
+        if self._filling:
+            assert len(self._filling) == self._part_nbytes, "a copied part begins where a part ends"
+            self._send_part()
+        number = self._next_number()
+        self._submit(COPIES, lambda: self._copy_part(number, reader.copy_source, offset, nbytes), copied=True)
+        self.bytes_written += nbytes
+        self.bytes_copied += nbytes
+        return True
+
+    def _copy_part(self, number: int, source: dict[str, Any], offset: int, nbytes: int) -> _Sent:
+        try:
+            answer = self._client.attempt(
+                "upload_part_copy",
+                "write",
+                self.uri,
+                **self._object,
+                **source,
+                CopySourceRange=f"bytes={offset}-{offset + nbytes - 1}",
+                UploadId=self._upload_id,
+                PartNumber=number,
             )
-        finally:
-            if task is not None:
-                self._tasks.discard(task)
-        return str(answer["ETag"])
+        except SourceChangedError:
+            raise
+        except NotFoundInStoreError as error:
+            raise SourceChangedError(f"cannot write {self.uri}: its source is gone ({error})") from error
+        except StorageError as error:
+            if error.transient or "NoSuchUpload" in str(error):
+                raise
+            raise CopyRefused(str(error)) from error
+        result = answer.get("CopyPartResult") or {}
+        if not result.get("ETag"):
+            raise CopyRefused(f"cannot write {self.uri}: the store copied a part and named no ETag")
+        return _Sent(str(result["ETag"]), result.get("ChecksumCRC32"))
 
-    async def _send(self, method: str, body: io.BytesIO, **parameters: Any) -> dict[str, Any]:
-        async def once() -> dict[str, Any]:
-            body.seek(0)  # the attempt before has read some of it
-            return await self._client.attempt(method, "write", self.uri, **parameters, Body=body)
-
-        return await self._client.repeated(once)
+    # -- the end -------------------------------------------------------------------------------
 
     def _publish(self) -> None:
         if self._upload_id is None:
-            answer = self._client.wait(self._send("put_object", self._filling, **self._object))
+            body = self._filling
+            answer = self._client.call("put_object", "write", self.uri, **self._object, Body=body)
             self.identity = Identity("etag", etag_of(answer)) if etag_of(answer) else None
             return
-        if self._filling.tell():
+        if self._filling:
             self._send_part()
         while self._under_way:
-            self._part_etags.append(self._under_way.popleft().result())
+            self._collect()
         self._complete(self._upload_id)
 
     def _complete(self, upload_id: str) -> None:
-        parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(self._part_etags, 1)]
+        parts = []
+        for number, sent in enumerate(self._sent, 1):
+            part = {"PartNumber": number, "ETag": sent.etag}
+            if self.checks_crc32 and sent.crc32 is not None:
+                part["ChecksumCRC32"] = sent.crc32
+            parts.append(part)
+        expected: dict[str, str] = {}
+        if self.checks_crc32 and self.expected_crc32 is not None:
+            expected = {"ChecksumCRC32": _base64(self.expected_crc32), "ChecksumType": "FULL_OBJECT"}
         try:
             self._client.call(
                 "complete_multipart_upload",
                 "write",
                 self.uri,
                 **self._object,
+                **expected,
                 UploadId=upload_id,
                 MultipartUpload={"Parts": parts},
             )
         except PtbinError as error:
+            if expected and "BadDigest" in str(error):
+                raise CopyRefused(
+                    f"{self.uri}: the store found another CRC-32 than the source states"
+                ) from error
             # A completion whose answer was lost is repeated and then finds no upload any more. Ceph
             # answers with an empty ETag; so ask for the object either way.
             if "NoSuchUpload" not in str(error) or not self._is_stored():
@@ -142,32 +279,36 @@ class S3Writer(Writer):
         """Whether the object is the one these parts make: S3 derives its ETag from theirs."""
         try:
             digest = hashlib.md5(usedforsecurity=False)
-            for etag in self._part_etags:
-                digest.update(bytes.fromhex(etag.strip('"')))
+            for sent in self._sent:
+                digest.update(bytes.fromhex(sent.etag.strip('"')))
             answer = self._client.call("head_object", "write", self.uri, **self._object)
         except (ValueError, PtbinError):
             return False
-        expected = f"{digest.hexdigest()}-{len(self._part_etags)}"
-        return etag_of(answer) == expected and answer["ContentLength"] == self.bytes_written
+        expected = f"{digest.hexdigest()}-{len(self._sent)}"
+        return etag_of(answer) == expected and bool(answer["ContentLength"] == self.bytes_written)
 
     def _discard(self) -> None:
-        self._filling = io.BytesIO()
-        with contextlib.suppress(PtbinError):
-            self._client.wait(self._abort())
-
-    async def _abort(self) -> None:
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if self._upload_id is not None:
-            upload_id, self._upload_id = self._upload_id, None
-            await self._client.repeated(
-                lambda: self._client.attempt(
-                    "abort_multipart_upload",
-                    "abort the upload of",
-                    self.uri,
-                    **self._object,
-                    UploadId=upload_id,
-                )
+        self._filling = bytearray()
+        futures = [future for _, future in self._under_way]
+        self._under_way.clear()
+        for future in futures:
+            future.cancel()
+        # A part that arrives after the abort would stay behind, unseen and paid for.
+        wait(futures)
+        if self._beginning is None:
+            return
+        beginning, self._beginning = self._beginning, None
+        with contextlib.suppress(PtbinError, CancelledError):
+            upload_id = beginning.result()
+            self._client.call(
+                "abort_multipart_upload",
+                "abort the upload of",
+                self.uri,
+                **self._object,
+                UploadId=upload_id,
             )
+
+
+def _base64(crc32: int) -> str:
+    """As S3 writes a CRC-32: its four bytes, most significant first, in base64."""
+    return base64.b64encode(crc32.to_bytes(4, "big")).decode("ascii")

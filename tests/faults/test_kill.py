@@ -58,7 +58,7 @@ def arm(fatal, what):
         return counting
     if what == "requests":
         from ptbin.stores.s3_client import S3Client
-        S3Client.attempt = counted("request", S3Client.attempt)
+        S3Client.send = counted("request", S3Client.send)
     else:
         for name in SYSTEM_CALLS:
             setattr(os, name, counted(name, getattr(os, name)))
