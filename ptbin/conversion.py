@@ -170,6 +170,7 @@ class _Writing:
                 # output stands in its place: a damaged source must not replace it.
                 check_copied=check_source and replaces,
             )
+            writer.settle()
             self.reader.check_unchanged()
             # A manifest of an earlier output must not vouch for this one, not even for an instant.
             self.store.delete(self.dest_path + MANIFEST_SUFFIX)

@@ -336,6 +336,9 @@ class Writer(ABC):
         del reader, offset, nbytes
         return False
 
+    def settle(self) -> None:  # noqa: B027 - most writers have nothing under way
+        """Wait until all that was handed over has arrived; only then is it known what was copied."""
+
     def commit(self) -> None:
         """Make the output visible, whole, under its name; where this fails, the writer is aborted."""
         if not self._open:

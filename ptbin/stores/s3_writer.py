@@ -231,6 +231,10 @@ class S3Writer(Writer):
             raise CopyRefused(f"cannot write {self.uri}: the store copied a part and named no ETag")
         return _Sent(str(result["ETag"]), result.get("ChecksumCRC32"))
 
+    def settle(self) -> None:
+        while self._under_way:
+            self._collect()
+
     # -- the end -------------------------------------------------------------------------------
 
     def _publish(self) -> None:
@@ -241,8 +245,7 @@ class S3Writer(Writer):
             return
         if self._filling:
             self._send_part()
-        while self._under_way:
-            self._collect()
+        self.settle()
         self._complete(self._upload_id)
 
     def _complete(self, upload_id: str) -> None:

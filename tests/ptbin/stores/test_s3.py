@@ -19,9 +19,9 @@ from ptbin.errors import (
     UsageError,
 )
 from ptbin.stores import open_store
+from ptbin.stores.parts import PartRules
 from ptbin.stores.retry import RetryPolicy
 from ptbin.stores.s3 import S3Store
-from ptbin.stores.parts import PartRules
 from ptbin.stores.s3_client import S3Client
 from ptbin.stores.s3_writer import part_nbytes_for
 from tests.servers.endpoint import QUICK, S3Endpoint
@@ -319,14 +319,14 @@ def check_pin(endpoint: S3Endpoint, *, versioned: bool) -> None:
     """Unversioned: refused. Versioned: the old version is read on, and the change is told at the end."""
     bucket = endpoint.make_bucket(versioned=versioned)
     store = endpoint.store()
-    store.write_bytes(f"{bucket}/x", b"old" * MIB)
+    store.write_bytes(f"{bucket}/x", b"old" * 6 * MIB)
     with store.open_reader(f"{bucket}/x") as reader:
         assert (reader.version_id is not None) is versioned
         pieces = reader.iter_range(0, reader.size, chunk_nbytes=MIB // 4)
         got = [next(pieces)]
-        store.write_bytes(f"{bucket}/x", b"new" * MIB)
+        store.write_bytes(f"{bucket}/x", b"new" * 6 * MIB)
         if versioned:
-            assert b"".join([*got, *pieces]) == b"old" * MIB
+            assert b"".join([*got, *pieces]) == b"old" * 6 * MIB
             assert reader.read(0, 3) == b"old"
         else:
             with pytest.raises(SourceChangedError, match=f"s3://{bucket}/x"):

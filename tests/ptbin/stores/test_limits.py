@@ -1,0 +1,54 @@
+"""No more requests at once than the process, and the run, allow."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from ptbin.stores.limits import RequestLimit, limit_requests, process_limit, request_slot
+from ptbin.stores.s3_client import S3Client
+from tests.servers.endpoint import S3Endpoint
+
+MIB = 1 << 20
+
+
+def test_a_limit_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing could be asked"):
+        RequestLimit(0)
+
+
+def test_a_run_keeps_within_its_own_limit(moto_s3: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = moto_s3.make_bucket()
+    store = moto_s3.store()
+    content = bytes(range(256)) * 16 * 4096
+    store.write_bytes(f"{bucket}/x", content)
+    at_once, most = 0, 0
+    lock = threading.Lock()
+    send = S3Client.send
+
+    def counted(self: S3Client, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        try:
+            return send(self, method, parameters)
+        finally:
+            with lock:
+                at_once -= 1
+
+    monkeypatch.setattr(S3Client, "send", counted)
+    limit = RequestLimit(2)
+    with limit_requests(limit), store.open_reader(f"{bucket}/x") as reader:
+        got = b"".join(reader.iter_range(0, reader.size, chunk_nbytes=MIB))
+    assert got == content
+    assert most <= 2
+    assert limit.peak == 2  # and it was made use of
+
+
+def test_the_process_has_one_as_well() -> None:
+    before = process_limit().peak
+    with request_slot(), request_slot():
+        assert process_limit().peak >= max(before, 2)
