@@ -25,7 +25,7 @@ from tests.bits import assert_same_tensors
 from tests.checkpoints.dtypes import random_bits
 from tests.fakes import registered
 from tests.servers.endpoint import S3Endpoint
-from tests.servers.faulty_proxy import Fault, faulty_proxy
+from tests.servers.faulty_proxy import Fault, Request, faulty_proxy
 
 MIB = 1 << 20
 WEIGHTS_NBYTES = 24 * MIB
@@ -248,6 +248,14 @@ def test_it_can_be_switched_off(moto: Scene, sent: Sent) -> None:
     assert sent.count("upload_part_copy") == 0
     assert manifest["bytes_copied_in_store"] == 0
     assert moto.output() == moto.expected
+
+
+def _sends_part_1(request: Request) -> bool:
+    return request.path.endswith("partNumber=1")
+
+
+def _sends_part_2(request: Request) -> bool:
+    return request.path.endswith("partNumber=2")
 
 
 @pytest.mark.s3_real
