@@ -264,10 +264,7 @@ def test_copies_outlast_passing_faults(rados_s3: S3Endpoint, tmp_path: Path, kin
     scene = _scene(rados_s3, tmp_path)
     with faulty_proxy(rados_s3.url) as proxy:
         scene.options = S3Endpoint(proxy.url).storage_options
-        proxy.faults += [
-            Fault(kind, lambda request, n=number: request.path.endswith(f"partNumber={n}"))
-            for number in (1, 2)
-        ]
+        proxy.faults += [Fault(kind, _sends_part_1), Fault(kind, _sends_part_2)]
         scene.convert()
         assert not proxy.faults
     assert scene.output() == scene.expected
