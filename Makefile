@@ -3,8 +3,10 @@
 #   make demo        train small models, convert them through the Prefect flow, look at the results
 #   make test        the test suite, against the installed packages
 #   make check       ruff, mypy, import rules
-#   make bench       whole-process measurements; writes docs/benchmarks.md (about 10 GB of disk, BENCH_DIR)
+#   make bench       whole-process measurements; writes docs/benchmarks*.md (about 12 GB of disk, BENCH_DIR;
+#                    16 GB of memory for the part on S3)
 #   make test-slow   the suite with its slow part (archives larger than 4 GiB, as sparse files)
+#   make s3-server   run a throw-away S3 server on loopback until Ctrl-C; says where it listens
 #   make clean       remove .venv and everything that the commands above made
 #
 # PYTHON chooses the interpreter for .venv; PIP_ARGS goes to every `pip install`.
@@ -16,6 +18,7 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .peers
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := $(shell find ptbin tasks flows -type f ! -name '*.pyc')
 
@@ -24,7 +27,7 @@ SOURCES := $(shell find ptbin tasks flows -type f ! -name '*.pyc')
 # demo and bench do without: -P would hide a script's own neighbours too.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install demo test test-slow check bench clean s3-server
+.PHONY: install demo test test-slow check bench bench-peers s3-server s3-packages clean
 
 install: $(VENV)/.installed
 
@@ -51,10 +54,10 @@ $(VENV)/.installed: $(VENV)/.requirements $(SOURCES) README.md
 demo: install
 	env -u PYTHONSAFEPATH $(BIN)/python docs/demo/demo.py demo-output
 
-test: install s3-server
+test: install s3-packages
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-slow: install s3-server
+test-slow: install s3-packages
 	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
 
 check: install
@@ -63,13 +66,35 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
 
-bench: install
-	env -u PYTHONSAFEPATH $(BIN)/python benchmarks/run.py $(if $(BENCH_DIR),--work-dir $(BENCH_DIR))
-	env -u PYTHONSAFEPATH $(BIN)/python benchmarks/formats.py --report docs/benchmarks-formats.md $(if $(BENCH_DIR),--work-dir $(BENCH_DIR))
+# All of them, also after one that missed a threshold.
+bench: install bench-peers s3-packages
+	@status=0; \
+	for part in run.py "formats.py --report docs/benchmarks-formats.md" "s3.py --peers $(PEERS)"; do \
+	  env -u PYTHONSAFEPATH $(BIN)/python benchmarks/$$part $(if $(BENCH_DIR),--work-dir $(BENCH_DIR)) || status=1; \
+	done; exit $$status
 
-# A real S3 server for one integration test: Debian's packages, no service started. Where they cannot be
-# had, that test is skipped and says so.
-s3-server:
+# Other people's tools to compare with, beside .venv because awscli pins other versions of what ptbin needs;
+# mergekit without its requirements, of which its loader needs those that .venv has. What cannot be had is left
+# out of the report. No `make` rule can tell whether rclone is there, so it is asked for each time.
+bench-peers: install $(PEERS)/.aws $(PEERS)/.mergekit
+	@command -v rclone >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends rclone >/dev/null 2>&1; } \
+	  || echo "rclone is not to be had here"
+
+$(PEERS)/.aws: | $(VENV)/.created
+	-$(PYTHON) -m venv $(PEERS)/aws \
+	  && $(PEERS)/aws/bin/pip --disable-pip-version-check -qq install $(PIP_ARGS) awscli==1.46.2 && touch $@
+
+$(PEERS)/.mergekit: | $(VENV)/.created
+	-$(PIP) install $(PIP_ARGS) --no-deps --upgrade --target $(PEERS)/mergekit mergekit==0.1.5 && touch $@
+
+# A real S3 server until Ctrl-C. The module is a test's, and lies in the top folder: -P would hide it.
+s3-server: install s3-packages
+	env -u PYTHONSAFEPATH $(BIN)/python -m tests.servers.rados_gateway
+
+# What that server is made of: Debian's packages, no service started. Where they cannot be had, the tests and
+# benchmarks that need it are skipped and say so.
+s3-packages:
 	@if command -v radosgw >/dev/null && command -v ceph-mon >/dev/null && command -v ceph-osd >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  echo "installing ceph-mon ceph-osd radosgw (for the integration test on a real S3 server)"; \
@@ -81,5 +106,5 @@ s3-server:
 	fi
 
 clean:
-	rm -rf $(VENV) demo-output benchmarks/work build dist .mypy_cache .ruff_cache .pytest_cache \
+	rm -rf $(VENV) $(PEERS) demo-output benchmarks/work build dist .mypy_cache .ruff_cache .pytest_cache \
 	  .hypothesis .import_linter_cache

@@ -14,19 +14,26 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Command", "Measured", "measure_in_turns", "warm"]
+__all__ = ["Command", "Measured", "measure_in_turns", "run_once", "warm"]
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command line, and the file that it writes, removed before each run."""
+    """A command line, and the file that it writes, removed before each run.
+
+    `before` clears away what `output` cannot name, and `after` looks at what was made; neither is measured.
+    A `status` of None takes any: then `after` is the judge.
+    """
 
     argv: Sequence[str]
     output: Path | None = None
-    status: int = 0
+    status: int | None = 0
+    environment: Mapping[str, str] = field(default_factory=dict)
+    before: Callable[[], None] | None = None
+    after: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,38 +64,57 @@ sys.stderr.write(f"[{seconds}, {usage.ru_maxrss * 1024}, {os.waitstatus_to_exitc
 """
 
 
-def _run(command: Command, log: Path) -> tuple[float, int]:
+def run_once(command: Command, log: Path) -> tuple[float, int]:
+    """Seconds and peak bytes of one run; what it says goes to `log`.
+
+    Raises:
+        RuntimeError: it ended with another exit status than it should.
+    """
     if command.output is not None:
         for leftover in (command.output, command.output.with_name(command.output.name + ".manifest.json")):
             leftover.unlink(missing_ok=True)
+    if command.before is not None:
+        command.before()
     # Pages that an earlier run left dirty would be written back at this one's cost.
     os.sync()
     with log.open("wb") as sink:
         starter = [sys.executable, "-I", "-S", "-c", _STARTER, *command.argv]
         done = subprocess.run(
-            starter, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.PIPE, check=True
+            starter,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.PIPE,
+            check=True,
+            env={**os.environ, **command.environment},
         )
     seconds, peak_nbytes, status = json.loads(done.stderr)
-    if status != command.status:
+    if command.status is not None and status != command.status:
         said = log.read_text(errors="replace")[-2000:]
         raise RuntimeError(f"{' '.join(command.argv)[:300]}: exit {status}\n{said}")
+    if command.after is not None:
+        command.after()
     return float(seconds), int(peak_nbytes)
 
 
 def measure_in_turns(
-    commands: Mapping[str, Command], *, rounds: int, log: Path, say: Callable[[str], None]
+    commands: Mapping[str, Command],
+    *,
+    rounds: int,
+    log: Path,
+    say: Callable[[str], None],
+    warm_up: bool = True,
 ) -> dict[str, Measured]:
-    """Run every command once, unmeasured, then `rounds` times in turns.
+    """Run every command once, unmeasured (unless the caller has), then `rounds` times in turns.
 
     Raises:
         RuntimeError: a command ended with another exit status than it should.
     """
     runs: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
-    for command in commands.values():
-        _run(command, log)
+    for command in commands.values() if warm_up else ():
+        run_once(command, log)
     for number in range(rounds):
         for name, command in commands.items():
-            runs[name].append(_run(command, log))
+            runs[name].append(run_once(command, log))
         say(
             f"round {number + 1} of {rounds}: "
             + ", ".join(f"{name} {runs[name][-1][0]:.2f} s" for name in commands)

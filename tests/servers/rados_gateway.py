@@ -30,6 +30,7 @@ __all__ = ["RadosGateway", "missing_programs"]
 PROGRAMS = ("ceph", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
 CAPACITY_NBYTES = 3 << 30
+GC_WAIT_S = 60
 START_TIMEOUT_S = 90.0
 ATTEMPTS = 3  # a port found free may be taken before it is bound
 
@@ -96,7 +97,7 @@ rgw_enable_ops_log = false
 rgw_enable_lc_threads = false
 rgw_enable_quota_threads = false
 rgw_run_sync_thread = false
-rgw_gc_obj_min_wait = 60
+rgw_gc_obj_min_wait = {gc_wait_s}
 rgw_gc_processor_period = 5
 """
 
@@ -113,10 +114,22 @@ def _free_port() -> int:
         return port
 
 
-class RadosGateway:
-    """One server; `start` and `stop`, each once."""
+def _allocator() -> dict[str, str]:
+    """tcmalloc for the gateway, a fifth faster: a library that comes with radosgw's package."""
+    found = sorted(Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4"))
+    return {"LD_PRELOAD": str(found[0])} if found else {}
 
-    def __init__(self) -> None:
+
+class RadosGateway:
+    """One server; `start` and `stop`, each once.
+
+    `capacity_nbytes` is no reservation. `gc_wait_s`: how long a deleted object's data outlives it, for
+    the sake of those who still read it; a benchmark that deletes gigabytes wants little.
+    """
+
+    def __init__(self, *, capacity_nbytes: int = CAPACITY_NBYTES, gc_wait_s: int = GC_WAIT_S) -> None:
+        self._capacity_nbytes = capacity_nbytes
+        self._gc_wait_s = gc_wait_s
         # Ceph's configuration has no quoting; temporary directories' names need none.
         self._folder = Path(tempfile.mkdtemp(prefix="ptbin-rados-"))
         self._config = self._folder / "ceph.conf"
@@ -154,7 +167,7 @@ class RadosGateway:
         keys = (f"--access-key={endpoint.key}", f"--secret-key={endpoint.secret}")
         self._step("radosgw-admin", "user", "create", *user, *keys)
         for _ in range(ATTEMPTS):
-            gateway = self._launch("rgw", "radosgw", "-f", "-n", "client.rgw")
+            gateway = self._launch("rgw", "radosgw", "-f", "-n", "client.rgw", **_allocator())
             if self._answers(gateway, port):
                 return S3Endpoint(f"http://127.0.0.1:{port}")
             port = _free_port()
@@ -163,7 +176,12 @@ class RadosGateway:
 
     def _write_config(self, fsid: str, mon_port: int, port: int) -> None:
         text = CONFIG.format(
-            fsid=fsid, mon_port=mon_port, port=port, folder=self._folder, capacity=CAPACITY_NBYTES
+            fsid=fsid,
+            mon_port=mon_port,
+            port=port,
+            folder=self._folder,
+            capacity=self._capacity_nbytes,
+            gc_wait_s=self._gc_wait_s,
         )
         self._config.write_text(text)
 
@@ -230,6 +248,11 @@ class RadosGateway:
     def _tail(self, name: str) -> str:
         return (self._folder / f"{name}.out").read_text(errors="replace")[-2000:]
 
+    def collect_garbage(self) -> None:
+        """Give the memory of deleted objects back now; takes about a second."""
+        self._deadline = time.monotonic() + START_TIMEOUT_S
+        self._step("radosgw-admin", "gc", "process", "--include-all")
+
     def stop(self) -> None:
         """End the three processes, newest first, and remove what they kept."""
         while self._running:
@@ -247,6 +270,7 @@ class RadosGateway:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does, children too
     server = RadosGateway()
     found = server.start()
     sys.stdout.write(f"{found.url} key={found.key} secret={found.secret}\n")
