@@ -12,11 +12,13 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import time
 import zlib
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, wait
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import (
@@ -31,7 +33,7 @@ from ptbin.stores.parts import Part, PartRules, Stretch, plan_parts
 from ptbin.stores.s3_reader import S3Reader, etag_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from concurrent.futures import Future
 
     from ptbin.stores.base import RangeReader
@@ -44,6 +46,8 @@ UNKNOWN_SIZE_PART_NBYTES = 32 * MIB
 """Where no size is foretold: room for 312 GiB."""
 UPLOADS = 4
 COPIES = 8
+CLOCK_STEP_S = 2.0
+"""S3 states times in whole seconds."""
 LEAST_COPIED_NBYTES = 8 * MIB
 """An output with less to copy is streamed: that takes fewer requests and no more time."""
 
@@ -79,6 +83,8 @@ class S3Writer(Writer):
         self._filling = bytearray()
         self._upload_id: str | None = None
         self._beginning: Future[str] | None = None
+        self._lost_creates = 0
+        self._creating_s = 0.0
         self._sent: list[_Sent] = []
         self._under_way: deque[tuple[bool, Future[_Sent]]] = deque()
 
@@ -135,18 +141,59 @@ class S3Writer(Writer):
 
     def _create_upload(self) -> str:
         """Begin the upload; with copies in it, ask the store to keep a CRC-32 of the whole object."""
+        started = time.monotonic()
         asked: dict[str, str] = {}
         if self._moves:
             asked = {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"}
         try:
-            answer = self._client.call("create_multipart_upload", "write", self.uri, **self._object, **asked)
+            answer = self._create(asked)
         except StorageError as error:
             if not asked or error.transient or isinstance(error, (AccessDeniedError, NotFoundInStoreError)):
                 raise
-            answer = self._client.call("create_multipart_upload", "write", self.uri, **self._object)
+            answer = self._create({})
+        if self._lost_creates:
+            self._creating_s = time.monotonic() - started
         # A store that knows nothing of checksums drops the wish without a word.
         self.checks_crc32 = bool(asked) and answer.get("ChecksumAlgorithm") == "CRC32"
         return str(answer["UploadId"])
+
+    def _create(self, asked: Mapping[str, str]) -> dict[str, Any]:
+        def once() -> dict[str, Any]:
+            try:
+                return self._client.attempt(
+                    "create_multipart_upload", "write", self.uri, **self._object, **asked
+                )
+            except StorageError as error:
+                self._lost_creates += error.transient
+                raise
+
+        return self._client.repeated(once)
+
+    def _abort_lost(self, own: str) -> None:
+        """Abort uploads that were begun here without our hearing of it: the answer was lost on its way.
+
+        They are known by their key, by having been begun within the time that our attempts took, and by
+        having no part. Another writer to the same key that has not sent its first part by now could be hit;
+        it would fail and try again, and nothing be stored wrongly.
+        """
+        found = self._client.call(
+            "list_multipart_uploads",
+            "write",
+            self.uri,
+            Bucket=self._object["Bucket"],
+            Prefix=self._object["Key"],
+        ).get("Uploads", ())
+        begun = {item["UploadId"]: item["Initiated"] for item in found if item["Key"] == self._object["Key"]}
+        if own not in begun:
+            return
+        latest = begun.pop(own)
+        earliest = latest - timedelta(seconds=self._creating_s + CLOCK_STEP_S)
+        for upload_id, initiated in begun.items():
+            named = {**self._object, "UploadId": upload_id}
+            if earliest <= initiated <= latest and not self._client.call(
+                "list_parts", "write", self.uri, **named, MaxParts=1
+            ).get("Parts"):
+                self._client.call("abort_multipart_upload", "abort the upload of", self.uri, **named)
 
     def _upload_part(self, number: int, part: bytearray) -> _Sent:
         checksum = {"ChecksumCRC32": _base64(zlib.crc32(part))} if self.checks_crc32 else {}
@@ -246,6 +293,9 @@ class S3Writer(Writer):
         if self._filling:
             self._send_part()
         self.settle()
+        if self._lost_creates:
+            with contextlib.suppress(PtbinError):
+                self._abort_lost(self._upload_id)
         self._complete(self._upload_id)
 
     def _complete(self, upload_id: str) -> None:
@@ -303,6 +353,9 @@ class S3Writer(Writer):
         beginning, self._beginning = self._beginning, None
         with contextlib.suppress(PtbinError, CancelledError):
             upload_id = beginning.result()
+            if self._lost_creates:
+                with contextlib.suppress(PtbinError):
+                    self._abort_lost(upload_id)
             self._client.call(
                 "abort_multipart_upload",
                 "abort the upload of",

@@ -247,6 +247,34 @@ def test_a_missing_upload_is_a_success_only_where_the_object_is_there(
         assert moto_s3.uploads_in(bucket) == []
 
 
+@pytest.mark.parametrize("commits", [True, False])
+def test_an_upload_whose_beginning_was_not_heard_of_is_aborted(
+    proxy: FaultyProxy, store: S3Store, moto_s3: S3Endpoint, bucket: str, commits: bool
+) -> None:
+    begins = lambda request: request.method == "POST" and "uploads" in request.path  # noqa: E731
+    proxy.faults += [Fault("lost-answer", begins)] * 2
+    with store.open_writer(f"{bucket}/x", size_hint=len(CONTENT)) as writer:
+        writer.write(CONTENT)
+        assert len(moto_s3.uploads_in(bucket)) == 3
+        if commits:
+            writer.commit()
+    assert moto_s3.uploads_in(bucket) == []
+    assert bool(list(store.iter_objects(bucket))) is commits
+
+
+def test_another_writers_upload_to_the_same_key_goes_on(
+    proxy: FaultyProxy, store: S3Store, moto_s3: S3Endpoint, bucket: str
+) -> None:
+    begins = lambda request: request.method == "POST" and "uploads" in request.path  # noqa: E731
+    with moto_s3.store().open_writer(f"{bucket}/x", size_hint=len(CONTENT)) as other:
+        other.write(CONTENT)
+        proxy.faults += [Fault("lost-answer", begins)]
+        write_large(store, bucket)
+        assert moto_s3.uploads_in(bucket) == ["x"]
+        other.commit()
+    assert moto_s3.uploads_in(bucket) == []
+
+
 def test_a_small_object_outlasts_them_too(proxy: FaultyProxy, store: S3Store, bucket: str) -> None:
     proxy.faults += [Fault("503"), Fault("reset"), Fault("500")]
     store.write_bytes(f"{bucket}/x", b"weights")
