@@ -11,8 +11,9 @@ Promises: the writer receives exactly the plan's bytes or an error is raised; co
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,29 +81,30 @@ def splice(
         _check_copies(plan, reader)
     crcs: dict[int, int] = {}
     overflows: dict[str, CastTally] = {}
-    streams = _Streams(pieces, reader)
-    for piece in pieces:
-        if isinstance(piece, Literal):
-            writer.write(piece.data)
-        elif isinstance(piece, Late):
-            data = piece.build(crcs)
-            assert len(data) == piece.nbytes
-            writer.write(data)
-        elif isinstance(piece, Combined):
-            crcs[piece.slot] = _combined(piece, crcs)
-        elif isinstance(piece, Computed):
-            stream = iter_recipe(piece.recipe, reader, overflows, check=check_source)
-            crcs[piece.slot] = _stream(stream, piece, writer, report)
-            continue
-        elif isinstance(piece, Move):
-            if not writer.copy_from(*reader.locate(piece.offset, piece.nbytes), piece.nbytes):
-                for chunk in reader.iter_range(piece.offset, piece.nbytes, chunk_nbytes=STREAM_CHUNK_NBYTES):
-                    writer.write(chunk)
-        else:
-            crc = _stream(streams.of(piece), piece, writer, report)
-            _accept(piece, crc, crcs, reader.uri)
-            continue
-        report(piece.nbytes)
+    with contextlib.closing(_Streams(pieces, reader, writer)) as streams:
+        for piece in pieces:
+            if isinstance(piece, Literal):
+                writer.write(piece.data)
+            elif isinstance(piece, Late):
+                data = piece.build(crcs)
+                assert len(data) == piece.nbytes
+                writer.write(data)
+            elif isinstance(piece, Combined):
+                crcs[piece.slot] = _combined(piece, crcs)
+            elif isinstance(piece, Computed):
+                stream = iter_recipe(piece.recipe, reader, overflows, check=check_source)
+                crcs[piece.slot] = _stream(stream, piece, writer, report)
+                continue
+            elif isinstance(piece, Move):
+                if not writer.copy_from(*reader.locate(piece.offset, piece.nbytes), piece.nbytes):
+                    for chunk in reader.iter_range(
+                        piece.offset, piece.nbytes, chunk_nbytes=STREAM_CHUNK_NBYTES
+                    ):
+                        writer.write(chunk)
+            else:
+                _accept(piece, streams.write(piece, report), crcs, reader.uri)
+                continue
+            report(piece.nbytes)
     if moved and check_source and reader.is_local:
         # Afterwards, because they still lie in memory.
         _check_copies(plan, reader)
@@ -147,17 +149,47 @@ def _accept(piece: Copy, crc: int, crcs: dict[int, int], uri: str) -> None:
 
 
 class _Streams:
-    """The copies of a plan as streams; remote ones share one pass over the source and its read-ahead."""
+    """The copies of a plan that pass through here; remote ones share one pass over the source.
 
-    def __init__(self, pieces: Sequence[Piece | Move], reader: RangeReader) -> None:
+    Where the writer takes bytes at any place, the threads that receive them put them there.
+    """
+
+    def __init__(self, pieces: Sequence[Piece | Move], reader: RangeReader, writer: Writer) -> None:
         self._reader = reader
-        self._pending: Iterator[tuple[int, bytes]] | None = None
+        self._writer = writer
         self._next = 0
-        if not reader.is_local:
-            ranges = [(p.offset, p.nbytes) for p in pieces if isinstance(p, Copy)]
+        self._pending: Iterator[tuple[int, bytes]] | None = None
+        self._scattered: Iterator[tuple[int, int, int]] | None = None
+        if reader.is_local:
+            return
+        ranges, targets = [], []
+        position = 0
+        for piece in pieces:
+            if isinstance(piece, Copy):
+                ranges.append((piece.offset, piece.nbytes))
+                targets.append(position)
+            position += piece.nbytes
+        if writer.scatters:
+            self._scattered = reader.scatter(ranges, targets, writer.write_at)
+        else:
             self._pending = reader.iter_ranges(ranges)
 
-    def of(self, piece: Copy) -> Iterator[bytes]:
+    def write(self, piece: Copy, report: Progress) -> int:
+        """Append a piece; its CRC-32."""
+        if self._scattered is None:
+            return _stream(self._chunks_of(piece), piece, self._writer, report)
+        crc, left = 0, piece.nbytes
+        while left:
+            owner, part_crc, nbytes = next(self._scattered)
+            assert owner == self._next
+            crc = combine_crc32(crc, part_crc, nbytes)
+            left -= nbytes
+            report(nbytes)
+        self._next += 1
+        self._writer.advance(piece.nbytes)
+        return crc
+
+    def _chunks_of(self, piece: Copy) -> Iterator[bytes]:
         if self._pending is None:
             yield from self._reader.iter_range(piece.offset, piece.nbytes, chunk_nbytes=STREAM_CHUNK_NBYTES)
             return
@@ -169,6 +201,11 @@ class _Streams:
             assert owner == index
             left -= len(chunk)
             yield chunk
+
+    def close(self) -> None:
+        for iterator in (self._pending, self._scattered):
+            if isinstance(iterator, Generator):
+                iterator.close()
 
 
 def _check_copies(plan: Plan, reader: RangeReader) -> None:

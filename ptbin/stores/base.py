@@ -11,6 +11,7 @@ Cost: memory is bounded by `chunk_nbytes` times the backend's read-ahead window,
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections import deque
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from types import TracebackType
     from typing import Self
+
+    WriteAt = Callable[[int, memoryview], None]
 
 __all__ = [
     "PARTIAL_SUFFIX",
@@ -164,9 +167,9 @@ class RangeReader(ABC):
     def check_unchanged(self) -> None:
         """Ask the store again; SourceChangedError where the name now holds something else."""
 
-    def start_fetch(self, fetch: Fetch) -> Callable[[], bytes]:
-        """Begin `fetch`, return what waits for it. Here: nothing begins before it is waited for."""
-        return lambda: self.read(fetch.offset, fetch.nbytes)
+    def start_fetch(self, fetch: Fetch) -> Callable[[], list[bytes]]:
+        """Begin `fetch`, return what waits for its blocks. Here: nothing begins before it is waited for."""
+        return lambda: [self.read(fetch.offset, fetch.nbytes)]
 
     def iter_range(self, offset: int, nbytes: int, *, chunk_nbytes: int | None = None) -> Iterator[bytes]:
         """The range in order, in pieces of at most `chunk_nbytes` (None: what suits the store)."""
@@ -203,9 +206,24 @@ class RangeReader(ABC):
             while waiting:
                 yield from _pieces(*waiting.popleft())
 
+    def scatter(
+        self, ranges: Sequence[tuple[int, int]], targets: Sequence[int], write_at: WriteAt
+    ) -> Iterator[tuple[int, int, int]]:
+        """Hand every range to `write_at`, from its target on; yield what has got there.
+
+        Yields (index of the range, CRC-32 of its next bytes, how many), in the order given. `write_at` may be
+        called by several threads, in any order, and again for the same bytes. A generator that is closed
+        has no thread at work any more.
+        """
+        done = [0] * len(ranges)
+        for index, piece in self.iter_ranges(ranges):
+            write_at(targets[index] + done[index], memoryview(piece))
+            done[index] += len(piece)
+            yield index, zlib.crc32(piece), len(piece)
+
     @contextmanager
-    def _window(self) -> Iterator[deque[tuple[Fetch, Callable[[], bytes]]]]:
-        waiting: deque[tuple[Fetch, Callable[[], bytes]]] = deque()
+    def _window(self) -> Iterator[deque[tuple[Fetch, Callable[[], list[bytes]]]]]:
+        waiting: deque[tuple[Fetch, Callable[[], list[bytes]]]] = deque()
         try:
             yield waiting
         finally:
@@ -245,7 +263,7 @@ class RangeReader(ABC):
 
 
 class Pending:
-    """A fetch that is under way on another thread's event loop; calling it waits for the bytes.
+    """A fetch that is under way on another thread; calling it waits for the blocks.
 
     `explain` may turn the failure of the wait it is given into a better one.
     """
@@ -253,12 +271,14 @@ class Pending:
     __slots__ = ("_explain", "_future")
 
     def __init__(
-        self, future: Future[bytes], explain: Callable[[Callable[[], bytes]], bytes] | None = None
+        self,
+        future: Future[list[bytes]],
+        explain: Callable[[Callable[[], list[bytes]]], list[bytes]] | None = None,
     ) -> None:
         self._future = future
         self._explain = explain
 
-    def __call__(self) -> bytes:
+    def __call__(self) -> list[bytes]:
         try:
             return self._explain(self._future.result) if self._explain else self._future.result()
         except BaseException:
@@ -269,13 +289,30 @@ class Pending:
         self._future.cancel()
 
 
-def _pieces(fetch: Fetch, wait: Callable[[], bytes]) -> Iterator[tuple[int, bytes]]:
-    block = wait()
+def _pieces(fetch: Fetch, wait: Callable[[], list[bytes]]) -> Iterator[tuple[int, bytes]]:
+    """What of the fetched blocks belongs to the ranges; each block is let go of once it was handed out."""
+    blocks = deque(wait())
+    begin = 0
     for piece in fetch.pieces:
-        if piece.start == 0 and piece.stop == len(block):
-            yield piece.index, block
-        else:
-            yield piece.index, block[piece.start : piece.stop]
+        position = piece.start
+        while position < piece.stop:
+            block = blocks[0]
+            end = begin + len(block)
+            if end <= position:
+                blocks.popleft()
+                begin = end
+                continue
+            last = min(end, piece.stop)
+            if last == end:
+                blocks.popleft()
+                begin, start = end, position - end + len(block)
+            else:
+                start = position - begin
+            yield (
+                piece.index,
+                block if last - position == len(block) else block[start : start + last - position],
+            )
+            position = last
 
 
 class Writer(ABC):
@@ -306,6 +343,17 @@ class Writer(ABC):
 
     @abstractmethod
     def _discard(self) -> None: ...
+
+    scatters: ClassVar[bool] = False
+    """Whether bytes may be put at any place, by several threads: `write_at`, then `advance`."""
+
+    def write_at(self, position: int, data: memoryview) -> None:
+        """Put bytes at a place that `advance` has yet to pass; only where `scatters`."""
+        raise NotImplementedError
+
+    def advance(self, nbytes: int) -> None:
+        """The next `nbytes` have been put there by `write_at`."""
+        raise NotImplementedError
 
     def moves_from(self, reader: RangeReader) -> bool:
         """Whether `copy_from` may work for ranges of `reader`; costs no request."""

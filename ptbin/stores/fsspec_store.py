@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import os
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from ptbin.stores.base import IdentityKind
     from ptbin.stores.ranges import Fetch
+
 
 __all__ = ["FsspecStore", "open_fsspec"]
 
@@ -104,6 +105,9 @@ def open_fsspec(uri: str, options: Mapping[str, Any]) -> tuple[Store, str]:
     except (ValueError, ImportError, TypeError) as error:
         raise UsageError(f"cannot open {public_uri(uri)}: {error}") from error
     return FsspecStore(uri, path, options), path
+
+
+T = TypeVar("T")
 
 
 class FsspecStore(Store):
@@ -275,19 +279,19 @@ class FsspecReader(RangeReader):
 
         return self._explained(lambda: call_with_retries(ask, self._store.retry))
 
-    def start_fetch(self, fetch: Fetch) -> Callable[[], bytes]:
+    def start_fetch(self, fetch: Fetch) -> Callable[[], list[bytes]]:
         if not self._concurrent:
             return super().start_fetch(fetch)
         fs = self._store.fs
 
         end = fetch.offset + fetch.nbytes
 
-        async def ask() -> bytes:
+        async def ask() -> list[bytes]:
             with mapped_faults("read", self.uri):
                 self.requests += 1
                 # fsspec's documented coroutine interface, in spite of its name
                 data: bytes = await fs._cat_file(self._path, start=fetch.offset, end=end)  # noqa: SLF001
-            return self._checked(data, fetch.offset, fetch.nbytes)
+            return [self._checked(data, fetch.offset, fetch.nbytes)]
 
         coroutine = call_with_retries_async(ask, self._store.retry)
         return Pending(asyncio.run_coroutine_threadsafe(coroutine, fs.loop), self._explained)
@@ -306,7 +310,7 @@ class FsspecReader(RangeReader):
             )
         return data
 
-    def _explained(self, wait: Callable[[], bytes]) -> bytes:
+    def _explained(self, wait: Callable[[], T]) -> T:
         """Where a read fails because the object is another one now, say that instead."""
         try:
             return wait()

@@ -17,6 +17,7 @@ from ptbin.errors import CorruptArchiveError
 from ptbin.stores.base import Identity, ListedObject, RangeReader, Store, check_range
 
 if TYPE_CHECKING:
+    from ptbin.stores.base import WriteAt
     from ptbin.stores.ranges import Fetch
 
 __all__ = ["PART_BITS", "JoinedReader", "PartReader", "joint_identity", "part_base"]
@@ -124,18 +125,25 @@ class JoinedReader(RangeReader):
         gap_nbytes: int | None = None,
     ) -> Iterator[tuple[int, bytes]]:
         """As the base says; the read-ahead ends with each file."""
+        for start, reader, inner in self._by_part(ranges):
+            for number, piece in reader.iter_ranges(inner, chunk_nbytes=chunk_nbytes, gap_nbytes=gap_nbytes):
+                yield start + number, piece
+
+    def _by_part(
+        self, ranges: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[int, RangeReader, list[tuple[int, int]]]]:
+        """Neighbours in one part: the number of the first, the part's reader, the ranges there."""
         start = 0
         while start < len(ranges):
             index = ranges[start][0] >> PART_BITS
             end = start
             while end < len(ranges) and ranges[end][0] >> PART_BITS == index:
                 end += 1
-            inner = []
-            for offset, nbytes in ranges[start:end]:
-                reader, local = self.locate(offset, nbytes)
-                inner.append((local, nbytes))
-            for number, piece in reader.iter_ranges(inner, chunk_nbytes=chunk_nbytes, gap_nbytes=gap_nbytes):
-                yield start + number, piece
+            located = [self.locate(offset, nbytes) for offset, nbytes in ranges[start:end]]
+            inner = [
+                (offset, nbytes) for (_, offset), (_, nbytes) in zip(located, ranges[start:end], strict=True)
+            ]
+            yield start, located[0][0], inner
             start = end
 
     @property
@@ -146,8 +154,16 @@ class JoinedReader(RangeReader):
     def server_side_store(self) -> object | None:
         return self.reader_of(0).server_side_store
 
-    def start_fetch(self, fetch: Fetch) -> Callable[[], bytes]:
-        return lambda: self.read(fetch.offset, fetch.nbytes)
+    def start_fetch(self, fetch: Fetch) -> Callable[[], list[bytes]]:
+        return lambda: [self.read(fetch.offset, fetch.nbytes)]
+
+    def scatter(
+        self, ranges: Sequence[tuple[int, int]], targets: Sequence[int], write_at: WriteAt
+    ) -> Iterator[tuple[int, int, int]]:
+        for start, reader, inner in self._by_part(ranges):
+            part_targets = targets[start : start + len(inner)]
+            for number, crc32, nbytes in reader.scatter(inner, part_targets, write_at):
+                yield start + number, crc32, nbytes
 
     def check_unchanged(self) -> None:
         for index in sorted(self._used):

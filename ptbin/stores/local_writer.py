@@ -77,6 +77,8 @@ def identity_of(status: os.stat_result) -> Identity:
 class LocalWriter(Writer):
     """Writes `target`; makes its parent directories, and takes them away again when aborted."""
 
+    scatters = True
+
     def __init__(self, target: str, size_hint: int | None = None) -> None:
         super().__init__(target)
         self._target = target
@@ -114,6 +116,20 @@ class LocalWriter(Writer):
                     raise StorageError(f"cannot write {self.uri}: the filesystem takes no more bytes")
                 self._moved(nbytes)
                 rest = rest[nbytes:]
+
+    def write_at(self, position: int, data: memoryview) -> None:
+        with mapped_faults("write", self.uri):
+            while data:
+                nbytes = os.pwrite(self._descriptor, data, position)
+                if nbytes == 0:
+                    raise StorageError(f"cannot write {self.uri}: the filesystem takes no more bytes")
+                position += nbytes
+                data = data[nbytes:]
+
+    def advance(self, nbytes: int) -> None:
+        with mapped_faults("write", self.uri):
+            os.lseek(self._descriptor, nbytes, os.SEEK_CUR)
+        self._moved(nbytes)
 
     def _moved(self, nbytes: int) -> None:
         self.bytes_written += nbytes

@@ -183,15 +183,18 @@ class S3Store(Store):
         if not key:
             raise NotFoundInStoreError(f"cannot read {uri}: it is a bucket, not an object")
 
-        def accept(answer: dict[str, Any]) -> None:
-            refuse_too_large(uri, answer["ContentLength"], limit)
-
         def get() -> bytes:
-            answer, data = self.client.fetch("read", uri, accept, Bucket=bucket, Key=key)
-            if len(data) != answer["ContentLength"]:
-                raise StorageError(
-                    f"cannot read {uri}: {len(data)} of {answer['ContentLength']} bytes came", transient=True
-                )
+            sizes: list[int] = []
+            blocks: list[bytes] = []
+
+            def accept(answer: dict[str, Any]) -> None:
+                sizes.append(answer["ContentLength"])
+                refuse_too_large(uri, sizes[0], limit)
+
+            self.client.fetch("read", uri, accept, blocks.append, Bucket=bucket, Key=key)
+            data = b"".join(blocks)
+            if len(data) != sizes[0]:
+                raise StorageError(f"cannot read {uri}: {len(data)} of {sizes[0]} bytes came", transient=True)
             return data
 
         return self.client.repeated(get)

@@ -8,18 +8,28 @@ reading keeps `window_nbytes` under way or waiting to be consumed: 32 MiB of mem
 from __future__ import annotations
 
 import threading
+import zlib
+from collections import deque
+from concurrent.futures import wait
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import NotFoundInStoreError, SourceChangedError, StorageError
 from ptbin.stores.base import MIB, Identity, Pending, RangeReader, check_range, refuse_other_object
-from ptbin.stores.ranges import Fetch
+from ptbin.stores.ranges import Fetch, Piece, plan_fetches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from concurrent.futures import Future
 
+    from ptbin.stores.base import WriteAt
     from ptbin.stores.s3_client import S3Client
 
 __all__ = ["S3Reader", "etag_of"]
+
+SCATTER_NBYTES = 32 * MIB
+"""A request of a transfer to a place that takes bytes in any order: nothing is kept, so it may be large."""
+SCATTERS = 6
 
 
 def etag_of(answer: Mapping[str, Any]) -> str:
@@ -65,15 +75,62 @@ class S3Reader(RangeReader):
             return b""
         if nbytes > 2 * self.best_chunk_nbytes:
             return b"".join(self.iter_range(offset, nbytes))
-        return self.start_fetch(Fetch(offset, nbytes, ()))()
+        return b"".join(self.start_fetch(Fetch(offset, nbytes, ()))())
 
-    def start_fetch(self, fetch: Fetch) -> Callable[[], bytes]:
-        def get() -> bytes:
-            return self._client.repeated(lambda: self._get(fetch.offset, fetch.nbytes))
+    def start_fetch(self, fetch: Fetch) -> Callable[[], list[bytes]]:
+        def get() -> list[bytes]:
+            blocks: list[bytes] = []
+            self._get(fetch.offset, fetch.nbytes, blocks.append)
+            return blocks
 
         return Pending(self._client.start(get))
 
-    def _get(self, offset: int, nbytes: int) -> bytes:
+    def scatter(
+        self, ranges: Sequence[tuple[int, int]], targets: Sequence[int], write_at: WriteAt
+    ) -> Iterator[tuple[int, int, int]]:
+        """As the base says, each block written by the thread that has received it: memory is their blocks."""
+        for offset, nbytes in ranges:
+            check_range(self.uri, self.size, offset, nbytes)
+        reached = list(targets)
+        waiting: deque[tuple[_Scattering, Future[None]]] = deque()
+        try:
+            for fetch in plan_fetches(ranges, chunk_nbytes=SCATTER_NBYTES, gap_nbytes=self.gap_nbytes):
+                if len(waiting) >= SCATTERS:
+                    yield from _arrived(*waiting.popleft())
+                scattering = _Scattering(fetch, reached, write_at)
+                work = partial(self._get, fetch.offset, fetch.nbytes, scattering.consume)
+                waiting.append((scattering, self._client.start(work)))
+            while waiting:
+                yield from _arrived(*waiting.popleft())
+        finally:
+            for scattering, future in waiting:
+                scattering.stopped = True
+                future.cancel()
+            wait([future for _, future in waiting])
+
+    def _get(self, offset: int, nbytes: int, consume: Callable[[bytes], None]) -> None:
+        """A range, block by block; what breaks off is taken up where it broke off."""
+        done = 0
+
+        def count(block: bytes) -> None:
+            nonlocal done
+            done += len(block)
+            with self._counting:
+                self.bytes_read += len(block)
+            consume(block)
+
+        def attempt() -> None:
+            if done < nbytes:
+                self._get_once(offset + done, nbytes - done, count)
+            if done != nbytes:
+                raise StorageError(
+                    f"cannot read {self.uri}: {done} of {nbytes} bytes came at offset {offset}",
+                    transient=True,
+                )
+
+        self._client.repeated(attempt)
+
+    def _get_once(self, offset: int, nbytes: int, consume: Callable[[bytes], None]) -> None:
         with self._counting:
             self.requests += 1
 
@@ -88,8 +145,8 @@ class S3Reader(RangeReader):
 
         last = offset + nbytes - 1  # inclusive (RFC 9110, 14.1.2)
         try:
-            _, data = self._client.fetch(
-                "read", self.uri, accept, **self._object, **self._pin, Range=f"bytes={offset}-{last}"
+            self._client.fetch(
+                "read", self.uri, accept, consume, **self._object, **self._pin, Range=f"bytes={offset}-{last}"
             )
         except NotFoundInStoreError as error:
             raise SourceChangedError(f"{self.uri} was deleted while it was read") from error
@@ -97,14 +154,6 @@ class S3Reader(RangeReader):
             if "InvalidRange" in str(error):  # the range lies in the pinned object: so this is another one
                 raise SourceChangedError(f"{self.uri} was overwritten while it was read") from error
             raise
-        with self._counting:
-            self.bytes_read += len(data)
-        if len(data) != nbytes:
-            raise StorageError(
-                f"cannot read {self.uri}: {len(data)} of {nbytes} bytes came at offset {offset}",
-                transient=True,
-            )
-        return data
 
     @property
     def server_side_store(self) -> S3Client:
@@ -131,3 +180,41 @@ class S3Reader(RangeReader):
         except NotFoundInStoreError as error:
             raise SourceChangedError(f"{self.uri} was deleted while it was read") from error
         refuse_other_object(self.uri, Identity("etag", etag_of(answer)), self.identity)
+
+
+class _Scattering:
+    """One fetch on its way to where its ranges are to be; `reached` are the ranges' next targets."""
+
+    def __init__(self, fetch: Fetch, reached: list[int], write_at: WriteAt) -> None:
+        self.stopped = False
+        self.jobs: list[tuple[Piece, int]] = []
+        for piece in fetch.pieces:
+            self.jobs.append((piece, reached[piece.index]))
+            reached[piece.index] += piece.stop - piece.start
+        self.crc32 = [0] * len(self.jobs)
+        self._write_at = write_at
+        self._position = 0
+        self._job = 0
+
+    def consume(self, block: bytes) -> None:
+        if self.stopped:
+            raise StorageError("given up")
+        view = memoryview(block)
+        begin, end = self._position, self._position + len(block)
+        while self._job < len(self.jobs):
+            piece, target = self.jobs[self._job]
+            first, last = max(piece.start, begin), min(piece.stop, end)
+            if first < last:
+                part = view[first - begin : last - begin]
+                self.crc32[self._job] = zlib.crc32(part, self.crc32[self._job])
+                self._write_at(target + first - piece.start, part)
+            if piece.stop > end:
+                break
+            self._job += 1
+        self._position = end
+
+
+def _arrived(scattering: _Scattering, future: Future[None]) -> Iterator[tuple[int, int, int]]:
+    future.result()
+    for (piece, _), crc32 in zip(scattering.jobs, scattering.crc32, strict=True):
+        yield piece.index, crc32, piece.stop - piece.start

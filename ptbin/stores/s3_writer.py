@@ -81,6 +81,7 @@ class S3Writer(Writer):
         self._part_nbytes = part_nbytes_for(size_hint)
         self._sizes: deque[int] = deque()  # of the parts to be uploaded, where they were laid out
         self._filling = bytearray()
+        self._filled = 0
         self._upload_id: str | None = None
         self._beginning: Future[str] | None = None
         self._lost_creates = 0
@@ -93,19 +94,29 @@ class S3Writer(Writer):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         rest = memoryview(data).cast("B")
         while rest:
-            if len(self._filling) == self._part_nbytes:  # only now is it certain that more follows
+            if self._filled == self._part_nbytes:  # only now is it certain that more follows
                 self._send_part()
-            taken = rest[: self._part_nbytes - len(self._filling)]
-            self._filling += taken
+            if not self._filling:
+                self._filling = bytearray(self._part_nbytes)
+            taken = rest[: self._part_nbytes - self._filled]
+            self._filling[self._filled : self._filled + len(taken)] = taken
+            self._filled += len(taken)
             self.bytes_written += len(taken)
             rest = rest[len(taken) :]
 
     def _send_part(self) -> None:
         number = self._next_number()
-        part, self._filling = self._filling, bytearray()
+        part = self._taken()
         if self._sizes:
             self._part_nbytes = self._sizes.popleft()
         self._submit(UPLOADS, lambda: self._upload_part(number, part), copied=False)
+
+    def _taken(self) -> bytearray:
+        """What has been gathered so far, which is then forgotten here."""
+        part, self._filling = self._filling, bytearray()
+        del part[self._filled :]
+        self._filled = 0
+        return part
 
     def _next_number(self) -> int:
         number = len(self._sent) + len(self._under_way) + 1
@@ -244,8 +255,8 @@ class S3Writer(Writer):
             return False
         if not isinstance(reader, S3Reader):
             return False
-        if self._filling:
-            assert len(self._filling) == self._part_nbytes, "a copied part begins where a part ends"
+        if self._filled:
+            assert self._filled == self._part_nbytes, "a copied part begins where a part ends"
             self._send_part()
         number = self._next_number()
         self._submit(COPIES, lambda: self._copy_part(number, reader.copy_source, offset, nbytes), copied=True)
@@ -286,11 +297,11 @@ class S3Writer(Writer):
 
     def _publish(self) -> None:
         if self._upload_id is None:
-            body = self._filling
+            body = self._taken()
             answer = self._client.call("put_object", "write", self.uri, **self._object, Body=body)
             self.identity = Identity("etag", etag_of(answer)) if etag_of(answer) else None
             return
-        if self._filling:
+        if self._filled:
             self._send_part()
         self.settle()
         if self._lost_creates:
@@ -341,7 +352,7 @@ class S3Writer(Writer):
         return etag_of(answer) == expected and bool(answer["ContentLength"] == self.bytes_written)
 
     def _discard(self) -> None:
-        self._filling = bytearray()
+        self._taken()
         futures = [future for _, future in self._under_way]
         self._under_way.clear()
         for future in futures:
