@@ -98,6 +98,8 @@ TRANSIENT_CLASS_NAMES = {
     "ReadTimeoutError",
     "ResponseParserError",
     "ResponseStreamingError",
+    # urllib3.exceptions, which botocore lets through where the body of an error breaks off
+    "ProtocolError",
     # aiohttp.client_exceptions, http.client, asyncio, fsspec.exceptions
     "ClientConnectionError",
     "ClientPayloadError",

@@ -1,5 +1,5 @@
-"""The server that conversions to S3 are killed against."""
+"""The servers that conversions are killed against, and that fail them."""
 
-from tests.servers.fixtures import moto_s3
+from tests.servers.fixtures import moto_s3, rados_s3
 
-__all__ = ["moto_s3"]
+__all__ = ["moto_s3", "rados_s3"]
