@@ -105,9 +105,16 @@ def verdicts(results: Results) -> list[Verdict]:
 def _of_s3_to_s3(results: Results, group: Group, name: str) -> list[Verdict]:
     row, title = group.rows[name], group.title
     bare, plain = group.rows["bare UploadPartCopy"], group.rows[PLAIN]
-    share = 100 * row.nbytes / results.output_nbytes
     return [
-        Verdict(f"{title}, `{name}`: bytes through the client / weights", share, 1, "%"),
+        *(
+            Verdict(
+                f"{title}, `{name}`: bytes {way} the client / weights",
+                100 * n / results.output_nbytes,
+                1,
+                "%",
+            )
+            for way, n in (("to", row.nbytes_in), ("from", row.nbytes_out))
+        ),
         Verdict(f"{title}, `{name}` / bare `UploadPartCopy`", row.median / bare.median, 1.3, "x"),
         Verdict(f"{title}, plain script / `{name}`", plain.median / row.median, 4, "x", at_least=True),
     ]
