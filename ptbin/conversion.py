@@ -31,11 +31,11 @@ from ptbin.segments import FilePlan
 from ptbin.sidecars import copy_sidecars
 from ptbin.sources import find_source
 from ptbin.splice import SpliceResult, splice
-from ptbin.stores import CopyRefused, RangeReader, Store, open_store, public_uri
+from ptbin.stores import CopyRefused, Identity, RangeReader, Store, open_store, public_uri
 from ptbin.ties import tie_equal_tensors
 from ptbin.writing.outputs import plan_output
 
-__all__ = ["commit", "convert", "stage"]
+__all__ = ["Published", "commit", "convert", "publish", "stage"]
 
 Progress = Callable[[int], None]
 
@@ -188,6 +188,14 @@ def _outputs_of_before(store: Store, path: str) -> set[str]:
     return {output["path"] for output in manifest["outputs"]}
 
 
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A finished output: its manifest, and which state of the stored manifest that is."""
+
+    manifest: dict[str, Any]
+    identity: Identity
+
+
 def commit(
     draft: Draft,
     *,
@@ -201,6 +209,19 @@ def commit(
         VerificationError: the stored output is not what the source says; it is removed.
         ChecksumMismatchError: the same of what the store copied by itself: the source itself is damaged.
     """
+    return publish(
+        draft, source_options=source_options, dest_options=dest_options, progress=progress
+    ).manifest
+
+
+def publish(
+    draft: Draft,
+    *,
+    source_options: Mapping[str, Any] | None = None,
+    dest_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Published:
+    """As `commit`, for those who keep an index of what is finished."""
     store, path = open_store(draft.dest_uri, dest_options)
     manifest = draft.manifest
     proven_by: str | None = None
@@ -221,8 +242,8 @@ def commit(
     }
     if proven_by is not None:
         manifest["verification"]["proven_by"] = proven_by
-    store.write_bytes(path + MANIFEST_SUFFIX, dump_manifest(manifest))
-    return manifest
+    identity = store.write_bytes(path + MANIFEST_SUFFIX, dump_manifest(manifest))
+    return Published(manifest, identity or store.stat(path + MANIFEST_SUFFIX).identity)
 
 
 def _iso(seconds: float) -> str:

@@ -473,6 +473,12 @@ class Store(ABC):
             refuse_too_large(reader.uri, reader.size, limit)
             return reader.read(0, reader.size)
 
+    def read_identified(self, path: str, *, limit: int = READ_BYTES_LIMIT) -> tuple[bytes, Identity]:
+        """A whole small object, and which state of it that is; errors as `read_bytes`."""
+        with self.open_reader(path) as reader:
+            refuse_too_large(reader.uri, reader.size, limit)
+            return reader.read(0, reader.size), reader.identity
+
     def write_bytes(self, path: str, data: bytes) -> Identity | None:
         """Write a whole small object, or nothing; its identity where the store tells it by itself."""
         with self.open_writer(path, size_hint=len(data)) as writer:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import AccessDeniedError, NotFoundInStoreError, PtbinError, StorageError, UsageError
@@ -29,6 +28,7 @@ from ptbin.stores.base import (
     refuse_too_large,
 )
 from ptbin.stores.s3_client import S3Client
+from ptbin.stores.s3_listing import iter_entries
 from ptbin.stores.s3_reader import S3Reader, etag_of
 from ptbin.stores.s3_writer import S3Writer
 
@@ -53,6 +53,8 @@ class S3Store(Store):
     """A path is "bucket/key"; keys are taken as they are, nothing in them is decoded or folded."""
 
     protocol = "s3"
+    page_keys: int | None = None
+    """Keys in a page of a listing; None: as many as the store gives."""
 
     def __init__(self, options: Mapping[str, Any] | None = None, *, retry: RetryPolicy | None = None) -> None:
         self.client = S3Client(options or {}, retry=retry)
@@ -97,37 +99,15 @@ class S3Store(Store):
         return bucket, key if not key or key.endswith("/") else key + "/"
 
     def iter_objects(self, path: str) -> Iterator[ListedObject]:
-        """In the order of the keys' UTF-8 bytes; memory: two pages."""
+        """In the order of the keys' UTF-8 bytes; costs and memory as `s3_listing` says."""
         bucket, prefix = self._prefix(path)
-        uri = self.uri_of(path)
-
-        def page(token: str | None) -> dict[str, Any]:
-            asked = {"Bucket": bucket, "Prefix": prefix}
-            if token is not None:
-                asked["ContinuationToken"] = token
-            return self.client.call("list_objects_v2", "list", uri, **asked)
-
-        coming = self.client.start(lambda: page(None))
-        try:
-            more = True
-            while more:
-                answer = coming.result()
-                more = bool(answer.get("IsTruncated"))
-                if more:
-                    token = answer["NextContinuationToken"]
-                    coming = self.client.start(partial(page, token))
-                for entry in answer.get("Contents", ()):
-                    key: str = entry["Key"]
-                    if key.endswith("/") or is_partial_name(key):  # "folders" of web consoles; our own probes
-                        continue
-                    yield ListedObject(
-                        key[len(prefix) :],
-                        self.uri_of(f"{bucket}/{key}"),
-                        entry["Size"],
-                        Identity("etag", etag_of(entry)),
-                    )
-        finally:
-            coming.cancel()
+        for key, size, etag in iter_entries(
+            self.client, self.uri_of(path), bucket, prefix, page_keys=self.page_keys
+        ):
+            if key.endswith("/") or is_partial_name(key):  # "folders" of web consoles; our own probes
+                continue
+            uri = self.uri_of(f"{bucket}/{key}")
+            yield ListedObject(key[len(prefix) :], uri, size, Identity("etag", etag))
 
     def open_reader(self, path: str, *, expected: Identity | None = None) -> S3Reader:
         answer = self._head(path)
@@ -177,25 +157,28 @@ class S3Store(Store):
         return int.from_bytes(digest, "big") if len(digest) == 4 else None
 
     def read_bytes(self, path: str, *, limit: int = READ_BYTES_LIMIT) -> bytes:
+        return self.read_identified(path, limit=limit)[0]
+
+    def read_identified(self, path: str, *, limit: int = READ_BYTES_LIMIT) -> tuple[bytes, Identity]:
         """One GET: whole answers come from one state of the object, so nothing needs pinning."""
         bucket, key = self.client.split(path)
         uri = self.uri_of(path)
         if not key:
             raise NotFoundInStoreError(f"cannot read {uri}: it is a bucket, not an object")
 
-        def get() -> bytes:
-            sizes: list[int] = []
+        def get() -> tuple[bytes, Identity]:
+            answers: list[dict[str, Any]] = []
             blocks: list[bytes] = []
 
             def accept(answer: dict[str, Any]) -> None:
-                sizes.append(answer["ContentLength"])
-                refuse_too_large(uri, sizes[0], limit)
+                answers.append(answer)
+                refuse_too_large(uri, answer["ContentLength"], limit)
 
             self.client.fetch("read", uri, accept, blocks.append, Bucket=bucket, Key=key)
-            data = b"".join(blocks)
-            if len(data) != sizes[0]:
-                raise StorageError(f"cannot read {uri}: {len(data)} of {sizes[0]} bytes came", transient=True)
-            return data
+            data, size = b"".join(blocks), answers[0]["ContentLength"]
+            if len(data) != size:
+                raise StorageError(f"cannot read {uri}: {len(data)} of {size} bytes came", transient=True)
+            return data, Identity("etag", etag_of(answers[0]))
 
         return self.client.repeated(get)
 

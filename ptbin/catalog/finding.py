@@ -1,0 +1,164 @@
+"""What lies in a store: checkpoints below SOURCE, manifests and orphans below DEST. Listings are streams.
+
+Which files are candidates is decided by name only, so that listing costs no request per file; whether a
+candidate is a checkpoint is decided by its content when it is converted (`Found.certain` says whether the
+name alone promised one). Memory: of the folders between the root and the place that the listing has reached,
+the files that may be parts of a checkpoint of several files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ptbin.catalog.globs import matches, split_glob
+from ptbin.catalog.jobs import Found
+from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, OTHER_SUFFIXES, OUTPUT_SUFFIXES, suffix_of
+from ptbin.folders import Group, Grouping, is_folder_part
+from ptbin.manifest import MANIFEST_SUFFIX
+from ptbin.sources import find_source
+from ptbin.stores import ListedObject, is_partial_name, open_store
+
+__all__ = ["OWN_FOLDER", "find_checkpoints", "find_manifests", "find_one", "find_orphans"]
+
+OWN_FOLDER = "_ptbin"
+"""Run records and the index of finished work lie there, below DEST."""
+
+_SHARD = re.compile(r"-\d{5,}-of-\d{5,}(?=\.[a-z]+$)")
+
+
+def find_checkpoints(
+    source: str,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    storage_options: Mapping[str, Any] | None = None,
+) -> Iterator[Found]:
+    """Candidates at or below SOURCE: one file, a directory or prefix, or a glob.
+
+    Args:
+        include: globs on the path below SOURCE; where given, they decide alone what is a candidate.
+        exclude: globs that take candidates away.
+
+    Raises:
+        NotFoundInStoreError: SOURCE does not exist.
+    """
+    root, pattern = split_glob(source, storage_options)
+    store, path = open_store(root, storage_options)
+    if pattern is None and not store.is_directory(path):
+        yield find_one(source, storage_options=storage_options)
+        return
+    for found in _grouped(item for item in store.iter_objects(path) if not _is_our_own(item.path)):
+        if isinstance(found, ListedObject):
+            if pattern is None or matches(f"/{found.path}", pattern):
+                certain = _is_candidate(found, include, exclude)
+                if certain is not None:
+                    yield Found(found.path, found.uri, found.size, found.identity, certain)
+        elif _is_wanted(found, pattern, include, exclude):
+            uri = store.uri_of(f"{path.rstrip('/')}/{found.handle}" if found.handle else path)
+            name = found.handle or path.rstrip("/").rpartition("/")[2]
+            yield Found(name, uri, found.size, found.identity, True)
+
+
+def _grouped(items: Iterable[ListedObject]) -> Iterator[ListedObject | Group]:
+    """Files that belong together as one; a folder's are decided once the listing has left it.
+
+    Relies on what all listings promise: whatever lies below one folder comes without anything between.
+    """
+    open_folders: list[tuple[str, Grouping]] = []
+
+    def close() -> Iterator[ListedObject | Group]:
+        groups, single = open_folders.pop()[1].finish()
+        yield from single
+        yield from groups
+
+    for item in items:
+        while open_folders and not item.path.startswith(open_folders[-1][0]):
+            yield from close()
+        folder, slash, name = item.path.rpartition("/")
+        if not is_folder_part(name):
+            yield item
+            continue
+        if not open_folders or open_folders[-1][0] != folder + slash:
+            open_folders.append((folder + slash, Grouping()))
+        open_folders[-1][1].add(item)
+    while open_folders:
+        yield from close()
+
+
+def _is_wanted(group: Group, pattern: str | None, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    paths = [group.handle, *(member.path for member in group.members)]
+    if pattern is not None and not any(matches(f"/{path}", pattern) for path in paths):
+        return False
+    if any(matches(group.handle, glob) for glob in exclude):
+        return False
+    return not include or any(matches(path, glob) for glob in include for path in paths)
+
+
+def find_one(source: str, *, storage_options: Mapping[str, Any] | None = None) -> Found:
+    """SOURCE as one checkpoint: a file, an index with its shards, or a folder that is one.
+
+    Raises:
+        NotFoundInStoreError: nothing is there. UsageError: a folder that is not one checkpoint.
+    """
+    place = find_source(source, storage_options)
+    name = place.path.rstrip("/").rpartition("/")[2]
+    if not place.parts:
+        stat = place.store.stat(place.path)
+        return Found(name, stat.uri, stat.size, stat.identity, True)
+    return Found(name, place.store.uri_of(place.path), place.size, place.identity, True)
+
+
+def _is_our_own(path: str) -> bool:
+    """Run records, manifests and unfinished outputs are no checkpoints."""
+    return is_in_own_folder(path) or is_partial_name(path) or path.endswith(MANIFEST_SUFFIX)
+
+
+def is_in_own_folder(path: str) -> bool:
+    return OWN_FOLDER in path and OWN_FOLDER in path.split("/")
+
+
+def _is_candidate(item: ListedObject, include: Sequence[str], exclude: Sequence[str]) -> bool | None:
+    """True: by its name a checkpoint. False: its content must tell. None: passed over."""
+    name = item.path.rpartition("/")[2]
+    if not name or any(matches(item.path, glob) for glob in exclude):
+        return None
+    if include:
+        return True if any(matches(item.path, glob) for glob in include) else None
+    suffix = suffix_of(name)
+    if suffix in OTHER_SUFFIXES or name.startswith(".") or ".tfevents." in name:
+        return None
+    return suffix in CHECKPOINT_SUFFIXES
+
+
+def find_manifests(dest: str, *, storage_options: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """URIs of all manifests at or below DEST (DEST may be one manifest, or one output that has one)."""
+    store, path = open_store(dest, storage_options)
+    if not store.is_directory(path):
+        single = path if path.endswith(MANIFEST_SUFFIX) else path + MANIFEST_SUFFIX
+        store.stat(single)
+        yield store.uri_of(single)
+        return
+    for item in store.iter_objects(path):
+        if item.path.endswith(MANIFEST_SUFFIX) and not is_in_own_folder(item.path):
+            yield item.uri
+
+
+def find_orphans(dest: str, *, storage_options: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """URIs of weights below DEST that no manifest vouches for; shards are vouched for by their output's."""
+    store, path = open_store(dest, storage_options)
+    if not store.is_directory(path):
+        return
+    outputs: dict[str, str] = {}
+    manifests: set[str] = set()
+    for item in store.iter_objects(path):
+        if is_in_own_folder(item.path):
+            continue
+        if item.path.endswith(MANIFEST_SUFFIX):
+            manifests.add(item.path.removesuffix(MANIFEST_SUFFIX))
+        elif item.path.endswith(tuple(OUTPUT_SUFFIXES.values())):
+            outputs[item.path] = item.uri
+    for name, uri in outputs.items():
+        if not {name, _SHARD.sub("", name)} & manifests:
+            yield uri

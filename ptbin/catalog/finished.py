@@ -1,0 +1,213 @@
+"""What is done already: one output against its manifest, or a whole store against an index of finished work.
+
+The manifests are the truth. The index below `DEST/_ptbin/index/` only spares reading them: a row says which
+state of a manifest (its ETag, or what the store has instead) was made of which source with which options,
+and what outputs it lists. It is believed where DEST's listing shows that very manifest and outputs of those
+sizes; so a lost, stale or damaged index costs requests, never a wrong answer.
+
+The index is a set of segments, gzip'd JSON lines under names that nobody uses twice: runs on one destination
+at the same time each add their own. A run that finds many writes one that replaces those it has read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ptbin.catalog.finding import OWN_FOLDER
+from ptbin.catalog.jobs import Job
+from ptbin.errors import NotFoundInStoreError, StorageError, VerificationError
+from ptbin.manifest import MANIFEST_SUFFIX, parse_manifest
+from ptbin.options import ConvertOptions
+from ptbin.stores import Identity, Store, open_store
+
+__all__ = [
+    "INDEX_FOLDER",
+    "FinishedRow",
+    "is_up_to_date",
+    "iter_segment",
+    "job_digest",
+    "read_finished",
+    "row_of",
+    "write_segment",
+]
+
+INDEX_FOLDER = f"{OWN_FOLDER}/index"
+SEGMENT_SUFFIX = ".jsonl.gz"
+LEVELS = ("none", "checksum", "load")
+
+MAX_LINE_NBYTES = 1 << 20
+"""A row with thousands of shards; longer lines are damage."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRow:
+    """One output that was finished.
+
+    Attributes:
+        manifest: its path below DEST.
+        identity: of the manifest, as `kind:value`.
+        digest: of source and options (`job_digest`).
+        level: of its proof.
+        outputs: (path relative to the manifest's folder, size in bytes) of each.
+    """
+
+    manifest: str
+    identity: str
+    digest: str
+    level: str
+    outputs: tuple[tuple[str, int], ...]
+
+    def to_json(self) -> list[Any]:
+        return [self.manifest, self.identity, self.digest, self.level, *map(list, self.outputs)]
+
+    @classmethod
+    def from_json(cls, data: Any) -> FinishedRow:
+        """Raises ValueError where `data` is not what `to_json` writes."""
+        if not isinstance(data, list) or len(data) < 5:
+            raise ValueError("no row")
+        texts, outputs = data[:4], data[4:]
+        if not all(isinstance(text, str) for text in texts) or texts[3] not in LEVELS:
+            raise ValueError("no row")
+        for pair in outputs:
+            if not (isinstance(pair, list) and len(pair) == 2):
+                raise ValueError("no row")
+            if not (isinstance(pair[0], str) and type(pair[1]) is int):
+                raise ValueError("no row")
+        manifest, identity, digest, level = texts
+        return cls(manifest, identity, digest, level, tuple((path, size) for path, size in outputs))
+
+    def is_enough(self, options: ConvertOptions) -> bool:
+        """Whether its proof is at least the one asked for."""
+        return LEVELS.index(self.level) >= LEVELS.index(options.verify)
+
+
+def identity_text(identity: Identity | None) -> str:
+    """Empty where the store names none; such objects are never recognised."""
+    return f"{identity.kind}:{identity.value}" if identity is not None and identity.value else ""
+
+
+def job_digest(uri: str, size: int, identity: Mapping[str, str] | None, fingerprint: str) -> str:
+    """One text for a state of a source and the options it is converted with."""
+    facts = json.dumps([uri, size, identity, fingerprint], sort_keys=True, ensure_ascii=True)
+    return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
+
+
+def digest_of(job: Job, options: ConvertOptions) -> str:
+    identity = job.identity.to_json() if job.identity is not None else None
+    return job_digest(job.source_uri, job.source_size, identity, options.fingerprint())
+
+
+def row_of(manifest: Mapping[str, Any], path: str, identity: str) -> FinishedRow | None:
+    """The row of a manifest at `path` below DEST in that state; None where nothing can be said of it."""
+    source, level = manifest["source"], manifest["verification"].get("level", "none")
+    if (
+        not identity
+        or level not in LEVELS
+        or not manifest["outputs"]
+        or not isinstance(source.get("size"), int)
+    ):
+        return None
+    digest = job_digest(
+        source.get("uri", ""), source["size"], source.get("identity"), manifest["options_fingerprint"]
+    )
+    outputs = tuple((output["path"], output["size"]) for output in manifest["outputs"])
+    return FinishedRow(path, identity, digest, level, outputs)
+
+
+def read_finished(
+    job: Job, path: str, *, dest_options: Mapping[str, Any] | None = None
+) -> FinishedRow | None:
+    """The row of the job's manifest as it is stored now (`path` below DEST); None where there is none.
+
+    Costs one read.
+
+    Raises:
+        StorageError: the store failed in another way than by having no such file.
+    """
+    store, place = open_store(job.dest_uri + MANIFEST_SUFFIX, dest_options)
+    try:
+        data, identity = store.read_identified(place)
+        return row_of(parse_manifest(data, store.uri_of(place)), path, identity_text(identity))
+    except (NotFoundInStoreError, VerificationError):
+        return None
+
+
+def is_up_to_date(
+    job: Job, options: ConvertOptions, *, dest_options: Mapping[str, Any] | None = None
+) -> bool:
+    """Whether the job's output exists, was made of this very source with these options, and is proven enough.
+
+    Costs one small read, and one stat for each output.
+
+    Raises:
+        StorageError: the store failed in another way than by having no such file.
+    """
+    if options.force or job.identity is None:
+        return False
+    store, path = open_store(job.dest_uri, dest_options)
+    try:
+        manifest = parse_manifest(store.read_bytes(path + MANIFEST_SUFFIX), job.dest_uri)
+    except (NotFoundInStoreError, VerificationError):
+        return False
+    row = row_of(manifest, "", "not asked for")
+    if row is None or row.digest != digest_of(job, options) or not row.is_enough(options):
+        return False
+    folder = path[: -len(path.rsplit("/", 1)[-1])]
+    try:
+        return all(store.stat(folder + name).size == size for name, size in row.outputs)
+    except NotFoundInStoreError:
+        return False
+
+
+# -- segments ------------------------------------------------------------------------------------
+
+
+def iter_segment(store: Store, path: str) -> Iterator[FinishedRow]:
+    """The rows of a segment, as far as they can be read; damage ends it, or costs a line. Memory: a block."""
+    inflater = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    rest = b""
+    try:
+        with store.open_reader(path) as reader:
+            for block in reader.iter_range(0, reader.size):
+                pending = block
+                while pending:
+                    text = rest + inflater.decompress(pending, 1 << 20)
+                    pending = inflater.unconsumed_tail
+                    *lines, rest = text.split(b"\n")
+                    for line in lines:
+                        if (row := _row(line)) is not None:
+                            yield row
+                    if len(rest) > MAX_LINE_NBYTES:
+                        return
+    except (zlib.error, StorageError):
+        return  # the manifests say the same, at a request each
+
+
+def _row(line: bytes) -> FinishedRow | None:
+    try:
+        return FinishedRow.from_json(json.loads(line))
+    except (ValueError, RecursionError):
+        return None
+
+
+def write_segment(
+    dest: str, name: str, rows: Iterable[FinishedRow], *, dest_options: Mapping[str, Any] | None = None
+) -> int:
+    """Add a segment of that name, which must be nobody else's; how many rows it holds. None: nothing."""
+    store, path = open_store(f"{dest.rstrip('/')}/{INDEX_FOLDER}/{name}{SEGMENT_SUFFIX}", dest_options)
+    deflater = zlib.compressobj(6, wbits=16 + zlib.MAX_WBITS)
+    count = 0
+    with store.open_writer(path, copies=False) as writer:
+        for row in rows:
+            line = json.dumps(row.to_json(), separators=(",", ":")) + "\n"
+            writer.write(deflater.compress(line.encode()))
+            count += 1
+        if count:
+            writer.write(deflater.flush())
+            writer.commit()
+    return count

@@ -1,0 +1,72 @@
+"""Globs on paths below SOURCE, and SOURCE itself as one. A pattern means what it means in a shell."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ptbin.errors import StorageError
+from ptbin.stores import open_store
+
+__all__ = ["matches", "split_glob"]
+
+_GLOB = re.compile(r"[*?\[]")
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Glob on a relative path: `**` crosses folders, a pattern without a slash matches names at any depth."""
+    if "/" not in pattern:
+        return fnmatch.fnmatchcase(path.rsplit("/", 1)[-1], pattern)
+    return _compiled(pattern).fullmatch(path) is not None
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    pieces = []
+    position = 0
+    while position < len(pattern):
+        if pattern.startswith("**/", position):
+            pieces.append("(?:.*/)?")
+            position += 3
+        elif pattern.startswith("**", position):
+            pieces.append(".*")
+            position += 2
+        elif pattern[position] == "*":
+            pieces.append("[^/]*")
+            position += 1
+        elif pattern[position] == "?":
+            pieces.append("[^/]")
+            position += 1
+        elif pattern[position] == "[" and (end := pattern.find("]", position + 2)) > 0:
+            # fnmatch knows all about classes: "(?s:" + class + ")\\Z" is what it makes of one.
+            pieces.append(fnmatch.translate(pattern[position : end + 1])[4:-3])
+            position = end + 1
+        else:
+            pieces.append(re.escape(pattern[position]))
+            position += 1
+    return re.compile("".join(pieces), re.DOTALL)
+
+
+def split_glob(source: str, storage_options: Mapping[str, Any] | None) -> tuple[str, str | None]:
+    """SOURCE up to the first wildcard's folder, and the pattern below it; (SOURCE, None) without wildcard.
+
+    An existing path wins over its reading as a pattern.
+    """
+    if _GLOB.search(source) is None:
+        return source, None
+    store, path = open_store(source, storage_options)
+    with contextlib.suppress(StorageError, ValueError):
+        if store.is_directory(path):
+            return source, None
+        store.stat(path)
+        return source, None
+    fixed: list[str] = []
+    parts = source.split("/")
+    while parts and _GLOB.search(parts[0]) is None:
+        fixed.append(parts.pop(0))
+    root = "/".join(fixed) or ("/" if source.startswith("/") else ".")
+    pattern = "/".join(parts)
+    # A leading slash anchors the pattern at the listing's root, as a shell's glob is.
+    return root, f"/{pattern}"

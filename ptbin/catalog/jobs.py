@@ -1,0 +1,81 @@
+"""The values that a run is made of: what was found, what becomes of it, what went wrong. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ptbin.errors import CheckpointError
+from ptbin.stores import Identity
+
+__all__ = ["Found", "Job", "Problem", "is_rejection", "problem_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A candidate below SOURCE: `path` relative to it, `size` in bytes."""
+
+    path: str
+    uri: str
+    size: int
+    identity: Identity | None
+    certain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One checkpoint and where its output goes."""
+
+    source_uri: str
+    source_size: int
+    dest_uri: str
+    path: str
+    certain: bool
+    identity: Identity | None
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["identity"] = self.identity.to_json() if self.identity is not None else None
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Job:
+        identity = data["identity"]
+        return cls(**{**data, "identity": Identity.from_json(identity) if identity is not None else None})
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A checkpoint that was not converted, with the stable reason code."""
+
+    source: str
+    reason: str
+    detail: str
+
+    def to_json(self) -> dict[str, str]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, str]) -> Problem:
+        return cls(**data)
+
+
+def problem_of(source: str, error: Exception) -> Problem:
+    """An error of one checkpoint as a row of the summary; foreign errors become `internal_error`."""
+    reason = getattr(error, "reason", None)
+    if not isinstance(reason, str):
+        return Problem(source, "internal_error", f"{type(error).__name__}: {error}")
+    return Problem(source, reason, str(error))
+
+
+def is_rejection(reason: str) -> bool:
+    """Whether a problem's reason speaks of the checkpoint itself, not of a store or of the proof."""
+    return reason in _CHECKPOINT_REASONS
+
+
+def _reasons(cls: type[CheckpointError]) -> set[str]:
+    return {cls.reason}.union(*(_reasons(sub) for sub in cls.__subclasses__()))
+
+
+_CHECKPOINT_REASONS = frozenset(_reasons(CheckpointError) | {"unsafe_path"})

@@ -1,0 +1,132 @@
+"""Where each checkpoint's output goes. Pure: no store is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ptbin.catalog.jobs import Found, Job, Problem
+from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, OUTPUT_SUFFIXES, suffix_of
+from ptbin.errors import OutputCollisionError
+from ptbin.folders import INDEX_SUFFIX
+from ptbin.options import Layout, Naming, OutputFormat
+
+__all__ = ["OutputRule", "plan_outputs", "relative_output", "settle_collision"]
+
+NAMED = 5
+"""Of the files that collide, so many are named in each problem."""
+
+OUTPUT_SUFFIX = ".bin"
+
+# Stems under which Hugging Face folders keep their weights: the folder is the model, not the file.
+_HF_STEMS = ("model", "pytorch_model", "adapter_model")
+
+
+def plan_outputs(
+    found: Iterable[Found],
+    dest: str,
+    *,
+    naming: Naming = "replace",
+    format: OutputFormat = "torch",  # noqa: A002 - as ConvertOptions calls it
+    layout: Layout = "mirror",
+    suffix: str | None = None,
+) -> tuple[list[Job], list[Problem]]:
+    """Where each checkpoint's output goes, and those that would share one (none of them is converted).
+
+    Pure. `replace` puts `.bin` in the place of the suffix, `append` behind it. Layout `hf` gives each
+    checkpoint a folder, unless it lies in one under a name of Hugging Face's already. `suffix` is that of
+    the outputs where they are of another kind (`.pt`).
+    """
+    rule = OutputRule(dest, naming, suffix or OUTPUT_SUFFIXES[format], layout)
+    jobs: dict[str, list[Job]] = {}
+    problems: list[Problem] = []
+    for item in found:
+        planned_one = rule.apply(item)
+        if isinstance(planned_one, Problem):
+            problems.append(planned_one)
+        else:
+            jobs.setdefault(rule.place_of(planned_one), []).append(planned_one)
+    planned: list[Job] = []
+    for same in jobs.values():
+        wins, refused = settle_collision(same)
+        planned.extend(wins)
+        problems.extend(refused)
+    return planned, problems
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRule:
+    """How outputs below DEST are named; see `plan_outputs`."""
+
+    dest: str
+    naming: Naming = "replace"
+    suffix: str = OUTPUT_SUFFIX
+    layout: Layout = "mirror"
+
+    @property
+    def base(self) -> str:
+        return self.dest.rstrip("/") or self.dest
+
+    def apply(self, item: Found) -> Job | Problem:
+        """Where this one goes, or why it may not go anywhere."""
+        parts = item.path.split("/")
+        if any(part in ("", ".", "..") for part in parts) or "\\" in item.path or "\0" in item.path:
+            detail = f"{item.path!r} is no plain relative path; rename the object first"
+            return Problem(item.uri, "unsafe_path", detail)
+        output = relative_output(item.path, self.naming, self.suffix, self.layout)
+        return Job(item.uri, item.size, f"{self.base}/{output}", item.path, item.certain, item.identity)
+
+    def relative(self, job: Job) -> str:
+        """Path of the job's output below DEST."""
+        return job.dest_uri[len(self.base) + 1 :]
+
+    def place_of(self, job: Job) -> str:
+        """Equal for two jobs that would write one file: the destination may not tell cases apart."""
+        return self.relative(job).casefold()
+
+
+def settle_collision(same: Sequence[Job]) -> tuple[list[Job], list[Problem]]:
+    """Of jobs that map to one output, what is done all the same, and what is refused."""
+    if len(same) == 1:
+        return list(same), []
+    # Files that only their content could make a checkpoint do not stand in the way of certain ones.
+    certain = [job for job in same if job.certain]
+    if len(certain) == 1:
+        return certain, []
+    problems = []
+    for job in certain or same:
+        others = [other.path for other in same if other is not job]
+        named = ", ".join(others[:NAMED]) + (
+            f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+        )
+        problems.append(
+            Problem(
+                job.source_uri,
+                OutputCollisionError.reason,
+                f"{job.path} and {named} both map to {job.dest_uri}; --naming append keeps them apart",
+            )
+        )
+    return [], problems
+
+
+def relative_output(
+    path: str, naming: Naming, output_suffix: str = OUTPUT_SUFFIX, layout: Layout = "mirror"
+) -> str:
+    """Path of the output below DEST for a checkpoint at `path` below SOURCE."""
+    path = path.removesuffix(INDEX_SUFFIX)
+    folder, slash, name = path.rpartition("/")
+    if layout == "hf":
+        stem = name.rpartition(".")[0]
+        adapter = stem == "adapter_model"
+        own = "adapter_model" if adapter else "model" if output_suffix == ".safetensors" else "pytorch_model"
+        if stem in _HF_STEMS:
+            return f"{folder}{slash}{own}{output_suffix}"
+        inside = path if naming == "append" else relative_output(path, naming, "")
+        return f"{inside}/{own}{output_suffix}"
+    if naming == "append":
+        return f"{path}{output_suffix}"
+    stem = name[: -len(".tar")] if name.lower().endswith((".pth.tar", ".pt.tar", ".ckpt.tar")) else name
+    suffix = suffix_of(stem)
+    if suffix in CHECKPOINT_SUFFIXES:
+        stem = stem[: -len(suffix)]
+    return f"{folder}{slash}{stem}{output_suffix}"

@@ -1,0 +1,303 @@
+"""A whole run's work, planned in a temporary database: millions of checkpoints cost disk, not memory.
+
+`plan` lists DEST once and SOURCE once, decides for each checkpoint where its output goes, whether two
+collide, and whether it is done already, by the index of finished work. What the index does not know is left
+to be asked, one manifest each. The work is handed out largest first.
+
+Costs: two listings and the segments of the index. The database lies in the system's temporary folder and
+vanishes with the list. One instance may be used by several threads.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ptbin.catalog.finding import find_checkpoints, is_in_own_folder
+from ptbin.catalog.finished import (
+    INDEX_FOLDER,
+    SEGMENT_SUFFIX,
+    FinishedRow,
+    digest_of,
+    identity_text,
+    iter_segment,
+)
+from ptbin.catalog.jobs import Found, Job, Problem
+from ptbin.catalog.planning import OutputRule, settle_collision
+from ptbin.manifest import MANIFEST_SUFFIX
+from ptbin.options import ConvertOptions
+from ptbin.stores import Identity, open_store
+
+__all__ = ["WorkList"]
+
+_TO_DO, _CURRENT, _TO_ASK, _REFUSED = range(4)
+PAGE = 1000
+"""Rows held at once while the list is read."""
+
+_TABLES = """
+CREATE TABLE stored (path TEXT PRIMARY KEY, size INTEGER, identity TEXT) WITHOUT ROWID;
+CREATE TABLE finished (manifest TEXT PRIMARY KEY, row TEXT) WITHOUT ROWID;
+CREATE TABLE segments (path TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE jobs (id INTEGER PRIMARY KEY, place TEXT, output TEXT, path TEXT, uri TEXT, size INTEGER,
+    kind TEXT, value TEXT, certain INTEGER, state INTEGER);
+"""
+
+
+class WorkList:
+    """Made empty; `plan` fills it, once."""
+
+    def __init__(self, dest: str, *, dest_options: Mapping[str, Any] | None = None) -> None:
+        self.dest = dest
+        self._dest_options = dest_options
+        self._lock = threading.RLock()
+        self._file = tempfile.NamedTemporaryFile(prefix="ptbin-work-", suffix=".sqlite")  # noqa: SIM115
+        self._db = sqlite3.connect(self._file.name, check_same_thread=False, isolation_level=None)
+        # Nothing of it is worth keeping after a crash.
+        self._db.executescript(
+            "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-16384;" + _TABLES
+        )
+        self._rule = OutputRule(dest)
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+            self._file.close()
+
+    # -- planning --------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        source: str,
+        rule: OutputRule,
+        options: ConvertOptions,
+        *,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        source_options: Mapping[str, Any] | None = None,
+        tick: Callable[[], object] = lambda: None,
+    ) -> list[Problem]:
+        """Fill the list; what cannot be done at all. `tick` is called now and then, and may raise.
+
+        With `options.force` nothing is up to date, and DEST is not looked at.
+
+        Raises:
+            NotFoundInStoreError, StorageError: from the stores.
+        """
+        with self._lock:
+            self._clear()
+            self._rule = rule
+            if not options.force:
+                self._read_dest(tick)
+            found = find_checkpoints(source, include=include, exclude=exclude, storage_options=source_options)
+            problems = self._add(found, tick)
+            problems += self._settle_collisions()
+            if not options.force:
+                self._look_up(options, tick)
+            return problems
+
+    def _clear(self) -> None:
+        for table in ("stored", "finished", "segments", "jobs"):
+            self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - names from the line above
+
+    def _read_dest(self, tick: Callable[[], object]) -> None:
+        store, path = open_store(self.dest, self._dest_options)
+        self._db.execute("BEGIN")
+        for number, item in enumerate(store.iter_objects(path)):
+            if number % PAGE == 0:
+                tick()
+            if not is_in_own_folder(item.path):
+                row = (item.path, item.size, identity_text(item.identity))
+                self._db.execute("INSERT OR REPLACE INTO stored VALUES (?, ?, ?)", row)
+            elif item.path.startswith(f"{INDEX_FOLDER}/") and item.path.endswith(SEGMENT_SUFFIX):
+                self._db.execute("INSERT OR REPLACE INTO segments VALUES (?)", (item.path,))
+        self._db.execute("COMMIT")
+        for (segment,) in self._db.execute("SELECT path FROM segments ORDER BY path").fetchall():
+            tick()
+            self.learn(iter_segment(store, f"{path.rstrip('/')}/{segment}"))
+
+    def learn(self, rows: Iterable[FinishedRow]) -> None:
+        """Take rows of the index in, those that speak of what DEST's listing shows."""
+        with self._lock:
+            self._db.execute("BEGIN")
+            for row in rows:
+                known = self._db.execute("SELECT identity FROM stored WHERE path = ?", (row.manifest,))
+                if (found := known.fetchone()) is not None and found[0] and found[0] == row.identity:
+                    self._db.execute(
+                        "INSERT OR REPLACE INTO finished VALUES (?, ?)", (row.manifest, _dump(row))
+                    )
+            self._db.execute("COMMIT")
+
+    def _add(self, found: Iterable[Found], tick: Callable[[], object]) -> list[Problem]:
+        problems = []
+        self._db.execute("BEGIN")
+        for number, item in enumerate(found):
+            if number % PAGE == 0:
+                tick()
+            job = self._rule.apply(item)
+            if isinstance(job, Problem):
+                problems.append(job)
+                continue
+            kind, value = (job.identity.kind, job.identity.value) if job.identity else (None, None)
+            self._db.execute(
+                "INSERT INTO jobs (place, output, path, uri, size, kind, value, certain, state) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    self._rule.place_of(job),
+                    self._rule.relative(job),
+                    job.path,
+                    job.source_uri,
+                    job.source_size,
+                    kind,
+                    value,
+                    job.certain,
+                    _TO_DO,
+                ),
+            )
+        self._db.execute("COMMIT")
+        self._db.execute("CREATE INDEX IF NOT EXISTS places ON jobs (place)")
+        return problems
+
+    def _settle_collisions(self) -> list[Problem]:
+        problems = []
+        shared = "SELECT place FROM jobs GROUP BY place HAVING count(*) > 1"
+        for (place,) in self._db.execute(shared).fetchall():
+            same = list(self._select("place = ?", (place,)))
+            wins, refused = settle_collision([job for _, job in same])
+            problems += refused
+            losers = [(_REFUSED, number) for number, job in same if job not in wins]
+            self._db.executemany("UPDATE jobs SET state = ? WHERE id = ?", losers)
+        return problems
+
+    def _look_up(self, options: ConvertOptions, tick: Callable[[], object]) -> None:
+        """Decide by the index; where a manifest is there that it does not know, that is to be asked."""
+        self._db.execute("BEGIN")
+        for number, (job_id, job) in enumerate(self._select("state = ?", (_TO_DO,))):
+            if number % PAGE == 0:
+                tick()
+            manifest = self._rule.relative(job) + MANIFEST_SUFFIX
+            known = self._db.execute("SELECT row FROM finished WHERE manifest = ?", (manifest,)).fetchone()
+            if known is not None:
+                state = _CURRENT if self._is_current(_load(known[0]), job, options) else _TO_DO
+            elif job.identity is not None and self._size_of(manifest) is not None:
+                state = _TO_ASK
+            else:
+                continue
+            self._db.execute("UPDATE jobs SET state = ? WHERE id = ?", (state, job_id))
+        self._db.execute("COMMIT")
+
+    def _is_current(self, row: FinishedRow, job: Job, options: ConvertOptions) -> bool:
+        if job.identity is None or row.digest != digest_of(job, options) or not row.is_enough(options):
+            return False
+        folder = row.manifest[: -len(row.manifest.rsplit("/", 1)[-1])]
+        return all(self._size_of(folder + name) == size for name, size in row.outputs)
+
+    def _size_of(self, path: str) -> int | None:
+        found = self._db.execute("SELECT size FROM stored WHERE path = ?", (path,)).fetchone()
+        return None if found is None else int(found[0])
+
+    # -- what was planned ------------------------------------------------------------------------
+
+    def _select(self, where: str, values: tuple[Any, ...], order: str = "id") -> Iterator[tuple[int, Job]]:
+        """Jobs with their numbers, a page at a time: the list may change between two pages."""
+        query = (
+            "SELECT id, output, path, uri, size, kind, value, certain FROM jobs "  # noqa: S608 - our own text
+            f"WHERE {where} ORDER BY {order}"
+        )
+        with self._lock:
+            cursor = self._db.execute(query, values)
+        while True:
+            with self._lock:
+                page = cursor.fetchmany(PAGE)
+            if not page:
+                return
+            for number, output, path, uri, size, kind, value, certain in page:
+                identity = Identity(kind, value) if kind is not None else None
+                yield number, Job(uri, size, f"{self._rule.base}/{output}", path, bool(certain), identity)
+
+    def count(self) -> int:
+        """Checkpoints that the listing came to, collisions aside."""
+        return self._number("SELECT count(*) FROM jobs WHERE state != ?", _REFUSED)
+
+    def count_current(self) -> int:
+        return self._number("SELECT count(*) FROM jobs WHERE state = ?", _CURRENT)
+
+    def to_do(self) -> tuple[int, int]:
+        """How many are to be converted, and their bytes."""
+        return (
+            self._number("SELECT count(*) FROM jobs WHERE state = ?", _TO_DO),
+            self._number("SELECT coalesce(sum(size), 0) FROM jobs WHERE state = ?", _TO_DO),
+        )
+
+    def count_to_ask(self) -> int:
+        return self._number("SELECT count(*) FROM jobs WHERE state = ?", _TO_ASK)
+
+    def _number(self, query: str, state: int) -> int:
+        with self._lock:
+            return int(self._db.execute(query, (state,)).fetchone()[0])
+
+    def iter_to_do(self) -> Iterator[Job]:
+        """What is to be converted, largest first."""
+        return (job for _, job in self._select("state = ?", (_TO_DO,), "size DESC, id"))
+
+    def iter_current(self) -> Iterator[Job]:
+        return (job for _, job in self._select("state = ?", (_CURRENT,)))
+
+    def iter_to_ask(self) -> Iterator[Job]:
+        """Those with a manifest that the index does not know; `answer` settles them."""
+        return (job for _, job in self._select("state = ?", (_TO_ASK,)))
+
+    def relative_manifest(self, job: Job) -> str:
+        """Path of the job's manifest below DEST."""
+        return self._rule.relative(job) + MANIFEST_SUFFIX
+
+    def answer(
+        self, jobs: Sequence[Job], rows: Iterable[FinishedRow], options: ConvertOptions
+    ) -> list[FinishedRow]:
+        """What the manifests of those jobs say; returns the rows that belong into the index."""
+        with self._lock:
+            rows = list(rows)
+            self.learn(rows)
+            kept = []
+            for job in jobs:
+                known = self._db.execute(
+                    "SELECT row FROM finished WHERE manifest = ?", (self.relative_manifest(job),)
+                ).fetchone()
+                current = known is not None and self._is_current(_load(known[0]), job, options)
+                if known is not None:
+                    kept.append(_load(known[0]))
+                self._db.execute(
+                    "UPDATE jobs SET state = ? WHERE place = ? AND state = ?",
+                    (_CURRENT if current else _TO_DO, self._rule.place_of(job), _TO_ASK),
+                )
+            return kept
+
+    # -- the index afterwards --------------------------------------------------------------------
+
+    def segments(self) -> list[str]:
+        """Paths below DEST of the segments that were read."""
+        with self._lock:
+            return [path for (path,) in self._db.execute("SELECT path FROM segments ORDER BY path")]
+
+    def iter_finished(self) -> Iterator[FinishedRow]:
+        """Every row that DEST's listing bears out."""
+        with self._lock:
+            cursor = self._db.execute("SELECT row FROM finished")
+        while True:
+            with self._lock:
+                page = cursor.fetchmany(PAGE)
+            if not page:
+                return
+            for (text,) in page:
+                yield _load(text)
+
+
+def _dump(row: FinishedRow) -> str:
+    return json.dumps(row.to_json(), separators=(",", ":"))
+
+
+def _load(text: str) -> FinishedRow:
+    return FinishedRow.from_json(json.loads(text))
