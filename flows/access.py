@@ -13,10 +13,15 @@ import os
 from collections.abc import Iterator
 from typing import Any, cast
 
+from ptbin.catalog.worklist import WorkList
 from ptbin.errors import UsageError
+from ptbin.stores.limits import RequestLimit
 from tasks.live import LiveRun, find_live_run, is_open, open_live_run
 
-__all__ = ["current_flow_run_id", "join_run", "load_options"]
+__all__ = ["DEFAULT_REQUESTS", "current_flow_run_id", "join_run", "load_options", "open_work"]
+
+DEFAULT_REQUESTS = 64
+"""What all tasks of a run may have under way together, unless it is asked for otherwise."""
 
 
 @contextlib.contextmanager
@@ -38,6 +43,17 @@ def join_run(run_id: str, source_options: str | None, dest_options: str | None) 
         except BaseException:
             live.stopping.set()
             raise
+
+
+@contextlib.contextmanager
+def open_work(live: LiveRun, dest: str, max_requests: int) -> Iterator[WorkList]:
+    """The work list of a run into `dest`, and the limit on its requests, while the context lasts."""
+    with contextlib.closing(WorkList(dest, dest_options=live.dest_options)) as work:
+        live.work, live.requests = work, RequestLimit(max_requests)
+        try:
+            yield work
+        finally:
+            live.work = None
 
 
 def current_flow_run_id() -> str | None:

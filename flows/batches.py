@@ -7,10 +7,11 @@ while there is still other work to fill the other workers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-__all__ = ["BATCH_COUNT", "BATCH_NBYTES", "MAX_BATCHES", "cut", "plan_batches"]
+__all__ = ["BATCH_COUNT", "BATCH_NBYTES", "MAX_BATCHES", "cut", "iter_batches", "plan_batches"]
 
 Item = TypeVar("Item")
 
@@ -33,30 +34,47 @@ def plan_batches(
     """
     ordered = sorted(items, key=nbytes, reverse=True)
     total = sum(nbytes(item) for item in ordered)
+    return list(
+        iter_batches(ordered, len(ordered), total, nbytes=nbytes, workers=workers, max_batches=max_batches)
+    )
+
+
+def iter_batches(
+    ordered: Iterable[Item],
+    count: int,
+    total: int,
+    *,
+    nbytes: Callable[[Item], int],
+    workers: int,
+    max_batches: int = MAX_BATCHES,
+) -> Iterator[list[Item]]:
+    """As `plan_batches`, one at a time, of `count` items with `total` bytes that come largest first."""
     # Every closed batch has used up a share of the count or of the bytes: with half of the batches
     # allowed to each, and one unfinished batch at the end, there are never more than `max_batches`.
     half = max(1, (max_batches - 1) // 2)
     wanted = max(1, workers) * BATCHES_PER_WORKER
-    most_items = max(min(BATCH_COUNT, _divide_up(len(ordered), wanted)), _divide_up(len(ordered), half))
+    most_items = max(min(BATCH_COUNT, _divide_up(count, wanted)), _divide_up(count, half))
     most_nbytes = max(min(BATCH_NBYTES, _divide_up(total, wanted)), _divide_up(total, half), 1)
-    batches: list[list[Item]] = []
     current: list[Item] = []
     current_nbytes = 0
     for item in ordered:
         current.append(item)
         current_nbytes += nbytes(item)
         if len(current) >= most_items or current_nbytes >= most_nbytes:
-            batches.append(current)
+            yield current
             current, current_nbytes = [], 0
     if current:
-        batches.append(current)
-    return batches
+        yield current
 
 
-def cut(items: Sequence[Item], count: int, *, max_batches: int = MAX_BATCHES) -> list[Sequence[Item]]:
-    """Parts of `count` items in their order, larger ones where there would be more than `max_batches`."""
-    count = max(count, _divide_up(len(items), max_batches))
-    return [items[start : start + count] for start in range(0, len(items), count)]
+def cut(
+    items: Iterable[Item], total: int, count: int, *, max_batches: int = MAX_BATCHES
+) -> Iterator[list[Item]]:
+    """Parts of `count` of the `total` items in their order, larger ones where they would be too many."""
+    size = max(count, _divide_up(total, max_batches))
+    rest = iter(items)
+    while part := list(itertools.islice(rest, size)):
+        yield part
 
 
 def _divide_up(amount: int, parts: int) -> int:

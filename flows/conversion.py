@@ -8,6 +8,7 @@ other state than Completed (which no checkpoint can cause) fails its own batch o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from prefect import get_run_logger
@@ -17,24 +18,28 @@ from prefect.states import Completed, Failed
 
 from flows.access import current_flow_run_id
 from flows.artifacts import conversion_rows, publish_table
-from flows.batches import cut, plan_batches
+from flows.batches import cut, iter_batches
 from flows.fanout import Work, fan_out, unexamined
 from flows.run_record import record_files, record_folder
 from flows.tally import Tally
 from flows.units import format_nbytes
 from ptbin.catalog import Job, Problem
+from ptbin.catalog.finished import FinishedRow
 from ptbin.errors import StorageError
 from ptbin.options import ConvertOptions
 from tasks.converting import convert_batch, verify_batch
-from tasks.listing import find_up_to_date
+from tasks.listing import find_up_to_date, work_of
 from tasks.live import LiveRun
 from tasks.outcomes import Outcome, one_line
-from tasks.recording import write_run_record
+from tasks.recording import merge_index, write_index, write_run_record
 from tasks.retrying import RETRIES, retry_delay
 
 __all__ = ["Conversion"]
 
 ARTIFACT_KEY = "ptbin-convert"
+SEGMENT_ROWS = 5_000
+MERGED_SEGMENTS = 16
+"""Where a run finds so many segments of the index, it puts one in their place."""
 ASKING_COUNT = 200
 ASKING_WIDTH = 8
 """At least so many ask what is up to date: that is waiting for small answers, not work."""
@@ -47,6 +52,10 @@ class Conversion:
         self, live: LiveRun, options: ConvertOptions, tally: Tally, workers: int, fail_fast: bool
     ) -> None:
         self.live = live
+        self.work = work_of(live)
+        self.settled = 0
+        self.index_rows: list[FinishedRow] = []
+        self.segments = 0
         self.options = options
         self.tally = tally
         self.workers = workers
@@ -60,48 +69,75 @@ class Conversion:
         for problem in collisions:
             self._announce(problem.source, "rejected", problem.reason, problem.detail)
 
-    def drop_up_to_date(self, jobs: Sequence[Job]) -> list[Job]:
-        """What is left to do; the question costs a request or two per checkpoint, and is fanned out."""
-        current: set[str] = set()
+    def drop_up_to_date(self) -> None:
+        """Ask the manifests that the index of finished work does not know; those reads are fanned out."""
 
         def ask(part: Sequence[Job]) -> Work:
             label = f"{len(part)} outputs"
-            return Work(
-                lambda: find_up_to_date.submit(
-                    self.live.run_id, label, unexamined(part), unexamined(self.options)
-                ),
-                hear,
-            )
 
-        def hear(state: State[Any]) -> Iterable[Work]:
-            if state.is_completed():
-                current.update(state.result())
-            return ()
+            def hear(state: State[Any]) -> Iterable[Work]:
+                rows = state.result() if state.is_completed() else []
+                self._remember(self.work.answer(part, rows, self.options))
+                return ()
 
-        parts = cut(jobs, ASKING_COUNT)
+            return Work(lambda: find_up_to_date.submit(self.live.run_id, label, unexamined(part)), hear)
+
+        parts = cut(self.work.iter_to_ask(), self.work.count_to_ask(), ASKING_COUNT)
         self.task_runs += fan_out(map(ask, parts), width=max(self.workers, ASKING_WIDTH))
-        self.tally.add_all((job for job in jobs if job.path in current), "up_to_date")
-        return [job for job in jobs if job.path not in current]
 
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Convert and prove the jobs; every one of them is in the tally afterwards."""
-        nbytes = sum(job.source_size for job in jobs)
+    def run(self) -> None:
+        """Convert and prove what is to be done; every checkpoint is in the tally afterwards."""
+        self.tally.add_all(self.work.iter_current(), "up_to_date")
         up_to_date = self.tally.count("up_to_date")
-        self.live.listener.planned(len(jobs), nbytes, up_to_date)
+        count, nbytes = self.work.to_do()
+        self.live.listener.planned(count, nbytes, up_to_date)
         self.logger.info(
-            "%d checkpoints (%s) to convert, %d up to date", len(jobs), format_nbytes(nbytes), up_to_date
+            "%d checkpoints (%s) to convert, %d up to date", count, format_nbytes(nbytes), up_to_date
         )
-        batches = plan_batches(jobs, nbytes=lambda job: job.source_size, workers=self.workers)
+        batches = iter_batches(
+            self.work.iter_to_do(), count, nbytes, nbytes=lambda job: job.source_size, workers=self.workers
+        )
         self.task_runs += fan_out(
             (self._convert(batch) for batch in batches),
             width=self.workers,
-            keep_on=lambda: not (self.fail_fast and self.tally.problems),
+            keep_on=lambda: not (self.fail_fast and self.tally.has_problems),
         )
-        settled = {entry.path for entry in self.tally.entries}
-        self.tally.add_all((job for job in jobs if job.path not in settled), "not_tried")
+        if self.settled < count:
+            settled = {entry.path for entry in self.tally.entries}
+            left = (job for job in self.work.iter_to_do() if job.path not in settled)
+            self.tally.add_all(left, "not_tried")
+
+    def _remember(self, rows: Iterable[FinishedRow]) -> None:
+        """For the index of finished work, written every so often: a run may be killed before its end."""
+        self.index_rows.extend(rows)
+        if len(self.index_rows) >= SEGMENT_ROWS:
+            self._write_index()
+
+    def _write_index(self) -> None:
+        rows, self.index_rows = self.index_rows, []
+        if not rows:
+            return
+        self.segments += 1
+        self.task_runs += 1
+        name = f"{self.tally.run_id}-{self.segments:04d}"
+        try:
+            write_index(self.live.run_id, self.tally.dest, name, unexamined(rows))
+        except StorageError as error:
+            self.logger.warning("index of finished work: %s", one_line(str(error)))
+
+    def _merge_index(self) -> None:
+        if len(self.work.segments()) < MERGED_SEGMENTS:
+            return
+        self.task_runs += 1
+        try:
+            merge_index(self.live.run_id, self.tally.dest, f"{self.tally.run_id}-merged")
+        except StorageError as error:
+            self.logger.warning("index of finished work: %s", one_line(str(error)))
 
     def finish(self, seconds: float) -> State[Any]:
-        """Leave the run record and the table; the state says how it went."""
+        """Leave the index, the run record and the table; the state says how it went."""
+        self._write_index()
+        self._merge_index()
         tally = self.tally
         flow_run_id = current_flow_run_id()
         summary = tally.summary(seconds)
@@ -177,7 +213,11 @@ class Conversion:
                 again.append(job)
                 self.logger.info("%s will be tried again: %s", job.path, outcome.detail)
             else:
+                self.settled += 1
                 self.tally.add(job, outcome)
+                if outcome.converted is not None and outcome.converted.index_row is not None:
+                    path = self.work.relative_manifest(job)
+                    self._remember([replace(outcome.converted.index_row, manifest=path)])
                 self._announce(job.path, outcome.kind, outcome.reason, outcome.detail, job.source_size)
         return staged, again
 

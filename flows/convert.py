@@ -19,15 +19,18 @@ from prefect.client.schemas.objects import State
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from flows.access import join_run
+from flows.access import DEFAULT_REQUESTS, join_run, open_work
 from flows.conversion import Conversion
+from flows.fanout import unexamined
 from flows.run_record import new_run_id
 from flows.tally import Tally
 from flows.wishes import MAX_WORKERS, build_options, refuse_secrets
 from ptbin import catalog
+from ptbin.catalog import OutputRule
+from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
 from ptbin.errors import UsageError
 from ptbin.options import Layout, Naming, OnUnsafe, OutputFormat, VerifyLevel
-from tasks.listing import list_checkpoints
+from tasks.listing import list_checkpoints, work_of
 
 __all__ = ["convert"]
 
@@ -60,6 +63,7 @@ def convert(
     force: bool = False,
     fail_fast: bool = False,
     workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = 2,
+    max_requests: Annotated[int, Field(ge=1)] = DEFAULT_REQUESTS,
     source_options: str | None = None,
     dest_options: str | None = None,
     run_id: str | None = None,
@@ -85,15 +89,19 @@ def convert(
     )
     refuse_secrets(source, dest)
     started = time.monotonic()
-    with join_run(run_id or new_run_id(), source_options, dest_options) as live:
+    with (
+        join_run(run_id or new_run_id(), source_options, dest_options) as live,
+        open_work(live, dest, max_requests),
+    ):
         catalog.check_call(source, dest, source_options=live.source_options, dest_options=live.dest_options)
-        found = list_checkpoints(live.run_id, source, list(include), list(exclude))
-        if not found:
-            raise UsageError(f"no checkpoints to convert below SOURCE: {source}")
-        jobs, collisions = catalog.plan_outputs(
-            found, dest, naming=naming, format=options.format, layout=options.layout
+        rule = OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout)
+        problems = list_checkpoints(
+            live.run_id, source, unexamined(rule), unexamined(options), list(include), list(exclude)
         )
+        if not problems and not work_of(live).count():
+            raise UsageError(f"no checkpoints to convert below SOURCE: {source}")
         conversion = Conversion(live, options, Tally(live.run_id, source, dest), workers, fail_fast)
-        conversion.refuse(collisions)
-        conversion.run(jobs if force else conversion.drop_up_to_date(jobs))
+        conversion.refuse(problems)
+        conversion.drop_up_to_date()
+        conversion.run()
         return conversion.finish(time.monotonic() - started)

@@ -59,24 +59,35 @@ def fan_out(work: Iterable[Work], *, width: int, keep_on: Callable[[], bool] = l
     def hear(done: PrefectFuture[Any]) -> None:
         finished.put(done)
 
-    add(work)
-    while ready or waiting or running:
+    coming = iter(work)
+
+    def next_piece() -> Work | None:
+        """What follows from finished work first, then new work, taken from its source only now."""
+        nonlocal coming
+        while not ready:
+            piece = next(coming, None)
+            if piece is None:
+                return None
+            add([piece])
+        return heapq.heappop(ready)[2]
+
+    while True:
         while waiting and waiting[0][0] <= time.monotonic():
             piece = heapq.heappop(waiting)[2]
             heapq.heappush(ready, (not piece.urgent, next(order), piece))
         if not keep_on():
+            coming = iter(())
             ready = [entry for entry in ready if entry[2].urgent]
             waiting = [entry for entry in waiting if entry[2].urgent]
             heapq.heapify(ready)
             heapq.heapify(waiting)
-        while ready and len(running) < width:
-            piece = heapq.heappop(ready)[2]
-            future = piece.submit()
+        while len(running) < width and (next_one := next_piece()) is not None:
+            future = next_one.submit()
             started += 1
-            running[future] = piece
+            running[future] = next_one
             future.add_done_callback(hear)
         if not running and not waiting:
-            continue
+            return started
         timeout = max(0.0, waiting[0][0] - time.monotonic()) if waiting and len(running) < width else None
         try:
             future = finished.get(timeout=timeout)
@@ -84,7 +95,6 @@ def fan_out(work: Iterable[Work], *, width: int, keep_on: Callable[[], bool] = l
             continue
         future.wait()
         add(running.pop(future).then(future.state))
-    return started
 
 
 def unexamined(value: Value) -> Value:

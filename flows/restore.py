@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 from prefect import flow
@@ -16,18 +17,18 @@ from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from flows.access import join_run
+from flows.access import DEFAULT_REQUESTS, join_run, open_work
 from flows.conversion import Conversion
 from flows.fanout import Work, unexamined
 from flows.run_record import new_run_id
 from flows.tally import Tally
 from flows.wishes import MAX_WORKERS, refuse_secrets
 from ptbin import RestoreOptions, catalog
-from ptbin.catalog import Job
+from ptbin.catalog import Job, OutputRule
 from ptbin.errors import UsageError
 from ptbin.options import Naming
 from ptbin.restoring.restore import SaveAs
-from tasks.listing import list_checkpoints
+from tasks.listing import list_checkpoints, work_of
 from tasks.live import LiveRun
 from tasks.restoring import restore_batch
 from tasks.retrying import retry_delay
@@ -84,6 +85,7 @@ def restore(
     force: bool = False,
     fail_fast: bool = False,
     workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = 2,
+    max_requests: Annotated[int, Field(ge=1)] = DEFAULT_REQUESTS,
     source_options: str | None = None,
     dest_options: str | None = None,
     run_id: str | None = None,
@@ -106,14 +108,25 @@ def restore(
     )
     refuse_secrets(source, dest)
     started = time.monotonic()
-    with join_run(run_id or new_run_id(), source_options, dest_options) as live:
+    with (
+        join_run(run_id or new_run_id(), source_options, dest_options) as live,
+        open_work(live, dest, max_requests),
+    ):
         catalog.check_call(source, dest, source_options=live.source_options, dest_options=live.dest_options)
-        found = list_checkpoints(live.run_id, source, list(include), list(exclude))
-        if not found:
+        # A model's code may have changed: what it made is never up to date.
+        wishes = replace(options.conversion(), force=force or model is not None)
+        problems = list_checkpoints(
+            live.run_id,
+            source,
+            unexamined(OutputRule(dest, naming, ".pt")),
+            unexamined(wishes),
+            list(include),
+            list(exclude),
+        )
+        if not problems and not work_of(live).count():
             raise UsageError(f"no weights to restore below SOURCE: {source}")
-        jobs, collisions = catalog.plan_outputs(found, dest, naming=naming, suffix=".pt")
         restoration = Restoration(live, options, Tally(live.run_id, source, dest), workers, fail_fast)
-        restoration.refuse(collisions)
-        anew = force or model is not None
-        restoration.run(jobs if anew else restoration.drop_up_to_date(jobs))
+        restoration.refuse(problems)
+        restoration.drop_up_to_date()
+        restoration.run()
         return restoration.finish(time.monotonic() - started)

@@ -45,6 +45,7 @@ def record_files(
         **summary,
         "not_checkpoints": tally.count("not_a_checkpoint"),
         "not_tried": tally.count("not_tried"),
+        "not_listed": tally.not_listed,
         "options": dict(options),
         "prefect_flow_run_id": flow_run_id,
         "checkpoints": [_entry_json(entry) for entry in _in_order(tally.entries)],

@@ -7,6 +7,7 @@ run was told to stop at the first problem).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ from ptbin.catalog import Job, Problem
 from tasks.outcomes import Converted, Outcome
 
 __all__ = ["Entry", "Tally"]
+
+LISTED = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +41,13 @@ class Tally:
     source: str
     dest: str
     entries: list[Entry] = field(default_factory=list)
+    """What was worked on; of what was not, the first `LISTED` of each kind."""
+    counts: Counter[str] = field(default_factory=Counter)
     run_problems: list[Problem] = field(default_factory=list)
     """Problems of the run itself, such as a run record that could not be written."""
 
     def add(self, job: Job, outcome: Outcome) -> None:
-        self.entries.append(
+        self._append(
             Entry(
                 job.path,
                 job.source_uri,
@@ -55,21 +60,37 @@ class Tally:
         )
 
     def add_all(self, jobs: Iterable[Job], outcome: str) -> None:
-        self.entries.extend(Entry(job.path, job.source_uri, job.source_size, outcome) for job in jobs)
+        """Jobs that nothing was done about: all count, the first ones are listed (there may be millions)."""
+        for job in jobs:
+            if self.counts[outcome] < LISTED:
+                self.entries.append(Entry(job.path, job.source_uri, job.source_size, outcome))
+            self.counts[outcome] += 1
 
     def add_collisions(self, problems: Iterable[Problem]) -> None:
-        self.entries.extend(
-            Entry(problem.source, problem.source, 0, "rejected", problem.reason, problem.detail)
-            for problem in problems
-        )
+        for problem in problems:
+            self._append(Entry(problem.source, problem.source, 0, "rejected", problem.reason, problem.detail))
+
+    def _append(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        self.counts[entry.outcome] += 1
 
     def count(self, outcome: str) -> int:
-        return sum(entry.outcome == outcome for entry in self.entries)
+        return self.counts[outcome]
+
+    @property
+    def not_listed(self) -> dict[str, int]:
+        """By outcome, how many are counted and not listed."""
+        listed = Counter(entry.outcome for entry in self.entries)
+        return {outcome: n - listed[outcome] for outcome, n in self.counts.items() if n > listed[outcome]}
 
     @property
     def succeeded(self) -> bool:
         bad = self.count("rejected") + self.count("failed") + self.count("not_tried")
         return bad == 0 and not self.run_problems
+
+    @property
+    def has_problems(self) -> bool:
+        return self.counts["rejected"] + self.counts["failed"] > 0
 
     @property
     def problems(self) -> list[Entry]:

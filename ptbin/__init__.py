@@ -16,7 +16,7 @@ from ptbin.version import __version__
 
 if TYPE_CHECKING:
     from ptbin import catalog, errors
-    from ptbin.conversion import commit, convert, stage
+    from ptbin.conversion import Published, commit, convert, publish, stage
     from ptbin.draft import Draft
     from ptbin.inspection import inspect
     from ptbin.loading import load
@@ -29,6 +29,7 @@ __all__ = [
     "Draft",
     "Issue",
     "Limits",
+    "Published",
     "RestoreOptions",
     "__version__",
     "catalog",
@@ -37,6 +38,7 @@ __all__ = [
     "errors",
     "inspect",
     "load",
+    "publish",
     "restore",
     "stage",
     "verify",
@@ -50,6 +52,8 @@ _HOMES = {
     "convert": "ptbin.conversion",
     "stage": "ptbin.conversion",
     "commit": "ptbin.conversion",
+    "publish": "ptbin.conversion",
+    "Published": "ptbin.conversion",
     "inspect": "ptbin.inspection",
     "load": "ptbin.loading",
     "RestoreOptions": "ptbin.restoring",

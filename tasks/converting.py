@@ -17,6 +17,7 @@ from ptbin.catalog import Job
 from ptbin.errors import NotACheckpointError
 from ptbin.manifest import manifest_uri
 from ptbin.options import ConvertOptions
+from ptbin.stores.limits import limit_requests
 from tasks.live import LiveRun, find_live_run
 from tasks.outcomes import Converted, Outcome, outcome_of_error
 
@@ -54,15 +55,16 @@ def verify_batch(run_id: str, label: str, jobs: Sequence[Job], drafts: Sequence[
 def _stage(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
     live.moved(0)
     try:
-        draft = ptbin.stage(
-            job.source_uri,
-            job.dest_uri,
-            options,
-            source_options=live.source_options,
-            dest_options=live.dest_options,
-            run_id=live.run_id,
-            progress=live.moved,
-        )
+        with limit_requests(live.requests):
+            draft = ptbin.stage(
+                job.source_uri,
+                job.dest_uri,
+                options,
+                source_options=live.source_options,
+                dest_options=live.dest_options,
+                run_id=live.run_id,
+                progress=live.moved,
+            )
     except NotACheckpointError as error:
         # Only its place made it a candidate: a directory holds other things too.
         return outcome_of_error(job.path, error) if job.certain else Outcome(job.path, "not_a_checkpoint")
@@ -74,13 +76,16 @@ def _stage(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
 def _commit(live: LiveRun, job: Job, draft: str) -> Outcome:
     live.moved(0)
     try:
-        manifest = ptbin.commit(
-            ptbin.Draft.from_json(draft),
-            source_options=live.source_options,
-            dest_options=live.dest_options,
-            progress=live.moved,
+        with limit_requests(live.requests):
+            published = ptbin.publish(
+                ptbin.Draft.from_json(draft),
+                source_options=live.source_options,
+                dest_options=live.dest_options,
+                progress=live.moved,
+            )
+        converted = Converted.from_manifest(
+            published.manifest, manifest_uri(job.dest_uri), published.identity
         )
-        converted = Converted.from_manifest(manifest, manifest_uri(job.dest_uri))
     except Exception as error:  # noqa: BLE001 - as in `_stage`
         return outcome_of_error(job.path, error)
     return Outcome(job.path, "converted", converted=converted)

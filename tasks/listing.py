@@ -1,8 +1,8 @@
 """The tasks that only look: list what lies in a store, and ask what is up to date already.
 
-A listing is one task of its own and retried whole. The question whether an output is current reads one
-manifest per checkpoint and goes in batches; it never fails a checkpoint, because "no" only means that
-the conversion itself will meet the same problem and report it.
+A listing is one task of its own and retried whole. Where the index of finished work does not know an output,
+its manifest is read, in batches; that never fails a checkpoint, because the conversion itself will meet the
+same problem and report it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ptbin import catalog
-from ptbin.catalog import Found, Job
+from ptbin.catalog import Job, OutputRule, Problem
+from ptbin.catalog.finished import FinishedRow, read_finished
+from ptbin.catalog.worklist import WorkList
 from ptbin.errors import PtbinError
 from ptbin.options import ConvertOptions
-from tasks.live import find_live_run
+from ptbin.stores.limits import limit_requests
+from tasks.live import LiveRun, find_live_run
 from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, worth_retrying
 
 __all__ = ["find_up_to_date", "list_checkpoints", "list_manifests", "list_orphans"]
@@ -32,14 +35,34 @@ __all__ = ["find_up_to_date", "list_checkpoints", "list_manifests", "list_orphan
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def list_checkpoints(run_id: str, source: str, include: Sequence[str], exclude: Sequence[str]) -> list[Found]:
-    """Every checkpoint below `source`, in the order the store lists them."""
+def list_checkpoints(
+    run_id: str,
+    source: str,
+    rule: OutputRule,
+    options: ConvertOptions,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> list[Problem]:
+    """Fill the run's work list with every checkpoint below `source`; what cannot be converted at all.
+
+    DEST is listed as well, and what its index of finished work knows is settled without a request each.
+    """
     live = find_live_run(run_id)
-    return list(
-        catalog.find_checkpoints(
-            source, include=tuple(include), exclude=tuple(exclude), storage_options=live.source_options
+    with limit_requests(live.requests):
+        return work_of(live).plan(
+            source,
+            rule,
+            options,
+            include=tuple(include),
+            exclude=tuple(exclude),
+            source_options=live.source_options,
+            tick=lambda: live.moved(0),
         )
-    )
+
+
+def work_of(live: LiveRun) -> WorkList:
+    assert live.work is not None, "the flow opens a work list first"
+    return live.work
 
 
 @task(
@@ -49,19 +72,22 @@ def list_checkpoints(run_id: str, source: str, include: Sequence[str], exclude: 
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def find_up_to_date(run_id: str, label: str, jobs: Sequence[Job], options: ConvertOptions) -> list[str]:
-    """The paths among `jobs` whose outputs are current; one small read of DEST for each."""
+def find_up_to_date(run_id: str, label: str, jobs: Sequence[Job]) -> list[FinishedRow]:
+    """What the manifests of these jobs say, for those that the index does not know; a read for each."""
     del label
     live = find_live_run(run_id)
-    current = []
+    work = work_of(live)
+    rows = []
     for job in jobs:
         live.moved(0)
         try:
-            if catalog.is_up_to_date(job, options, dest_options=live.dest_options):
-                current.append(job.path)
+            with limit_requests(live.requests):
+                row = read_finished(job, work.relative_manifest(job), dest_options=live.dest_options)
         except PtbinError:
             continue  # the conversion will meet the same problem and report it
-    return current
+        if row is not None:
+            rows.append(row)
+    return rows
 
 
 @task(

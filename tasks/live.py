@@ -12,7 +12,11 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ptbin.catalog.worklist import WorkList
+    from ptbin.stores.limits import RequestLimit
 
 __all__ = ["Interrupted", "Listener", "LiveRun", "find_live_run", "is_open", "open_live_run"]
 
@@ -38,7 +42,7 @@ class Listener:
         """One file of that size has its outcome."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class LiveRun:
     """The in-process side of one run. Never serialised; its `repr` shows no options."""
 
@@ -47,6 +51,10 @@ class LiveRun:
     dest_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     listener: Listener = field(default_factory=Listener, repr=False)
     stopping: threading.Event = field(default_factory=threading.Event, repr=False)
+    work: WorkList | None = field(default=None, repr=False)
+    """What the run is to do; its flow opens it, the listing fills it."""
+    requests: RequestLimit | None = field(default=None, repr=False)
+    """How many requests all tasks of the run may have under way together."""
     summary: dict[str, Any] = field(default_factory=dict, repr=False)
     """Filled by the flow at its end, for the process that started it."""
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ptbin.catalog.finished import FinishedRow, identity_text, row_of
 from ptbin.errors import CheckpointError, OutputCollisionError, PtbinError
+from ptbin.stores import Identity
 from tasks.retrying import is_transient
 
 __all__ = ["Converted", "Kind", "ManifestVerdict", "Outcome", "StoredFile", "outcome_of_error"]
@@ -36,9 +38,13 @@ class Converted:
     tensors: int
     read_nbytes: int
     written_nbytes: int
+    index_row: FinishedRow | None = None
+    """What the index of finished work is to remember, but for the path, which only the run knows."""
 
     @classmethod
-    def from_manifest(cls, manifest: dict[str, Any], manifest_uri: str) -> Converted:
+    def from_manifest(
+        cls, manifest: dict[str, Any], manifest_uri: str, identity: Identity | None = None
+    ) -> Converted:
         return cls(
             manifest_uri=manifest_uri,
             outputs=tuple(
@@ -48,6 +54,7 @@ class Converted:
             tensors=len(manifest["tensors"]),
             read_nbytes=int(manifest.get("bytes_read") or 0),
             written_nbytes=int(manifest.get("bytes_written") or 0),
+            index_row=row_of(manifest, "", identity_text(identity)) if identity is not None else None,
         )
 
 

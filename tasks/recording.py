@@ -1,17 +1,18 @@
-"""The task that stores a run's own files (run record, report, checksum list) in DEST."""
+"""The tasks that store a run's own files in DEST: record, report, checksum list, index of finished work."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from ptbin.catalog.finished import FinishedRow, write_segment
 from ptbin.stores import open_store
 from tasks.live import find_live_run
 from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, worth_retrying
 
-__all__ = ["write_run_record"]
+__all__ = ["merge_index", "write_index", "write_run_record"]
 
 
 @task(
@@ -29,3 +30,32 @@ def write_run_record(run_id: str, folder_uri: str, files: Mapping[str, bytes]) -
     store, folder = open_store(folder_uri, find_live_run(run_id).dest_options)
     for name, data in files.items():
         store.write_bytes(f"{folder}/{name}", data)
+
+
+@task(
+    name="write index",
+    tags=["ptbin", "record"],
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_jitter_factor=JITTER,
+    retry_condition_fn=worth_retrying,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def write_index(run_id: str, dest: str, name: str, rows: Sequence[FinishedRow]) -> None:
+    """Add what was finished to the index below `dest`, as a segment of that name."""
+    write_segment(dest, name, rows, dest_options=find_live_run(run_id).dest_options)
+
+
+@task(name="merge index", tags=["ptbin", "record"], cache_policy=NO_CACHE, persist_result=False)
+def merge_index(run_id: str, dest: str, name: str) -> None:
+    """Put one segment in the place of all that the run has read. What another run added meanwhile stays.
+
+    Nothing depends on it: where it fails half-way, some rows are there twice.
+    """
+    live = find_live_run(run_id)
+    assert live.work is not None, "the flow opens a work list first"
+    store, folder = open_store(dest, live.dest_options)
+    write_segment(dest, name, live.work.iter_finished(), dest_options=live.dest_options)
+    for path in live.work.segments():
+        store.delete(f"{folder.rstrip('/')}/{path}")

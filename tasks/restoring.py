@@ -12,6 +12,7 @@ from ptbin import RestoreOptions
 from ptbin.catalog import Job
 from ptbin.errors import NotACheckpointError
 from ptbin.manifest import manifest_uri
+from ptbin.stores.limits import limit_requests
 from tasks.live import LiveRun, find_live_run
 from tasks.outcomes import Converted, Outcome, outcome_of_error
 
@@ -35,15 +36,16 @@ def restore_batch(run_id: str, label: str, jobs: Sequence[Job], options: Restore
 def _restore(live: LiveRun, job: Job, options: RestoreOptions) -> Outcome:
     live.moved(0)
     try:
-        manifest = ptbin.restore(
-            job.source_uri,
-            job.dest_uri,
-            options,
-            source_options=live.source_options,
-            dest_options=live.dest_options,
-            run_id=live.run_id,
-            progress=live.moved,
-        )
+        with limit_requests(live.requests):
+            manifest = ptbin.restore(
+                job.source_uri,
+                job.dest_uri,
+                options,
+                source_options=live.source_options,
+                dest_options=live.dest_options,
+                run_id=live.run_id,
+                progress=live.moved,
+            )
     except NotACheckpointError as error:
         # Only its place made it a candidate: a directory holds other things too.
         return outcome_of_error(job.path, error) if job.certain else Outcome(job.path, "not_a_checkpoint")

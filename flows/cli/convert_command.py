@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Sequence
 from itertools import islice
@@ -18,7 +19,8 @@ from ptbin.dtypes import CAST_NAMES
 from ptbin.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
-    from ptbin.catalog import Found, Job
+    from ptbin import catalog
+    from ptbin.catalog import Found, Job, Problem
     from ptbin.options import ConvertOptions
 
 __all__ = ["convert_command"]
@@ -108,6 +110,14 @@ Exit status: 0 all converted or up to date; 1 some were rejected or failed;
     metavar="N",
     help="Batches worked on at once.",
 )
+@click.option(
+    "--max-requests",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Requests to S3 under way at once, of the whole run.",
+)
 @shared_options
 def convert_command(
     source: str,
@@ -130,6 +140,7 @@ def convert_command(
     dry_run: bool,
     fail_fast: bool,
     workers: int,
+    max_requests: int,
     **shared_values: Any,
 ) -> int:
     """Convert SOURCE, one checkpoint or a whole store of them, into DEST."""
@@ -150,6 +161,7 @@ def convert_command(
     }
     options = build_options(**wishes)
     from ptbin import catalog
+    from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
 
     catalog.check_call(
         source,
@@ -160,8 +172,12 @@ def convert_command(
     )
     single = _single_checkpoint(source, dest, shared)
     if dry_run:
-        found = [single] if single else _list(source, include, exclude, shared)
-        return _print_plan(found, dest, naming, options, shared)
+        if single is not None:
+            job = _job_of(single, dest, naming, options)
+            current = [job] if _is_current(job, options, shared) else []
+            return _print_plan([] if current else [job], current, [], shared)
+        rule = catalog.OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout)
+        return _print_plan(*_planned(source, rule, include, exclude, options, shared), shared)
     if single is not None:
         job = _job_of(single, dest, naming, options)
         summary, lines = _convert_one(job, source, dest, options, shared)
@@ -185,6 +201,7 @@ def convert_command(
                 naming=naming,
                 fail_fast=fail_fast,
                 workers=workers,
+                max_requests=max_requests,
                 **wishes,
             )
         lines = conversion_lines(summary)
@@ -292,21 +309,38 @@ def _is_current(job: Job, options: ConvertOptions, shared: Shared) -> bool:
     return not options.force and catalog.is_up_to_date(job, options, dest_options=shared.dest_options)
 
 
-def _print_plan(
-    found: Sequence[Found], dest: str, naming: Any, options: ConvertOptions, shared: Shared
-) -> int:
-    from ptbin import catalog
+def _planned(
+    source: str,
+    rule: catalog.OutputRule,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    options: ConvertOptions,
+    shared: Shared,
+) -> tuple[list[Job], list[Job], list[Problem]]:
+    """What a run would convert, pass over, and refuse."""
+    from contextlib import closing
 
-    if not found:
-        raise UsageError("no checkpoints to convert below SOURCE")
-    if len(found) == 1 and dest.endswith(ONE_OUTPUT):
-        jobs, collisions = [_job_of(found[0], dest, naming, options)], list[catalog.Problem]()
-    else:
-        jobs, collisions = catalog.plan_outputs(
-            found, dest, naming=naming, format=options.format, layout=options.layout
+    from ptbin.catalog.finished import read_finished
+    from ptbin.catalog.worklist import WorkList
+
+    with closing(WorkList(rule.dest, dest_options=shared.dest_options)) as work:
+        problems = work.plan(
+            source, rule, options, include=include, exclude=exclude, source_options=shared.source_options
         )
-    current = [job for job in jobs if _is_current(job, options, shared)]
-    to_do = [job for job in jobs if job not in current]
+        if not problems and not work.count():
+            raise UsageError("no checkpoints to convert below SOURCE")
+        asked = list(work.iter_to_ask())
+        rows = [
+            read_finished(job, work.relative_manifest(job), dest_options=shared.dest_options) for job in asked
+        ]
+        work.answer(asked, [row for row in rows if row is not None], options)
+        by_path = operator.attrgetter("path")
+        return sorted(work.iter_to_do(), key=by_path), sorted(work.iter_current(), key=by_path), problems
+
+
+def _print_plan(
+    to_do: Sequence[Job], current: Sequence[Job], collisions: Sequence[Problem], shared: Shared
+) -> int:
     if shared.as_json:
         print_json(
             {

@@ -64,6 +64,6 @@ def test_items_of_one_size_keep_their_order() -> None:
 
 @given(st.lists(st.integers(), max_size=300), st.integers(1, 50), st.integers(1, 20))
 def test_cut_keeps_order_and_bound(items: list[int], count: int, max_batches: int) -> None:
-    parts = cut(items, count, max_batches=max_batches)
+    parts = list(cut(iter(items), len(items), count, max_batches=max_batches))
     assert [item for part in parts for item in part] == items
     assert len(parts) <= max_batches

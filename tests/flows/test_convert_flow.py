@@ -129,15 +129,15 @@ def test_a_proof_is_tried_again_without_writing_again(
     good_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proofs: Counter[str] = Counter()
-    real = ptbin.commit
+    real = ptbin.publish
 
-    def commit(draft: Any, **keywords: Any) -> Any:
+    def publish(draft: Any, **keywords: Any) -> Any:
         proofs[draft.dest_uri] += 1
         if draft.dest_uri.endswith("2.bin") and proofs[draft.dest_uri] == 1:
             raise StorageError("timed out", transient=True)
         return real(draft, **keywords)
 
-    monkeypatch.setattr(ptbin, "commit", commit)
+    monkeypatch.setattr(ptbin, "publish", publish)
     with staging(monkeypatch, lambda _: None) as attempts:
         state, _ = run(good_source, tmp_path / "out")
     assert state.is_completed()

@@ -10,7 +10,9 @@ import pytest
 import ptbin
 from ptbin import errors
 from ptbin.catalog import Job
+from ptbin.conversion import Published
 from ptbin.options import ConvertOptions
+from ptbin.stores import Identity
 from tasks import converting
 from tasks.checking import verify_manifests
 from tasks.converting import convert_batch, verify_batch
@@ -45,7 +47,7 @@ def job(path: str, *, certain: bool = True) -> Job:
 
 
 def engine(monkeypatch: pytest.MonkeyPatch, behaviour: dict[str, Exception | None]) -> list[dict[str, Any]]:
-    """Let `stage` and `commit` do what `behaviour` says for a path; return the keywords of each call."""
+    """Let `stage` and `publish` do what `behaviour` says for a path; return the keywords of each call."""
     calls: list[dict[str, Any]] = []
 
     def act(path: str, keywords: dict[str, Any]) -> None:
@@ -58,17 +60,21 @@ def engine(monkeypatch: pytest.MonkeyPatch, behaviour: dict[str, Exception | Non
         act(source, keywords)
         return Draft(source)
 
-    def commit(draft: Draft, **keywords: Any) -> dict[str, Any]:
+    def publish(draft: Draft, **keywords: Any) -> Published:
         act(draft.text, keywords)
-        return {
+        manifest = {
+            "source": {"uri": draft.text, "size": 10, "identity": None},
+            "options_fingerprint": "f",
+            "verification": {"level": "checksum"},
             "outputs": [{"path": "x.bin", "size": 4, "sha256": "ab"}],
             "tensors": [{}, {}],
             "bytes_read": 5,
             "bytes_written": 4,
         }
+        return Published(manifest, Identity("etag", "e"))
 
     monkeypatch.setattr(ptbin, "stage", stage, raising=False)
-    monkeypatch.setattr(ptbin, "commit", commit, raising=False)
+    monkeypatch.setattr(ptbin, "publish", publish, raising=False)
     monkeypatch.setattr(ptbin, "Draft", Draft, raising=False)
     return calls
 
