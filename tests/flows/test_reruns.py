@@ -1,0 +1,154 @@
+"""Reruns over a bucket: how many requests they cost, and what two runs at once leave."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ptbin
+from flows.convert import convert
+from flows.run_record import new_run_id
+from ptbin import catalog
+from ptbin.stores.s3 import S3Store
+from ptbin.stores.s3_client import S3Client
+from tasks.live import LiveRun, open_live_run
+from tests.servers.endpoint import S3Endpoint
+from tests.servers.fixtures import moto_s3
+
+__all__ = ["moto_s3"]
+
+pytestmark = pytest.mark.usefixtures("server")
+
+COUNT = 30
+
+
+class Bucket:
+    """Checkpoints below `in`, outputs below `out`."""
+
+    def __init__(self, endpoint: S3Endpoint, blank: bytes) -> None:
+        self.name = endpoint.make_bucket()
+        self.options = endpoint.storage_options
+        self.store = endpoint.store()
+        self.blank = blank
+        self.add(range(COUNT))
+
+    def add(self, numbers: range) -> None:
+        for number in numbers:
+            self.store.write_bytes(f"{self.name}/in/run{number % 3}/{number:02}.pt", self.blank)
+
+    def convert(self, **parameters: Any) -> dict[str, Any]:
+        with open_live_run(LiveRun(new_run_id(), self.options, self.options)) as live:
+            state = convert(
+                source=f"s3://{self.name}/in",
+                dest=f"s3://{self.name}/out",
+                run_id=live.run_id,
+                return_state=True,
+                **parameters,
+            )
+        assert state.is_completed(), state.message
+        return live.summary
+
+    def index(self) -> list[str]:
+        return [item.path for item in self.store.iter_objects(f"{self.name}/out/_ptbin/index")]
+
+    def manifests(self) -> list[str]:
+        return list(catalog.find_manifests(f"s3://{self.name}/out", storage_options=self.options))
+
+
+@pytest.fixture
+def bucket(moto_s3: S3Endpoint, _blank: bytes) -> Bucket:  # noqa: F811 - the fixture
+    return Bucket(moto_s3, _blank)
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    counts: Counter[str] = Counter()
+    lock = threading.Lock()
+    send = S3Client.send
+
+    def counted(self: S3Client, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        with lock:
+            counts[method] += 1
+        return send(self, method, parameters)
+
+    monkeypatch.setattr(S3Client, "send", counted)
+    yield counts
+
+
+def test_a_rerun_with_nothing_to_do_asks_for_no_object_by_itself(
+    bucket: Bucket, sent: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bucket.convert()["converted"] == COUNT
+    sent.clear()
+    assert bucket.convert()["up_to_date"] == COUNT
+    of_few = sent.total()
+    assert sent["get_object"] == len(bucket.index()) == 1
+    bucket.add(range(COUNT, 2 * COUNT))
+    bucket.convert()
+    sent.clear()
+    assert bucket.convert()["up_to_date"] == 2 * COUNT
+    assert sent["get_object"] == 2  # two segments of the index
+    assert sent.total() == of_few + 2  # the second segment: its size, its content
+    # Smaller pages: more listings, and nothing else.
+    monkeypatch.setattr(S3Store, "page_keys", 10)
+    sent.clear()
+    assert bucket.convert()["up_to_date"] == 2 * COUNT
+    assert sent["get_object"] == 2
+
+
+def test_a_lost_index_is_made_again_from_the_manifests(bucket: Bucket, sent: Counter[str]) -> None:
+    bucket.convert()
+    for path in bucket.index():
+        bucket.store.delete(f"{bucket.name}/out/_ptbin/index/{path}")
+    sent.clear()
+    assert bucket.convert()["up_to_date"] == COUNT
+    assert sent["get_object"] == COUNT
+    sent.clear()
+    assert bucket.convert()["up_to_date"] == COUNT
+    assert sent["get_object"] == 1
+
+
+def test_many_segments_become_one(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.conversion.SEGMENT_ROWS", 1)
+    bucket.convert()
+    assert len(bucket.index()) > 16
+    summary = bucket.convert()
+    assert summary["up_to_date"] == COUNT
+    (segment,) = bucket.index()
+    assert segment.endswith("-merged.jsonl.gz")
+    assert bucket.convert()["up_to_date"] == COUNT
+
+
+def test_two_runs_at_once_leave_a_sound_destination(bucket: Bucket, sent: Counter[str]) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        both = [future.result() for future in [pool.submit(bucket.convert) for _ in range(2)]]
+    assert all(summary["converted"] + summary["up_to_date"] == COUNT for summary in both)
+    manifests = bucket.manifests()
+    assert len(manifests) == COUNT
+    for manifest in manifests:
+        assert ptbin.verify(manifest, storage_options=bucket.options) == []
+    # The index may hold rows of manifests that the other run has replaced: they are not believed.
+    bucket.convert()
+    sent.clear()
+    assert bucket.convert()["up_to_date"] == COUNT
+    assert sent["get_object"] == len(bucket.index())
+
+
+def test_the_run_keeps_within_its_requests(bucket: Bucket, tmp_path: Path) -> None:
+    with open_live_run(LiveRun(new_run_id(), bucket.options, bucket.options)) as live:
+        convert(
+            source=f"s3://{bucket.name}/in",
+            dest=f"s3://{bucket.name}/out",
+            run_id=live.run_id,
+            workers=4,
+            max_requests=2,
+            return_state=True,
+        )
+        assert live.requests is not None
+        assert 0 < live.requests.peak <= 2
