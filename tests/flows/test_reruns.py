@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ class Bucket:
 
 
 @pytest.fixture
-def bucket(moto_s3: S3Endpoint, _blank: bytes) -> Bucket:  # noqa: F811 - the fixture
+def bucket(moto_s3: S3Endpoint, _blank: bytes) -> Bucket:
     return Bucket(moto_s3, _blank)
 
 
@@ -78,7 +77,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         return send(self, method, parameters)
 
     monkeypatch.setattr(S3Client, "send", counted)
-    yield counts
+    return counts
 
 
 def test_a_rerun_with_nothing_to_do_asks_for_no_object_by_itself(

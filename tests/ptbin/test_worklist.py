@@ -29,7 +29,7 @@ COUNT = 6
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
-    yield World(tmp_path)
+    return World(tmp_path)
 
 
 class World:
