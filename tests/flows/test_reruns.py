@@ -66,7 +66,7 @@ def bucket(moto_s3: S3Endpoint, _blank: bytes) -> Bucket:
 
 
 @pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def sent(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counts: Counter[str] = Counter()
     lock = threading.Lock()
     send = S3Client.send
