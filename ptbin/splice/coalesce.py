@@ -21,7 +21,7 @@ __all__ = ["coalesce"]
 
 # Framing between two records is a descriptor and a padded header; anything longer is not worth comparing.
 MAX_FRAMING_NBYTES = 4096
-SPARE = 1 / 4096
+SPARE = 1 / 512
 
 
 def coalesce(pieces: Iterable[Piece], reader: RangeReader) -> list[Piece]:
