@@ -120,6 +120,12 @@ def _allocator() -> dict[str, str]:
     return {"LD_PRELOAD": str(found[0])} if found else {}
 
 
+def _ended_with_us() -> list[str]:
+    """A command that has the kernel end what follows it when this process ends, however that is (prctl(2))."""
+    setpriv = shutil.which("setpriv", path=PATH)  # of util-linux
+    return [setpriv, "--pdeathsig", "KILL"] if setpriv else []
+
+
 class RadosGateway:
     """One server; `start` and `stop`, each once.
 
@@ -221,7 +227,7 @@ class RadosGateway:
     def _launch(self, name: str, program: str, *arguments: str, **more: str) -> subprocess.Popen[bytes]:
         with (self._folder / f"{name}.out").open("wb") as output:
             process = subprocess.Popen(
-                self._command(program, *arguments),
+                [*_ended_with_us(), *self._command(program, *arguments)],
                 env={**self._environment(), **more},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
