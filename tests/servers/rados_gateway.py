@@ -121,7 +121,7 @@ def _allocator() -> dict[str, str]:
 
 
 def _ended_with_us() -> list[str]:
-    """A command that has the kernel end what follows it when this process ends, however that is (prctl(2))."""
+    """Has the kernel end the command behind it when this process ends, in whatever way (prctl(2))."""
     setpriv = shutil.which("setpriv", path=PATH)  # of util-linux
     return [setpriv, "--pdeathsig", "KILL"] if setpriv else []
 
