@@ -224,6 +224,17 @@ def test_many_small_tensors_are_read_together(tmp_path: Path) -> None:
     assert counts[1] <= counts[0] + 2
 
 
+@pytest.mark.parametrize("tensors", [4, 12_000])
+def test_an_index_costs_three_requests_beside_the_pickle(tmp_path: Path, tensors: int) -> None:
+    """Small or with a directory and a pickle of megabytes, and whatever order the archive has."""
+    state = {f"layer.{index}.with.a.long.name.weight": torch.zeros(100) for index in range(tensors)}
+    torch.save({"state_dict": state, "optimizer": {"state": {}}}, tmp_path / "model.pt")
+    store, uri = _remote(tmp_path / "model.pt")
+    with registered("counted", store):
+        ptbin.inspect(uri)
+    assert store.count("read") <= 3 + 1
+
+
 def test_inspect_reads_the_index_alone(tmp_path: Path) -> None:
     nbytes = _checkpoint_of(tmp_path, 20 * MIB)
     store, uri = _remote(tmp_path / "model.pt")
