@@ -43,8 +43,8 @@ from ptbin.stores.retry import RetryPolicy, call_with_retries, call_with_retries
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from ptbin.stores.base import IdentityKind
     from ptbin.stores.ranges import Fetch
+    from ptbin.stores.values import IdentityKind
 
 
 __all__ = ["FsspecStore", "open_fsspec"]

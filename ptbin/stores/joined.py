@@ -17,8 +17,8 @@ from ptbin.errors import CorruptArchiveError
 from ptbin.stores.base import Identity, ListedObject, RangeReader, Store, check_range
 
 if TYPE_CHECKING:
-    from ptbin.stores.base import WriteAt
     from ptbin.stores.ranges import Fetch
+    from ptbin.stores.reader import WriteAt
 
 __all__ = ["PART_BITS", "JoinedReader", "PartReader", "joint_identity", "part_base"]
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from concurrent.futures import Future
 
-    from ptbin.stores.base import WriteAt
+    from ptbin.stores.reader import WriteAt
     from ptbin.stores.s3_client import S3Client
 
 __all__ = ["S3Reader", "etag_of"]
