@@ -128,6 +128,7 @@ class Tally:
             "source_bytes": sum(entry.nbytes for entry, _ in done),
             "read_bytes": sum(facts.read_nbytes for _, facts in done),
             "written_bytes": sum(facts.written_nbytes for _, facts in done),
+            "copied_bytes": sum(facts.copied_nbytes for _, facts in done),
             "seconds": round(seconds, 3),
             "manifests": sorted(facts.manifest_uri for _, facts in done),
             "problems": [

@@ -38,6 +38,8 @@ class Converted:
     tensors: int
     read_nbytes: int
     written_nbytes: int
+    copied_nbytes: int = 0
+    """Of what was written, what an object store copied by itself."""
     index_row: FinishedRow | None = None
     """What the index of finished work is to remember, but for the path, which only the run knows."""
 
@@ -54,6 +56,7 @@ class Converted:
             tensors=len(manifest["tensors"]),
             read_nbytes=int(manifest.get("bytes_read") or 0),
             written_nbytes=int(manifest.get("bytes_written") or 0),
+            copied_nbytes=int(manifest.get("bytes_copied_in_store") or 0),
             index_row=row_of(manifest, "", identity_text(identity)) if identity is not None else None,
         )
 

@@ -29,6 +29,8 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
         f"{format_nbytes(summary['source_bytes'])} of checkpoints, "
         f"{format_nbytes(summary['read_bytes'])} read, {format_nbytes(summary['written_bytes'])} written"
     )
+    if summary["copied_bytes"]:
+        moved += f", {format_nbytes(summary['copied_bytes'])} of it copied inside the store"
     rows = [
         ("converted", str(summary["converted"]), moved if summary["converted"] else ""),
         ("up to date", str(summary["up_to_date"]), ""),
