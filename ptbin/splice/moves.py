@@ -31,8 +31,10 @@ def with_moves(pieces: Sequence[Piece], reader: RangeReader, writer: Writer) -> 
         return list(pieces)
     whole = coalesce(pieces, reader)
     parts = writer.lay_out([Stretch(piece.nbytes, _is_movable(piece)) for piece in whole])
-    copied = iter([(part.start, part.start + part.nbytes) for part in parts if part.copied])
-    return list(_cut(whole, copied))
+    copied = [(part.start, part.start + part.nbytes) for part in parts if part.copied]
+    if not copied:
+        return list(pieces)  # by records, so that each is checked as it passes
+    return list(_cut(whole, iter(copied)))
 
 
 def _is_movable(piece: Piece) -> bool:

@@ -15,7 +15,9 @@ import contextvars
 import os
 import re
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import UsageError
@@ -26,7 +28,6 @@ from ptbin.stores.s3_options import read_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from concurrent.futures import Future
     from typing import TypeVar
 
     T = TypeVar("T")
@@ -46,20 +47,52 @@ _ACCESS_POINT = re.compile(
 )
 
 
+class _Pool:
+    """Threads that requests run on, as many as there is work for, up to a limit.
+
+    Unlike those of `ThreadPoolExecutor` they do not keep the process alive: a run that is interrupted ends,
+    though a server may leave some of its requests without an answer for minutes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        self._threads = 0
+        self._waiting = 0  # work that no thread has taken yet, less idle threads
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._work.put((future, work))
+        with self._lock:
+            self._waiting += 1
+            if self._waiting > 0 and self._threads < self._limit:
+                self._threads += 1
+                self._waiting -= 1
+                name = f"ptbin-s3-{self._threads}"
+                threading.Thread(target=self._run, name=name, daemon=True).start()
+        return future
+
+    def _run(self) -> None:
+        while True:
+            future, work = self._work.get()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work())
+                except BaseException as error:  # noqa: BLE001 - it is for whoever waits
+                    future.set_exception(error)
+            del future, work
+            with self._lock:
+                self._waiting -= 1
+
+
 class _Process:
     """What belongs to this process: clients by their options, and the threads that requests run on."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.clients: dict[str, Any] = {}
-        self._pool: ThreadPoolExecutor | None = None
-
-    @property
-    def pool(self) -> ThreadPoolExecutor:
-        with self.lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(PROCESS_REQUESTS, thread_name_prefix="ptbin-s3")
-            return self._pool
+        self.pool = _Pool(PROCESS_REQUESTS)
 
 
 _process = _Process()
@@ -113,7 +146,7 @@ class S3Client:
 
     def start(self, work: Callable[[], T]) -> Future[T]:
         """Run `work` on a thread of the pool; returns at once. The limits of this context go along."""
-        return _process.pool.submit(contextvars.copy_context().run, work)
+        return _process.pool.submit(partial(contextvars.copy_context().run, work))
 
     def call(self, method: str, doing: str, uri: str, **parameters: Any) -> dict[str, Any]:
         """One S3 call, repeated where that may help."""

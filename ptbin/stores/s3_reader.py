@@ -98,7 +98,7 @@ class S3Reader(RangeReader):
                 if len(waiting) >= SCATTERS:
                     yield from _arrived(*waiting.popleft())
                 scattering = _Scattering(fetch, reached, write_at)
-                work = partial(self._get, fetch.offset, fetch.nbytes, scattering.consume)
+                work = partial(self._get, fetch.offset, fetch.nbytes, scattering.consume, scattering.check)
                 waiting.append((scattering, self._client.start(work)))
             while waiting:
                 yield from _arrived(*waiting.popleft())
@@ -108,8 +108,14 @@ class S3Reader(RangeReader):
                 future.cancel()
             wait([future for _, future in waiting])
 
-    def _get(self, offset: int, nbytes: int, consume: Callable[[bytes], None]) -> None:
-        """A range, block by block; what breaks off is taken up where it broke off."""
+    def _get(
+        self,
+        offset: int,
+        nbytes: int,
+        consume: Callable[[bytes], None],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """A range, block by block; what breaks off is taken up where it broke off, unless `check` raises."""
         done = 0
 
         def count(block: bytes) -> None:
@@ -120,6 +126,7 @@ class S3Reader(RangeReader):
             consume(block)
 
         def attempt() -> None:
+            check()
             if done < nbytes:
                 self._get_once(offset + done, nbytes - done, count)
             if done != nbytes:
@@ -196,9 +203,12 @@ class _Scattering:
         self._position = 0
         self._job = 0
 
-    def consume(self, block: bytes) -> None:
+    def check(self) -> None:
         if self.stopped:
-            raise StorageError("given up")
+            raise StorageError("nobody waits for it any more")
+
+    def consume(self, block: bytes) -> None:
+        self.check()
         view = memoryview(block)
         begin, end = self._position, self._position + len(block)
         while self._job < len(self.jobs):

@@ -48,6 +48,8 @@ UPLOADS = 4
 COPIES = 8
 CLOCK_STEP_S = 2.0
 """S3 states times in whole seconds."""
+ABORT_WAIT_S = 15.0
+"""So long parts under way may hold up an abort: a server that hangs must not hold up the end of a run."""
 LEAST_COPIED_NBYTES = 8 * MIB
 """An output with less to copy is streamed: that takes fewer requests and no more time."""
 
@@ -358,7 +360,7 @@ class S3Writer(Writer):
         for future in futures:
             future.cancel()
         # A part that arrives after the abort would stay behind, unseen and paid for.
-        wait(futures)
+        wait(futures, timeout=ABORT_WAIT_S)
         if self._beginning is None:
             return
         beginning, self._beginning = self._beginning, None

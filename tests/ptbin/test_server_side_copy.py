@@ -300,6 +300,26 @@ def test_a_damaged_source_does_not_replace_a_good_output(rados: Scene) -> None:
     assert rados.names() == ["last.bin", "last.bin.manifest.json"]
 
 
+def test_of_a_small_checkpoint_each_record_is_checked_as_it_passes(
+    moto_s3: S3Endpoint, tmp_path: Path
+) -> None:
+    """Nothing worth copying: the damage is found before anything is published, and told by its tensor."""
+    weights = {f"{index}.weight": random_bits(torch.float32, (256, 256), seed=index) for index in range(6)}
+    torch.save({"state_dict": weights}, tmp_path / "small.pt")
+    data = bytearray((tmp_path / "small.pt").read_bytes())
+    bucket, options = moto_s3.make_bucket(), moto_s3.storage_options
+    ends = (f"s3://{bucket}/in/small.pt", f"s3://{bucket}/out/small.bin")
+    store = moto_s3.store()
+    store.write_bytes(f"{bucket}/in/small.pt", bytes(data))
+    ptbin.convert(*ends, source_options=options, dest_options=options)
+    good = store.read_bytes(f"{bucket}/out/small.bin")
+    data[data.index(weights["3.weight"].numpy().tobytes()[:1024]) + 9] ^= 1
+    store.write_bytes(f"{bucket}/in/small.pt", bytes(data))
+    with pytest.raises(ChecksumMismatchError, match="data/3"):
+        ptbin.convert(*ends, source_options=options, dest_options=options)
+    assert store.read_bytes(f"{bucket}/out/small.bin") == good
+
+
 def test_foreign_bytes_between_records_do_not_go_along(moto: Scene) -> None:
     """Padding that torch does not write: the record behind it is framed anew."""
     data = bytearray(moto.local.read_bytes())

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from ptbin.stores import open_store
 from ptbin.stores.parts import PartRules
 from ptbin.stores.retry import RetryPolicy
 from ptbin.stores.s3 import S3Store
-from ptbin.stores.s3_client import S3Client
+from ptbin.stores.s3_client import S3Client, _Pool
 from ptbin.stores.s3_writer import part_nbytes_for
 from tests.servers.endpoint import QUICK, S3Endpoint
 from tests.servers.faulty_proxy import Fault, FaultyProxy, Request, faulty_proxy
@@ -528,6 +529,45 @@ def test_stores_share_one_client(moto_s3: S3Endpoint) -> None:
         thread.join()
     assert len({id(client) for client in found}) == 1
     assert moto_s3.store(anon=True).client.boto is not found[0]
+
+
+HANGING = """
+import socket, sys
+from functools import partial
+from ptbin.stores import open_store
+listener = socket.create_server(("127.0.0.1", 0))  # takes connections, never answers
+url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+store, path = open_store("s3://bucket/x", {"key": "k", "secret": "s", "endpoint_url": url})
+for _ in range(4):
+    store.client.start(partial(store.read_bytes, path))
+listener.accept()
+"""
+
+
+def test_requests_without_an_answer_do_not_keep_the_process_alive() -> None:
+    subprocess.run([sys.executable, "-c", HANGING], check=True, timeout=30)
+
+
+def test_work_runs_side_by_side_up_to_the_limit() -> None:
+    pool = _Pool(3)
+    begun, release = threading.Semaphore(0), threading.Event()
+
+    def work(number: int) -> int:
+        begun.release()
+        release.wait(10)
+        return number
+
+    futures = [pool.submit(partial(work, number)) for number in range(7)]
+    for _ in range(3):
+        assert begun.acquire(timeout=10)
+    assert not begun.acquire(timeout=0.1)
+    assert futures[6].cancel()
+    release.set()
+    assert [future.result(10) for future in futures[:6]] == list(range(6))
+    assert pool.submit(partial(work, 9)).result(10) == 9
+    failing = pool.submit(lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        failing.result(10)
 
 
 def test_a_store_works_after_a_fork(moto_s3: S3Endpoint, bucket: str) -> None:
