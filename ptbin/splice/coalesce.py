@@ -28,7 +28,8 @@ def coalesce(pieces: Iterable[Piece], reader: RangeReader) -> list[Piece]:
     """The same bytes in fewer pieces."""
     pieces = list(pieces)
     between = _candidates(pieces)
-    whole = _confirmed(between, reader)
+    spare = int(SPARE * sum(piece.nbytes for piece in pieces if isinstance(piece, Copy)))
+    whole = _confirmed(between, reader, spare)
     merged: list[Piece] = []
     for index, piece in enumerate(pieces):
         if index - 1 in whole:
@@ -63,12 +64,11 @@ def _candidates(pieces: list[Piece]) -> dict[int, tuple[int, bytes]]:
     return found
 
 
-def _confirmed(between: dict[int, tuple[int, bytes]], reader: RangeReader) -> set[int]:
-    """Those whose bytes the source does hold."""
+def _confirmed(between: dict[int, tuple[int, bytes]], reader: RangeReader, spare_nbytes: int) -> set[int]:
+    """Those whose bytes the source does hold; so many more bytes may be read to save requests."""
     indices = list(between)
     ranges = [(between[index][0], len(between[index][1])) for index in indices]
-    span = ranges[-1][0] + ranges[-1][1] - ranges[0][0] if ranges else 0
-    gap = affordable_gap(ranges, most=reader.gap_nbytes, budget_nbytes=int(span * SPARE))
+    gap = affordable_gap(ranges, most=reader.gap_nbytes, budget_nbytes=spare_nbytes)
     read: dict[int, bytes] = {}
     for number, data in reader.iter_ranges(ranges, gap_nbytes=gap):
         read[number] = read.get(number, b"") + data
