@@ -39,7 +39,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         elif pattern[position] == "?":
             pieces.append("[^/]")
             position += 1
-        elif pattern[position] == "[" and (end := pattern.find("]", position + 2)) > 0:
+        elif pattern[position] == "[" and (end := _class_end(pattern, position)) > 0:
             # fnmatch knows all about classes: "(?s:" + class + ")\\Z" is what it makes of one.
             pieces.append(fnmatch.translate(pattern[position : end + 1])[4:-3])
             position = end + 1
@@ -47,6 +47,13 @@ def _compiled(pattern: str) -> re.Pattern[str]:
             pieces.append(re.escape(pattern[position]))
             position += 1
     return re.compile("".join(pieces), re.DOTALL)
+
+
+def _class_end(pattern: str, start: int) -> int:
+    """Where the class that `[` at `start` opens is closed; 0 where it is none, as when a slash lies in it."""
+    first = start + 2 if pattern.startswith("!", start + 1) else start + 1
+    end = pattern.find("]", first + 1)  # a bracket right at the beginning is a member
+    return end if end > 0 and "/" not in pattern[start:end] else 0
 
 
 def split_glob(source: str, storage_options: Mapping[str, Any] | None) -> tuple[str, str | None]:

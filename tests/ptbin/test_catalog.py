@@ -200,6 +200,7 @@ _patterns = st.lists(
 
 
 @given(pattern=_patterns, paths=st.lists(st.lists(_segments, min_size=1, max_size=4), max_size=8))
+@example(pattern=["[", "[ab]*"], paths=[["a"], ["[", "a"]])
 @example(pattern=["**", "a"], paths=[["a"], ["ba"], ["b", "a"], ["b", "ba"]])
 @example(pattern=["a", "**", "**", "b"], paths=[["a", "b"], ["a", "a", "b"], ["a"]])
 def test_globs_mean_what_they_mean_in_a_shell(pattern: list[str], paths: list[list[str]]) -> None:
