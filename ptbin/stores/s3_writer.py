@@ -255,8 +255,8 @@ class S3Writer(Writer):
         """One part, copied by the store; between parts only, as `lay_out` has cut them."""
         if not self._moves:
             return False
-        if not isinstance(reader, S3Reader):
-            return False
+        if not isinstance(reader, S3Reader) or reader.server_side_store is None:
+            raise CopyRefused(f"{reader.uri}: not every store takes a copy's source of that name")
         if self._filled:
             assert self._filled == self._part_nbytes, "a copied part begins where a part ends"
             self._send_part()
@@ -280,9 +280,8 @@ class S3Writer(Writer):
             )
         except SourceChangedError:
             raise
-        except NotFoundInStoreError as error:
-            raise SourceChangedError(f"cannot write {self.uri}: its source is gone ({error})") from error
         except StorageError as error:
+            # Where the source is really gone, streaming will tell.
             if error.transient or "NoSuchUpload" in str(error):
                 raise
             raise CopyRefused(str(error)) from error

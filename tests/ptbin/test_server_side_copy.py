@@ -206,6 +206,29 @@ def test_a_source_that_changes_meanwhile_is_noticed(rados: Scene, sent: Sent) ->
     assert rados.endpoint.uploads_in(rados.bucket) == []
 
 
+@pytest.mark.s3_real
+@pytest.mark.parametrize(
+    ("name", "copied"),
+    [("ü +&#=~'(*", True), ("%20", False), ("%", False), ("?versionId=", False), ("?", False)],
+)
+def test_odd_keys_are_never_taken_for_others(rados: Scene, name: str, copied: bool) -> None:
+    """Ceph's gateway decodes a copy's source twice: "%20" there means the object with a blank in its name."""
+    decoy = rados.local.stat().st_size * b"x"
+    rados.endpoint.store().write_bytes(f"{rados.bucket}/in/ x.ckpt", decoy)
+    key = f"in/{name}x.ckpt"
+    rados.endpoint.store().write_bytes(f"{rados.bucket}/{key}", rados.local.read_bytes())
+    manifest = ptbin.convert(
+        f"s3://{rados.bucket}/{key}",
+        rados.dest,
+        ConvertOptions(verify="none"),
+        source_options=rados.options,
+        dest_options=rados.options,
+    )
+    assert (manifest["bytes_copied_in_store"] > 0) is copied
+    assert "notes" not in manifest
+    assert rados.output() == rados.expected
+
+
 def _refused(code: str, status: int) -> ClientError:
     answer: Any = {"Error": {"Code": code, "Message": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
     return ClientError(answer, "UploadPartCopy")
