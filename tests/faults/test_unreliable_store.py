@@ -50,3 +50,4 @@ def test_every_conversion_is_right(
     found = store.read_bytes(f"{bucket}/out/last.bin") if end == "s3" else Path(dest).read_bytes()
     assert found == (checkpoint / "last.bin").read_bytes()
     assert rados_s3.uploads_in(bucket) == []
+    rados_s3.empty(bucket)

@@ -414,3 +414,4 @@ def test_through_a_real_s3_server(tmp_path: Path, rados_s3: S3Endpoint) -> None:
         assert Place(end.rpartition("/")[0], options).get("model.bin") == reference
         assert ptbin.verify(f"{end}.manifest.json", level="load", storage_options=options) == []
     assert rados_s3.uploads_in(bucket) == []
+    rados_s3.empty(bucket)

@@ -57,6 +57,7 @@ def rados_s3(pytestconfig: pytest.Config) -> S3Endpoint:
 
 
 def _start_rados(config: pytest.Config) -> S3Endpoint:
-    gateway = RadosGateway()
+    # It hangs when it is full: room for what the suite stores in a quarter of a minute, many times over.
+    gateway = RadosGateway(capacity_nbytes=6 << 30, gc_wait_s=15)
     config.add_cleanup(gateway.stop)
     return gateway.start()
