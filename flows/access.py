@@ -1,27 +1,54 @@
-"""Where a flow run takes its storage options from, so that none of them is a parameter.
+"""What a flow run needs before it can work: its live run, its work list, its lease on DEST, its runner.
 
-The command line puts them into the run it opens (`tasks.live`). A deployment names where they lie:
-`block:NAME`, a Prefect Secret block, or `env:NAME`, a variable of the worker's environment; either
-holds one JSON object. The reference is a parameter and visible, what it refers to is not.
+The command line puts storage options into the run that it opens (`tasks.live`). A deployment names where
+they lie (`tasks.credentials`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
+import threading
 from collections.abc import Iterator
-from typing import Any, cast
+from dataclasses import dataclass, field
 
+from prefect.exceptions import TerminationSignal
+
+from flows.runners import Runner, RunnerName, open_runner
+from ptbin.catalog.lease import Lease, acquire_lease
 from ptbin.catalog.worklist import WorkList
-from ptbin.errors import UsageError
 from ptbin.stores.limits import RequestLimit
-from tasks.live import LiveRun, find_live_run, is_open, open_live_run
+from tasks.credentials import Credentials, load_options
+from tasks.live import LiveRun, Ticket, find_live_run, is_open, open_live_run
 
-__all__ = ["DEFAULT_REQUESTS", "current_flow_run_id", "join_run", "load_options", "open_work"]
+__all__ = [
+    "DEFAULT_REQUESTS",
+    "INTERRUPTS",
+    "RunSettings",
+    "Running",
+    "current_flow_run_id",
+    "join_run",
+    "running",
+]
 
 DEFAULT_REQUESTS = 64
 """What all tasks of a run may have under way together, unless it is asked for otherwise."""
+
+INTERRUPTS = (KeyboardInterrupt, TerminationSignal)
+"""What Ctrl-C and SIGTERM are raised as while a flow runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """How a run is carried out, whatever it does."""
+
+    runner: RunnerName = "threads"
+    runner_address: str | None = None
+    workers: int | None = None
+    max_requests: int = DEFAULT_REQUESTS
+    deadline: float | None = None
+    """Seconds that the run may take."""
+    source_options: str | None = None
+    dest_options: str | None = None
 
 
 @contextlib.contextmanager
@@ -45,15 +72,69 @@ def join_run(run_id: str, source_options: str | None, dest_options: str | None) 
             raise
 
 
+@dataclass(slots=True)
+class Running:
+    """A run under way: what its flow and its batches share."""
+
+    live: LiveRun
+    runner: Runner
+    ticket: Ticket
+    lease: Lease | None = None
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def stop(self, reason: str = "") -> None:
+        """Give up what is under way, here and in the processes of the runner; begin nothing new."""
+        self.live.stop(reason)
+        if self.lease is not None and self.runner.is_remote and not self.stopped.is_set():
+            self.stopped.set()
+            self.lease.tell_to_stop()
+
+    @property
+    def is_stopping(self) -> bool:
+        return self.live.stopping.is_set()
+
+
 @contextlib.contextmanager
-def open_work(live: LiveRun, dest: str, max_requests: int) -> Iterator[WorkList]:
-    """The work list of a run into `dest`, and the limit on its requests, while the context lasts."""
-    with contextlib.closing(WorkList(dest, dest_options=live.dest_options)) as work:
-        live.work, live.requests = work, RequestLimit(max_requests)
-        try:
-            yield work
-        finally:
-            live.work = None
+def running(live: LiveRun, dest: str | None, settings: RunSettings) -> Iterator[Running]:
+    """Begin to work: with `dest` under the lease of that destination and with a work list into it.
+
+    Raises:
+        DestinationBusyError: another run works on DEST.
+        UsageError: the runner's engine is not there.
+    """
+    with contextlib.ExitStack() as stack:
+        lease = None
+        if dest is not None:
+            work = stack.enter_context(contextlib.closing(WorkList(dest, dest_options=live.dest_options)))
+            live.work = work
+            stack.callback(setattr, live, "work", None)
+            lease = acquire_lease(
+                dest,
+                live.run_id,
+                dest_options=live.dest_options,
+                lost=live.stop,
+                tick=lambda: live.moved(0),
+            )
+            stack.callback(lease.release)
+        live.requests = RequestLimit(settings.max_requests)
+        runner = stack.enter_context(open_runner(settings.runner, settings.runner_address, settings.workers))
+        ticket = Ticket(
+            live.run_id,
+            Credentials.to_send(settings.source_options, live.source_options),
+            Credentials.to_send(settings.dest_options, live.dest_options),
+            # Processes cannot count together: each may have its share.
+            max(1, settings.max_requests // runner.width) if runner.is_remote else settings.max_requests,
+            lease.uri if lease is not None else None,
+            goes_out=runner.is_remote,
+        )
+        run = Running(live, runner, ticket, lease)
+        if settings.deadline is not None:
+            text = f"the run's deadline of {settings.deadline:g} s has passed"
+            timer = threading.Timer(settings.deadline, run.stop, [text])
+            timer.daemon = True
+            timer.start()
+            stack.callback(timer.cancel)
+        yield run
 
 
 def current_flow_run_id() -> str | None:
@@ -62,41 +143,3 @@ def current_flow_run_id() -> str | None:
 
     context = FlowRunContext.get()
     return str(context.flow_run.id) if context is not None and context.flow_run is not None else None
-
-
-def load_options(reference: str | None) -> dict[str, Any]:
-    """The JSON object that `block:NAME` or `env:NAME` refers to; None: no options.
-
-    Raises:
-        UsageError: another form, nothing of that name, or not a JSON object. Never quotes what it found.
-    """
-    if reference is None:
-        return {}
-    kind, _, name = reference.partition(":")
-    if kind == "env" and name:
-        value: Any = os.environ.get(name)
-        if value is None:
-            raise UsageError(f"storage options: no environment variable {name} on this worker")
-    elif kind == "block" and name:
-        value = _read_secret_block(name)
-    else:
-        # Not quoted: it may be the options themselves, which would be stored with the parameters.
-        raise UsageError("storage options of a flow run are given as block:NAME or env:NAME, never by value")
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            value = None
-    if not isinstance(value, dict):
-        raise UsageError(f"storage options: {reference} does not hold a JSON object")
-    return value
-
-
-def _read_secret_block(name: str) -> Any:
-    from prefect.blocks.system import Secret
-
-    try:
-        block = cast("Secret[Any]", Secret.load(name))
-    except ValueError as error:
-        raise UsageError(f"storage options: no Prefect Secret block named {name}") from error
-    return block.get()

@@ -1,23 +1,25 @@
 """A conversion under way, inside the convert flow: batches out, final states in, outcomes into the tally.
 
 A batch that was written is proven next, before new batches begin. What a store may do better later comes
-back in a batch of its own, at most `RETRIES` times, after a growing delay. A task run that ended in any
-other state than Completed (which no checkpoint can cause) fails its own batch only.
+back in a batch of its own, at most `RETRIES` times, after a growing delay. A batch whose process was lost is
+halved and tried again, so that one checkpoint which takes its process along fails alone. An interrupted run
+still accounts for what it did.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
-from prefect import get_run_logger
+from prefect import Task, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.states import Completed, Failed
 
-from flows.access import current_flow_run_id
-from flows.artifacts import conversion_rows, publish_table
+from flows.access import INTERRUPTS, Running, current_flow_run_id
+from flows.artifacts import ProgressArtifact, conversion_rows, publish_link, publish_table
 from flows.batches import cut, iter_batches
 from flows.fanout import Work, fan_out, unexamined
 from flows.run_record import record_files, record_folder
@@ -29,14 +31,17 @@ from ptbin.errors import StorageError
 from ptbin.options import ConvertOptions
 from tasks.converting import convert_batch, verify_batch
 from tasks.listing import find_up_to_date, work_of
-from tasks.live import LiveRun
+from tasks.live import Settled
 from tasks.outcomes import Outcome, one_line
 from tasks.recording import merge_index, write_index, write_run_record
 from tasks.retrying import RETRIES, retry_delay
 
-__all__ = ["Conversion"]
+__all__ = ["Conversion", "halves"]
 
-ARTIFACT_KEY = "ptbin-convert"
+LOST_TRIES = 3
+"""So often a checkpoint is alone in a batch whose process is lost before it is given up."""
+LOGGED = 1000
+"""So many checkpoints have a line of their own in the flow run's log on the server."""
 SEGMENT_ROWS = 5_000
 MERGED_SEGMENTS = 16
 """Where a run finds so many segments of the index, it puts one in their place."""
@@ -45,20 +50,31 @@ ASKING_WIDTH = 8
 """At least so many ask what is up to date: that is waiting for small answers, not work."""
 
 
+Item = TypeVar("Item")
+
+
+def halves(items: Sequence[Item]) -> list[Sequence[Item]]:
+    middle = (len(items) + 1) // 2
+    return [part for part in (items[:middle], items[middle:]) if part]
+
+
 class Conversion:
     """One run: submits batches, turns final states into outcomes, keeps the tally."""
 
-    def __init__(
-        self, live: LiveRun, options: ConvertOptions, tally: Tally, workers: int, fail_fast: bool
-    ) -> None:
-        self.live = live
-        self.work = work_of(live)
+    artifact_key = "ptbin-convert"
+
+    def __init__(self, run: Running, options: ConvertOptions, tally: Tally, fail_fast: bool) -> None:
+        self.running = run
+        self.live = run.live
+        self.runner = run.runner
+        self.work = work_of(run.live)
+        self.began = time.monotonic()
         self.settled = 0
+        self.progress = ProgressArtifact(f"{self.artifact_key}-progress")
         self.index_rows: list[FinishedRow] = []
         self.segments = 0
         self.options = options
         self.tally = tally
-        self.workers = workers
         self.fail_fast = fail_fast
         self.logger = get_run_logger()
         self.task_runs = 1  # the listing
@@ -68,6 +84,23 @@ class Conversion:
         self.tally.add_collisions(collisions)
         for problem in collisions:
             self._announce(problem.source, "rejected", problem.reason, problem.detail)
+
+    def carry_out(self, problems: Sequence[Problem]) -> State[Any]:
+        """The whole run from here on; `problems` is what the listing refused.
+
+        An interrupt is raised again once the run has accounted for itself.
+        """
+        self.refuse(problems)
+        try:
+            self.drop_up_to_date()
+            self.run()
+        except INTERRUPTS:
+            self.tally.interrupted = True
+            self.running.stop()
+            self._account_for_the_rest()
+            self.finish()
+            raise
+        return self.finish()
 
     def drop_up_to_date(self) -> None:
         """Ask the manifests that the index of finished work does not know; those reads are fanned out."""
@@ -83,7 +116,15 @@ class Conversion:
             return Work(lambda: find_up_to_date.submit(self.live.run_id, label, unexamined(part)), hear)
 
         parts = cut(self.work.iter_to_ask(), self.work.count_to_ask(), ASKING_COUNT)
-        self.task_runs += fan_out(map(ask, parts), width=max(self.workers, ASKING_WIDTH))
+        self.task_runs += fan_out(
+            map(ask, parts),
+            width=max(self.runner.width, ASKING_WIDTH),
+            keep_on=self._keeps_on,
+            stop=self.running.stop,
+        )
+
+    def _keeps_on(self) -> bool:
+        return not self.running.is_stopping and not (self.fail_fast and self.tally.has_problems)
 
     def run(self) -> None:
         """Convert and prove what is to be done; every checkpoint is in the tally afterwards."""
@@ -94,15 +135,27 @@ class Conversion:
         self.logger.info(
             "%d checkpoints (%s) to convert, %d up to date", count, format_nbytes(nbytes), up_to_date
         )
-        batches = iter_batches(
-            self.work.iter_to_do(), count, nbytes, nbytes=lambda job: job.source_size, workers=self.workers
+        self.progress.begin(count)
+        self._fan_out(
+            self._convert(batch)
+            for batch in iter_batches(
+                self.work.iter_to_do(),
+                count,
+                nbytes,
+                nbytes=lambda job: job.source_size,
+                workers=self.runner.width,
+            )
         )
+        self._account_for_the_rest()
+
+    def _fan_out(self, work: Iterable[Work]) -> None:
         self.task_runs += fan_out(
-            (self._convert(batch) for batch in batches),
-            width=self.workers,
-            keep_on=lambda: not (self.fail_fast and self.tally.has_problems),
+            work, width=self.runner.width, keep_on=self._keeps_on, stop=self.running.stop
         )
-        if self.settled < count:
+
+    def _account_for_the_rest(self) -> None:
+        """What the run did not come to is told as well."""
+        if self.settled < self.work.to_do()[0]:
             settled = {entry.path for entry in self.tally.entries}
             left = (job for job in self.work.iter_to_do() if job.path not in settled)
             self.tally.add_all(left, "not_tried")
@@ -134,11 +187,15 @@ class Conversion:
         except StorageError as error:
             self.logger.warning("index of finished work: %s", one_line(str(error)))
 
-    def finish(self, seconds: float) -> State[Any]:
-        """Leave the index, the run record and the table; the state says how it went."""
+    def finish(self) -> State[Any]:
+        """Leave the index, the run record and the artifacts; the state says how it went."""
         self._write_index()
-        self._merge_index()
+        if not self.running.is_stopping:
+            self._merge_index()
         tally = self.tally
+        if reason := self.live.stop_reason:
+            tally.run_problems.append(Problem(tally.dest, "run_stopped", reason))
+        seconds = time.monotonic() - self.began
         flow_run_id = current_flow_run_id()
         summary = tally.summary(seconds)
         options = self.options.to_json() | {"verify": self.options.verify}
@@ -152,8 +209,13 @@ class Conversion:
             summary = tally.summary(seconds)
             folder = ""
         message = tally.message()
+        self.progress.end()
+        if folder:
+            publish_link(
+                f"{self.artifact_key}-report", f"{folder}/report.html", f"Report of run {tally.run_id}"
+            )
         publish_table(
-            ARTIFACT_KEY,
+            self.artifact_key,
             conversion_rows(tally.entries),
             f"**{message}** in {seconds:.1f} s\n\n"
             f"from `{tally.source}` to `{tally.dest}`, run record `{folder}`",
@@ -163,48 +225,78 @@ class Conversion:
             message=message,
             record=folder,
             succeeded=tally.succeeded,
+            interrupted=tally.interrupted,
             task_runs=self.task_runs + 1,  # the run record
         )
         return (Completed if tally.succeeded else Failed)(message=message)
 
-    def _convert(self, jobs: Sequence[Job], retry: int = 0) -> Work:
+    def _submit(self, task: Task[..., Any], *, label: str, **values: Any) -> PrefectFuture[Any]:
+        return self.runner.submit(task, ticket=self.running.ticket, label=label, **values)
+
+    def _convert(self, jobs: Sequence[Job], retry: int = 0, lost: int = 0) -> Work:
         label = self._label(jobs, retry)
 
         def submit() -> PrefectFuture[Any]:
-            return convert_batch.submit(self.live.run_id, label, unexamined(jobs), unexamined(self.options))
+            return self._submit(convert_batch, label=label, jobs=jobs, options=self.options)
 
         def then(state: State[Any]) -> Iterable[Work]:
+            if self._was_lost(jobs, state, lost):
+                yield from (self._convert(part, retry, lost + 1) for part in halves(jobs))
+                return
             staged, again = self._collect(jobs, state, retry)
             if again:
                 yield self._convert(again, retry + 1)
             if staged:
                 by_path = {job.path: job for job in jobs}
-                pairs = [(by_path[outcome.path], outcome.draft or "") for outcome in staged]
-                yield self._verify([job for job, _ in pairs], [draft for _, draft in pairs])
+                yield self._verify([(by_path[outcome.path], outcome) for outcome in staged])
 
         return Work(submit, then, delay=retry_delay(retry) if retry else 0.0)
 
-    def _verify(self, jobs: Sequence[Job], drafts: Sequence[str], retry: int = 0) -> Work:
+    def _verify(self, staged: Sequence[tuple[Job, Outcome]], retry: int = 0, lost: int = 0) -> Work:
+        jobs = [job for job, _ in staged]
         label = self._label(jobs, retry)
 
         def submit() -> PrefectFuture[Any]:
-            return verify_batch.submit(self.live.run_id, label, unexamined(jobs), unexamined(drafts))
+            drafts = [outcome.draft or "" for _, outcome in staged]
+            return self._submit(verify_batch, label=label, jobs=jobs, drafts=drafts)
 
         def then(state: State[Any]) -> Iterable[Work]:
-            _, again = self._collect(jobs, state, retry)
+            if self._was_lost(jobs, state, lost):
+                yield from (self._verify(part, retry, lost + 1) for part in halves(staged))
+                return
+            before = {outcome.path: outcome.seconds for _, outcome in staged}
+            _, again = self._collect(jobs, state, retry, before)
             if again:
-                draft_of = dict(zip((job.path for job in jobs), drafts, strict=True))
-                yield self._verify(again, [draft_of[job.path] for job in again], retry + 1)
+                paths = {job.path for job in again}
+                yield self._verify([pair for pair in staged if pair[0].path in paths], retry + 1)
 
         return Work(submit, then, urgent=True, delay=retry_delay(retry) if retry else 0.0)
 
-    def _collect(self, jobs: Sequence[Job], state: State[Any], retry: int) -> tuple[list[Outcome], list[Job]]:
+    def _was_lost(self, jobs: Sequence[Job], state: State[Any], lost: int) -> bool:
+        """Whether the batch is to be tried again because the process that worked on it is no more."""
+        if not self.runner.is_remote or not state.is_crashed() or self.running.is_stopping:
+            return False
+        if len(jobs) == 1 and lost >= LOST_TRIES:
+            return False
+        self.logger.warning("%s: %s; trying again", self._label(jobs, 0), state.message)
+        return True
+
+    def _collect(
+        self,
+        jobs: Sequence[Job],
+        state: State[Any],
+        retry: int,
+        seconds_before: Mapping[str, float] | None = None,
+    ) -> tuple[list[Outcome], list[Job]]:
         """Settle what is final; return what is to be proven and what is to be tried again."""
         if state.is_completed():
             outcomes: list[Outcome] = state.result()
+        elif self.running.is_stopping:
+            outcomes = [Outcome(job.path, "not_tried") for job in jobs]
         else:
             detail = one_line(f"the task run ended {state.name}: {state.message}")
-            outcomes = [Outcome(job.path, "failed", "internal_error", detail) for job in jobs]
+            reason = "worker_lost" if self.runner.is_remote and state.is_crashed() else "internal_error"
+            outcomes = [Outcome(job.path, "failed", reason, detail) for job in jobs]
         staged, again = [], []
         for job, outcome in zip(jobs, outcomes, strict=True):
             if outcome.kind == "staged":
@@ -213,18 +305,48 @@ class Conversion:
                 again.append(job)
                 self.logger.info("%s will be tried again: %s", job.path, outcome.detail)
             else:
-                self.settled += 1
-                self.tally.add(job, outcome)
-                if outcome.converted is not None and outcome.converted.index_row is not None:
-                    path = self.work.relative_manifest(job)
-                    self._remember([replace(outcome.converted.index_row, manifest=path)])
-                self._announce(job.path, outcome.kind, outcome.reason, outcome.detail, job.source_size)
+                seconds = outcome.seconds + (seconds_before or {}).get(job.path, 0.0)
+                self._settle(job, replace(outcome, seconds=seconds))
+        self.progress.update(self.settled, self.tally.message())
         return staged, again
 
-    def _announce(self, path: str, kind: str, reason: str, detail: str, nbytes: int = 0) -> None:
-        self.live.listener.settled(path, kind, nbytes=nbytes, reason=reason, detail=detail)
-        if reason:
-            self.logger.warning("%s %s: %s: %s", kind, path, reason, detail)
+    def _settle(self, job: Job, outcome: Outcome) -> None:
+        """One checkpoint has its final outcome."""
+        self.settled += 1
+        self.tally.add(job, outcome)
+        facts = outcome.converted
+        if facts is not None and facts.index_row is not None:
+            self._remember([replace(facts.index_row, manifest=self.work.relative_manifest(job))])
+        if self.runner.is_remote and facts is not None:
+            self.live.listener.moved(facts.read_nbytes)
+        self.live.listener.settled(
+            Settled(
+                job.path,
+                outcome.kind,
+                job.source_size,
+                outcome.reason,
+                outcome.detail,
+                outcome.seconds,
+                facts.read_nbytes if facts is not None else 0,
+                facts.written_nbytes if facts is not None else 0,
+            )
+        )
+        if outcome.reason:
+            self.logger.warning("%s %s: %s: %s", outcome.kind, job.path, outcome.reason, outcome.detail)
+        elif self.settled <= LOGGED:
+            written = f", {format_nbytes(facts.written_nbytes)} written" if facts is not None else ""
+            self.logger.info(
+                "%s %s (%s%s) in %.2f s",
+                outcome.kind.replace("_", " "),
+                job.path,
+                format_nbytes(job.source_size),
+                written,
+                outcome.seconds,
+            )
+
+    def _announce(self, path: str, kind: str, reason: str, detail: str) -> None:
+        self.live.listener.settled(Settled(path, kind, reason=reason, detail=detail))
+        self.logger.warning("%s %s: %s: %s", kind, path, reason, detail)
 
     def _label(self, jobs: Sequence[Job], retry: int) -> str:
         nbytes = format_nbytes(sum(job.source_size for job in jobs))

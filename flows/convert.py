@@ -10,7 +10,6 @@ Costs on Prefect's side: at most about 400 task runs and one artifact, however m
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -19,12 +18,13 @@ from prefect.client.schemas.objects import State
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from flows.access import DEFAULT_REQUESTS, join_run, open_work
+from flows.access import DEFAULT_REQUESTS, RunSettings, join_run, running
 from flows.conversion import Conversion
 from flows.fanout import unexamined
 from flows.run_record import new_run_id
+from flows.runners import RunnerName
 from flows.tally import Tally
-from flows.wishes import MAX_WORKERS, build_options, refuse_secrets
+from flows.wishes import MAX_WORKERS, build_options, parse_duration, refuse_secrets
 from ptbin import catalog
 from ptbin.catalog import OutputRule
 from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
@@ -62,8 +62,11 @@ def convert(
     verify: VerifyLevel = "checksum",
     force: bool = False,
     fail_fast: bool = False,
-    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = 2,
+    runner: RunnerName = "threads",
+    runner_address: str | None = None,
+    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] | None = None,
     max_requests: Annotated[int, Field(ge=1)] = DEFAULT_REQUESTS,
+    deadline: str | float | None = None,
     source_options: str | None = None,
     dest_options: str | None = None,
     run_id: str | None = None,
@@ -88,20 +91,23 @@ def convert(
         force=force,
     )
     refuse_secrets(source, dest)
-    started = time.monotonic()
-    with (
-        join_run(run_id or new_run_id(), source_options, dest_options) as live,
-        open_work(live, dest, max_requests),
-    ):
+    settings = RunSettings(
+        runner,
+        runner_address,
+        workers,
+        max_requests,
+        parse_duration(deadline) if deadline is not None else None,
+        source_options,
+        dest_options,
+    )
+    with join_run(run_id or new_run_id(), source_options, dest_options) as live:
         catalog.check_call(source, dest, source_options=live.source_options, dest_options=live.dest_options)
-        rule = OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout)
-        problems = list_checkpoints(
-            live.run_id, source, unexamined(rule), unexamined(options), list(include), list(exclude)
-        )
-        if not problems and not work_of(live).count():
-            raise UsageError(f"no checkpoints to convert below SOURCE: {source}")
-        conversion = Conversion(live, options, Tally(live.run_id, source, dest), workers, fail_fast)
-        conversion.refuse(problems)
-        conversion.drop_up_to_date()
-        conversion.run()
-        return conversion.finish(time.monotonic() - started)
+        with running(live, dest, settings) as run:
+            rule = OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout)
+            problems = list_checkpoints(
+                live.run_id, source, unexamined(rule), unexamined(options), list(include), list(exclude)
+            )
+            if not problems and not work_of(live).count():
+                raise UsageError(f"no checkpoints to convert below SOURCE: {source}")
+            conversion = Conversion(run, options, Tally(live.run_id, source, dest), fail_fast)
+            return conversion.carry_out(problems)

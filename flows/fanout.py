@@ -7,6 +7,7 @@ for a store to recover waits here and not in a worker's slot. Knows futures, not
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import queue
@@ -17,11 +18,14 @@ from typing import Any, TypeVar, cast
 
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
+from prefect.states import Crashed
 from prefect.utilities.annotations import quote
 
 __all__ = ["Work", "fan_out", "unexamined"]
 
 Value = TypeVar("Value")
+
+DRAIN_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +40,18 @@ class Work:
     """Seconds to wait before it may start."""
 
 
-def fan_out(work: Iterable[Work], *, width: int, keep_on: Callable[[], bool] = lambda: True) -> int:
+def fan_out(
+    work: Iterable[Work],
+    *,
+    width: int,
+    keep_on: Callable[[], bool] = lambda: True,
+    stop: Callable[[], object] = lambda: None,
+) -> int:
     """Run the work and all that follows from it, `width` wide; return how many task runs that were.
 
-    Once `keep_on` says no, only urgent work is still started. What is raised in `then` ends the loop:
-    Prefect's runner then drops what has not begun and waits for what has.
+    Once `keep_on` says no, only urgent work is still started. An interrupt, and whatever else is raised here
+    or in `then`, ends the loop: `stop` is called, which is to tell what is under way, and what that comes to
+    within `DRAIN_SECONDS` is still heard; then the error goes on.
     """
     order = itertools.count()
     ready: list[tuple[bool, int, Work]] = []
@@ -71,7 +82,9 @@ def fan_out(work: Iterable[Work], *, width: int, keep_on: Callable[[], bool] = l
             add([piece])
         return heapq.heappop(ready)[2]
 
-    while True:
+    def go_on() -> bool:
+        """One round: start what fits, hear of one that ended. False: there is nothing left."""
+        nonlocal coming, ready, waiting, started
         while waiting and waiting[0][0] <= time.monotonic():
             piece = heapq.heappop(waiting)[2]
             heapq.heappush(ready, (not piece.urgent, next(order), piece))
@@ -87,14 +100,37 @@ def fan_out(work: Iterable[Work], *, width: int, keep_on: Callable[[], bool] = l
             running[future] = next_one
             future.add_done_callback(hear)
         if not running and not waiting:
-            return started
+            return False
         timeout = max(0.0, waiting[0][0] - time.monotonic()) if waiting and len(running) < width else None
         try:
             future = finished.get(timeout=timeout)
         except queue.Empty:
-            continue
+            return True
+        add(running.pop(future).then(_final_state(future)))
+        return True
+
+    try:
+        while go_on():
+            pass
+    except BaseException:
+        stop()
+        deadline = time.monotonic() + DRAIN_SECONDS
+        with contextlib.suppress(queue.Empty):
+            while running:
+                future = finished.get(timeout=max(0.0, deadline - time.monotonic()))
+                list(running.pop(future).then(_final_state(future)))  # what follows is not begun
+        raise
+    return started
+
+
+def _final_state(future: PrefectFuture[Any]) -> State[Any]:
+    """How a task run ended; one that its engine lost, with the process it was in, has crashed."""
+    try:
         future.wait()
-        add(running.pop(future).then(future.state))
+        state = future.state
+    except Exception as error:  # noqa: BLE001 - each engine has errors of its own for this
+        return Crashed(message=f"{type(error).__name__}: {error}")
+    return state if state.is_final() else Crashed(message="its worker was lost")
 
 
 def unexamined(value: Value) -> Value:

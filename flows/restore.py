@@ -6,7 +6,6 @@ Only the work of a batch differs, and that it is proven as part of it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
@@ -17,19 +16,19 @@ from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from flows.access import DEFAULT_REQUESTS, join_run, open_work
-from flows.conversion import Conversion
+from flows.access import DEFAULT_REQUESTS, Running, RunSettings, join_run, running
+from flows.conversion import Conversion, halves
 from flows.fanout import Work, unexamined
 from flows.run_record import new_run_id
+from flows.runners import RunnerName
 from flows.tally import Tally
-from flows.wishes import MAX_WORKERS, refuse_secrets
+from flows.wishes import MAX_WORKERS, parse_duration, refuse_secrets
 from ptbin import RestoreOptions, catalog
 from ptbin.catalog import Job, OutputRule
 from ptbin.errors import UsageError
 from ptbin.options import Naming
 from ptbin.restoring.restore import SaveAs
 from tasks.listing import list_checkpoints, work_of
-from tasks.live import LiveRun
 from tasks.restoring import restore_batch
 from tasks.retrying import retry_delay
 
@@ -39,21 +38,22 @@ __all__ = ["restore"]
 class Restoration(Conversion):
     """A conversion whose batches restore."""
 
-    def __init__(
-        self, live: LiveRun, options: RestoreOptions, tally: Tally, workers: int, fail_fast: bool
-    ) -> None:
-        super().__init__(live, options.conversion(), tally, workers, fail_fast)
+    artifact_key = "ptbin-restore"
+
+    def __init__(self, run: Running, options: RestoreOptions, tally: Tally, fail_fast: bool) -> None:
+        super().__init__(run, options.conversion(), tally, fail_fast)
         self.restore_options = options
 
-    def _convert(self, jobs: Sequence[Job], retry: int = 0) -> Work:
+    def _convert(self, jobs: Sequence[Job], retry: int = 0, lost: int = 0) -> Work:
         label = self._label(jobs, retry)
 
         def submit() -> PrefectFuture[Any]:
-            return restore_batch.submit(
-                self.live.run_id, label, unexamined(jobs), unexamined(self.restore_options)
-            )
+            return self._submit(restore_batch, label=label, jobs=jobs, options=self.restore_options)
 
         def then(state: State[Any]) -> Iterable[Work]:
+            if self._was_lost(jobs, state, lost):
+                yield from (self._convert(part, retry, lost + 1) for part in halves(jobs))
+                return
             _, again = self._collect(jobs, state, retry)
             if again:
                 yield self._convert(again, retry + 1)
@@ -84,8 +84,11 @@ def restore(
     naming: Naming = "replace",
     force: bool = False,
     fail_fast: bool = False,
-    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = 2,
+    runner: RunnerName = "threads",
+    runner_address: str | None = None,
+    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] | None = None,
     max_requests: Annotated[int, Field(ge=1)] = DEFAULT_REQUESTS,
+    deadline: str | float | None = None,
     source_options: str | None = None,
     dest_options: str | None = None,
     run_id: str | None = None,
@@ -107,26 +110,25 @@ def restore(
         force=force,
     )
     refuse_secrets(source, dest)
-    started = time.monotonic()
-    with (
-        join_run(run_id or new_run_id(), source_options, dest_options) as live,
-        open_work(live, dest, max_requests),
-    ):
+    settings = RunSettings(
+        runner,
+        runner_address,
+        workers,
+        max_requests,
+        parse_duration(deadline) if deadline is not None else None,
+        source_options,
+        dest_options,
+    )
+    # A model's code may have changed: what it made is never up to date.
+    wishes = replace(options.conversion(), force=force or model is not None)
+    rule = OutputRule(dest, naming, ".pt")
+    with join_run(run_id or new_run_id(), source_options, dest_options) as live:
         catalog.check_call(source, dest, source_options=live.source_options, dest_options=live.dest_options)
-        # A model's code may have changed: what it made is never up to date.
-        wishes = replace(options.conversion(), force=force or model is not None)
-        problems = list_checkpoints(
-            live.run_id,
-            source,
-            unexamined(OutputRule(dest, naming, ".pt")),
-            unexamined(wishes),
-            list(include),
-            list(exclude),
-        )
-        if not problems and not work_of(live).count():
-            raise UsageError(f"no weights to restore below SOURCE: {source}")
-        restoration = Restoration(live, options, Tally(live.run_id, source, dest), workers, fail_fast)
-        restoration.refuse(problems)
-        restoration.drop_up_to_date()
-        restoration.run()
-        return restoration.finish(time.monotonic() - started)
+        with running(live, dest, settings) as run:
+            problems = list_checkpoints(
+                live.run_id, source, unexamined(rule), unexamined(wishes), list(include), list(exclude)
+            )
+            if not problems and not work_of(live).count():
+                raise UsageError(f"no weights to restore below SOURCE: {source}")
+            tally = Tally(live.run_id, source, dest, kind="restore")
+            return Restoration(run, options, tally, fail_fast).carry_out(problems)

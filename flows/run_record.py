@@ -42,7 +42,10 @@ def record_files(
     """
     record = {
         "schema_version": 1,
+        "kind": tally.kind,
         **summary,
+        "message": tally.message(),
+        "interrupted": tally.interrupted,
         "not_checkpoints": tally.count("not_a_checkpoint"),
         "not_tried": tally.count("not_tried"),
         "not_listed": tally.not_listed,
@@ -91,12 +94,21 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
         "size": entry.nbytes,
         "outcome": entry.outcome,
     }
+    if entry.seconds:
+        row["seconds"] = round(entry.seconds, 3)
     if entry.reason:
         row |= {"reason": entry.reason, "detail": entry.detail}
     if entry.converted is not None:
         row |= {
             "manifest": entry.converted.manifest_uri,
             "tensors": entry.converted.tensors,
+            "read_bytes": entry.converted.read_nbytes,
+            "written_bytes": entry.converted.written_nbytes,
+            "copied_bytes": entry.converted.copied_nbytes,
+            "weights_bytes": entry.converted.weights_nbytes,
+            "left_out": entry.converted.left_out,
+            "verdict": entry.converted.verdict,
+            "globals": list(entry.converted.unsafe_globals),
             "outputs": [
                 {"path": output.path, "size": output.size, "sha256": output.sha256}
                 for output in entry.converted.outputs

@@ -31,6 +31,7 @@ class Entry:
     reason: str = ""
     detail: str = ""
     converted: Converted | None = None
+    seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -43,6 +44,9 @@ class Tally:
     entries: list[Entry] = field(default_factory=list)
     """What was worked on; of what was not, the first `LISTED` of each kind."""
     counts: Counter[str] = field(default_factory=Counter)
+    interrupted: bool = False
+    kind: str = "convert"
+    """Of the run: `convert`, `restore`, `sync`."""
     run_problems: list[Problem] = field(default_factory=list)
     """Problems of the run itself, such as a run record that could not be written."""
 
@@ -56,6 +60,7 @@ class Tally:
                 outcome.reason,
                 outcome.detail,
                 outcome.converted,
+                outcome.seconds,
             )
         )
 
@@ -86,7 +91,7 @@ class Tally:
     @property
     def succeeded(self) -> bool:
         bad = self.count("rejected") + self.count("failed") + self.count("not_tried")
-        return bad == 0 and not self.run_problems
+        return bad == 0 and not self.run_problems and not self.interrupted
 
     @property
     def has_problems(self) -> bool:
@@ -112,7 +117,7 @@ class Tally:
         if left := self.count("not_tried"):
             parts.append(f"not tried {left}")
         parts.extend(f"{problem.reason}: {problem.detail}" for problem in self.run_problems)
-        return ", ".join(parts)
+        return ("interrupted: " if self.interrupted else "") + ", ".join(parts)
 
     def summary(self, seconds: float) -> dict[str, Any]:
         """The `--json` document of `convert`; byte counts are of the checkpoints converted in this run."""

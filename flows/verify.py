@@ -16,17 +16,18 @@ from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from flows.access import join_run
+from flows.access import Running, RunSettings, join_run, running
 from flows.artifacts import publish_table, verification_rows
 from flows.batches import plan_batches
-from flows.fanout import Work, fan_out, unexamined
+from flows.fanout import Work, fan_out
 from flows.run_record import new_run_id
+from flows.runners import RunnerName
 from flows.wishes import MAX_WORKERS, refuse_secrets
 from ptbin.errors import UsageError
 from ptbin.options import VerifyLevel
 from tasks.checking import verify_manifests
 from tasks.listing import list_manifests, list_orphans
-from tasks.live import LiveRun
+from tasks.live import Settled
 from tasks.outcomes import ManifestVerdict, one_line
 from tasks.retrying import RETRIES, retry_delay
 
@@ -45,7 +46,9 @@ def verify(
     dest: str,
     *,
     level: VerifyLevel = "checksum",
-    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = 2,
+    runner: RunnerName = "threads",
+    runner_address: str | None = None,
+    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] | None = None,
     source_options: str | None = None,
     dest_options: str | None = None,
     run_id: str | None = None,
@@ -61,7 +64,11 @@ def verify(
         orphans = list_orphans(live.run_id, dest)
         if not manifests and not orphans:
             raise UsageError(f"nothing to verify below DEST, neither manifests nor outputs: {dest}")
-        verdicts, task_runs = _verify_all(live, manifests, level, workers)
+        settings = RunSettings(
+            runner, runner_address, workers, source_options=source_options, dest_options=dest_options
+        )
+        with running(live, None, settings) as run:
+            verdicts, task_runs = _verify_all(run, manifests, level)
         issues = [orphan_issue(uri) for uri in orphans]
         issues += [issue for verdict in verdicts for issue in verdict.issues]
         proven = sorted(verdict.manifest_uri for verdict in verdicts if not verdict.issues)
@@ -97,9 +104,10 @@ def orphan_issue(uri: str) -> dict[str, Any]:
 
 
 def _verify_all(
-    live: LiveRun, manifests: Sequence[str], level: VerifyLevel, workers: int
+    run: Running, manifests: Sequence[str], level: VerifyLevel
 ) -> tuple[list[ManifestVerdict], int]:
     """One final verdict per manifest, and the number of task runs that took."""
+    live = run.live
     final: list[ManifestVerdict] = []
     logger = get_run_logger()
     live.listener.planned(len(manifests), 0, 0)
@@ -123,11 +131,12 @@ def _verify_all(
                 final.append(verdict)
                 first = verdict.issues[0] if verdict.issues else {"reason": "", "detail": ""}
                 live.listener.settled(
-                    verdict.manifest_uri,
-                    "failed" if verdict.issues else "proven",
-                    nbytes=0,
-                    reason=first["reason"],
-                    detail=first["detail"],
+                    Settled(
+                        verdict.manifest_uri,
+                        "failed" if verdict.issues else "proven",
+                        reason=first["reason"],
+                        detail=first["detail"],
+                    )
                 )
                 for issue in verdict.issues:
                     logger.warning("%s: %s: %s", issue["reason"], issue["uri"], issue["detail"])
@@ -135,12 +144,18 @@ def _verify_all(
                 yield check(again, retry + 1)
 
         return Work(
-            lambda: verify_manifests.submit(live.run_id, label, unexamined(uris), level),
+            lambda: run.runner.submit(
+                verify_manifests,
+                ticket=run.ticket,
+                label=label,
+                manifest_uris=uris,
+                level=level,
+            ),
             then,
             delay=retry_delay(retry) if retry else 0.0,
         )
 
     # Sizes stand in the manifests, which are not read twice: batches go by count alone.
-    batches = plan_batches(manifests, nbytes=lambda _: 0, workers=workers)
-    task_runs = fan_out(map(check, batches), width=workers)
+    batches = plan_batches(manifests, nbytes=lambda _: 0, workers=run.runner.width)
+    task_runs = fan_out(map(check, batches), width=run.runner.width, stop=run.stop)
     return final, task_runs

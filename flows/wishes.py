@@ -10,9 +10,9 @@ from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions
 from ptbin.stores import public_uri
 
-__all__ = ["MAX_WORKERS", "build_options", "parse_size", "refuse_secrets"]
+__all__ = ["MAX_WORKERS", "build_options", "parse_duration", "parse_size", "refuse_secrets"]
 
-MAX_WORKERS = 64
+MAX_WORKERS = 256
 
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -31,6 +31,24 @@ def parse_size(text: str | int) -> int:
     if match is None or unit is None:
         raise UsageError(f"{text!r} is no size; examples: 500MB, 5GB, 2GiB")
     return int(float(match[1]) * unit)
+
+
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)")
+
+
+def parse_duration(text: str | float) -> float:
+    """Seconds: a number, or one with a unit of `s`, `m`, `h`, `d`; several add up (`1h30m`).
+
+    Raises:
+        UsageError: anything else, or nothing at all.
+    """
+    rest = str(text).replace(" ", "")
+    parts = _DURATION.findall(rest)
+    seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != rest or seconds <= 0:
+        raise UsageError(f"{text!r} is no duration; examples: 90, 45m, 6h, 1h30m")
+    return seconds
 
 
 def build_options(

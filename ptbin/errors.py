@@ -16,6 +16,7 @@ __all__ = [
     "CheckpointError",
     "ChecksumMismatchError",
     "CorruptArchiveError",
+    "DestinationBusyError",
     "EmptyFileError",
     "LimitExceededError",
     "ModelMismatchError",
@@ -163,6 +164,12 @@ class UsageError(PtbinError, ValueError):
     """The call itself is wrong; nothing was written."""
 
     reason = "usage_error"
+
+
+class DestinationBusyError(UsageError):
+    """Another run works on this destination."""
+
+    reason = "destination_busy"
 
 
 class VerificationError(PtbinError, ValueError):

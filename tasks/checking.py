@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 import ptbin
 from ptbin.errors import PtbinError
 from ptbin.options import VerifyLevel
-from tasks.live import LiveRun, find_live_run
+from tasks.live import LiveRun, Ticket, enter_run
 from tasks.outcomes import ManifestVerdict, one_line
 from tasks.retrying import is_transient
 
@@ -28,11 +28,11 @@ __all__ = ["verify_manifests"]
     persist_result=False,
 )
 def verify_manifests(
-    run_id: str, label: str, manifest_uris: Sequence[str], level: VerifyLevel
+    ticket: Ticket, label: str, manifest_uris: Sequence[str], level: VerifyLevel
 ) -> list[ManifestVerdict]:
     """Read back what each manifest vouches for; one verdict per manifest, in order."""
     del label
-    live = find_live_run(run_id)
+    live = enter_run(ticket)
     return [_verify(live, uri, level) for uri in manifest_uris]
 
 

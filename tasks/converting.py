@@ -18,8 +18,9 @@ from ptbin.errors import NotACheckpointError
 from ptbin.manifest import manifest_uri
 from ptbin.options import ConvertOptions
 from ptbin.stores.limits import limit_requests
-from tasks.live import LiveRun, find_live_run
+from tasks.live import LiveRun, Ticket, enter_run
 from tasks.outcomes import Converted, Outcome, outcome_of_error
+from tasks.stepping import each
 
 __all__ = ["convert_batch", "verify_batch"]
 
@@ -31,11 +32,11 @@ __all__ = ["convert_batch", "verify_batch"]
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def convert_batch(run_id: str, label: str, jobs: Sequence[Job], options: ConvertOptions) -> list[Outcome]:
+def convert_batch(ticket: Ticket, label: str, jobs: Sequence[Job], options: ConvertOptions) -> list[Outcome]:
     """Write the output of each job; one outcome per job, in order, `staged` where it was written."""
     del label
-    live = find_live_run(run_id)
-    return [_stage(live, job, options) for job in jobs]
+    live = enter_run(ticket)
+    return each(jobs, lambda job: _stage(live, job, options))
 
 
 @task(
@@ -45,11 +46,12 @@ def convert_batch(run_id: str, label: str, jobs: Sequence[Job], options: Convert
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def verify_batch(run_id: str, label: str, jobs: Sequence[Job], drafts: Sequence[str]) -> list[Outcome]:
+def verify_batch(ticket: Ticket, label: str, jobs: Sequence[Job], drafts: Sequence[str]) -> list[Outcome]:
     """Prove each draft against its source and write its manifest; one outcome per job, in order."""
     del label
-    live = find_live_run(run_id)
-    return [_commit(live, job, draft) for job, draft in zip(jobs, drafts, strict=True)]
+    live = enter_run(ticket)
+    draft_of = {job.path: draft for job, draft in zip(jobs, drafts, strict=True)}
+    return each(jobs, lambda job: _commit(live, job, draft_of[job.path]))
 
 
 def _stage(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:

@@ -1,9 +1,9 @@
-"""What a run's tasks share in memory and Prefect must never see: storage options, progress, the stop sign.
+"""What a run's tasks share and Prefect must never see: storage options, progress, the stop sign.
 
 Task and flow parameters are stored on Prefect's server and shown in its UI, so secrets cannot be among
-them. A flow opens a `LiveRun` under its run id; its tasks, threads of the same process, find it there.
-A task runner in other processes would need another way (a block that the task loads itself); the
-lookup says so instead of running without credentials.
+them. A flow opens a `LiveRun` under its run id; tasks that are threads of the same process find it there. A
+task in another process gets a `Ticket` and makes a live run of its own from it, which it shares with all
+tasks of that run in its process, and which hears from the run's lease on DEST when to stop.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tasks.credentials import Credentials
+
 if TYPE_CHECKING:
     from ptbin.catalog.worklist import WorkList
     from ptbin.stores.limits import RequestLimit
 
-__all__ = ["Interrupted", "Listener", "LiveRun", "find_live_run", "is_open", "open_live_run"]
+__all__ = [
+    "Interrupted", "Listener", "LiveRun", "Settled", "Ticket", "enter_run", "find_live_run", "is_open",
+    "open_live_run", "stop_all",
+]  # fmt: skip
 
 
 class Interrupted(BaseException):
@@ -27,6 +32,20 @@ class Interrupted(BaseException):
     Not an `Exception`: nothing between the callback and the task may take it for an error of the
     checkpoint. Writers abort on their way out, so no output appears.
     """
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What became of one file, and what it took: its size, bytes read and written, seconds of work."""
+
+    path: str
+    kind: str
+    nbytes: int = 0
+    reason: str = ""
+    detail: str = ""
+    seconds: float = 0.0
+    read_nbytes: int = 0
+    written_nbytes: int = 0
 
 
 class Listener:
@@ -38,8 +57,23 @@ class Listener:
     def moved(self, nbytes: int) -> None:
         """So many bytes were moved or read back since the last call."""
 
-    def settled(self, path: str, kind: str, *, nbytes: int, reason: str = "", detail: str = "") -> None:
-        """One file of that size has its outcome."""
+    def settled(self, file: Settled) -> None:
+        """One file has its outcome."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What a task needs to take part in a run, wherever it is worked on. Its `repr` shows no options."""
+
+    run_id: str
+    source: Credentials = field(default_factory=Credentials, repr=False)
+    dest: Credentials = field(default_factory=Credentials, repr=False)
+    requests: int | None = None
+    """How many requests each process of the run may have under way."""
+    lease: str | None = None
+    """URI of the run's lease on DEST."""
+    goes_out: bool = False
+    """Whether it is for other processes; else the run must be open where the task is."""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,10 +85,12 @@ class LiveRun:
     dest_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     listener: Listener = field(default_factory=Listener, repr=False)
     stopping: threading.Event = field(default_factory=threading.Event, repr=False)
+    stop_reason: str = field(default="", repr=False)
+    """Why a run stops that nobody interrupted: its deadline has passed, its lease is lost."""
     work: WorkList | None = field(default=None, repr=False)
     """What the run is to do; its flow opens it, the listing fills it."""
     requests: RequestLimit | None = field(default=None, repr=False)
-    """How many requests all tasks of the run may have under way together."""
+    """How many requests all tasks of the run in this process may have under way together."""
     summary: dict[str, Any] = field(default_factory=dict, repr=False)
     """Filled by the flow at its end, for the process that started it."""
 
@@ -68,8 +104,14 @@ class LiveRun:
             raise Interrupted(self.run_id)
         self.listener.moved(nbytes)
 
+    def stop(self, reason: str) -> None:
+        """Begin nothing new and give up what is under way."""
+        self.stop_reason = self.stop_reason or reason
+        self.stopping.set()
+
 
 _runs: dict[str, LiveRun] = {}
+_lock = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -92,10 +134,49 @@ def find_live_run(run_id: str) -> LiveRun:
     try:
         return _runs[run_id]
     except KeyError:
-        raise LookupError(
-            f"run {run_id} is not open in this process: its tasks must run as threads"
-        ) from None
+        raise LookupError(f"run {run_id} is not open in this process") from None
 
 
 def is_open(run_id: str) -> bool:
     return run_id in _runs
+
+
+def enter_run(ticket: Ticket) -> LiveRun:
+    """The run of that ticket as this process knows it; another process's run is joined.
+
+    Raises:
+        UsageError: its credentials cannot be had here.
+        LookupError: it was to be open in this process, and is not.
+    """
+    if not ticket.goes_out:
+        return find_live_run(ticket.run_id)
+    from ptbin.stores.limits import RequestLimit
+
+    with _lock:
+        if (live := _runs.get(ticket.run_id)) is not None:
+            return live
+        live = LiveRun(ticket.run_id, ticket.source.load(), ticket.dest.load())
+        if ticket.requests is not None:
+            live.requests = RequestLimit(ticket.requests)
+        if ticket.lease is None:
+            return live  # nothing would tell when to forget it
+        _runs[ticket.run_id] = live
+    _watch(live, ticket.lease)
+    return live
+
+
+def _watch(live: LiveRun, lease: str) -> None:
+    from ptbin.catalog.lease import LeaseWatch
+
+    def stop() -> None:
+        live.stopping.set()
+        with _lock:
+            _runs.pop(live.run_id, None)
+
+    LeaseWatch(lease, live.dest_options, stop)
+
+
+def stop_all() -> None:
+    """Stop every run that this process takes part in: the process that it works for is gone."""
+    for live in list(_runs.values()):
+        live.stopping.set()

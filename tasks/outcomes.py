@@ -6,7 +6,8 @@ checksum list and the artifact need.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ptbin.catalog.finished import FinishedRow, identity_text, row_of
@@ -16,8 +17,12 @@ from tasks.retrying import is_transient
 
 __all__ = ["Converted", "Kind", "ManifestVerdict", "Outcome", "StoredFile", "outcome_of_error"]
 
-Kind = Literal["staged", "converted", "not_a_checkpoint", "rejected", "failed"]
+Kind = Literal[
+    "staged", "converted", "copied", "deleted", "not_a_checkpoint", "not_tried", "rejected", "failed"
+]
 DETAIL_LENGTH = 500
+NAMED_GLOBALS = 10
+_OPTIMIZER = re.compile(r"optim|exp_avg|momentum_buffer", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,11 @@ class Converted:
     """Of what was written, what an object store copied by itself."""
     index_row: FinishedRow | None = None
     """What the index of finished work is to remember, but for the path, which only the run knows."""
+    weights_nbytes: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Bytes of the source that did not go along: of the optimizer, and other."""
+    verdict: str = ""
+    unsafe_globals: tuple[str, ...] = ()
 
     @classmethod
     def from_manifest(
@@ -58,6 +68,16 @@ class Converted:
             written_nbytes=int(manifest.get("bytes_written") or 0),
             copied_nbytes=int(manifest.get("bytes_copied_in_store") or 0),
             index_row=row_of(manifest, "", identity_text(identity)) if identity is not None else None,
+            weights_nbytes=sum(
+                int(tensor["nbytes"]) for tensor in manifest["tensors"] if not tensor.get("shares_with")
+            ),
+            left_out=_left_out(manifest),
+            verdict=str(manifest.get("safety") or ""),
+            unsafe_globals=tuple(
+                f"{item['module']}.{item['name']}"
+                for item in manifest.get("globals", ())
+                if item["verdict"] == "unsafe"
+            )[:NAMED_GLOBALS],
         )
 
 
@@ -72,6 +92,8 @@ class Outcome:
     transient: bool = False
     draft: str | None = None
     converted: Converted | None = None
+    seconds: float = 0.0
+    """What was spent on it in this step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +117,14 @@ def outcome_of_error(path: str, error: Exception) -> Outcome:
         one_line(str(error)),
         transient=is_transient(error),
     )
+
+
+def _left_out(manifest: dict[str, Any]) -> dict[str, int]:
+    """Bytes of the source that are neither the output's weights nor unaccounted framing, by what they are."""
+    named = {"optimizer": 0, "other": 0}
+    for item in manifest.get("left_out", ()):
+        named["optimizer" if _OPTIMIZER.search(item["path"]) else "other"] += int(item["nbytes"])
+    return named
 
 
 def one_line(text: str) -> str:

@@ -13,8 +13,9 @@ from ptbin.catalog import Job
 from ptbin.errors import NotACheckpointError
 from ptbin.manifest import manifest_uri
 from ptbin.stores.limits import limit_requests
-from tasks.live import LiveRun, find_live_run
+from tasks.live import LiveRun, Ticket, enter_run
 from tasks.outcomes import Converted, Outcome, outcome_of_error
+from tasks.stepping import each
 
 __all__ = ["restore_batch"]
 
@@ -26,11 +27,11 @@ __all__ = ["restore_batch"]
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def restore_batch(run_id: str, label: str, jobs: Sequence[Job], options: RestoreOptions) -> list[Outcome]:
+def restore_batch(ticket: Ticket, label: str, jobs: Sequence[Job], options: RestoreOptions) -> list[Outcome]:
     """Restore each job, proven and with its manifest; one outcome per job, in order."""
     del label
-    live = find_live_run(run_id)
-    return [_restore(live, job, options) for job in jobs]
+    live = enter_run(ticket)
+    return each(jobs, lambda job: _restore(live, job, options))
 
 
 def _restore(live: LiveRun, job: Job, options: RestoreOptions) -> Outcome:

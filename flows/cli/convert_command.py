@@ -12,9 +12,9 @@ import click
 
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import Problems, showing_progress
-from flows.cli.shared_options import Shared, shared_options
-from flows.cli.summary import JSON_KEYS, conversion_lines, plan_lines, single_lines
-from flows.wishes import MAX_WORKERS, build_options, refuse_secrets
+from flows.cli.shared_options import Shared, run_options, shared_options, split_options
+from flows.cli.summary import JSON_KEYS, conversion_lines, plan_lines, single_lines, tell_summary
+from flows.wishes import build_options, refuse_secrets
 from ptbin.dtypes import CAST_NAMES
 from ptbin.errors import StorageError, UsageError
 
@@ -101,23 +101,7 @@ Exit status: 0 all converted or up to date; 1 some were rejected or failed;
 )
 @click.option("--force", is_flag=True, help="Convert even what is up to date.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, write nothing.")
-@click.option("--fail-fast", is_flag=True, help="Begin nothing new after the first problem.")
-@click.option(
-    "--workers",
-    type=click.IntRange(1, MAX_WORKERS),
-    default=2,
-    show_default=True,
-    metavar="N",
-    help="Batches worked on at once.",
-)
-@click.option(
-    "--max-requests",
-    type=click.IntRange(min=1),
-    default=64,
-    show_default=True,
-    metavar="N",
-    help="Requests to S3 under way at once, of the whole run.",
-)
+@run_options
 @shared_options
 def convert_command(
     source: str,
@@ -138,13 +122,10 @@ def convert_command(
     on_unsafe: str,
     force: bool,
     dry_run: bool,
-    fail_fast: bool,
-    workers: int,
-    max_requests: int,
-    **shared_values: Any,
+    **values: Any,
 ) -> int:
     """Convert SOURCE, one checkpoint or a whole store of them, into DEST."""
-    shared = Shared(**shared_values)
+    carrying_out, shared = split_options(values)
     wishes: dict[str, Any] = {
         "format": output_format,
         "layout": layout,
@@ -199,18 +180,11 @@ def convert_command(
                 include=list(include),
                 exclude=list(exclude),
                 naming=naming,
-                fail_fast=fail_fast,
-                workers=workers,
-                max_requests=max_requests,
+                **carrying_out,
                 **wishes,
             )
         lines = conversion_lines(summary)
-    if shared.as_json:
-        print_json({key: summary[key] for key in JSON_KEYS})
-    elif not shared.quiet:
-        for line in lines:
-            print_line(line)
-    return 0 if summary["succeeded"] else 1
+    return tell_summary(summary, JSON_KEYS, lines, shared)
 
 
 def _single_checkpoint(source: str, dest: str, shared: Shared) -> Found | None:
@@ -279,6 +253,7 @@ def _convert_one(
 def _outcome_of(job: Job, run_id: str, options: ConvertOptions, shared: Shared, listener: Problems) -> Any:
     import ptbin
     from ptbin.manifest import manifest_uri
+    from tasks.live import Settled
     from tasks.outcomes import Converted, Outcome, outcome_of_error
 
     listener.planned(1, job.source_size, 0)
@@ -294,9 +269,7 @@ def _outcome_of(job: Job, run_id: str, options: ConvertOptions, shared: Shared, 
         )
     except (ptbin.errors.CheckpointError, ptbin.errors.VerificationError, StorageError) as error:
         outcome = outcome_of_error(job.path, error)
-        listener.settled(
-            job.path, outcome.kind, nbytes=job.source_size, reason=outcome.reason, detail=outcome.detail
-        )
+        listener.settled(Settled(job.path, outcome.kind, job.source_size, outcome.reason, outcome.detail))
         return outcome
     return Outcome(
         job.path, "converted", converted=Converted.from_manifest(manifest, manifest_uri(job.dest_uri))

@@ -18,7 +18,8 @@ def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **param
 
     Raises:
         PtbinError: what the flow raised before it came to a summary.
-        KeyboardInterrupt: the run was interrupted; Prefect has recorded it as crashed.
+        KeyboardInterrupt: the run was interrupted before it had anything to account for; what it comes to
+            later has a summary all the same, with `interrupted` set. Prefect has recorded it as crashed.
     """
     if shared.log_level in {"debug", "info"}:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", shared.log_level.upper())
@@ -34,8 +35,10 @@ def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **param
         listener.stage("looking at SOURCE and DEST" if name != "verify" else "looking at DEST")
         try:
             state = flow(**parameters, run_id=run_id, return_state=True)
-        except TerminationSignal as error:  # Prefect's own handler of SIGTERM, while a flow runs
-            raise KeyboardInterrupt from error
+        except (KeyboardInterrupt, TerminationSignal) as error:  # the latter is Prefect's, of SIGTERM
+            if not live.summary.get("interrupted"):
+                raise KeyboardInterrupt from error
+            return live.summary
         finally:
             complete = server.settle(live.summary.get("flow_run_id"), live.summary.get("task_runs"))
         if state.is_crashed():

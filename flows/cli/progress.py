@@ -7,17 +7,20 @@ read, so the bar counts whole files by their size as they are done, and the byte
 from __future__ import annotations
 
 import contextlib
+import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 from flows.cli.printing import print_error, printable
 from flows.cli.shared_options import Shared
 from flows.units import format_nbytes, short_detail
-from tasks.live import Listener
+from tasks.live import Listener, Settled
 
-__all__ = ["BarProgress", "PlainProgress", "Problems", "showing_progress"]
+__all__ = ["BarProgress", "JsonLines", "PlainProgress", "Problems", "showing_progress"]
 
 LINE_SECONDS = 5.0
 
@@ -28,19 +31,19 @@ class Problems(Listener):
     def stage(self, text: str) -> None:
         """Say what is being waited for before anything can be counted."""
 
-    def settled(self, path: str, kind: str, *, nbytes: int, reason: str = "", detail: str = "") -> None:
-        del nbytes
-        if reason:
-            self.tell(f"{kind} {path}: {reason}: {short_detail(path, detail)}")
+    def settled(self, file: Settled) -> None:
+        if file.reason:
+            self.tell(f"{file.kind} {file.path}: {file.reason}: {short_detail(file.path, file.detail)}")
 
     def tell(self, text: str) -> None:
         print_error(text, kind="ptbin")
 
 
 class PlainProgress(Problems):
-    """A line now and then."""
+    """A line now and then; with `each` also one for every file that is done."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, each: bool = False) -> None:
+        self._each = each
         self._lock = threading.Lock()
         self._files = self._files_done = self._nbytes_moved = 0
         self._told_at = time.monotonic()
@@ -62,8 +65,10 @@ class PlainProgress(Problems):
             self._nbytes_moved += nbytes
         self._tell_sometimes()
 
-    def settled(self, path: str, kind: str, *, nbytes: int, reason: str = "", detail: str = "") -> None:
-        super().settled(path, kind, nbytes=nbytes, reason=reason, detail=detail)
+    def settled(self, file: Settled) -> None:
+        super().settled(file)
+        if self._each and not file.reason:
+            self.tell(_checkpoint_line(file))
         with self._lock:
             self._files_done += 1
         self._tell_sometimes()
@@ -81,7 +86,8 @@ class PlainProgress(Problems):
 class BarProgress(Problems):
     """A live bar, drawn by rich. Problems are counted here; the summary, right below, tells them."""
 
-    def __init__(self, progress: Any) -> None:
+    def __init__(self, progress: Any, *, each: bool = False) -> None:
+        self._each = each
         self._progress = progress
         self._task = progress.add_task("starting", total=None, moved="")
         self._lock = threading.Lock()
@@ -103,12 +109,13 @@ class BarProgress(Problems):
             self._nbytes_moved += nbytes
         self._draw()
 
-    def settled(self, path: str, kind: str, *, nbytes: int, reason: str = "", detail: str = "") -> None:
-        del path, kind, detail
+    def settled(self, file: Settled) -> None:
+        if self._each and not file.reason:
+            self.tell(_checkpoint_line(file))
         with self._lock:
             self._files_done += 1
-            self._nbytes_done += nbytes
-            self._problems += bool(reason)
+            self._nbytes_done += file.nbytes
+            self._problems += bool(file.reason)
         self._draw()
 
     def tell(self, text: str) -> None:
@@ -126,16 +133,58 @@ class BarProgress(Problems):
         )
 
 
+class JsonLines(Problems):
+    """Every event as a JSON object on a line of its own, for a log collector."""
+
+    def stage(self, text: str) -> None:
+        self._print("stage", message=text)
+
+    def planned(self, files: int, nbytes: int, up_to_date: int) -> None:
+        self._print("planned", files=files, source_bytes=nbytes, up_to_date=up_to_date)
+
+    def settled(self, file: Settled) -> None:
+        problem = {"reason": file.reason, "detail": file.detail} if file.reason else {}
+        self._print(
+            "checkpoint",
+            level="warning" if problem else "info",
+            path=file.path,
+            outcome=file.kind,
+            seconds=round(file.seconds, 4),
+            source_bytes=file.nbytes,
+            read_bytes=file.read_nbytes,
+            written_bytes=file.written_nbytes,
+            **problem,
+        )
+
+    def tell(self, text: str) -> None:
+        self._print("message", level="warning", message=text)
+
+    def _print(self, event: str, *, level: str = "info", **facts: Any) -> None:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        line = json.dumps({"time": now, "level": level, "event": event, **facts})
+        print(line, file=sys.stderr, flush=True)  # noqa: T201 - a whole line at once, from any thread
+
+
+def _checkpoint_line(file: Settled) -> str:
+    """One file that went well, for people."""
+    written = f", {format_nbytes(file.written_nbytes)} written" if file.written_nbytes else ""
+    size = format_nbytes(file.nbytes)
+    return f"{file.kind.replace('_', ' ')} {file.path} ({size}{written}) in {file.seconds:.2f} s"
+
+
 @contextlib.contextmanager
 def showing_progress(shared: Shared) -> Iterator[Problems]:
     """The listener that fits the options and the terminal."""
-    if shared.quiet:
+    each = shared.log_level in {"debug", "info"}
+    if shared.log_format == "json":
+        yield JsonLines()
+    elif shared.quiet:
         yield Problems()
     elif shared.live_bar:
         with _rich_progress() as progress:
-            yield BarProgress(progress)
+            yield BarProgress(progress, each=each)
     else:
-        yield PlainProgress()
+        yield PlainProgress(each=each)
 
 
 def _rich_progress() -> Any:

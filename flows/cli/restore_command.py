@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.cli.printing import print_json, print_line, print_lines_of_error
+from flows.cli.printing import print_lines_of_error
 from flows.cli.progress import showing_progress
-from flows.cli.shared_options import Shared, shared_options
-from flows.cli.summary import JSON_KEYS, conversion_lines, single_lines
-from flows.wishes import MAX_WORKERS, refuse_secrets
+from flows.cli.shared_options import Shared, run_options, shared_options, split_options
+from flows.cli.summary import JSON_KEYS, conversion_lines, single_lines, tell_summary
+from flows.wishes import refuse_secrets
 from ptbin.errors import CheckpointError, StorageError, UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ def _model_args(_context: click.Context, _param: click.Parameter, value: str | N
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Not those that match (repeatable).")
 @click.option("--naming", type=click.Choice(["replace", "append"]), default="replace", show_default=True)
 @click.option("--force", is_flag=True, help="Restore even what is up to date.")
-@click.option("--fail-fast", is_flag=True, help="Begin nothing new after the first problem.")
-@click.option("--workers", type=click.IntRange(1, MAX_WORKERS), default=2, show_default=True, metavar="N")
+@run_options
 @shared_options
 def restore_command(
     source: str,
@@ -85,8 +84,6 @@ def restore_command(
     include: Sequence[str],
     exclude: Sequence[str],
     naming: Any,
-    fail_fast: bool,
-    workers: int,
     **values: Any,
 ) -> int:
     """Restore SOURCE, weights that were taken out of checkpoints, into DEST."""
@@ -97,7 +94,7 @@ def restore_command(
             *("allow_missing", "allow_unexpected"),
         )
     }
-    shared = Shared(**values)
+    carrying_out, shared = split_options(values)
     import ptbin
 
     options = ptbin.RestoreOptions(**wishes)
@@ -124,17 +121,11 @@ def restore_command(
                 include=list(include),
                 exclude=list(exclude),
                 naming=naming,
-                fail_fast=fail_fast,
-                workers=workers,
+                **carrying_out,
                 **{key: list(value) if isinstance(value, tuple) else value for key, value in wishes.items()},
             )
         lines = conversion_lines(summary)
-    if shared.as_json:
-        print_json({key: summary[key] for key in JSON_KEYS})
-    elif not shared.quiet:
-        for line in lines:
-            print_line(line)
-    return 0 if summary["succeeded"] else 1
+    return tell_summary(summary, JSON_KEYS, lines, shared)
 
 
 def _single(source: str, dest: str, shared: Shared) -> Found | None:
@@ -174,6 +165,7 @@ def _restore_one(
     from flows.tally import Tally
     from ptbin.manifest import manifest_uri
     from ptbin.stores import public_uri
+    from tasks.live import Settled
     from tasks.outcomes import Converted, Outcome, outcome_of_error
 
     started = time.monotonic()
@@ -205,9 +197,7 @@ def _restore_one(
             outcome = dataclasses.replace(outcome_of_error(job.path, error), detail=str(error))
             tally.add(job, outcome)
             first, *report = str(error).splitlines() or [""]
-            listener.settled(
-                job.path, outcome.kind, nbytes=job.source_size, reason=outcome.reason, detail=first
-            )
+            listener.settled(Settled(job.path, outcome.kind, job.source_size, outcome.reason, first))
     print_lines_of_error(report)
     summary = tally.summary(time.monotonic() - started)
     return summary | {"succeeded": tally.succeeded}, single_lines(tally.entries[0], job, summary["seconds"])

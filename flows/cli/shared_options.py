@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["Shared", "shared_options"]
+from flows.wishes import MAX_WORKERS, parse_duration
+
+__all__ = ["Shared", "run_options", "runner_options", "shared_options", "split_options"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 LOG_LEVELS = ["debug", "info", "warning", "error"]
@@ -24,6 +26,7 @@ class Shared:
     as_json: bool
     quiet: bool
     log_level: str
+    log_format: str
     source_options: dict[str, Any] = field(repr=False)
     dest_options: dict[str, Any] = field(repr=False)
 
@@ -32,7 +35,12 @@ class Shared:
         """Whether someone watches standard error on a terminal that can redraw a line."""
         import os
 
-        return not self.quiet and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        return (
+            not self.quiet
+            and self.log_format == "human"
+            and sys.stderr.isatty()
+            and os.environ.get("TERM", "dumb") != "dumb"
+        )
 
 
 class _StorageOptions(click.ParamType[Any]):
@@ -81,9 +89,77 @@ def shared_options(function: Command) -> Command:
             "--log-level",
             type=click.Choice(LOG_LEVELS),
             default="warning",
-            help="What else to tell on standard error; debug adds tracebacks.",
+            help="What else to tell on standard error; info: a line per checkpoint; debug: tracebacks.",
+        ),
+        click.option(
+            "--log-format",
+            type=click.Choice(["human", "json"]),
+            default="human",
+            help="json: progress as JSON lines, one per checkpoint with its duration and bytes.",
         ),
     ]
     for decorator in reversed(decorators):
         function = decorator(function)
     return function
+
+
+def runner_options(function: Command) -> Command:
+    """Where batches are worked on, and how many at once."""
+    decorators = [
+        click.option(
+            "--workers",
+            type=click.IntRange(1, MAX_WORKERS),
+            metavar="N",
+            help="Batches worked on at once: 2, or as many as the cluster has threads.",
+        ),
+        click.option(
+            "--runner",
+            type=click.Choice(["threads", "processes", "dask", "ray"]),
+            default="threads",
+            show_default=True,
+            help="What works on them.",
+        ),
+        click.option(
+            "--runner-address",
+            metavar="ADDR",
+            help="A running Dask scheduler or Ray head (tcp://HOST:8786, ray://HOST:10001).",
+        ),
+    ]
+    for decorator in reversed(decorators):
+        function = decorator(function)
+    return function
+
+
+_RUN_OPTIONS = ("fail_fast", "workers", "runner", "runner_address", "max_requests", "deadline")
+
+
+def run_options(function: Command) -> Command:
+    """How a run of many files is carried out, whatever it does with them; `split_options` takes them."""
+    decorators = [
+        click.option("--fail-fast", is_flag=True, help="Begin nothing new after the first problem."),
+        runner_options,
+        click.option(
+            "--max-requests",
+            type=click.IntRange(min=1),
+            default=64,
+            show_default=True,
+            metavar="N",
+            help="Requests to S3 under way at once, of the whole run.",
+        ),
+        click.option("--deadline", metavar="DURATION", help="Stop the run after that long: 90, 45m, 6h."),
+    ]
+    for decorator in reversed(decorators):
+        function = decorator(function)
+    return function
+
+
+def split_options(values: dict[str, Any]) -> tuple[dict[str, Any], Shared]:
+    """What `run_options` and `shared_options` added to a command.
+
+    Raises:
+        UsageError: a deadline that is no duration.
+    """
+    carrying_out = {name: values.pop(name) for name in _RUN_OPTIONS}
+    if carrying_out["deadline"] is not None:
+        parse_duration(carrying_out["deadline"])
+    return carrying_out, Shared(**values)

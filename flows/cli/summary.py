@@ -1,18 +1,27 @@
-"""The summary at the end of a run, for people. Pure: values in, lines out."""
+"""The summary at the end of a run, for people: values in, lines out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flows.cli.printing import align
+from flows.cli.interrupts import INTERRUPTED_STATUS
+from flows.cli.printing import align, print_error, print_json, print_line
 from flows.units import format_nbytes, short_detail
 
 if TYPE_CHECKING:
+    from flows.cli.shared_options import Shared
     from flows.tally import Entry
     from ptbin.catalog import Job, Problem
 
-__all__ = ["JSON_KEYS", "conversion_lines", "plan_lines", "single_lines", "verification_lines"]
+__all__ = [
+    "JSON_KEYS",
+    "conversion_lines",
+    "plan_lines",
+    "single_lines",
+    "tell_summary",
+    "verification_lines",
+]
 
 JSON_KEYS = (
     "run_id", "source", "dest", "converted", "up_to_date", "rejected", "failed", "source_bytes", "read_bytes",
@@ -65,6 +74,21 @@ def plan_lines(to_do: Sequence[Job], up_to_date: Sequence[Job], collisions: Sequ
     total = format_nbytes(sum(job.source_size for job in to_do))
     counts = f"would convert {len(to_do)} ({total}), up to date {len(up_to_date)}, rejected {len(collisions)}"
     return [*align(rows, indent=""), "", f"{counts}; nothing was written"]
+
+
+def tell_summary(
+    summary: Mapping[str, Any], json_keys: Sequence[str], lines: Sequence[str], shared: Shared
+) -> int:
+    """Print the end of a run as the options ask; its exit status."""
+    if shared.as_json:
+        print_json({key: summary[key] for key in json_keys})
+    elif not shared.quiet:
+        for line in lines:
+            print_line(line)
+    if summary.get("interrupted"):
+        print_error("interrupted", kind="ptbin")
+        return INTERRUPTED_STATUS
+    return 0 if summary["succeeded"] else 1
 
 
 def verification_lines(summary: Mapping[str, Any]) -> list[str]:

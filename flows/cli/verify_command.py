@@ -9,9 +9,9 @@ import click
 
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import showing_progress
-from flows.cli.shared_options import Shared, shared_options
+from flows.cli.shared_options import Shared, runner_options, shared_options
 from flows.cli.summary import verification_lines
-from flows.wishes import MAX_WORKERS, refuse_secrets
+from flows.wishes import refuse_secrets
 from ptbin.errors import UsageError
 
 __all__ = ["verify_command"]
@@ -41,16 +41,11 @@ Exit status: 0 all proven; 1 something is not what its manifest says;
     show_default=True,
     help="Compare digests, or also open each output with torch.",
 )
-@click.option(
-    "--workers",
-    type=click.IntRange(1, MAX_WORKERS),
-    default=2,
-    show_default=True,
-    metavar="N",
-    help="Batches worked on at once.",
-)
+@runner_options
 @shared_options
-def verify_command(dest: str, level: str, workers: int, **shared_values: Any) -> int:
+def verify_command(
+    dest: str, level: str, workers: int | None, runner: str, runner_address: str | None, **shared_values: Any
+) -> int:
     """Check every manifest at or below DEST against what is stored."""
     shared = Shared(**shared_values)
     from ptbin.stores import open_store
@@ -64,7 +59,15 @@ def verify_command(dest: str, level: str, workers: int, **shared_values: Any) ->
             refuse_secrets(dest)
             _refuse_empty(dest, shared)
             summary = run_flow(
-                "verify", new_run_id(), shared, listener, dest=dest, level=level, workers=workers
+                "verify",
+                new_run_id(),
+                shared,
+                listener,
+                dest=dest,
+                level=level,
+                workers=workers,
+                runner=runner,
+                runner_address=runner_address,
             )
         else:
             store.stat(path)  # a missing DEST is the caller's mistake, not an issue
@@ -90,6 +93,7 @@ def _verify_one(dest: str, level: str, shared: Shared, listener: Any) -> dict[st
     import ptbin
     from ptbin.manifest import MANIFEST_SUFFIX, manifest_uri
     from ptbin.stores import public_uri
+    from tasks.live import Settled
 
     started = time.monotonic()
     listener.planned(1, 0, 0)
@@ -103,7 +107,7 @@ def _verify_one(dest: str, level: str, shared: Shared, listener: Any) -> dict[st
     )
     issues = [issue.to_json() for issue in found]
     for issue in issues:
-        listener.settled(issue["uri"], "failed", nbytes=0, reason=issue["reason"], detail=issue["detail"])
+        listener.settled(Settled(issue["uri"], "failed", reason=issue["reason"], detail=issue["detail"]))
     return {
         "dest": public_uri(dest),
         "manifests": 1,

@@ -13,6 +13,15 @@ import pytest
 from flows.fanout import Work, fan_out
 
 
+class Done(str):
+    """The state of a plain future: its result."""
+
+    __slots__ = ()
+
+    def is_final(self) -> bool:
+        return True
+
+
 class PlainFuture:
     """As much of a Prefect future as the fan-out uses; its state is its result."""
 
@@ -27,7 +36,7 @@ class PlainFuture:
 
     @property
     def state(self) -> Any:
-        return self.inner.result()
+        return Done(self.inner.result())
 
 
 class Pool:
@@ -112,3 +121,43 @@ def test_what_is_raised_while_collecting_ends_the_loop(pool: Pool) -> None:
     with pytest.raises(ZeroDivisionError):
         fan_out([pool.work("a", fail), pool.work("b")], width=1)
     assert pool.began == ["a"]
+
+
+def test_an_interrupt_stops_what_is_under_way_and_hears_what_it_came_to(pool: Pool) -> None:
+    stopped = threading.Event()
+    heard: list[str] = []
+
+    def interrupt(_: Any) -> Iterable[Work]:
+        raise KeyboardInterrupt
+
+    def note(state: Any) -> Iterable[Work]:
+        heard.append(state)
+        return [pool.work("never")]
+
+    slow = pool.work("slow", note, seconds=0.2)
+    with pytest.raises(KeyboardInterrupt):
+        fan_out([slow, pool.work("a", interrupt), pool.work("b")], width=2, stop=stopped.set)
+    assert stopped.is_set()
+    assert heard == ["slow"]
+    assert "never" not in pool.began
+
+
+def test_a_task_run_that_its_engine_lost_has_crashed(pool: Pool) -> None:
+    class Lost(PlainFuture):
+        def wait(self) -> None:
+            raise OSError("the pool is broken")
+
+    states: list[Any] = []
+    begun: Any = pool.work("a").submit()
+
+    def submit() -> Any:
+        return Lost(begun.inner)
+
+    def note(state: Any) -> Iterable[Work]:
+        states.append(state)
+        return ()
+
+    lost = Work(submit, note)
+    assert fan_out([lost], width=1) == 1
+    assert states[0].is_crashed()
+    assert "the pool is broken" in states[0].message

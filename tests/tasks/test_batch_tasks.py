@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,17 @@ from ptbin.stores import Identity
 from tasks import converting
 from tasks.checking import verify_manifests
 from tasks.converting import convert_batch, verify_batch
-from tasks.live import Interrupted, Listener, LiveRun, find_live_run, is_open, open_live_run
+from tasks.credentials import Credentials
+from tasks.live import (
+    Interrupted,
+    Listener,
+    LiveRun,
+    Ticket,
+    enter_run,
+    find_live_run,
+    is_open,
+    open_live_run,
+)
 from tasks.outcomes import Outcome, one_line, outcome_of_error
 
 OPTIONS = ConvertOptions()
@@ -67,7 +78,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, behaviour: dict[str, Exception | Non
             "options_fingerprint": "f",
             "verification": {"level": "checksum"},
             "outputs": [{"path": "x.bin", "size": 4, "sha256": "ab"}],
-            "tensors": [{}, {}],
+            "tensors": [{"nbytes": 2}, {"nbytes": 2}],
             "bytes_read": 5,
             "bytes_written": 4,
         }
@@ -80,7 +91,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, behaviour: dict[str, Exception | Non
 
 
 def convert(jobs: Sequence[Job]) -> list[Outcome]:
-    return convert_batch.fn("r", "label", jobs, OPTIONS)
+    return convert_batch.fn(Ticket("r"), "label", jobs, OPTIONS)
 
 
 def test_each_error_becomes_the_outcome_of_its_own_checkpoint(
@@ -116,7 +127,7 @@ def test_each_error_becomes_the_outcome_of_its_own_checkpoint(
 def test_a_proof_that_fails_fails_its_own_output(live: LiveRun, monkeypatch: pytest.MonkeyPatch) -> None:
     engine(monkeypatch, {"bad": errors.VerificationError("digest")})
     jobs = [job("good"), job("bad")]
-    good, bad = verify_batch.fn("r", "label", jobs, ["/src/good", "/src/bad"])
+    good, bad = verify_batch.fn(Ticket("r"), "label", jobs, ["/src/good", "/src/bad"])
     assert good.converted is not None
     assert good.converted.manifest_uri == "/out/good.bin.manifest.json"
     assert (good.converted.tensors, good.converted.read_nbytes, good.converted.written_nbytes) == (2, 5, 4)
@@ -143,9 +154,21 @@ def test_a_run_that_is_being_stopped_interrupts_its_tasks(
 ) -> None:
     calls = engine(monkeypatch, {})
     live.stopping.set()
-    with pytest.raises(Interrupted):
-        convert([job("a")])
+    assert [outcome.kind for outcome in convert([job("a"), job("b")])] == ["not_tried", "not_tried"]
     assert calls == []
+
+
+def test_what_was_finished_before_the_stop_is_told(live: LiveRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stops(Listener):
+        def moved(self, nbytes: int) -> None:
+            if len(calls) == 1:
+                live.stopping.set()
+
+    calls = engine(monkeypatch, {})
+    live.listener = Stops()
+    assert [outcome.kind for outcome in convert([job("a"), job("b"), job("c")])] == [
+        "staged", "staged", "not_tried",
+    ]  # fmt: skip
 
 
 def test_the_progress_callback_is_what_stops_the_engine() -> None:
@@ -161,6 +184,22 @@ def test_the_progress_callback_is_what_stops_the_engine() -> None:
     with pytest.raises(Interrupted):
         live.moved(6)
     assert heard == [5]
+
+
+def test_a_ticket_shows_no_storage_options_and_carries_them() -> None:
+    ticket = Ticket("r3", Credentials.to_send(None, {"key": "secret"}), goes_out=True)
+    assert "secret" not in repr(ticket)
+    live = enter_run(pickle.loads(pickle.dumps(ticket)))
+    assert live.source_options == {"key": "secret"}
+
+
+def test_a_ticket_with_a_reference_carries_no_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticket = Ticket("r3", Credentials.to_send("env:OPTIONS_HERE", {"key": "of the flow"}), goes_out=True)
+    assert b"of the flow" not in pickle.dumps(ticket)
+    with pytest.raises(errors.UsageError, match="OPTIONS_HERE"):
+        enter_run(ticket)
+    monkeypatch.setenv("OPTIONS_HERE", '{"key": "of the worker"}')
+    assert enter_run(ticket).source_options == {"key": "of the worker"}
 
 
 def test_a_run_is_open_only_inside_its_context() -> None:
@@ -186,7 +225,7 @@ def test_one_manifest_that_cannot_be_read_hides_no_other(
         return []
 
     monkeypatch.setattr(ptbin, "verify", verify, raising=False)
-    a, b, c = verify_manifests.fn("r", "label", ["a", "b", "c"], "checksum")
+    a, b, c = verify_manifests.fn(Ticket("r"), "label", ["a", "b", "c"], "checksum")
     assert (a.transient, a.issues[0]["reason"]) == (True, "storage_error")
     assert (b.transient, b.issues[0]["reason"]) == (False, "internal_error")
     assert c.issues == ()

@@ -1,0 +1,175 @@
+"""Where a run's batches are worked on: threads of the flow's process, processes, a Dask or a Ray cluster.
+
+Each is Prefect's own task runner for that engine; what is added is the same in all: how wide the fan-out may
+be, and that an engine which lost its processes is opened anew. Only batches go out; listing, asking what is
+up to date and writing the record stay in the flow's process. What travels is small: paths, options, outcomes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, cast
+
+from prefect import Task
+from prefect.futures import PrefectFuture
+from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
+
+from flows.fanout import unexamined
+from flows.wishes import MAX_WORKERS
+from ptbin.errors import UsageError
+from tasks.live import stop_all
+
+__all__ = ["RUNNER_NAMES", "Runner", "RunnerName", "open_runner"]
+
+RunnerName = Literal["threads", "processes", "dask", "ray"]
+RUNNER_NAMES = ("threads", "processes", "dask", "ray")
+DEFAULT_WORKERS = 2
+CONNECT_SECONDS = 20
+ORPHAN_SECONDS = 10.0
+
+
+class Runner:
+    """Submits task runs; `width` is how many batches are worked on at once."""
+
+    def __init__(self, name: RunnerName, width: int, make: Callable[[], TaskRunner[Any]] | None) -> None:
+        self.name = name
+        self.width = width
+        self._make = make
+        self._open: TaskRunner[Any] | None = None
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether batches are worked on in other processes."""
+        return self._make is not None
+
+    def submit(self, task: Task[..., Any], **parameters: Any) -> PrefectFuture[Any]:
+        """One task run on its way; an engine that broke is opened anew, once."""
+        if self._make is None:
+            plain = {name: unexamined(value) for name, value in parameters.items()}
+            return cast("PrefectFuture[Any]", task.submit(**plain))
+        # The other runners do not all take `quote` off again; a batch is small enough to be walked through.
+        try:
+            return cast("PrefectFuture[Any]", self._runner().submit(task, parameters))
+        except RuntimeError:  # among them BrokenProcessPool: a process of it was killed
+            self.close()
+            return cast("PrefectFuture[Any]", self._runner().submit(task, parameters))
+
+    def _runner(self) -> TaskRunner[Any]:
+        if self._open is None:
+            assert self._make is not None
+            self._open = self._make()
+            self._open.__enter__()
+        return self._open
+
+    def close(self) -> None:
+        """Leave the engine; a cluster that was there before stays."""
+        runner, self._open = self._open, None
+        if runner is not None:
+            runner.__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def open_runner(name: RunnerName, address: str | None, workers: int | None) -> Iterator[Runner]:
+    """The runner of that name; `address` is that of a running Dask scheduler or Ray head.
+
+    Args:
+        workers: batches at once; None: two, or as many as the cluster has threads (Dask) or CPUs (Ray).
+
+    Raises:
+        UsageError: the engine is not installed, or nothing answers at the address.
+    """
+    if address is not None and name in {"threads", "processes"}:
+        raise UsageError(f"a runner address means nothing to {name}; it is for dask and ray")
+    if name == "threads":
+        yield Runner(name, workers or DEFAULT_WORKERS, None)
+        return
+    if name == "processes":
+        width = workers or DEFAULT_WORKERS
+        runner = Runner(name, width, lambda: _processes(width))
+    elif name == "dask":
+        runner = _dask(address, workers)
+    else:
+        runner = _ray(address, workers)
+    try:
+        runner._runner()  # noqa: SLF001 - opened here, so that what is wrong with it is known before any work
+        yield runner
+    finally:
+        runner.close()
+
+
+# -- processes ---------------------------------------------------------------------------------------
+
+
+def _processes(width: int) -> TaskRunner[Any]:
+    return ProcessPoolTaskRunner(max_workers=width, initializer=_begin_process)
+
+
+def _begin_process() -> None:
+    """In each process of a pool: leave signals to the flow's process, and end when that is gone."""
+    # Ctrl-C reaches every process of the terminal's group. One that dies of it while its pool is being shut
+    # down leaves the pool waiting for ever; the flow's process tells this one to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        stop_all()
+        time.sleep(ORPHAN_SECONDS)  # for writers to abort
+        os._exit(1)
+
+    threading.Thread(target=watch, name="ptbin-parent-watch", daemon=True).start()
+
+
+# -- clusters ----------------------------------------------------------------------------------------
+
+
+def _import(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UsageError(
+            f"the runner needs {module.partition('.')[0]}: pip install 'ptbin[{extra}]'"
+        ) from error
+
+
+def _dask(address: str | None, workers: int | None) -> Runner:
+    prefect_dask = _import("prefect_dask", "dask")
+    distributed = _import("distributed", "dask")
+    width = workers or DEFAULT_WORKERS
+    if address is None:
+        cluster = {"n_workers": width, "threads_per_worker": 1, "dashboard_address": None}
+        return Runner("dask", width, lambda: prefect_dask.DaskTaskRunner(cluster_kwargs=cluster))
+    try:
+        with distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False) as client:
+            threads = sum(client.nthreads().values())
+    except (OSError, ValueError, TimeoutError) as error:
+        raise UsageError(f"no Dask scheduler answers at {address}: {error}") from error
+    width = workers or min(max(threads, 1), MAX_WORKERS)
+    return Runner("dask", width, lambda: prefect_dask.DaskTaskRunner(address=address))
+
+
+def _ray(address: str | None, workers: int | None) -> Runner:
+    # Ray asks a host on the internet for its usage statistics otherwise.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    prefect_ray = _import("prefect_ray", "ray")
+    ray = _import("ray", "ray")
+    width = workers or DEFAULT_WORKERS
+    quiet = {"logging_level": "error", "log_to_driver": False, "configure_logging": False}
+    if address is None:
+        options = quiet | {"num_cpus": width, "include_dashboard": False}
+        return Runner("ray", width, lambda: prefect_ray.RayTaskRunner(init_kwargs=options))
+    try:
+        ray.init(address, **quiet)
+        width = workers or min(max(int(ray.cluster_resources().get("CPU", 0)), 1), MAX_WORKERS)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UsageError(f"no Ray cluster answers at {address}: {error}") from error
+    finally:
+        ray.shutdown()
+    return Runner("ray", width, lambda: prefect_ray.RayTaskRunner(address=address, init_kwargs=quiet))

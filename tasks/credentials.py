@@ -1,0 +1,76 @@
+"""Where storage options come from, so that none of them is ever a parameter that Prefect stores and shows.
+
+A deployment names where they lie: `block:NAME`, a Prefect Secret block, or `env:NAME`, a variable of the
+worker's environment; either holds one JSON object. The reference is visible, what it refers to is not.
+The command line has them by value.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from ptbin.errors import UsageError
+
+__all__ = ["Credentials", "load_options"]
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """Storage options on their way to a task in another process: a reference if there is one, else values.
+
+    A reference is looked up where the task runs. Values go over the runner's own connection, which is why
+    runs on other machines are better given references (deployments/README.md). `repr` shows neither.
+    """
+
+    reference: str | None = field(default=None, repr=False)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def to_send(cls, reference: str | None, options: Mapping[str, Any]) -> Credentials:
+        return cls(reference) if reference is not None else cls(None, dict(options))
+
+    def load(self) -> dict[str, Any]:
+        """Raises UsageError where the reference leads nowhere from here."""
+        return load_options(self.reference) if self.reference is not None else dict(self.options)
+
+
+def load_options(reference: str | None) -> dict[str, Any]:
+    """The JSON object that `block:NAME` or `env:NAME` refers to; None: no options.
+
+    Raises:
+        UsageError: another form, nothing of that name, or not a JSON object. Never quotes what it found.
+    """
+    if reference is None:
+        return {}
+    kind, _, name = reference.partition(":")
+    if kind == "env" and name:
+        value: Any = os.environ.get(name)
+        if value is None:
+            raise UsageError(f"storage options: no environment variable {name} on this worker")
+    elif kind == "block" and name:
+        value = _read_secret_block(name)
+    else:
+        # Not quoted: it may be the options themselves, which would be stored with the parameters.
+        raise UsageError("storage options of a flow run are given as block:NAME or env:NAME, never by value")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = None
+    if not isinstance(value, dict):
+        raise UsageError(f"storage options: {reference} does not hold a JSON object")
+    return value
+
+
+def _read_secret_block(name: str) -> Any:
+    from prefect.blocks.system import Secret
+
+    try:
+        block = cast("Secret[Any]", Secret.load(name))
+    except ValueError as error:
+        raise UsageError(f"storage options: no Prefect Secret block named {name}") from error
+    return block.get()
