@@ -11,8 +11,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from prefect.exceptions import TerminationSignal
-
 from flows.runners import Runner, RunnerName, open_runner
 from ptbin.catalog.lease import Lease, acquire_lease
 from ptbin.catalog.worklist import WorkList
@@ -22,7 +20,6 @@ from tasks.live import LiveRun, Ticket, find_live_run, is_open, open_live_run
 
 __all__ = [
     "DEFAULT_REQUESTS",
-    "INTERRUPTS",
     "RunSettings",
     "Running",
     "current_flow_run_id",
@@ -32,9 +29,6 @@ __all__ = [
 
 DEFAULT_REQUESTS = 64
 """What all tasks of a run may have under way together, unless it is asked for otherwise."""
-
-INTERRUPTS = (KeyboardInterrupt, TerminationSignal)
-"""What Ctrl-C and SIGTERM are raised as while a flow runs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ still accounts for what it did.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -18,11 +18,12 @@ from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.states import Completed, Failed
 
-from flows.access import INTERRUPTS, Running, current_flow_run_id
+from flows.access import Running, current_flow_run_id
 from flows.artifacts import ProgressArtifact, conversion_rows, publish_link, publish_table
 from flows.batches import cut, iter_batches
 from flows.fanout import Work, fan_out, unexamined
 from flows.run_record import record_files, record_folder
+from flows.signals import INTERRUPTS, hold_signals
 from flows.tally import Tally
 from flows.units import format_nbytes
 from ptbin.catalog import Job, Problem
@@ -30,7 +31,7 @@ from ptbin.catalog.finished import FinishedRow
 from ptbin.errors import StorageError
 from ptbin.options import ConvertOptions
 from tasks.converting import convert_batch, verify_batch
-from tasks.listing import find_up_to_date, work_of
+from tasks.listing import discard_unfinished, find_up_to_date, work_of
 from tasks.live import Settled
 from tasks.outcomes import Outcome, one_line
 from tasks.recording import merge_index, write_index, write_run_record
@@ -69,7 +70,8 @@ class Conversion:
         self.runner = run.runner
         self.work = work_of(run.live)
         self.began = time.monotonic()
-        self.settled = 0
+        self.check: Callable[[], object] = lambda: None
+        self.settled_paths: set[str] = set()
         self.progress = ProgressArtifact(f"{self.artifact_key}-progress")
         self.index_rows: list[FinishedRow] = []
         self.segments = 0
@@ -90,17 +92,31 @@ class Conversion:
 
         An interrupt is raised again once the run has accounted for itself.
         """
-        self.refuse(problems)
+        with hold_signals() as signals:
+            self.check = signals.check
+            self.refuse(problems)
+            self._clean_up()
+            try:
+                self.drop_up_to_date()
+                self.run()
+            except INTERRUPTS:
+                self.tally.interrupted = True
+                self.running.stop()
+                self._account_for_the_rest()
+                self.finish()
+                raise
+            return self.finish()
+
+    def _clean_up(self) -> None:
+        """After a run that was killed: nobody else will remove what it had under way."""
+        if self.running.lease is None or not self.running.lease.follows_dead:
+            return
+        self.task_runs += 1
         try:
-            self.drop_up_to_date()
-            self.run()
-        except INTERRUPTS:
-            self.tally.interrupted = True
-            self.running.stop()
-            self._account_for_the_rest()
-            self.finish()
-            raise
-        return self.finish()
+            if count := discard_unfinished(self.live.run_id):
+                self.logger.info("removed %d unfinished outputs of a run that was killed", count)
+        except StorageError as error:
+            self.logger.warning("unfinished outputs of a run that was killed: %s", one_line(str(error)))
 
     def drop_up_to_date(self) -> None:
         """Ask the manifests that the index of finished work does not know; those reads are fanned out."""
@@ -121,6 +137,7 @@ class Conversion:
             width=max(self.runner.width, ASKING_WIDTH),
             keep_on=self._keeps_on,
             stop=self.running.stop,
+            check=self.check,
         )
 
     def _keeps_on(self) -> bool:
@@ -150,14 +167,17 @@ class Conversion:
 
     def _fan_out(self, work: Iterable[Work]) -> None:
         self.task_runs += fan_out(
-            work, width=self.runner.width, keep_on=self._keeps_on, stop=self.running.stop
+            work,
+            width=self.runner.width,
+            keep_on=self._keeps_on,
+            stop=self.running.stop,
+            check=self.check,
         )
 
     def _account_for_the_rest(self) -> None:
         """What the run did not come to is told as well."""
-        if self.settled < self.work.to_do()[0]:
-            settled = {entry.path for entry in self.tally.entries}
-            left = (job for job in self.work.iter_to_do() if job.path not in settled)
+        if len(self.settled_paths) < self.work.to_do()[0]:
+            left = (job for job in self.work.iter_to_do() if job.path not in self.settled_paths)
             self.tally.add_all(left, "not_tried")
 
     def _remember(self, rows: Iterable[FinishedRow]) -> None:
@@ -307,12 +327,12 @@ class Conversion:
             else:
                 seconds = outcome.seconds + (seconds_before or {}).get(job.path, 0.0)
                 self._settle(job, replace(outcome, seconds=seconds))
-        self.progress.update(self.settled, self.tally.message())
+        self.progress.update(len(self.settled_paths), self.tally.message())
         return staged, again
 
     def _settle(self, job: Job, outcome: Outcome) -> None:
         """One checkpoint has its final outcome."""
-        self.settled += 1
+        self.settled_paths.add(job.path)
         self.tally.add(job, outcome)
         facts = outcome.converted
         if facts is not None and facts.index_row is not None:
@@ -333,7 +353,7 @@ class Conversion:
         )
         if outcome.reason:
             self.logger.warning("%s %s: %s: %s", outcome.kind, job.path, outcome.reason, outcome.detail)
-        elif self.settled <= LOGGED:
+        elif len(self.settled_paths) <= LOGGED:
             written = f", {format_nbytes(facts.written_nbytes)} written" if facts is not None else ""
             self.logger.info(
                 "%s %s (%s%s) in %.2f s",

@@ -26,6 +26,7 @@ __all__ = ["Work", "fan_out", "unexamined"]
 Value = TypeVar("Value")
 
 DRAIN_SECONDS = 15.0
+ROUND_SECONDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,13 @@ def fan_out(
     width: int,
     keep_on: Callable[[], bool] = lambda: True,
     stop: Callable[[], object] = lambda: None,
+    check: Callable[[], object] = lambda: None,
 ) -> int:
     """Run the work and all that follows from it, `width` wide; return how many task runs that were.
 
-    Once `keep_on` says no, only urgent work is still started. An interrupt, and whatever else is raised here
-    or in `then`, ends the loop: `stop` is called, which is to tell what is under way, and what that comes to
-    within `DRAIN_SECONDS` is still heard; then the error goes on.
+    Once `keep_on` says no, only urgent work is still started. `check` is called every now and then and may
+    raise. That, and whatever is raised in `then`, ends the loop: `stop` is called, which is to tell what is
+    under way, and what that comes to within `DRAIN_SECONDS` is still heard; then the error goes on.
     """
     order = itertools.count()
     ready: list[tuple[bool, int, Work]] = []
@@ -85,6 +87,7 @@ def fan_out(
     def go_on() -> bool:
         """One round: start what fits, hear of one that ended. False: there is nothing left."""
         nonlocal coming, ready, waiting, started
+        check()
         while waiting and waiting[0][0] <= time.monotonic():
             piece = heapq.heappop(waiting)[2]
             heapq.heappush(ready, (not piece.urgent, next(order), piece))
@@ -101,7 +104,9 @@ def fan_out(
             future.add_done_callback(hear)
         if not running and not waiting:
             return False
-        timeout = max(0.0, waiting[0][0] - time.monotonic()) if waiting and len(running) < width else None
+        timeout = ROUND_SECONDS
+        if waiting and len(running) < width:
+            timeout = min(timeout, max(0.0, waiting[0][0] - time.monotonic()))
         try:
             future = finished.get(timeout=timeout)
         except queue.Empty:

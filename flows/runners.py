@@ -49,16 +49,14 @@ class Runner:
         return self._make is not None
 
     def submit(self, task: Task[..., Any], **parameters: Any) -> PrefectFuture[Any]:
-        """One task run on its way; an engine that broke is opened anew, once."""
+        """One task run on its way; a pool that lost a process is opened anew."""
         if self._make is None:
             plain = {name: unexamined(value) for name, value in parameters.items()}
             return cast("PrefectFuture[Any]", task.submit(**plain))
         # The other runners do not all take `quote` off again; a batch is small enough to be walked through.
-        try:
-            return cast("PrefectFuture[Any]", self._runner().submit(task, parameters))
-        except RuntimeError:  # among them BrokenProcessPool: a process of it was killed
+        if _is_broken(self._open):
             self.close()
-            return cast("PrefectFuture[Any]", self._runner().submit(task, parameters))
+        return cast("PrefectFuture[Any]", self._runner().submit(task, parameters))
 
     def _runner(self) -> TaskRunner[Any]:
         if self._open is None:
@@ -108,6 +106,12 @@ def open_runner(name: RunnerName, address: str | None, workers: int | None) -> I
 
 def _processes(width: int) -> TaskRunner[Any]:
     return ProcessPoolTaskRunner(max_workers=width, initializer=_begin_process)
+
+
+def _is_broken(runner: TaskRunner[Any] | None) -> bool:
+    # Prefect hands batches to the pool in a thread of its own, so `submit` raises nothing: only the pool's
+    # own mark tells that it takes no more work (`concurrent.futures.process`).
+    return bool(getattr(getattr(runner, "_executor", None), "_broken", False))
 
 
 def _begin_process() -> None:

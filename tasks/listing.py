@@ -22,7 +22,7 @@ from ptbin.stores.limits import limit_requests
 from tasks.live import LiveRun, find_live_run
 from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, worth_retrying
 
-__all__ = ["find_up_to_date", "list_checkpoints", "list_manifests", "list_orphans"]
+__all__ = ["discard_unfinished", "find_up_to_date", "list_checkpoints", "list_manifests", "list_orphans"]
 
 
 @task(
@@ -58,6 +58,14 @@ def list_checkpoints(
             source_options=live.source_options,
             tick=lambda: live.moved(0),
         )
+
+
+@task(name="discard unfinished outputs", tags=["ptbin", "list"], cache_policy=NO_CACHE, persist_result=False)
+def discard_unfinished(run_id: str) -> int:
+    """Remove what a run that was killed left half-written in DEST; how many."""
+    live = find_live_run(run_id)
+    with limit_requests(live.requests):
+        return work_of(live).discard_unfinished()
 
 
 def work_of(live: LiveRun) -> WorkList:

@@ -20,12 +20,12 @@ from ptbin.manifest import MANIFEST_SUFFIX
 from ptbin.sources import find_source
 from ptbin.stores import ListedObject, is_partial_name, open_store
 
-__all__ = ["OWN_FOLDER", "find_checkpoints", "find_manifests", "find_one", "find_orphans"]
+__all__ = ["OWN_FOLDER", "SHARD_NUMBER", "find_checkpoints", "find_manifests", "find_one", "find_orphans"]
 
 OWN_FOLDER = "_ptbin"
 """Run records and the index of finished work lie there, below DEST."""
 
-_SHARD = re.compile(r"-\d{5,}-of-\d{5,}(?=\.[a-z]+$)")
+SHARD_NUMBER = re.compile(r"-\d{5,}-of-\d{5,}(?=\.[a-z]+$)")
 
 
 def find_checkpoints(
@@ -160,5 +160,5 @@ def find_orphans(dest: str, *, storage_options: Mapping[str, Any] | None = None)
         elif item.path.endswith(tuple(OUTPUT_SUFFIXES.values())):
             outputs[item.path] = item.uri
     for name, uri in outputs.items():
-        if not {name, _SHARD.sub("", name)} & manifests:
+        if not {name, SHARD_NUMBER.sub("", name)} & manifests:
             yield uri

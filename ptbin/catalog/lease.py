@@ -117,7 +117,11 @@ def _born(pid: int) -> str | None:
 class Lease:
     """A lease that this process holds; a thread renews it until `release`."""
 
-    def __init__(self, store: Store, path: str, holder: Holder, lost: Callable[[str], None]) -> None:
+    def __init__(
+        self, store: Store, path: str, holder: Holder, lost: Callable[[str], None], *, follows_dead: bool
+    ) -> None:
+        self.follows_dead = follows_dead
+        """Whether a run was killed here before this one: it may have left unfinished outputs."""
         self._store = store
         self._path = path
         self._holder = holder
@@ -188,21 +192,23 @@ def acquire_lease(
     store, folder = open_store(f"{dest.rstrip('/')}/{LEASES_FOLDER}", dest_options)
     path = f"{folder}/{run_id}.json"
     mine = Holder.here(run_id)
+    removed = 0
     for attempt in range(ATTEMPTS):
         store.write_bytes(path, mine.to_bytes())
-        others = _living(store, folder, run_id)
+        others, dead = _living(store, folder, run_id)
+        removed += dead
         if not others:
-            return Lease(store, path, mine, lost)
+            return Lease(store, path, mine, lost, follows_dead=removed > 0)
         store.delete(path)
         # Two that began at once have both withdrawn now: whoever comes back first finds nobody.
         time.sleep(random.uniform(0.05, 0.3) * (1 + attempt))  # noqa: S311 - not a secret
-        _wait_for_death(store, folder, run_id, others, tick)
+        removed += _wait_for_death(store, folder, run_id, others, tick)
     raise DestinationBusyError(f"{store.uri_of(folder)}: other runs keep beginning there")
 
 
-def _living(store: Store, folder: str, run_id: str) -> dict[str, Holder]:
-    """The leases of others, by path; those of processes that are known to be gone are removed."""
-    living = {}
+def _living(store: Store, folder: str, run_id: str) -> tuple[dict[str, Holder], int]:
+    """The leases of others, by path; how many of processes that are known to be gone were removed."""
+    living, removed = {}, 0
     for item in store.iter_objects(folder):
         name = item.path.rpartition("/")[2]
         if not name.endswith(".json") or name == f"{run_id}.json":
@@ -214,17 +220,26 @@ def _living(store: Store, folder: str, run_id: str) -> dict[str, Holder]:
             continue
         if holder.is_gone():
             store.delete(path)
+            removed += 1
         else:
             living[path] = holder
-    return living
+    return living, removed
 
 
 def _wait_for_death(
     store: Store, folder: str, run_id: str, first: Mapping[str, Holder], tick: Callable[[], object]
-) -> None:
-    """Until all that were there are gone or dead. Raises DestinationBusyError as soon as one shows life."""
+) -> int:
+    """Until all that were there are gone or dead, which are removed and counted.
+
+    Raises DestinationBusyError as soon as one shows life.
+    """
     began = time.monotonic()
-    while now := _living(store, folder, run_id):
+    removed = 0
+    while True:
+        now, dead = _living(store, folder, run_id)
+        removed += dead
+        if not now:
+            return removed
         tick()
         for path, holder in now.items():
             before = first.get(path)
@@ -238,7 +253,7 @@ def _wait_for_death(
         if time.monotonic() > began + PATIENCE:
             for path in now:
                 store.delete(path)
-            return
+            return removed + len(now)
         time.sleep(POLL_SECONDS)
 
 

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ptbin.catalog.finding import find_checkpoints, is_in_own_folder
+from ptbin.catalog.finding import SHARD_NUMBER, find_checkpoints, is_in_own_folder
 from ptbin.catalog.finished import (
     INDEX_FOLDER,
     SEGMENT_SUFFIX,
@@ -28,6 +28,7 @@ from ptbin.catalog.finished import (
 )
 from ptbin.catalog.jobs import Found, Job, Problem
 from ptbin.catalog.planning import OutputRule, settle_collision
+from ptbin.folders import INDEX_SUFFIX
 from ptbin.manifest import MANIFEST_SUFFIX
 from ptbin.options import ConvertOptions
 from ptbin.stores import Identity, open_store
@@ -274,6 +275,27 @@ class WorkList:
                     (_CURRENT if current else _TO_DO, self._rule.place_of(job), _TO_ASK),
                 )
             return kept
+
+    def is_planned(self, path: str) -> bool:
+        """Whether this run would write a file at `path` below DEST: an output, a shard, a manifest."""
+        if is_in_own_folder(path) or not path.rpartition("/")[2]:  # the latter: a probe of `check_writable`
+            return True
+        names = {path.removesuffix(MANIFEST_SUFFIX).removesuffix(INDEX_SUFFIX)}
+        names |= {SHARD_NUMBER.sub("", name) for name in names}
+        with self._lock:
+            return any(
+                self._db.execute("SELECT 1 FROM jobs WHERE place = ?", (name.casefold(),)).fetchone()
+                for name in names
+            )
+
+    def discard_unfinished(self) -> int:
+        """Remove what killed writers of these outputs left in DEST, which this run has to itself; how many.
+
+        Raises:
+            StorageError: the store failed.
+        """
+        store, path = open_store(self.dest, self._dest_options)
+        return store.discard_unfinished(path, self.is_planned)
 
     # -- the index afterwards --------------------------------------------------------------------
 

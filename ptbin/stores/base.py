@@ -24,11 +24,12 @@ from ptbin.stores.values import (
     is_partial_name,
     refuse_other_object,
     refuse_too_large,
+    target_of_partial,
 )
 from ptbin.stores.writer import CopyRefused, Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 __all__ = [
     "MIB",
@@ -46,6 +47,7 @@ __all__ = [
     "is_partial_name",
     "refuse_other_object",
     "refuse_too_large",
+    "target_of_partial",
 ]
 
 
@@ -92,6 +94,15 @@ class Store(ABC):
     @abstractmethod
     def delete(self, path: str) -> None:
         """See that nothing is at `path`; no error where nothing was."""
+
+    def discard_unfinished(self, path: str, is_ours: Callable[[str], bool]) -> int:
+        """Remove what writers that were killed left below `path`; how many that were.
+
+        Only for whoever knows that no writer is at work there. `is_ours` is asked with the path below `path`
+        that the output was to have.
+        """
+        del path, is_ours
+        return 0
 
     @abstractmethod
     def check_writable(self, path: str) -> None:

@@ -36,6 +36,7 @@ from ptbin.stores.base import (
     check_range,
     is_partial_name,
     refuse_other_object,
+    target_of_partial,
 )
 from ptbin.stores.faults import fault, mapped_faults, public_uri
 from ptbin.stores.retry import RetryPolicy, call_with_retries, call_with_retries_async
@@ -227,6 +228,17 @@ class FsspecStore(Store):
     def delete(self, path: str) -> None:
         with contextlib.suppress(NotFoundInStoreError), mapped_faults("delete", self.uri_of(path)):
             self.fs.rm_file(path)
+
+    def discard_unfinished(self, path: str, is_ours: Callable[[str], bool]) -> int:
+        root, count = path.rstrip("/"), 0
+        with mapped_faults("list", self.uri_of(path)):
+            self.fs.invalidate_cache()
+            names = [_stripped(self.fs, name) for name in self.fs.find(root)]
+        for name in names:
+            if is_partial_name(name) and is_ours(target_of_partial(name[len(root) :].lstrip("/"))):
+                self.delete(name)
+                count += 1
+        return count
 
     def check_writable(self, path: str) -> None:
         """Write and delete an empty object whose name no listing shows: there is no cheaper sure way."""

@@ -25,12 +25,13 @@ from ptbin.stores.base import (
     check_range,
     is_partial_name,
     refuse_other_object,
+    target_of_partial,
 )
 from ptbin.stores.faults import fault, mapped_faults
 from ptbin.stores.local_writer import LocalWriter, identity_of, open_unpublished
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 __all__ = ["LocalReader", "LocalStore"]
 
@@ -118,6 +119,17 @@ class LocalStore(Store):
         except NotFoundInStoreError:
             if os.path.isdir(path):
                 raise
+
+    def discard_unfinished(self, path: str, is_ours: Callable[[str], bool]) -> int:
+        """Only where the file system has no unnamed files is anything left of a killed writer."""
+        count = 0
+        for directory, _, names in os.walk(path):
+            for name in names:
+                found = os.path.join(directory, name)
+                if is_partial_name(name) and is_ours(target_of_partial(os.path.relpath(found, path))):
+                    self.delete(found)
+                    count += 1
+        return count
 
     def check_writable(self, path: str) -> None:
         """Make and drop an empty unnamed file in the nearest directory that exists."""

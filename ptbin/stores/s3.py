@@ -26,6 +26,7 @@ from ptbin.stores.base import (
     is_partial_name,
     refuse_other_object,
     refuse_too_large,
+    target_of_partial,
 )
 from ptbin.stores.s3_client import S3Client
 from ptbin.stores.s3_listing import iter_entries
@@ -33,7 +34,7 @@ from ptbin.stores.s3_reader import S3Reader, etag_of
 from ptbin.stores.s3_writer import S3Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from ptbin.stores.retry import RetryPolicy
 
@@ -185,6 +186,25 @@ class S3Store(Store):
     def delete(self, path: str) -> None:
         bucket, key = self.client.split(path)
         self.client.call("delete_object", "delete", self.uri_of(path), Bucket=bucket, Key=key)
+
+    def discard_unfinished(self, path: str, is_ours: Callable[[str], bool]) -> int:
+        """Abort multipart uploads; a request for a thousand of them, and one for each that is ours."""
+        bucket, prefix = self._prefix(path)
+        uri, count = self.uri_of(path), 0
+        asked: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
+        while True:
+            answer = self.client.call("list_multipart_uploads", "list uploads below", uri, **asked)
+            for upload in answer.get("Uploads", ()):
+                key = str(upload["Key"])
+                target = target_of_partial(key) if is_partial_name(key) else key
+                if is_ours(target[len(prefix) :]):
+                    named = {"Bucket": bucket, "Key": key, "UploadId": upload["UploadId"]}
+                    self.client.call("abort_multipart_upload", "abort the upload of", uri, **named)
+                    count += 1
+            if not answer.get("IsTruncated"):
+                return count
+            asked["KeyMarker"] = answer["NextKeyMarker"]
+            asked["UploadIdMarker"] = answer["NextUploadIdMarker"]
 
     def check_writable(self, path: str) -> None:
         """Three small requests: is the bucket there, may an upload be begun; it is aborted at once.

@@ -21,6 +21,7 @@ __all__ = [
     "is_partial_name",
     "refuse_other_object",
     "refuse_too_large",
+    "target_of_partial",
 ]
 
 MIB = 1 << 20
@@ -76,6 +77,15 @@ class ListedObject:
     uri: str
     size: int
     identity: Identity | None
+
+
+def target_of_partial(path: str) -> str:
+    """Where the output of that partial name was to go: of `a/.b.bin.<12 digits>.ptbin-partial`, `a/b.bin`.
+
+    A name that was too long for its file system is cut short.
+    """
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[0].removeprefix(".")
 
 
 def is_partial_name(path: str) -> bool:

@@ -1,0 +1,60 @@
+"""Ctrl-C and SIGTERM while a run is under way: noted at once, raised where nothing is half done.
+
+Python runs a signal's handler between any two steps of the main thread. An exception that comes out of the
+middle of Prefect's or pydantic's code arrives as another one, or not at all, and bookkeeping that it cuts
+through no longer adds up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from prefect.exceptions import TerminationSignal
+
+__all__ = ["INTERRUPTS", "HeldSignals", "hold_signals"]
+
+INTERRUPTS = (KeyboardInterrupt, TerminationSignal)
+"""What Ctrl-C and SIGTERM are raised as while a flow runs; the latter is Prefect's."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SECOND_STATUS = 130
+
+
+class HeldSignals:
+    """What came so far."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        """The handler. A second signal ends the process: what it leaves has no manifest."""
+        del frame
+        if self.number is not None:
+            os._exit(_SECOND_STATUS)
+        self.number = number
+
+    def check(self) -> None:
+        """Raises what the signal stands for, if one came."""
+        if self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.number is not None:
+            raise TerminationSignal(signal=self.number)
+
+
+@contextlib.contextmanager
+def hold_signals() -> Iterator[HeldSignals]:
+    """Hold both signals while the context lasts; only the main thread can, others are left alone."""
+    held = HeldSignals()
+    if threading.current_thread() is not threading.main_thread():
+        yield held
+        return
+    before = {number: signal.signal(number, held.hear) for number in _SIGNALS}
+    try:
+        yield held
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

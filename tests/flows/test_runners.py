@@ -1,0 +1,288 @@
+"""Batches on processes, Dask and Ray: the same outputs, and what happens when a worker is killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flows.orchestrator import Orchestrator
+from tests.servers.dask_cluster import DaskCluster, dask_cluster
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+# Each conversion takes a while and notes where it runs, so that a test can kill a process with work in hand.
+SLOW = """
+import os, time
+from pathlib import Path
+import ptbin
+really = ptbin.stage
+def stage(source, dest, *arguments, progress, **options):
+    with open(os.environ["PTBIN_TEST_NOTES"], "a") as notes:
+        notes.write(f"{os.getpid()} {source}\\n")
+    deadline = time.monotonic() + float(os.environ["PTBIN_TEST_SECONDS"])
+    while time.monotonic() < deadline:
+        time.sleep(0.02)
+        progress(0)
+    return really(source, dest, *arguments, progress=progress, **options)
+ptbin.stage = stage
+"""
+COMMAND = "from flows.cli import main\nif __name__ == '__main__':\n    main()\n"
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """Forty small checkpoints."""
+    source = tmp_path / "many"
+    source.mkdir()
+    for number in range(40):
+        torch.save(
+            {"state_dict": {"w": torch.full((64,), float(number))}, "epoch": number},
+            source / f"{number:02}.pt",
+        )
+    return source
+
+
+@pytest.fixture
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every process started from here on converts slowly and notes what it does in this file."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'PTBIN_TEST_NOTES' in os.environ:\n"
+        "    import importlib.abc, importlib.util\n"
+        "    exec(compile(open(os.environ['PTBIN_TEST_SLOW']).read(), 'slow', 'exec'))\n"
+    )
+    (tmp_path / "slow.py").write_text(SLOW)
+    file = tmp_path / "notes"
+    file.touch()
+    monkeypatch.setenv("PTBIN_TEST_NOTES", str(file))
+    monkeypatch.setenv("PTBIN_TEST_SLOW", str(tmp_path / "slow.py"))
+    monkeypatch.setenv("PTBIN_TEST_SECONDS", "0.1")
+    path = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", f"{site}{os.pathsep}{path}" if path else str(site))
+    return file
+
+
+@pytest.fixture
+def start(server: Orchestrator, tmp_path: Path) -> Iterator[Start]:
+    """Start the command line on the session's server."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*words: str | Path) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", COMMAND, *map(str, words)],
+            cwd=tmp_path,
+            env=os.environ | {"PREFECT_API_URL": server.api_url},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[DaskCluster]:
+    folder = tmp_path / "dask"
+    folder.mkdir()
+    with dask_cluster(folder) as running:
+        yield running
+
+
+def summary_of(process: subprocess.Popen[str], status: int = 0) -> dict[str, Any]:
+    out, err = process.communicate(timeout=150)
+    assert process.returncode == status, err
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def digests(dest: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(dest.rglob("*.bin"))}
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+
+
+def workers_in(notes: Path) -> set[int]:
+    return {int(line.split()[0]) for line in notes.read_text().splitlines()}
+
+
+def assert_all_there(dest: Path, count: int) -> None:
+    for number in range(count):
+        loaded = torch.load(dest / f"{number:02}.bin", weights_only=True)
+        assert torch.equal(loaded["w"], torch.full((64,), float(number)))
+        assert (dest / f"{number:02}.bin.manifest.json").exists()
+    assert not list((dest / "_ptbin" / "leases").glob("*"))
+
+
+@pytest.mark.parametrize("runner", ["processes", "dask", "ray"])
+def test_every_runner_makes_the_same_outputs(many: Path, tmp_path: Path, start: Start, runner: str) -> None:
+    pytest.importorskip({"processes": "prefect", "dask": "prefect_dask", "ray": "prefect_ray"}[runner])
+    one = summary_of(start("convert", many, tmp_path / "threads", "--json"))
+    other = summary_of(start("convert", many, tmp_path / runner, "--json", "--runner", runner))
+    assert one["converted"] == other["converted"] == 40
+    assert digests(tmp_path / "threads") == digests(tmp_path / runner)
+    assert_all_there(tmp_path / runner, 40)
+
+
+def test_secrets_reach_the_workers_and_nothing_else(
+    good_source: Path, tmp_path: Path, start: Start, database: Callable[[str], list[tuple[Any, ...]]]
+) -> None:
+    """Options given by value go along with each batch, and stand in no log and no database."""
+    dest = f"simplecache::file://{tmp_path}/out"
+    process = start(
+        "convert", good_source, dest, "--json", "--runner", "processes", "--log-level", "info",
+        "--dest-options", json.dumps({"simplecache": {"cache_storage": str(tmp_path / "hush-hush")}}),
+    )  # fmt: skip
+    out, err = process.communicate(timeout=150)
+    assert "hush-hush" not in out + err
+    dump = [row for (table,) in database("SELECT name FROM sqlite_master WHERE type = 'table'")
+            for row in database(f"SELECT * FROM '{table}'")]  # fmt: skip
+    assert "hush-hush" not in repr(dump)
+
+
+def test_a_killed_process_of_the_pool_costs_its_batch_a_second_try(
+    many: Path, notes: Path, tmp_path: Path, start: Start
+) -> None:
+    process = start("convert", many, tmp_path / "out", "--json", "--runner", "processes")
+    wait_for(lambda: len(notes.read_text().splitlines()) > 4)
+    os.kill(next(iter(workers_in(notes))), signal.SIGKILL)
+    summary = summary_of(process)
+    assert (summary["converted"], summary["failed"]) == (40, 0)
+    assert len(workers_in(notes)) > 2
+    assert_all_there(tmp_path / "out", 40)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("runner", ["threads", "processes", "dask"])
+def test_an_interrupted_run_ends_soon_and_accounts_for_itself(
+    many: Path, notes: Path, tmp_path: Path, start: Start, runner: str, number: int
+) -> None:
+    dest = tmp_path / "out"
+    process = start("convert", many, dest, "--json", "--runner", runner)
+    wait_for(lambda: len(list(dest.rglob("*.manifest.json"))) > 3)
+    workers = workers_in(notes) - {process.pid}
+    process.send_signal(number)
+    began = time.monotonic()
+    summary = summary_of(process, 130)
+    assert time.monotonic() - began < 30
+    (record,) = (dest / "_ptbin" / "runs").glob("*/run.json")
+    told = json.loads(record.read_text())
+    assert told["interrupted"]
+    assert told["converted"] == summary["converted"] == len(list(dest.rglob("*.manifest.json"))) > 0
+    assert told["converted"] + told["not_tried"] == 40
+    assert not list((dest / "_ptbin" / "leases").glob("*"))
+    for worker in workers:
+        wait_for(lambda worker=worker: not Path(f"/proc/{worker}").exists())  # type: ignore[misc]
+    again = summary_of(start("convert", many, dest, "--json"))
+    assert again["converted"] + again["up_to_date"] == 40
+    assert again["up_to_date"] == told["converted"]
+
+
+def test_processes_of_a_killed_run_end_by_themselves(
+    many: Path, notes: Path, tmp_path: Path, start: Start
+) -> None:
+    process = start("convert", many, tmp_path / "out", "--json", "--runner", "processes")
+    wait_for(lambda: len(workers_in(notes)) == 2)
+    workers = workers_in(notes)
+    process.kill()
+    for worker in workers:
+        wait_for(lambda worker=worker: not Path(f"/proc/{worker}").exists())  # type: ignore[misc]
+    # Nobody waits for the dead run's lease: its process is known to be gone.
+    again = summary_of(start("convert", many, tmp_path / "out", "--json"))
+    assert again["converted"] + again["up_to_date"] == 40
+    assert_all_there(tmp_path / "out", 40)
+
+
+def test_a_killed_dask_worker_s_batch_is_done_by_another(
+    many: Path, notes: Path, tmp_path: Path, cluster: DaskCluster, start: Start
+) -> None:
+    words = ("--runner", "dask", "--runner-address", cluster.address)
+    process = start("convert", many, tmp_path / "out", "--json", *words)
+    wait_for(lambda: len(workers_in(notes)) == 2)
+    cluster.workers[0].kill()
+    summary = summary_of(process)
+    assert (summary["converted"], summary["failed"]) == (40, 0)
+    sources = [line.split()[1] for line in notes.read_text().splitlines()]
+    twice = {source for source in sources if sources.count(source) > 1}
+    assert len(set(sources)) == 40
+    assert len(twice) <= 10  # a batch: what was in flight
+    assert_all_there(tmp_path / "out", 40)
+
+
+def test_a_dask_cluster_stops_working_for_a_run_that_was_killed(
+    many: Path, notes: Path, tmp_path: Path, cluster: DaskCluster, start: Start
+) -> None:
+    words = ("--runner", "dask", "--runner-address", cluster.address)
+    process = start("convert", many, tmp_path / "out", "--json", *words)
+    wait_for(lambda: len(workers_in(notes)) == 2)
+    process.kill()
+    again = summary_of(start("convert", many, tmp_path / "out", "--json", *words))
+    assert again["converted"] + again["up_to_date"] == 40
+    assert all(worker.poll() is None for worker in cluster.workers)
+    assert_all_there(tmp_path / "out", 40)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--runner", "dask", "--runner-address", "tcp://127.0.0.1:9"], "no Dask scheduler answers"),
+        (["--runner-address", "tcp://127.0.0.1:9"], "means nothing to threads"),
+    ],
+)
+def test_a_runner_that_is_not_there_is_a_mistake_of_the_call(
+    good_source: Path, tmp_path: Path, start: Start, words: list[str], message: str
+) -> None:
+    process = start("convert", good_source, tmp_path / "out", *words)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert message in err
+    assert not list((tmp_path / "out").rglob("*.bin"))
+
+
+def test_a_second_run_on_the_destination_is_refused_while_the_first_works(
+    many: Path, notes: Path, tmp_path: Path, start: Start
+) -> None:
+    first = start("convert", many, tmp_path / "out", "--json")
+    wait_for(notes.read_text)
+    second = start("convert", many, tmp_path / "out")
+    _, err = second.communicate(timeout=100)
+    assert second.returncode == 2
+    assert "is at work there" in err
+    assert summary_of(first)["converted"] == 40
+
+
+def test_a_deadline_ends_the_run_and_says_what_it_did_not_come_to(
+    many: Path, notes: Path, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PTBIN_TEST_SECONDS", "0.3")
+    summary = summary_of(start("convert", many, tmp_path / "out", "--json", "--deadline", "4s"), 1)
+    assert [problem["reason"] for problem in summary["problems"]] == ["run_stopped"]
+    assert "deadline of 4 s" in summary["problems"][0]["detail"]
+    assert 0 < summary["converted"] < 40
+    (record,) = (tmp_path / "out" / "_ptbin" / "runs").glob("*/run.json")
+    told = json.loads(record.read_text())
+    assert told["not_tried"] == 40 - summary["converted"]
+    assert not told["interrupted"]

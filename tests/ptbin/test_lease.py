@@ -1,0 +1,190 @@
+"""One run at a time on a destination, by leases; on files and on S3."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptbin.catalog import lease as lease_module
+from ptbin.catalog.lease import Holder, Lease, LeaseWatch, acquire_lease
+from ptbin.errors import DestinationBusyError
+from ptbin.stores import open_store
+from tests.servers.endpoint import S3Endpoint
+from tests.servers.fixtures import moto_s3
+
+__all__ = ["moto_s3"]
+
+
+@dataclass
+class Place:
+    """A destination that a test may use."""
+
+    dest: str
+    options: dict[str, Any]
+
+    def acquire(self, run_id: str, lost: Callable[[str], None] = lambda _: None) -> Lease:
+        return acquire_lease(self.dest, run_id, dest_options=self.options, lost=lost)
+
+    def put(self, holder: Holder) -> None:
+        """A lease that nobody renews."""
+        store, path = open_store(f"{self.dest}/_ptbin/leases/{holder.run_id}.json", self.options)
+        store.write_bytes(path, holder.to_bytes())
+
+    def leases(self) -> list[str]:
+        store, path = open_store(f"{self.dest}/_ptbin/leases", self.options)
+        return sorted(item.path for item in store.iter_objects(path))
+
+
+@pytest.fixture(params=["files", "s3", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "files":
+        return Place(str(tmp_path / "out"), {})
+    if request.param == "memory":
+        return Place(f"memory://{tmp_path.name}/out", {})
+    endpoint: S3Endpoint = request.getfixturevalue("moto_s3")
+    return Place(f"s3://{endpoint.make_bucket()}/out", endpoint.storage_options)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The waits shrunk, their proportions kept."""
+    monkeypatch.setattr(lease_module, "RENEWAL_SECONDS", 0.1)
+    monkeypatch.setattr(lease_module, "PATIENCE", 0.6)
+    monkeypatch.setattr(lease_module, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(lease_module, "WATCH_SECONDS", 0.05)
+
+
+def elsewhere(run_id: str) -> Holder:
+    return replace(Holder.here(run_id), host="another", boot="another boot", pid=1)
+
+
+def test_a_second_run_is_refused_and_told_of_the_first(place: Place) -> None:
+    first = place.acquire("first")
+    with pytest.raises(DestinationBusyError, match="run first is at work there"):
+        place.acquire("second")
+    assert place.leases() == ["first.json"]
+    first.release()
+    assert place.leases() == []
+    place.acquire("third").release()
+
+
+def test_of_many_that_begin_at_once_one_gets_it(place: Place) -> None:
+    held: list[Lease] = []
+    busy: list[Exception] = []
+
+    def begin(number: int) -> None:
+        try:
+            held.append(place.acquire(f"run{number}"))
+        except DestinationBusyError as error:
+            busy.append(error)
+
+    threads = [threading.Thread(target=begin, args=(number,)) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(held) <= 1
+    assert len(held) + len(busy) == 5
+    for lease in held:
+        assert place.leases() == [lease.uri.rsplit("/", 1)[1]]
+        lease.release()
+
+
+def test_a_process_of_this_machine_that_is_gone_holds_nothing(place: Place) -> None:
+    code = "import sys\nfrom ptbin.catalog.lease import Holder\n"
+    code += "sys.stdout.buffer.write(Holder.here('dead').to_bytes())"
+    data = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    place.put(Holder.from_bytes(data, "dead"))
+    began = time.monotonic()
+    lease = place.acquire("next")
+    assert time.monotonic() - began < lease_module.PATIENCE / 2
+    assert lease.follows_dead
+    assert place.leases() == ["next.json"]
+    lease.release()
+
+
+def test_a_number_that_another_process_has_now_holds_nothing(place: Place) -> None:
+    place.put(replace(Holder.here("dead"), born="12345"))
+    lease = place.acquire("next")
+    assert lease.follows_dead
+    lease.release()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_another_machine_s_lease_counts_until_it_is_not_renewed_for_long(place: Place) -> None:
+    place.put(elsewhere("far"))
+    lease = place.acquire("next")
+    assert lease.follows_dead
+    assert place.leases() == ["next.json"]
+    lease.release()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_another_machine_that_renews_its_lease_is_at_work(place: Place) -> None:
+    done = threading.Event()
+
+    def renew() -> None:
+        holder = elsewhere("far")
+        while not done.wait(0.05):
+            holder = replace(holder, renewals=holder.renewals + 1)
+            place.put(holder)
+
+    place.put(elsewhere("far"))
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        with pytest.raises(DestinationBusyError, match="on another"):
+            place.acquire("next")
+    finally:
+        done.set()
+        thread.join()
+    assert place.leases() == ["far.json"]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_who_was_held_for_dead_is_told_and_takes_nothing_back(place: Place) -> None:
+    told: list[str] = []
+    lease = place.acquire("sleepy", lost=told.append)
+    store, path = open_store(lease.uri, place.options)
+    store.delete(path)
+    deadline = time.monotonic() + 5
+    while not told and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert "held for dead" in told[0]
+    assert place.leases() == []
+    lease.release()
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("end", ["told to stop", "released", "dead"])
+def test_workers_elsewhere_hear_of_the_end(place: Place, end: str) -> None:
+    lease = place.acquire("run")
+    stopped = threading.Event()
+    if end == "dead":
+        lease.release()
+        place.put(elsewhere("run"))
+    LeaseWatch(lease.uri, place.options, stopped.set)
+    if end != "dead":
+        assert not stopped.wait(0.9)  # longer than the patience: it is being renewed
+    if end == "told to stop":
+        lease.tell_to_stop()
+    elif end == "released":
+        lease.release()
+    assert stopped.wait(5)
+    lease.release()
+
+
+def test_a_lease_that_cannot_be_read_is_somebody_s(place: Place, impatient: None) -> None:
+    store, path = open_store(f"{place.dest}/_ptbin/leases/odd.json", place.options)
+    store.write_bytes(path, b"{ not JSON")
+    lease = place.acquire("next")  # after the patience, as with any that nobody renews
+    assert lease.follows_dead
+    lease.release()
