@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from flows.runners import Runner, RunnerName, open_runner
+from flows.signals import hold_signals
 from ptbin.catalog.lease import Lease, acquire_lease
 from ptbin.catalog.worklist import WorkList
 from ptbin.stores.limits import RequestLimit
@@ -59,7 +60,9 @@ def join_run(run_id: str, source_options: str | None, dest_options: str | None) 
             live = LiveRun(run_id, load_options(source_options), load_options(dest_options))
             stack.enter_context(open_live_run(live))
         live.summary["flow_run_id"] = current_flow_run_id()
+        live.check = stack.enter_context(hold_signals()).check
         try:
+            live.check()
             yield live
         except BaseException:
             live.stopping.set()
@@ -107,7 +110,7 @@ def running(live: LiveRun, dest: str | None, settings: RunSettings) -> Iterator[
                 live.run_id,
                 dest_options=live.dest_options,
                 lost=live.stop,
-                tick=lambda: live.moved(0),
+                tick=live.tick,
             )
             stack.callback(lease.release)
         live.requests = RequestLimit(settings.max_requests)

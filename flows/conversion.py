@@ -9,7 +9,7 @@ still accounts for what it did.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from flows.artifacts import ProgressArtifact, conversion_rows, publish_link, pub
 from flows.batches import cut, iter_batches
 from flows.fanout import Work, fan_out, unexamined
 from flows.run_record import record_files, record_folder
-from flows.signals import INTERRUPTS, hold_signals
+from flows.signals import INTERRUPTS
 from flows.tally import Tally
 from flows.units import format_nbytes
 from ptbin.catalog import Job, Problem
@@ -70,7 +70,6 @@ class Conversion:
         self.runner = run.runner
         self.work = work_of(run.live)
         self.began = time.monotonic()
-        self.check: Callable[[], object] = lambda: None
         self.settled_paths: set[str] = set()
         self.progress = ProgressArtifact(f"{self.artifact_key}-progress")
         self.index_rows: list[FinishedRow] = []
@@ -92,20 +91,18 @@ class Conversion:
 
         An interrupt is raised again once the run has accounted for itself.
         """
-        with hold_signals() as signals:
-            self.check = signals.check
-            self.refuse(problems)
-            self._clean_up()
-            try:
-                self.drop_up_to_date()
-                self.run()
-            except INTERRUPTS:
-                self.tally.interrupted = True
-                self.running.stop()
-                self._account_for_the_rest()
-                self.finish()
-                raise
-            return self.finish()
+        self.refuse(problems)
+        self._clean_up()
+        try:
+            self.drop_up_to_date()
+            self.run()
+        except INTERRUPTS:
+            self.tally.interrupted = True
+            self.running.stop()
+            self._account_for_the_rest()
+            self.finish()
+            raise
+        return self.finish()
 
     def _clean_up(self) -> None:
         """After a run that was killed: nobody else will remove what it had under way."""
@@ -137,7 +134,7 @@ class Conversion:
             width=max(self.runner.width, ASKING_WIDTH),
             keep_on=self._keeps_on,
             stop=self.running.stop,
-            check=self.check,
+            check=self.live.check,
         )
 
     def _keeps_on(self) -> bool:
@@ -153,17 +150,20 @@ class Conversion:
             "%d checkpoints (%s) to convert, %d up to date", count, format_nbytes(nbytes), up_to_date
         )
         self.progress.begin(count)
-        self._fan_out(
-            self._convert(batch)
-            for batch in iter_batches(
-                self.work.iter_to_do(),
-                count,
-                nbytes,
-                nbytes=lambda job: job.source_size,
-                workers=self.runner.width,
-            )
-        )
+        self._fan_out(self._batches())
         self._account_for_the_rest()
+
+    def _batches(self) -> Iterable[Work]:
+        """What the run is made of, at first."""
+        count, nbytes = self.work.to_do()
+        for batch in iter_batches(
+            self.work.iter_to_do(),
+            count,
+            nbytes,
+            nbytes=lambda job: job.source_size,
+            workers=self.runner.width,
+        ):
+            yield self._convert(batch)
 
     def _fan_out(self, work: Iterable[Work]) -> None:
         self.task_runs += fan_out(
@@ -171,7 +171,7 @@ class Conversion:
             width=self.runner.width,
             keep_on=self._keeps_on,
             stop=self.running.stop,
-            check=self.check,
+            check=self.live.check,
         )
 
     def _account_for_the_rest(self) -> None:

@@ -16,7 +16,7 @@ from types import FrameType
 
 from prefect.exceptions import TerminationSignal
 
-__all__ = ["INTERRUPTS", "HeldSignals", "hold_signals"]
+__all__ = ["INTERRUPTS", "HeldSignals", "hold_signals", "is_hidden_interrupt"]
 
 INTERRUPTS = (KeyboardInterrupt, TerminationSignal)
 """What Ctrl-C and SIGTERM are raised as while a flow runs; the latter is Prefect's."""
@@ -45,16 +45,34 @@ class HeldSignals:
             raise TerminationSignal(signal=self.number)
 
 
+_held: HeldSignals | None = None
+
+
+def is_hidden_interrupt(error: BaseException) -> bool:
+    """Whether another error stands for an interrupt that came in the middle of somebody else's code.
+
+    pydantic wraps whatever is raised in its serializers, a signal's exception too, and keeps only the name.
+    Prefect hears SIGTERM in a way of its own from the start of a flow run until the flow's first line.
+    """
+    return any(kind.__name__ in f"{type(error).__name__}: {error}" for kind in INTERRUPTS)
+
+
 @contextlib.contextmanager
 def hold_signals() -> Iterator[HeldSignals]:
-    """Hold both signals while the context lasts; only the main thread can, others are left alone."""
-    held = HeldSignals()
+    """Hold both signals while the context lasts; only the main thread can, others are left alone.
+
+    Inside another such context it is the same: what came before is known here as well.
+    """
+    global _held  # noqa: PLW0603 - signals are the process's
     if threading.current_thread() is not threading.main_thread():
-        yield held
+        yield HeldSignals()
         return
+    outer, held = _held, _held or HeldSignals()
+    _held = held
     before = {number: signal.signal(number, held.hear) for number in _SIGNALS}
     try:
         yield held
     finally:
+        _held = outer
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -47,6 +47,10 @@ class Tally:
     interrupted: bool = False
     kind: str = "convert"
     """Of the run: `convert`, `restore`, `sync`."""
+    files: Counter[str] = field(default_factory=Counter)
+    """Of DEST's own files: `deleted`, `backed_up`."""
+    kept: int = 0
+    """Outputs that are gone from SOURCE and were not deleted."""
     run_problems: list[Problem] = field(default_factory=list)
     """Problems of the run itself, such as a run record that could not be written."""
 
@@ -112,6 +116,11 @@ class Tally:
             f"rejected {self.count('rejected')}",
             f"failed {self.count('failed')}",
         ]
+        if self.kind == "sync":
+            parts.insert(1, f"copied {self.count('copied')}")
+            parts += [f"{name.replace('_', ' ')} {n}" for name, n in sorted(self.files.items())]
+            if self.kept:
+                parts.append(f"gone from SOURCE and kept {self.kept}")
         if skipped := self.count("not_a_checkpoint"):
             parts.append(f"not checkpoints {skipped}")
         if left := self.count("not_tried"):
@@ -122,11 +131,20 @@ class Tally:
     def summary(self, seconds: float) -> dict[str, Any]:
         """The `--json` document of `convert`; byte counts are of the checkpoints converted in this run."""
         done = [(entry, entry.converted) for entry in self.entries if entry.converted is not None]
+        mirrored = {}
+        if self.kind == "sync":
+            mirrored = {
+                "copied": self.count("copied"),
+                "deleted": self.files["deleted"],
+                "backed_up": self.files["backed_up"],
+                "kept": self.kept,
+            }
         return {
             "run_id": self.run_id,
             "source": self.source,
             "dest": self.dest,
-            "converted": len(done),
+            "converted": self.count("converted"),
+            **mirrored,
             "up_to_date": self.count("up_to_date"),
             "rejected": self.count("rejected"),
             "failed": self.count("failed"),
@@ -135,7 +153,7 @@ class Tally:
             "written_bytes": sum(facts.written_nbytes for _, facts in done),
             "copied_bytes": sum(facts.copied_nbytes for _, facts in done),
             "seconds": round(seconds, 3),
-            "manifests": sorted(facts.manifest_uri for _, facts in done),
+            "manifests": sorted(facts.manifest_uri for _, facts in done if facts.manifest_uri),
             "problems": [
                 {"source": entry.source, "reason": entry.reason, "detail": entry.detail}
                 for entry in self.problems

@@ -22,7 +22,6 @@ from flows.batches import plan_batches
 from flows.fanout import Work, fan_out
 from flows.run_record import new_run_id
 from flows.runners import RunnerName
-from flows.signals import hold_signals
 from flows.wishes import MAX_WORKERS, refuse_secrets
 from ptbin.errors import UsageError
 from ptbin.options import VerifyLevel
@@ -158,6 +157,5 @@ def _verify_all(
 
     # Sizes stand in the manifests, which are not read twice: batches go by count alone.
     batches = plan_batches(manifests, nbytes=lambda _: 0, workers=run.runner.width)
-    with hold_signals() as signals:
-        task_runs = fan_out(map(check, batches), width=run.runner.width, stop=run.stop, check=signals.check)
+    task_runs = fan_out(map(check, batches), width=run.runner.width, stop=run.stop, check=live.check)
     return final, task_runs

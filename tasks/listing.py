@@ -15,6 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from ptbin import catalog
 from ptbin.catalog import Job, OutputRule, Problem
 from ptbin.catalog.finished import FinishedRow, read_finished
+from ptbin.catalog.mirroring import copied_along
 from ptbin.catalog.worklist import WorkList
 from ptbin.errors import PtbinError
 from ptbin.options import ConvertOptions
@@ -22,7 +23,14 @@ from ptbin.stores.limits import limit_requests
 from tasks.live import LiveRun, find_live_run
 from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, worth_retrying
 
-__all__ = ["discard_unfinished", "find_up_to_date", "list_checkpoints", "list_manifests", "list_orphans"]
+__all__ = [
+    "discard_unfinished",
+    "find_up_to_date",
+    "list_checkpoints",
+    "list_manifests",
+    "list_mirror",
+    "list_orphans",
+]
 
 
 @task(
@@ -56,7 +64,45 @@ def list_checkpoints(
             include=tuple(include),
             exclude=tuple(exclude),
             source_options=live.source_options,
-            tick=lambda: live.moved(0),
+            tick=live.tick,
+        )
+
+
+@task(
+    name="list both sides",
+    tags=["ptbin", "list"],
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_jitter_factor=JITTER,
+    retry_condition_fn=worth_retrying,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def list_mirror(
+    run_id: str,
+    source: str,
+    rule: OutputRule,
+    options: ConvertOptions,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    *,
+    distrust: bool,
+) -> list[Problem]:
+    """As `list_checkpoints`, with the files that go along as they are. `include` adds to these.
+
+    With `distrust` nothing is taken for up to date by times and ETags.
+    """
+    live = find_live_run(run_id)
+    with limit_requests(live.requests):
+        return work_of(live).plan(
+            source,
+            rule,
+            options,
+            exclude=tuple(exclude),
+            source_options=live.source_options,
+            tick=live.tick,
+            copies=copied_along(include),
+            distrust=distrust,
         )
 
 
@@ -90,7 +136,12 @@ def find_up_to_date(run_id: str, label: str, jobs: Sequence[Job]) -> list[Finish
         live.moved(0)
         try:
             with limit_requests(live.requests):
-                row = read_finished(job, work.relative_manifest(job), dest_options=live.dest_options)
+                row = read_finished(
+                    job,
+                    work.relative_manifest(job),
+                    source_options=live.source_options,
+                    dest_options=live.dest_options,
+                )
         except PtbinError:
             continue  # the conversion will meet the same problem and report it
         if row is not None:

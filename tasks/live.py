@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,8 @@ class LiveRun:
     dest_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     listener: Listener = field(default_factory=Listener, repr=False)
     stopping: threading.Event = field(default_factory=threading.Event, repr=False)
+    check: Callable[[], object] = field(default=lambda: None, repr=False)
+    """Raises in the flow's own thread what a signal stands for, if one came."""
     stop_reason: str = field(default="", repr=False)
     """Why a run stops that nobody interrupted: its deadline has passed, its lease is lost."""
     work: WorkList | None = field(default=None, repr=False)
@@ -103,6 +105,11 @@ class LiveRun:
         if self.stopping.is_set():
             raise Interrupted(self.run_id)
         self.listener.moved(nbytes)
+
+    def tick(self) -> None:
+        """For what takes long in the flow's own thread; raises what `moved` raises, or an interrupt."""
+        self.check()
+        self.moved(0)
 
     def stop(self, reason: str) -> None:
         """Begin nothing new and give up what is under way."""

@@ -18,7 +18,16 @@ from tasks.retrying import is_transient
 __all__ = ["Converted", "Kind", "ManifestVerdict", "Outcome", "StoredFile", "outcome_of_error"]
 
 Kind = Literal[
-    "staged", "converted", "copied", "deleted", "not_a_checkpoint", "not_tried", "rejected", "failed"
+    "staged",
+    "converted",
+    "copied",
+    "deleted",
+    "up_to_date",
+    "changed",
+    "not_a_checkpoint",
+    "not_tried",
+    "rejected",
+    "failed",
 ]
 DETAIL_LENGTH = 500
 NAMED_GLOBALS = 10

@@ -19,6 +19,7 @@ from flows.cli.inspect_command import inspect_command
 from flows.cli.interrupts import INTERRUPTED_STATUS, hear_signals
 from flows.cli.printing import print_error
 from flows.cli.restore_command import restore_command
+from flows.cli.sync_command import sync_command
 from flows.cli.verify_command import verify_command
 from ptbin.errors import CheckpointError, PtbinError
 from ptbin.version import __version__
@@ -30,6 +31,7 @@ Examples:
   ptbin inspect run1/last.ckpt
   ptbin convert run1/last.ckpt last.bin
   ptbin convert s3://models/checkpoints s3://models/weights --workers 4
+  ptbin sync s3://training/runs s3://models/weights
   ptbin verify s3://models/weights
   ptbin restore last.bin last.pt
 
@@ -50,6 +52,7 @@ cli.add_command(inspect_command)
 cli.add_command(convert_command)
 cli.add_command(verify_command)
 cli.add_command(restore_command)
+cli.add_command(sync_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

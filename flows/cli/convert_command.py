@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flows.cli.conversion_options import conversion_options, split_wishes
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import Problems, showing_progress
 from flows.cli.shared_options import Shared, run_options, shared_options, split_options
 from flows.cli.summary import JSON_KEYS, conversion_lines, plan_lines, single_lines, tell_summary
 from flows.wishes import build_options, refuse_secrets
-from ptbin.dtypes import CAST_NAMES
 from ptbin.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -54,51 +54,7 @@ Exit status: 0 all converted or up to date; 1 some were rejected or failed;
 @click.argument("dest")
 @click.option("--include", multiple=True, metavar="GLOB", help="Only paths that match (repeatable).")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Not those that match (repeatable).")
-@click.option(
-    "--format",
-    "output_format",
-    type=click.Choice(["torch", "raw", "safetensors"]),
-    default="torch",
-    show_default=True,
-    help="torch: as pytorch_model.bin; raw: bare tensors and a JSON index; safetensors.",
-)
-@click.option(
-    "--layout",
-    type=click.Choice(["mirror", "hf"]),
-    default="mirror",
-    show_default=True,
-    help="hf: names that transformers looks for, config and tokenizer copied along.",
-)
-@click.option(
-    "--dtype", type=click.Choice(CAST_NAMES), metavar="NAME", help="Cast floating tensors, as torch."
-)
-@click.option("--max-shard-size", metavar="SIZE", help="Cut larger outputs into shards: 5GB, 500MiB, ...")
-@click.option("--tie-by-value", is_flag=True, help="Store equal matrices once, as tied.")
-@click.option(
-    "--naming",
-    type=click.Choice(["replace", "append"]),
-    default="replace",
-    show_default=True,
-    help="last.ckpt becomes last.bin, or last.ckpt.bin.",
-)
-@click.option("--select", metavar="PATH", help="The state dict to take, as `inspect` lists them.")
-@click.option("--strip-prefix", metavar="P", help="Take P off all names; auto: module. and _orig_mod.")
-@click.option("--rename", multiple=True, metavar="OLD=NEW", help="Regex replacement on names (repeatable).")
-@click.option("--drop", multiple=True, metavar="REGEX", help="Leave out names that match (repeatable).")
-@click.option(
-    "--verify",
-    type=click.Choice(["none", "checksum", "load"]),
-    default="checksum",
-    show_default=True,
-    help="Proof before an output counts: none, read it back, or also open it with torch.",
-)
-@click.option(
-    "--on-unsafe",
-    type=click.Choice(["reject", "extract"]),
-    default="reject",
-    show_default=True,
-    help="Pickles that can only be meant to run code: refuse, or take the weights (running nothing).",
-)
+@conversion_options
 @click.option("--force", is_flag=True, help="Convert even what is up to date.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, write nothing.")
 @run_options
@@ -108,38 +64,14 @@ def convert_command(
     dest: str,
     include: Sequence[str],
     exclude: Sequence[str],
-    output_format: str,
-    layout: str,
-    dtype: str | None,
-    max_shard_size: str | None,
-    tie_by_value: bool,
-    naming: Any,
-    select: str | None,
-    strip_prefix: str | None,
-    rename: Sequence[str],
-    drop: Sequence[str],
-    verify: str,
-    on_unsafe: str,
     force: bool,
     dry_run: bool,
     **values: Any,
 ) -> int:
     """Convert SOURCE, one checkpoint or a whole store of them, into DEST."""
+    naming, wishes = split_wishes(values)
     carrying_out, shared = split_options(values)
-    wishes: dict[str, Any] = {
-        "format": output_format,
-        "layout": layout,
-        "dtype": dtype,
-        "max_shard_size": max_shard_size,
-        "tie_by_value": tie_by_value,
-        "select": select,
-        "strip_prefix": strip_prefix,
-        "rename": list(rename),
-        "drop": list(drop),
-        "on_unsafe": on_unsafe,
-        "verify": verify,
-        "force": force,
-    }
+    wishes["force"] = force
     options = build_options(**wishes)
     from ptbin import catalog
     from ptbin.catalog.suffixes import OUTPUT_SUFFIXES

@@ -14,7 +14,7 @@ __all__ = ["run_flow"]
 
 
 def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **parameters: Any) -> dict[str, Any]:
-    """Call the flow `convert`, `restore` or `verify` and return the summary it left.
+    """Call the flow `convert`, `restore`, `sync` or `verify` and return the summary it left.
 
     Raises:
         PtbinError: what the flow raised before it came to a summary.
@@ -30,18 +30,25 @@ def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **param
     listener.stage("starting Prefect")
     with orchestrator() as server, open_live_run(live):
         flow = _find_flow(name)
-        from prefect.exceptions import TerminationSignal
+        from flows.signals import INTERRUPTS, hold_signals, is_hidden_interrupt
 
         listener.stage("looking at SOURCE and DEST" if name != "verify" else "looking at DEST")
         try:
-            state = flow(**parameters, run_id=run_id, return_state=True)
-        except (KeyboardInterrupt, TerminationSignal) as error:  # the latter is Prefect's, of SIGTERM
+            with hold_signals() as signals:
+                state = flow(**parameters, run_id=run_id, return_state=True)
+        except INTERRUPTS as error:
             if not live.summary.get("interrupted"):
                 raise KeyboardInterrupt from error
             return live.summary
+        except Exception as error:
+            if is_hidden_interrupt(error):
+                raise KeyboardInterrupt from error
+            raise
         finally:
             complete = server.settle(live.summary.get("flow_run_id"), live.summary.get("task_runs"))
         if state.is_crashed():
+            raise KeyboardInterrupt
+        if "message" not in live.summary and signals.number is not None:
             raise KeyboardInterrupt
         if "message" not in live.summary:
             raise _error_of(state)
@@ -55,6 +62,10 @@ def _find_flow(name: str) -> Any:
         from flows.convert import convert
 
         return convert
+    if name == "sync":
+        from flows.sync import sync
+
+        return sync
     if name == "restore":
         from flows.restore import restore
 

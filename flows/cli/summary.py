@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "JSON_KEYS",
+    "SYNC_KEYS",
     "conversion_lines",
     "plan_lines",
     "single_lines",
@@ -28,6 +29,9 @@ JSON_KEYS = (
     "written_bytes", "seconds", "manifests", "problems",
 )  # fmt: skip
 """The `--json` summary of `convert`, in this order."""
+
+SYNC_KEYS = ("copied", "deleted", "backed_up", "kept")
+"""What `sync` adds to it."""
 
 SHOWN_PROBLEMS = 20
 
@@ -46,7 +50,13 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
         ("rejected", str(summary["rejected"]), ""),
         ("failed", str(summary["failed"]), ""),
     ]
+    if "copied" in summary:
+        rows.insert(1, ("copied", str(summary["copied"]), "files as they are" if summary["copied"] else ""))
+        rows += [("deleted", str(summary["deleted"]), f"{summary['kept']} kept" if summary["kept"] else "")]
+        rows += [("backed up", str(summary["backed_up"]), "")]
     lines = align(rows, right=[1], indent="")
+    if "copied" in summary and not any(summary[key] for key in ("converted", "copied", "deleted", "kept")):
+        lines += ["", "nothing to do: DEST is in step" if not summary["problems"] else "nothing was changed"]
     if summary["problems"]:
         lines += ["", *_problem_lines(summary["problems"])]
     lines += ["", f"{summary['seconds']:.1f} s, run {summary['run_id']}"]

@@ -9,7 +9,7 @@ the files that may be parts of a checkpoint of several files.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ptbin.catalog.globs import matches, split_glob
@@ -34,12 +34,15 @@ def find_checkpoints(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     storage_options: Mapping[str, Any] | None = None,
+    is_other: Callable[[ListedObject], bool] = lambda _: False,
+    other: Callable[[ListedObject], object] = lambda _: None,
 ) -> Iterator[Found]:
     """Candidates at or below SOURCE: one file, a directory or prefix, or a glob.
 
     Args:
         include: globs on the path below SOURCE; where given, they decide alone what is a candidate.
         exclude: globs that take candidates away.
+        is_other: says of a file that belongs to no group whether it is handed to `other` and is no candidate.
 
     Raises:
         NotFoundInStoreError: SOURCE does not exist.
@@ -52,6 +55,9 @@ def find_checkpoints(
     for found in _grouped(item for item in store.iter_objects(path) if not _is_our_own(item.path)):
         if isinstance(found, ListedObject):
             if pattern is None or matches(f"/{found.path}", pattern):
+                if is_other(found) and not any(matches(found.path, glob) for glob in exclude):
+                    other(found)
+                    continue
                 certain = _is_candidate(found, include, exclude)
                 if certain is not None:
                     yield Found(found.path, found.uri, found.size, found.identity, certain)

@@ -20,6 +20,7 @@ from typing import Any
 
 from ptbin.catalog.finding import OWN_FOLDER
 from ptbin.catalog.jobs import Job
+from ptbin.copying import same_content
 from ptbin.errors import NotFoundInStoreError, StorageError, VerificationError
 from ptbin.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.options import ConvertOptions
@@ -33,6 +34,7 @@ __all__ = [
     "job_digest",
     "read_finished",
     "row_of",
+    "row_of_copy",
     "write_segment",
 ]
 
@@ -49,7 +51,7 @@ class FinishedRow:
     """One output that was finished.
 
     Attributes:
-        manifest: its path below DEST.
+        manifest: its path below DEST; of a file that was copied, that file's.
         identity: of the manifest, as `kind:value`.
         digest: of source and options (`job_digest`).
         level: of its proof.
@@ -98,8 +100,20 @@ def job_digest(uri: str, size: int, identity: Mapping[str, str] | None, fingerpr
 
 
 def digest_of(job: Job, options: ConvertOptions) -> str:
+    return _digest(job, "copy" if job.copies else options.fingerprint())
+
+
+def _digest(job: Job, fingerprint: str) -> str:
     identity = job.identity.to_json() if job.identity is not None else None
-    return job_digest(job.source_uri, job.source_size, identity, options.fingerprint())
+    return job_digest(job.source_uri, job.source_size, identity, fingerprint)
+
+
+def row_of_copy(job: Job, path: str, identity: Identity) -> FinishedRow | None:
+    """The row of a file that was copied to `path` below DEST and is in that state there."""
+    if job.identity is None or not identity_text(identity):
+        return None
+    own = ((job.dest_uri.rpartition("/")[2], job.source_size),)
+    return FinishedRow(path, identity_text(identity), _digest(job, "copy"), "load", own)
 
 
 def row_of(manifest: Mapping[str, Any], path: str, identity: str) -> FinishedRow | None:
@@ -120,15 +134,24 @@ def row_of(manifest: Mapping[str, Any], path: str, identity: str) -> FinishedRow
 
 
 def read_finished(
-    job: Job, path: str, *, dest_options: Mapping[str, Any] | None = None
+    job: Job,
+    path: str,
+    *,
+    source_options: Mapping[str, Any] | None = None,
+    dest_options: Mapping[str, Any] | None = None,
 ) -> FinishedRow | None:
     """The row of the job's manifest as it is stored now (`path` below DEST); None where there is none.
 
-    Costs one read.
+    Costs one read. A copy has no manifest: it is compared with its source, byte for byte.
 
     Raises:
         StorageError: the store failed in another way than by having no such file.
     """
+    if job.copies:
+        same = same_content(
+            job.source_uri, job.dest_uri, source_options=source_options, dest_options=dest_options
+        )
+        return row_of_copy(job, path, same) if same is not None else None
     store, place = open_store(job.dest_uri + MANIFEST_SUFFIX, dest_options)
     try:
         data, identity = store.read_identified(place)

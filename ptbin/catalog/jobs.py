@@ -25,7 +25,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One checkpoint and where its output goes."""
+    """One checkpoint, or another file, and where its output goes."""
 
     source_uri: str
     source_size: int
@@ -33,6 +33,8 @@ class Job:
     path: str
     certain: bool
     identity: Identity | None
+    copies: bool = False
+    """The file itself goes along, as it is (a mirror's other files)."""
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)

@@ -10,6 +10,7 @@ from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, OUTPUT_SUFFIXES, suffix_
 from ptbin.errors import OutputCollisionError
 from ptbin.folders import INDEX_SUFFIX
 from ptbin.options import Layout, Naming, OutputFormat
+from ptbin.stores import ListedObject
 
 __all__ = ["OutputRule", "plan_outputs", "relative_output", "settle_collision"]
 
@@ -69,12 +70,18 @@ class OutputRule:
 
     def apply(self, item: Found) -> Job | Problem:
         """Where this one goes, or why it may not go anywhere."""
-        parts = item.path.split("/")
-        if any(part in ("", ".", "..") for part in parts) or "\\" in item.path or "\0" in item.path:
-            detail = f"{item.path!r} is no plain relative path; rename the object first"
-            return Problem(item.uri, "unsafe_path", detail)
+        if (problem := _unsafe_path(item.path, item.uri)) is not None:
+            return problem
         output = relative_output(item.path, self.naming, self.suffix, self.layout)
         return Job(item.uri, item.size, f"{self.base}/{output}", item.path, item.certain, item.identity)
+
+    def copy(self, item: ListedObject) -> Job | Problem:
+        """Where a file goes that is to be there as it is."""
+        if (problem := _unsafe_path(item.path, item.uri)) is not None:
+            return problem
+        return Job(
+            item.uri, item.size, f"{self.base}/{item.path}", item.path, True, item.identity, copies=True
+        )
 
     def relative(self, job: Job) -> str:
         """Path of the job's output below DEST."""
@@ -83,6 +90,13 @@ class OutputRule:
     def place_of(self, job: Job) -> str:
         """Equal for two jobs that would write one file: the destination may not tell cases apart."""
         return self.relative(job).casefold()
+
+
+def _unsafe_path(path: str, uri: str) -> Problem | None:
+    parts = path.split("/")
+    if any(part in ("", ".", "..") for part in parts) or "\\" in path or "\0" in path:
+        return Problem(uri, "unsafe_path", f"{path!r} is no plain relative path; rename the object first")
+    return None
 
 
 def settle_collision(same: Sequence[Job]) -> tuple[list[Job], list[Problem]]:

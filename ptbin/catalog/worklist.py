@@ -26,12 +26,13 @@ from ptbin.catalog.finished import (
     identity_text,
     iter_segment,
 )
+from ptbin.catalog.globs import matches
 from ptbin.catalog.jobs import Found, Job, Problem
 from ptbin.catalog.planning import OutputRule, settle_collision
 from ptbin.folders import INDEX_SUFFIX
 from ptbin.manifest import MANIFEST_SUFFIX
 from ptbin.options import ConvertOptions
-from ptbin.stores import Identity, open_store
+from ptbin.stores import Identity, ListedObject, open_store
 
 __all__ = ["WorkList"]
 
@@ -44,7 +45,7 @@ CREATE TABLE stored (path TEXT PRIMARY KEY, size INTEGER, identity TEXT) WITHOUT
 CREATE TABLE finished (manifest TEXT PRIMARY KEY, row TEXT) WITHOUT ROWID;
 CREATE TABLE segments (path TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE jobs (id INTEGER PRIMARY KEY, place TEXT, output TEXT, path TEXT, uri TEXT, size INTEGER,
-    kind TEXT, value TEXT, certain INTEGER, state INTEGER);
+    kind TEXT, value TEXT, certain INTEGER, copies INTEGER, state INTEGER);
 """
 
 
@@ -80,10 +81,14 @@ class WorkList:
         exclude: Sequence[str] = (),
         source_options: Mapping[str, Any] | None = None,
         tick: Callable[[], object] = lambda: None,
+        copies: Callable[[ListedObject], bool] = lambda _: False,
+        distrust: bool = False,
     ) -> list[Problem]:
         """Fill the list; what cannot be done at all. `tick` is called now and then, and may raise.
 
-        With `options.force` nothing is up to date, and DEST is not looked at.
+        With `options.force` nothing is up to date, and DEST is not looked at; with `distrust` it is looked
+        at, and everything is to be done that is not compared by its content. `copies` says which files go
+        along as they are.
 
         Raises:
             NotFoundInStoreError, StorageError: from the stores.
@@ -93,10 +98,18 @@ class WorkList:
             self._rule = rule
             if not options.force:
                 self._read_dest(tick)
-            found = find_checkpoints(source, include=include, exclude=exclude, storage_options=source_options)
-            problems = self._add(found, tick)
+            others: list[ListedObject] = []
+            found = find_checkpoints(
+                source,
+                include=include,
+                exclude=exclude,
+                storage_options=source_options,
+                is_other=copies,
+                other=others.append,
+            )
+            problems = self._add(found, others, tick)
             problems += self._settle_collisions()
-            if not options.force:
+            if not options.force and not distrust:
                 self._look_up(options, tick)
             return problems
 
@@ -132,20 +145,22 @@ class WorkList:
                     )
             self._db.execute("COMMIT")
 
-    def _add(self, found: Iterable[Found], tick: Callable[[], object]) -> list[Problem]:
+    def _add(
+        self, found: Iterable[Found], others: list[ListedObject], tick: Callable[[], object]
+    ) -> list[Problem]:
+        """`others` fills while `found` is read, and is emptied here."""
         problems = []
         self._db.execute("BEGIN")
-        for number, item in enumerate(found):
+        for number, job in enumerate(self._jobs(found, others)):
             if number % PAGE == 0:
                 tick()
-            job = self._rule.apply(item)
             if isinstance(job, Problem):
                 problems.append(job)
                 continue
             kind, value = (job.identity.kind, job.identity.value) if job.identity else (None, None)
             self._db.execute(
-                "INSERT INTO jobs (place, output, path, uri, size, kind, value, certain, state) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO jobs (place, output, path, uri, size, kind, value, certain, copies, state) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     self._rule.place_of(job),
                     self._rule.relative(job),
@@ -155,12 +170,23 @@ class WorkList:
                     kind,
                     value,
                     job.certain,
+                    job.copies,
                     _TO_DO,
                 ),
             )
         self._db.execute("COMMIT")
         self._db.execute("CREATE INDEX IF NOT EXISTS places ON jobs (place)")
         return problems
+
+    def _jobs(self, found: Iterable[Found], others: list[ListedObject]) -> Iterator[Job | Problem]:
+        for item in found:
+            yield self._rule.apply(item)
+            yield from self._copies(others)
+        yield from self._copies(others)
+
+    def _copies(self, others: list[ListedObject]) -> Iterator[Job | Problem]:
+        while others:
+            yield self._rule.copy(others.pop(0))
 
     def _settle_collisions(self) -> list[Problem]:
         problems = []
@@ -179,7 +205,7 @@ class WorkList:
         for number, (job_id, job) in enumerate(self._select("state = ?", (_TO_DO,))):
             if number % PAGE == 0:
                 tick()
-            manifest = self._rule.relative(job) + MANIFEST_SUFFIX
+            manifest = self.relative_manifest(job)
             known = self._db.execute("SELECT row FROM finished WHERE manifest = ?", (manifest,)).fetchone()
             if known is not None:
                 state = _CURRENT if self._is_current(_load(known[0]), job, options) else _TO_DO
@@ -205,7 +231,7 @@ class WorkList:
     def _select(self, where: str, values: tuple[Any, ...], order: str = "id") -> Iterator[tuple[int, Job]]:
         """Jobs with their numbers, a page at a time: the list may change between two pages."""
         query = (
-            "SELECT id, output, path, uri, size, kind, value, certain FROM jobs "  # noqa: S608 - our own text
+            "SELECT id, output, path, uri, size, kind, value, certain, copies FROM jobs "  # noqa: S608 - our own
             f"WHERE {where} ORDER BY {order}"
         )
         with self._lock:
@@ -215,9 +241,10 @@ class WorkList:
                 page = cursor.fetchmany(PAGE)
             if not page:
                 return
-            for number, output, path, uri, size, kind, value, certain in page:
+            for number, output, path, uri, size, kind, value, certain, copies in page:
                 identity = Identity(kind, value) if kind is not None else None
-                yield number, Job(uri, size, f"{self._rule.base}/{output}", path, bool(certain), identity)
+                place = f"{self._rule.base}/{output}"
+                yield number, Job(uri, size, place, path, bool(certain), identity, bool(copies))
 
     def count(self) -> int:
         """Checkpoints that the listing came to, collisions aside."""
@@ -226,11 +253,12 @@ class WorkList:
     def count_current(self) -> int:
         return self._number("SELECT count(*) FROM jobs WHERE state = ?", _CURRENT)
 
-    def to_do(self) -> tuple[int, int]:
-        """How many are to be converted, and their bytes."""
+    def to_do(self, *, copies: bool | None = None) -> tuple[int, int]:
+        """How many are to be done, and their bytes; only conversions or copies where that is asked."""
+        only = "" if copies is None else f" AND copies = {copies:d}"
         return (
-            self._number("SELECT count(*) FROM jobs WHERE state = ?", _TO_DO),
-            self._number("SELECT coalesce(sum(size), 0) FROM jobs WHERE state = ?", _TO_DO),
+            self._number(f"SELECT count(*) FROM jobs WHERE state = ?{only}", _TO_DO),  # noqa: S608 - our own
+            self._number(f"SELECT coalesce(sum(size), 0) FROM jobs WHERE state = ?{only}", _TO_DO),  # noqa: S608
         )
 
     def count_to_ask(self) -> int:
@@ -240,9 +268,10 @@ class WorkList:
         with self._lock:
             return int(self._db.execute(query, (state,)).fetchone()[0])
 
-    def iter_to_do(self) -> Iterator[Job]:
-        """What is to be converted, largest first."""
-        return (job for _, job in self._select("state = ?", (_TO_DO,), "size DESC, id"))
+    def iter_to_do(self, *, copies: bool | None = None) -> Iterator[Job]:
+        """What is to be done, largest first; only conversions or copies where that is asked."""
+        only = "" if copies is None else f" AND copies = {copies:d}"
+        return (job for _, job in self._select(f"state = ?{only}", (_TO_DO,), "size DESC, id"))
 
     def iter_current(self) -> Iterator[Job]:
         return (job for _, job in self._select("state = ?", (_CURRENT,)))
@@ -252,8 +281,8 @@ class WorkList:
         return (job for _, job in self._select("state = ?", (_TO_ASK,)))
 
     def relative_manifest(self, job: Job) -> str:
-        """Path of the job's manifest below DEST."""
-        return self._rule.relative(job) + MANIFEST_SUFFIX
+        """Path below DEST of the job's manifest; of a copy, its own, for that has none."""
+        return self._rule.relative(job) + ("" if job.copies else MANIFEST_SUFFIX)
 
     def answer(
         self, jobs: Sequence[Job], rows: Iterable[FinishedRow], options: ConvertOptions
@@ -296,6 +325,64 @@ class WorkList:
         """
         store, path = open_store(self.dest, self._dest_options)
         return store.discard_unfinished(path, self.is_planned)
+
+    # -- what was there before -------------------------------------------------------------------
+
+    def present(self, job: Job) -> list[str]:
+        """Paths below DEST of what this job would write over, as the listing shows them."""
+        key = self.relative_manifest(job)
+        with self._lock:
+            known = self._db.execute("SELECT row FROM finished WHERE manifest = ?", (key,)).fetchone()
+        named = [self._rule.relative(job), key]
+        if known is not None:
+            folder = key[: -len(key.rsplit("/", 1)[-1])]
+            named += [folder + name for name, _ in _load(known[0]).outputs]
+        return [path for path in dict.fromkeys(named) if self._size_of(path) is not None]
+
+    def iter_gone(self, exclude: Sequence[str] = ()) -> Iterator[FinishedRow]:
+        """What earlier runs put below DEST and this one would not: rows that no job explains.
+
+        Where the index does not know a manifest, its row has no outputs: the manifest must tell.
+        """
+        query = (
+            "SELECT manifest, row FROM finished UNION ALL SELECT path, NULL FROM stored "
+            "WHERE path LIKE ? AND path NOT IN (SELECT manifest FROM finished)"
+        )
+        with self._lock:
+            cursor = self._db.execute(query, ("%" + MANIFEST_SUFFIX,))
+        while True:
+            with self._lock:
+                page = cursor.fetchmany(PAGE)
+            if not page:
+                return
+            for path, text in page:
+                if self._is_explained(path) or any(matches(path, glob) for glob in exclude):
+                    continue
+                yield _load(text) if text is not None else FinishedRow(path, "", "", "none", ())
+
+    def _is_explained(self, path: str) -> bool:
+        """Whether a job of this run has that manifest, or is that copy. Names that differ in case do not."""
+        place = path.removesuffix(MANIFEST_SUFFIX)
+        with self._lock:
+            found = self._db.execute(
+                "SELECT output, copies FROM jobs WHERE place = ?", (place.casefold(),)
+            ).fetchall()
+        return any(output + ("" if copies else MANIFEST_SUFFIX) == path for output, copies in found)
+
+    def refuse(self, job: Job) -> None:
+        """Leave a job alone after all."""
+        self._set_state(job, _REFUSED)
+
+    def settle_current(self, job: Job) -> None:
+        """A job that its content shows to be up to date."""
+        self._set_state(job, _CURRENT)
+
+    def _set_state(self, job: Job, state: int) -> None:
+        with self._lock:
+            self._db.execute(
+                "UPDATE jobs SET state = ? WHERE place = ? AND path = ?",
+                (state, self._rule.place_of(job), job.path),
+            )
 
     # -- the index afterwards --------------------------------------------------------------------
 

@@ -115,7 +115,8 @@ def interrupt_many(bench: Bench, times: int, seed: int) -> None:
         # 0: it was through by then; -15 and -2: before it could handle signals.
         allowed = {0, 130, -int(number)}
         assert process.returncode in allowed, f"{told}, round {round_}, {number}: {process.returncode} {err}"
-        assert "Traceback" not in err, f"{told}, round {round_}: {err}"
+        # Python itself tells of an interrupt that comes before its handler is there.
+        assert process.returncode < 0 or "Traceback" not in err, f"{told}, round {round_}: {err}"
 
 
 def assert_as_if_undisturbed(bench: Bench) -> None:

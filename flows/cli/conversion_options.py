@@ -1,0 +1,91 @@
+"""How checkpoints become outputs: the options that `convert` and `sync` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from ptbin.dtypes import CAST_NAMES
+
+__all__ = ["conversion_options", "split_wishes"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def conversion_options(function: Command) -> Command:
+    """Add them to a command; `split_wishes` takes them."""
+    decorators = [
+        click.option(
+            "--format",
+            "output_format",
+            type=click.Choice(["torch", "raw", "safetensors"]),
+            default="torch",
+            show_default=True,
+            help="torch: as pytorch_model.bin; raw: bare tensors and a JSON index; safetensors.",
+        ),
+        click.option(
+            "--layout",
+            type=click.Choice(["mirror", "hf"]),
+            default="mirror",
+            show_default=True,
+            help="hf: names that transformers looks for, config and tokenizer copied along.",
+        ),
+        click.option(
+            "--dtype", type=click.Choice(CAST_NAMES), metavar="NAME", help="Cast floating tensors, as torch."
+        ),
+        click.option(
+            "--max-shard-size", metavar="SIZE", help="Cut larger outputs into shards: 5GB, 500MiB, ..."
+        ),
+        click.option("--tie-by-value", is_flag=True, help="Store equal matrices once, as tied."),
+        click.option(
+            "--naming",
+            type=click.Choice(["replace", "append"]),
+            default="replace",
+            show_default=True,
+            help="last.ckpt becomes last.bin, or last.ckpt.bin.",
+        ),
+        click.option("--select", metavar="PATH", help="The state dict to take, as `inspect` lists them."),
+        click.option(
+            "--strip-prefix", metavar="P", help="Take P off all names; auto: module. and _orig_mod."
+        ),
+        click.option(
+            "--rename", multiple=True, metavar="OLD=NEW", help="Regex replacement on names (repeatable)."
+        ),
+        click.option(
+            "--drop", multiple=True, metavar="REGEX", help="Leave out names that match (repeatable)."
+        ),
+        click.option(
+            "--verify",
+            type=click.Choice(["none", "checksum", "load"]),
+            default="checksum",
+            show_default=True,
+            help="Proof before an output counts: none, read it back, or also open it with torch.",
+        ),
+        click.option(
+            "--on-unsafe",
+            type=click.Choice(["reject", "extract"]),
+            default="reject",
+            show_default=True,
+            help="Pickles that can only be meant to run code: refuse, or take the weights (running nothing).",
+        ),
+    ]
+    for decorator in reversed(decorators):
+        function = decorator(function)
+    return function
+
+
+_WISHES = (
+    *("layout", "dtype", "max_shard_size", "tie_by_value", "select", "strip_prefix", "rename", "drop"),
+    *("on_unsafe", "verify"),
+)
+
+
+def split_wishes(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The naming, and the parameters of `build_options`."""
+    wishes = {name: values.pop(name) for name in _WISHES}
+    wishes["format"] = values.pop("output_format")
+    for name in ("rename", "drop"):
+        wishes[name] = list(wishes[name])
+    return values.pop("naming"), wishes

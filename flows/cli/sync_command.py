@@ -1,0 +1,208 @@
+"""`ptbin sync`: DEST becomes a mirror of SOURCE, through the Prefect flow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flows.cli.conversion_options import conversion_options, split_wishes
+from flows.cli.printing import align, print_json, print_line
+from flows.cli.progress import showing_progress
+from flows.cli.shared_options import Shared, run_options, shared_options, split_options
+from flows.cli.summary import JSON_KEYS, SYNC_KEYS, conversion_lines, tell_summary
+from flows.units import format_nbytes
+from flows.wishes import build_options, refuse_secrets
+from ptbin.errors import UsageError
+
+if TYPE_CHECKING:
+    from ptbin.options import ConvertOptions
+
+__all__ = ["sync_command"]
+
+EPILOG = """\b
+Examples:
+  ptbin sync checkpoints/ weights/ --dry-run
+  ptbin sync s3://training/runs s3://models/weights
+  ptbin sync runs/ mirror/ --delete --max-delete 20 --backup-dir old/2026-11-24
+  ptbin sync runs/ mirror/ --include 'figures/**' --exclude 'debug/**'
+
+Checkpoints are converted as `ptbin convert` does; beside them go their companions (configuration, tokenizer,
+README, licence, *.json, *.yaml, ...) and what --include names, as they are. A second run with nothing changed
+does nothing. Nothing is deleted unless asked for, never when anything failed, and never what ptbin did not
+put there.
+
+\b
+Exit status: 0 all in step; 1 some were rejected or failed; 2 the call was wrong,
+nothing was written; 130 interrupted."""
+
+
+@click.command("sync", epilog=EPILOG)
+@click.argument("source")
+@click.argument("dest")
+@click.option("--include", multiple=True, metavar="GLOB", help="Copy these files too (repeatable).")
+@click.option(
+    "--exclude", multiple=True, metavar="GLOB", help="Neither convert, copy nor delete these (repeatable)."
+)
+@click.option("--delete", is_flag=True, help="Delete from DEST what SOURCE no longer has.")
+@click.option(
+    "--max-delete", type=click.IntRange(min=0), metavar="N", help="If more are gone than that, delete none."
+)
+@click.option("--checksum", is_flag=True, help="Compare by content; times and ETags are not believed.")
+@click.option("--immutable", is_flag=True, help="Never change what is there; what differs is a failure.")
+@click.option("--backup-dir", metavar="PLACE", help="First copy there what is written over or deleted.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done, write nothing.")
+@conversion_options
+@run_options
+@shared_options
+def sync_command(
+    source: str,
+    dest: str,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    delete: bool,
+    max_delete: int | None,
+    checksum: bool,
+    immutable: bool,
+    backup_dir: str | None,
+    dry_run: bool,
+    **values: Any,
+) -> int:
+    """Make DEST a mirror of SOURCE: checkpoints as weights, their companions as they are."""
+    naming, wishes = split_wishes(values)
+    carrying_out, shared = split_options(values)
+    options = build_options(**wishes)
+    from ptbin import catalog
+
+    catalog.check_call(
+        source,
+        dest,
+        source_options=shared.source_options,
+        dest_options=shared.dest_options,
+        writes=not dry_run,
+    )
+    if max_delete is not None and not delete:
+        raise UsageError("--max-delete means nothing without --delete")
+    refuse_secrets(source, dest, *([backup_dir] if backup_dir else []))
+    if dry_run:
+        return _print_plan(
+            source, dest, include, exclude, naming, options, shared,
+            delete=delete, checksum=checksum, immutable=immutable, backs_up=backup_dir is not None,
+        )  # fmt: skip
+    from flows.cli.on_prefect import run_flow
+    from flows.run_record import new_run_id
+
+    with showing_progress(shared) as listener:
+        summary = run_flow(
+            "sync",
+            new_run_id(),
+            shared,
+            listener,
+            source=source,
+            dest=dest,
+            include=list(include),
+            exclude=list(exclude),
+            delete=delete,
+            max_delete=max_delete,
+            checksum=checksum,
+            immutable=immutable,
+            backup_dir=backup_dir,
+            naming=naming,
+            **carrying_out,
+            **wishes,
+        )
+    return tell_summary(summary, (*JSON_KEYS, *SYNC_KEYS), conversion_lines(summary), shared)
+
+
+def _print_plan(
+    source: str,
+    dest: str,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    naming: Any,
+    options: ConvertOptions,
+    shared: Shared,
+    *,
+    delete: bool,
+    checksum: bool,
+    immutable: bool,
+    backs_up: bool,
+) -> int:
+    """What a run would do, found as a run finds it; nothing is written, not even a lease."""
+    from ptbin.catalog import OutputRule
+    from ptbin.catalog.finished import read_finished
+    from ptbin.catalog.mirroring import copied_along
+    from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
+    from ptbin.catalog.worklist import WorkList
+
+    rule = OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout)
+    with closing(WorkList(dest, dest_options=shared.dest_options)) as work:
+        problems = work.plan(
+            source,
+            rule,
+            options,
+            exclude=exclude,
+            source_options=shared.source_options,
+            copies=copied_along(include),
+        )
+        if not problems and not work.count():
+            raise UsageError(f"nothing to mirror below SOURCE: {source}")
+        asked = list(work.iter_to_ask())
+        rows = [
+            read_finished(
+                job,
+                work.relative_manifest(job),
+                source_options=shared.source_options,
+                dest_options=shared.dest_options,
+            )
+            for job in asked
+        ]
+        work.answer(asked, [row for row in rows if row is not None], options)
+        jobs = sorted(work.iter_to_do(), key=lambda job: job.path)
+        changed = {job.path: work.present(job) for job in jobs}
+        gone = [row.manifest for row in work.iter_gone(exclude)] if delete else []
+        current = work.count_current()
+    refused = [job for job in jobs if immutable and changed[job.path]]
+    plan: dict[str, Any] = {
+        "dry_run": True,
+        "convert": [_line(job) for job in jobs if not job.copies and job not in refused],
+        "copy": [_line(job) for job in jobs if job.copies and job not in refused],
+        "up_to_date": current,
+        "delete": gone,
+        "back_up": sorted(path for paths in changed.values() for path in paths) + gone if backs_up else [],
+        "problems": [problem.to_json() for problem in problems]
+        + [{"source": job.source_uri, "reason": "immutable", "detail": job.dest_uri} for job in refused],
+    }
+    if shared.as_json:
+        print_json(plan)
+    else:
+        for line in _plan_lines(plan, compares=checksum):
+            print_line(line)
+    return 1 if plan["problems"] else 0
+
+
+def _line(job: Any) -> dict[str, Any]:
+    return {"source": job.source_uri, "dest": job.dest_uri, "size": job.source_size}
+
+
+def _plan_lines(plan: dict[str, Any], *, compares: bool) -> list[str]:
+    rows = [
+        (what, format_nbytes(item["size"]), f"{item['source']} -> {item['dest']}")
+        for what in ("convert", "copy")
+        for item in plan[what]
+    ]
+    rows += [(what.replace("_", " "), "", path) for what in ("back_up", "delete") for path in plan[what]]
+    rows += [("refuse", item["reason"], item["source"]) for item in plan["problems"]]
+    counts = ", ".join(
+        f"{name} {len(plan[key])}"
+        for name, key in (("convert", "convert"), ("copy", "copy"), ("delete", "delete"))
+    )
+    lines = [*align(rows, indent=""), ""] if rows else []
+    lines.append(
+        f"would {counts}, up to date {plan['up_to_date']}, refused {len(plan['problems'])}; nothing written"
+    )
+    if compares:
+        lines.append("--checksum compares by content only when it runs: it may find less or more to do")
+    return lines

@@ -1,0 +1,348 @@
+"""The sync flow: DEST becomes a mirror of SOURCE, its checkpoints as weights, its other files as they are.
+
+Convert what is new or changed, copy companions along, and, where asked, delete what earlier runs put into
+DEST and SOURCE no longer has. Nothing is deleted when anything went wrong, and never a file that ptbin did
+not put there. What is written over or deleted goes to the backup place first, if there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture
+from prefect.task_runners import ThreadPoolTaskRunner
+from pydantic import Field
+
+from flows.access import DEFAULT_REQUESTS, Running, RunSettings, join_run, running
+from flows.batches import cut, iter_batches
+from flows.conversion import Conversion, halves
+from flows.fanout import Work, unexamined
+from flows.run_record import new_run_id
+from flows.runners import RunnerName
+from flows.tally import Tally
+from flows.wishes import MAX_WORKERS, build_options, parse_duration, refuse_secrets
+from ptbin import catalog
+from ptbin.catalog import Job, OutputRule, Problem
+from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
+from ptbin.errors import UsageError
+from ptbin.options import ConvertOptions, Layout, Naming, OnUnsafe, OutputFormat, VerifyLevel
+from tasks.listing import list_mirror, work_of
+from tasks.mirroring import back_up_batch, compare_batch, copy_batch, delete_batch, files_of_gone
+from tasks.outcomes import Outcome
+from tasks.retrying import RETRIES, retry_delay
+
+__all__ = ["MirrorSettings", "Synchronization", "sync"]
+
+FILES_PER_BATCH = 200
+
+
+class MirrorSettings:
+    """What `sync` does beyond converting."""
+
+    def __init__(
+        self,
+        *,
+        delete: bool = False,
+        max_delete: int | None = None,
+        checksum: bool = False,
+        immutable: bool = False,
+        backup_dir: str | None = None,
+        exclude: Sequence[str] = (),
+    ) -> None:
+        if max_delete is not None and not delete:
+            raise UsageError("a limit on deletions means nothing without --delete")
+        self.delete = delete
+        self.max_delete = max_delete
+        self.checksum = checksum
+        self.immutable = immutable
+        self.backup_dir = backup_dir
+        self.exclude = tuple(exclude)
+
+
+class Synchronization(Conversion):
+    """A conversion that also compares, copies, backs up and deletes."""
+
+    artifact_key = "ptbin-sync"
+
+    def __init__(
+        self, run: Running, options: ConvertOptions, tally: Tally, fail_fast: bool, mirror: MirrorSettings
+    ) -> None:
+        super().__init__(run, options, tally, fail_fast)
+        self.mirror = mirror
+
+    def run(self) -> None:
+        if self.mirror.checksum:
+            self._compare_all()
+        if self.mirror.immutable:
+            self._refuse_changes()
+        if self.mirror.backup_dir is not None:
+            self._back_up(path for job in self.work.iter_to_do() for path in self.work.present(job))
+        super().run()
+        if self.mirror.delete:
+            self._delete_gone()
+
+    # -- what is to be done -----------------------------------------------------------------------
+
+    def _compare_all(self) -> None:
+        """By content: what would come out the same is not to be done."""
+        count, nbytes = self.work.to_do()
+
+        def compare(jobs: Sequence[Job], lost: int = 0) -> Work:
+            def then(state: State[Any]) -> Iterable[Work]:
+                if self._was_lost(jobs, state, lost):
+                    yield from (compare(part, lost + 1) for part in halves(jobs))
+                    return
+                outcomes: list[Outcome] = state.result() if state.is_completed() else []
+                for job, outcome in zip(jobs, outcomes, strict=False):
+                    if outcome.kind != "up_to_date":
+                        continue
+                    self.work.settle_current(job)
+                    if outcome.converted is not None and outcome.converted.index_row is not None:
+                        path = self.work.relative_manifest(job)
+                        self._remember([replace(outcome.converted.index_row, manifest=path)])
+
+            return Work(
+                lambda: self._submit(
+                    compare_batch, label=self._label(jobs, 0), jobs=jobs, options=self.options
+                ),
+                then,
+            )
+
+        jobs = list(self.work.iter_to_do())
+        batches = iter_batches(
+            jobs, count, nbytes, nbytes=lambda job: job.source_size, workers=self.runner.width
+        )
+        self._fan_out(compare(batch) for batch in batches)
+
+    def _refuse_changes(self) -> None:
+        """Outputs that are there and differ stay as they are; each is told."""
+        for job in list(self.work.iter_to_do()):
+            if self.work.present(job):
+                self.work.refuse(job)
+                detail = f"{job.path} has changed, and {job.dest_uri} is not to be written over"
+                problem = Problem(job.source_uri, "immutable", detail)
+                self.tally.add(job, Outcome(job.path, "failed", "immutable", detail))
+                self._announce(job.path, "failed", problem.reason, problem.detail)
+
+    def _batches(self) -> Iterable[Work]:
+        """Conversions first; copies of companions are small and fill the gaps at the end."""
+        for copies, make in ((False, self._convert), (True, self._copy)):
+            count, nbytes = self.work.to_do(copies=copies)
+            for batch in iter_batches(
+                self.work.iter_to_do(copies=copies),
+                count,
+                nbytes,
+                nbytes=lambda job: job.source_size,
+                workers=self.runner.width,
+                max_batches=100,
+            ):
+                yield make(batch)
+
+    def _copy(self, jobs: Sequence[Job], retry: int = 0, lost: int = 0) -> Work:
+        label = self._label(jobs, retry)
+
+        def submit() -> PrefectFuture[Any]:
+            return self._submit(copy_batch, label=label, jobs=jobs, options=self.options)
+
+        def then(state: State[Any]) -> Iterable[Work]:
+            if self._was_lost(jobs, state, lost):
+                yield from (self._copy(part, retry, lost + 1) for part in halves(jobs))
+                return
+            _, again = self._collect(jobs, state, retry)
+            if again:
+                yield self._copy(again, retry + 1)
+
+        return Work(submit, then, delay=retry_delay(retry) if retry else 0.0)
+
+    # -- files of DEST ----------------------------------------------------------------------------
+
+    def _back_up(self, files: Iterable[str]) -> None:
+        """Copy files to the backup place. A job whose file could not be saved is not done."""
+        named = list(dict.fromkeys(files))
+        failed = self._each_file(back_up_batch, named, "copied", "backed_up", backup=self.mirror.backup_dir)
+        if not failed:
+            return
+        for job in list(self.work.iter_to_do()):
+            lost = failed.keys() & set(self.work.present(job))
+            if lost:
+                outcome = failed[min(lost)]
+                self.work.refuse(job)
+                self.tally.add(job, replace(outcome, path=job.path, kind="failed"))
+                self._announce(job.path, "failed", outcome.reason, f"not backed up: {outcome.detail}")
+
+    def _delete_gone(self) -> None:
+        """What earlier runs put there and this one would not, if all went well and it is not too much."""
+        tally = self.tally
+        rows = list(self.work.iter_gone(self.mirror.exclude))
+        if not rows or self.running.is_stopping:
+            return
+        if not tally.succeeded:
+            self.logger.warning(
+                "%d outputs are gone from SOURCE; nothing is deleted: there were problems", len(rows)
+            )
+            tally.kept = len(rows)
+            return
+        self.task_runs += 1
+        groups = files_of_gone(self.live.run_id, tally.dest, unexamined(rows))
+        if self.mirror.max_delete is not None and len(groups) > self.mirror.max_delete:
+            tally.kept = len(groups)
+            detail = (
+                f"{len(groups)} outputs are gone from SOURCE, more than the {self.mirror.max_delete} allowed"
+            )
+            tally.run_problems.append(Problem(tally.dest, "max_delete", f"{detail}; none was deleted"))
+            return
+        files = [path for group in groups for path in group if not self.work.is_planned(path)]
+        if self.mirror.backup_dir is not None:
+            failed = self._each_file(
+                back_up_batch, files, "copied", "backed_up", backup=self.mirror.backup_dir
+            )
+            if failed:
+                tally.kept = len(groups)
+                first = next(iter(failed.values()))
+                tally.run_problems.append(Problem(tally.dest, first.reason, f"not backed up: {first.detail}"))
+                return
+        failed = self._each_file(delete_batch, files, "deleted", "deleted")
+        for path, outcome in failed.items():
+            tally.run_problems.append(Problem(f"{tally.dest}/{path}", outcome.reason, outcome.detail))
+
+    def _each_file(
+        self, task: Any, files: Sequence[str], good: str, counter: str, **values: Any
+    ) -> dict[str, Outcome]:
+        """Have a task do something with files of DEST; count the good outcomes, return the others."""
+        failed: dict[str, Outcome] = {}
+
+        def work(part: Sequence[str], retry: int = 0) -> Work:
+            def then(state: State[Any]) -> Iterable[Work]:
+                if not state.is_completed():
+                    lost = f"the task run ended {state.name}: {state.message}"
+                    outcomes = [Outcome(path, "failed", "internal_error", lost) for path in part]
+                else:
+                    outcomes = state.result()
+                again = [o.path for o in outcomes if o.transient and retry < RETRIES]
+                for outcome in outcomes:
+                    if outcome.kind == good:
+                        self.tally.files[counter] += 1
+                    elif outcome.reason and outcome.path not in again:
+                        failed[outcome.path] = outcome
+                if again:
+                    yield work(again, retry + 1)
+
+            return Work(
+                lambda: self._submit(
+                    task, label=f"{len(part)} files", dest=self.tally.dest, files=list(part), **values
+                ),
+                then,
+                delay=retry_delay(retry) if retry else 0.0,
+            )
+
+        self._fan_out(work(part) for part in cut(files, len(files), FILES_PER_BATCH, max_batches=50))
+        return failed
+
+
+@flow(
+    name="sync",
+    flow_run_name="{source} to {dest}",
+    task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
+    persist_result=False,
+)
+def sync(
+    source: str,
+    dest: str,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    delete: bool = False,
+    max_delete: Annotated[int, Field(ge=0)] | None = None,
+    checksum: bool = False,
+    immutable: bool = False,
+    backup_dir: str | None = None,
+    format: OutputFormat = "torch",  # noqa: A002 - the name on the command line and in manifests
+    layout: Layout = "mirror",
+    naming: Naming = "replace",
+    select: str | None = None,
+    strip_prefix: str | None = None,
+    rename: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
+    tie_by_value: bool = False,
+    on_unsafe: OnUnsafe = "reject",
+    verify: VerifyLevel = "checksum",
+    fail_fast: bool = False,
+    runner: RunnerName = "threads",
+    runner_address: str | None = None,
+    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] | None = None,
+    max_requests: Annotated[int, Field(ge=1)] = DEFAULT_REQUESTS,
+    deadline: str | float | None = None,
+    source_options: str | None = None,
+    dest_options: str | None = None,
+    run_id: str | None = None,
+) -> State[Any]:
+    """Make `dest` a mirror of `source`: checkpoints converted, their companions copied.
+
+    Ends Completed, or Failed where anything was rejected, failed, or was not to be changed.
+    """
+    options = build_options(
+        format=format,
+        rename=rename,
+        drop=drop,
+        select=select,
+        strip_prefix=strip_prefix,
+        layout=layout,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        tie_by_value=tie_by_value,
+        on_unsafe=on_unsafe,
+        verify=verify,
+    )
+    mirror = MirrorSettings(
+        delete=delete,
+        max_delete=max_delete,
+        checksum=checksum,
+        immutable=immutable,
+        backup_dir=backup_dir,
+        exclude=exclude,
+    )
+    refuse_secrets(source, dest, *([backup_dir] if backup_dir else []))
+    settings = RunSettings(
+        runner,
+        runner_address,
+        workers,
+        max_requests,
+        parse_duration(deadline) if deadline is not None else None,
+        source_options,
+        dest_options,
+    )
+    with join_run(run_id or new_run_id(), source_options, dest_options) as live:
+        catalog.check_call(source, dest, source_options=live.source_options, dest_options=live.dest_options)
+        check_backup(source, dest, backup_dir)
+        with running(live, dest, settings) as run:
+            rule = OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout)
+            problems = list_mirror(
+                live.run_id,
+                source,
+                unexamined(rule),
+                unexamined(options),
+                list(include),
+                list(exclude),
+                distrust=checksum,
+            )
+            if not problems and not work_of(live).count():
+                raise UsageError(f"nothing to mirror below SOURCE: {source}")
+            tally = Tally(live.run_id, source, dest, kind="sync")
+            return Synchronization(run, options, tally, fail_fast, mirror).carry_out(problems)
+
+
+def check_backup(source: str, dest: str, backup_dir: str | None) -> None:
+    """Raises UsageError where backups would be taken for something else, or something else for backups."""
+    if backup_dir is None:
+        return
+    own = backup_dir.rstrip("/") + "/"
+    for name, place in (("SOURCE", source), ("DEST", dest)):
+        other = place.rstrip("/") + "/"
+        if own.startswith(other) or other.startswith(own):
+            raise UsageError(f"the backup place and {name} lie in one another: {backup_dir}, {place}")

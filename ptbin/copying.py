@@ -1,0 +1,133 @@
+"""Whole files from one store to another as they are, by the cheapest means the two have.
+
+Inside one store it copies by itself, between local files the kernel does, everything else is streamed. The
+source is pinned: what arrives is one state of it, or nothing.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ptbin.errors import NotFoundInStoreError, VerificationError
+from ptbin.stores import CopyRefused, Identity, RangeReader, Store, open_store
+from ptbin.stores.parts import Part, Stretch
+
+__all__ = ["Copied", "copy_file", "same_content"]
+
+Progress = Callable[[int], None]
+CHUNK_NBYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """Size in bytes, how many of them a store copied by itself, what is stored now."""
+
+    size: int
+    copied_nbytes: int
+    identity: Identity
+
+
+def copy_file(
+    source: str,
+    dest: str,
+    *,
+    expected: Identity | None = None,
+    source_options: Mapping[str, Any] | None = None,
+    dest_options: Mapping[str, Any] | None = None,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> Copied:
+    """Copy a file, whole or not at all.
+
+    Args:
+        expected: the state of the source that was seen; another one is an error.
+        verify: read what was streamed back and compare; a store's own copies are compared by their size.
+
+    Raises:
+        SourceChangedError, StorageError: from the stores. VerificationError: it arrived otherwise; removed.
+    """
+    source_store, source_path = open_store(source, source_options)
+    dest_store, dest_path = open_store(dest, dest_options)
+    with source_store.open_reader(source_path, expected=expected) as reader:
+        try:
+            crc32, copied, identity = _write(reader, dest_store, dest_path, progress, copies=True)
+        except CopyRefused:
+            crc32, copied, identity = _write(reader, dest_store, dest_path, progress, copies=False)
+        size = reader.size
+    if verify and not _arrived(dest_store, dest_path, size, crc32, progress):
+        dest_store.delete(dest_path)
+        raise VerificationError(f"{dest_store.uri_of(dest_path)}: not what was written; removed")
+    return Copied(size, copied, identity or dest_store.stat(dest_path).identity)
+
+
+def _write(
+    reader: RangeReader, store: Store, path: str, progress: Progress | None, *, copies: bool
+) -> tuple[int | None, int, Identity | None]:
+    """CRC-32 of what came through here (None: it did not), bytes copied elsewhere, the state stored."""
+    with store.open_writer(path, size_hint=reader.size, copies=copies) as writer:
+        parts = [Part(0, reader.size, False)]
+        if copies and reader.size and writer.moves_from(reader):
+            parts = writer.lay_out([Stretch(reader.size, True)]) or parts
+        crc32: int | None = 0
+        for part in parts:
+            if part.copied and writer.copy_from(reader, part.start, part.nbytes):
+                crc32 = None  # of a whole that was not seen
+                if progress is not None:
+                    progress(part.nbytes)
+                continue
+            for piece in reader.iter_range(part.start, part.nbytes, chunk_nbytes=CHUNK_NBYTES):
+                crc32 = zlib.crc32(piece, crc32) if crc32 is not None else None
+                writer.write(piece)
+                if progress is not None:
+                    progress(len(piece))
+        writer.settle()
+        reader.check_unchanged()
+        writer.commit()
+        return crc32, writer.bytes_copied, writer.identity
+
+
+def _arrived(store: Store, path: str, size: int, crc32: int | None, progress: Progress | None) -> bool:
+    if crc32 is None:
+        return store.stat(path).size == size
+    stated = store.crc32_of(path)
+    if stated is not None:
+        return stated == crc32
+    found = 0
+    with store.open_reader(path) as reader:
+        if reader.size != size:
+            return False
+        for piece in reader.iter_range(0, size, chunk_nbytes=CHUNK_NBYTES):
+            found = zlib.crc32(piece, found)
+            if progress is not None:
+                progress(0)
+    return found == crc32
+
+
+def same_content(
+    source: str,
+    dest: str,
+    *,
+    source_options: Mapping[str, Any] | None = None,
+    dest_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Identity | None:
+    """The state of DEST if it holds the same bytes as SOURCE, else None. Reads both where sizes agree."""
+    source_store, source_path = open_store(source, source_options)
+    dest_store, dest_path = open_store(dest, dest_options)
+    try:
+        dest_reader = dest_store.open_reader(dest_path)
+    except NotFoundInStoreError:
+        return None
+    with dest_reader, source_store.open_reader(source_path) as source_reader:
+        if source_reader.size != dest_reader.size:
+            return None
+        for offset in range(0, source_reader.size, CHUNK_NBYTES):
+            nbytes = min(CHUNK_NBYTES, source_reader.size - offset)
+            if source_reader.read(offset, nbytes) != dest_reader.read(offset, nbytes):
+                return None
+            if progress is not None:
+                progress(nbytes)
+        return dest_reader.identity

@@ -1,0 +1,217 @@
+"""The tasks of a mirror beside conversions: compare, copy, back up, delete. One outcome per job or file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from ptbin.catalog import Job
+from ptbin.catalog.finished import FinishedRow, row_of, row_of_copy
+from ptbin.comparing import find_unchanged
+from ptbin.copying import copy_file, same_content
+from ptbin.errors import NotFoundInStoreError, VerificationError
+from ptbin.manifest import MANIFEST_SUFFIX, manifest_uri, parse_manifest
+from ptbin.options import ConvertOptions
+from ptbin.stores import Identity, open_store
+from ptbin.stores.limits import limit_requests
+from tasks.live import Interrupted, LiveRun, Ticket, enter_run
+from tasks.outcomes import Converted, Outcome, outcome_of_error
+from tasks.stepping import each
+
+__all__ = ["back_up_batch", "compare_batch", "copy_batch", "delete_batch"]
+
+
+@task(
+    name="compare batch",
+    task_run_name="compare {label}",
+    tags=["ptbin", "sync"],
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def compare_batch(ticket: Ticket, label: str, jobs: Sequence[Job], options: ConvertOptions) -> list[Outcome]:
+    """Which outputs are what their sources would become now: `up_to_date`, else `changed`."""
+    del label
+    live = enter_run(ticket)
+    return each(jobs, lambda job: _compare(live, job, options))
+
+
+def _compare(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
+    live.moved(0)
+    try:
+        with limit_requests(live.requests):
+            if job.copies:
+                return _compare_copy(live, job)
+            same = find_unchanged(
+                job.source_uri,
+                job.dest_uri,
+                options,
+                source_options=live.source_options,
+                dest_options=live.dest_options,
+                progress=live.moved,
+            )
+    except Exception:  # noqa: BLE001 - whatever it is, the conversion meets it again and reports it
+        return Outcome(job.path, "changed")
+    if same is None:
+        return Outcome(job.path, "changed")
+    converted = Converted.from_manifest(same.manifest, manifest_uri(job.dest_uri), same.identity)
+    return Outcome(job.path, "up_to_date", converted=converted)
+
+
+def _compare_copy(live: LiveRun, job: Job) -> Outcome:
+    identity = same_content(
+        job.source_uri,
+        job.dest_uri,
+        source_options=live.source_options,
+        dest_options=live.dest_options,
+        progress=live.moved,
+    )
+    if identity is None:
+        return Outcome(job.path, "changed")
+    return Outcome(job.path, "up_to_date", converted=_copied(job, 0, 0, identity))
+
+
+@task(
+    name="copy batch",
+    task_run_name="copy {label}",
+    tags=["ptbin", "sync"],
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def copy_batch(ticket: Ticket, label: str, jobs: Sequence[Job], options: ConvertOptions) -> list[Outcome]:
+    """Copy each file as it is."""
+    del label
+    live = enter_run(ticket)
+    return each(jobs, lambda job: _copy(live, job, options))
+
+
+def _copy(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
+    live.moved(0)
+    try:
+        with limit_requests(live.requests):
+            copied = copy_file(
+                job.source_uri,
+                job.dest_uri,
+                expected=job.identity,
+                source_options=live.source_options,
+                dest_options=live.dest_options,
+                verify=options.verify != "none",
+                progress=live.moved,
+            )
+    except Exception as error:  # noqa: BLE001 - what is wrong with one must not stop the others
+        return outcome_of_error(job.path, error)
+    facts = _copied(job, copied.size, copied.copied_nbytes, copied.identity)
+    return Outcome(job.path, "copied", converted=facts)
+
+
+def _copied(job: Job, nbytes: int, in_store: int, identity: Identity) -> Converted:
+    return Converted(
+        manifest_uri="",
+        outputs=(),
+        tensors=0,
+        read_nbytes=nbytes - in_store,
+        written_nbytes=nbytes,
+        copied_nbytes=in_store,
+        index_row=row_of_copy(job, "", identity),
+    )
+
+
+@task(
+    name="back up",
+    task_run_name="back up {label}",
+    tags=["ptbin", "sync"],
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def back_up_batch(ticket: Ticket, label: str, dest: str, backup: str, files: Sequence[str]) -> list[Outcome]:
+    """Copy files of DEST (paths below it) to the same paths below the backup place."""
+    del label
+    live = enter_run(ticket)
+
+    def back_up(path: str) -> Outcome:
+        try:
+            with limit_requests(live.requests):
+                copy_file(
+                    f"{dest.rstrip('/')}/{path}",
+                    f"{backup.rstrip('/')}/{path}",
+                    source_options=live.dest_options,
+                    dest_options=live.dest_options,
+                    progress=live.moved,
+                )
+        except NotFoundInStoreError:
+            return Outcome(path, "not_tried")  # gone meanwhile: nothing is lost by going on
+        except Exception as error:  # noqa: BLE001 - as in `_copy`
+            return outcome_of_error(path, error)
+        return Outcome(path, "copied")
+
+    return _until_stopped(live, files, back_up)
+
+
+@task(
+    name="delete",
+    task_run_name="delete {label}",
+    tags=["ptbin", "sync"],
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def delete_batch(ticket: Ticket, label: str, dest: str, files: Sequence[str]) -> list[Outcome]:
+    """Delete files of DEST, in order: manifests come before what they vouch for."""
+    del label
+    live = enter_run(ticket)
+    store, folder = open_store(dest, live.dest_options)
+
+    def delete(path: str) -> Outcome:
+        live.moved(0)
+        try:
+            with limit_requests(live.requests):
+                store.delete(f"{folder.rstrip('/')}/{path}")
+        except Exception as error:  # noqa: BLE001 - as in `_copy`
+            return outcome_of_error(path, error)
+        return Outcome(path, "deleted")
+
+    return _until_stopped(live, files, delete)
+
+
+def _until_stopped(live: LiveRun, files: Sequence[str], do: object) -> list[Outcome]:
+    assert callable(do)
+    outcomes: list[Outcome] = []
+    try:
+        for path in files:
+            live.moved(0)
+            outcomes.append(do(path))
+    except Interrupted:
+        pass
+    return outcomes + [Outcome(path, "not_tried") for path in files[len(outcomes) :]]
+
+
+@task(
+    name="read manifests of what is gone", tags=["ptbin", "sync"], cache_policy=NO_CACHE, persist_result=False
+)
+def files_of_gone(run_id: str, dest: str, rows: Sequence[FinishedRow]) -> list[list[str]]:
+    """The files of each row below DEST, the manifest first; of rows without outputs its manifest is asked."""
+    from tasks.live import find_live_run
+
+    live = find_live_run(run_id)
+    store, root = open_store(dest, live.dest_options)
+    found = []
+    for row in rows:
+        live.tick()
+        outputs = row.outputs
+        if not outputs:
+            path = f"{root.rstrip('/')}/{row.manifest}"
+            try:
+                data, _ = store.read_identified(path)
+                known = row_of(parse_manifest(data, store.uri_of(path)), row.manifest, "asked")
+                outputs = known.outputs if known is not None else ()
+            except (NotFoundInStoreError, VerificationError):
+                continue  # not one of ours
+        folder = row.manifest[: -len(row.manifest.rsplit("/", 1)[-1])]
+        named = [row.manifest] + [folder + name for name, _ in outputs if _is_inside(name)]
+        found.append(list(dict.fromkeys(named)))
+    return found
+
+
+def _is_inside(name: str) -> bool:
+    """A manifest's word is not enough to delete something beside its folder."""
+    return not name.startswith("/") and ".." not in name.split("/") and not name.endswith(MANIFEST_SUFFIX)
