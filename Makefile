@@ -27,7 +27,7 @@ SOURCES := $(shell find ptbin tasks flows -type f ! -name '*.pyc')
 # demo and bench do without: -P would hide a script's own neighbours too.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install demo test test-slow check bench bench-peers s3-server s3-packages clean
+.PHONY: install demo test test-slow check bench bench-peers s3-server s3-packages browser-packages clean
 
 install: $(VENV)/.installed
 
@@ -54,10 +54,10 @@ $(VENV)/.installed: $(VENV)/.requirements $(SOURCES) README.md
 demo: install
 	env -u PYTHONSAFEPATH $(BIN)/python docs/demo/demo.py demo-output
 
-test: install s3-packages
+test: install s3-packages browser-packages
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-slow: install s3-packages
+test-slow: install s3-packages browser-packages
 	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
 
 check: install
@@ -103,6 +103,17 @@ s3-packages:
 	    || echo "not to be had here: the integration test on a real S3 server will be skipped"; \
 	else \
 	  echo "no radosgw, and not root: the integration test on a real S3 server will be skipped"; \
+	fi
+
+# A browser for the tests of the report and for the screenshots of demo-deploy.
+browser-packages:
+	@if command -v chromium >/dev/null || command -v google-chrome >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing chromium (for the tests of the report)"; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+	    chromium fonts-dejavu-core; } >/dev/null 2>&1 || echo "not to be had here: those tests will be skipped"; \
+	else \
+	  echo "no chromium, and not root: the tests of the report in a browser will be skipped"; \
 	fi
 
 clean:

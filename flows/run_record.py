@@ -2,7 +2,7 @@
 
 - `SHA256SUMS`: a line for each output of this run, for `sha256sum -c`. Paths are relative to DEST, so
   that DEST can be moved: `cd DEST && sha256sum -c _ptbin/runs/<run id>/SHA256SUMS`.
-- `report.html`: the counts and one row per checkpoint; a page without scripts or outside resources.
+- `report.html`: the record as a page for people; it needs nothing but itself.
 - `run.json`: the summary, the options and every checkpoint's outcome; written last.
 
 Storage options are in none of them.
@@ -10,7 +10,6 @@ Storage options are in none of them.
 
 from __future__ import annotations
 
-import html
 import json
 import posixpath
 import uuid
@@ -18,8 +17,8 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from flows.report import render_report
 from flows.tally import Entry, Tally
-from flows.units import short_detail
 
 __all__ = ["new_run_id", "record_files", "record_folder", "sha256sums"]
 
@@ -56,7 +55,7 @@ def record_files(
     files = {}
     if lines := sha256sums(tally.entries, tally.dest):
         files["SHA256SUMS"] = lines.encode()
-    files["report.html"] = _report_page(tally, summary).encode()
+    files["report.html"] = render_report(record).encode()
     files["run.json"] = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
     return files
 
@@ -115,38 +114,3 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
             ],
         }
     return row
-
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }
-table { border-collapse: collapse; width: 100%; margin-top: 1.5rem }
-th, td { text-align: left; padding: .35rem .7rem; border-bottom: 1px solid #d7dce1; vertical-align: top }
-td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-td.r { white-space: nowrap }
-td { overflow-wrap: anywhere }
-.converted, .up_to_date { color: #1a7f37 } .rejected { color: #9a6700 } .failed, .not_tried { color: #b42318 }
-"""
-
-
-def _report_page(tally: Tally, summary: Mapping[str, Any]) -> str:
-    def cell(value: object, kind: str = "") -> str:
-        return f"<td{f' class={kind}' if kind else ''}>{html.escape(str(value))}</td>"
-
-    facts = "".join(
-        f"<tr><th>{html.escape(name)}</th>{cell(value)}</tr>"
-        for name, value in summary.items()
-        if name not in {"manifests", "problems"}
-    )
-    rows = "".join(
-        f"<tr>{cell(entry.path)}{cell(entry.outcome.replace('_', ' '), entry.outcome)}"
-        f"{cell(f'{entry.nbytes:,}', 'n')}{cell(entry.reason, 'r')}"
-        f"{cell(short_detail(entry.path, entry.detail))}</tr>"
-        for entry in sorted(tally.entries, key=lambda entry: (not entry.reason, entry.path))
-    )
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        f"<title>ptbin run {html.escape(tally.run_id)}</title><style>{_STYLE}</style>"
-        f"<h1>{html.escape(tally.message())}</h1><table>{facts}</table>"
-        "<table><tr><th>checkpoint</th><th>outcome</th><th>bytes</th><th>reason</th><th>detail</th></tr>"
-        f"{rows}</table></html>\n"
-    )
