@@ -41,7 +41,7 @@ $(VENV)/.created:
 # of our own wheel takes the pinned one and not whatever is newest.
 $(VENV)/.requirements: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP) install $(PIP_ARGS) --constraint constraints.txt hatchling
-	$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation '.[dev,interop,dask,ray]'
+	$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation '.[dev,interop,dask,ray,deployments]'
 	@# DeepSpeed comes as source, and its setup imports torch; without it the tests on real ZeRO folders are skipped.
 	-DS_BUILD_OPS=0 $(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation deepspeed
 	@touch $@

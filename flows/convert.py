@@ -21,6 +21,7 @@ from pydantic import Field
 from flows.access import DEFAULT_REQUESTS, RunSettings, join_run, running
 from flows.conversion import Conversion
 from flows.fanout import unexamined
+from flows.parameters import described
 from flows.run_record import new_run_id
 from flows.runners import RunnerName
 from flows.tally import Tally
@@ -42,6 +43,7 @@ __all__ = ["convert"]
     task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
     persist_result=False,
 )
+@described
 def convert(
     source: str,
     dest: str,

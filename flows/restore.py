@@ -19,6 +19,7 @@ from pydantic import Field
 from flows.access import DEFAULT_REQUESTS, Running, RunSettings, join_run, running
 from flows.conversion import Conversion, halves
 from flows.fanout import Work, unexamined
+from flows.parameters import described
 from flows.run_record import new_run_id
 from flows.runners import RunnerName
 from flows.tally import Tally
@@ -67,6 +68,7 @@ class Restoration(Conversion):
     task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
     persist_result=False,
 )
+@described
 def restore(
     source: str,
     dest: str,

@@ -21,6 +21,7 @@ from flows.access import DEFAULT_REQUESTS, Running, RunSettings, join_run, runni
 from flows.batches import cut, iter_batches
 from flows.conversion import Conversion, halves
 from flows.fanout import Work, unexamined
+from flows.parameters import described
 from flows.run_record import new_run_id
 from flows.runners import RunnerName
 from flows.tally import Tally
@@ -249,6 +250,7 @@ class Synchronization(Conversion):
     task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
     persist_result=False,
 )
+@described
 def sync(
     source: str,
     dest: str,

@@ -20,6 +20,7 @@ from flows.access import Running, RunSettings, join_run, running
 from flows.artifacts import publish_table, verification_rows
 from flows.batches import plan_batches
 from flows.fanout import Work, fan_out
+from flows.parameters import described
 from flows.run_record import new_run_id
 from flows.runners import RunnerName
 from flows.wishes import MAX_WORKERS, refuse_secrets
@@ -42,6 +43,7 @@ ARTIFACT_KEY = "ptbin-verify"
     task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
     persist_result=False,
 )
+@described
 def verify(
     dest: str,
     *,

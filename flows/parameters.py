@@ -1,0 +1,64 @@
+"""What the flows' parameters mean, in one place: Prefect's UI makes forms of it.
+
+Prefect takes descriptions from a docstring's `Args:` and from nowhere else, so `described` writes that
+section for a flow's function from this table.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+__all__ = ["DESCRIPTIONS", "described"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+DESCRIPTIONS = {
+    "source": "Where the files are: a path on the worker's machine or an fsspec URL (s3://bucket/prefix).",
+    "dest": "Where the results go or are: a path or any fsspec URL.",
+    "include": "Globs on the path below SOURCE: only these (sync: copy these too). run*/last.ckpt",
+    "exclude": "Globs on the path below SOURCE: not these.",
+    "format": "torch: as pytorch_model.bin; raw: bare tensors and a JSON index; safetensors.",
+    "layout": "mirror: SOURCE's folders; hf: the names that transformers looks for, one folder a model.",
+    "naming": "replace: last.ckpt becomes last.bin; append: last.ckpt.bin.",
+    "select": "The state dict to take where a checkpoint holds several, as `ptbin inspect` lists them.",
+    "strip_prefix": "Take this off all names; auto: module. and _orig_mod.",
+    "rename": "Regular-expression replacements on tensor names, each OLD=NEW.",
+    "drop": "Leave out tensors whose names match one of these regular expressions.",
+    "dtype": "Cast floating-point tensors to this type, such as float16 or bfloat16.",
+    "max_shard_size": "Cut larger outputs into shards: 5GB, 500MiB, ...",
+    "tie_by_value": "Store equal matrices once, as tied.",
+    "on_unsafe": "Pickles that can only be meant to run code: reject, or extract the weights all the same.",
+    "verify": "Proof before an output counts: none, checksum (read it back), load (also open it with torch).",
+    "level": "checksum: compare digests; load: also open each output with torch.",
+    "force": "Do again what is up to date.",
+    "fail_fast": "Begin nothing new after the first problem.",
+    "runner": "What works on the batches: threads or processes of the worker, a Dask or a Ray cluster.",
+    "runner_address": "A running Dask scheduler or Ray head, such as tcp://dask-scheduler:8786.",
+    "workers": "Batches worked on at once; empty: 2, or as many as the cluster has threads.",
+    "max_requests": "Requests to S3 under way at once, of the whole run.",
+    "deadline": "Stop the run after that long: seconds, or 45m, 6h, 1h30m.",
+    "source_options": "Where SOURCE's storage options lie: block:NAME (a Secret block) or env:NAME.",
+    "dest_options": "Where DEST's storage options lie: block:NAME (a Secret block) or env:NAME.",
+    "run_id": "Leave empty. The name of the run's folder in DEST, given by callers that watch the run.",
+    "delete": "Delete from DEST what runs put there and SOURCE no longer has; never when anything failed.",
+    "max_delete": "If more outputs than that are gone from SOURCE, delete none.",
+    "checksum": "Compare by content; times and ETags are not believed. Reads all weights.",
+    "immutable": "Never change what is there: an output that differs is a failure.",
+    "backup_dir": "A place for copies of what is written over or deleted, beside SOURCE and DEST.",
+    "model": "What builds the module: MODULE:CALLABLE on the worker, or transformers. Its code is run.",
+    "model_args": "Arguments for it: an object of keyword arguments, or an array of positional ones.",
+    "model_path": "The folder in which its module lies.",
+    "save_as": "What to save: state-dict, module, torchscript or exported.",
+    "example": "MODULE:CALLABLE that returns example inputs, for exported and traced modules.",
+    "allow_missing": "Globs of tensor names that the weights need not have.",
+    "allow_unexpected": "Globs of tensor names that the model need not have.",
+}
+
+
+def described(function: Function) -> Function:
+    """Append an `Args:` section with the meaning of each parameter to the function's docstring."""
+    lines = [f"    {name}: {DESCRIPTIONS[name]}" for name in inspect.signature(function).parameters]
+    function.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Args:", *lines, ""])
+    return function

@@ -1,0 +1,252 @@
+"""The deployments for real: server on PostgreSQL, process pool, worker; schedule, run, kill, rerun."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.servers.prefect_stack import ROOT, PrefectStack, postgres_programs, prefect_stack, wait_for
+
+pytestmark = pytest.mark.timeout(400)
+
+# Conversions that take a while and note which checkpoint they work on, in every process of the worker's.
+SLOW = """
+import os, time
+if "PTBIN_TEST_NOTES" in os.environ:
+    import ptbin
+    really = ptbin.stage
+    def stage(source, dest, *arguments, progress, **options):
+        with open(os.environ["PTBIN_TEST_NOTES"], "a") as notes:
+            notes.write(f"{source}\\n")
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline:
+            time.sleep(0.02)
+            progress(0)
+        return really(source, dest, *arguments, progress=progress, **options)
+    ptbin.stage = stage
+"""
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectStack]:
+    if postgres_programs() is None:
+        pytest.skip("no PostgreSQL here: apt-get install postgresql")
+    with prefect_stack(tmp_path_factory.mktemp("stack"), postgres=True) as stack:
+        site = stack.folder / "site"
+        site.mkdir()
+        (site / "sitecustomize.py").write_text(SLOW)
+        stack.environment["PYTHONPATH"] = str(site)
+        yield stack
+
+
+@pytest.fixture
+def worker(stack: PrefectStack) -> Iterator[subprocess.Popen[bytes]]:
+    process = stack.start_worker()
+    yield process
+    stack.kill(process)
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> dict[str, str]:
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(COUNT):
+        torch.save({"state_dict": {"w": torch.full((8,), float(number))}}, source / f"{number:02}.pt")
+    return {"source": str(source), "dest": str(tmp_path / "dest")}
+
+
+def finished(places: dict[str, str]) -> int:
+    return len(list(Path(places["dest"]).glob("*.manifest.json")))
+
+
+def assert_all_there(places: dict[str, str]) -> None:
+    for number in range(COUNT):
+        loaded = torch.load(Path(places["dest"]) / f"{number:02}.bin", weights_only=True)
+        assert torch.equal(loaded["w"], torch.full((8,), float(number)))
+    assert finished(places) == COUNT
+
+
+def automation(stack: PrefectStack, name: str, **changes: str) -> None:
+    text = (ROOT / "deployments" / "automations" / f"{name}.yaml").read_text()
+    for old, new in changes.items():
+        assert old.replace("__", "-") in text
+        text = text.replace(old.replace("__", "-"), new)
+    file = stack.folder / f"{name}.yaml"
+    file.write_text(text)
+    stack.prefect("automation", "create", "--from-file", str(file))
+
+
+def test_what_is_deployed_is_what_the_file_says(stack: PrefectStack) -> None:
+    wanted = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
+    found = {item["name"]: item for item in stack.ask("/deployments/filter")}
+    assert found.keys() == {item["name"] for item in wanted}
+    nightly = found["convert-nightly"]
+    assert nightly["parameters"]["source"] == stack.environment["PTBIN_SOURCE"]
+    assert nightly["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
+    described = nightly["parameter_openapi_schema"]["properties"]
+    assert all(item.get("description") for item in described.values())
+
+
+def test_a_schedule_fires_and_the_run_leaves_its_artifacts(
+    stack: PrefectStack, worker: subprocess.Popen[bytes], places: dict[str, str]
+) -> None:
+    found = stack.ask("/deployments/name/convert/convert-nightly", method="GET")
+    before = {run["id"] for run in stack.runs()}
+    schedule = {"schedule": {"interval": 5}, "active": True, "parameters": places, "max_scheduled_runs": 1}
+    (made,) = stack.ask(f"/deployments/{found['id']}/schedules", [schedule])  # type: ignore[arg-type]
+    try:
+        ended = wait_for(
+            lambda: [r for r in stack.runs() if r["id"] not in before and r["state"]["type"] == "COMPLETED"],
+            90,
+            "a scheduled run",
+        )
+    finally:
+        stack.ask(f"/deployments/{found['id']}/schedules/{made['id']}", method="DELETE")
+    run = ended[0]
+    assert run["auto_scheduled"]
+    assert run["state"]["message"].startswith(f"converted {COUNT}, ")
+    assert stack.artifacts(run["id"]) == {"ptbin-convert": "table", "ptbin-convert-report": "markdown"}
+    assert_all_there(places)
+
+
+def test_a_killed_worker_s_run_is_marked_crashed_and_finished_by_the_next(
+    stack: PrefectStack, places: dict[str, str], tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes"
+    notes.touch()
+    automation(stack, "crashed-runs", **{"within: 90": "within: 40"})
+    stack.environment["PTBIN_TEST_NOTES"] = str(notes)
+    try:
+        first = stack.start_worker("first")
+        run = stack.run("convert/convert-nightly", **places, workers=2)
+        wait_for(lambda: finished(places) > 3, 90, "some outputs")
+        stack.kill(first)  # the worker and the flow's process, at once
+        done = finished(places)
+        assert done < COUNT
+        waiting = stack.run("convert/convert-nightly", **places, workers=2)
+        second = stack.start_worker("second")
+        assert stack.state(run)["type"] == "RUNNING"  # nobody has told the server
+        crashed = stack.wait_for_end(run, 150)
+        assert (crashed["type"], "heartbeat" in crashed["message"]) == ("CRASHED", True)
+        state = stack.wait_for_end(waiting, 120)
+        stack.kill(second)
+    finally:
+        del stack.environment["PTBIN_TEST_NOTES"]
+    assert state["message"].startswith(f"converted {COUNT - done}, up to date {done}")
+    assert_all_there(places)
+    tried = notes.read_text().splitlines()
+    assert len(tried) - COUNT <= 6  # twice only what was in flight
+
+
+def test_a_killed_server_is_no_loss(
+    stack: PrefectStack,
+    worker: subprocess.Popen[bytes],
+    places: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stack.run("convert/convert-nightly", **places)
+    wait_for(lambda: finished(places) > 0, 90, "an output")
+    assert stack.server is not None
+    stack.kill(stack.server)
+    stack.start_server()
+    # Whatever became of that run, the next one finishes the work and finds what was finished.
+    for run in stack.runs():
+        if run["state"]["type"] in {"RUNNING", "PENDING"}:
+            state = {"state": {"type": "CRASHED", "name": "Crashed"}, "force": True}
+            wait_for(
+                lambda run=run: (
+                    stack.state(run["id"])["type"] not in {"RUNNING", "PENDING"}  # type: ignore[misc]
+                    or finished(places) == COUNT
+                ),
+                60,
+            )
+            stack.ask(f"/flow_runs/{run['id']}/set_state", state)
+    state = stack.wait_for_end(stack.run("convert/convert-nightly", **places))
+    assert state["type"] == "COMPLETED"
+    assert_all_there(places)
+
+
+def test_a_drained_worker_has_finished_its_run(
+    stack: PrefectStack, places: dict[str, str], tmp_path: Path
+) -> None:
+    stack.environment["PTBIN_TEST_NOTES"] = str(tmp_path / "notes")
+    try:
+        old = stack.start_worker("old")
+        run = stack.run("convert/convert-nightly", **places)
+        wait_for(lambda: finished(places) > 0, 90, "an output")
+        held_back = stack.run("verify/verify-weekly", dest=places["dest"])
+        drained = subprocess.run(
+            [sys.executable, str(ROOT / "deployments" / "drain.py"), "ptbin-process", "--timeout", "2m"],
+            env=stack.environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        del stack.environment["PTBIN_TEST_NOTES"]
+    assert drained.returncode == 0, drained.stdout + drained.stderr
+    assert stack.state(run)["type"] == "COMPLETED"
+    assert stack.state(held_back)["type"] in {"SCHEDULED", "PENDING"}
+    old.terminate()
+    old.wait(60)
+    new = stack.start_worker("new")
+    stack.prefect("work-pool", "resume", "ptbin-process")
+    assert stack.wait_for_end(held_back)["type"] == "COMPLETED"
+    stack.kill(new)
+
+
+def test_parameters_of_the_wrong_kind_are_refused_before_anything_runs(
+    stack: PrefectStack, places: dict[str, str]
+) -> None:
+    with pytest.raises(OSError, match="409"):
+        stack.run("convert/convert-nightly", **places, workers="many")
+
+
+def test_a_failed_run_calls_the_webhook(
+    stack: PrefectStack, worker: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    heard: list[dict[str, Any]] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Hook)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    source = tmp_path / "bad"
+    source.mkdir()
+    (source / "cut.pt").write_bytes(b"PK\3\4" + b"\0" * 100)
+    url = f"http://127.0.0.1:{server.server_address[1]}/hook"
+    make = (
+        "from prefect.blocks.webhook import Webhook\n"
+        f"hook = Webhook(method='POST', url={url!r}, allow_private_urls=True)\n"
+        "print(hook.save('ptbin-alerts', overwrite=True))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", make], env=stack.environment, capture_output=True, text=True, check=True
+    )
+    automation(stack, "notify-on-failure", **{"00000000-0000-0000-0000-000000000000": done.stdout.strip()})
+    try:
+        run = stack.run("convert/convert-nightly", source=str(source), dest=str(tmp_path / "out"))
+        assert stack.wait_for_end(run)["type"] == "FAILED"
+        wait_for(lambda: heard, 60, "the webhook's call")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert heard[0]["flow_run"] == run
+    assert "ptbin convert Failed: converted 0, up to date 0, rejected 1" in heard[0]["text"]

@@ -1,0 +1,155 @@
+"""What of deployments/ cannot run here is held against the schemas and lints of those who run it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect.events.schemas.automations import AutomationCore
+from prefect.utilities.importtools import import_object
+
+from tests.servers.prefect_stack import ROOT
+
+FOLDER = ROOT / "deployments"
+DEPLOYMENTS = yaml.safe_load((FOLDER / "prefect.yaml").read_text())["deployments"]
+FLOWS = ("convert", "restore", "sync", "verify")
+KINDS = ("process", "docker", "kubernetes")
+
+
+def flow_of(deployment: dict[str, Any]) -> Any:
+    return import_object(deployment["entrypoint"])
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda item: item["name"])
+def test_a_deployment_names_a_flow_and_parameters_that_it_takes(deployment: dict[str, Any]) -> None:
+    flow = flow_of(deployment)
+    known = flow.parameters.properties
+    assert deployment["parameters"].keys() <= known.keys()
+    flow.validate_parameters({"source": "a", "dest": "b"} & known.keys() and deployment["parameters"])
+    assert deployment["tags"]
+    assert deployment["description"]
+    assert deployment["concurrency_limit"]["limit"] == 1
+    assert deployment["work_pool"]["name"] in {f"ptbin-{kind}" for kind in KINDS}
+
+
+def test_every_flow_has_a_deployment_and_cron_strings_are_some() -> None:
+    from prefect.client.schemas.schedules import CronSchedule
+
+    assert {flow_of(item).name for item in DEPLOYMENTS} == set(FLOWS)
+    crons = [schedule["cron"] for item in DEPLOYMENTS for schedule in item.get("schedules", ())]
+    assert len(crons) >= 3
+    assert [CronSchedule(cron=cron).cron for cron in crons] == crons  # refuses what is none
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_every_parameter_of_every_flow_is_described(name: str) -> None:
+    flow = import_object(f"flows.{name}.{name}")
+    bare = [key for key, value in flow.parameters.properties.items() if not value.get("description")]
+    assert bare == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_base_job_templates_are_what_their_workers_take(kind: str) -> None:
+    from prefect.workers.process import ProcessJobConfiguration
+
+    template = json.loads((FOLDER / "work-pools" / f"{kind}.json").read_text())
+    properties = template["variables"]["properties"]
+    used = set(re.findall(r"\{\{ (\w+) \}\}", json.dumps(template["job_configuration"])))
+    assert used == properties.keys()
+    if kind == "process":
+        configuration: Any = ProcessJobConfiguration
+    elif kind == "docker":
+        configuration = pytest.importorskip("prefect_docker.worker").DockerWorkerJobConfiguration
+    else:
+        configuration = pytest.importorskip("prefect_kubernetes.worker").KubernetesWorkerJobConfiguration
+    made = asyncio.run(configuration.from_template_and_values(template, {}))
+    if kind == "docker":
+        assert (made.image, made.auto_remove, made.privileged) == ("ptbin:latest", True, False)
+    if kind == "kubernetes":
+        manifest = made.job_manifest
+        manifest["spec"]["template"]["spec"]["containers"][0].pop(
+            "env"
+        )  # a list only once the job is prepared
+        manifest["metadata"] = {"generateName": "x-"}
+        manifest["spec"]["template"]["spec"]["containers"][0]["args"] = ["prefect"]
+        validate_kubernetes(manifest)
+
+
+def validate_kubernetes(document: dict[str, Any]) -> None:
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    kubernetes_validate.validate(document, "1.31", strict=True)
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "kubernetes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_kubernetes_documents_satisfy_kubernetes_schema(path: Path) -> None:
+    documents = list(yaml.safe_load_all(path.read_text()))
+    assert documents
+    for document in documents:
+        validate_kubernetes(document)
+
+
+def test_the_compose_file_satisfies_the_compose_specification() -> None:
+    compose_spec = pytest.importorskip("compose_spec")
+    content = yaml.safe_load((FOLDER / "compose.yaml").read_text())
+    compose_spec.ComposeSpecification.model_validate(content)
+    services = content["services"]
+    for name, service in services.items():
+        assert all(other in services for other in service.get("depends_on", {})), name
+        assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", ())), name
+        image = service.get("image", "")
+        assert image == "ptbin:latest" or ":" in image, name
+    needed = {"postgres", "redis", "migrate", "server", "services", "worker"}
+    assert needed <= services.keys()
+
+
+def test_the_compose_file_sets_variables_that_prefect_knows() -> None:
+    from prefect.settings import Settings
+    from prefect.settings.legacy import _get_settings_fields
+
+    known = set(_get_settings_fields(Settings))
+    content = yaml.safe_load((FOLDER / "compose.yaml").read_text())
+    named = {name for service in content["services"].values() for name in service.get("environment", {})}
+    redis = {f"PREFECT_REDIS_MESSAGING_{name}" for name in ("HOST", "PORT", "DB")}
+    assert {name for name in named if name.startswith("PREFECT_")} - redis <= known
+    pytest.importorskip("prefect_redis.messaging")
+    pytest.importorskip("prefect_redis.ordering")
+    pytest.importorskip("prefect_redis.lease_storage")
+
+
+def test_the_dockerfile_passes_hadolint_and_is_not_root() -> None:
+    program = Path(sys.executable).with_name("hadolint")
+    if not program.exists() and shutil.which("hadolint") is None:
+        pytest.skip("no hadolint here")
+    found = str(program) if program.exists() else "hadolint"
+    done = subprocess.run([found, str(FOLDER / "Dockerfile")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = (FOLDER / "Dockerfile").read_text()
+    assert "USER 10001:10001" in text
+    lines = re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE)
+    copied = {word for line in lines for word in line.split()}
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert all((ROOT / name).exists() and f"!{name}" in ignored for name in copied)
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "automations").glob("*.yaml")), ids=lambda path: path.stem)
+def test_automations_are_what_prefect_takes(path: Path) -> None:
+    automation = AutomationCore.model_validate(yaml.safe_load(path.read_text()))
+    assert automation.enabled
+    assert automation.actions
+
+
+def test_no_secret_and_no_machine_stands_in_any_file() -> None:
+    for path in FOLDER.rglob("*"):
+        if path.is_file() and path.suffix != ".pyc":
+            text = path.read_text()
+            assert not re.search(r"AKIA[0-9A-Z]{16}|-----BEGIN|ghp_|/root/|/work/", text), path
+            for secret in re.findall(r'"secret": "([^"]*)"', text):
+                assert secret.startswith(("change-me", "...")), path
