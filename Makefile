@@ -1,6 +1,7 @@
 # ptbin: everything that a fresh machine with Python 3.11+ and make needs.
 #
 #   make demo        train small models, convert them through the Prefect flow, look at the results
+#   make demo-deploy a server, a worker and a schedule on loopback; pictures of the UI
 #   make test        the test suite, against the installed packages
 #   make check       ruff, mypy, import rules
 #   make bench       whole-process measurements; writes docs/benchmarks*.md (about 12 GB of disk, BENCH_DIR;
@@ -27,7 +28,7 @@ SOURCES := $(shell find ptbin tasks flows -type f ! -name '*.pyc')
 # demo and bench do without: -P would hide a script's own neighbours too.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install demo test test-slow check bench bench-peers s3-server s3-packages browser-packages clean
+.PHONY: install demo test test-slow check bench bench-peers s3-server s3-packages browser-packages postgres-packages demo-deploy clean
 
 install: $(VENV)/.installed
 
@@ -54,10 +55,16 @@ $(VENV)/.installed: $(VENV)/.requirements $(SOURCES) README.md
 demo: install
 	env -u PYTHONSAFEPATH $(BIN)/python docs/demo/demo.py demo-output
 
-test: install s3-packages browser-packages
+# The same on a Prefect server with a worker, as an operator runs it; pictures of the UI go to
+# demo-deploy-output/screenshots (SCREENSHOTS=docs/screenshots renews those of the documentation).
+demo-deploy: install browser-packages postgres-packages
+	env -u PYTHONSAFEPATH $(BIN)/python docs/demo/demo_deploy.py demo-deploy-output \
+	  $(if $(SCREENSHOTS),--screenshots $(SCREENSHOTS))
+
+test: install s3-packages browser-packages postgres-packages
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-slow: install s3-packages browser-packages
+test-slow: install s3-packages browser-packages postgres-packages
 	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
 
 check: install
@@ -105,6 +112,20 @@ s3-packages:
 	  echo "no radosgw, and not root: the integration test on a real S3 server will be skipped"; \
 	fi
 
+# Where Prefect's server keeps its database in the tests of deployments/ and in demo-deploy. Debian would also
+# start a cluster of its own; that is told not to.
+postgres-packages:
+	@if ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing postgresql (for the tests of the deployments)"; \
+	  { mkdir -p /etc/postgresql-common \
+	    && echo "create_main_cluster = false" > /etc/postgresql-common/createcluster.conf \
+	    && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+	      postgresql; } >/dev/null 2>&1 || echo "not to be had here: those tests will be skipped"; \
+	else \
+	  echo "no postgresql, and not root: the tests of the deployments will be skipped"; \
+	fi
+
 # A browser for the tests of the report and for the screenshots of demo-deploy.
 browser-packages:
 	@if command -v chromium >/dev/null || command -v google-chrome >/dev/null; then :; \
@@ -117,5 +138,5 @@ browser-packages:
 	fi
 
 clean:
-	rm -rf $(VENV) $(PEERS) demo-output benchmarks/work build dist .mypy_cache .ruff_cache .pytest_cache \
+	rm -rf $(VENV) $(PEERS) demo-output demo-deploy-output benchmarks/work build dist .mypy_cache .ruff_cache .pytest_cache \
 	  .hypothesis .import_linter_cache

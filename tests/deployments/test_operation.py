@@ -104,7 +104,7 @@ def test_a_schedule_fires_and_the_run_leaves_its_artifacts(
     found = stack.ask("/deployments/name/convert/convert-nightly", method="GET")
     before = {run["id"] for run in stack.runs()}
     schedule = {"schedule": {"interval": 5}, "active": True, "parameters": places, "max_scheduled_runs": 1}
-    (made,) = stack.ask(f"/deployments/{found['id']}/schedules", [schedule])  # type: ignore[arg-type]
+    (made,) = stack.ask(f"/deployments/{found['id']}/schedules", [schedule])
     try:
         ended = wait_for(
             lambda: [r for r in stack.runs() if r["id"] not in before and r["state"]["type"] == "COMPLETED"],
@@ -138,7 +138,8 @@ def test_a_killed_worker_s_run_is_marked_crashed_and_finished_by_the_next(
         second = stack.start_worker("second")
         assert stack.state(run)["type"] == "RUNNING"  # nobody has told the server
         crashed = stack.wait_for_end(run, 150)
-        assert (crashed["type"], "heartbeat" in crashed["message"]) == ("CRASHED", True)
+        assert crashed["type"] == "CRASHED"
+        assert "No heartbeat" in crashed["message"]
         state = stack.wait_for_end(waiting, 120)
         stack.kill(second)
     finally:
@@ -185,23 +186,19 @@ def test_a_drained_worker_has_finished_its_run(
         old = stack.start_worker("old")
         run = stack.run("convert/convert-nightly", **places)
         wait_for(lambda: finished(places) > 0, 90, "an output")
+        drain = [sys.executable, str(ROOT / "deployments" / "drain.py"), "ptbin-process", "--timeout", "2m"]
+        draining = stack.start_process("drain", drain)
+        wait_for(lambda: stack.ask("/work_pools/ptbin-process", method="GET")["is_paused"], 60, "the pause")
         held_back = stack.run("verify/verify-weekly", dest=places["dest"])
-        drained = subprocess.run(
-            [sys.executable, str(ROOT / "deployments" / "drain.py"), "ptbin-process", "--timeout", "2m"],
-            env=stack.environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
+        assert draining.wait(120) == 0
+        assert stack.state(run)["type"] == "COMPLETED"
+        assert stack.state(held_back)["type"] == "SCHEDULED"
+        old.terminate()
+        old.wait(60)
     finally:
         del stack.environment["PTBIN_TEST_NOTES"]
-    assert drained.returncode == 0, drained.stdout + drained.stderr
-    assert stack.state(run)["type"] == "COMPLETED"
-    assert stack.state(held_back)["type"] in {"SCHEDULED", "PENDING"}
-    old.terminate()
-    old.wait(60)
+        stack.prefect("work-pool", "resume", "ptbin-process")
     new = stack.start_worker("new")
-    stack.prefect("work-pool", "resume", "ptbin-process")
     assert stack.wait_for_end(held_back)["type"] == "COMPLETED"
     stack.kill(new)
 

@@ -51,11 +51,25 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def descendants(pid: int) -> list[int]:
+    """Processes that a process has started, and those that they have: a flow run has a group of its own."""
+    children: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(status.read_text().rsplit(")", 1)[1].split()[1])
+            children.setdefault(parent, []).append(int(status.parent.name))
+    found = [pid]
+    for one in found:
+        found += children.get(one, [])
+    return found[1:]
+
+
 class PrefectStack:
     """Start what is needed, in any order that makes sense; `stop` ends it all."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, data: Path | None = None) -> None:
         self.folder = folder
+        data = data or folder
         self.port = free_port()
         self.api_url = f"http://127.0.0.1:{self.port}/api"
         self.ui_url = f"http://127.0.0.1:{self.port}"
@@ -72,8 +86,8 @@ class PrefectStack:
             "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
             "DO_NOT_TRACK": "1",
             "PTBIN_WORKDIR": str(folder),
-            "PTBIN_SOURCE": str(folder / "source"),
-            "PTBIN_DEST": str(folder / "dest"),
+            "PTBIN_SOURCE": str(data / "source"),
+            "PTBIN_DEST": str(data / "dest"),
         }
         self._processes: list[subprocess.Popen[bytes]] = []
         self.server: subprocess.Popen[bytes] | None = None
@@ -149,8 +163,9 @@ class PrefectStack:
     @staticmethod
     def kill(process: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> None:
         """A signal to a process and all that it has started, and wait for its end."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+        for pid in [process.pid, *descendants(process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
         process.wait(60)
 
     def stop(self) -> None:
@@ -195,9 +210,9 @@ class PrefectStack:
             )
         self.prefect("deploy", "--prefect-file", "deployments/prefect.yaml", "--all")
 
-    def ask(self, path: str, question: dict[str, Any] | None = None, method: str = "POST") -> Any:
+    def ask(self, path: str, question: Any = None, method: str = "POST") -> Any:
         """A question to the API."""
-        data = json.dumps(question or {}).encode() if method != "GET" else None
+        data = json.dumps({} if question is None else question).encode() if method != "GET" else None
         request = urllib.request.Request(  # noqa: S310 - our own server
             f"{self.api_url}{path}", data, {"Content-Type": "application/json"}, method=method
         )
@@ -233,10 +248,10 @@ class PrefectStack:
 
 
 @contextlib.contextmanager
-def prefect_stack(folder: Path, *, postgres: bool) -> Iterator[PrefectStack]:
-    """A server with the deployments of this project, without a worker yet."""
+def prefect_stack(folder: Path, *, postgres: bool, data: Path | None = None) -> Iterator[PrefectStack]:
+    """A server with the deployments of this project, without a worker yet; they work in `data`."""
     folder.mkdir(parents=True, exist_ok=True)
-    stack = PrefectStack(folder)
+    stack = PrefectStack(folder, data)
     try:
         if postgres:
             stack.start_database()
