@@ -47,13 +47,17 @@ def iter_batches(
     nbytes: Callable[[Item], int],
     workers: int,
     max_batches: int = MAX_BATCHES,
+    most: int = BATCH_COUNT,
 ) -> Iterator[list[Item]]:
-    """As `plan_batches`, one at a time, of `count` items with `total` bytes that come largest first."""
+    """As `plan_batches`, one at a time, of `count` items with `total` bytes that come largest first.
+
+    `most` items go into one, unless there would be more batches than are allowed.
+    """
     # Every closed batch has used up a share of the count or of the bytes: with half of the batches
     # allowed to each, and one unfinished batch at the end, there are never more than `max_batches`.
     half = max(1, (max_batches - 1) // 2)
     wanted = max(1, workers) * BATCHES_PER_WORKER
-    most_items = max(min(BATCH_COUNT, _divide_up(count, wanted)), _divide_up(count, half))
+    most_items = max(min(most, _divide_up(count, wanted)), _divide_up(count, half))
     most_nbytes = max(min(BATCH_NBYTES, _divide_up(total, wanted)), _divide_up(total, half), 1)
     current: list[Item] = []
     current_nbytes = 0

@@ -30,7 +30,7 @@ from ptbin.catalog import Job, Problem
 from ptbin.catalog.finished import FinishedRow
 from ptbin.errors import StorageError
 from ptbin.options import ConvertOptions
-from tasks.converting import convert_batch, verify_batch
+from tasks.converting import convert_and_verify_batch, convert_batch, verify_batch
 from tasks.listing import discard_unfinished, find_up_to_date, work_of
 from tasks.live import Settled
 from tasks.outcomes import Outcome, one_line
@@ -71,6 +71,7 @@ class Conversion:
         self.work = work_of(run.live)
         self.began = time.monotonic()
         self.settled_paths: set[str] = set()
+        self.lines: list[str] = []
         self.progress = ProgressArtifact(f"{self.artifact_key}-progress")
         self.index_rows: list[FinishedRow] = []
         self.segments = 0
@@ -162,6 +163,7 @@ class Conversion:
             nbytes,
             nbytes=lambda job: job.source_size,
             workers=self.runner.width,
+            most=self.runner.batch_count,
         ):
             yield self._convert(batch)
 
@@ -257,7 +259,8 @@ class Conversion:
         label = self._label(jobs, retry)
 
         def submit() -> PrefectFuture[Any]:
-            return self._submit(convert_batch, label=label, jobs=jobs, options=self.options)
+            task = convert_and_verify_batch if self.runner.is_remote else convert_batch
+            return self._submit(task, label=label, jobs=jobs, options=self.options)
 
         def then(state: State[Any]) -> Iterable[Work]:
             if self._was_lost(jobs, state, lost):
@@ -327,6 +330,7 @@ class Conversion:
             else:
                 seconds = outcome.seconds + (seconds_before or {}).get(job.path, 0.0)
                 self._settle(job, replace(outcome, seconds=seconds))
+        self._log_lines()
         self.progress.update(len(self.settled_paths), self.tally.message())
         return staged, again
 
@@ -355,14 +359,15 @@ class Conversion:
             self.logger.warning("%s %s: %s: %s", outcome.kind, job.path, outcome.reason, outcome.detail)
         elif len(self.settled_paths) <= LOGGED:
             written = f", {format_nbytes(facts.written_nbytes)} written" if facts is not None else ""
-            self.logger.info(
-                "%s %s (%s%s) in %.2f s",
-                outcome.kind.replace("_", " "),
-                job.path,
-                format_nbytes(job.source_size),
-                written,
-                outcome.seconds,
-            )
+            size = format_nbytes(job.source_size)
+            what = outcome.kind.replace("_", " ")
+            self.lines.append(f"{what} {job.path} ({size}{written}) in {outcome.seconds:.2f} s")
+
+    def _log_lines(self) -> None:
+        """A line per checkpoint, a record per batch: each record costs the server and this process time."""
+        if self.lines:
+            self.logger.info("%s", "\n".join(self.lines))
+            self.lines = []
 
     def _announce(self, path: str, kind: str, reason: str, detail: str) -> None:
         self.live.listener.settled(Settled(path, kind, reason=reason, detail=detail))

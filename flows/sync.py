@@ -140,6 +140,7 @@ class Synchronization(Conversion):
                 nbytes=lambda job: job.source_size,
                 workers=self.runner.width,
                 max_batches=100,
+                most=self.runner.batch_count,
             ):
                 yield make(batch)
 

@@ -1,4 +1,4 @@
-"""The two tasks that make outputs: `convert_batch` writes, `verify_batch` proves and writes manifests.
+"""The tasks that make outputs: `convert_batch` writes, `verify_batch` proves and writes manifests.
 
 Neither fails because of a checkpoint: what goes wrong with one becomes its outcome and the batch goes
 on. What a store may do better next time is marked transient and left to the flow to try again. A batch
@@ -22,7 +22,7 @@ from tasks.live import LiveRun, Ticket, enter_run
 from tasks.outcomes import Converted, Outcome, outcome_of_error
 from tasks.stepping import each
 
-__all__ = ["convert_batch", "verify_batch"]
+__all__ = ["convert_and_verify_batch", "convert_batch", "verify_batch"]
 
 
 @task(
@@ -52,6 +52,27 @@ def verify_batch(ticket: Ticket, label: str, jobs: Sequence[Job], drafts: Sequen
     live = enter_run(ticket)
     draft_of = {job.path: draft for job, draft in zip(jobs, drafts, strict=True)}
     return each(jobs, lambda job: _commit(live, job, draft_of[job.path]))
+
+
+@task(
+    name="convert and verify batch",
+    task_run_name="convert and verify {label}",
+    tags=["ptbin", "convert", "verify"],
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def convert_and_verify_batch(
+    ticket: Ticket, label: str, jobs: Sequence[Job], options: ConvertOptions
+) -> list[Outcome]:
+    """Both at once, one checkpoint after the other: where a task run costs a tenth of a second."""
+    del label
+    live = enter_run(ticket)
+    return each(jobs, lambda job: _convert(live, job, options))
+
+
+def _convert(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
+    outcome = _stage(live, job, options)
+    return _commit(live, job, outcome.draft) if outcome.draft is not None else outcome
 
 
 def _stage(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
