@@ -11,7 +11,15 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-__all__ = ["BATCH_COUNT", "BATCH_NBYTES", "MAX_BATCHES", "cut", "iter_batches", "plan_batches"]
+__all__ = [
+    "BATCHES_PER_WORKER",
+    "BATCH_COUNT",
+    "BATCH_NBYTES",
+    "MAX_BATCHES",
+    "cut",
+    "iter_batches",
+    "plan_batches",
+]
 
 Item = TypeVar("Item")
 
@@ -48,15 +56,17 @@ def iter_batches(
     workers: int,
     max_batches: int = MAX_BATCHES,
     most: int = BATCH_COUNT,
+    per_worker: int = BATCHES_PER_WORKER,
 ) -> Iterator[list[Item]]:
     """As `plan_batches`, one at a time, of `count` items with `total` bytes that come largest first.
 
-    `most` items go into one, unless there would be more batches than are allowed.
+    `most` items go into one, unless there would be more batches than are allowed; a short list is cut so that
+    each worker gets `per_worker` batches.
     """
     # Every closed batch has used up a share of the count or of the bytes: with half of the batches
     # allowed to each, and one unfinished batch at the end, there are never more than `max_batches`.
     half = max(1, (max_batches - 1) // 2)
-    wanted = max(1, workers) * BATCHES_PER_WORKER
+    wanted = max(1, workers) * per_worker
     most_items = max(min(most, _divide_up(count, wanted)), _divide_up(count, half))
     most_nbytes = max(min(BATCH_NBYTES, _divide_up(total, wanted)), _divide_up(total, half), 1)
     current: list[Item] = []

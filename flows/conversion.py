@@ -47,6 +47,8 @@ SEGMENT_ROWS = 5_000
 MERGED_SEGMENTS = 16
 """Where a run finds so many segments of the index, it puts one in their place."""
 ASKING_COUNT = 200
+ASKING_BATCHES = 50
+"""With 200 batches, each written and proven, and the index, that is about 500 task runs at most."""
 ASKING_WIDTH = 8
 """At least so many ask what is up to date: that is waiting for small answers, not work."""
 
@@ -129,7 +131,9 @@ class Conversion:
 
             return Work(lambda: find_up_to_date.submit(self.live.run_id, label, unexamined(part)), hear)
 
-        parts = cut(self.work.iter_to_ask(), self.work.count_to_ask(), ASKING_COUNT)
+        parts = cut(
+            self.work.iter_to_ask(), self.work.count_to_ask(), ASKING_COUNT, max_batches=ASKING_BATCHES
+        )
         self.task_runs += fan_out(
             map(ask, parts),
             width=max(self.runner.width, ASKING_WIDTH),
@@ -164,6 +168,7 @@ class Conversion:
             nbytes=lambda job: job.source_size,
             workers=self.runner.width,
             most=self.runner.batch_count,
+            per_worker=self.runner.batches_per_worker,
         ):
             yield self._convert(batch)
 

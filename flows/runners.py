@@ -20,7 +20,7 @@ from prefect import Task
 from prefect.futures import PrefectFuture
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 
-from flows.batches import BATCH_COUNT
+from flows.batches import BATCH_COUNT, BATCHES_PER_WORKER
 from flows.fanout import unexamined
 from flows.wishes import MAX_WORKERS
 from ptbin.errors import UsageError
@@ -54,6 +54,11 @@ class Runner:
     def batch_count(self) -> int:
         """So many checkpoints go into a batch at most: a task run costs 5 ms in a thread, else 100."""
         return REMOTE_BATCH_COUNT if self.is_remote else BATCH_COUNT
+
+    @property
+    def batches_per_worker(self) -> int:
+        """Into how many batches a short list is cut: between two of them a remote worker waits 0.2 s."""
+        return 2 if self.is_remote else BATCHES_PER_WORKER
 
     def submit(self, task: Task[..., Any], **parameters: Any) -> PrefectFuture[Any]:
         """One task run on its way; a pool that lost a process is opened anew."""

@@ -39,6 +39,8 @@ from tasks.retrying import RETRIES, retry_delay
 __all__ = ["MirrorSettings", "Synchronization", "sync"]
 
 FILES_PER_BATCH = 200
+MIRROR_BATCHES = 80
+"""Of comparisons, conversions and copies each; with backups and deletions about 500 task runs at most."""
 
 
 class MirrorSettings:
@@ -115,7 +117,12 @@ class Synchronization(Conversion):
 
         jobs = list(self.work.iter_to_do())
         batches = iter_batches(
-            jobs, count, nbytes, nbytes=lambda job: job.source_size, workers=self.runner.width
+            jobs,
+            count,
+            nbytes,
+            nbytes=lambda job: job.source_size,
+            workers=self.runner.width,
+            max_batches=MIRROR_BATCHES,
         )
         self._fan_out(compare(batch) for batch in batches)
 
@@ -139,8 +146,9 @@ class Synchronization(Conversion):
                 nbytes,
                 nbytes=lambda job: job.source_size,
                 workers=self.runner.width,
-                max_batches=100,
+                max_batches=MIRROR_BATCHES,
                 most=self.runner.batch_count,
+                per_worker=self.runner.batches_per_worker,
             ):
                 yield make(batch)
 
