@@ -42,7 +42,7 @@ PAGE = 1000
 
 _TABLES = """
 CREATE TABLE stored (path TEXT PRIMARY KEY, size INTEGER, identity TEXT) WITHOUT ROWID;
-CREATE TABLE finished (manifest TEXT PRIMARY KEY, row TEXT) WITHOUT ROWID;
+CREATE TABLE finished (manifest TEXT, digest TEXT, row TEXT, PRIMARY KEY (manifest, digest)) WITHOUT ROWID;
 CREATE TABLE segments (path TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE jobs (id INTEGER PRIMARY KEY, place TEXT, output TEXT, path TEXT, uri TEXT, size INTEGER,
     kind TEXT, value TEXT, certain INTEGER, copies INTEGER, state INTEGER);
@@ -140,9 +140,8 @@ class WorkList:
             for row in rows:
                 known = self._db.execute("SELECT identity FROM stored WHERE path = ?", (row.manifest,))
                 if (found := known.fetchone()) is not None and found[0] and found[0] == row.identity:
-                    self._db.execute(
-                        "INSERT OR REPLACE INTO finished VALUES (?, ?)", (row.manifest, _dump(row))
-                    )
+                    values = (row.manifest, row.digest, _dump(row))
+                    self._db.execute("INSERT OR REPLACE INTO finished VALUES (?, ?, ?)", values)
             self._db.execute("COMMIT")
 
     def _add(
@@ -206,15 +205,22 @@ class WorkList:
             if number % PAGE == 0:
                 tick()
             manifest = self.relative_manifest(job)
-            known = self._db.execute("SELECT row FROM finished WHERE manifest = ?", (manifest,)).fetchone()
-            if known is not None:
-                state = _CURRENT if self._is_current(_load(known[0]), job, options) else _TO_DO
+            if known := self._rows_of(manifest):
+                state = _CURRENT if any(self._is_current(row, job, options) for row in known) else _TO_DO
             elif job.identity is not None and self._size_of(manifest) is not None:
                 state = _TO_ASK
             else:
                 continue
             self._db.execute("UPDATE jobs SET state = ? WHERE id = ?", (state, job_id))
         self._db.execute("COMMIT")
+
+    def _rows_of(self, manifest: str) -> list[FinishedRow]:
+        """What is known of the stored state of a manifest or a copy. All of it is true: a copy that was only
+        touched at its source, say, is one state in DEST made of two states of SOURCE.
+        """
+        with self._lock:
+            found = self._db.execute("SELECT row FROM finished WHERE manifest = ?", (manifest,)).fetchall()
+        return [_load(text) for (text,) in found]
 
     def _is_current(self, row: FinishedRow, job: Job, options: ConvertOptions) -> bool:
         if job.identity is None or row.digest != digest_of(job, options) or not row.is_enough(options):
@@ -293,12 +299,9 @@ class WorkList:
             self.learn(rows)
             kept = []
             for job in jobs:
-                known = self._db.execute(
-                    "SELECT row FROM finished WHERE manifest = ?", (self.relative_manifest(job),)
-                ).fetchone()
-                current = known is not None and self._is_current(_load(known[0]), job, options)
-                if known is not None:
-                    kept.append(_load(known[0]))
+                known = self._rows_of(self.relative_manifest(job))
+                current = any(self._is_current(row, job, options) for row in known)
+                kept.extend(known)
                 self._db.execute(
                     "UPDATE jobs SET state = ? WHERE place = ? AND state = ?",
                     (_CURRENT if current else _TO_DO, self._rule.place_of(job), _TO_ASK),
@@ -331,12 +334,10 @@ class WorkList:
     def present(self, job: Job) -> list[str]:
         """Paths below DEST of what this job would write over, as the listing shows them."""
         key = self.relative_manifest(job)
-        with self._lock:
-            known = self._db.execute("SELECT row FROM finished WHERE manifest = ?", (key,)).fetchone()
         named = [self._rule.relative(job), key]
-        if known is not None:
-            folder = key[: -len(key.rsplit("/", 1)[-1])]
-            named += [folder + name for name, _ in _load(known[0]).outputs]
+        folder = key[: -len(key.rsplit("/", 1)[-1])]
+        for row in self._rows_of(key):
+            named += [folder + name for name, _ in row.outputs]
         return [path for path in dict.fromkeys(named) if self._size_of(path) is not None]
 
     def iter_gone(self, exclude: Sequence[str] = ()) -> Iterator[FinishedRow]:
@@ -345,8 +346,8 @@ class WorkList:
         Where the index does not know a manifest, its row has no outputs: the manifest must tell.
         """
         query = (
-            "SELECT manifest, row FROM finished UNION ALL SELECT path, NULL FROM stored "
-            "WHERE path LIKE ? AND path NOT IN (SELECT manifest FROM finished)"
+            "SELECT manifest, min(row) FROM finished GROUP BY manifest "
+            "UNION ALL SELECT path, NULL FROM stored WHERE path LIKE ? AND path NOT IN (SELECT manifest FROM finished)"
         )
         with self._lock:
             cursor = self._db.execute(query, ("%" + MANIFEST_SUFFIX,))
