@@ -29,10 +29,16 @@ class HeldSignals:
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._echo = False
 
     def hear(self, number: int, frame: FrameType | None) -> None:
         """The handler. A second signal ends the process: what it leaves has no manifest."""
         del frame
+        if self._echo and number == signal.SIGTERM:
+            # Prefect sends the process another one on the way out, for the handler that was there before
+            # its own (`capture_sigterm`): that is no second wish of anybody's.
+            self._echo = False
+            return
         if self.number is not None:
             os._exit(_SECOND_STATUS)
         self.number = number
@@ -42,6 +48,7 @@ class HeldSignals:
         if self.number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.number is not None:
+            self._echo = True
             raise TerminationSignal(signal=self.number)
 
 

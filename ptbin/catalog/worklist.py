@@ -347,7 +347,8 @@ class WorkList:
         """
         query = (
             "SELECT manifest, min(row) FROM finished GROUP BY manifest "
-            "UNION ALL SELECT path, NULL FROM stored WHERE path LIKE ? AND path NOT IN (SELECT manifest FROM finished)"
+            "UNION ALL SELECT path, NULL FROM stored "
+            "WHERE path LIKE ? AND path NOT IN (SELECT manifest FROM finished)"
         )
         with self._lock:
             cursor = self._db.execute(query, ("%" + MANIFEST_SUFFIX,))
