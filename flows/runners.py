@@ -8,6 +8,7 @@ up to date and writing the record stay in the flow's process. What travels is sm
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import signal
@@ -117,7 +118,8 @@ def open_runner(name: RunnerName, address: str | None, workers: int | None) -> I
 
 
 def _processes(width: int) -> TaskRunner[Any]:
-    return ProcessPoolTaskRunner(max_workers=width, initializer=_begin_process)
+    begin = functools.partial(_begin_process, os.getpid())
+    return ProcessPoolTaskRunner(max_workers=width, initializer=begin)
 
 
 def _is_broken(runner: TaskRunner[Any] | None) -> bool:
@@ -126,12 +128,16 @@ def _is_broken(runner: TaskRunner[Any] | None) -> bool:
     return bool(getattr(getattr(runner, "_executor", None), "_broken", False))
 
 
-def _begin_process() -> None:
-    """In each process of a pool: leave signals to the flow's process, and end when that is gone."""
+def _begin_process(parent: int) -> None:
+    """In each process of a pool: leave signals to the flow's process, and end when that is gone.
+
+    Args:
+        parent: its process id. Asked for here it would be another one's already if the flow's process was
+            killed while this one began.
+    """
     # Ctrl-C reaches every process of the terminal's group. One that dies of it while its pool is being shut
     # down leaves the pool waiting for ever; the flow's process tells this one to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -23,7 +23,6 @@ __all__ = ["verify_manifests"]
 @task(
     name="verify manifests",
     task_run_name="verify {label}",
-    tags=["ptbin", "verify"],
     cache_policy=NO_CACHE,
     persist_result=False,
 )

@@ -28,7 +28,6 @@ __all__ = ["convert_and_verify_batch", "convert_batch", "verify_batch"]
 @task(
     name="convert batch",
     task_run_name="convert {label}",
-    tags=["ptbin", "convert"],
     cache_policy=NO_CACHE,
     persist_result=False,
 )
@@ -42,7 +41,6 @@ def convert_batch(ticket: Ticket, label: str, jobs: Sequence[Job], options: Conv
 @task(
     name="verify batch",
     task_run_name="verify {label}",
-    tags=["ptbin", "verify"],
     cache_policy=NO_CACHE,
     persist_result=False,
 )
@@ -57,7 +55,6 @@ def verify_batch(ticket: Ticket, label: str, jobs: Sequence[Job], drafts: Sequen
 @task(
     name="convert and verify batch",
     task_run_name="convert and verify {label}",
-    tags=["ptbin", "convert", "verify"],
     cache_policy=NO_CACHE,
     persist_result=False,
 )

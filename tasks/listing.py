@@ -35,7 +35,6 @@ __all__ = [
 
 @task(
     name="list checkpoints",
-    tags=["ptbin", "list"],
     retries=RETRIES,
     retry_delay_seconds=RETRY_DELAYS,
     retry_jitter_factor=JITTER,
@@ -70,7 +69,6 @@ def list_checkpoints(
 
 @task(
     name="list both sides",
-    tags=["ptbin", "list"],
     retries=RETRIES,
     retry_delay_seconds=RETRY_DELAYS,
     retry_jitter_factor=JITTER,
@@ -106,7 +104,7 @@ def list_mirror(
         )
 
 
-@task(name="discard unfinished outputs", tags=["ptbin", "list"], cache_policy=NO_CACHE, persist_result=False)
+@task(name="discard unfinished outputs", cache_policy=NO_CACHE, persist_result=False)
 def discard_unfinished(run_id: str) -> int:
     """Remove what a run that was killed left half-written in DEST; how many."""
     live = find_live_run(run_id)
@@ -122,7 +120,6 @@ def work_of(live: LiveRun) -> WorkList:
 @task(
     name="find up-to-date outputs",
     task_run_name="up to date? {label}",
-    tags=["ptbin", "list"],
     cache_policy=NO_CACHE,
     persist_result=False,
 )
@@ -151,7 +148,6 @@ def find_up_to_date(run_id: str, label: str, jobs: Sequence[Job]) -> list[Finish
 
 @task(
     name="list manifests",
-    tags=["ptbin", "list"],
     retries=RETRIES,
     retry_delay_seconds=RETRY_DELAYS,
     retry_jitter_factor=JITTER,
@@ -166,7 +162,6 @@ def list_manifests(run_id: str, dest: str) -> list[str]:
 
 @task(
     name="list orphans",
-    tags=["ptbin", "list"],
     retries=RETRIES,
     retry_delay_seconds=RETRY_DELAYS,
     retry_jitter_factor=JITTER,

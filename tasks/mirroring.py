@@ -26,7 +26,6 @@ __all__ = ["back_up_batch", "compare_batch", "copy_batch", "delete_batch"]
 @task(
     name="compare batch",
     task_run_name="compare {label}",
-    tags=["ptbin", "sync"],
     cache_policy=NO_CACHE,
     persist_result=False,
 )
@@ -75,7 +74,6 @@ def _compare_copy(live: LiveRun, job: Job) -> Outcome:
 @task(
     name="copy batch",
     task_run_name="copy {label}",
-    tags=["ptbin", "sync"],
     cache_policy=NO_CACHE,
     persist_result=False,
 )
@@ -120,7 +118,6 @@ def _copied(job: Job, nbytes: int, in_store: int, identity: Identity) -> Convert
 @task(
     name="back up",
     task_run_name="back up {label}",
-    tags=["ptbin", "sync"],
     cache_policy=NO_CACHE,
     persist_result=False,
 )
@@ -151,7 +148,6 @@ def back_up_batch(ticket: Ticket, label: str, dest: str, backup: str, files: Seq
 @task(
     name="delete",
     task_run_name="delete {label}",
-    tags=["ptbin", "sync"],
     cache_policy=NO_CACHE,
     persist_result=False,
 )
@@ -185,9 +181,7 @@ def _until_stopped(live: LiveRun, files: Sequence[str], do: object) -> list[Outc
     return outcomes + [Outcome(path, "not_tried") for path in files[len(outcomes) :]]
 
 
-@task(
-    name="read manifests of what is gone", tags=["ptbin", "sync"], cache_policy=NO_CACHE, persist_result=False
-)
+@task(name="read manifests of what is gone", cache_policy=NO_CACHE, persist_result=False)
 def files_of_gone(run_id: str, dest: str, rows: Sequence[FinishedRow]) -> list[list[str]]:
     """The files of each row below DEST, the manifest first; of rows without outputs its manifest is asked."""
     from tasks.live import find_live_run

@@ -17,7 +17,6 @@ __all__ = ["merge_index", "write_index", "write_run_record"]
 
 @task(
     name="write run record",
-    tags=["ptbin", "record"],
     retries=RETRIES,
     retry_delay_seconds=RETRY_DELAYS,
     retry_jitter_factor=JITTER,
@@ -34,7 +33,6 @@ def write_run_record(run_id: str, folder_uri: str, files: Mapping[str, bytes]) -
 
 @task(
     name="write index",
-    tags=["ptbin", "record"],
     retries=RETRIES,
     retry_delay_seconds=RETRY_DELAYS,
     retry_jitter_factor=JITTER,
@@ -47,7 +45,7 @@ def write_index(run_id: str, dest: str, name: str, rows: Sequence[FinishedRow]) 
     write_segment(dest, name, rows, dest_options=find_live_run(run_id).dest_options)
 
 
-@task(name="merge index", tags=["ptbin", "record"], cache_policy=NO_CACHE, persist_result=False)
+@task(name="merge index", cache_policy=NO_CACHE, persist_result=False)
 def merge_index(run_id: str, dest: str, name: str) -> None:
     """Put one segment in the place of all that the run has read. What another run added meanwhile stays.
 

@@ -23,7 +23,6 @@ __all__ = ["restore_batch"]
 @task(
     name="restore batch",
     task_run_name="restore {label}",
-    tags=["ptbin", "restore"],
     cache_policy=NO_CACHE,
     persist_result=False,
 )
