@@ -84,6 +84,8 @@ class PrefectStack:
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
             "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
+            # In memory they would be gone with a killed server, and the slots that they hold taken for ever.
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "DO_NOT_TRACK": "1",
             "PTBIN_WORKDIR": str(folder),
             "PTBIN_SOURCE": str(data / "source"),
