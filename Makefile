@@ -42,9 +42,10 @@ $(VENV)/.created:
 # of our own wheel takes the pinned one and not whatever is newest.
 $(VENV)/.requirements: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP) install $(PIP_ARGS) --constraint constraints.txt hatchling
-	$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation '.[dev,interop,dask,ray,deployments]'
-	@# DeepSpeed comes as source, and its setup imports torch; without it the tests on real ZeRO folders are skipped.
-	-DS_BUILD_OPS=0 $(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation deepspeed
+	$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation '.[dev,interop,dask,ray,deployments,mlflow,hub,signing]'
+	@# DeepSpeed comes as source; its setup imports torch, and files beside it (hence no -P). Without it the
+	@# tests on real ZeRO folders are skipped.
+	-env -u PYTHONSAFEPATH DS_BUILD_OPS=0 $(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation deepspeed
 	@touch $@
 
 # Not editable: what is tested is what a user gets.
