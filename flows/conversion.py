@@ -226,7 +226,7 @@ class Conversion:
         flow_run_id = current_flow_run_id()
         summary = tally.summary(seconds)
         options = self.options.to_json() | {"verify": self.options.verify}
-        folder = record_folder(tally.dest, tally.run_id)
+        folder = record_folder(tally.place, tally.run_id)
         files = record_files(tally, summary, options=options, flow_run_id=flow_run_id)
         try:
             write_run_record(self.live.run_id, folder, unexamined(files))

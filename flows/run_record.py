@@ -53,7 +53,7 @@ def record_files(
         "checkpoints": [_entry_json(entry) for entry in _in_order(tally.entries)],
     }
     files = {}
-    if lines := sha256sums(tally.entries, tally.dest):
+    if lines := sha256sums(tally.entries, tally.place):
         files["SHA256SUMS"] = lines.encode()
     files["report.html"] = render_report(record).encode()
     files["run.json"] = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()

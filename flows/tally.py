@@ -46,13 +46,19 @@ class Tally:
     counts: Counter[str] = field(default_factory=Counter)
     interrupted: bool = False
     kind: str = "convert"
-    """Of the run: `convert`, `restore`, `sync`."""
+    """Of the run: `convert`, `restore`, `sync`, `migrate`."""
+    home: str = ""
+    """Below which storage URI the run's own files lie, where that is not DEST."""
     files: Counter[str] = field(default_factory=Counter)
     """Of DEST's own files: `deleted`, `backed_up`."""
     kept: int = 0
     """Outputs that are gone from SOURCE and were not deleted."""
     run_problems: list[Problem] = field(default_factory=list)
     """Problems of the run itself, such as a run record that could not be written."""
+
+    @property
+    def place(self) -> str:
+        return self.home or self.dest
 
     def add(self, job: Job, outcome: Outcome) -> None:
         self._append(

@@ -54,6 +54,9 @@ class Listener:
     def planned(self, files: int, nbytes: int, up_to_date: int) -> None:
         """So many files with so many bytes are going to be worked on."""
 
+    def noted(self, text: str) -> None:
+        """Something that is to be known before the run writes."""
+
     def moved(self, nbytes: int) -> None:
         """So many bytes were moved or read back since the last call."""
 

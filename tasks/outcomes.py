@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ptbin.catalog.finished import FinishedRow, identity_text, row_of
 from ptbin.errors import CheckpointError, OutputCollisionError, PtbinError
 from ptbin.stores import Identity
 from tasks.retrying import is_transient
+
+if TYPE_CHECKING:
+    from tasks.migrating import Written
 
 __all__ = ["Converted", "Kind", "ManifestVerdict", "Outcome", "StoredFile", "outcome_of_error"]
 
@@ -103,6 +106,8 @@ class Outcome:
     converted: Converted | None = None
     seconds: float = 0.0
     """What was spent on it in this step."""
+    written: Written | None = None
+    """Of a version of a registered model: what registering it takes, or took."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import click
 from flows.cli.convert_command import convert_command
 from flows.cli.inspect_command import inspect_command
 from flows.cli.interrupts import INTERRUPTED_STATUS, hear_signals
+from flows.cli.migrate_command import migrate_command
 from flows.cli.printing import print_error
 from flows.cli.restore_command import restore_command
 from flows.cli.sync_command import sync_command
@@ -32,6 +33,7 @@ Examples:
   ptbin convert run1/last.ckpt last.bin
   ptbin convert s3://models/checkpoints s3://models/weights --workers 4
   ptbin sync s3://training/runs s3://models/weights
+  ptbin migrate mlflow+http://127.0.0.1:5000 s3://models/registry --layout hf
   ptbin verify s3://models/weights
   ptbin restore last.bin last.pt
 
@@ -53,6 +55,7 @@ cli.add_command(convert_command)
 cli.add_command(verify_command)
 cli.add_command(restore_command)
 cli.add_command(sync_command)
+cli.add_command(migrate_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""How checkpoints become outputs: the options that `convert` and `sync` share."""
+"""How checkpoints become outputs: the options that `convert`, `sync` and `migrate` share."""
 
 from __future__ import annotations
 
@@ -9,13 +9,41 @@ import click
 
 from ptbin.dtypes import CAST_NAMES
 
-__all__ = ["conversion_options", "split_wishes"]
+__all__ = ["content_options", "conversion_options", "split_content", "split_wishes"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def conversion_options(function: Command) -> Command:
     """Add them to a command; `split_wishes` takes them."""
+    return placing_options(content_options(function))
+
+
+def placing_options(function: Command) -> Command:
+    """How outputs are called."""
+    decorators = [
+        click.option(
+            "--layout",
+            type=click.Choice(["mirror", "hf"]),
+            default="mirror",
+            show_default=True,
+            help="hf: names that transformers looks for, config and tokenizer copied along.",
+        ),
+        click.option(
+            "--naming",
+            type=click.Choice(["replace", "append"]),
+            default="replace",
+            show_default=True,
+            help="last.ckpt becomes last.bin, or last.ckpt.bin.",
+        ),
+    ]
+    for decorator in reversed(decorators):
+        function = decorator(function)
+    return function
+
+
+def content_options(function: Command) -> Command:
+    """What is in them, and how far it is proven; `split_content` takes these."""
     decorators = [
         click.option(
             "--format",
@@ -26,26 +54,12 @@ def conversion_options(function: Command) -> Command:
             help="torch: as pytorch_model.bin; raw: bare tensors and a JSON index; safetensors.",
         ),
         click.option(
-            "--layout",
-            type=click.Choice(["mirror", "hf"]),
-            default="mirror",
-            show_default=True,
-            help="hf: names that transformers looks for, config and tokenizer copied along.",
-        ),
-        click.option(
             "--dtype", type=click.Choice(CAST_NAMES), metavar="NAME", help="Cast floating tensors, as torch."
         ),
         click.option(
             "--max-shard-size", metavar="SIZE", help="Cut larger outputs into shards: 5GB, 500MiB, ..."
         ),
         click.option("--tie-by-value", is_flag=True, help="Store equal matrices once, as tied."),
-        click.option(
-            "--naming",
-            type=click.Choice(["replace", "append"]),
-            default="replace",
-            show_default=True,
-            help="last.ckpt becomes last.bin, or last.ckpt.bin.",
-        ),
         click.option("--select", metavar="PATH", help="The state dict to take, as `inspect` lists them."),
         click.option(
             "--strip-prefix", metavar="P", help="Take P off all names; auto: module. and _orig_mod."
@@ -76,16 +90,23 @@ def conversion_options(function: Command) -> Command:
     return function
 
 
-_WISHES = (
-    *("layout", "dtype", "max_shard_size", "tie_by_value", "select", "strip_prefix", "rename", "drop"),
+_CONTENT = (
+    *("dtype", "max_shard_size", "tie_by_value", "select", "strip_prefix", "rename", "drop"),
     *("on_unsafe", "verify"),
 )
 
 
-def split_wishes(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The naming, and the parameters of `build_options`."""
-    wishes = {name: values.pop(name) for name in _WISHES}
+def split_content(values: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of `build_options` that `content_options` added."""
+    wishes = {name: values.pop(name) for name in _CONTENT}
     wishes["format"] = values.pop("output_format")
     for name in ("rename", "drop"):
         wishes[name] = list(wishes[name])
+    return wishes
+
+
+def split_wishes(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The naming, and the parameters of `build_options`."""
+    wishes = split_content(values)
+    wishes["layout"] = values.pop("layout")
     return values.pop("naming"), wishes

@@ -15,7 +15,7 @@ __all__ = ["run_flow"]
 
 
 def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **parameters: Any) -> dict[str, Any]:
-    """Call the flow `convert`, `restore`, `sync` or `verify` and return the summary it left.
+    """Call the flow `convert`, `migrate`, `restore`, `sync` or `verify` and return the summary it left.
 
     Raises:
         PtbinError: what the flow raised before it came to a summary.
@@ -65,6 +65,10 @@ def _find_flow(name: str) -> Any:
         from flows.convert import convert
 
         return convert
+    if name == "migrate":
+        from flows.migrate import migrate
+
+        return migrate
     if name == "sync":
         from flows.sync import sync
 

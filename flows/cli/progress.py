@@ -35,6 +35,9 @@ class Problems(Listener):
         if file.reason:
             self.tell(f"{file.kind} {file.path}: {file.reason}: {short_detail(file.path, file.detail)}")
 
+    def noted(self, text: str) -> None:
+        self.tell(text)
+
     def tell(self, text: str) -> None:
         print_error(text, kind="ptbin")
 

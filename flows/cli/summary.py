@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "JSON_KEYS",
+    "MIGRATE_KEYS",
     "SYNC_KEYS",
     "conversion_lines",
+    "mapping_lines",
+    "migration_lines",
     "plan_lines",
     "single_lines",
     "tell_summary",
@@ -33,7 +37,14 @@ JSON_KEYS = (
 SYNC_KEYS = ("copied", "deleted", "backed_up", "kept")
 """What `sync` adds to it."""
 
+MIGRATE_KEYS = (
+    "run_id", "source", "dest", "migrated", "up_to_date", "rejected", "failed", "skipped", "updated",
+    "source_bytes", "read_bytes", "written_bytes", "seconds", "versions", "manifests", "problems",
+)  # fmt: skip
+"""The `--json` summary of `migrate`; counts are of versions."""
+
 SHOWN_PROBLEMS = 20
+SHOWN_VERSIONS = 40
 
 
 def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -62,6 +73,67 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
     lines += ["", f"{summary['seconds']:.1f} s, run {summary['run_id']}"]
     if summary.get("record"):
         lines.append(f"run record and report: {summary['record']}")
+    return lines
+
+
+def migration_lines(summary: Mapping[str, Any]) -> list[str]:
+    """The table of outcomes, which version became which, the problems, and where the run record lies."""
+    moved = (
+        f"{format_nbytes(summary['source_bytes'])} of checkpoints, "
+        f"{format_nbytes(summary['written_bytes'])} written, {summary['copied']} files as they are"
+    )
+    rows = [
+        ("migrated", str(summary["migrated"]), moved if summary["migrated"] else ""),
+        ("up to date", str(summary["up_to_date"]), ""),
+        ("rejected", str(summary["rejected"]), ""),
+        ("failed", str(summary["failed"]), ""),
+    ]
+    if summary["skipped"]:
+        rows.append(("without a checkpoint", str(summary["skipped"]), "left where they are"))
+    if summary["updated"]:
+        rows.append(("models updated", str(summary["updated"]), "descriptions, tags, aliases"))
+    lines = align(rows, right=[1], indent="")
+    migrated = [row for row in summary["versions"] if row["outcome"] == "migrated"]
+    if migrated:
+        lines += ["", *align([_version_row(row) for row in migrated[:SHOWN_VERSIONS]], indent="")]
+        if len(migrated) > SHOWN_VERSIONS:
+            lines.append(f"... and {len(migrated) - SHOWN_VERSIONS} more, in the run record")
+    elif not summary["problems"] and not summary["updated"]:
+        lines += ["", "nothing to do: DEST is in step"]
+    if summary["problems"]:
+        lines += ["", *_problem_lines(summary["problems"])]
+    lines += ["", f"{summary['seconds']:.1f} s, run {summary['run_id']}"]
+    if summary.get("record"):
+        lines.append(f"run record and report: {summary['record']}")
+    return lines
+
+
+def _version_row(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Model and version, what it is called there, its aliases."""
+    aliases = ", ".join(f"@{alias}" for alias in row["aliases"])
+    return f"{row['model']} {row['version']}", f"-> {row['dest_version'] or '-'}", aliases
+
+
+def mapping_lines(plan: Mapping[str, Any]) -> list[str]:
+    """What a migration would do, one version a line, and what would not be kept."""
+    rows = []
+    for row in plan["versions"]:
+        what, where, aliases = _version_row(row)
+        if row["action"] == "refused":
+            rows.append(("refuse", what, row["reason"], row["detail"]))
+        else:
+            notes = [aliases, *row["not_kept"], *row.get("checkpoints", ())]
+            rows.append((row["action"].replace("_", " "), what, where, "; ".join(filter(None, notes))))
+    lines = [*align(rows, indent=""), ""] if rows else []
+    if plan["not_kept"]:
+        lines += ["not kept:", *(f"  {text}" for text in plan["not_kept"]), ""]
+    if plan["updates"]:
+        lines += [f"would bring in step: {', '.join(plan['updates'])}", ""]
+    counts = Counter(row["action"] for row in plan["versions"])
+    lines.append(
+        f"would migrate {counts['migrate']} versions, up to date {counts['up_to_date']}, "
+        f"refused {counts['refused']}; nothing was written"
+    )
     return lines
 
 

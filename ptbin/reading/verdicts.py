@@ -266,6 +266,8 @@ _UNSAFE_PATHS = (
     "uuid._popen",
 )
 
+_CLOUDPICKLE = ("cloudpickle.cloudpickle", "cloudpickle.cloudpickle_fast")
+
 _UNSAFE_PARTS = frozenset(
     "__globals__ __builtins__ __import__ __subclasses__ __bases__ __mro__ __code__ __class__ __dict__ "
     "__getattribute__ __reduce__ __reduce_ex__ __loader__ __spec__".split()
@@ -347,6 +349,8 @@ def _judge_call(callee: Any, args: Any) -> str | None:
     """What is wrong with a call no reducer explains; None when nothing is."""
     if isinstance(callee, Instance) and callee.class_path == "functools.partial":
         return None  # how protocol 2 writes constructors with keyword arguments (CPython, Lib/pickle.py)
+    if isinstance(callee, Instance) and _is_class_by_value(callee):
+        return None
     if not isinstance(callee, Global):
         return f"a call of a value ({type(callee).__name__}) instead of a name"
     if _RENAMED.get(callee.module, callee.module) == "builtins" and callee.name == "getattr":
@@ -357,6 +361,20 @@ def _judge_call(callee: Any, args: Any) -> str | None:
         if isinstance(target, Global) and judge_global(target.module, target.name) == "unsafe":
             return f"getattr on {target.path}"
     return None
+
+
+def _is_class_by_value(callee: Instance) -> bool:
+    """A class that cloudpickle wrote out whole, or the type of the code of its methods.
+
+    So notebooks and scripts pickle what they define themselves, and MLflow's PyTorch flavour always does. A
+    *function* that was written out and is called by the pickle itself stays what it is: code that is run.
+    """
+    package, _, made_by = (callee.class_path or "").rpartition(".")
+    if package not in _CLOUDPICKLE:
+        return False
+    if made_by in ("_make_skeleton_class", "_make_skeleton_enum"):
+        return True
+    return made_by == "_builtin_type" and callee.args == ("CodeType",)
 
 
 def judge_programs(programs: Iterable[PickleProgram]) -> SafetyReport:

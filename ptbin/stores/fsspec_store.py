@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["FsspecStore", "open_fsspec"]
 
 PUBLISH_ON_CLOSE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "tos"}
+PUBLISH_ON_CLOSE |= {"mlflow-artifacts", "mlflow-artifacts+https"}
 """Protocols whose file appears only when it is closed; a rename there would be a copy and a delete."""
 
 # (key of fsspec's info(), kind), the strongest first: what changes with every write, whatever the clock does.

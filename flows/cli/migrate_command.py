@@ -1,0 +1,176 @@
+"""`ptbin migrate`: one model registry into another, through the Prefect flow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flows.cli.conversion_options import content_options, split_content
+from flows.cli.printing import print_json, print_line
+from flows.cli.progress import showing_progress
+from flows.cli.shared_options import Shared, run_options, shared_options, split_options
+from flows.cli.summary import MIGRATE_KEYS, mapping_lines, migration_lines, tell_summary
+from flows.wishes import build_options, refuse_secrets
+
+if TYPE_CHECKING:
+    from ptbin.options import ConvertOptions
+    from ptbin.registries import Registry, Step
+
+__all__ = ["migrate_command"]
+
+EPILOG = """\b
+Registries:
+  mlflow+http://HOST:PORT       an MLflow server (mlflow+https://...)
+  mlflow+sqlite:///PATH.db      the database behind one
+  hf://OWNER                    the repositories of a user or organisation on a Hugging Face Hub
+  s3://bucket/prefix, a path    a directory registry, see --layout
+
+\b
+Examples:
+  ptbin migrate mlflow+http://old:5000 mlflow+http://new:5000 --dry-run
+  ptbin migrate mlflow+http://old:5000 s3://models/registry --layout hf --versions aliased
+  ptbin migrate models/ mlflow+http://new:5000 --source-layout triton --include 'resnet*'
+
+Every checkpoint of a version is converted as `ptbin convert` does, running none of its code; its other files
+go along as they are. A version is registered when all of it is there and proven, or not at all. What DEST
+cannot keep (a version's number, say) is told before anything is written. A second run does what is new.
+
+\b
+Exit status: 0 all in step; 1 some versions were rejected or failed; 2 the call was
+wrong, nothing was written; 130 interrupted."""
+
+
+@click.command("migrate", epilog=EPILOG)
+@click.argument("source")
+@click.argument("dest")
+@click.option(
+    "--layout",
+    metavar="LAYOUT",
+    help="Of DEST where it is a directory registry: mirror, hf, triton, a template such as "
+    "models/{name}/v{version}, or both, hf:{name}. Of SOURCE where only that is one.",
+)
+@click.option("--source-layout", metavar="LAYOUT", help="Of SOURCE, likewise.")
+@click.option("--include", multiple=True, metavar="GLOB", help="Only models of such names (repeatable).")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="No models of such names (repeatable).")
+@click.option(
+    "--versions",
+    type=click.Choice(["all", "latest", "aliased"]),
+    default="all",
+    show_default=True,
+    help="Of each model: all, the latest one, those that have an alias.",
+)
+@click.option("--provenance", is_flag=True, help="Beside each output, where it comes from (in-toto, SLSA).")
+@click.option("--dry-run", is_flag=True, help="Print which version would become which, write nothing.")
+@content_options
+@run_options
+@shared_options
+def migrate_command(
+    source: str,
+    dest: str,
+    layout: str | None,
+    source_layout: str | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    versions: Any,
+    provenance: bool,
+    dry_run: bool,
+    **values: Any,
+) -> int:
+    """Bring the models of one registry into another, as weights."""
+    wishes = split_content(values)
+    carrying_out, shared = split_options(values)
+    options = build_options(**wishes)
+    refuse_secrets(source, dest)
+    from ptbin.registries.migration import open_both
+
+    here, there = open_both(source, dest, source_layout, layout, shared.source_options, shared.dest_options)
+    here.check_readable()
+    if dry_run:
+        return _print_mapping(here, there, include, exclude, versions, options, shared)
+    from flows.cli.on_prefect import run_flow
+    from flows.run_record import new_run_id
+
+    with showing_progress(shared) as listener:
+        summary = run_flow(
+            "migrate",
+            new_run_id(),
+            shared,
+            listener,
+            source=source,
+            dest=dest,
+            layout=layout,
+            source_layout=source_layout,
+            include=list(include),
+            exclude=list(exclude),
+            versions=versions,
+            provenance=provenance,
+            **carrying_out,
+            **wishes,
+        )
+    return tell_summary(summary, MIGRATE_KEYS, migration_lines(summary), shared)
+
+
+def _print_mapping(
+    here: Registry,
+    there: Registry,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    versions: Any,
+    options: ConvertOptions,
+    shared: Shared,
+) -> int:
+    """What a run would do; each version's checkpoints are looked into as a run does before it writes."""
+    from ptbin.registries.migration import prepare
+
+    plan = prepare(here, there, include, exclude, versions, options)
+    rows = [_row(here, there, step, options, shared) for step in plan.steps()]
+    document: dict[str, Any] = {
+        "dry_run": True,
+        "source": here.uri,
+        "dest": there.uri,
+        "versions": rows,
+        "not_kept": [
+            *plan.never_kept,
+            *(f"{model.model.name}: {text}" for model in plan.models for text in model.not_kept),
+        ],
+        "updates": [model.model.name for model in plan.models if model.needs_update],
+        "problems": [
+            {"source": f"{row['model']}/{row['version']}", "reason": row["reason"], "detail": row["detail"]}
+            for row in rows
+            if row["action"] == "refused"
+        ],
+    }
+    if shared.as_json:
+        print_json(document)
+    else:
+        for line in mapping_lines(document):
+            print_line(line)
+    return 1 if document["problems"] else 0
+
+
+def _row(
+    here: Registry, there: Registry, step: Step, options: ConvertOptions, shared: Shared
+) -> dict[str, Any]:
+    from ptbin.errors import CheckpointError
+    from ptbin.registries.transfer import NoCheckpointError, examine, scratch
+
+    row = step.to_json()
+    if step.action != "migrate":
+        return row
+    folder = here.folder(step.version)
+    try:
+        with scratch({**shared.source_options, **folder.options}) as (source_options,):
+            contents = examine(folder, there.style, options, source_options)
+    except NoCheckpointError as error:
+        return {**row, "action": "skip", "dest_version": None, "reason": error.reason, "detail": str(error)}
+    except CheckpointError as error:
+        return {
+            **row,
+            "action": "refused",
+            "dest_version": None,
+            "reason": error.reason,
+            "detail": str(error),
+        }
+    return {**row, "checkpoints": [path for path, *_ in contents.checkpoints], "files": len(contents.others)}

@@ -1,0 +1,164 @@
+"""The interface of a registry, as a source and as a destination, and nothing else.
+
+A version is registered in two steps, so that none is ever half there: `place` says where its files go, they
+are written and proven there, and only `register` makes the version one that consumers find.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ptbin.errors import StorageError, UsageError
+from ptbin.registries.layouts import Style
+from ptbin.registries.values import Model, Version
+
+__all__ = ["Folder", "Place", "Registration", "Registry", "RegistryError"]
+
+
+class RegistryError(StorageError):
+    """A registry did not do what was asked."""
+
+    reason = "registry_error"
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """Where a version's files lie: a URI, and storage options that go beside the user's own.
+
+    `files`: their paths below it, where the registry knows them; else the folder is listed.
+    """
+
+    uri: str
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    files: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the files of a version to be go. `token`: what the registry calls that place."""
+
+    folder: Folder
+    token: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """A version whose files are there and proven, to be made known.
+
+    Attributes:
+        dest_version: what it is expected to be called there.
+        manifests: paths below the place.
+        aliases: those that are to point to it.
+    """
+
+    version: Version
+    dest_version: str
+    fingerprint: str
+    token: str
+    manifests: tuple[str, ...]
+    aliases: tuple[str, ...]
+    source_uri: str
+    run_id: str
+
+
+class Registry(ABC):
+    """A model registry at a URI. Every error it raises is one of `ptbin.errors`."""
+
+    uri: str
+    style: Style = "mirror"
+    """How files of a version are called there."""
+
+    # -- as a source, and to see what a destination has ---------------------------------------------
+
+    @abstractmethod
+    def check_readable(self) -> None:
+        """Find out early whether models could be listed. May raise."""
+
+    @abstractmethod
+    def models(self, wanted: Callable[[str], bool]) -> list[Model]:
+        """The models whose names are wanted, with all their versions, in order of names."""
+
+    @abstractmethod
+    def existing(self, names: Iterable[str]) -> dict[str, Model]:
+        """Of these models those that are registered here, with what migrations need to know of them."""
+
+    @abstractmethod
+    def detail(self, version: Version) -> Version:
+        """The same version with run, metrics and parameters."""
+
+    @abstractmethod
+    def folder(self, version: Version) -> Folder:
+        """Where the version's files lie."""
+
+    def model_files(self, model: str) -> Folder | None:
+        """Files that belong to the model and to no version (Triton's `config.pbtxt`, say); None: none."""
+        del model
+        return None
+
+    # -- as a destination ---------------------------------------------------------------------------
+
+    @abstractmethod
+    def check_writable(self) -> None:
+        """Find out early whether versions could be registered; leaves nothing behind. May raise."""
+
+    @abstractmethod
+    def home(self) -> str:
+        """Storage URI below which leases and run records lie; made where it is not there yet."""
+
+    @abstractmethod
+    def name_versions(self, existing: Model | None, versions: Sequence[Version]) -> list[str]:
+        """What new versions would be called there, in order; refused ones take no name.
+
+        Raises:
+            UsageError: with the first that cannot be kept there at all.
+        """
+
+    def not_kept(self, version: Version) -> list[str]:
+        """What of this version cannot be kept there, but for its name."""
+        del version
+        return []
+
+    def never_kept(self) -> list[str]:
+        """What of no version can be kept there."""
+        return []
+
+    def model_folder(self, model: str) -> Folder | None:
+        """Where files go that belong to the model and to no version; None: into each version."""
+        del model
+        return None
+
+    @abstractmethod
+    def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> Place:
+        """Where the files of that version go; the same again where a run was killed."""
+
+    @abstractmethod
+    def abandon(self, place: Place) -> None:
+        """Give the place up: the version is not to be."""
+
+    @abstractmethod
+    def register(self, model: Model, ready: Sequence[Registration]) -> list[str]:
+        """Make versions of one model known, in order; what each is called now. Doing it again is no error."""
+
+    @abstractmethod
+    def update(
+        self, model: Model, aliases: Mapping[str, str], versions: Iterable[tuple[str, Version]]
+    ) -> None:
+        """Bring metadata of what is registered in step.
+
+        Args:
+            model: name, and the description and tags it is to have.
+            aliases: alias to version there, of those that are to be set.
+            versions: (version there, the source's) whose description and tags are to be set.
+        """
+
+    def name_problem(self, name: str) -> str | None:
+        """Why a model of that name cannot be kept there; None: it can."""
+        if not name or name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
+            return f"{name!r} is no plain name: it would become a folder"
+        return None
+
+    def _refuse(self, what: str) -> UsageError:
+        return UsageError(f"{self.uri}: {what}")

@@ -1,0 +1,125 @@
+"""`registry.json`: what a directory registry knows of one model beside its files. Pure.
+
+    {"schema_version": 1, "name": "resnet", "description": "", "tags": {}, "aliases": {"champion": "3"},
+     "versions": [{"version": "3", "path": "3", "origin": {...}, "manifests": ["model.bin.manifest.json"],
+                   "description": "", "tags": {}, "run": {...}, "metrics": [...], "params": {...}}]}
+
+A version counts where it is listed here; that is what makes it registered.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ptbin.errors import VerificationError
+from ptbin.registries.values import Metric, Model, Origin, RunLink, Version
+
+__all__ = ["CLAIM", "OWN_FILES", "RECORD", "ModelRecord", "VersionRecord"]
+
+SCHEMA_VERSION = 1
+RECORD = "registry.json"
+CLAIM = ".ptbin-unregistered.json"
+"""In the folder of a version that is being written, with its origin; goes when the version is registered."""
+OWN_FILES = (RECORD, CLAIM)
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRecord:
+    """One version: its folder and manifests (paths below the model's folder, and below the version's)."""
+
+    version: Version
+    path: str
+    manifests: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        metadata = self.version.metadata()
+        del metadata["aliases"]
+        origin = self.version.origin
+        return {
+            "version": self.version.version,
+            "path": self.path,
+            **({"origin": origin.to_json()} if origin is not None else {}),
+            "manifests": list(self.manifests),
+            **metadata,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """One model's `registry.json`."""
+
+    name: str
+    description: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    versions: tuple[VersionRecord, ...] = ()
+
+    def with_version(self, record: VersionRecord) -> ModelRecord:
+        """The same with this version, in the place of one of its name or behind the others."""
+        others = {known.version.version: known for known in self.versions}
+        others[record.version.version] = record
+        return replace(self, versions=tuple(others.values()))
+
+    def to_bytes(self) -> bytes:
+        data = {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.name,
+            "description": self.description,
+            "tags": dict(self.tags),
+            "aliases": dict(sorted(self.aliases.items())),
+            "versions": [record.to_json() for record in self.versions],
+        }
+        return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+    @classmethod
+    def from_bytes(cls, data: bytes, uri: str) -> ModelRecord:
+        """Raises VerificationError where `data` is not what `to_bytes` writes."""
+        try:
+            found = json.loads(data)
+            if not isinstance(found, dict) or found.get("schema_version") != SCHEMA_VERSION:
+                raise ValueError(f"no record of schema version {SCHEMA_VERSION}")
+            name = str(found["name"])
+            aliases = _texts(found["aliases"])
+            return cls(
+                name,
+                str(found["description"]),
+                _texts(found["tags"]),
+                aliases,
+                tuple(_version(name, row, aliases) for row in found["versions"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise VerificationError(f"{uri}: not a registry's record: {error}") from error
+
+    def model(self) -> Model:
+        """As registries speak of it."""
+        versions = tuple(record.version for record in self.versions)
+        return Model(self.name, self.description, self.tags, self.aliases, versions)
+
+
+def _texts(data: Mapping[str, Any]) -> dict[str, str]:
+    return {str(key): str(value) for key, value in data.items()}
+
+
+def _version(model: str, row: Mapping[str, Any], aliases: Mapping[str, str]) -> VersionRecord:
+    name, run = str(row["version"]), row.get("run")
+    path = str(row["path"])
+    if any(part in ("", ".", "..") for part in path.split("/")) and path != ".":
+        raise ValueError(f"{path!r} is no plain relative path")
+    version = Version(
+        model=model,
+        version=name,
+        revision="",
+        description=str(row.get("description", "")),
+        tags=_texts(row.get("tags", {})),
+        aliases=tuple(sorted(alias for alias, target in aliases.items() if target == name)),
+        created=str(row.get("created", "")),
+        stage=str(row.get("stage", "")),
+        origin=Origin.from_json(row["origin"]) if "origin" in row else None,
+        run=RunLink(**{key: str(value) for key, value in run.items()}) if run else None,
+        metrics=tuple(Metric.from_json(metric) for metric in row.get("metrics", ())),
+        params=_texts(row.get("params", {})),
+    )
+    return VersionRecord(version, path, tuple(map(str, row.get("manifests", ()))))

@@ -1,0 +1,256 @@
+"""The files of one version from registry to registry: checkpoints as weights, everything else as it is.
+
+`examine` lists and looks into every checkpoint before anything is written, so that a hostile or truncated one
+costs the destination nothing. `transfer` converts, proves and copies; whether the version then counts is for
+the registry to say. Done twice, it finds its own work and goes on from there.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ptbin.catalog.finding import find_checkpoints
+from ptbin.catalog.finished import is_up_to_date
+from ptbin.catalog.jobs import Job
+from ptbin.catalog.planning import relative_output
+from ptbin.catalog.suffixes import OUTPUT_SUFFIXES, suffix_of
+from ptbin.conversion import Published, publish, stage
+from ptbin.copying import copy_file
+from ptbin.errors import NoStateDictError, NotACheckpointError, OutputCollisionError
+from ptbin.manifest import MANIFEST_SUFFIX, parse_manifest
+from ptbin.options import ConvertOptions
+from ptbin.reading.checkpoint import one_clear_error
+from ptbin.reading.selected import read_selected
+from ptbin.registries.base import Folder
+from ptbin.registries.layouts import Style
+from ptbin.registries.record import OWN_FILES
+from ptbin.sidecars import PATTERNS
+from ptbin.sources import find_source
+from ptbin.stores import open_store
+
+__all__ = ["Contents", "NoCheckpointError", "Transferred", "examine", "scratch", "transfer"]
+
+WEIGHTS_SUFFIXES = frozenset(".pt .pth .ckpt .bin .th .safetensors .pt2 .pkl .pickle .jit .ptc".split())
+"""What is called so and is no checkpoint makes a version bad; other names are then files like any other."""
+
+Progress = Callable[[int], None]
+
+
+class NoCheckpointError(NotACheckpointError):
+    """A version without any checkpoint: of another framework, most likely."""
+
+    reason = "no_checkpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a version holds.
+
+    Attributes:
+        checkpoints: (path, URI, path of its output) of each.
+        others: (path, path there) of every other file.
+        nbytes: of all of them.
+    """
+
+    checkpoints: tuple[tuple[str, str, str], ...]
+    others: tuple[tuple[str, str], ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transferred:
+    """One checkpoint of a version, converted; `fresh`: by this very call."""
+
+    path: str
+    output: str
+    published: Published
+    fresh: bool
+
+
+@contextmanager
+def scratch(*options: Mapping[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """Storage options with a folder for stores that can only hand out whole files, gone afterwards."""
+    if not any("scratch" in each for each in options):
+        yield [dict(each) for each in options]
+        return
+    with tempfile.TemporaryDirectory(prefix="ptbin-") as folder:
+        yield [{**each, "scratch": folder} if "scratch" in each else dict(each) for each in options]
+
+
+def examine(
+    source: Folder, style: Style, options: ConvertOptions, source_options: Mapping[str, Any]
+) -> Contents:
+    """List a version's files and open the index of each checkpoint among them.
+
+    Raises:
+        CheckpointError: the first one that cannot be converted, and why.
+        NoCheckpointError: there is none.
+        OutputCollisionError: two files would be one there.
+    """
+    store, root = open_store(source.uri, source_options)
+    root = root.rstrip("/")
+    sizes = {
+        item.path: item.size
+        for item in store.iter_objects(root)
+        if not _is_own(item.path) and (source.files is None or item.path in source.files)
+    }
+    found = []
+    members: set[str] = set()
+    for candidate in find_checkpoints(
+        source.uri, storage_options=source_options, is_other=lambda item: _is_companion(item.path)
+    ):
+        if source.files is not None and candidate.path not in source.files and candidate.path in sizes:
+            continue
+        place = find_source(candidate.uri, source_options)
+        with place.open() as reader:
+            try:
+                with one_clear_error(reader.uri):
+                    read_selected(reader, options)
+            except NotACheckpointError:
+                if candidate.certain and suffix_of(candidate.path) in WEIGHTS_SUFFIXES:
+                    raise
+                continue
+            except NoStateDictError:
+                if candidate.certain:
+                    raise
+                continue
+        found.append(candidate)
+        folder = place.folder[len(root) :].strip("/")
+        members |= {f"{folder}/{part.path}".lstrip("/") for part in place.parts} or {candidate.path}
+    if not found:
+        raise NoCheckpointError(f"{store.uri_of(root)}: no checkpoint among its {len(sizes)} files")
+    prefix = found[0].path.rpartition("/")[0] if len(found) == 1 and style != "mirror" else ""
+    suffix = OUTPUT_SUFFIXES[options.format]
+    checkpoints = tuple(
+        (item.path, item.uri, _output(item.path, style, suffix, alone=len(found) == 1)) for item in found
+    )
+    others = tuple((path, _without(path, prefix)) for path in sorted(sizes) if path not in members)
+    _refuse_collisions(
+        [output for *_, output in checkpoints] + [output for _, output in others], store.uri_of(root)
+    )
+    return Contents(checkpoints, others, sum(sizes.values()))
+
+
+def transfer(
+    contents: Contents,
+    source: Folder,
+    place: Folder,
+    options: ConvertOptions,
+    *,
+    source_options: Mapping[str, Any],
+    dest_options: Mapping[str, Any],
+    annotations: Mapping[str, Any],
+    run_id: str,
+    progress: Progress | None = None,
+    extra: Sequence[tuple[str, str]] = (),
+) -> list[Transferred]:
+    """Put a version's files into `place`. Errors as `convert` and `copy_file`.
+
+    Args:
+        annotations: what the registry knows of the version; goes into each manifest as `registry`.
+        extra: (URI, path in the place) of files from elsewhere that go along.
+    """
+    done = []
+    base = place.uri.rstrip("/")
+    for path, uri, output in contents.checkpoints:
+        done.append(
+            _convert(
+                path,
+                uri,
+                f"{base}/{output}",
+                output,
+                options,
+                source_options,
+                dest_options,
+                annotations,
+                run_id,
+                progress,
+            )
+        )
+    files = [(f"{source.uri.rstrip('/')}/{path}", output) for path, output in contents.others]
+    for uri, output in (*files, *extra):
+        copy_file(
+            uri,
+            f"{base}/{output}",
+            source_options=source_options,
+            dest_options=dest_options,
+            verify=options.verify != "none",
+            progress=progress,
+        )
+    return done
+
+
+def _convert(
+    path: str,
+    uri: str,
+    dest: str,
+    output: str,
+    options: ConvertOptions,
+    source_options: Mapping[str, Any],
+    dest_options: Mapping[str, Any],
+    annotations: Mapping[str, Any],
+    run_id: str,
+    progress: Progress | None,
+) -> Transferred:
+    place = find_source(uri, source_options)
+    if place.parts:
+        size, identity = place.size, place.identity
+    else:
+        stat = place.store.stat(place.path)
+        size, identity = stat.size, stat.identity
+    # The manifest names the source as the engine sees it.
+    job = Job(place.store.uri_of(place.path), size, dest, path, True, identity)
+    if is_up_to_date(job, options, dest_options=dest_options):
+        store, manifest = open_store(dest + MANIFEST_SUFFIX, dest_options)
+        data, seen = store.read_identified(manifest)
+        return Transferred(path, output, Published(parse_manifest(data, store.uri_of(manifest)), seen), False)
+    draft = stage(
+        uri,
+        dest,
+        options,
+        source_options=source_options,
+        dest_options=dest_options,
+        run_id=run_id,
+        progress=progress,
+    )
+    draft.manifest["registry"] = dict(annotations)
+    published = publish(draft, source_options=source_options, dest_options=dest_options, progress=progress)
+    return Transferred(path, output, published, True)
+
+
+def _output(path: str, style: Style, suffix: str, *, alone: bool) -> str:
+    if alone and style == "hf":
+        return relative_output(path.rpartition("/")[2], "replace", suffix, "hf").rpartition("/")[2]
+    if alone and style == "triton":
+        return f"model{suffix}"
+    return relative_output(path, "replace", suffix, "hf" if style == "hf" else "mirror")
+
+
+def _without(path: str, prefix: str) -> str:
+    """What lies beside the only checkpoint stays beside it."""
+    return path[len(prefix) + 1 :] if prefix and path.startswith(f"{prefix}/") else path
+
+
+def _is_own(path: str) -> bool:
+    name = path.rpartition("/")[2]
+    return path.endswith(MANIFEST_SUFFIX) or name in OWN_FILES or "_ptbin" in path.split("/")
+
+
+def _is_companion(path: str) -> bool:
+    name = path.rpartition("/")[2]
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS)
+
+
+def _refuse_collisions(outputs: Sequence[str], uri: str) -> None:
+    seen: set[str] = set()
+    for output in outputs:
+        if any(part in ("", ".", "..") for part in output.split("/")) or "\\" in output or "\0" in output:
+            raise OutputCollisionError(f"{uri}: {output!r} is no plain relative path")
+        if output.casefold() in seen:
+            raise OutputCollisionError(f"{uri}: two of its files would both be {output}")
+        seen.add(output.casefold())

@@ -1,0 +1,321 @@
+"""The tasks of a migration: compare two registries, move versions' files, make versions known.
+
+A version counts once `register_batch` has made it known; until then its files lie where nobody looks. What
+goes wrong with one version becomes its outcome and the batch goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from ptbin.catalog import Job
+from ptbin.copying import copy_file
+from ptbin.errors import PtbinError
+from ptbin.manifest import manifest_uri
+from ptbin.options import ConvertOptions
+from ptbin.registries import Folder, Migration, Model, ModelPlan, Registration, Registry, Step, Version
+from ptbin.registries.migration import open_both, prepare
+from ptbin.registries.planning import Versions
+from ptbin.registries.transfer import NoCheckpointError, examine, scratch, transfer
+from ptbin.stores import open_store
+from ptbin.stores.limits import limit_requests
+from tasks.live import LiveRun, Ticket, enter_run, find_live_run
+from tasks.outcomes import Converted, Outcome, outcome_of_error
+from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, is_transient, worth_retrying
+from tasks.stepping import each
+
+__all__ = [
+    "Registries",
+    "VersionJob",
+    "Written",
+    "plan_versions",
+    "register_batch",
+    "transfer_batch",
+    "update_models",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Registries:
+    """The two sides of a migration, as every process of the run opens them."""
+
+    source: str
+    dest: str
+    source_layout: str | None = None
+    dest_layout: str | None = None
+    provenance: bool = False
+
+    def open(self, live: LiveRun) -> tuple[Registry, Registry]:
+        return open_both(
+            self.source,
+            self.dest,
+            self.source_layout,
+            self.dest_layout,
+            live.source_options,
+            live.dest_options,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class VersionJob(Job):
+    """One version that is to be migrated.
+
+    `beside`: (URI, path) of files that belong to its model and to no version.
+    """
+
+    step: Step | None = None
+    model: Model | None = None
+    existing: Model | None = None
+    beside: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, plan: ModelPlan, step: Step) -> VersionJob:
+        bare = replace(plan.model, versions=())
+        uri = step.version.uri
+        return cls(uri, 0, "", step.version.path, True, None, False, step, bare, plan.existing, plan.beside)
+
+    @property
+    def parts(self) -> tuple[Step, Model, Model]:
+        assert self.step is not None
+        assert self.model is not None
+        assert self.existing is not None
+        return self.step, self.model, self.existing
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The files of one version, there and proven, not yet known: what registering it takes.
+
+    Attributes:
+        parts: (path in the source's version, facts, size of the source) of each checkpoint.
+        fresh: those that this run converted.
+        copied: how many other files went along.
+    """
+
+    version: Version
+    token: str
+    manifests: tuple[str, ...]
+    parts: tuple[tuple[str, Converted, int], ...] = ()
+    fresh: frozenset[str] = field(default_factory=frozenset)
+    copied: int = 0
+    dest_version: str = ""
+    """What the version is called now."""
+
+
+@task(
+    name="compare registries",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_jitter_factor=JITTER,
+    retry_condition_fn=worth_retrying,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def plan_versions(
+    run_id: str,
+    registries: Registries,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    versions: Versions,
+    options: ConvertOptions,
+) -> Migration:
+    """What each version of SOURCE comes to. Writes nothing."""
+    live = find_live_run(run_id)
+    with limit_requests(live.requests):
+        source, dest = registries.open(live)
+        return prepare(source, dest, include, exclude, versions, options)
+
+
+@task(
+    name="transfer versions",
+    task_run_name="transfer {label}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def transfer_batch(
+    ticket: Ticket, label: str, jobs: Sequence[VersionJob], registries: Registries, options: ConvertOptions
+) -> list[Outcome]:
+    """Put the files of each version where they belong; one outcome per job, `staged` where all are proven."""
+    del label
+    live = enter_run(ticket)
+    source, dest = registries.open(live)
+
+    def do(job: Job) -> Outcome:
+        assert isinstance(job, VersionJob)
+        live.moved(0)
+        try:
+            with limit_requests(live.requests):
+                return _transfer(live, job, source, dest, options)
+        except NoCheckpointError as error:
+            return Outcome(job.path, "not_a_checkpoint", detail=str(error))
+        except Exception as error:  # noqa: BLE001 - what is wrong with one version must not stop the others
+            return outcome_of_error(job.path, error)
+
+    return each(jobs, do)
+
+
+def _transfer(
+    live: LiveRun,
+    job: VersionJob,
+    source: Registry,
+    dest: Registry,
+    options: ConvertOptions,
+) -> Outcome:
+    step, _, existing = job.parts
+    version = source.detail(step.version)
+    folder = source.folder(version)
+    style = dest.style
+    with scratch({**live.source_options, **folder.options}) as (source_options,):
+        contents = examine(folder, style, options, source_options)
+        place = dest.place(existing, version, step.dest_version, step.fingerprint)
+        try:
+            with scratch({**live.dest_options, **place.folder.options}) as (dest_options,):
+                done = transfer(
+                    contents,
+                    folder,
+                    place.folder,
+                    options,
+                    source_options=source_options,
+                    dest_options=dest_options,
+                    annotations=_annotations(source, step, version),
+                    run_id=live.run_id,
+                    progress=live.moved,
+                    extra=() if dest.model_folder(version.model) is not None else job.beside,
+                )
+        except Exception as error:
+            if not is_transient(error):
+                dest.abandon(place)
+            raise
+    base = place.folder.uri.rstrip("/")
+    parts = tuple(
+        (
+            each_one.path,
+            Converted.from_manifest(each_one.published.manifest, manifest_uri(f"{base}/{each_one.output}")),
+            int(each_one.published.manifest["source"]["size"]),
+        )
+        for each_one in done
+    )
+    written = Written(
+        version,
+        place.token,
+        tuple(manifest_uri(each_one.output) for each_one in done),
+        parts,
+        frozenset(each_one.path for each_one in done if each_one.fresh),
+        len(contents.others),
+    )
+    return Outcome(job.path, "staged", written=written)
+
+
+def _annotations(source: Registry, step: Step, version: Version) -> dict[str, Any]:
+    """What the manifest says of the version: the registry's own metadata, and its origin."""
+    origin = {
+        "registry": source.uri,
+        "model": version.model,
+        "version": version.version,
+        "uri": version.uri,
+        "fingerprint": step.fingerprint,
+    }
+    return {"name": version.model, "origin": origin, **version.metadata()}
+
+
+@task(
+    name="register versions",
+    task_run_name="register {label}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def register_batch(
+    ticket: Ticket,
+    label: str,
+    jobs: Sequence[VersionJob],
+    written: Sequence[Written],
+    registries: Registries,
+) -> list[Outcome]:
+    """Make versions known whose files are there, each model's in order; one outcome per job, `converted`."""
+    del label
+    live = enter_run(ticket)
+    source, dest = registries.open(live)
+    outcomes: dict[str, Outcome] = {}
+    groups: dict[str, list[tuple[VersionJob, Written]]] = {}
+    for job, facts in zip(jobs, written, strict=True):
+        groups.setdefault(job.parts[1].name, []).append((job, facts))
+    for pairs in groups.values():
+        live.moved(0)
+        try:
+            with limit_requests(live.requests):
+                names = _register(live, pairs, source, dest)
+        except Exception as error:  # noqa: BLE001 - as in `transfer_batch`
+            outcomes |= {job.path: outcome_of_error(job.path, error) for job, _ in pairs}
+            continue
+        for (job, facts), name in zip(pairs, names, strict=True):
+            outcomes[job.path] = Outcome(job.path, "converted", written=replace(facts, dest_version=name))
+    return [outcomes[job.path] for job in jobs]
+
+
+def _register(
+    live: LiveRun, pairs: Sequence[tuple[VersionJob, Written]], source: Registry, dest: Registry
+) -> list[str]:
+    first, _ = pairs[0]
+    _, model, _ = first.parts
+    if first.beside and (folder := dest.model_folder(model.name)) is not None:
+        _bring_along(live, first.beside, folder)
+    ready = [
+        Registration(
+            facts.version,
+            job.parts[0].dest_version,
+            job.parts[0].fingerprint,
+            facts.token,
+            facts.manifests,
+            job.parts[0].aliases,
+            source.uri,
+            live.run_id,
+        )
+        for job, facts in pairs
+    ]
+    return dest.register(model, ready)
+
+
+def _bring_along(live: LiveRun, files: Sequence[tuple[str, str]], folder: Folder) -> None:
+    """Files of the model: those that are there in that size already are not copied again."""
+    options = {**live.dest_options, **folder.options}
+    for uri, path in files:
+        target = f"{folder.uri.rstrip('/')}/{path}"
+        store, place = open_store(target, options)
+        from_store, from_place = open_store(uri, live.source_options)
+        with contextlib.suppress(PtbinError):
+            if store.stat(place).size == from_store.stat(from_place).size and store.read_bytes(
+                place
+            ) == from_store.read_bytes(from_place):
+                continue
+        copy_file(uri, target, source_options=live.source_options, dest_options=options, progress=live.moved)
+
+
+@task(
+    name="update models",
+    task_run_name="update {label}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def update_models(
+    ticket: Ticket, label: str, plans: Sequence[ModelPlan], registries: Registries
+) -> list[dict[str, str]]:
+    """Bring descriptions, tags and aliases of what is registered in step; a problem for each that failed."""
+    del label
+    live = enter_run(ticket)
+    _, dest = registries.open(live)
+    problems = []
+    for plan in plans:
+        live.moved(0)
+        try:
+            with limit_requests(live.requests):
+                dest.update(replace(plan.model, versions=()), plan.aliases, plan.outdated)
+        except Exception as error:  # noqa: BLE001 - as in `transfer_batch`
+            outcome = outcome_of_error(plan.model.name, error)
+            problems.append({"source": plan.model.name, "reason": outcome.reason, "detail": outcome.detail})
+    return problems
