@@ -302,6 +302,8 @@ class Migrating(Conversion):
         for job in self.jobs:
             if job.path in self.rows:
                 self._close(job.path, job.source_uri, Outcome(job.path, "not_tried"))
+        order = {step.version.path: index for index, step in enumerate(self.plan.steps())}
+        self.versions.versions.sort(key=lambda row: order[f"{row['model']}/{row['version']}"])
 
     def _label(self, jobs: Sequence[Job], retry: int) -> str:
         what = jobs[0].path if len(jobs) == 1 else f"{len(jobs)} versions"

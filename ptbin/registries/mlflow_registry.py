@@ -8,6 +8,7 @@ version came from.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import time
@@ -59,8 +60,7 @@ class MlflowRegistry(Registry):
     def _client(self) -> Any:
         if self._made is None:
             self._reach()
-            # MLflow tells its makers of every call otherwise.
-            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+            _quieten()
             try:
                 from mlflow import MlflowClient
             except ImportError as error:
@@ -466,6 +466,14 @@ class MlflowRegistry(Registry):
                     self._client.set_model_version_tag(model.name, number, key, value)
             for alias, number in aliases.items():
                 self._client.set_registered_model_alias(model.name, alias, number)
+
+
+def _quieten() -> None:
+    """MLflow's client would tell its makers of every call, and standard output of every run."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    for name in ("mlflow.store.model_registry", "mlflow.tracking", "mlflow.store.db", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _own_removed(tags: Mapping[str, Any] | None) -> dict[str, str]:
