@@ -62,6 +62,7 @@ def convert(
     tie_by_value: bool = False,
     on_unsafe: OnUnsafe = "reject",
     verify: VerifyLevel = "checksum",
+    provenance: bool = False,
     force: bool = False,
     fail_fast: bool = False,
     runner: RunnerName = "threads",
@@ -90,6 +91,7 @@ def convert(
         tie_by_value=tie_by_value,
         on_unsafe=on_unsafe,
         verify=verify,
+        provenance=provenance,
         force=force,
     )
     refuse_secrets(source, dest)

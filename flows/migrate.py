@@ -336,7 +336,6 @@ def migrate(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     versions: Versions = "all",
-    provenance: bool = False,
     format: OutputFormat = "torch",  # noqa: A002 - the name on the command line and in manifests
     select: str | None = None,
     strip_prefix: str | None = None,
@@ -347,6 +346,7 @@ def migrate(
     tie_by_value: bool = False,
     on_unsafe: OnUnsafe = "reject",
     verify: VerifyLevel = "checksum",
+    provenance: bool = False,
     fail_fast: bool = False,
     runner: RunnerName = "threads",
     runner_address: str | None = None,
@@ -372,6 +372,7 @@ def migrate(
         tie_by_value=tie_by_value,
         on_unsafe=on_unsafe,
         verify=verify,
+        provenance=provenance,
     )
     refuse_secrets(source, dest)
     settings = RunSettings(
@@ -383,7 +384,7 @@ def migrate(
         source_options,
         dest_options,
     )
-    registries = Registries(source, dest, source_layout, layout, provenance)
+    registries = Registries(source, dest, source_layout, layout)
     with join_run(run_id or new_run_id(), source_options, dest_options) as live:
         here, there = registries.open(live)
         here.check_readable()

@@ -283,6 +283,7 @@ def sync(
     tie_by_value: bool = False,
     on_unsafe: OnUnsafe = "reject",
     verify: VerifyLevel = "checksum",
+    provenance: bool = False,
     fail_fast: bool = False,
     runner: RunnerName = "threads",
     runner_address: str | None = None,
@@ -309,6 +310,7 @@ def sync(
         tie_by_value=tie_by_value,
         on_unsafe=on_unsafe,
         verify=verify,
+        provenance=provenance,
     )
     mirror = MirrorSettings(
         delete=delete,

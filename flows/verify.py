@@ -19,14 +19,14 @@ from pydantic import Field
 from flows.access import Running, RunSettings, join_run, running
 from flows.artifacts import publish_table, verification_rows
 from flows.batches import plan_batches
-from flows.fanout import Work, fan_out
+from flows.fanout import Work, fan_out, unexamined
 from flows.parameters import described
 from flows.run_record import new_run_id
 from flows.runners import RunnerName
 from flows.wishes import MAX_WORKERS, refuse_secrets
 from ptbin.errors import UsageError
 from ptbin.options import VerifyLevel
-from tasks.checking import verify_manifests
+from tasks.checking import check_records, check_signatures, verify_manifests
 from tasks.listing import list_manifests, list_orphans
 from tasks.live import Settled
 from tasks.outcomes import ManifestVerdict, one_line
@@ -48,6 +48,7 @@ def verify(
     dest: str,
     *,
     level: VerifyLevel = "checksum",
+    public_key: str | None = None,
     runner: RunnerName = "threads",
     runner_address: str | None = None,
     workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] | None = None,
@@ -55,7 +56,10 @@ def verify(
     dest_options: str | None = None,
     run_id: str | None = None,
 ) -> State[Any]:
-    """Verify every manifest below `dest` at `level` (`checksum` or `load`).
+    """Verify every manifest below `dest` at `level` (`checksum` or `load`), and what stands beside them.
+
+    Statements of provenance, checksum lists of runs and registry records are held against the manifests;
+    signatures are checked where `public_key` is given.
 
     Ends Completed where every output is proven and has a manifest, else Failed with the counts.
     """
@@ -73,6 +77,10 @@ def verify(
             verdicts, task_runs = _verify_all(run, manifests, level)
         issues = [orphan_issue(uri) for uri in orphans]
         issues += [issue for verdict in verdicts for issue in verdict.issues]
+        digests = {uri: digest for verdict in verdicts for uri, digest in verdict.digests}
+        issues += check_records(live.run_id, dest, unexamined(digests))
+        if public_key is not None:
+            issues += check_signatures(live.run_id, dest, public_key, unexamined(manifests))
         proven = sorted(verdict.manifest_uri for verdict in verdicts if not verdict.issues)
         message = (
             f"proven {len(proven)}, failed {len(manifests) - len(proven)}, "
@@ -94,7 +102,7 @@ def verify(
             issues=issues,
             message=message,
             succeeded=not issues,
-            task_runs=task_runs + 2,
+            task_runs=task_runs + 3 + (public_key is not None),
         )
         return (Failed if issues else Completed)(message=message)
 

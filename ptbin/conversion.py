@@ -25,6 +25,7 @@ from ptbin.errors import (
 )
 from ptbin.manifest import MANIFEST_SUFFIX, dump_manifest, parse_manifest, utc_now
 from ptbin.options import ConvertOptions
+from ptbin.provenance import STATEMENT_SUFFIX, add_source_digests, dump_statement, statement_of
 from ptbin.reading.checkpoint import one_clear_error
 from ptbin.reading.selected import read_selected
 from ptbin.segments import FilePlan
@@ -120,6 +121,9 @@ def stage(
         if options.layout == "hf":
             files.extend(copy_sidecars(place, dest_store, folder))
         manifest = draft_manifest(reader, checkpoint, safety, state_dict, written, files, options)
+        if options.provenance:
+            add_source_digests(manifest["source"], place, reader, progress)
+            manifest["provenance"] = name + STATEMENT_SUFFIX
         bytes_read = reader.bytes_read
     for path in obsolete - {file.path for file in files}:
         dest_store.delete(f"{folder}/{path}")
@@ -185,7 +189,10 @@ def _outputs_of_before(store: Store, path: str) -> set[str]:
         manifest = parse_manifest(store.read_bytes(path + MANIFEST_SUFFIX), path)
     except (NotFoundInStoreError, VerificationError):
         return set()
-    return {output["path"] for output in manifest["outputs"]}
+    found = {output["path"] for output in manifest["outputs"]}
+    if "provenance" in manifest:
+        found.add(path.rpartition("/")[2] + STATEMENT_SUFFIX)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +249,8 @@ def publish(
     }
     if proven_by is not None:
         manifest["verification"]["proven_by"] = proven_by
+    if "provenance" in manifest:
+        store.write_bytes(path + STATEMENT_SUFFIX, dump_statement(statement_of(manifest)))
     identity = store.write_bytes(path + MANIFEST_SUFFIX, dump_manifest(manifest))
     return Published(manifest, identity or store.stat(path + MANIFEST_SUFFIX).identity)
 

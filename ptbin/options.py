@@ -84,6 +84,8 @@ class ConvertOptions:
     """Store matrices once that are equal bit for bit, as if they had been tied in the source."""
     on_unsafe: OnUnsafe = "reject"
     verify: VerifyLevel = "checksum"
+    provenance: bool = False
+    """Write a statement of where the output comes from beside it; reads the whole source."""
     force: bool = False
     """Convert even where the output is up to date."""
     limits: Limits = field(default_factory=Limits)
@@ -103,6 +105,8 @@ class ConvertOptions:
             raise UsageError(f"dtype: {self.dtype!r} is not one of {', '.join(CAST_NAMES)}")
         if self.max_shard_size is not None and self.max_shard_size < 1:
             raise UsageError(f"max_shard_size: {self.max_shard_size} is not a positive number of bytes")
+        if self.provenance and self.verify == "none":
+            raise UsageError("provenance states digests of what is stored, which --verify none does not read")
         if self.layout == "hf" and self.format == "raw":
             raise UsageError("layout hf has no place for format raw, which transformers does not read")
         for pattern in (*self.drop, *(old for old, _ in self.rename)):

@@ -1,23 +1,25 @@
-"""The task of the verify flow: hold manifests against what is stored.
+"""The tasks of the verify flow: hold manifests against what is stored.
 
 As in a conversion, what goes wrong with one manifest is its verdict and the batch goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-import ptbin
 from ptbin.errors import PtbinError
 from ptbin.options import VerifyLevel
-from tasks.live import LiveRun, Ticket, enter_run
+from ptbin.proof.manifests import verify_outputs
+from ptbin.proof.records import verify_records
+from ptbin.proof.signatures import verify_signatures
+from tasks.live import LiveRun, Ticket, enter_run, find_live_run
 from tasks.outcomes import ManifestVerdict, one_line
-from tasks.retrying import is_transient
+from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, is_transient, worth_retrying
 
-__all__ = ["verify_manifests"]
+__all__ = ["check_records", "check_signatures", "verify_manifests"]
 
 
 @task(
@@ -38,12 +40,8 @@ def verify_manifests(
 def _verify(live: LiveRun, uri: str, level: VerifyLevel) -> ManifestVerdict:
     live.moved(0)
     try:
-        issues = ptbin.verify(
-            uri,
-            level=level,
-            storage_options=live.dest_options,
-            source_options=live.source_options,
-            progress=live.moved,
+        issues, digests = verify_outputs(
+            uri, level=level, storage_options=live.dest_options, progress=live.moved
         )
     except PtbinError as error:
         issue = {"reason": error.reason, "uri": uri, "detail": one_line(str(error))}
@@ -51,4 +49,39 @@ def _verify(live: LiveRun, uri: str, level: VerifyLevel) -> ManifestVerdict:
     except Exception as error:  # noqa: BLE001 - a fault of ours on one manifest must not stop the others
         detail = one_line(f"{type(error).__name__}: {error}")
         return ManifestVerdict(uri, ({"reason": "internal_error", "uri": uri, "detail": detail},))
-    return ManifestVerdict(uri, tuple(issue.to_json() for issue in issues))
+    return ManifestVerdict(uri, tuple(issue.to_json() for issue in issues), digests=tuple(digests.items()))
+
+
+@task(
+    name="verify records",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_jitter_factor=JITTER,
+    retry_condition_fn=worth_retrying,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def check_records(run_id: str, dest: str, digests: Mapping[str, str]) -> list[dict[str, str]]:
+    """Issues of checksum lists and registry records below `dest`."""
+    live = find_live_run(run_id)
+    return [issue.to_json() for issue in verify_records(dest, digests, storage_options=live.dest_options)]
+
+
+@task(
+    name="verify signatures",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_jitter_factor=JITTER,
+    retry_condition_fn=worth_retrying,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def check_signatures(
+    run_id: str, dest: str, public_key: str, manifests: Sequence[str]
+) -> list[dict[str, str]]:
+    """Issues of the signatures below `dest`."""
+    live = find_live_run(run_id)
+    found = verify_signatures(
+        dest, public_key, manifests, storage_options=live.dest_options, progress=live.moved
+    )
+    return [issue.to_json() for issue in found]

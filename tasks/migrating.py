@@ -49,7 +49,6 @@ class Registries:
     dest: str
     source_layout: str | None = None
     dest_layout: str | None = None
-    provenance: bool = False
 
     def open(self, live: LiveRun) -> tuple[Registry, Registry]:
         return open_both(

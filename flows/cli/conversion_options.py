@@ -84,6 +84,11 @@ def content_options(function: Command) -> Command:
             show_default=True,
             help="Pickles that can only be meant to run code: refuse, or take the weights (running nothing).",
         ),
+        click.option(
+            "--provenance",
+            is_flag=True,
+            help="Beside each output, where it comes from (in-toto, SLSA); reads sources whole.",
+        ),
     ]
     for decorator in reversed(decorators):
         function = decorator(function)
@@ -92,7 +97,7 @@ def content_options(function: Command) -> Command:
 
 _CONTENT = (
     *("dtype", "max_shard_size", "tie_by_value", "select", "strip_prefix", "rename", "drop"),
-    *("on_unsafe", "verify"),
+    *("on_unsafe", "verify", "provenance"),
 )
 
 

@@ -61,7 +61,6 @@ wrong, nothing was written; 130 interrupted."""
     show_default=True,
     help="Of each model: all, the latest one, those that have an alias.",
 )
-@click.option("--provenance", is_flag=True, help="Beside each output, where it comes from (in-toto, SLSA).")
 @click.option("--dry-run", is_flag=True, help="Print which version would become which, write nothing.")
 @content_options
 @run_options
@@ -74,7 +73,6 @@ def migrate_command(
     include: Sequence[str],
     exclude: Sequence[str],
     versions: Any,
-    provenance: bool,
     dry_run: bool,
     **values: Any,
 ) -> int:
@@ -105,7 +103,6 @@ def migrate_command(
             include=list(include),
             exclude=list(exclude),
             versions=versions,
-            provenance=provenance,
             **carrying_out,
             **wishes,
         )

@@ -25,7 +25,9 @@ Examples:
   ptbin verify s3://models/weights --workers 4 --json
 
 Reads back every byte that the manifests vouch for. DEST is one output, one manifest, or a directory or
-prefix, where outputs without a manifest are reported too.
+prefix, where outputs without a manifest are reported too, and where checksum lists, registry records and
+statements of provenance must say what the manifests say. A registry's URI (mlflow+http://...) stands for the
+place of its files.
 
 \b
 Exit status: 0 all proven; 1 something is not what its manifest says;
@@ -41,14 +43,29 @@ Exit status: 0 all proven; 1 something is not what its manifest says;
     show_default=True,
     help="Compare digests, or also open each output with torch.",
 )
+@click.option(
+    "--public-key",
+    metavar="PEM",
+    help="Also check every model.sig (OpenSSF model-signing) with this key, and that all is signed.",
+)
 @runner_options
 @shared_options
 def verify_command(
-    dest: str, level: str, workers: int | None, runner: str, runner_address: str | None, **shared_values: Any
+    dest: str,
+    level: str,
+    public_key: str | None,
+    workers: int | None,
+    runner: str,
+    runner_address: str | None,
+    **shared_values: Any,
 ) -> int:
     """Check every manifest at or below DEST against what is stored."""
     shared = Shared(**shared_values)
+    from ptbin.registries import is_registry_uri, open_registry
     from ptbin.stores import open_store
+
+    if is_registry_uri(dest):
+        dest = open_registry(dest, None, shared.dest_options).home()
 
     store, path = open_store(dest, shared.dest_options)
     with showing_progress(shared) as listener:
@@ -65,13 +82,14 @@ def verify_command(
                 listener,
                 dest=dest,
                 level=level,
+                public_key=public_key,
                 workers=workers,
                 runner=runner,
                 runner_address=runner_address,
             )
         else:
             store.stat(path)  # a missing DEST is the caller's mistake, not an issue
-            summary = _verify_one(dest, level, shared, listener)
+            summary = _verify_one(dest, level, public_key, shared, listener)
     if shared.as_json:
         print_json({key: summary[key] for key in JSON_KEYS})
     elif not shared.quiet:
@@ -89,7 +107,9 @@ def _refuse_empty(dest: str, shared: Shared) -> None:
     raise UsageError(f"nothing to verify below DEST, neither manifests nor outputs: {dest}")
 
 
-def _verify_one(dest: str, level: str, shared: Shared, listener: Any) -> dict[str, Any]:
+def _verify_one(
+    dest: str, level: str, public_key: str | None, shared: Shared, listener: Any
+) -> dict[str, Any]:
     import ptbin
     from ptbin.manifest import MANIFEST_SUFFIX, manifest_uri
     from ptbin.stores import public_uri
@@ -105,6 +125,18 @@ def _verify_one(dest: str, level: str, shared: Shared, listener: Any) -> dict[st
         source_options=shared.source_options,
         progress=listener.moved,
     )
+    if public_key is not None:
+        from ptbin.proof.signatures import verify_signatures
+        from ptbin.stores import open_store
+
+        store, path = open_store(uri, shared.dest_options)
+        found += verify_signatures(
+            dest,
+            public_key,
+            [store.uri_of(path)],
+            storage_options=shared.dest_options,
+            progress=listener.moved,
+        )
     issues = [issue.to_json() for issue in found]
     for issue in issues:
         listener.settled(Settled(issue["uri"], "failed", reason=issue["reason"], detail=issue["detail"]))

@@ -7,23 +7,28 @@ only where it could not look.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ptbin.errors import NotFoundInStoreError, StorageError, VerificationError
+from ptbin.errors import LimitExceededError, NotFoundInStoreError, StorageError, VerificationError
 from ptbin.manifest import MANIFEST_SUFFIX, hex_crc32, parse_manifest
 from ptbin.proof.digests import digest_file
 from ptbin.proof.output import stored_tensor
+from ptbin.provenance import STATEMENT_SUFFIX, statement_of
 from ptbin.stores import Store, open_store
 
-__all__ = ["Issue", "verify"]
+MAX_STATEMENT_NBYTES = 64 << 20
+
+__all__ = ["Issue", "verify", "verify_outputs"]
 
 
 @dataclass(frozen=True, slots=True)
 class Issue:
     """Something that is not as it should be; `reason` is one of `missing_output`, `size_mismatch`,
-    `checksum_mismatch`, `bad_manifest`, `load_failed`, `no_manifest`.
+    `checksum_mismatch`, `bad_manifest`, `load_failed`, `no_manifest`, `provenance_missing`,
+    `provenance_mismatch`, `checksum_list_mismatch`, `bad_registry`, `bad_signature`, `not_signed`.
     """
 
     reason: str
@@ -56,6 +61,17 @@ def verify(
         StorageError: the store failed in another way than by not having the file.
     """
     del source_options
+    return verify_outputs(manifest_uri, level=level, storage_options=storage_options, progress=progress)[0]
+
+
+def verify_outputs(
+    manifest_uri: str,
+    *,
+    level: str = "checksum",
+    storage_options: Mapping[str, Any] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[Issue], dict[str, str]]:
+    """As `verify`, and the SHA-256 that the manifest states of each output, by URI."""
     store, path = open_store(manifest_uri, storage_options)
     uri = store.uri_of(path)
     try:
@@ -63,17 +79,24 @@ def verify(
         rows = manifest["tensors"]
         _check_rows(manifest, uri)
     except NotFoundInStoreError:
-        return [Issue("no_manifest", uri, "there is no manifest")]
+        return [Issue("no_manifest", uri, "there is no manifest")], {}
     except VerificationError as error:
-        return [Issue("bad_manifest", uri, str(error))]
+        return [Issue("bad_manifest", uri, str(error))], {}
     folder = path[: -len(path.rsplit("/", 1)[-1])]
     issues: list[Issue] = []
     for output in manifest["outputs"]:
         mine = [row for row in rows if row.get("file") == output["path"]]
         issues.extend(_verify_output(store, folder + output["path"], output, mine, level, progress))
+    if "provenance" in manifest:
+        issues.extend(_verify_statement(store, path.removesuffix(MANIFEST_SUFFIX), manifest))
     if level == "load" and not issues and "restore" not in manifest["options"]:
         issues.extend(_verify_by_loading(store, path.removesuffix(MANIFEST_SUFFIX), manifest))
-    return issues
+    stated = {
+        store.uri_of(folder + output["path"]): output["sha256"]
+        for output in manifest["outputs"]
+        if isinstance(output.get("sha256"), str)
+    }
+    return issues, stated
 
 
 def _check_rows(manifest: Mapping[str, Any], uri: str) -> None:
@@ -127,6 +150,22 @@ def _verify_output(
         found = f"SHA-256 {digests.sha256}" if sha256 is not None else f"CRC-32 {hex_crc32(digests.crc32)}"
         issues.append(Issue("checksum_mismatch", uri, f"found {found}, expected {stated}; hit: {what}"))
     return issues
+
+
+def _verify_statement(store: Store, path: str, manifest: dict[str, Any]) -> Iterable[Issue]:
+    """The statement beside the output says what the manifest says, all of it and nothing else."""
+    place = path + STATEMENT_SUFFIX
+    uri = store.uri_of(place)
+    try:
+        stated = json.loads(store.read_bytes(place, limit=MAX_STATEMENT_NBYTES))
+        wanted = statement_of(manifest)
+    except NotFoundInStoreError:
+        return [Issue("provenance_missing", uri, "the manifest names this statement, and it is not there")]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, LimitExceededError) as error:
+        return [Issue("provenance_mismatch", uri, f"no statement of this manifest: {error!r}")]
+    if stated != wanted:
+        return [Issue("provenance_mismatch", uri, "the statement says something else than the manifest")]
+    return []
 
 
 def _verify_by_loading(store: Store, path: str, manifest: dict[str, Any]) -> Iterable[Issue]:

@@ -238,6 +238,9 @@ def _without(path: str, prefix: str) -> str:
 
 def _is_own(path: str) -> bool:
     name = path.rpartition("/")[2]
+    # A signature of what lies there would be wrong of what is made of it.
+    if name == "model.sig" or path == ".gitattributes":
+        return True
     return path.endswith(MANIFEST_SUFFIX) or name in OWN_FILES or "_ptbin" in path.split("/")
 
 

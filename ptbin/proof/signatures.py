@@ -1,0 +1,131 @@
+"""Signatures of OpenSSF model-signing, checked in any store: `model.sig` signs the folder that it lies in.
+
+The library reads signature and key and compares; only the digests come from here, because it can list and
+read nothing but local folders. Signatures are made by its own tool (docs/provenance.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ptbin.errors import UsageError
+from ptbin.proof.manifests import Issue
+from ptbin.stores import Store, open_store
+
+__all__ = ["SIGNATURE", "verify_signatures"]
+
+SIGNATURE = "model.sig"
+MAX_NBYTES = 256 << 20
+CHUNK_NBYTES = 1 << 20
+_DIGESTS = re.compile(r": Expected 'Digest\(.*?\)', Actual 'Digest\(.*?\)'")
+GIT_FILES = (".git", ".gitattributes", ".github", ".gitignore")
+"""What the library's tool leaves out of a signature unless told otherwise."""
+
+
+def verify_signatures(
+    dest: str,
+    public_key: str,
+    manifests: Iterable[str],
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Issue]:
+    """Check every signature at or below DEST with one public key; reads all that is signed.
+
+    Args:
+        public_key: path of a PEM file with an elliptic-curve key.
+        manifests: URIs of the manifests below DEST, each of which must lie in a folder that is signed.
+
+    Raises:
+        UsageError: no such key, or the library is not installed.
+    """
+    if not Path(public_key).is_file():
+        raise UsageError(f"{public_key}: no such public key")
+    store, root = open_store(dest, storage_options)
+    root = root.rstrip("/")
+    if not store.is_directory(root):
+        root = root.rpartition("/")[0]
+    found = [item.path for item in store.iter_objects(root) if item.path.rpartition("/")[2] == SIGNATURE]
+    issues = []
+    signed = []
+    for path in found:
+        folder = f"{root}/{path}".rpartition("/")[0]
+        problem = _verify_folder(store, folder, public_key, progress)
+        if problem is not None:
+            issues.append(Issue("bad_signature", store.uri_of(f"{root}/{path}"), problem))
+        signed.append(store.uri_of(folder) + "/")
+    issues += [
+        Issue("not_signed", uri, f"no {SIGNATURE} in its folder or above it")
+        for uri in manifests
+        if not uri.startswith(tuple(signed))
+    ]
+    return issues
+
+
+def _verify_folder(
+    store: Store, folder: str, public_key: str, progress: Callable[[int], None] | None
+) -> str | None:
+    """What is wrong with one signed folder."""
+    try:
+        verifying: Any = importlib.import_module("model_signing.verifying")
+    except ImportError as error:
+        raise UsageError(
+            "model-signing is not installed, which checks signatures: pip install 'ptbin[signing]'"
+        ) from error
+    with tempfile.TemporaryDirectory(prefix="ptbin-") as scratch:
+        local = Path(scratch) / SIGNATURE
+        local.write_bytes(store.read_bytes(f"{folder}/{SIGNATURE}", limit=MAX_NBYTES))
+        hashing = _StoreHashing(store, folder, progress)
+        config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
+        try:
+            config.set_hashing_config(hashing).verify(Path(folder), local)
+        except Exception as error:  # noqa: BLE001 - a forged signature fails in many ways, all of them this
+            text = _DIGESTS.sub("", f"{type(error).__name__}: {error}")
+            return " ".join(text.split())[:500]
+    return None
+
+
+class _StoreHashing:
+    """Stands where the library has its own hashing of local folders."""
+
+    def __init__(self, store: Store, folder: str, progress: Callable[[int], None] | None) -> None:
+        self._store = store
+        self._folder = folder
+        self._progress = progress
+        self._ignored: set[str] = {SIGNATURE, *GIT_FILES}
+
+    def add_ignored_paths(self, *, model_path: Any, paths: Iterable[Any]) -> None:
+        """What the signer left out, says the signature itself; only the signature may be left out."""
+        del model_path
+        for path in paths:
+            if PurePosixPath(path).name not in (SIGNATURE, *GIT_FILES):
+                raise ValueError(f"the signature leaves {path} out")
+
+    def hash(self, model_path: Any, *, files_to_hash: Any = None) -> Any:
+        manifest: Any = importlib.import_module("model_signing.manifest")
+        del files_to_hash
+        items = []
+        for listed in self._store.iter_objects(self._folder):
+            if listed.path.split("/")[0] in self._ignored:
+                continue
+            digest = hashlib.sha256()
+            with self._store.open_reader(f"{self._folder}/{listed.path}") as reader:
+                for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
+                    digest.update(piece)
+                    if self._progress is not None:
+                        self._progress(0)
+            items.append(
+                manifest.FileManifestItem(
+                    path=PurePosixPath(listed.path), digest=manifest.hashing.Digest("sha256", digest.digest())
+                )
+            )
+        kind = manifest.SerializationType.from_args(
+            {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": []}
+        )
+        return manifest.Manifest(PurePosixPath(str(model_path)).name, items, kind)
