@@ -20,7 +20,7 @@ DESCRIPTIONS = {
     "include": "Globs on the path below SOURCE: only these (sync: copy these too). run*/last.ckpt",
     "exclude": "Globs on the path below SOURCE: not these.",
     "format": "torch: as pytorch_model.bin; raw: bare tensors and a JSON index; safetensors.",
-    "layout": "mirror: SOURCE's folders; hf: names that transformers looks for (migrate: also triton, a path).",
+    "layout": "mirror: SOURCE's folders; hf: names that transformers looks for; of migrate: see --help.",
     "naming": "replace: last.ckpt becomes last.bin; append: last.ckpt.bin.",
     "select": "The state dict to take where a checkpoint holds several, as `ptbin inspect` lists them.",
     "strip_prefix": "Take this off all names; auto: module. and _orig_mod.",

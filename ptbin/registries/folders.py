@@ -253,19 +253,7 @@ class FolderRegistry(Registry):
         if record is None:
             return
         wanted = dict(versions)
-        rows = tuple(
-            replace(
-                row,
-                version=replace(
-                    row.version,
-                    description=wanted[row.version.version].description,
-                    tags={**row.version.tags, **wanted[row.version.version].tags},
-                ),
-            )
-            if row.version.version in wanted
-            else row
-            for row in record.versions
-        )
+        rows = tuple(row.updated(wanted.get(row.version.version)) for row in record.versions)
         self._write_record(
             replace(
                 record,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ptbin.errors import VerificationError
-from ptbin.registries.values import Metric, Model, Origin, RunLink, Version
+from ptbin.registries.values import Metric, Model, Origin, RunLink, Version, natural_order
 
 __all__ = ["CLAIM", "OWN_FILES", "RECORD", "ModelRecord", "VersionRecord"]
 
@@ -46,6 +46,17 @@ class VersionRecord:
             **metadata,
         }
 
+    def updated(self, source: Version | None) -> VersionRecord:
+        """With the description and tags that the source has now; None: as it is."""
+        if source is None:
+            return self
+        version = replace(
+            self.version,
+            description=source.description or self.version.description,
+            tags={**self.version.tags, **source.tags},
+        )
+        return replace(self, version=version)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelRecord:
@@ -61,7 +72,8 @@ class ModelRecord:
         """The same with this version, in the place of one of its name or behind the others."""
         others = {known.version.version: known for known in self.versions}
         others[record.version.version] = record
-        return replace(self, versions=tuple(others.values()))
+        ordered = sorted(others.values(), key=lambda row: natural_order(row.version.version))
+        return replace(self, versions=tuple(ordered))
 
     def to_bytes(self) -> bytes:
         data = {

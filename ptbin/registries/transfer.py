@@ -24,6 +24,7 @@ from ptbin.copying import copy_file
 from ptbin.errors import NoStateDictError, NotACheckpointError, OutputCollisionError
 from ptbin.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.options import ConvertOptions
+from ptbin.provenance import STATEMENT_SUFFIX
 from ptbin.reading.checkpoint import one_clear_error
 from ptbin.reading.selected import read_selected
 from ptbin.registries.base import Folder
@@ -99,6 +100,10 @@ def examine(
         for item in store.iter_objects(root)
         if not _is_own(item.path) and (source.files is None or item.path in source.files)
     }
+    # What an earlier conversion stated of a file is not true of what is made of it now.
+    for path in [path for path in sizes if path.endswith(STATEMENT_SUFFIX)]:
+        if path.removesuffix(STATEMENT_SUFFIX) in sizes:
+            del sizes[path]
     found = []
     members: set[str] = set()
     for candidate in find_checkpoints(
