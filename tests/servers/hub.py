@@ -33,7 +33,7 @@ class Repository:
 
     def commit(self, branch: str, files: dict[str, bytes], message: str = "") -> str:
         digests = sorted((name, _sha1(data)) for name, data in files.items())
-        facts = [message, len(self.commits), digests]
+        facts: list[Any] = [message, len(self.commits), digests]
         oid = _sha1(json.dumps(facts).encode())
         self.commits[oid] = dict(files)
         self.branches[branch] = oid
@@ -99,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
         self._answer(404, {"error": f"the stand-in knows no {self.command} {path}"})
 
-    do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = _handle
+    do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = _handle  # noqa: N815 - http.server's names
 
     def _repository(self, name: str) -> Repository | None:
         found = self.hub.repositories.get(name)

@@ -1,0 +1,111 @@
+"""Real MLflow servers on loopback, over SQLite, and the scripts that fill and use them as other people would.
+
+The scripts run as processes of their own: MLflow's client is not for the suite's strict warnings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["MlflowServer", "run_mlflow", "run_script"]
+
+SCRIPTS = Path(__file__).with_name("mlflow_scripts")
+START_SECONDS = 90
+
+
+@dataclass
+class MlflowServer:
+    """A server that runs; `environment` is what its clients need to reach its artifacts."""
+
+    url: str
+    folder: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def uri(self) -> str:
+        """As `ptbin migrate` takes it."""
+        return f"mlflow+{self.url}"
+
+    def run(self, script: str, *words: str) -> Any:
+        """What a script of `mlflow_scripts` prints, which is JSON, run against this server."""
+        return run_script(script, self.url, *words, environment=self.environment)
+
+
+def run_script(script: str, *words: str, environment: Mapping[str, str]) -> Any:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / f"{script}.py"), *words],
+        env=_quiet(environment),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@contextlib.contextmanager
+def run_mlflow(
+    folder: Path, artifacts: Sequence[str] = (), environment: Mapping[str, str] | None = None
+) -> Iterator[MlflowServer]:
+    """A server over `folder/mlflow.db`.
+
+    Args:
+        artifacts: options of `mlflow server` that say where artifacts go; none: below `folder`, by way of the
+            server.
+        environment: for the server and its clients.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    more = dict(environment or {})
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)),
+        *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
+        *(artifacts or ("--artifacts-destination", str(folder / "artifacts"))),
+    ]
+    url = f"http://127.0.0.1:{port}"
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, env=_quiet(more), stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            _wait(url, process, folder / "server.log")
+            yield MlflowServer(url, folder, more)
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                process.wait()
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()[-3000:]
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"no MLflow server within {START_SECONDS} s: {log.read_text()[-3000:]}")
+
+
+def _quiet(more: Mapping[str, str]) -> dict[str, str]:
+    return {
+        **os.environ,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "GIT_PYTHON_REFRESH": "quiet",
+        **more,
+    }
