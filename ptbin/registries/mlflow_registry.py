@@ -188,6 +188,7 @@ class MlflowRegistry(Registry):
 
     def detail(self, version: Version) -> Version:
         metrics: dict[str, Metric] = {}
+        own: dict[str, Metric] = {}
         params: dict[str, str] = {}
         run = version.run
         if run is not None:
@@ -211,16 +212,20 @@ class MlflowRegistry(Registry):
                 logged = self._client.get_logged_model(version.source.removeprefix("models:/"))
                 params |= {str(key): str(value) for key, value in dict(logged.params or {}).items()}
                 for metric in logged.metrics or ():
-                    metrics[metric.key] = Metric(
-                        metric.key,
-                        float(metric.value),
-                        int(metric.step),
-                        int(metric.timestamp),
-                        on_version=True,
-                    )
-        return replace(
-            version, run=run, metrics=tuple(metrics[key] for key in sorted(metrics)), params=params
-        )
+                    seen = own.get(metric.key)
+                    if seen is None or (seen.step, seen.timestamp) <= (metric.step, metric.timestamp):
+                        own[metric.key] = Metric(
+                            metric.key,
+                            float(metric.value),
+                            int(metric.step),
+                            int(metric.timestamp),
+                            on_version=True,
+                        )
+        # What is of the version is of its run as well; the run's last value may be another one.
+        both = [metric for metric in metrics.values() if replace(metric, on_version=True) not in own.values()]
+        both += own.values()
+        ordered = tuple(sorted(both, key=lambda metric: (metric.key, metric.on_version)))
+        return replace(version, run=run, metrics=ordered, params=params)
 
     def folder(self, version: Version) -> Folder:
         with self._faults(f"find the files of {version.path}"):
@@ -370,6 +375,7 @@ class MlflowRegistry(Registry):
 
     def _use_up(self, name: str, new: Registration, last: int, wanted: int) -> None:
         """Register and delete versions until the next one gets the wanted number: MLflow gives none twice."""
+        self._make_global()
         while last + 1 < wanted:
             with self._faults(f"use up a number of {name}"):
                 made = self._client.create_model_version(
@@ -398,6 +404,7 @@ class MlflowRegistry(Registry):
             if str(getattr(logged.status, "value", logged.status)) != "READY":
                 self._client.finalize_logged_model(new.token, "READY")
             self._client.set_terminated(run_id, "FINISHED")
+            self._make_global()
             tags = {**version.tags, **self._tags(new)}
             made = self._client.create_model_version(
                 name,
@@ -409,6 +416,13 @@ class MlflowRegistry(Registry):
                 model_id=new.token,
             )
         return str(made.version)
+
+    def _make_global(self) -> None:
+        """A database's own client looks logged models up in the tracking store of the process."""
+        if self._parts.scheme not in ("http", "https"):
+            import mlflow
+
+            mlflow.set_tracking_uri(self._tracking)
 
     def _tags(self, new: Registration) -> dict[str, str]:
         version = new.version

@@ -1,9 +1,8 @@
-"""Migrations out of and into real MLflow servers, artifacts local and on S3; killed ones; what users find then."""
+"""Migrations out of and into real MLflow servers, artifacts local and on S3; killed ones; what users find."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,8 +61,8 @@ def s3_environment(endpoint: S3Endpoint) -> dict[str, str]:
 
 
 def without_run(state: dict[str, Any]) -> dict[str, Any]:
-    """A registry's state without what differs from run to run: its id, its times, where its files happen to lie."""
-    copy = json.loads(json.dumps(state))
+    """A registry's state without what differs from run to run: its id, and the times in manifests."""
+    copy: dict[str, Any] = json.loads(json.dumps(state))
     for name, model in copy.items():
         if name == "_logged":
             continue
@@ -203,7 +202,7 @@ def test_killed_half_way_and_run_again(
             for name in GOOD:
                 for number, version in found.get(name, {"versions": {}})["versions"].items():
                     assert any(path.endswith(".bin") for path in version["files"]), (moment, name, number)
-        status, summary, log = migrate(source.uri, dest.uri)
+        status, _, log = migrate(source.uri, dest.uri)
         assert status == 1, log
         assert dest.run("use") == said
         state = dest.run("state")
@@ -212,7 +211,10 @@ def test_killed_half_way_and_run_again(
     with run_mlflow(tmp_path / "undisturbed") as undisturbed:
         status, _, log = migrate(source.uri, undisturbed.uri)
         assert status == 1, log
-        assert without_run(undisturbed.run("state")) == without_run(state)
+        calm = without_run(undisturbed.run("state"))
+        for name, model in without_run(state).items():
+            assert model == calm[name], name
+        assert set(calm) == set(state)
 
 
 def test_moved_aliases_follow_and_those_of_others_stay(
@@ -223,7 +225,6 @@ def test_moved_aliases_follow_and_those_of_others_stay(
     # A database without its server: what a migration on the machine itself does.
     with run_mlflow(folder, ("--default-artifact-root", str(folder / "artifacts"), "--no-serve-artifacts")):
         pass
-    shutil.copytree(source.folder, tmp_path / "copy")
     dest = f"mlflow+sqlite:///{folder}/mlflow.db"
     status, summary, log = migrate(source.uri, dest, "--include", "folders")
     assert (status, summary.get("migrated")) == (0, 2), log

@@ -45,7 +45,8 @@ class MlflowServer:
 def run_script(script: str, *words: str, environment: Mapping[str, str]) -> Any:
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / f"{script}.py"), *words],
-        env=_quiet(environment),
+        # -P, where the suite runs with it, would hide the scripts from one another.
+        env=_quiet(environment) | {"PYTHONPATH": str(SCRIPTS)},
         capture_output=True,
         text=True,
         timeout=240,
@@ -95,7 +96,7 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()[-3000:]
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):  # noqa: S310 - http
             return
         time.sleep(0.2)
     raise AssertionError(f"no MLflow server within {START_SECONDS} s: {log.read_text()[-3000:]}")

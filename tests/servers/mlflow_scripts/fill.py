@@ -30,11 +30,12 @@ class Local(nn.Module):
         self.net = Classifier()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x)
+        said: torch.Tensor = self.net(x)
+        return said
 
 
 class Trap:
-    def __reduce__(self) -> object:
+    def __reduce__(self) -> tuple[object, ...]:
         return (os.system, (f"touch {MARKER}",))
 
 
@@ -75,7 +76,7 @@ def main() -> None:
     log("classifier", nets[0], accuracy=0.81)
     log("classifier", nets[1], accuracy=0.85)
     trapped = seeded(99)
-    trapped.trap = Trap()  # type: ignore[assignment]
+    setattr(trapped, "trap", Trap())  # noqa: B010 - no attribute of a module, says mypy
     hostile = log("classifier", trapped)
     with tempfile.TemporaryDirectory() as folder:
         mlflow.pytorch.save_model(
@@ -107,7 +108,7 @@ def main() -> None:
         client.set_registered_model_alias("folders", "plain", log_folder("folders", Path(folder)))
     with tempfile.TemporaryDirectory() as folder:
         lightning = {"state_dict": nets[0].state_dict(), "pytorch-lightning_version": "2.6.0", "epoch": 4}
-        lightning["optimizer_states"] = [torch.optim.Adam(nets[0].parameters()).state_dict()]  # type: ignore[assignment]
+        lightning["optimizer_states"] = [torch.optim.Adam(nets[0].parameters()).state_dict()]
         Path(folder, "checkpoints").mkdir()
         torch.save(lightning, f"{folder}/checkpoints/last.ckpt")
         client.set_registered_model_alias("folders", "lightning", log_folder("folders", Path(folder)))

@@ -16,7 +16,9 @@ class Classifier(nn.Module):
         self.last = nn.Linear(16, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.norm(self.first(x)).relu())
+        hidden = self.norm(self.first(x)).relu()
+        said: torch.Tensor = self.last(hidden)
+        return said
 
 
 def seeded(seed: int) -> Classifier:

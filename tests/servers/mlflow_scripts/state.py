@@ -14,6 +14,13 @@ from typing import Any
 import mlflow
 
 
+def own(logged: Any) -> dict[str, float]:
+    """The last value of each metric that belongs to the version itself."""
+    metrics = (logged.metrics or []) if logged else []
+    ordered = sorted(metrics, key=lambda metric: (metric.step, metric.timestamp))
+    return {metric.key: metric.value for metric in ordered}
+
+
 def main() -> None:
     mlflow.set_tracking_uri(sys.argv[1])
     client = mlflow.MlflowClient()
@@ -22,10 +29,11 @@ def main() -> None:
         versions = {}
         for version in client.search_model_versions(f"name='{model.name}'"):
             folder = Path(mlflow.artifacts.download_artifacts(f"models:/{model.name}/{version.version}"))
-            run = client.get_run(version.run_id)
+            source = version.source or ""
+            run = client.get_run(version.run_id or "")
             logged = (
-                client.get_logged_model(version.source.removeprefix("models:/"))
-                if version.source.startswith("models:/")
+                client.get_logged_model(source.removeprefix("models:/"))
+                if source.startswith("models:/")
                 else None
             )
             versions[version.version] = {
@@ -36,9 +44,7 @@ def main() -> None:
                 "run_status": run.info.status,
                 "metrics": run.data.metrics,
                 "params": run.data.params,
-                "own_metrics": {metric.key: metric.value for metric in (logged.metrics or [])}
-                if logged
-                else {},
+                "own_metrics": own(logged),
                 "files": {
                     path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
                     for path in sorted(folder.rglob("*"))
