@@ -123,6 +123,7 @@ class Migrating(Conversion):
         for job in self.jobs:
             self.waiting.setdefault(job.parts[1].name, []).append(job)
         self.written: dict[str, Written] = {}
+        self.seconds: dict[str, float] = {}
         self.registering: set[str] = set()
 
     def drop_up_to_date(self) -> None:
@@ -180,6 +181,7 @@ class Migrating(Conversion):
             for outcome in staged:
                 assert outcome.written is not None
                 self.written[outcome.path] = outcome.written
+                self.seconds[outcome.path] = outcome.seconds
             if again:
                 yield self._transfer(cast("list[VersionJob]", again), retry + 1)
             yield from self._register_ready()
@@ -216,7 +218,7 @@ class Migrating(Conversion):
             if self._was_lost(jobs, state, lost):
                 yield self._register(jobs, retry, lost + 1)
                 return
-            _, again = self._collect(jobs, state, retry)
+            _, again = self._collect(jobs, state, retry, self.seconds)
             self.registering -= {job.parts[1].name for job in jobs}
             if again:
                 self.registering |= {job.parts[1].name for job in cast("list[VersionJob]", again)}

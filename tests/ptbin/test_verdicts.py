@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cloudpickle
 import pytest
 
 from ptbin.reading.pickle_machine import run_pickle
@@ -79,6 +80,36 @@ def test_getattr_is_judged_by_what_it_asks_for() -> None:
 
 def test_calling_a_value_hides_the_name_that_is_called() -> None:
     assert verdict(b"\x80\x02cmymodel\nfactory\n)R)R.") == "unsafe"
+
+
+class OfAScript:
+    """A class that no module can be asked for, as those of notebooks."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def doubled(self) -> int:
+        return self.value * 2
+
+
+OfAScript.__module__ = "__main__"
+
+
+class CallsAFunction:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (lambda: "run", ())
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_class_that_cloudpickle_wrote_out_is_unknown(protocol: int) -> None:
+    stream = cloudpickle.dumps(OfAScript(3), protocol=protocol)
+    assert b"_make_skeleton_class" in stream, "by value"
+    assert verdict(stream) == "unknown"
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_function_that_the_pickle_itself_calls_is_unsafe(protocol: int) -> None:
+    assert verdict(cloudpickle.dumps(CallsAFunction(), protocol=protocol)) == "unsafe"
 
 
 def test_an_extension_code_hides_its_name() -> None:

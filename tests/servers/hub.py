@@ -140,7 +140,12 @@ class _Handler(BaseHTTPRequestHandler):
         if files is not None:
             repository = self.hub.repositories[name]
             siblings = [{"rfilename": path} for path in sorted(files)]
-            facts: dict[str, Any] = {"id": name, "modelId": name, "sha": repository.resolve(revision), "tags": []}
+            facts: dict[str, Any] = {
+                "id": name,
+                "modelId": name,
+                "sha": repository.resolve(revision),
+                "tags": [],
+            }
             self._answer(200, {**facts, "private": repository.private, "siblings": siblings})
 
     def refs(self, _: bytes, __: dict[str, list[str]], name: str) -> None:
