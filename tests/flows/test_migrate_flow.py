@@ -74,7 +74,9 @@ class Pair:
                 f"{self.root}/{of}", f"{self.root}/{name}", run_id=live.run_id, return_state=True, **wishes
             )
         if "message" not in live.summary:
-            raise state.result(raise_on_failure=False)
+            error = state.result(raise_on_failure=False)
+            assert isinstance(error, Exception)
+            raise error
         self.summary = live.summary
         return str(state.type.value)
 

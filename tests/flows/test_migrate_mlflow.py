@@ -185,7 +185,15 @@ main()
 """
 
 
+@pytest.mark.parametrize(
+    "moments",
+    [
+        pytest.param(("as files are there", "as a version is registered"), id="two moments"),
+        pytest.param(tuple(KILLS), id="every moment", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_half_way_and_run_again(
+    moments: tuple[str, ...],
     filled: tuple[MlflowServer, dict[str, Any], Path],
     migrate: Any,
     ptbin: Run,
@@ -194,7 +202,8 @@ def test_killed_half_way_and_run_again(
 ) -> None:
     source, said, _ = filled
     with run_mlflow(tmp_path / "dest") as dest:
-        for moment, (module, path, count) in KILLS.items():
+        for moment in moments:
+            module, path, count = KILLS[moment]
             code = KILLED.format(module=module, path=path, count=count)
             done = ptbin("migrate", source.uri, dest.uri, code=code, PREFECT_API_URL=server.api_url)
             assert done.returncode == -9, (moment, done.stderr[-2000:])
