@@ -20,7 +20,7 @@ from tests.servers.prefect_stack import ROOT
 
 FOLDER = ROOT / "deployments"
 DEPLOYMENTS = yaml.safe_load((FOLDER / "prefect.yaml").read_text())["deployments"]
-FLOWS = ("convert", "restore", "sync", "verify")
+FLOWS = ("convert", "migrate", "restore", "sync", "verify")
 KINDS = ("process", "docker", "kubernetes")
 
 
