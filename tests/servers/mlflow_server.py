@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -84,11 +85,12 @@ def run_mlflow(
             _wait(url, process, folder / "server.log")
             yield MlflowServer(url, folder, more)
         finally:
-            process.terminate()
+            # It has children of its own; the group is only theirs and its.
+            os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
 
