@@ -178,6 +178,7 @@ def test_a_killed_server_is_no_loss(
     assert_all_there(places)
 
 
+@pytest.mark.slow
 def test_a_drained_worker_has_finished_its_run(
     stack: PrefectStack, places: dict[str, str], tmp_path: Path
 ) -> None:
@@ -210,6 +211,7 @@ def test_parameters_of_the_wrong_kind_are_refused_before_anything_runs(
         stack.run("convert/convert-nightly", **places, workers="many")
 
 
+@pytest.mark.slow
 def test_a_failed_run_calls_the_webhook(
     stack: PrefectStack, worker: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:

@@ -188,7 +188,7 @@ main()
 @pytest.mark.parametrize(
     "moments",
     [
-        pytest.param(("as files are there", "as a version is registered"), id="two moments"),
+        pytest.param(("as a version is registered",), id="one moment"),
         pytest.param(tuple(KILLS), id="every moment", marks=pytest.mark.slow),
     ],
 )
@@ -217,6 +217,8 @@ def test_killed_half_way_and_run_again(
         state = dest.run("state")
         assert not any("PENDING" in status for status in state["_logged"]), "nothing half made is left"
         assert len(state["_logged"]) == 5
+    if len(moments) < len(KILLS):
+        return
     with run_mlflow(tmp_path / "undisturbed") as undisturbed:
         status, _, log = migrate(source.uri, undisturbed.uri)
         assert status == 1, log
