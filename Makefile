@@ -6,7 +6,7 @@
 #   make check       ruff, mypy, import rules
 #   make bench       whole-process measurements; writes docs/benchmarks*.md (about 12 GB of disk, BENCH_DIR;
 #                    16 GB of memory for the part on S3)
-#   make test-slow   the suite with its slow part (archives larger than 4 GiB, as sparse files)
+#   make test-slow   the suite with its slow part (archives beyond 4 GiB, every kill, automations)
 #   make s3-server   run a throw-away S3 server on loopback until Ctrl-C; says where it listens
 #   make clean       remove .venv and everything that the commands above made
 #
