@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from tests.servers.prefect_stack import ROOT, PrefectStack, postgres_programs, prefect_stack, wait_for
+from tests.servers.prefect_stack import FINAL, ROOT, PrefectStack, postgres_programs, prefect_stack, wait_for
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -36,6 +37,7 @@ if "PTBIN_TEST_NOTES" in os.environ:
     ptbin.stage = stage
 """
 COUNT = 24
+CRASHED = {"state": {"type": "CRASHED", "name": "Crashed"}, "force": True}
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,15 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectStack]:
         (site / "sitecustomize.py").write_text(SLOW)
         stack.environment["PYTHONPATH"] = str(site)
         yield stack
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running(stack: PrefectStack) -> Iterator[None]:
+    """A run that a test leaves behind would hold the deployment's only slot, and fail those that follow."""
+    yield
+    for run in stack.runs():
+        if run["state"]["type"] not in FINAL:
+            stack.ask(f"/flow_runs/{run['id']}/set_state", CRASHED)
 
 
 @pytest.fixture
@@ -103,7 +114,10 @@ def test_a_schedule_fires_and_the_run_leaves_its_artifacts(
 ) -> None:
     found = stack.ask("/deployments/name/convert/convert-nightly", method="GET")
     before = {run["id"] for run in stack.runs()}
-    schedule = {"schedule": {"interval": 5}, "active": True, "parameters": places, "max_scheduled_runs": 1}
+    # Once: a second run would be under way when the worker is killed, and hold the deployment's only slot.
+    soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=10)
+    rule = f"DTSTART:{soon:%Y%m%dT%H%M%S}\nRRULE:FREQ=DAILY;COUNT=1"
+    schedule = {"schedule": {"rrule": rule, "timezone": "UTC"}, "active": True, "parameters": places}
     (made,) = stack.ask(f"/deployments/{found['id']}/schedules", [schedule])
     try:
         ended = wait_for(
@@ -164,7 +178,6 @@ def test_a_killed_server_is_no_loss(
     # Whatever became of that run, the next one finishes the work and finds what was finished.
     for run in stack.runs():
         if run["state"]["type"] in {"RUNNING", "PENDING"}:
-            state = {"state": {"type": "CRASHED", "name": "Crashed"}, "force": True}
             wait_for(
                 lambda run=run: (
                     stack.state(run["id"])["type"] not in {"RUNNING", "PENDING"}  # type: ignore[misc]
@@ -172,7 +185,7 @@ def test_a_killed_server_is_no_loss(
                 ),
                 60,
             )
-            stack.ask(f"/flow_runs/{run['id']}/set_state", state)
+            stack.ask(f"/flow_runs/{run['id']}/set_state", CRASHED)
     state = stack.wait_for_end(stack.run("convert/convert-nightly", **places))
     assert state["type"] == "COMPLETED"
     assert_all_there(places)

@@ -12,6 +12,7 @@ from flows import verify as verify_module
 from flows.run_record import new_run_id
 from flows.verify import verify
 from ptbin.errors import StorageError
+from tasks import checking
 from tasks.live import LiveRun, open_live_run
 from tasks.retrying import RETRIES
 
@@ -53,7 +54,7 @@ def test_a_flipped_bit_a_missing_output_and_an_orphan_are_found(outputs: Path) -
 
 def test_a_store_that_recovers_is_asked_again(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    real = ptbin.verify
+    real = checking.verify_outputs
 
     def flaky(uri: str, **keywords: Any) -> Any:
         asked.append(uri)
@@ -61,7 +62,7 @@ def test_a_store_that_recovers_is_asked_again(outputs: Path, monkeypatch: pytest
             raise StorageError("503", transient=True)
         return real(uri, **keywords)
 
-    monkeypatch.setattr(ptbin, "verify", flaky)
+    monkeypatch.setattr(checking, "verify_outputs", flaky)
     monkeypatch.setattr(verify_module, "retry_delay", lambda retry: 0.01 * retry)
     state, _ = run(outputs)
     assert state.message == "proven 6, failed 0, outputs without a manifest 0"

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PrefectStack", "postgres_programs", "prefect_stack", "wait_for"]
+__all__ = ["FINAL", "PrefectStack", "postgres_programs", "prefect_stack", "wait_for"]
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 90

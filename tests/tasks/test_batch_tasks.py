@@ -14,7 +14,7 @@ from ptbin.catalog import Job
 from ptbin.conversion import Published
 from ptbin.options import ConvertOptions
 from ptbin.stores import Identity
-from tasks import converting
+from tasks import checking, converting
 from tasks.checking import verify_manifests
 from tasks.converting import convert_batch, verify_batch
 from tasks.credentials import Credentials
@@ -217,14 +217,14 @@ def test_no_representation_shows_storage_options(live: LiveRun) -> None:
 def test_one_manifest_that_cannot_be_read_hides_no_other(
     live: LiveRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def verify(uri: str, **keywords: Any) -> list[Any]:
+    def verify_outputs(uri: str, **keywords: Any) -> tuple[list[Any], dict[str, str]]:
         if uri == "a":
             raise errors.StorageError("reset", transient=True)
         if uri == "b":
             raise KeyError("bug")
-        return []
+        return [], {}
 
-    monkeypatch.setattr(ptbin, "verify", verify, raising=False)
+    monkeypatch.setattr(checking, "verify_outputs", verify_outputs)
     a, b, c = verify_manifests.fn(Ticket("r"), "label", ["a", "b", "c"], "checksum")
     assert (a.transient, a.issues[0]["reason"]) == (True, "storage_error")
     assert (b.transient, b.issues[0]["reason"]) == (False, "internal_error")
