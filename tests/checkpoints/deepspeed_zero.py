@@ -308,7 +308,7 @@ if __name__ == "__main__":
         _consolidate([Path(argument) for argument in sys.argv[2:]])
     else:
         _run_rank(Path(sys.argv[2]), sys.argv[3:])
-        # All of it is written. Now and then a thread of torch outlives what it belongs to and ends the process
+        # All of it is written. Sometimes a thread of torch outlives what it belongs to and ends the process
         # with "terminate called without an active exception": no interpreter is taken down here.
         sys.stdout.flush()
         os._exit(0)
