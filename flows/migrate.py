@@ -31,6 +31,7 @@ from ptbin.catalog import Job, Problem
 from ptbin.options import ConvertOptions, OnUnsafe, OutputFormat, VerifyLevel
 from ptbin.registries import Migration
 from ptbin.registries.planning import Versions
+from ptbin.registries.values import natural_order
 from tasks.live import Settled
 from tasks.migrating import (
     Registries,
@@ -122,6 +123,9 @@ class Migrating(Conversion):
         """By model, the versions that are not settled yet, in order."""
         for job in self.jobs:
             self.waiting.setdefault(job.parts[1].name, []).append(job)
+        for waiting in self.waiting.values():
+            # Where the destination counts, what was passed over earlier comes behind what keeps its number.
+            waiting.sort(key=lambda job: natural_order(job.parts[0].dest_version))
         self.written: dict[str, Written] = {}
         self.seconds: dict[str, float] = {}
         self.registering: set[str] = set()

@@ -7,7 +7,7 @@ are written and proven there, and only `register` makes the version one that con
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from ptbin.errors import StorageError, UsageError
 from ptbin.registries.layouts import Style
 from ptbin.registries.values import Model, Version
 
-__all__ = ["Folder", "Place", "Registration", "Registry", "RegistryError"]
+__all__ = ["Folder", "Name", "Place", "Registration", "Registry", "RegistryError"]
 
 
 class RegistryError(StorageError):
@@ -37,11 +37,31 @@ class Folder:
 
 
 @dataclass(frozen=True, slots=True)
+class Name:
+    """What a version would be called in a destination, or the `problem` that keeps it out."""
+
+    text: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
-    """Where the files of a version to be go. `token`: what the registry calls that place."""
+    """Where the files of a version to be go.
+
+    Attributes:
+        token: what the registry calls that place.
+        current: the folder of the state that is registered now and that registering will replace; files
+            there that need not change may stay there.
+    """
 
     folder: Folder
     token: str = ""
+    current: Folder | None = None
+
+    @property
+    def final(self) -> Folder:
+        """Where the files lie once the version is registered."""
+        return self.current or self.folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +71,7 @@ class Registration:
     Attributes:
         dest_version: what it is expected to be called there.
         manifests: paths below the place.
+        files: paths below the place of all that belongs to the version, manifests included.
         aliases: those that are to point to it.
     """
 
@@ -62,6 +83,7 @@ class Registration:
     aliases: tuple[str, ...]
     source_uri: str
     run_id: str
+    files: tuple[str, ...] = ()
 
 
 class Registry(ABC):
@@ -70,6 +92,8 @@ class Registry(ABC):
     uri: str
     style: Style = "mirror"
     """How files of a version are called there."""
+    folds_case: bool = False
+    """Whether two models whose names differ in case alone may be one there."""
 
     # -- as a source, and to see what a destination has ---------------------------------------------
 
@@ -79,7 +103,14 @@ class Registry(ABC):
 
     @abstractmethod
     def models(self, wanted: Callable[[str], bool]) -> list[Model]:
-        """The models whose names are wanted, with all their versions, in order of names."""
+        """The models whose names are wanted, with all their versions, in order of names.
+
+        What is wrong with one of them alone is its `problem`, and raises nothing.
+        """
+
+    def has_models(self, wanted: Callable[[str], bool]) -> bool:
+        """Whether `models` would find any, at a lower price where there is one."""
+        return bool(self.models(wanted))
 
     @abstractmethod
     def existing(self, names: Iterable[str]) -> dict[str, Model]:
@@ -109,12 +140,17 @@ class Registry(ABC):
         """Storage URI below which leases and run records lie; made where it is not there yet."""
 
     @abstractmethod
-    def name_versions(self, existing: Model | None, versions: Sequence[Version]) -> list[str]:
-        """What new versions would be called there, in order; refused ones take no name.
+    def name_versions(self, existing: Model | None, versions: Sequence[Version]) -> list[Name]:
+        """What each of the new versions would be called there; one that cannot be kept has a problem."""
 
-        Raises:
-            UsageError: with the first that cannot be kept there at all.
+    def alias_problem(self, alias: str, names: Collection[str]) -> str | None:
+        """Why that alias cannot be kept there; None: it can.
+
+        Args:
+            names: of the versions that the model has there, and of those that it is to have.
         """
+        del alias, names
+        return None
 
     def not_kept(self, version: Version) -> list[str]:
         """What of this version cannot be kept there, but for its name."""
@@ -132,7 +168,10 @@ class Registry(ABC):
 
     @abstractmethod
     def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> Place:
-        """Where the files of that version go; the same again where a run was killed."""
+        """Where the files of that version go; the same again where a run was killed.
+
+        Nothing that is registered is touched before `register`.
+        """
 
     @abstractmethod
     def abandon(self, place: Place) -> None:

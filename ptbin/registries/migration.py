@@ -57,7 +57,7 @@ def prepare(
     if not models:
         raise UsageError(f"no models to migrate in SOURCE: {source.uri}")
     existing = dest.existing([model.name for model in models])
-    migration = plan_migration(models, existing, dest, versions, options.fingerprint())
+    migration = plan_migration(models, existing, source.uri, dest, versions, options.fingerprint())
     plans = []
     for plan in migration.models:
         folder = source.model_files(plan.model.name)

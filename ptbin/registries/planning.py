@@ -2,18 +2,17 @@
 
 Until it is cut over, the source leads: descriptions, tags and aliases there are brought along again by every
 run. What others put into the destination stays: an alias that somebody else's version has is not moved, tags
-that the source does not have are not removed.
+that the source does not have are not removed, a version that came from another registry is not written over.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ptbin.errors import UsageError
-from ptbin.registries.base import Registry
+from ptbin.registries.base import Name, Registry
 from ptbin.registries.values import Model, Version
 
 __all__ = ["Migration", "ModelPlan", "Step", "Versions", "plan_migration", "wanted_names"]
@@ -60,8 +59,9 @@ class ModelPlan:
         aliases: alias to version there, of versions that are up to date, to be set.
         outdated: (version there, the source's) whose description or tags differ.
         updates_model: whether its own description or tags differ.
-        not_kept: aliases that stay behind, and why.
+        not_kept: what of the model stays behind (aliases, files), and why.
         beside: (URI, path) of files that belong to the model and to no version.
+        problem: why nothing of it can be migrated.
     """
 
     model: Model
@@ -72,6 +72,7 @@ class ModelPlan:
     updates_model: bool = False
     not_kept: tuple[str, ...] = ()
     beside: tuple[tuple[str, str], ...] = ()
+    problem: str = ""
 
     @property
     def needs_update(self) -> bool:
@@ -99,6 +100,7 @@ def wanted_names(include: Sequence[str], exclude: Sequence[str], name: str) -> b
 def plan_migration(
     models: Sequence[Model],
     existing: Mapping[str, Model],
+    source_uri: str,
     dest: Registry,
     versions: Versions,
     options_fingerprint: str,
@@ -107,71 +109,138 @@ def plan_migration(
     plans = []
     taken: dict[str, str] = {}
     for model in models:
+        there = existing.get(model.name, Model(model.name))
         problem = dest.name_problem(model.name)
+        reason = "unsafe_path"
         other = taken.setdefault(model.name.casefold(), model.name)
-        if problem is None and other != model.name:
+        if problem is None and dest.folds_case and other != model.name:
             problem = f"{other} and {model.name} would be one where the store does not tell cases apart"
-        plans.append(
-            _plan_model(model, existing.get(model.name), dest, versions, options_fingerprint, problem)
-        )
+        for broken in (there.problem, model.problem):
+            if broken:
+                problem, reason = broken, "registry_error"
+        if problem is not None:
+            steps = [
+                Step(version, "refused", "", "", reason=reason, detail=problem)
+                for version in _choose(model, versions)
+            ]
+            plans.append(ModelPlan(model, there, tuple(steps), problem=problem))
+            continue
+        plans.append(_plan_model(model, there, source_uri, dest, versions, options_fingerprint))
     return Migration(tuple(plans), tuple(dest.never_kept()))
 
 
 def _plan_model(
     model: Model,
-    existing: Model | None,
+    there: Model,
+    source_uri: str,
     dest: Registry,
     versions: Versions,
     options_fingerprint: str,
-    problem: str | None,
 ) -> ModelPlan:
-    there = existing or Model(model.name)
     chosen = _choose(model, versions)
-    if problem is not None:
-        steps = [Step(version, "refused", "", "", reason="unsafe_path", detail=problem) for version in chosen]
-        return ModelPlan(model, there, tuple(steps))
     done = there.by_fingerprint()
-    fingerprints = [version.fingerprint(options_fingerprint) for version in chosen]
-    fresh = [version for version, print_ in zip(chosen, fingerprints, strict=True) if print_ not in done]
-    try:
-        names = iter(dest.name_versions(existing, fresh))
-    except UsageError as error:
-        steps = [
-            Step(version, "refused", "", "", reason="unsafe_path", detail=str(error)) for version in chosen
-        ]
-        return ModelPlan(model, there, tuple(steps))
-    foreign = _foreign_aliases(there)
+    prints = {version.version: version.fingerprint(options_fingerprint) for version in chosen}
+    fresh = [version for version in chosen if prints[version.version] not in done]
+    names = dict(
+        zip(
+            (version.version for version in fresh),
+            dest.name_versions(there if there.versions else None, fresh),
+            strict=True,
+        )
+    )
+    by_name = {version.version: version for version in there.versions}
+    keepable = _Aliases(there, source_uri, set(prints.values()), dest, {*by_name, *_texts(names)})
     steps = []
     aliases: dict[str, str] = {}
     outdated = []
-    left = {version.version for version in model.versions} - {version.version for version in chosen}
+    for version in chosen:
+        fingerprint = prints[version.version]
+        known = done.get(fingerprint)
+        if known is None:
+            name = names[version.version]
+            reason, problem = "unsafe_path", name.problem
+            if not problem and (old := by_name.get(name.text)) is not None:
+                reason, problem = "output_collision", _not_ours(old, version, source_uri)
+            if problem:
+                steps.append(Step(version, "refused", "", fingerprint, reason=reason, detail=problem))
+                continue
+            lost = dest.not_kept(version)
+            if name.text != version.version:
+                lost.insert(0, f"version {version.version} becomes {name.text}")
+            mine = keepable.of(version)
+            steps.append(Step(version, "migrate", name.text, fingerprint, mine, tuple(lost)))
+            continue
+        mine = keepable.of(version)
+        steps.append(Step(version, "up_to_date", known.version, fingerprint, mine))
+        aliases |= {alias: known.version for alias in mine if there.aliases.get(alias) != known.version}
+        if _differs(known.description, known.tags, version.description, version.tags):
+            outdated.append((known.version, version))
+    left = {version.version for version in model.versions} - prints.keys()
     lost_aliases = [
         f"alias {alias}: version {target} is not taken along"
         for alias, target in sorted(model.aliases.items())
         if target in left
     ]
-    for version, fingerprint in zip(chosen, fingerprints, strict=True):
-        mine = tuple(alias for alias in version.aliases if alias not in foreign)
-        lost_aliases += [
-            f"alias {alias} of version {version.version}: there it is on version {foreign[alias]}, "
-            "which does not come from here"
-            for alias in version.aliases
-            if alias in foreign
-        ]
-        known = done.get(fingerprint)
-        if known is None:
-            name = next(names)
-            lost = dest.not_kept(version)
-            if name != version.version:
-                lost.insert(0, f"version {version.version} becomes {name}")
-            steps.append(Step(version, "migrate", name, fingerprint, mine, tuple(lost)))
-            continue
-        steps.append(Step(version, "up_to_date", known.version, fingerprint, mine))
-        aliases |= {alias: known.version for alias in mine if there.aliases.get(alias) != known.version}
-        if _differs(known.description, known.tags, version.description, version.tags):
-            outdated.append((known.version, version))
-    updates = existing is not None and _differs(there.description, there.tags, model.description, model.tags)
-    return ModelPlan(model, there, tuple(steps), aliases, tuple(outdated), updates, tuple(lost_aliases))
+    updates = bool(there.versions) and _differs(there.description, there.tags, model.description, model.tags)
+    return ModelPlan(
+        model, there, tuple(steps), aliases, tuple(outdated), updates, (*lost_aliases, *keepable.lost)
+    )
+
+
+def _texts(names: Mapping[str, Name]) -> set[str]:
+    return {name.text for name in names.values() if not name.problem}
+
+
+def _not_ours(old: Version, version: Version, source_uri: str) -> str:
+    """Why a registered version may not be written over by this one; empty: it is an earlier state of it."""
+    if old.origin is None:
+        return f"version {old.version} is there already and does not come from a migration"
+    if (old.origin.model, old.origin.version) != (version.model, version.version):
+        return f"version {old.version} is there already: it was {old.origin.model}/{old.origin.version}"
+    if old.origin.registry != source_uri:
+        return (
+            f"version {old.version} is there already and comes from {old.origin.registry}: give each source a "
+            "DEST of its own, or remove that version there"
+        )
+    return ""
+
+
+class _Aliases:
+    """Which of a model's aliases are set in the destination; `lost`: those that are not, and why."""
+
+    def __init__(
+        self,
+        there: Model,
+        source_uri: str,
+        fingerprints: Collection[str],
+        dest: Registry,
+        names: Collection[str],
+    ) -> None:
+        self._dest = dest
+        self._names = names
+        self.lost: list[str] = []
+        # Of the same content, or of the same registry: then the alias may follow where it leads there.
+        own = {
+            version.version
+            for version in there.versions
+            if version.origin is not None
+            and (version.origin.fingerprint in fingerprints or version.origin.registry == source_uri)
+        }
+        self._foreign = {alias: version for alias, version in there.aliases.items() if version not in own}
+
+    def of(self, version: Version) -> tuple[str, ...]:
+        kept = []
+        for alias in version.aliases:
+            if alias in self._foreign:
+                self.lost.append(
+                    f"alias {alias} of version {version.version}: there it is on version "
+                    f"{self._foreign[alias]}, which does not come from here"
+                )
+            elif problem := self._dest.alias_problem(alias, self._names):
+                self.lost.append(f"alias {alias} of version {version.version}: {problem}")
+            else:
+                kept.append(alias)
+        return tuple(kept)
 
 
 def _choose(model: Model, versions: Versions) -> list[Version]:
@@ -180,12 +249,6 @@ def _choose(model: Model, versions: Versions) -> list[Version]:
     if versions == "aliased":
         return [version for version in model.versions if version.aliases]
     return list(model.versions)
-
-
-def _foreign_aliases(there: Model) -> dict[str, str]:
-    """Aliases of versions that no migration put there."""
-    own = {version.version for version in there.versions if version.origin is not None}
-    return {alias: version for alias, version in there.aliases.items() if version not in own}
 
 
 def _differs(

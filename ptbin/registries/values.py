@@ -138,13 +138,17 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A registered model: its own metadata, its aliases (alias to version), its versions in order."""
+    """A registered model: its own metadata, its aliases (alias to version), its versions in order.
+
+    `problem`: why it cannot be migrated, whatever DEST is; its versions are then those that are known of.
+    """
 
     name: str
     description: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     versions: tuple[Version, ...] = ()
+    problem: str = ""
 
     def by_fingerprint(self) -> dict[str, Version]:
         """The versions that migrations put there; of several with one origin the last."""
@@ -163,7 +167,9 @@ def natural_order(text: str) -> list[tuple[int, int, str]]:
             digits += character
             continue
         if digits:
-            parts.append((0, int(digits), ""))
+            # As text: a name of thousands of digits is a name all the same, and `int` refuses it.
+            number = digits.lstrip("0")
+            parts.append((0, len(number), number))
             digits = ""
         word += character
     if word:
