@@ -28,8 +28,9 @@ from flows.runners import RunnerName
 from flows.tally import Entry, Tally
 from flows.wishes import MAX_WORKERS, build_options, parse_duration, refuse_secrets
 from ptbin.catalog import Job, Problem
+from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions, OnUnsafe, OutputFormat, VerifyLevel
-from ptbin.registries import Migration
+from ptbin.registries import Migration, wanted_names
 from ptbin.registries.planning import Versions
 from ptbin.registries.values import natural_order
 from tasks.live import Settled
@@ -134,7 +135,12 @@ class Migrating(Conversion):
         """The plan knows."""
 
     def _clean_up(self) -> None:
-        """Unfinished outputs lie in places of their own; whoever takes up the version goes on from there."""
+        """Unfinished outputs lie in places of their own; whoever takes up the version goes on from there.
+
+        What nobody takes up any more, since its source has changed again, is removed.
+        """
+        _, there = self.registries.open(self.live)
+        there.tidy({job.parts[0].fingerprint for job in self.jobs})
 
     def run(self) -> None:
         for line in loss_lines(self.plan):
@@ -152,6 +158,9 @@ class Migrating(Conversion):
         self.live.listener.planned(count, 0, up_to_date)
         self.logger.info("%d versions to migrate, %d up to date", count, up_to_date)
         self.progress.begin(count)
+        for plan in self.plan.models:
+            if plan.problem and not plan.steps:
+                self.tally.run_problems.append(Problem(plan.model.name, "registry_error", plan.problem))
         self._fan_out(self._batches())
         self._update()
         self._account_for_the_rest()
@@ -289,6 +298,8 @@ class Migrating(Conversion):
             row["dest_version"] = outcome.written.dest_version
         elif outcome.kind != "up_to_date":
             row["dest_version"] = None
+        if outcome.written is not None and outcome.written.left:
+            row["left_behind"] = list(outcome.written.left)
         if outcome.reason or outcome.detail:
             row |= {"reason": outcome.reason or "no_checkpoint", "detail": outcome.detail}
         self.versions.versions.append(row)
@@ -395,6 +406,9 @@ def migrate(
         here, there = registries.open(live)
         here.check_readable()
         there.check_writable()
+        # Before anything is made at DEST.
+        if not here.has_models(lambda name: wanted_names(include, exclude, name)):
+            raise UsageError(f"no models to migrate in SOURCE: {here.uri}")
         home = there.home()
         with running(live, home, settings) as run:
             plan = plan_versions(

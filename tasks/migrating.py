@@ -6,7 +6,6 @@ goes wrong with one version becomes its outcome and the batch goes on.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,15 +14,20 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ptbin.catalog import Job
-from ptbin.copying import copy_file
-from ptbin.errors import PtbinError
+from ptbin.copying import copy_file, same_content
 from ptbin.manifest import manifest_uri
 from ptbin.options import ConvertOptions
 from ptbin.registries import Folder, Migration, Model, ModelPlan, Registration, Registry, Step, Version
 from ptbin.registries.migration import open_both, prepare
 from ptbin.registries.planning import Versions
-from ptbin.registries.transfer import NoCheckpointError, examine, scratch, transfer
-from ptbin.stores import open_store
+from ptbin.registries.transfer import (
+    NoCheckpointError,
+    examine,
+    files_of,
+    own_first,
+    scratch,
+    transfer,
+)
 from ptbin.stores.limits import limit_requests
 from tasks.live import LiveRun, Ticket, enter_run, find_live_run
 from tasks.outcomes import Converted, Outcome, outcome_of_error
@@ -95,6 +99,8 @@ class Written:
         parts: (path in the source's version, facts, size of the source) of each checkpoint.
         fresh: those that this run converted.
         copied: how many other files went along.
+        files: paths of all of it.
+        left: paths of files that stay behind.
     """
 
     version: Version
@@ -103,6 +109,8 @@ class Written:
     parts: tuple[tuple[str, Converted, int], ...] = ()
     fresh: frozenset[str] = field(default_factory=frozenset)
     copied: int = 0
+    files: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
     dest_version: str = ""
     """What the version is called now."""
 
@@ -175,23 +183,26 @@ def _transfer(
         place = dest.place(existing, version, step.dest_version, step.fingerprint)
         try:
             with scratch({**live.dest_options, **place.folder.options}) as (dest_options,):
+                beside = () if dest.model_folder(version.model) is not None else job.beside
+                extra = own_first(contents, beside)
                 done = transfer(
                     contents,
                     folder,
                     place.folder,
                     options,
+                    current=place.current,
                     source_options=source_options,
                     dest_options=dest_options,
                     annotations=_annotations(source, step, version),
                     run_id=live.run_id,
                     progress=live.moved,
-                    extra=() if dest.model_folder(version.model) is not None else job.beside,
+                    extra=extra,
                 )
         except Exception as error:
             if not is_transient(error):
                 dest.abandon(place)
             raise
-    base = place.folder.uri.rstrip("/")
+    base = place.final.uri.rstrip("/")
     parts = tuple(
         (
             each_one.path,
@@ -207,6 +218,8 @@ def _transfer(
         parts,
         frozenset(each_one.path for each_one in done if each_one.fresh),
         len(contents.others),
+        files_of(contents, done, [path for _, path in extra]),
+        contents.left,
     )
     return Outcome(job.path, "staged", written=written)
 
@@ -274,6 +287,7 @@ def _register(
             job.parts[0].aliases,
             source.uri,
             live.run_id,
+            facts.files,
         )
         for job, facts in pairs
     ]
@@ -281,18 +295,13 @@ def _register(
 
 
 def _bring_along(live: LiveRun, files: Sequence[tuple[str, str]], folder: Folder) -> None:
-    """Files of the model: those that are there in that size already are not copied again."""
+    """Files of the model: those that are there with the same content already are not copied again."""
     options = {**live.dest_options, **folder.options}
     for uri, path in files:
         target = f"{folder.uri.rstrip('/')}/{path}"
-        store, place = open_store(target, options)
-        from_store, from_place = open_store(uri, live.source_options)
-        with contextlib.suppress(PtbinError):
-            if store.stat(place).size == from_store.stat(from_place).size and store.read_bytes(
-                place
-            ) == from_store.read_bytes(from_place):
-                continue
-        copy_file(uri, target, source_options=live.source_options, dest_options=options, progress=live.moved)
+        sides: dict[str, Any] = {"source_options": live.source_options, "dest_options": options}
+        if same_content(uri, target, **sides) is None:
+            copy_file(uri, target, **sides, progress=live.moved)
 
 
 @task(

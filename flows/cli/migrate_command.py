@@ -134,9 +134,20 @@ def _print_mapping(
         ],
         "updates": [model.model.name for model in plan.models if model.needs_update],
         "problems": [
-            {"source": f"{row['model']}/{row['version']}", "reason": row["reason"], "detail": row["detail"]}
-            for row in rows
-            if row["action"] == "refused"
+            *(
+                {"source": model.model.name, "reason": "registry_error", "detail": model.problem}
+                for model in plan.models
+                if model.problem and not model.steps
+            ),
+            *(
+                {
+                    "source": f"{row['model']}/{row['version']}",
+                    "reason": row["reason"],
+                    "detail": row["detail"],
+                }
+                for row in rows
+                if row["action"] == "refused"
+            ),
         ],
     }
     if shared.as_json:
@@ -150,19 +161,19 @@ def _print_mapping(
 def _row(
     here: Registry, there: Registry, step: Step, options: ConvertOptions, shared: Shared
 ) -> dict[str, Any]:
-    from ptbin.errors import CheckpointError
+    from ptbin.errors import PtbinError
     from ptbin.registries.transfer import NoCheckpointError, examine, scratch
 
     row = step.to_json()
     if step.action != "migrate":
         return row
-    folder = here.folder(step.version)
     try:
+        folder = here.folder(step.version)
         with scratch({**shared.source_options, **folder.options}) as (source_options,):
             contents = examine(folder, there.style, options, source_options)
     except NoCheckpointError as error:
         return {**row, "action": "skip", "dest_version": None, "reason": error.reason, "detail": str(error)}
-    except CheckpointError as error:
+    except PtbinError as error:
         return {
             **row,
             "action": "refused",
@@ -170,4 +181,8 @@ def _row(
             "reason": error.reason,
             "detail": str(error),
         }
-    return {**row, "checkpoints": [path for path, *_ in contents.checkpoints], "files": len(contents.others)}
+    return {
+        **row,
+        "checkpoints": [path for path, *_ in contents.checkpoints],
+        "files": len(contents.others),
+    } | ({"left_behind": list(contents.left)} if contents.left else {})

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ptbin.catalog.finding import OWN_FOLDER
 from ptbin.errors import LimitExceededError, NotFoundInStoreError, VerificationError
 from ptbin.proof.manifests import Issue
-from ptbin.registries.record import CLAIM, RECORD, ModelRecord
+from ptbin.registries.record import RECORD, ModelRecord
 from ptbin.stores import Store, open_store
 
 __all__ = ["verify_records"]
@@ -32,44 +33,58 @@ def verify_records(
         digests: URI of each output that a manifest vouches for, and its hexadecimal SHA-256.
 
     A path that several lists name counts in the last one: what a later run wrote over is no contradiction,
-    nor is what is not there any more.
+    nor is what is not there any more. Of runs that began in one second any may be the last.
     """
     store, root = open_store(dest, storage_options)
     root = root.rstrip("/")
     issues: list[Issue] = []
-    sums: dict[str, tuple[str, str]] = {}
+    sums: dict[str, _Stated] = {}
     records = []
     for item in store.iter_objects(root):
         parts = item.path.split("/")
         if parts[0] == OWN_FOLDER and parts[-1] == CHECKSUM_LIST:
-            # By the names of the runs, which begin with their time.
-            issues += _read_list(store, f"{root}/{item.path}", sums)
+            # In order of the runs' names, which begin with their time.
+            issues += _read_list(store, f"{root}/{item.path}", parts[-2].partition("-")[0], sums)
         elif parts[-1] == RECORD:
             records.append(f"{root}/{item.path}")
-    for path, (digest, listed_in) in sums.items():
-        uri = store.uri_of(f"{root}/{path}")
-        if digests.get(uri, digest) != digest:
-            detail = f"{path}: the list says {digest}, its manifest {digests[uri]}"
-            issues.append(Issue("checksum_list_mismatch", listed_in, detail))
+    for path, stated in sums.items():
+        found = digests.get(store.uri_of(f"{root}/{path}"))
+        if found is not None and found not in stated.digests:
+            detail = f"{path}: the list says {', '.join(sorted(stated.digests))}, its manifest {found}"
+            issues.append(Issue("checksum_list_mismatch", stated.listed_in, detail))
     for record in records:
         issues += _check_record(store, record)
     return issues
 
 
-def _read_list(store: Store, path: str, sums: dict[str, tuple[str, str]]) -> list[Issue]:
+@dataclass(slots=True)
+class _Stated:
+    """What the last lists that name a path say of it: `time` of their runs, digests, the URI of one of them."""
+
+    time: str
+    digests: set[str]
+    listed_in: str
+
+
+def _read_list(store: Store, path: str, time: str, sums: dict[str, _Stated]) -> list[Issue]:
     uri = store.uri_of(path)
     try:
         text = store.read_bytes(path, limit=MAX_NBYTES).decode()
     except (NotFoundInStoreError, LimitExceededError, UnicodeDecodeError) as error:
         return [Issue("checksum_list_mismatch", uri, f"not to be read: {error}")]
     wrong = 0
-    for line in text.splitlines():
+    # Not `splitlines`: a name may hold other characters that it takes for the end of a line.
+    for line in text.removesuffix("\n").split("\n"):
         match = _LINE.fullmatch(line)
         if match is None:
             wrong += 1
             continue
         name = _ESCAPED.sub(_unescape, match[3]) if match[1] else match[3]
-        sums[name] = (match[2], uri)
+        known = sums.get(name)
+        if known is None or known.time != time:
+            sums[name] = _Stated(time, {match[2]}, uri)
+        else:
+            known.digests.add(match[2])
     return (
         [Issue("checksum_list_mismatch", uri, f"{wrong} lines are none of a checksum list")] if wrong else []
     )
@@ -92,19 +107,11 @@ def _check_record(store: Store, path: str) -> list[Issue]:
     for row in record.versions:
         known.add(row.version.version)
         place = folder if row.path == "." else f"{folder}/{row.path}"
-        for name in (*row.manifests, None):
+        for name in row.manifests:
             try:
-                if name is not None:
-                    store.stat(f"{place}/{name}")
-                else:
-                    store.stat(f"{place}/{CLAIM}")
-                    issues.append(
-                        Issue("bad_registry", uri, f"version {row.version.version} is not finished")
-                    )
+                store.stat(f"{place}/{name}")
             except NotFoundInStoreError:
-                if name is not None:
-                    detail = f"version {row.version.version} has no {name}"
-                    issues.append(Issue("bad_registry", uri, detail))
+                issues.append(Issue("bad_registry", uri, f"version {row.version.version} has no {name}"))
     issues += [
         Issue("bad_registry", uri, f"alias {alias} leads to version {target}, which is not there")
         for alias, target in record.aliases.items()

@@ -129,6 +129,11 @@ class Registry(ABC):
         del model
         return None
 
+    def model_files_left(self, model: str) -> list[str]:
+        """Files in a model's folder and in no version that stay behind: checkpoints, strange paths."""
+        del model
+        return []
+
     # -- as a destination ---------------------------------------------------------------------------
 
     @abstractmethod
@@ -176,6 +181,10 @@ class Registry(ABC):
     @abstractmethod
     def abandon(self, place: Place) -> None:
         """Give the place up: the version is not to be."""
+
+    def tidy(self, fingerprints: Collection[str]) -> None:
+        """Remove what earlier runs began, were killed over, and none of these fingerprints takes up."""
+        del fingerprints
 
     @abstractmethod
     def register(self, model: Model, ready: Sequence[Registration]) -> list[str]:

@@ -1,30 +1,40 @@
 """Directory registries in any store: `<name>/<version>/...` by a template, and `registry.json` per model.
 
 A directory that no migration wrote is read as it lies. Where a model has a `registry.json`, only the versions
-that it lists count.
+that it lists count. A version that has changed at its source is written beside the registered one, below
+`_ptbin/staging/`, and takes its place when it is registered; meanwhile the record does not list it.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ptbin.catalog.mirroring import COMPANIONS
+from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, suffix_of
+from ptbin.copying import copy_file
 from ptbin.errors import NotFoundInStoreError, OutputCollisionError, VerificationError
 from ptbin.manifest import MANIFEST_SUFFIX
-from ptbin.registries.base import Folder, Place, Registration, Registry, RegistryError
+from ptbin.registries.base import Folder, Name, Place, Registration, Registry, RegistryError
 from ptbin.registries.layouts import Layout
-from ptbin.registries.record import CLAIM, OWN_FILES, RECORD, ModelRecord, VersionRecord
+from ptbin.registries.record import CLAIM, OWN_FILES, RECORD, ModelRecord, VersionRecord, is_plain_path
 from ptbin.registries.values import Model, Origin, Version, natural_order
+from ptbin.sidecars import PATTERNS
 from ptbin.stores import ListedObject, open_store, public_uri
+from ptbin.stores.local import LocalStore
 
 __all__ = ["ONLY_VERSION", "FolderRegistry"]
 
 ONLY_VERSION = "main"
 """What the one version of a model is called where the template has no place for versions."""
 MAX_RECORD_NBYTES = 64 << 20
+STAGING = "_ptbin/staging"
+"""Below it a folder for each version that is to take the place of its earlier state, by its fingerprint."""
+NOBODY = Origin("", "", "", "")
 
 
 @dataclass(slots=True)
@@ -34,6 +44,7 @@ class _Listed:
     versions: dict[str, list[ListedObject]] = field(default_factory=dict)
     roots: dict[str, str] = field(default_factory=dict)
     beside: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
     has_record: bool = False
 
 
@@ -46,6 +57,7 @@ class FolderRegistry(Registry):
         self.style = layout.style
         self._options = dict(options or {})
         self._store, root = open_store(uri, self._options)
+        self.folds_case = isinstance(self._store, LocalStore)
         self._root = root.rstrip("/")
         self._listed: dict[str, _Listed] | None = None
 
@@ -71,6 +83,9 @@ class FolderRegistry(Registry):
         for item in self._store.iter_objects(self._root):
             if item.path.split("/", 1)[0] == "_ptbin":
                 continue
+            if not is_plain_path(item.path):
+                loose.append(item.path)
+                continue
             found = self.layout.split(item.path)
             if found is None or not found[2]:
                 loose.append(item.path)
@@ -82,33 +97,36 @@ class FolderRegistry(Registry):
                 continue
             version = version or ONLY_VERSION
             model.versions.setdefault(version, []).append(item)
+        above = {self.layout.model_folder(name): name for name in listed}
         for path in loose:
-            for name in self._names_above(path, listed):
-                if path == self._record_path(name):
-                    listed[name].has_record = True
-                elif path.rpartition("/")[2] not in OWN_FILES:
-                    listed[name].beside.append(path)
+            if (owner := _name_above(path, above)) is None:
+                continue
+            if path == self._record_path(owner):
+                listed[owner].has_record = True
+            elif path.rpartition("/")[2] in OWN_FILES:
+                continue
+            elif is_plain_path(path) and _goes_along(path):
+                listed[owner].beside.append(path)
+            else:
+                listed[owner].left.append(path)
         self._listed = listed
         return listed
 
-    def _names_above(self, path: str, listed: Mapping[str, _Listed]) -> list[str]:
-        """The models in whose folder a file lies that is in no version."""
-        folders = path.split("/")[:-1]
-        return [
-            name
-            for name in dict.fromkeys(folders)
-            if name in listed
-            and (above := self.layout.model_folder(name)) is not None
-            and path.startswith(f"{above}/")
-        ]
-
     def _model(self, name: str, listed: _Listed) -> Model:
-        record = self._read_record(name) if listed.has_record else None
+        try:
+            record = self._read_record(name) if listed.has_record else None
+        except RegistryError as error:
+            found = sorted(listed.versions, key=natural_order)
+            return Model(
+                name, versions=tuple(Version(name, version, "") for version in found), problem=str(error)
+            )
         known = {row.version.version: row.version for row in record.versions} if record is not None else None
         versions = []
         for version in sorted(listed.versions, key=natural_order):
             if known is not None and version not in known:
                 continue
+            if known is None and any(item.path.endswith(f"/{CLAIM}") for item in listed.versions[version]):
+                continue  # a migration is at work on it, or was killed
             items = [
                 item for item in listed.versions[version] if item.path.rpartition("/")[2] not in OWN_FILES
             ]
@@ -129,9 +147,18 @@ class FolderRegistry(Registry):
     def existing(self, names: Iterable[str]) -> dict[str, Model]:
         found = {}
         for name in names:
-            record = self._read_record(name)
-            if record is not None:
-                found[name] = record.model()
+            try:
+                record = self._read_record(name)
+            except RegistryError as error:
+                found[name] = Model(name, problem=str(error))
+                continue
+            if record is None:
+                continue
+            model = record.model()
+            if record.layout and record.layout != self.style:
+                text = f"there it is laid out as {record.layout}: --layout {record.layout}, or another DEST"
+                model = replace(model, problem=text)
+            found[name] = model
         return found
 
     def detail(self, version: Version) -> Version:
@@ -150,6 +177,12 @@ class FolderRegistry(Registry):
         files = tuple(sorted(path[len(above) + 1 :] for path in beside))
         return Folder(self._store.uri_of(f"{self._root}/{above}"), files=files)
 
+    def model_files_left(self, model: str) -> list[str]:
+        above = self.layout.model_folder(model)
+        return [
+            path[len(above or "") :].lstrip("/") for path in sorted(self._list().get(model, _Listed()).left)
+        ]
+
     # -- destination --------------------------------------------------------------------------------
 
     def check_writable(self) -> None:
@@ -165,69 +198,88 @@ class FolderRegistry(Registry):
             return f"the layout {self.layout.template!r} gives a model no folder of its own, for its {RECORD}"
         return super().name_problem(name)
 
-    def name_versions(self, existing: Model | None, versions: Sequence[Version]) -> list[str]:
-        del existing  # a version that has changed is written over
-        names = []
-        for version in versions:
-            name = version.version if self.layout.has_versions else ONLY_VERSION
-            if (problem := super().name_problem(name)) is not None:
-                raise self._refuse(problem)
-            if self.layout.style == "triton" and not (name.isascii() and name.isdigit() and name[0] != "0"):
-                raise self._refuse(f"Triton's versions are numbers, and {version.path} is none")
-            names.append(name)
-        if len(set(names)) < len(names):
-            raise self._refuse("the layout has room for one version of a model: --versions latest")
-        return names
+    def name_versions(self, existing: Model | None, versions: Sequence[Version]) -> list[Name]:
+        del existing  # a version that has changed takes the place of its earlier state
+        return [self._name(version, alone=len(versions) == 1) for version in versions]
+
+    def _name(self, version: Version, *, alone: bool) -> Name:
+        if not self.layout.has_versions:
+            if not alone:
+                return Name(problem="the layout has room for one version of a model: --versions latest")
+            return Name(ONLY_VERSION)
+        name = version.version
+        if (problem := super().name_problem(name)) is not None:
+            return Name(problem=problem)
+        if self.layout.style == "triton" and not (name.isascii() and name.isdigit() and name[0] != "0"):
+            return Name(problem=f"Triton's versions are numbers, and {version.path} is none")
+        return Name(name)
 
     def model_folder(self, model: str) -> Folder | None:
         above = self._above(model)
         return Folder(self._store.uri_of(f"{self._root}/{above}")) if self.layout.has_versions else None
 
     def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> Place:
-        del fingerprint  # the folder says it
         folder = self.layout.folder(version.model, dest_version)
         path = f"{self._root}/{folder}"
-        place = Place(Folder(self._store.uri_of(path)), dest_version)
-        known = next((old for old in model.versions if old.version == dest_version), None)
-        if known is not None:
-            origin = known.origin
-            if origin is None or (origin.model, origin.version) != (version.model, version.version):
-                raise OutputCollisionError(
-                    f"{place.folder.uri} is registered and does not come from {version.uri}"
-                )
-            return place
-        claim = {"model": version.model, "version": version.version}
+        final = Folder(self._store.uri_of(path))
+        if any(old.version == dest_version for old in model.versions):
+            staging = Folder(self._store.uri_of(f"{self._root}/{STAGING}/{fingerprint}"))
+            return Place(staging, dest_version, final)
+        place = Place(final, dest_version)
+        claim = {"model": version.model, "version": version.version, "fingerprint": fingerprint}
         if not self._is_empty(path):
-            try:
-                found = json.loads(self._store.read_bytes(f"{path}/{CLAIM}", limit=MAX_RECORD_NBYTES))
-            except (NotFoundInStoreError, ValueError):
-                found = None
-            if found != claim:
+            found = self._read_claim(path)
+            if (found.get("model"), found.get("version")) != (version.model, version.version):
                 raise OutputCollisionError(
                     f"{place.folder.uri} holds files that do not come from {version.uri}"
                 )
-        else:
-            self._store.write_bytes(f"{path}/{CLAIM}", json.dumps(claim).encode())
+            if found == claim:
+                return place
+            # What was begun is of another state: none of it may stay beside what comes now.
+            self._empty(path)
+        self._store.write_bytes(f"{path}/{CLAIM}", json.dumps(claim).encode())
         return place
+
+    def _read_claim(self, path: str) -> dict[str, Any]:
+        """Empty where there is none that can be read."""
+        try:
+            found = json.loads(self._store.read_bytes(f"{path}/{CLAIM}", limit=MAX_RECORD_NBYTES))
+        except (NotFoundInStoreError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def _is_empty(self, path: str) -> bool:
         # Without versions a model's own record lies in the same folder.
         return all(item.path == RECORD for item in self._store.iter_objects(path))
 
-    def abandon(self, place: Place) -> None:
-        """Remove what was written, unless an earlier state of the version is registered there."""
-        store, path = open_store(place.folder.uri, self._options)
-        try:
-            store.stat(f"{path}/{CLAIM}")
-        except NotFoundInStoreError:
-            return
-        found = [item.path for item in store.iter_objects(path)]
-        # Manifests first: nothing may look finished meanwhile; the claim last.
+    def _empty(self, path: str) -> None:
+        """Delete what lies there but a record. Manifests first: nothing may look finished meanwhile."""
+        found = [item.path for item in self._store.iter_objects(path) if item.path != RECORD]
         for name in sorted(found, key=lambda name: (name == CLAIM, not name.endswith(MANIFEST_SUFFIX), name)):
-            store.delete(f"{path}/{name}")
+            self._store.delete(f"{path}/{name}")
+
+    def abandon(self, place: Place) -> None:
+        """Remove what was written; what is registered is never touched."""
+        _, path = open_store(place.folder.uri, self._options)
+        if place.current is None:
+            claim = self._read_claim(path)
+            if not claim:
+                return
+            record = self._read_record(str(claim.get("model")))
+            if record is not None and record.row(place.token) is not None:
+                return  # a run was killed between registering it and taking the claim away
+        self._empty(path)
+
+    def tidy(self, fingerprints: Collection[str]) -> None:
+        staging = f"{self._root}/{STAGING}"
+        for item in list(self._store.iter_objects(staging)):
+            if item.path.split("/", 1)[0] not in fingerprints:
+                self._store.delete(f"{staging}/{item.path}")
 
     def register(self, model: Model, ready: Sequence[Registration]) -> list[str]:
-        record = self._read_record(model.name) or ModelRecord(model.name, model.description, model.tags)
+        record = self._read_record(model.name) or ModelRecord(
+            model.name, model.description, model.tags, layout=self.style
+        )
         aliases = dict(record.aliases)
         above = self._above(model.name)
         for new in ready:
@@ -236,15 +288,44 @@ class FolderRegistry(Registry):
                 version=new.dest_version,
                 origin=Origin(new.source_uri, new.version.model, new.version.version, new.fingerprint),
             )
-            path = self.layout.folder(model.name, new.dest_version)[len(above) :].lstrip("/") or "."
-            record = record.with_version(VersionRecord(version, path, new.manifests))
+            folder = self.layout.folder(model.name, new.dest_version)
+            old = record.row(new.dest_version)
+            if old is not None and (old.version.origin or NOBODY).fingerprint != new.fingerprint:
+                record = record.without_version(new.dest_version)
+                self._replace(record, old, new, f"{self._root}/{folder}")
+            path = folder[len(above) :].lstrip("/") or "."
+            record = record.with_version(VersionRecord(version, path, new.manifests, new.files))
             aliases.update(dict.fromkeys(new.aliases, new.dest_version))
         self._write_record(
             replace(record, description=model.description or record.description, aliases=aliases)
         )
         for new in ready:
             self._store.delete(f"{self._root}/{self.layout.folder(model.name, new.dest_version)}/{CLAIM}")
+            self._empty(f"{self._root}/{STAGING}/{new.fingerprint}")
         return [new.dest_version for new in ready]
+
+    def _replace(self, record: ModelRecord, old: VersionRecord, new: Registration, path: str) -> None:
+        """Bring the staged files where those of the version's earlier state are; it is not registered then.
+
+        Killed on the way, the claim tells the next run to do the version anew.
+        """
+        claim = {"model": new.version.model, "version": new.version.version}
+        self._store.write_bytes(f"{path}/{CLAIM}", json.dumps(claim).encode())
+        self._write_record(record)
+        for name in sorted(set(old.files) - set(new.files), key=_manifests_first):
+            self._store.delete(f"{path}/{name}")
+        staging = f"{self._root}/{STAGING}/{new.fingerprint}"
+        staged = [item.path for item in self._store.iter_objects(staging)]
+        for name in staged:
+            if name.endswith(MANIFEST_SUFFIX):
+                self._store.delete(f"{path}/{name}")
+        for name in sorted(staged, key=_manifests_first, reverse=True):
+            copy_file(
+                self._store.uri_of(f"{staging}/{name}"),
+                self._store.uri_of(f"{path}/{name}"),
+                source_options=self._options,
+                dest_options=self._options,
+            )
 
     def update(
         self, model: Model, aliases: Mapping[str, str], versions: Iterable[tuple[str, Version]]
@@ -295,3 +376,27 @@ def _revision(items: Sequence[ListedObject]) -> str:
         for item in items
     )
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _name_above(path: str, above: Mapping[str | None, str]) -> str | None:
+    """The model in whose folder a file lies that is in no version."""
+    folder = path.rpartition("/")[0]
+    while folder:
+        if folder in above:
+            return above[folder]
+        folder = folder.rpartition("/")[0]
+    return None
+
+
+def _goes_along(path: str) -> bool:
+    """Whether a file of a model's own may be copied as it is. Checkpoints belong into versions."""
+    name = path.rpartition("/")[2]
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS):
+        return True
+    if suffix_of(name) in CHECKPOINT_SUFFIXES or not name.isprintable():
+        return False
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*COMPANIONS, "*.pbtxt"))
+
+
+def _manifests_first(name: str) -> tuple[bool, str]:
+    return (not name.endswith(MANIFEST_SUFFIX), name)

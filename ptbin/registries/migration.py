@@ -65,5 +65,8 @@ def prepare(
         beside = (
             tuple((posixpath.join(folder.uri, path), path) for path in files) if folder is not None else ()
         )
-        plans.append(replace(plan, beside=beside))
+        left = tuple(
+            f"file {path}: it belongs to no version" for path in source.model_files_left(plan.model.name)
+        )
+        plans.append(replace(plan, beside=beside, not_kept=(*plan.not_kept, *left)))
     return replace(migration, models=tuple(plans))

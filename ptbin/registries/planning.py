@@ -125,7 +125,10 @@ def plan_migration(
             ]
             plans.append(ModelPlan(model, there, tuple(steps), problem=problem))
             continue
-        plans.append(_plan_model(model, there, source_uri, dest, versions, options_fingerprint))
+        is_there = model.name in existing
+        plans.append(
+            _plan_model(model, there, source_uri, dest, versions, options_fingerprint, is_there=is_there)
+        )
     return Migration(tuple(plans), tuple(dest.never_kept()))
 
 
@@ -136,6 +139,8 @@ def _plan_model(
     dest: Registry,
     versions: Versions,
     options_fingerprint: str,
+    *,
+    is_there: bool,
 ) -> ModelPlan:
     chosen = _choose(model, versions)
     done = there.by_fingerprint()
@@ -144,7 +149,7 @@ def _plan_model(
     names = dict(
         zip(
             (version.version for version in fresh),
-            dest.name_versions(there if there.versions else None, fresh),
+            dest.name_versions(there if is_there else None, fresh),
             strict=True,
         )
     )
@@ -181,7 +186,7 @@ def _plan_model(
         for alias, target in sorted(model.aliases.items())
         if target in left
     ]
-    updates = bool(there.versions) and _differs(there.description, there.tags, model.description, model.tags)
+    updates = is_there and _differs(there.description, there.tags, model.description, model.tags)
     return ModelPlan(
         model, there, tuple(steps), aliases, tuple(outdated), updates, (*lost_aliases, *keepable.lost)
     )
@@ -199,8 +204,8 @@ def _not_ours(old: Version, version: Version, source_uri: str) -> str:
         return f"version {old.version} is there already: it was {old.origin.model}/{old.origin.version}"
     if old.origin.registry != source_uri:
         return (
-            f"version {old.version} is there already and comes from {old.origin.registry}: give each source a "
-            "DEST of its own, or remove that version there"
+            f"version {old.version} is there already and comes from {old.origin.registry}: give each source "
+            "a DEST of its own, or remove that version there"
         )
     return ""
 

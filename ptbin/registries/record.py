@@ -17,7 +17,7 @@ from typing import Any
 from ptbin.errors import VerificationError
 from ptbin.registries.values import Metric, Model, Origin, RunLink, Version, natural_order
 
-__all__ = ["CLAIM", "OWN_FILES", "RECORD", "ModelRecord", "VersionRecord"]
+__all__ = ["CLAIM", "OWN_FILES", "RECORD", "ModelRecord", "VersionRecord", "is_plain_path"]
 
 SCHEMA_VERSION = 1
 RECORD = "registry.json"
@@ -28,11 +28,12 @@ OWN_FILES = (RECORD, CLAIM)
 
 @dataclass(frozen=True, slots=True)
 class VersionRecord:
-    """One version: its folder and manifests (paths below the model's folder, and below the version's)."""
+    """One version: its folder (a path below the model's), and in it its manifests and all of its files."""
 
     version: Version
     path: str
     manifests: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         metadata = self.version.metadata()
@@ -43,6 +44,7 @@ class VersionRecord:
             "path": self.path,
             **({"origin": origin.to_json()} if origin is not None else {}),
             "manifests": list(self.manifests),
+            **({"files": list(self.files)} if self.files else {}),
             **metadata,
         }
 
@@ -60,13 +62,22 @@ class VersionRecord:
 
 @dataclass(frozen=True, slots=True)
 class ModelRecord:
-    """One model's `registry.json`."""
+    """One model's `registry.json`. `layout`: how files are called there, empty where it does not say."""
 
     name: str
     description: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     versions: tuple[VersionRecord, ...] = ()
+    layout: str = ""
+
+    def row(self, version: str) -> VersionRecord | None:
+        """The row of that version."""
+        return next((row for row in self.versions if row.version.version == version), None)
+
+    def without_version(self, version: str) -> ModelRecord:
+        """The same without this version; aliases stay."""
+        return replace(self, versions=tuple(row for row in self.versions if row.version.version != version))
 
     def with_version(self, record: VersionRecord) -> ModelRecord:
         """The same with this version, in the place of one of its name or behind the others."""
@@ -79,6 +90,7 @@ class ModelRecord:
         data = {
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
+            **({"layout": self.layout} if self.layout else {}),
             "description": self.description,
             "tags": dict(self.tags),
             "aliases": dict(sorted(self.aliases.items())),
@@ -101,14 +113,20 @@ class ModelRecord:
                 _texts(found["tags"]),
                 aliases,
                 tuple(_version(name, row, aliases) for row in found["versions"]),
+                str(found.get("layout", "")),
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise VerificationError(f"{uri}: not a registry's record: {error}") from error
 
     def model(self) -> Model:
         """As registries speak of it."""
         versions = tuple(record.version for record in self.versions)
         return Model(self.name, self.description, self.tags, self.aliases, versions)
+
+
+def is_plain_path(path: str) -> bool:
+    """Whether a path leads straight down: no empty parts, `.`, `..`, backslashes or NUL."""
+    return not any(part in ("", ".", "..") for part in path.split("/")) and not {"\\", "\0"} & set(path)
 
 
 def _texts(data: Mapping[str, Any]) -> dict[str, str]:
@@ -118,8 +136,10 @@ def _texts(data: Mapping[str, Any]) -> dict[str, str]:
 def _version(model: str, row: Mapping[str, Any], aliases: Mapping[str, str]) -> VersionRecord:
     name, run = str(row["version"]), row.get("run")
     path = str(row["path"])
-    if any(part in ("", ".", "..") for part in path.split("/")) and path != ".":
-        raise ValueError(f"{path!r} is no plain relative path")
+    manifests, files = (tuple(map(str, row.get(key, ()))) for key in ("manifests", "files"))
+    for named in (*manifests, *files, *([path] if path != "." else [])):
+        if not is_plain_path(named):
+            raise ValueError(f"{named!r} is no plain relative path")
     version = Version(
         model=model,
         version=name,
@@ -134,4 +154,4 @@ def _version(model: str, row: Mapping[str, Any], aliases: Mapping[str, str]) -> 
         metrics=tuple(Metric.from_json(metric) for metric in row.get("metrics", ())),
         params=_texts(row.get("params", {})),
     )
-    return VersionRecord(version, path, tuple(map(str, row.get("manifests", ()))))
+    return VersionRecord(version, path, manifests, files)

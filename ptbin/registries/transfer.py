@@ -11,7 +11,7 @@ import fnmatch
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ptbin.catalog.finding import find_checkpoints
@@ -29,15 +29,31 @@ from ptbin.reading.checkpoint import one_clear_error
 from ptbin.reading.selected import read_selected
 from ptbin.registries.base import Folder
 from ptbin.registries.layouts import Style
-from ptbin.registries.record import OWN_FILES
+from ptbin.registries.record import OWN_FILES, is_plain_path
 from ptbin.sidecars import PATTERNS
 from ptbin.sources import find_source
 from ptbin.stores import open_store
 
-__all__ = ["Contents", "NoCheckpointError", "Transferred", "examine", "scratch", "transfer"]
+__all__ = [
+    "Contents",
+    "NoCheckpointError",
+    "Transferred",
+    "examine",
+    "files_of",
+    "own_first",
+    "scratch",
+    "transfer",
+]
 
 WEIGHTS_SUFFIXES = frozenset(".pt .pth .ckpt .bin .th .safetensors .pt2 .pkl .pickle .jit .ptc".split())
 """What is called so and is no checkpoint makes a version bad; other names are then files like any other."""
+
+OF_TRAINING = (
+    *("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin", "scaler.pt"),
+    *("rng_state*.pth", "random_states_*.pkl", "*.pkl", "*.pickle"),
+)
+"""What the trainers of transformers and accelerate write beside weights (trainer.py, checkpointing.py), and
+what is called a pickle and nothing else: of scikit-learn, say."""
 
 Progress = Callable[[int], None]
 
@@ -56,11 +72,14 @@ class Contents:
         checkpoints: (path, URI, path of its output) of each.
         others: (path, path there) of every other file.
         nbytes: of all of them.
+        left: paths of files that stay behind: pickles of training that hold no weights, and weights that
+            are there twice.
     """
 
     checkpoints: tuple[tuple[str, str, str], ...]
     others: tuple[tuple[str, str], ...]
     nbytes: int
+    left: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +125,16 @@ def examine(
             del sizes[path]
     found = []
     members: set[str] = set()
+    left: set[str] = set()
+    twins = _twins(sizes, options)
     for candidate in find_checkpoints(
         source.uri, storage_options=source_options, is_other=lambda item: _is_companion(item.path)
     ):
         if source.files is not None and candidate.path not in source.files and candidate.path in sizes:
+            continue
+        if candidate.path in twins:
+            if twins[candidate.path] == "left":
+                left.add(candidate.path)
             continue
         place = find_source(candidate.uri, source_options)
         with place.open() as reader:
@@ -121,6 +146,9 @@ def examine(
                     raise
                 continue
             except NoStateDictError:
+                if _is_of_training(candidate.path):
+                    left.add(candidate.path)
+                    continue
                 if candidate.certain:
                     raise
                 continue
@@ -134,11 +162,11 @@ def examine(
     checkpoints = tuple(
         (item.path, item.uri, _output(item.path, style, suffix, alone=len(found) == 1)) for item in found
     )
-    others = tuple((path, _without(path, prefix)) for path in sorted(sizes) if path not in members)
+    others = tuple((path, _without(path, prefix)) for path in sorted(sizes) if path not in members | left)
     _refuse_collisions(
         [output for *_, output in checkpoints] + [output for _, output in others], store.uri_of(root)
     )
-    return Contents(checkpoints, others, sum(sizes.values()))
+    return Contents(checkpoints, others, sum(sizes.values()), tuple(sorted(left)))
 
 
 def transfer(
@@ -147,6 +175,7 @@ def transfer(
     place: Folder,
     options: ConvertOptions,
     *,
+    current: Folder | None = None,
     source_options: Mapping[str, Any],
     dest_options: Mapping[str, Any],
     annotations: Mapping[str, Any],
@@ -157,25 +186,21 @@ def transfer(
     """Put a version's files into `place`. Errors as `convert` and `copy_file`.
 
     Args:
+        current: where an earlier state of the version is; a checkpoint that is up to date there stays there.
         annotations: what the registry knows of the version; goes into each manifest as `registry`.
-        extra: (URI, path in the place) of files from elsewhere that go along.
+        extra: (URI, path in the place) of files from elsewhere that go along; the version's own come first.
     """
     done = []
     base = place.uri.rstrip("/")
     for path, uri, output in contents.checkpoints:
+        job = _job(path, uri, f"{base}/{output}", source_options)
+        if current is not None:
+            there = replace(job, dest_uri=f"{current.uri.rstrip('/')}/{output}")
+            if (published := _finished(there, options, dest_options)) is not None:
+                done.append(Transferred(path, output, published, fresh=False))
+                continue
         done.append(
-            _convert(
-                path,
-                uri,
-                f"{base}/{output}",
-                output,
-                options,
-                source_options,
-                dest_options,
-                annotations,
-                run_id,
-                progress,
-            )
+            _convert(job, uri, output, options, source_options, dest_options, annotations, run_id, progress)
         )
     files = [(f"{source.uri.rstrip('/')}/{path}", output) for path, output in contents.others]
     for uri, output in (*files, *extra):
@@ -190,10 +215,51 @@ def transfer(
     return done
 
 
+def files_of(contents: Contents, done: Sequence[Transferred], extra: Sequence[str]) -> tuple[str, ...]:
+    """Paths of everything that belongs to the version now."""
+    found = {output for _, output in contents.others} | set(extra)
+    for each in done:
+        folder = each.output.rpartition("/")[0]
+        manifest = each.published.manifest
+        found |= {f"{folder}/{part['path']}".lstrip("/") for part in manifest["outputs"]}
+        found.add(each.output + MANIFEST_SUFFIX)
+        if "provenance" in manifest:
+            found.add(f"{folder}/{manifest['provenance']}".lstrip("/"))
+    return tuple(sorted(found))
+
+
+def own_first(contents: Contents, extra: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Of files from elsewhere those that take no place of the version's own."""
+    taken = {output.casefold() for _, output in contents.others}
+    for *_, output in contents.checkpoints:
+        taken |= {f"{output}{suffix}".casefold() for suffix in ("", MANIFEST_SUFFIX, STATEMENT_SUFFIX)}
+        taken.add(f"{output}.index.json".casefold())
+    return [(uri, path) for uri, path in extra if is_plain_path(path) and path.casefold() not in taken]
+
+
+def _job(path: str, uri: str, dest: str, source_options: Mapping[str, Any]) -> Job:
+    place = find_source(uri, source_options)
+    if place.parts:
+        size, identity = place.size, place.identity
+    else:
+        stat = place.store.stat(place.path)
+        size, identity = stat.size, stat.identity
+    # The manifest names the source as the engine sees it.
+    return Job(place.store.uri_of(place.path), size, dest, path, True, identity)
+
+
+def _finished(job: Job, options: ConvertOptions, dest_options: Mapping[str, Any]) -> Published | None:
+    """What is published there, if it is up to date."""
+    if not is_up_to_date(job, options, dest_options=dest_options):
+        return None
+    store, manifest = open_store(job.dest_uri + MANIFEST_SUFFIX, dest_options)
+    data, seen = store.read_identified(manifest)
+    return Published(parse_manifest(data, store.uri_of(manifest)), seen)
+
+
 def _convert(
-    path: str,
+    job: Job,
     uri: str,
-    dest: str,
     output: str,
     options: ConvertOptions,
     source_options: Mapping[str, Any],
@@ -202,21 +268,11 @@ def _convert(
     run_id: str,
     progress: Progress | None,
 ) -> Transferred:
-    place = find_source(uri, source_options)
-    if place.parts:
-        size, identity = place.size, place.identity
-    else:
-        stat = place.store.stat(place.path)
-        size, identity = stat.size, stat.identity
-    # The manifest names the source as the engine sees it.
-    job = Job(place.store.uri_of(place.path), size, dest, path, True, identity)
-    if is_up_to_date(job, options, dest_options=dest_options):
-        store, manifest = open_store(dest + MANIFEST_SUFFIX, dest_options)
-        data, seen = store.read_identified(manifest)
-        return Transferred(path, output, Published(parse_manifest(data, store.uri_of(manifest)), seen), False)
+    if (published := _finished(job, options, dest_options)) is not None:
+        return Transferred(job.path, output, published, fresh=False)
     draft = stage(
         uri,
-        dest,
+        job.dest_uri,
         options,
         source_options=source_options,
         dest_options=dest_options,
@@ -225,7 +281,29 @@ def _convert(
     )
     draft.manifest["registry"] = dict(annotations)
     published = publish(draft, source_options=source_options, dest_options=dest_options, progress=progress)
-    return Transferred(path, output, published, True)
+    return Transferred(job.path, output, published, fresh=True)
+
+
+def _is_of_training(path: str) -> bool:
+    """Whether a pickle without weights is what trainers leave beside them, and no model that was missed."""
+    name = path.rpartition("/")[2]
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in OF_TRAINING)
+
+
+def _twins(sizes: Mapping[str, int], options: ConvertOptions) -> dict[str, str]:
+    """Weights that lie there twice, as `pytorch_model.bin` and `model.safetensors`: which is not converted.
+
+    The safetensors go along as they are (`along`); where safetensors are asked for they are the source, and
+    the pickle stays behind (`left`).
+    """
+    found = {}
+    for path in sizes:
+        folder, slash, name = path.rpartition("/")
+        other = f"{folder}{slash}model.safetensors"
+        if name == "pytorch_model.bin" and other in sizes:
+            safe = options.format == "safetensors"
+            found[path if safe else other] = "left" if safe else "along"
+    return found
 
 
 def _output(path: str, style: Style, suffix: str, *, alone: bool) -> str:
@@ -257,7 +335,7 @@ def _is_companion(path: str) -> bool:
 def _refuse_collisions(outputs: Sequence[str], uri: str) -> None:
     seen: set[str] = set()
     for output in outputs:
-        if any(part in ("", ".", "..") for part in output.split("/")) or "\\" in output or "\0" in output:
+        if not is_plain_path(output):
             raise OutputCollisionError(f"{uri}: {output!r} is no plain relative path")
         if output.casefold() in seen:
             raise OutputCollisionError(f"{uri}: two of its files would both be {output}")

@@ -12,6 +12,7 @@ from flows import verify as verify_module
 from flows.run_record import new_run_id
 from flows.verify import verify
 from ptbin.errors import StorageError
+from ptbin.proof.manifests import verify_outputs
 from tasks import checking
 from tasks.live import LiveRun, open_live_run
 from tasks.retrying import RETRIES
@@ -54,7 +55,7 @@ def test_a_flipped_bit_a_missing_output_and_an_orphan_are_found(outputs: Path) -
 
 def test_a_store_that_recovers_is_asked_again(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    real = checking.verify_outputs
+    real = verify_outputs
 
     def flaky(uri: str, **keywords: Any) -> Any:
         asked.append(uri)
