@@ -61,7 +61,7 @@ def _verify(live: LiveRun, uri: str, level: VerifyLevel) -> ManifestVerdict:
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def check_records(run_id: str, dest: str, digests: Mapping[str, str]) -> list[dict[str, str]]:
+def check_records(run_id: str, dest: str, digests: Mapping[str, tuple[str, str]]) -> list[dict[str, str]]:
     """Issues of checksum lists and registry records below `dest`."""
     live = find_live_run(run_id)
     return [issue.to_json() for issue in verify_records(dest, digests, storage_options=live.dest_options)]

@@ -117,8 +117,8 @@ class ManifestVerdict:
     manifest_uri: str
     issues: tuple[dict[str, Any], ...] = ()
     transient: bool = False
-    digests: tuple[tuple[str, str], ...] = ()
-    """URI and SHA-256 of each output that the manifest states one of."""
+    digests: tuple[tuple[str, tuple[str, str]], ...] = ()
+    """URI of each output, and the SHA-256 and the run that the manifest states."""
 
 
 def outcome_of_error(path: str, error: Exception) -> Outcome:

@@ -70,8 +70,8 @@ def verify_outputs(
     level: str = "checksum",
     storage_options: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
-) -> tuple[list[Issue], dict[str, str]]:
-    """As `verify`, and the SHA-256 that the manifest states of each output, by URI."""
+) -> tuple[list[Issue], dict[str, tuple[str, str]]]:
+    """As `verify`, and by the URI of each output the SHA-256 and the run that the manifest states."""
     store, path = open_store(manifest_uri, storage_options)
     uri = store.uri_of(path)
     try:
@@ -92,7 +92,7 @@ def verify_outputs(
     if level == "load" and not issues and "restore" not in manifest["options"]:
         issues.extend(_verify_by_loading(store, path.removesuffix(MANIFEST_SUFFIX), manifest))
     stated = {
-        store.uri_of(folder + output["path"]): output["sha256"]
+        store.uri_of(folder + output["path"]): (output["sha256"], str(manifest.get("run_id", "")))
         for output in manifest["outputs"]
         if isinstance(output.get("sha256"), str)
     }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ptbin.catalog.finding import OWN_FOLDER
@@ -25,48 +24,40 @@ _ESCAPED = re.compile(r"\\(.)")
 
 
 def verify_records(
-    dest: str, digests: Mapping[str, str], *, storage_options: Mapping[str, Any] | None = None
+    dest: str, digests: Mapping[str, tuple[str, str]], *, storage_options: Mapping[str, Any] | None = None
 ) -> list[Issue]:
     """Hold the checksum lists and registry records below DEST against what its manifests say.
 
     Args:
-        digests: URI of each output that a manifest vouches for, and its hexadecimal SHA-256.
+        digests: URI of each output that a manifest vouches for, its hexadecimal SHA-256, and the id of the
+            run that stored it.
 
-    A path that several lists name counts in the last one: what a later run wrote over is no contradiction,
-    nor is what is not there any more. Of runs that began in one second any may be the last.
+    A list speaks of what its own run stored: what a later one wrote over is no contradiction, nor is what is
+    not there any more.
     """
     store, root = open_store(dest, storage_options)
     root = root.rstrip("/")
     issues: list[Issue] = []
-    sums: dict[str, _Stated] = {}
     records = []
     for item in store.iter_objects(root):
         parts = item.path.split("/")
         if parts[0] == OWN_FOLDER and parts[-1] == CHECKSUM_LIST:
-            # In order of the runs' names, which begin with their time.
-            issues += _read_list(store, f"{root}/{item.path}", parts[-2].partition("-")[0], sums)
+            sums: dict[str, str] = {}
+            path = f"{root}/{item.path}"
+            issues += _read_list(store, path, sums)
+            for name, digest in sums.items():
+                found, run_id = digests.get(store.uri_of(f"{root}/{name}"), (digest, ""))
+                if found != digest and run_id == parts[-2]:
+                    detail = f"{name}: the list says {digest}, its manifest {found}"
+                    issues.append(Issue("checksum_list_mismatch", store.uri_of(path), detail))
         elif parts[-1] == RECORD:
             records.append(f"{root}/{item.path}")
-    for path, stated in sums.items():
-        found = digests.get(store.uri_of(f"{root}/{path}"))
-        if found is not None and found not in stated.digests:
-            detail = f"{path}: the list says {', '.join(sorted(stated.digests))}, its manifest {found}"
-            issues.append(Issue("checksum_list_mismatch", stated.listed_in, detail))
     for record in records:
         issues += _check_record(store, record)
     return issues
 
 
-@dataclass(slots=True)
-class _Stated:
-    """What the last lists that name a path say of it: `time` of their runs, digests, the URI of one of them."""
-
-    time: str
-    digests: set[str]
-    listed_in: str
-
-
-def _read_list(store: Store, path: str, time: str, sums: dict[str, _Stated]) -> list[Issue]:
+def _read_list(store: Store, path: str, sums: dict[str, str]) -> list[Issue]:
     uri = store.uri_of(path)
     try:
         text = store.read_bytes(path, limit=MAX_NBYTES).decode()
@@ -80,11 +71,7 @@ def _read_list(store: Store, path: str, time: str, sums: dict[str, _Stated]) -> 
             wrong += 1
             continue
         name = _ESCAPED.sub(_unescape, match[3]) if match[1] else match[3]
-        known = sums.get(name)
-        if known is None or known.time != time:
-            sums[name] = _Stated(time, {match[2]}, uri)
-        else:
-            known.digests.add(match[2])
+        sums[name] = match[2]
     return (
         [Issue("checksum_list_mismatch", uri, f"{wrong} lines are none of a checksum list")] if wrong else []
     )

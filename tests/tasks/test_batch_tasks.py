@@ -217,7 +217,7 @@ def test_no_representation_shows_storage_options(live: LiveRun) -> None:
 def test_one_manifest_that_cannot_be_read_hides_no_other(
     live: LiveRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def verify_outputs(uri: str, **keywords: Any) -> tuple[list[Any], dict[str, str]]:
+    def verify_outputs(uri: str, **keywords: Any) -> tuple[list[Any], dict[str, tuple[str, str]]]:
         if uri == "a":
             raise errors.StorageError("reset", transient=True)
         if uri == "b":
