@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import json
 import subprocess
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flows.orchestrator import Orchestrator
 from ptbin.stores import open_store
@@ -157,6 +160,46 @@ def test_one_server_into_another(
         assert {"pytorch_model.bin", "config.json", "LICENSE"} <= names
         status, summary, _ = migrate(*hf)
         assert (status, summary["migrated"], summary["up_to_date"]) == (0, 0, 5)
+
+
+def test_straight_into_a_hugging_face_layout_on_s3(
+    filled: tuple[MlflowServer, dict[str, Any], Path], migrate: Any, moto_s3: S3Endpoint
+) -> None:
+    source, said, marker = filled
+    nets = load_nets()
+    home = f"s3://{moto_s3.make_bucket()}/registry"
+    words = (source.uri, home, "--layout", "hf", "--dest-options", json.dumps(moto_s3.storage_options))
+    status, summary, log = migrate(*words)
+    assert status == 1, log
+    assert (summary["migrated"], summary["rejected"], summary["failed"]) == (5, 2, 0)
+    assert {problem["reason"] for problem in summary["problems"]} == {"unsafe_pickle", "corrupt_archive"}
+    assert not marker.exists()
+    store, root = open_store(home, moto_s3.storage_options)
+    found: dict[str, dict[str, list[float]]] = {}
+    for name in GOOD:
+        for alias, version in json.loads(store.read_bytes(f"{root}/{name}/registry.json"))["aliases"].items():
+            data = store.read_bytes(f"{root}/{name}/{version}/pytorch_model.bin")
+            weights = torch.load(io.BytesIO(data), weights_only=True)
+            net = nets.Classifier().eval()
+            net.load_state_dict({key.removeprefix("net."): value for key, value in weights.items()})
+            found.setdefault(name, {})[alias] = nets.answer(net)
+    assert found == said
+    before = {item.path: item.identity for item in store.iter_objects(root) if "_ptbin" not in item.path}
+    status, summary, _ = migrate(*words)
+    assert (summary["migrated"], summary["up_to_date"]) == (0, 5)
+    after = {item.path: item.identity for item in store.iter_objects(root) if "_ptbin" not in item.path}
+    assert after == before
+
+
+def load_nets() -> Any:
+    """The module with the classes of those who trained."""
+    path = Path(__file__).parents[1] / "servers" / "mlflow_scripts" / "nets.py"
+    spec = importlib.util.spec_from_file_location("mlflow_nets", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 KILLS = {
