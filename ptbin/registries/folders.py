@@ -52,13 +52,14 @@ class FolderRegistry(Registry):
     """A registry that is a folder or prefix of any store."""
 
     def __init__(self, uri: str, layout: Layout, options: Mapping[str, Any] | None = None) -> None:
-        self.uri = public_uri(uri).rstrip("/") or uri
         self.layout = layout
         self.style = layout.style
         self._options = dict(options or {})
         self._store, root = open_store(uri, self._options)
         self.folds_case = isinstance(self._store, LocalStore)
         self._root = root.rstrip("/")
+        # However it was spelled: it tells versions of this registry from those of another.
+        self.uri = public_uri(self._store.uri_of(self._root or root))
         self._listed: dict[str, _Listed] | None = None
 
     # -- source -------------------------------------------------------------------------------------

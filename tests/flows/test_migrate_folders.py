@@ -188,6 +188,15 @@ def test_a_claim_that_a_killed_run_left_costs_no_registered_version(tmp_path: Pa
     assert weight(dest / "net/1/model.bin") == 1.0
 
 
+def test_a_source_is_the_same_however_it_is_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "a/net/1/model.pt", 1.0)
+    run("a", "dest")
+    put(tmp_path / "a/net/1/model.pt", 2.0)
+    assert outcomes(run(f"file://{tmp_path}/a/", tmp_path / "dest")) == {"net/1": "migrated"}
+    assert weight(tmp_path / "dest/net/1/model.bin") == 2.0
+
+
 def test_a_second_source_does_not_write_over_the_first(tmp_path: Path) -> None:
     put(tmp_path / "a/net/1/model.pt", 1.0)
     put(tmp_path / "b/net/1/model.pt", 2.0)
