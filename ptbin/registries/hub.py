@@ -2,7 +2,7 @@
 
 Read through the Hub's own fsspec filesystem, written by its own client, a commit for each version: it is all
 there or not at all. Other tags and branches that lead to the commit of a version are its aliases. Files of
-versions to be wait in a folder on this machine.
+versions to be wait in a folder on this machine, and are gone from there once the Hub has them.
 """
 
 from __future__ import annotations
@@ -10,14 +10,22 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ptbin.errors import AccessDeniedError, NotFoundInStoreError, PtbinError, UsageError, VerificationError
-from ptbin.registries.base import Folder, Place, Registration, Registry, RegistryError
+from ptbin.errors import (
+    AccessDeniedError,
+    NotFoundInStoreError,
+    PtbinError,
+    StorageError,
+    UsageError,
+    VerificationError,
+)
+from ptbin.registries.attempts import Attempts
+from ptbin.registries.base import Folder, Name, Place, Registration, Registry, RegistryError
 from ptbin.registries.record import RECORD, ModelRecord, VersionRecord
 from ptbin.registries.values import Model, Origin, Version, natural_order
 from ptbin.stores import public_uri
@@ -25,9 +33,23 @@ from ptbin.stores import public_uri
 __all__ = ["HubRegistry"]
 
 MAIN = "main"
-_REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+STAGING = "unpublished"
+"""Below `home`, a folder for each version that is on its way, by fingerprint."""
+_REFERENCE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.))*(?<!\.)(?<!\.lock)")
 """What is a tag of git everywhere (git-check-ref-format(1)) and a revision in the Hub's URLs."""
+_VERSION_LIKE = re.compile(r"[vV]?[0-9]+(?:[._-].*)?")
 _OPTIONS = ("endpoint", "token")
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged(Place):
+    """A folder on this machine, from which the files go to a revision of a repository."""
+
+    published: str = ""
+
+    @property
+    def final(self) -> Folder:
+        return Folder(self.published)
 
 
 class HubRegistry(Registry):
@@ -66,15 +88,20 @@ class HubRegistry(Registry):
         except PtbinError:
             raise
         except Exception as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
+            # An upload that failed comes wrapped in a plain RuntimeError.
+            chain = list(_causes(error))
+            answers = [getattr(getattr(each, "response", None), "status_code", None) for each in chain]
+            status = next((answer for answer in answers if isinstance(answer, int)), 0)
             message = f"{self.uri}: cannot {doing}: {public_uri(' '.join(str(error).split())[:300])}"
             if status == 404:
                 raise NotFoundInStoreError(message) from error
             if status in (401, 403):
                 raise AccessDeniedError(message) from error
-            transient = status in (408, 429) or (isinstance(status, int) and status >= 500)
-            named = {cls.__name__ for cls in type(error).__mro__}
-            transient = transient or bool(named & {"ConnectError", "TimeoutException", "NetworkError"})
+            transient = status in (408, 429) or status >= 500
+            named = {cls.__name__ for each in chain for cls in type(each).__mro__}
+            transient = transient or bool(
+                named & {"ConnectError", "TimeoutException", "NetworkError", "RemoteProtocolError"}
+            )
             raise RegistryError(message, transient=transient) from error
 
     # -- source -------------------------------------------------------------------------------------
@@ -84,17 +111,32 @@ class HubRegistry(Registry):
             next(iter(self._api.list_models(author=self._owner, limit=1)), None)
 
     def models(self, wanted: Callable[[str], bool]) -> list[Model]:
+        return [
+            model for name in self._names() if wanted(name) and (model := self._guarded(name)) is not None
+        ]
+
+    def has_models(self, wanted: Callable[[str], bool]) -> bool:
+        return any(map(wanted, self._names()))
+
+    def _names(self) -> list[str]:
         with self._faults("list repositories"):
-            names = sorted(
+            return sorted(
                 str(info.id).removeprefix(f"{self._owner}/")
                 for info in self._api.list_models(author=self._owner)
             )
-        found = [self._model(name) for name in names if wanted(name)]
-        return [model for model in found if model is not None]
 
     def existing(self, names: Iterable[str]) -> dict[str, Model]:
-        found = {name: self._model(name) for name in names if self.name_problem(name) is None}
+        found = {name: self._guarded(name) for name in names if self.name_problem(name) is None}
         return {name: model for name, model in found.items() if model is not None}
+
+    def _guarded(self, name: str) -> Model | None:
+        """What is wrong with this one alone becomes its problem; a Hub that is gone is no such thing."""
+        try:
+            return self._model(name)
+        except PtbinError as error:
+            if isinstance(error, StorageError) and error.transient:
+                raise
+            return Model(name, problem=str(error))
 
     def _model(self, name: str) -> Model | None:
         """None where there is no such repository."""
@@ -110,11 +152,10 @@ class HubRegistry(Registry):
         versions = []
         aliases: dict[str, str] = {}
         for commit, names in by_commit.items():
-            ordered = sorted(names, key=natural_order)
-            own = next((tag for tag in ordered if tag in known), None if record is not None else ordered[0])
+            own = _name_of_version(names, known if record is not None else None)
             if own is None:
                 continue
-            others = [tag for tag in ordered if tag != own]
+            others = [tag for tag in names if tag != own]
             others += [branch for branch, head in branches.items() if head == commit and branch != MAIN]
             aliases |= dict.fromkeys(others, own)
             versions.append(self._version(name, own, commit, tuple(sorted(others)), known.get(own)))
@@ -193,25 +234,35 @@ class HubRegistry(Registry):
             return " ".join(str(error).split())
         return super().name_problem(name)
 
-    def name_versions(self, existing: Model | None, versions: Sequence[Version]) -> list[str]:
-        del existing  # a tag is moved where its version has changed
-        for version in versions:
-            if not _REFERENCE.fullmatch(version.version):
-                raise self._refuse(f"version {version.version!r} of {version.model} cannot be a tag")
-        return [version.version for version in versions]
+    def name_versions(self, existing: Model | None, versions: Sequence[Version]) -> list[Name]:
+        aliases = existing.aliases if existing is not None else {}
+        return [_name(version.version, aliases) for version in versions]
 
-    def not_kept(self, version: Version) -> list[str]:
-        return [
-            f"alias {alias}: no name of a tag" for alias in version.aliases if not _REFERENCE.fullmatch(alias)
-        ]
+    def alias_problem(self, alias: str, names: Collection[str]) -> str | None:
+        if alias == MAIN:
+            return f"{MAIN} is the branch that holds the newest version"
+        if not _REFERENCE.fullmatch(alias):
+            return "no name of a tag"
+        if alias in names:
+            return "a version's tag is called so"
+        return None
 
     def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> Place:
-        del model, fingerprint
-        folder = Path(self.home()) / version.model / dest_version
-        return Place(Folder(str(folder)), str(folder))
+        del version
+        folder = str(self._staging / fingerprint)
+        return _Staged(Folder(folder), folder, published=f"hf://{self._owner}/{model.name}@{dest_version}")
+
+    @property
+    def _staging(self) -> Path:
+        return Path(self.home()) / STAGING
 
     def abandon(self, place: Place) -> None:
         shutil.rmtree(place.token, ignore_errors=True)
+
+    def tidy(self, fingerprints: Collection[str]) -> None:
+        for folder in self._staging.glob("*"):
+            if folder.name not in fingerprints:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def register(self, model: Model, ready: Sequence[Registration]) -> list[str]:
         repository = f"{self._owner}/{model.name}"
@@ -219,14 +270,16 @@ class HubRegistry(Registry):
             self._api.create_repo(repository, exist_ok=True, private=bool(self._options.get("private", True)))
         there = self._model(model.name)
         known = there.by_fingerprint() if there is not None else {}
+        attempts = Attempts()
         for new in ready:
             if new.fingerprint not in known:
                 commit = self._commit(repository, model, new)
                 self._tag(repository, new.dest_version, commit)
             for alias in new.aliases:
-                if _REFERENCE.fullmatch(alias):
+                with attempts.one():
                     self._tag(repository, alias, new.dest_version)
             shutil.rmtree(new.token, ignore_errors=True)
+        attempts.raise_any()
         return [new.dest_version for new in ready]
 
     def _commit(self, repository: str, model: Model, new: Registration) -> str:
@@ -246,22 +299,22 @@ class HubRegistry(Registry):
             tags={**record.tags, **model.tags},
             aliases={},  # the tags are
         )
-        folder = Path(new.token)
-        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        files = _staged(new)
+        added = [
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
+            for name, path in sorted(files.items())
+        ]
+        added.append(CommitOperationAdd(path_in_repo=RECORD, path_or_fileobj=record.to_bytes()))
         with self._faults(f"commit {new.version.path}"):
             before = set(self._api.list_repo_files(repository, revision=MAIN))
-            operations: list[Any] = [
-                CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
-                for name, path in sorted(files.items())
-            ]
-            operations.append(CommitOperationAdd(path_in_repo=RECORD, path_or_fileobj=record.to_bytes()))
-            operations += [
-                CommitOperationDelete(path_in_repo=name)
-                for name in sorted(before - set(files) - {RECORD, ".gitattributes"})
-            ]
+            gone = sorted(before - set(files) - {RECORD, ".gitattributes"})
+            # What takes long comes first. From here to its new tag a version that has changed is not there:
+            # the record of the commit says that it is the new one, and the old tag would say that it is done.
+            self._api.preupload_lfs_files(repository, added, revision=MAIN)
+            self._untag(repository, new.dest_version)
             made = self._api.create_commit(
                 repository,
-                operations,
+                [*added, *(CommitOperationDelete(path_in_repo=name) for name in gone)],
                 commit_message=f"{new.version.model} {new.dest_version}, by ptbin",
                 commit_description=f"From {new.version.uri}, run {new.run_id}.",
                 revision=MAIN,
@@ -270,33 +323,93 @@ class HubRegistry(Registry):
 
     def _tag(self, repository: str, tag: str, revision: str) -> None:
         with self._faults(f"tag {tag}"):
-            with contextlib.suppress(NotFoundInStoreError), self._faults(f"delete tag {tag}"):
-                self._api.delete_tag(repository, tag=tag)
+            self._untag(repository, tag)
             self._api.create_tag(repository, tag=tag, revision=revision)
+
+    def _untag(self, repository: str, tag: str) -> None:
+        with contextlib.suppress(NotFoundInStoreError), self._faults(f"delete tag {tag}"):
+            self._api.delete_tag(repository, tag=tag)
+
+    def _update_record(self, repository: str, model: Model, wanted: Mapping[str, Version]) -> None:
+        from huggingface_hub import CommitOperationAdd
+
+        record = self._record(model.name)
+        if record is None:
+            return
+        changed = replace(
+            record,
+            description=model.description or record.description,
+            tags={**record.tags, **model.tags},
+            versions=tuple(row.updated(wanted.get(row.version.version)) for row in record.versions),
+        )
+        if changed.to_bytes() == record.to_bytes():
+            return
+        with self._faults(f"update {model.name}"):
+            self._api.create_commit(
+                repository,
+                [CommitOperationAdd(path_in_repo=RECORD, path_or_fileobj=changed.to_bytes())],
+                commit_message="Metadata, by ptbin",
+                revision=MAIN,
+            )
 
     def update(
         self, model: Model, aliases: Mapping[str, str], versions: Iterable[tuple[str, Version]]
     ) -> None:
-        from huggingface_hub import CommitOperationAdd
-
         repository = f"{self._owner}/{model.name}"
-        record = self._record(model.name)
-        if record is not None:
-            wanted = dict(versions)
-            changed = replace(
-                record,
-                description=model.description or record.description,
-                tags={**record.tags, **model.tags},
-                versions=tuple(row.updated(wanted.get(row.version.version)) for row in record.versions),
-            )
-            if changed.to_bytes() != record.to_bytes():
-                with self._faults(f"update {model.name}"):
-                    self._api.create_commit(
-                        repository,
-                        [CommitOperationAdd(path_in_repo=RECORD, path_or_fileobj=changed.to_bytes())],
-                        commit_message="Metadata, by ptbin",
-                        revision=MAIN,
-                    )
+        attempts = Attempts()
+        with attempts.one():
+            self._update_record(repository, model, dict(versions))
         for alias, version in aliases.items():
-            if _REFERENCE.fullmatch(alias):
+            with attempts.one():
                 self._tag(repository, alias, version)
+        attempts.raise_any()
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _name_of_version(tags: Sequence[str], known: Collection[str] | None) -> str | None:
+    """Which of the tags of one commit is the version's; the others are aliases.
+
+    Args:
+        known: what the record of a migration calls its versions; None: there is no record. With one, a tag
+            that looks like no version's may stand alone: an alias, while its version's tag is being moved.
+    """
+    ordered = sorted(tags, key=natural_order)
+    numbered = [tag for tag in ordered if _VERSION_LIKE.fullmatch(tag)]
+    if known is None:
+        # By its looks first: `best` wanders from commit to commit, `v2` does not.
+        return (numbered or ordered)[0]
+    return next((tag for tag in ordered if tag in known), numbered[0] if numbered else None)
+
+
+def _name(version: str, aliases: Mapping[str, str]) -> Name:
+    if version == MAIN:
+        return Name(
+            problem=f"{MAIN} is a branch there and can be no version's tag: give it a tag at the source"
+        )
+    if not _REFERENCE.fullmatch(version):
+        return Name(problem=f"version {version!r} cannot be a tag")
+    if version in aliases:
+        return Name(problem=f"{version} is there already, as an alias of version {aliases[version]}")
+    return Name(version)
+
+
+def _staged(new: Registration) -> dict[str, Path]:
+    """Path in the repository to path here, of all that belongs to the version.
+
+    The folder may be on another machine, or have been cleared, and an empty commit would be a version too.
+    """
+    folder = Path(new.token)
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    wanted = {*new.manifests, *new.files}
+    if missing := sorted(wanted - files.keys()):
+        raise RegistryError(
+            f"{new.version.path}: {len(missing)} of its {len(wanted)} files are not in {folder}, the first "
+            f"is {missing[0]}: run again; workers of a migration to a Hub must share the disk of this one"
+        )
+    # Without `files`, all that is there; with them, nothing that an earlier attempt may have left.
+    return {name: path for name, path in files.items() if not new.files or name in wanted}
