@@ -8,7 +8,7 @@ not put there. What is written over or deleted goes to the backup place first, i
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from prefect import flow
@@ -19,21 +19,23 @@ from pydantic import Field
 
 from flows.access import DEFAULT_REQUESTS, Running, RunSettings, join_run, running
 from flows.batches import cut, iter_batches
-from flows.conversion import Conversion, halves
+from flows.conversion import LOGGED, Conversion, halves
 from flows.fanout import Work, unexamined
 from flows.parameters import described
 from flows.run_record import new_run_id
 from flows.runners import RunnerName
-from flows.tally import Tally
+from flows.tally import LISTED, Tally
 from flows.wishes import MAX_WORKERS, build_options, parse_duration, refuse_secrets
-from ptbin import catalog
 from ptbin.catalog import Job, OutputRule, Problem
+from ptbin.catalog.checks import check_mirror
+from ptbin.catalog.mirroring import alone, excess
 from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
-from ptbin.errors import UsageError
+from ptbin.errors import StorageError, UsageError
+from ptbin.manifest import manifest_uri
 from ptbin.options import ConvertOptions, Layout, Naming, OnUnsafe, OutputFormat, VerifyLevel
 from tasks.listing import list_mirror, work_of
-from tasks.mirroring import back_up_batch, compare_batch, copy_batch, delete_batch, files_of_gone
-from tasks.outcomes import Outcome
+from tasks.mirroring import back_up_batch, compare_batch, copy_batch, delete_batch, find_gone, release_outputs
+from tasks.outcomes import Outcome, one_line
 from tasks.retrying import RETRIES, retry_delay
 
 __all__ = ["MirrorSettings", "Synchronization", "sync"]
@@ -66,13 +68,31 @@ class MirrorSettings:
         self.exclude = tuple(exclude)
 
 
+@dataclass(slots=True)
+class MirrorTally(Tally):
+    """A tally that also names what was deleted: nothing else tells of it afterwards."""
+
+    deleted: list[str] = field(default_factory=list)
+    """Paths below DEST, the first `LISTED`."""
+
+    def summary(self, seconds: float) -> dict[str, Any]:
+        """As a conversion's, with `deleted_paths`."""
+        return Tally.summary(self, seconds) | {"deleted_paths": list(self.deleted)}
+
+
 class Synchronization(Conversion):
     """A conversion that also compares, copies, backs up and deletes."""
 
     artifact_key = "ptbin-sync"
+    tally: MirrorTally
 
     def __init__(
-        self, run: Running, options: ConvertOptions, tally: Tally, fail_fast: bool, mirror: MirrorSettings
+        self,
+        run: Running,
+        options: ConvertOptions,
+        tally: MirrorTally,
+        fail_fast: bool,
+        mirror: MirrorSettings,
     ) -> None:
         super().__init__(run, options, tally, fail_fast)
         self.mirror = mirror
@@ -83,7 +103,9 @@ class Synchronization(Conversion):
         if self.mirror.immutable:
             self._refuse_changes()
         if self.mirror.backup_dir is not None:
-            self._back_up(path for job in self.work.iter_to_do() for path in self.work.present(job))
+            self._back_up()
+        if self.work.rule.layout == "hf":
+            self._release_companions()
         super().run()
         if self.mirror.delete:
             self._delete_gone()
@@ -129,12 +151,44 @@ class Synchronization(Conversion):
     def _refuse_changes(self) -> None:
         """Outputs that are there and differ stay as they are; each is told."""
         for job in list(self.work.iter_to_do()):
-            if self.work.present(job):
-                self.work.refuse(job)
+            if not self.mirror.checksum and self.work.is_only_unproven(job):
+                self.work.settle_current(job)
+            elif self._present(job):
                 detail = f"{job.path} has changed, and {job.dest_uri} is not to be written over"
-                problem = Problem(job.source_uri, "immutable", detail)
-                self.tally.add(job, Outcome(job.path, "failed", "immutable", detail))
-                self._announce(job.path, "failed", problem.reason, problem.detail)
+                self._give_up(job, "immutable", detail)
+
+    def _present(self, job: Job) -> list[str]:
+        """What the job would write over; where that cannot be found out, it is given up, and nothing is."""
+        try:
+            return self.work.present(job)
+        except StorageError as error:
+            self._give_up(job, error.reason, one_line(f"what it would write over is not known: {error}"))
+            return []
+
+    def _give_up(self, job: Job, reason: str, detail: str) -> None:
+        self.work.refuse(job)
+        self.tally.add(job, Outcome(job.path, "failed", reason, detail))
+        self._announce(job.path, "failed", reason, detail)
+
+    def _release_companions(self) -> None:
+        """Take companions off the manifests of outputs that are made anew: the mirror copies them itself.
+
+        Such are outputs that `convert` made; it takes configuration and tokenizer along.
+        """
+        listed: dict[str, list[str]] = {}
+        for job in list(self.work.iter_to_do(copies=False)):
+            try:
+                if names := self.work.copies_listed(job):
+                    listed[manifest_uri(job.dest_uri)] = names
+            except StorageError as error:
+                self._give_up(job, error.reason, one_line(str(error)))
+        if not listed:
+            return
+        self.task_runs += 1
+        failed = release_outputs(self.live.run_id, unexamined(listed))
+        for job in list(self.work.iter_to_do(copies=False)):
+            if (outcome := failed.get(manifest_uri(job.dest_uri))) is not None:
+                self._give_up(job, outcome.reason, outcome.detail)
 
     def _batches(self) -> Iterable[Work]:
         """Conversions first; copies of companions are small and fill the gaps at the end."""
@@ -170,54 +224,66 @@ class Synchronization(Conversion):
 
     # -- files of DEST ----------------------------------------------------------------------------
 
-    def _back_up(self, files: Iterable[str]) -> None:
-        """Copy files to the backup place. A job whose file could not be saved is not done."""
-        named = list(dict.fromkeys(files))
-        failed = self._each_file(back_up_batch, named, "copied", "backed_up", backup=self.mirror.backup_dir)
-        if not failed:
-            return
-        for job in list(self.work.iter_to_do()):
-            lost = failed.keys() & set(self.work.present(job))
-            if lost:
-                outcome = failed[min(lost)]
-                self.work.refuse(job)
-                self.tally.add(job, replace(outcome, path=job.path, kind="failed"))
-                self._announce(job.path, "failed", outcome.reason, f"not backed up: {outcome.detail}")
+    def _back_up(self) -> None:
+        """Copy what is written over to the backup place. A job whose file could not be saved is not done."""
+        owners = {path: job for job in list(self.work.iter_to_do()) for path in self._present(job)}
+        failed = self._each_file(
+            back_up_batch, list(owners), "copied", "backed_up", backup=self.mirror.backup_dir
+        )
+        for job in {owners[path].path: owners[path] for path in failed}.values():
+            outcome = next(failed[path] for path in failed if owners[path].path == job.path)
+            self._give_up(job, outcome.reason, f"not backed up: {outcome.detail}")
 
     def _delete_gone(self) -> None:
         """What earlier runs put there and this one would not, if all went well and it is not too much."""
         tally = self.tally
-        rows = list(self.work.iter_gone(self.mirror.exclude))
-        if not rows or self.running.is_stopping:
+        if self.running.is_stopping:
+            return
+        self.task_runs += 1
+        try:
+            found = find_gone(self.live.run_id, tally.source, list(self.mirror.exclude))
+        except StorageError as error:
+            detail = one_line(f"what is gone from SOURCE is not known: {error}")
+            tally.run_problems.append(Problem(tally.dest, error.reason, f"{detail}; nothing was deleted"))
+            return
+        gone = [item for item in found if not item.kept]
+        changed = [item for item in found if item.kept]
+        for item in changed[:LOGGED]:
+            self.logger.warning("kept %s: %s", item.output, item.kept)
+        tally.kept = len(changed)
+        if not gone:
             return
         if not tally.succeeded:
             self.logger.warning(
-                "%d outputs are gone from SOURCE; nothing is deleted: there were problems", len(rows)
+                "%d outputs are gone from SOURCE; nothing is deleted: there were problems", len(gone)
             )
-            tally.kept = len(rows)
+            tally.kept = len(found)
             return
-        self.task_runs += 1
-        groups = files_of_gone(self.live.run_id, tally.dest, unexamined(rows))
-        if self.mirror.max_delete is not None and len(groups) > self.mirror.max_delete:
-            tally.kept = len(groups)
-            detail = (
-                f"{len(groups)} outputs are gone from SOURCE, more than the {self.mirror.max_delete} allowed"
-            )
-            tally.run_problems.append(Problem(tally.dest, "max_delete", f"{detail}; none was deleted"))
+        if too_many := excess(len(gone), self.mirror.max_delete):
+            tally.kept = len(found)
+            tally.run_problems.append(Problem(tally.dest, "max_delete", too_many))
             return
-        files = [path for group in groups for path in group if not self.work.is_planned(path)]
+        files = list(dict.fromkeys(path for item in gone for path in item.files))
         if self.mirror.backup_dir is not None:
             failed = self._each_file(
                 back_up_batch, files, "copied", "backed_up", backup=self.mirror.backup_dir
             )
             if failed:
-                tally.kept = len(groups)
+                tally.kept = len(found)
                 first = next(iter(failed.values()))
                 tally.run_problems.append(Problem(tally.dest, first.reason, f"not backed up: {first.detail}"))
                 return
         failed = self._each_file(delete_batch, files, "deleted", "deleted")
         for path, outcome in failed.items():
             tally.run_problems.append(Problem(f"{tally.dest}/{path}", outcome.reason, outcome.detail))
+
+    def _note_file(self, outcome: Outcome) -> None:
+        """A deletion leaves nothing but this trace."""
+        if outcome.kind != "deleted":
+            return
+        if len(self.tally.deleted) < LISTED:
+            self.tally.deleted.append(outcome.path)
+            self.lines.append(f"deleted {outcome.path}")
 
     def _each_file(
         self, task: Any, files: Sequence[str], good: str, counter: str, **values: Any
@@ -236,8 +302,10 @@ class Synchronization(Conversion):
                 for outcome in outcomes:
                     if outcome.kind == good:
                         self.tally.files[counter] += 1
+                        self._note_file(outcome)
                     elif outcome.reason and outcome.path not in again:
                         failed[outcome.path] = outcome
+                self._log_lines()
                 if again:
                     yield work(again, retry + 1)
 
@@ -331,10 +399,17 @@ def sync(
         dest_options,
     )
     with join_run(run_id or new_run_id(), source_options, dest_options) as live:
-        catalog.check_call(source, dest, source_options=live.source_options, dest_options=live.dest_options)
-        check_backup(source, dest, backup_dir)
+        check_mirror(
+            source,
+            dest,
+            delete=delete,
+            backup_dir=backup_dir,
+            source_options=live.source_options,
+            dest_options=live.dest_options,
+        )
         with running(live, dest, settings) as run:
             rule = OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout)
+            options = alone(options)
             problems = list_mirror(
                 live.run_id,
                 source,
@@ -346,16 +421,5 @@ def sync(
             )
             if not problems and not work_of(live).count():
                 raise UsageError(f"nothing to mirror below SOURCE: {source}")
-            tally = Tally(live.run_id, source, dest, kind="sync")
+            tally = MirrorTally(live.run_id, source, dest, kind="sync")
             return Synchronization(run, options, tally, fail_fast, mirror).carry_out(problems)
-
-
-def check_backup(source: str, dest: str, backup_dir: str | None) -> None:
-    """Raises UsageError where backups would be taken for something else, or something else for backups."""
-    if backup_dir is None:
-        return
-    own = backup_dir.rstrip("/") + "/"
-    for name, place in (("SOURCE", source), ("DEST", dest)):
-        other = place.rstrip("/") + "/"
-        if own.startswith(other) or other.startswith(own):
-            raise UsageError(f"the backup place and {name} lie in one another: {backup_dir}, {place}")

@@ -1,4 +1,4 @@
-"""Whether a conversion would change anything, by content: for those who do not trust times and ETags.
+"""What a mirror asks of content: would a conversion change anything, is a file a checkpoint at all.
 
 An output is a pure function of its source's bytes and the options, so it is made once more, into nothing but
 a digest, and the digest is held against the manifest. That reads the weights and writes nothing.
@@ -7,11 +7,17 @@ a digest, and the digest is held against the manifest. That reads the weights an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ptbin.conversion import Published
-from ptbin.errors import NotFoundInStoreError, VerificationError
+from ptbin.errors import (
+    CheckpointError,
+    NoStateDictError,
+    NotFoundInStoreError,
+    UnsupportedFormatError,
+    VerificationError,
+)
 from ptbin.manifest import MANIFEST_SUFFIX, dump_manifest, parse_manifest
 from ptbin.options import ConvertOptions
 from ptbin.reading.checkpoint import one_clear_error
@@ -22,7 +28,7 @@ from ptbin.stores import RangeReader, Store, Writer, open_store
 from ptbin.ties import tie_equal_tensors
 from ptbin.writing.outputs import plan_output
 
-__all__ = ["find_unchanged"]
+__all__ = ["find_unchanged", "is_convertible", "release_companions"]
 
 Progress = Callable[[int], None]
 
@@ -82,6 +88,47 @@ def find_unchanged(
         written = store.write_bytes(path + MANIFEST_SUFFIX, dump_manifest(manifest))
         identity = written or store.stat(path + MANIFEST_SUFFIX).identity
     return Published(manifest, identity)
+
+
+def is_convertible(
+    uri: str, options: ConvertOptions, *, source_options: Mapping[str, Any] | None = None
+) -> bool:
+    """Whether a file is a checkpoint, judged by what of it is read before its weights are.
+
+    One that is damaged or unsafe counts as such: it is the conversion that has to say so.
+
+    Raises:
+        StorageError: the store failed.
+    """
+    try:
+        with find_source(uri, source_options).open() as reader, one_clear_error(reader.uri):
+            # Not by the options' selection: a checkpoint without what they ask for is one all the same.
+            read_selected(reader, ConvertOptions(on_unsafe=options.on_unsafe, limits=options.limits))
+    except (NoStateDictError, UnsupportedFormatError):
+        return False
+    except CheckpointError:
+        return True
+    return True
+
+
+def release_companions(
+    manifest_uri: str, names: Collection[str], *, dest_options: Mapping[str, Any] | None = None
+) -> None:
+    """Take files off an output's manifest that are kept by others from now on.
+
+    Else a conversion to the same place would remove them: they are of its output before, and not of its new
+    one.
+
+    Raises:
+        StorageError: the store failed.
+    """
+    store, path = open_store(manifest_uri, dest_options)
+    try:
+        manifest = parse_manifest(store.read_bytes(path), manifest_uri)
+    except (NotFoundInStoreError, VerificationError):
+        return
+    manifest["outputs"] = [output for output in manifest["outputs"] if output["path"] not in names]
+    store.write_bytes(path, dump_manifest(manifest))
 
 
 def _sizes_are_right(store: Store, path: str, manifest: Mapping[str, Any]) -> bool:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ptbin.catalog import Job
-from ptbin.catalog.finished import FinishedRow, row_of, row_of_copy
-from ptbin.comparing import find_unchanged
+from ptbin.catalog.finished import row_of_copy
+from ptbin.catalog.mirroring import Gone, is_reached_plainly, iter_gone
+from ptbin.comparing import find_unchanged, release_companions
 from ptbin.copying import copy_file, same_content
-from ptbin.errors import NotFoundInStoreError, VerificationError
-from ptbin.manifest import MANIFEST_SUFFIX, manifest_uri, parse_manifest
+from ptbin.errors import NotFoundInStoreError
+from ptbin.manifest import manifest_uri
 from ptbin.options import ConvertOptions
 from ptbin.stores import Identity, open_store
 from ptbin.stores.limits import limit_requests
-from tasks.live import Interrupted, LiveRun, Ticket, enter_run
+from tasks.live import Interrupted, LiveRun, Ticket, enter_run, find_live_run
 from tasks.outcomes import Converted, Outcome, outcome_of_error
+from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, worth_retrying
 from tasks.stepping import each
 
-__all__ = ["back_up_batch", "compare_batch", "copy_batch", "delete_batch"]
+__all__ = ["back_up_batch", "compare_batch", "copy_batch", "delete_batch", "find_gone", "release_outputs"]
 
 
 @task(
@@ -159,6 +161,8 @@ def delete_batch(ticket: Ticket, label: str, dest: str, files: Sequence[str]) ->
 
     def delete(path: str) -> Outcome:
         live.moved(0)
+        if not is_reached_plainly(store, folder, path):
+            return Outcome(path, "not_tried")  # a link took its place: what it leads to is not ours
         try:
             with limit_requests(live.requests):
                 store.delete(f"{folder.rstrip('/')}/{path}")
@@ -181,31 +185,42 @@ def _until_stopped(live: LiveRun, files: Sequence[str], do: object) -> list[Outc
     return outcomes + [Outcome(path, "not_tried") for path in files[len(outcomes) :]]
 
 
-@task(name="read manifests of what is gone", cache_policy=NO_CACHE, persist_result=False)
-def files_of_gone(run_id: str, dest: str, rows: Sequence[FinishedRow]) -> list[list[str]]:
-    """The files of each row below DEST, the manifest first; of rows without outputs its manifest is asked."""
-    from tasks.live import find_live_run
-
+@task(
+    name="find what is gone",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_jitter_factor=JITTER,
+    retry_condition_fn=worth_retrying,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def find_gone(run_id: str, source: str, exclude: Sequence[str]) -> list[Gone]:
+    """What earlier runs made of SOURCE and this one would not; reads the manifests of the candidates."""
     live = find_live_run(run_id)
-    store, root = open_store(dest, live.dest_options)
-    found = []
-    for row in rows:
+    assert live.work is not None, "the flow opens a work list first"
+    with limit_requests(live.requests):
+        return list(
+            iter_gone(
+                live.work,
+                source,
+                exclude=exclude,
+                source_options=live.source_options,
+                dest_options=live.dest_options,
+                tick=live.tick,
+            )
+        )
+
+
+@task(name="release companions", cache_policy=NO_CACHE, persist_result=False)
+def release_outputs(run_id: str, listed: Mapping[str, Sequence[str]]) -> dict[str, Outcome]:
+    """Take the names off each manifest, by its URI; what went wrong, by the same."""
+    live = find_live_run(run_id)
+    failed = {}
+    for uri, names in listed.items():
         live.tick()
-        outputs = row.outputs
-        if not outputs:
-            path = f"{root.rstrip('/')}/{row.manifest}"
-            try:
-                data, _ = store.read_identified(path)
-                known = row_of(parse_manifest(data, store.uri_of(path)), row.manifest, "asked")
-                outputs = known.outputs if known is not None else ()
-            except (NotFoundInStoreError, VerificationError):
-                continue  # not one of ours
-        folder = row.manifest[: -len(row.manifest.rsplit("/", 1)[-1])]
-        named = [row.manifest] + [folder + name for name, _ in outputs if _is_inside(name)]
-        found.append(list(dict.fromkeys(named)))
-    return found
-
-
-def _is_inside(name: str) -> bool:
-    """A manifest's word is not enough to delete something beside its folder."""
-    return not name.startswith("/") and ".." not in name.split("/") and not name.endswith(MANIFEST_SUFFIX)
+        try:
+            with limit_requests(live.requests):
+                release_companions(uri, names, dest_options=live.dest_options)
+        except Exception as error:  # noqa: BLE001 - as in `_copy`
+            failed[uri] = outcome_of_error(uri, error)
+    return failed

@@ -30,9 +30,9 @@ Examples:
   ptbin sync runs/ mirror/ --include 'figures/**' --exclude 'debug/**'
 
 Checkpoints are converted as `ptbin convert` does; beside them go their companions (configuration, tokenizer,
-README, licence, *.json, *.yaml, ...) and what --include names, as they are. A second run with nothing changed
-does nothing. Nothing is deleted unless asked for, never when anything failed, and never what ptbin did not
-put there.
+README, licence, *.json, *.yaml, ...) and what else --include names, as they are. A second run with nothing
+changed does nothing. Nothing is deleted unless asked for, never when anything failed, and never what ptbin
+did not make of SOURCE.
 
 \b
 Exit status: 0 all in step; 1 some were rejected or failed; 2 the call was wrong,
@@ -74,22 +74,26 @@ def sync_command(
     naming, wishes = split_wishes(values)
     carrying_out, shared = split_options(values)
     options = build_options(**wishes)
-    from ptbin import catalog
+    # First of all: what refuses the call otherwise may name SOURCE as it was written.
+    refuse_secrets(source, dest, *([backup_dir] if backup_dir else []))
+    if max_delete is not None and not delete:
+        raise UsageError("--max-delete means nothing without --delete")
+    from ptbin.catalog.checks import check_mirror
 
-    catalog.check_call(
+    check_mirror(
         source,
         dest,
+        delete=delete,
+        backup_dir=backup_dir,
         source_options=shared.source_options,
         dest_options=shared.dest_options,
         writes=not dry_run,
     )
-    if max_delete is not None and not delete:
-        raise UsageError("--max-delete means nothing without --delete")
-    refuse_secrets(source, dest, *([backup_dir] if backup_dir else []))
     if dry_run:
         return _print_plan(
             source, dest, include, exclude, naming, options, shared,
-            delete=delete, checksum=checksum, immutable=immutable, backs_up=backup_dir is not None,
+            delete=delete, max_delete=max_delete, checksum=checksum, immutable=immutable,
+            backs_up=backup_dir is not None,
         )  # fmt: skip
     from flows.cli.on_prefect import run_flow
     from flows.run_record import new_run_id
@@ -126,6 +130,7 @@ def _print_plan(
     shared: Shared,
     *,
     delete: bool,
+    max_delete: int | None,
     checksum: bool,
     immutable: bool,
     backs_up: bool,
@@ -133,11 +138,12 @@ def _print_plan(
     """What a run would do, found as a run finds it; nothing is written, not even a lease."""
     from ptbin.catalog import OutputRule
     from ptbin.catalog.finished import read_finished
-    from ptbin.catalog.mirroring import copied_along
+    from ptbin.catalog.mirroring import alone, copied_along, excess, iter_gone
     from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
     from ptbin.catalog.worklist import WorkList
 
     rule = OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout)
+    options = alone(options)
     with closing(WorkList(dest, dest_options=shared.dest_options)) as work:
         problems = work.plan(
             source,
@@ -160,20 +166,42 @@ def _print_plan(
             for job in asked
         ]
         work.answer(asked, [row for row in rows if row is not None], options)
+        if immutable:
+            for job in list(work.iter_to_do()):
+                if work.is_only_unproven(job):
+                    work.settle_current(job)
         jobs = sorted(work.iter_to_do(), key=lambda job: job.path)
-        changed = {job.path: work.present(job) for job in jobs}
-        gone = [row.manifest for row in work.iter_gone(exclude)] if delete else []
+        changed = {job.dest_uri: work.present(job) for job in jobs}
+        found = []
+        if delete:
+            found = list(
+                iter_gone(
+                    work,
+                    source,
+                    exclude=exclude,
+                    source_options=shared.source_options,
+                    dest_options=shared.dest_options,
+                )
+            )
         current = work.count_current()
-    refused = [job for job in jobs if immutable and changed[job.path]]
+    refused = [job for job in jobs if immutable and changed[job.dest_uri]]
+    told = [problem.to_json() for problem in problems]
+    told += [{"source": job.source_uri, "reason": "immutable", "detail": job.dest_uri} for job in refused]
+    gone = [item for item in found if not item.kept]
+    if gone and (too_many := excess(len(gone), max_delete)):
+        told.append({"source": dest, "reason": "max_delete", "detail": too_many})
+    # As a run does: with a problem nothing is deleted.
+    deleted = [] if told else list(dict.fromkeys(path for item in gone for path in item.files))
+    saved = sorted({path for job in jobs if job not in refused for path in changed[job.dest_uri]}) + deleted
     plan: dict[str, Any] = {
         "dry_run": True,
         "convert": [_line(job) for job in jobs if not job.copies and job not in refused],
         "copy": [_line(job) for job in jobs if job.copies and job not in refused],
         "up_to_date": current,
-        "delete": gone,
-        "back_up": sorted(path for paths in changed.values() for path in paths) + gone if backs_up else [],
-        "problems": [problem.to_json() for problem in problems]
-        + [{"source": job.source_uri, "reason": "immutable", "detail": job.dest_uri} for job in refused],
+        "delete": deleted,
+        "keep": [item.output for item in found if item.kept or told],
+        "back_up": saved if backs_up else [],
+        "problems": told,
     }
     if shared.as_json:
         print_json(plan)
@@ -193,7 +221,9 @@ def _plan_lines(plan: dict[str, Any], *, compares: bool) -> list[str]:
         for what in ("convert", "copy")
         for item in plan[what]
     ]
-    rows += [(what.replace("_", " "), "", path) for what in ("back_up", "delete") for path in plan[what]]
+    rows += [
+        (what.replace("_", " "), "", path) for what in ("back_up", "delete", "keep") for path in plan[what]
+    ]
     rows += [("refuse", item["reason"], item["source"]) for item in plan["problems"]]
     counts = ", ".join(
         f"{name} {len(plan[key])}"

@@ -8,6 +8,7 @@ the files that may be parts of a checkpoint of several files.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from ptbin.folders import Group, Grouping, is_folder_part
 from ptbin.manifest import MANIFEST_SUFFIX
 from ptbin.sources import find_source
 from ptbin.stores import ListedObject, is_partial_name, open_store
+from ptbin.stores.local import LocalStore
 
 __all__ = ["OWN_FOLDER", "SHARD_NUMBER", "find_checkpoints", "find_manifests", "find_one", "find_orphans"]
 
@@ -36,6 +38,7 @@ def find_checkpoints(
     storage_options: Mapping[str, Any] | None = None,
     is_other: Callable[[ListedObject], bool] = lambda _: False,
     other: Callable[[ListedObject], object] = lambda _: None,
+    broken: Callable[[str], object] | None = None,
 ) -> Iterator[Found]:
     """Candidates at or below SOURCE: one file, a directory or prefix, or a glob.
 
@@ -43,6 +46,7 @@ def find_checkpoints(
         include: globs on the path below SOURCE; where given, they decide alone what is a candidate.
         exclude: globs that take candidates away.
         is_other: says of a file that belongs to no group whether it is handed to `other` and is no candidate.
+        broken: told of each symbolic link that leads nowhere, unless `exclude` takes it away.
 
     Raises:
         NotFoundInStoreError: SOURCE does not exist.
@@ -52,7 +56,20 @@ def find_checkpoints(
     if pattern is None and not store.is_directory(path):
         yield find_one(source, storage_options=storage_options)
         return
-    for found in _grouped(item for item in store.iter_objects(path) if not _is_our_own(item.path)):
+
+    def tell(link: str) -> None:
+        name = os.path.relpath(link, path)
+        # What the link was, a file or a folder, nobody knows: `run1/**` speaks of the latter.
+        if broken is not None and not any(
+            matches(name, glob) or matches(f"{name}/", glob) for glob in exclude
+        ):
+            broken(link)
+
+    if broken is not None and isinstance(store, LocalStore):
+        listed = store.iter_objects(path, broken=tell)
+    else:
+        listed = store.iter_objects(path)
+    for found in _grouped(item for item in listed if not _is_our_own(item.path)):
         if isinstance(found, ListedObject):
             if pattern is None or matches(f"/{found.path}", pattern):
                 if is_other(found) and not any(matches(found.path, glob) for glob in exclude):

@@ -56,6 +56,8 @@ class FinishedRow:
         digest: of source and options (`job_digest`).
         level: of its proof.
         outputs: (path relative to the manifest's folder, size in bytes) of each.
+        source: URI of what it was made of. A row of a copy has it, for a copy has no manifest to tell;
+            rows that earlier versions wrote of conversions do not.
     """
 
     manifest: str
@@ -63,15 +65,23 @@ class FinishedRow:
     digest: str
     level: str
     outputs: tuple[tuple[str, int], ...]
+    source: str = ""
+
+    @property
+    def is_copy(self) -> bool:
+        """Of a file that was copied as it was."""
+        return not self.manifest.endswith(MANIFEST_SUFFIX)
 
     def to_json(self) -> list[Any]:
-        return [self.manifest, self.identity, self.digest, self.level, *map(list, self.outputs)]
+        own = [self.source] if self.source else []
+        return [self.manifest, self.identity, self.digest, self.level, *map(list, self.outputs), *own]
 
     @classmethod
     def from_json(cls, data: Any) -> FinishedRow:
         """Raises ValueError where `data` is not what `to_json` writes."""
         if not isinstance(data, list) or len(data) < 5:
             raise ValueError("no row")
+        source = data.pop() if isinstance(data[-1], str) and len(data) > 5 else ""
         texts, outputs = data[:4], data[4:]
         if not all(isinstance(text, str) for text in texts) or texts[3] not in LEVELS:
             raise ValueError("no row")
@@ -81,7 +91,11 @@ class FinishedRow:
             if not (isinstance(pair[0], str) and type(pair[1]) is int):
                 raise ValueError("no row")
         manifest, identity, digest, level = texts
-        return cls(manifest, identity, digest, level, tuple((path, size) for path, size in outputs))
+        row = cls(manifest, identity, digest, level, tuple((path, size) for path, size in outputs), source)
+        if row.is_copy and not source:
+            # An early version wrote it. Without it the copy is compared once more, and remembered with one.
+            raise ValueError("a copy of nobody knows what")
+        return row
 
     def is_enough(self, options: ConvertOptions) -> bool:
         """Whether its proof is at least the one asked for."""
@@ -113,7 +127,7 @@ def row_of_copy(job: Job, path: str, identity: Identity) -> FinishedRow | None:
     if job.identity is None or not identity_text(identity):
         return None
     own = ((job.dest_uri.rpartition("/")[2], job.source_size),)
-    return FinishedRow(path, identity_text(identity), _digest(job, "copy"), "load", own)
+    return FinishedRow(path, identity_text(identity), _digest(job, "copy"), "load", own, job.source_uri)
 
 
 def row_of(manifest: Mapping[str, Any], path: str, identity: str) -> FinishedRow | None:
@@ -130,7 +144,7 @@ def row_of(manifest: Mapping[str, Any], path: str, identity: str) -> FinishedRow
         source.get("uri", ""), source["size"], source.get("identity"), manifest["options_fingerprint"]
     )
     outputs = tuple((output["path"], output["size"]) for output in manifest["outputs"])
-    return FinishedRow(path, identity, digest, level, outputs)
+    return FinishedRow(path, identity, digest, level, outputs, str(source.get("uri", "")))
 
 
 def read_finished(

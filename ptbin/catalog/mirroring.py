@@ -1,16 +1,48 @@
-"""What a mirror does with files that are no checkpoints. Pure."""
+"""What a mirror does beside converting: which other files go along, and what of DEST it may delete.
+
+An output belongs to a mirror if it was made of a file below its SOURCE and lies where this mirror would put
+it. Whatever else lies in DEST is somebody's, even with a manifest of ptbin's beside it: the outputs of
+another conversion, a copy that was made by hand, files behind a symbolic link. Costs, for each candidate: a
+read of its manifest, and a look at each file that it lists.
+"""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from ptbin.catalog.checks import real_place
+from ptbin.catalog.finding import SHARD_NUMBER
+from ptbin.catalog.finished import identity_text
 from ptbin.catalog.globs import matches
-from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, suffix_of
+from ptbin.catalog.planning import relative_output
+from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, OTHER_SUFFIXES, suffix_of
+from ptbin.errors import LimitExceededError, NotFoundInStoreError, VerificationError
+from ptbin.folders import INDEX_SUFFIX
+from ptbin.manifest import MANIFEST_SUFFIX, parse_manifest
+from ptbin.options import ConvertOptions
+from ptbin.provenance import STATEMENT_SUFFIX, dump_statement, statement_of
 from ptbin.sidecars import PATTERNS
-from ptbin.stores import ListedObject
+from ptbin.stores import Identity, ListedObject, Store, open_store
 
-__all__ = ["COMPANIONS", "copied_along"]
+if TYPE_CHECKING:
+    from ptbin.catalog.worklist import WorkList
+
+__all__ = [
+    "COMPANIONS",
+    "Gone",
+    "alone",
+    "copied_along",
+    "excess",
+    "is_doubtful",
+    "is_reached_plainly",
+    "is_sidecar",
+    "iter_gone",
+]
 
 COMPANIONS = (
     *PATTERNS,
@@ -19,20 +51,263 @@ COMPANIONS = (
 )
 """Names of what belongs to models beside their weights, whatever the folder."""
 
+CHUNK_NBYTES = 1 << 20
+
 
 def copied_along(include: Sequence[str]) -> Callable[[ListedObject], bool]:
     """Says of a file below SOURCE whether it goes along as it is: a model's companion, or one of `include`.
 
-    What by its name is a checkpoint is never copied: it is converted.
+    What by its name may be a checkpoint is one of them only where `include` says so, and then its content
+    decides (`is_doubtful`).
     """
 
     def is_copied(item: ListedObject) -> bool:
-        name = item.path.rpartition("/")[2]
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS):
+        if _is_companion(item.path):
             return True
-        if suffix_of(name) in CHECKPOINT_SUFFIXES or not name.isprintable():
-            return False
-        wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANIONS)
-        return wanted or any(matches(item.path, glob) for glob in include)
+        return item.path.isprintable() and any(matches(item.path, glob) for glob in include)
 
     return is_copied
+
+
+def alone(options: ConvertOptions) -> ConvertOptions:
+    """A mirror's options, once `OutputRule` has taken the layout: no conversion takes companions along.
+
+    They are copied by themselves. Of two owners of one file each would undo what the other did.
+    """
+    return options.replace(layout="mirror")
+
+
+def is_doubtful(item: ListedObject) -> bool:
+    """Whether a file that is to go along may be a checkpoint: such are looked into, and converted."""
+    return not _is_companion(item.path) and suffix_of(item.path.rpartition("/")[2]) not in OTHER_SUFFIXES
+
+
+def _is_companion(path: str) -> bool:
+    name = path.rpartition("/")[2]
+    if is_sidecar(name):
+        return True
+    if suffix_of(name) in CHECKPOINT_SUFFIXES or not name.isprintable():
+        return False
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANIONS)
+
+
+def is_sidecar(name: str) -> bool:
+    """Whether Hugging Face's libraries look for a file of this name beside a model's weights."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS)
+
+
+# -- what SOURCE no longer has -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """An output or a copy of this mirror that this run would not make.
+
+    Attributes:
+        output: its path below DEST.
+        files: all that belongs to it, paths below DEST, the manifest first.
+        kept: why none of it may be deleted; empty where all of it may.
+    """
+
+    output: str
+    files: tuple[str, ...]
+    kept: str = ""
+
+
+def iter_gone(
+    work: WorkList,
+    source: str,
+    *,
+    exclude: Sequence[str] = (),
+    source_options: Mapping[str, Any] | None = None,
+    dest_options: Mapping[str, Any] | None = None,
+    tick: Callable[[], object] = lambda: None,
+) -> Iterator[Gone]:
+    """What earlier runs made of SOURCE and the planned one would not. What is excluded is passed over.
+
+    Raises:
+        StorageError: DEST could not be read.
+    """
+    mirror = _Mirror(work, source, exclude, source_options, dest_options)
+    for path in work.iter_unexplained():
+        tick()
+        found = mirror.examine(path)
+        if found is not None:
+            yield found
+
+
+def excess(count: int, most: int | None) -> str:
+    """Why so many are not deleted; empty where they may be."""
+    if most is None or count <= most:
+        return ""
+    return f"{count} outputs are gone from SOURCE, more than the {most} allowed; none was deleted"
+
+
+def is_reached_plainly(store: Store, root: str, path: str) -> bool:
+    """Whether `path` below `root` is what its name says: no symbolic link, and none on the way to it."""
+    if store.protocol != "file":
+        return True
+    place = os.path.join(os.path.realpath(root), path)
+    return os.path.realpath(place) == place
+
+
+class _Mirror:
+    """One SOURCE and its DEST, and what in the one comes from the other."""
+
+    def __init__(
+        self,
+        work: WorkList,
+        source: str,
+        exclude: Sequence[str],
+        source_options: Mapping[str, Any] | None,
+        dest_options: Mapping[str, Any] | None,
+    ) -> None:
+        self._work = work
+        self._rule = work.rule
+        self._exclude = exclude
+        store, path = open_store(source, source_options)
+        self._root = real_place(store, path)
+        self._is_local = store.protocol == "file"
+        self._roots: dict[str, bool] = {}
+        self._store, self._dest = open_store(work.dest, dest_options)
+
+    def examine(self, path: str) -> Gone | None:
+        """What is to be said of a manifest or a copy at `path` below DEST; None: it is not this mirror's."""
+        if self._work.is_planned(path):
+            return None  # by a name that differs in case: DEST may not tell the two apart
+        if path.endswith(MANIFEST_SUFFIX):
+            return self._examine_output(path)
+        rows = self._work.rows_of(path)
+        names = [self._name_of(row.source, lambda name: self._is_copy_at(name, path)) for row in rows]
+        if None in names or any(self._is_excluded(name or "", path) for name in names):
+            return None
+        if not is_reached_plainly(self._store, self._dest, path):
+            return Gone(path, (path,), f"{path} lies behind a symbolic link")
+        try:
+            if identity_text(self._store.stat(self._at(path)).identity) != rows[0].identity:
+                return Gone(path, (path,), f"{path} has changed since it was copied")
+        except NotFoundInStoreError:
+            return None
+        return Gone(path, (path,))
+
+    def _examine_output(self, path: str) -> Gone | None:
+        output = path.removesuffix(MANIFEST_SUFFIX)
+        for row in self._work.rows_of(path):
+            if row.source and self._source_of(row.source, output) is None:
+                return None  # without a read: a run on another SOURCE made it
+        try:
+            data, made = self._store.read_identified(self._at(path))
+            manifest = parse_manifest(data, self._store.uri_of(self._at(path)))
+        except (NotFoundInStoreError, VerificationError, LimitExceededError):
+            return None  # not one of ours
+        name = self._source_of(str(manifest["source"].get("uri", "")), output)
+        if name is None or self._is_excluded(name, output):
+            return None
+        files, kept = self._files_of(output, manifest, made)
+        return Gone(output, (path, *files), kept)
+
+    # -- whose it is -----------------------------------------------------------------------------
+
+    def _source_of(self, uri: str, output: str) -> str | None:
+        rule = self._rule
+        return self._name_of(
+            uri, lambda name: relative_output(name, rule.naming, rule.suffix, rule.layout) == output
+        )
+
+    def _is_copy_at(self, name: str, path: str) -> bool:
+        return path in (name, self._rule.beside_weights(name, path))
+
+    def _name_of(self, uri: str, fits: Callable[[str], bool]) -> str | None:
+        """What `uri` is called below SOURCE, if it lies there, by whatever name SOURCE then had, and fits."""
+        if self._is_local:
+            uri = uri.removeprefix("file://")
+            if not uri.startswith("/"):
+                return None
+        uri = uri.rstrip("/")
+        cut = uri.rfind("/")
+        while cut >= 0:
+            if fits(uri[cut + 1 :]) and self._is_root(uri[:cut]):
+                return uri[cut + 1 :]
+            cut = uri.rfind("/", 0, cut)
+        # A folder that is one checkpoint, and SOURCE itself, is called by its own name (`find_checkpoints`).
+        name = uri.rpartition("/")[2]
+        return name if fits(name) and self._is_root(uri) else None
+
+    def _is_root(self, place: str) -> bool:
+        if place not in self._roots:
+            real = os.path.realpath(place or "/").rstrip("/") if self._is_local else place.rstrip("/")
+            self._roots[place] = real == self._root
+        return self._roots[place]
+
+    def _is_excluded(self, *paths: str) -> bool:
+        return any(matches(path, glob) for path in paths for glob in self._exclude)
+
+    # -- whether it is what was made -------------------------------------------------------------
+
+    def _files_of(
+        self, output: str, manifest: Mapping[str, Any], made: Identity
+    ) -> tuple[tuple[str, ...], str]:
+        """The files of an output that are there and that this run would not write; why it has to stay."""
+        folder, slash, base = output.rpartition("/")
+        files = []
+        kept = ""
+        if not is_reached_plainly(self._store, self._dest, output + MANIFEST_SUFFIX):
+            kept = f"{output} lies behind a symbolic link"
+        for listed in manifest["outputs"]:
+            name = listed["path"]
+            path = f"{folder}{slash}{name}"
+            if self._work.is_planned(path):
+                continue
+            if not _is_named_after(name, base):
+                return (), f"its manifest lists {name}, which is not named after it"
+            try:
+                kept = kept or self._difference(path, listed, made)
+            except NotFoundInStoreError:
+                continue
+            files.append(path)
+        if "provenance" in manifest and self._is_statement(output + STATEMENT_SUFFIX, manifest):
+            files.append(output + STATEMENT_SUFFIX)
+        return tuple(files), kept
+
+    def _difference(self, path: str, listed: Mapping[str, Any], made: Identity) -> str:
+        """Why the file at `path` is not the one that the manifest lists; empty where it is."""
+        if not is_reached_plainly(self._store, self._dest, path):
+            return f"{path} lies behind a symbolic link"
+        stat = self._store.stat(self._at(path))
+        if stat.size != listed["size"]:
+            return f"{path} is {stat.size} bytes long and no longer {listed['size']}: it is not what was made"
+        # Manifests are written last. A file that is younger than its own has been touched or replaced since.
+        if _is_younger(stat.identity, made) and self._sha256(path) != listed.get("sha256"):
+            return f"{path} was written after its manifest, with other content: it is not what was made"
+        return ""
+
+    def _sha256(self, path: str) -> str:
+        digest = hashlib.sha256()
+        with self._store.open_reader(self._at(path)) as reader:
+            for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def _is_statement(self, path: str, manifest: Mapping[str, Any]) -> bool:
+        """A statement is made of the manifest alone, so one look tells whether it is this output's."""
+        try:
+            expected = dump_statement(statement_of(manifest))
+            return self._store.read_bytes(self._at(path)) == expected
+        except (NotFoundInStoreError, LimitExceededError, LookupError, TypeError):
+            return False
+
+    def _at(self, path: str) -> str:
+        return f"{self._dest.rstrip('/')}/{path}"
+
+
+def _is_named_after(name: str, base: str) -> bool:
+    """Whether an output called `base` may have a file called `name`: a manifest's word is not enough."""
+    return SHARD_NUMBER.sub("", name) == base or name == base + INDEX_SUFFIX or is_sidecar(name)
+
+
+def _is_younger(one: Identity, other: Identity) -> bool:
+    """By modification times, where the store tells things apart by these (`<nanoseconds>-<size>`)."""
+    if one.kind != "mtime" or other.kind != "mtime":
+        return False
+    first, second = (identity.value.partition("-")[0] for identity in (one, other))
+    return first.isdecimal() and second.isdecimal() and int(first) > int(second)

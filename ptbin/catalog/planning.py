@@ -83,6 +83,20 @@ class OutputRule:
             item.uri, item.size, f"{self.base}/{item.path}", item.path, True, item.identity, copies=True
         )
 
+    def beside_weights(self, path: str, output: str) -> str | None:
+        """Where in layout `hf` a second copy of a file of SOURCE goes, for weights put at or beside `output`.
+
+        None where the weights' folder is not one that this layout adds: there the first copy serves.
+        """
+        if self.layout != "hf":
+            return None
+        folder = output.rpartition("/")[0]
+        above, slash, name = path.rpartition("/")
+        if not folder or folder.rpartition("/")[0] != above:
+            return None
+        del slash
+        return f"{folder}/{name}"
+
     def relative(self, job: Job) -> str:
         """Path of the job's output below DEST."""
         return job.dest_uri[len(self.base) + 1 :]

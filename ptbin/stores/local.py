@@ -58,11 +58,14 @@ class LocalStore(Store):
         except OSError as error:
             raise fault(error, "read", path) from error
 
-    def iter_objects(self, path: str) -> Iterator[ListedObject]:
+    def iter_objects(
+        self, path: str, *, broken: Callable[[str], object] = lambda _: None
+    ) -> Iterator[ListedObject]:
         """Depth first, by name. Symbolic links are followed, but never back into a directory above.
 
         Broken links, files that vanish meanwhile, pipes and devices are passed over. A directory that
-        may not be read raises AccessDeniedError: passing it over would hide checkpoints.
+        may not be read raises AccessDeniedError: passing it over would hide checkpoints. `broken` is told of
+        each link that leads nowhere (its path), for those who must not take what was below it for gone.
         """
         if not os.path.isdir(path):
             return
@@ -89,6 +92,8 @@ class LocalStore(Store):
                 status = entry.stat()
             except OSError as error:
                 if error.errno in (errno.ENOENT, errno.ELOOP):
+                    if entry.is_symlink():
+                        broken(entry.path)
                     continue
                 with mapped_faults("list", entry.path):
                     raise

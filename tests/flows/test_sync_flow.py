@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,11 +66,17 @@ class Mirror:
         store, folder = self.place(name)
         return store.read_bytes(f"{folder}/{path}")
 
-    def sync(self, **parameters: Any) -> dict[str, Any]:
+    def forget(self) -> None:
+        """Lose the index of finished work."""
+        store, folder = self.place("dest")
+        for item in list(store.iter_objects(f"{folder}/_ptbin/index")):
+            store.delete(f"{folder}/_ptbin/index/{item.path}")
+
+    def sync(self, source: str = "source", **parameters: Any) -> dict[str, Any]:
         """The summary's counts that are not zero."""
         with open_live_run(LiveRun(new_run_id(), self.options, self.options)) as live:
             state = sync(
-                f"{self.root}/source",
+                f"{self.root}/{source}",
                 f"{self.root}/dest",
                 run_id=live.run_id,
                 return_state=True,
@@ -172,9 +182,7 @@ def test_delete_takes_away_what_is_gone_and_nothing_that_ptbin_did_not_put_there
 
 def test_delete_knows_its_outputs_without_the_index(mirror: Mirror) -> None:
     mirror.sync()
-    store, folder = mirror.place("dest")
-    for item in list(store.iter_objects(f"{folder}/_ptbin/index")):
-        store.delete(f"{folder}/_ptbin/index/{item.path}")
+    mirror.forget()
     mirror.drop("bert/step1.pt")
     assert mirror.sync(delete=True)["deleted"] == 2
     assert not {"bert/step1.bin", "bert/step1.bin.manifest.json"} & mirror.files()
@@ -212,6 +220,149 @@ def test_a_manifest_that_names_files_elsewhere_deletes_none_of_them(mirror: Mirr
     mirror.put("old/x.bin.manifest.json", json.dumps(manifest).encode(), "dest")
     mirror.sync(delete=True)
     assert "precious.bin" in mirror.files()
+    # Nor files beside it that are called otherwise than it is.
+    mirror.put("gpt/mine.bin", b"not yours", "dest")
+    manifest["outputs"][0] |= {"path": "mine.bin", "size": 9}
+    mirror.put("gpt/last.bin.manifest.json", json.dumps(manifest).encode(), "dest")
+    mirror.drop("gpt/last.ckpt")
+    assert mirror.sync(delete=True)["kept"] == 1
+    assert {"gpt/mine.bin", "gpt/last.bin.manifest.json"} <= mirror.files()
+
+
+def test_a_source_inside_dest_is_refused(mirror: Mirror) -> None:
+    mirror.put("in/a.pt", mirror.blank, "dest")
+    before = mirror.files()
+    with pytest.raises(UsageError, match="inside the destination"):
+        mirror.sync(source="dest/in", delete=True)
+    assert mirror.files() == before
+
+
+def test_outputs_of_another_conversion_into_dest_stay(mirror: Mirror) -> None:
+    mirror.sync()
+    mirror.put("other/x.pt", mirror.blank, "elsewhere")
+    mirror.put("other/config.json", b"{}", "elsewhere")
+    mirror.sync(source="elsewhere")
+    theirs = {"other/x.bin", "other/x.bin.manifest.json", "other/config.json"}
+    assert mirror.sync(delete=True) == {"up_to_date": 5}
+    mirror.forget()
+    assert mirror.sync(delete=True) == {"up_to_date": 5}
+    assert mirror.files() == OUTPUTS | COMPANIONS | theirs
+
+
+def test_a_copy_made_by_hand_stays(mirror: Mirror) -> None:
+    mirror.sync()
+    for name in ("last.bin", "last.bin.manifest.json"):
+        mirror.put(f"keep/{name}", mirror.read(f"gpt/{name}"), "dest")
+    mirror.drop("gpt/last.ckpt")
+    assert mirror.sync(delete=True)["deleted"] == 2
+    assert {"keep/last.bin", "keep/last.bin.manifest.json"} <= mirror.files()
+
+
+def test_nothing_is_deleted_through_a_symbolic_link(mirror: Mirror, tmp_path: Path) -> None:
+    if mirror.options:
+        pytest.skip("S3 has no links")
+    mirror.sync()
+    shutil.move(tmp_path / "dest" / "gpt", tmp_path / "disk")
+    (tmp_path / "dest" / "gpt").symlink_to(tmp_path / "disk")
+    mirror.drop("gpt/last.ckpt")
+    mirror.drop("gpt/README.md")
+    assert mirror.sync(delete=True) == {"up_to_date": 3, "kept": 2}
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == {
+        "last.bin", "last.bin.manifest.json", "README.md",
+    }  # fmt: skip
+
+
+def test_a_source_by_another_spelling_is_the_same_source(
+    mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not mirror.options:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "alias").symlink_to("source")
+    mirror.sync(source="source/")
+    for path in ("gpt/last.ckpt", "gpt/README.md"):
+        mirror.drop(path)
+    if mirror.options:
+        assert mirror.sync(delete=True)["deleted"] == 3
+        return
+    monkeypatch.setattr(mirror, "root", ".")
+    assert mirror.sync(source="alias", delete=True)["deleted"] == 3
+
+
+def test_exclude_protects_by_the_name_at_the_source_or_of_the_output(mirror: Mirror) -> None:
+    mirror.sync()
+    for path in ("gpt/last.ckpt", "bert/step1.pt", "gpt/README.md"):
+        mirror.drop(path)
+    assert mirror.sync(delete=True, exclude=["*.ckpt", "step1.bin"]) == {"up_to_date": 2, "deleted": 1}
+    assert mirror.files() == OUTPUTS | {"bert/config.json", "bert/tokenizer.model"}
+    # Manifests are no names of anybody's files.
+    assert mirror.sync(delete=True, exclude=["*.json"])["deleted"] == 4
+
+
+@pytest.mark.parametrize("source", ["source/gpt/last.ckpt", "source/**/*.ckpt"])
+def test_delete_needs_a_whole_folder_as_source(mirror: Mirror, source: str) -> None:
+    mirror.sync()
+    with pytest.raises(UsageError, match="--delete needs a directory or prefix"):
+        mirror.sync(source=source, delete=True)
+    assert mirror.files() == OUTPUTS | COMPANIONS
+
+
+@pytest.mark.parametrize("target", ["nowhere", "gpt"])
+def test_a_link_that_leads_nowhere_is_told_and_nothing_is_deleted(
+    mirror: Mirror, tmp_path: Path, target: str
+) -> None:
+    if mirror.options:
+        pytest.skip("S3 has no links")
+    mirror.sync()
+    shutil.rmtree(tmp_path / "source" / "gpt")
+    (tmp_path / "source" / "gpt").symlink_to(target)
+    assert mirror.sync(delete=True) == {"up_to_date": 3, "rejected": 1, "kept": 2}
+    assert mirror.reasons() == ["storage_error"]
+    assert mirror.files() == OUTPUTS | COMPANIONS
+    # What is excluded need not be there.
+    assert mirror.sync(delete=True, exclude=["gpt/**"]) == {"up_to_date": 3}
+
+
+@pytest.mark.parametrize("size", ["another", "the same"])
+def test_somebody_elses_file_under_the_name_of_an_output_stays(
+    mirror: Mirror, size: str, tmp_path: Path
+) -> None:
+    mirror.sync()
+    old = mirror.read("gpt/last.bin")
+    mirror.drop("gpt/last.ckpt")
+    if size == "another":
+        mirror.put("gpt/last.bin", b"fine-tuned for weeks", "dest")
+    elif mirror.options:
+        pytest.skip("S3's listings and manifests have no common mark of the content but the size")
+    else:
+        time.sleep(0.02)
+        mirror.put("gpt/last.bin", bytes(len(old)), "dest")
+    assert mirror.sync(delete=True) == {"up_to_date": 4, "kept": 1}
+    assert mirror.files() == OUTPUTS | COMPANIONS
+
+
+def test_an_output_that_was_only_touched_is_still_deleted(mirror: Mirror, tmp_path: Path) -> None:
+    if mirror.options:
+        pytest.skip("nobody sets the times of S3")
+    mirror.sync()
+    os.utime(tmp_path / "dest" / "gpt" / "last.bin")
+    mirror.drop("gpt/last.ckpt")
+    assert mirror.sync(delete=True)["deleted"] == 2
+
+
+def test_the_statement_of_an_output_goes_with_it(mirror: Mirror) -> None:
+    mirror.sync(provenance=True)
+    assert "gpt/last.bin.intoto.json" in mirror.files()
+    mirror.drop("gpt/last.ckpt")
+    assert mirror.sync(provenance=True, delete=True)["deleted"] == 3
+    assert not any(path.startswith("gpt/last") for path in mirror.files())
+
+
+def test_what_was_deleted_is_named_in_the_run_record(mirror: Mirror) -> None:
+    mirror.sync()
+    mirror.drop("gpt/last.ckpt")
+    mirror.sync(delete=True)
+    record = json.loads(mirror.read(f"_ptbin/runs/{mirror.summary['run_id']}/run.json"))
+    assert sorted(record["deleted_paths"]) == ["gpt/last.bin", "gpt/last.bin.manifest.json"]
 
 
 def test_immutable_outputs_stay_and_are_told(mirror: Mirror) -> None:
@@ -222,6 +373,11 @@ def test_immutable_outputs_stay_and_are_told(mirror: Mirror) -> None:
     assert mirror.sync(immutable=True) == {"converted": 1, "up_to_date": 4, "failed": 1}
     assert mirror.reasons() == ["immutable"]
     assert mirror.read("bert/config.json") == b'{"layers": 2}'
+
+
+def test_immutable_takes_an_output_with_a_weaker_proof_for_unchanged(mirror: Mirror) -> None:
+    mirror.sync(verify="none")
+    assert mirror.sync(verify="checksum", immutable=True) == {"up_to_date": 5}
 
 
 def test_what_is_written_over_or_deleted_is_kept_in_the_backup_place(mirror: Mirror) -> None:
@@ -241,6 +397,29 @@ def test_what_is_written_over_or_deleted_is_kept_in_the_backup_place(mirror: Mir
 def test_a_backup_place_inside_the_mirror_is_refused(mirror: Mirror, place: str) -> None:
     with pytest.raises(UsageError, match="lie in one another"):
         mirror.sync(backup_dir=f"{mirror.root}/{place}")
+
+
+@pytest.mark.parametrize("place", ["../source/old", "alias/old", "source/../dest", "."])
+def test_a_backup_place_is_refused_by_whatever_name(
+    mirror: Mirror, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if mirror.options:
+        pytest.skip("S3 has neither relative names nor links")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "alias").symlink_to("source")
+    monkeypatch.chdir(tmp_path / "work" if place.startswith("../") else tmp_path)
+    for spelled in (place, f"file://{os.path.abspath(place)}"):
+        with pytest.raises(UsageError, match="lie in one another"):
+            mirror.sync(backup_dir=spelled)
+
+
+def test_shards_are_saved_before_they_are_written_over_even_without_the_index(mirror: Mirror) -> None:
+    mirror.sync(max_shard_size=1)
+    shards = {path for path in mirror.files() if "-of-" in path}
+    assert shards
+    mirror.forget()
+    mirror.sync(checksum=True, dtype="float16", max_shard_size=1, backup_dir=f"{mirror.root}/backup")
+    assert shards <= mirror.files("backup")
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
@@ -270,3 +449,166 @@ def test_large_files_are_copied_by_the_store_itself(mirror: Mirror) -> None:
     mirror.sync()
     assert mirror.read("gpt/vocabulary.json") == b"x" * (12 << 20)
     assert mirror.summary["copied_bytes"] >= 8 << 20
+
+
+# ------------------------------------------------------------------------------ one file, one owner
+
+
+def _verify(mirror: Mirror, ptbin: Callable[..., subprocess.CompletedProcess[str]]) -> int:
+    options = json.dumps(mirror.options)
+    return ptbin("verify", f"{mirror.root}/dest", "--dest-options", options, "--json").returncode
+
+
+def test_in_layout_hf_an_edited_configuration_costs_one_copy_and_all_stays_proven(
+    mirror: Mirror, ptbin: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    mirror.put("t5/pytorch_model.bin", mirror.blank)
+    mirror.put("t5/config.json", b'{"layers": 5}')
+    assert mirror.sync(layout="hf") == {"converted": 3, "copied": 6}
+    assert mirror.files() == {
+        "bert/config.json", "bert/tokenizer.model", "bert/step1/config.json", "bert/step1/tokenizer.model",
+        "bert/step1/pytorch_model.bin", "bert/step1/pytorch_model.bin.manifest.json",
+        "gpt/README.md", "gpt/last/pytorch_model.bin", "gpt/last/pytorch_model.bin.manifest.json",
+        "t5/config.json", "t5/pytorch_model.bin", "t5/pytorch_model.bin.manifest.json",
+    }  # fmt: skip
+    assert mirror.sync(layout="hf") == {"up_to_date": 9}
+    time.sleep(0.01)
+    mirror.put("t5/config.json", b'{"layers": 6}')
+    mirror.put("bert/config.json", b'{"layers": 7}')
+    assert mirror.sync(layout="hf") == {"copied": 3, "up_to_date": 6}
+    assert mirror.read("bert/step1/config.json") == b'{"layers": 7}'
+    assert _verify(mirror, ptbin) == 0
+    mirror.drop("bert/config.json")
+    assert mirror.sync(layout="hf", delete=True) == {"up_to_date": 7, "deleted": 2}
+
+
+def test_what_convert_took_along_becomes_the_mirrors(
+    mirror: Mirror, ptbin: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    mirror.put("t5/pytorch_model.bin", mirror.blank)
+    mirror.put("t5/config.json", b'{"layers": 5}')
+    options = json.dumps(mirror.options)
+    places = (f"{mirror.root}/source", f"{mirror.root}/dest")
+    both = ("--source-options", options, "--dest-options", options)
+    exclude = ("--exclude", "tokenizer.model")
+    assert ptbin("convert", *places, "--layout", "hf", *exclude, *both).returncode == 0
+    assert "t5/config.json" in mirror.files()
+    mirror.sync(layout="hf")
+    assert mirror.read("t5/config.json") == b'{"layers": 5}'
+    manifest = json.loads(mirror.read("t5/pytorch_model.bin.manifest.json"))
+    assert [output["path"] for output in manifest["outputs"]] == ["pytorch_model.bin"]
+    assert mirror.sync(layout="hf") == {"up_to_date": 9}
+    assert _verify(mirror, ptbin) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "wishes"),
+    [
+        ("last.bin.index.json", {"format": "raw"}),
+        ("last.bin.index.json", {"max_shard_size": 1}),
+        ("last.bin.intoto.json", {"provenance": True}),
+    ],
+)
+def test_a_companion_never_takes_the_place_of_a_file_of_an_output(
+    mirror: Mirror, name: str, wishes: dict[str, Any]
+) -> None:
+    mirror.put(f"gpt/{name}", b"{}")
+    counts = mirror.sync(**wishes)
+    assert (counts["converted"], counts["copied"], counts["rejected"]) == (2, 3, 1)
+    assert mirror.reasons() == ["output_collision"]
+    assert mirror.read(f"gpt/{name}") != b"{}"
+
+
+def test_outputs_that_may_be_each_others_shards_are_both_refused(mirror: Mirror) -> None:
+    mirror.put("gpt/last-00001-of-00002.pt", mirror.blank)
+    counts = mirror.sync(max_shard_size=1)
+    assert (counts["converted"], counts["rejected"]) == (1, 2)
+    assert mirror.reasons() == ["output_collision"] * 2
+    assert mirror.sync()["converted"] == 3  # nothing is cut
+    assert mirror.sync(naming="append", max_shard_size=1)["converted"] == 3
+
+
+# ---------------------------------------------------------------------------------------- --include
+
+
+def test_include_copies_what_is_no_checkpoint_whatever_it_is_called(mirror: Mirror) -> None:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as made:
+        made.writestr("data/train.csv", "1,2,3")
+    scheduler = pickle.dumps({"last_epoch": 3, "base_lrs": [0.1]}, protocol=2)
+    mirror.put("gpt/data.zip", archive.getvalue())
+    mirror.put("gpt/scheduler.pt", scheduler)
+    mirror.put("gpt/noext", b"plain")
+    mirror.put("gpt/empty.pt", b"")
+    include = ["gpt/*"]
+    assert mirror.sync(include=include) == {"converted": 2, "copied": 7}
+    assert mirror.read("gpt/scheduler.pt") == scheduler
+    assert mirror.files() == OUTPUTS | COMPANIONS | {
+        "gpt/data.zip", "gpt/scheduler.pt", "gpt/noext", "gpt/empty.pt",
+    }  # fmt: skip
+    assert mirror.sync(include=include) == {"up_to_date": 9}
+    mirror.drop("gpt/data.zip")
+    assert mirror.sync(include=include, delete=True) == {"up_to_date": 8, "deleted": 1}
+
+
+def test_include_converts_what_is_a_checkpoint_and_refuses_a_broken_one(mirror: Mirror) -> None:
+    mirror.put("gpt/broken.pt", mirror.blank[:-50])
+    assert mirror.sync(include=["*.ckpt", "*.pt"]) == {"converted": 2, "copied": 3, "rejected": 1}
+    assert mirror.files() == OUTPUTS | COMPANIONS
+
+
+# ----------------------------------------------------------------------------------------- the plan
+
+
+def _plan(
+    mirror: Mirror, ptbin: Callable[..., subprocess.CompletedProcess[str]], *arguments: str
+) -> dict[str, Any]:
+    options = json.dumps(mirror.options)
+    places = (f"{mirror.root}/source", f"{mirror.root}/dest")
+    both = ("--source-options", options, "--dest-options", options)
+    done = ptbin("sync", *places, "--dry-run", "--json", *arguments, *both)
+    plan: dict[str, Any] = json.loads(done.stdout)
+    return plan
+
+
+def test_the_plan_is_what_the_run_does(
+    mirror: Mirror, ptbin: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    mirror.sync()
+    time.sleep(0.01)
+    mirror.drop("gpt/last.ckpt")
+    mirror.drop("gpt/README.md")
+    mirror.put("bert/config.json", b'{"layers": 8}')
+    backup = f"{mirror.root}/backup"
+    gone = {"gpt/last.bin.manifest.json", "gpt/last.bin", "gpt/README.md"}
+    plan = _plan(mirror, ptbin, "--delete", "--backup-dir", backup)
+    assert set(plan["delete"]) == gone
+    assert set(plan["back_up"]) == gone | {"bert/config.json"}
+    too_few = _plan(mirror, ptbin, "--delete", "--max-delete", "1")
+    assert (too_few["delete"], sorted(too_few["keep"])) == ([], ["gpt/README.md", "gpt/last.bin"])
+    assert [problem["reason"] for problem in too_few["problems"]] == ["max_delete"]
+    before = mirror.files()
+    mirror.sync(delete=True, backup_dir=backup)
+    assert before - mirror.files() == gone
+    assert mirror.files("backup") == set(plan["back_up"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--backup-dir", "{root}/dest/old", "--dry-run"), ("--backup-dir", "{root}/source/../dest")],
+)
+def test_a_plan_is_refused_where_the_run_would_be(
+    mirror: Mirror, ptbin: Callable[..., subprocess.CompletedProcess[str]], arguments: tuple[str, ...]
+) -> None:
+    if mirror.options:
+        pytest.skip("the same for all stores")
+    given = [argument.format(root=mirror.root) for argument in arguments]
+    done = ptbin("sync", f"{mirror.root}/source", f"{mirror.root}/dest", *given)
+    assert done.returncode == 2
+    assert "lie in one another" in done.stderr
+
+
+def test_a_secret_in_source_is_not_printed(ptbin: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = ptbin("sync", "s3://AKIAEXAMPLE:hunter2@bucket/x", "out", "--dry-run")
+    assert done.returncode == 2
+    assert "hunter2" not in done.stdout + done.stderr

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import ptbin
 from ptbin import catalog
 from ptbin.catalog import Found, Job, Problem, plan_outputs
+from ptbin.catalog.checks import check_mirror
 from ptbin.errors import StorageError, UsageError
 from ptbin.options import ConvertOptions
 from ptbin.stores import Identity, ListedObject, open_store
@@ -612,6 +613,14 @@ def test_dest_inside_source_by_way_of_a_link_is_refused(source: Path, tmp_path: 
     (tmp_path / "link").symlink_to(source)
     _refused(UsageError, source, tmp_path / "link" / "out")
     _refused(UsageError, tmp_path / "link", source / "out")
+
+
+def test_a_mirror_is_apart_from_its_source_whatever_the_names(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "alias").symlink_to(tmp_path)
+    for dest in (tmp_path, f"file://{tmp_path}", tmp_path / "alias", tmp_path / "source" / ".."):
+        with pytest.raises(UsageError, match="inside"):
+            check_mirror(str(source), str(dest))
+    check_mirror(str(source), str(tmp_path / "out"), delete=True, backup_dir=str(tmp_path / "old"))
 
 
 def test_a_dest_that_cannot_be_written_is_refused(source: Path, tmp_path: Path) -> None:

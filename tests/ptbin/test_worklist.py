@@ -18,6 +18,7 @@ import torch
 import ptbin
 from ptbin.catalog import OutputRule
 from ptbin.catalog.finished import FinishedRow, identity_text, read_finished, row_of, write_segment
+from ptbin.catalog.mirroring import copied_along
 from ptbin.catalog.worklist import WorkList
 from ptbin.options import ConvertOptions
 from ptbin.stores.local import LocalStore
@@ -158,6 +159,28 @@ def test_a_row_for_another_state_of_a_manifest_is_not_believed(world: World) -> 
     rows = [json.dumps([row[0], "mtime:1-1", *row[2:]]) for row in _rows(world)]
     world.segment.write_bytes(gzip.compress("\n".join(rows).encode() + b"\n"))
     assert world.states() == (0, COUNT, 0)
+
+
+def test_a_copy_that_an_early_index_knows_is_compared_once_more(tmp_path: Path) -> None:
+    for name in ("in", "out"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_bytes(b"{}")
+    dest = str(tmp_path / "out")
+
+    def states() -> tuple[int, int]:
+        with contextlib.closing(WorkList(dest)) as work:
+            work.plan(str(tmp_path / "in"), OutputRule(dest), OPTIONS, copies=copied_along([]))
+            return work.count_current(), work.count_to_ask()
+
+    with contextlib.closing(WorkList(dest)) as work:
+        work.plan(str(tmp_path / "in"), OutputRule(dest), OPTIONS, copies=copied_along([]))
+        (job,) = work.iter_to_ask()
+        row = read_finished(job, work.relative_manifest(job))
+    assert row is not None
+    write_segment(dest, "first", [replace(row, source="")])
+    assert states() == (0, 1)
+    write_segment(dest, "second", [row])
+    assert states() == (1, 0)
 
 
 def test_work_comes_largest_first_and_collisions_are_refused(tmp_path: Path) -> None:
