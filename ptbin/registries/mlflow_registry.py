@@ -195,22 +195,25 @@ class MlflowRegistry(MlflowSource):
         self._ensure_model(model)
         known: dict[str, str] = {}
         last = 0
+        own = {new.fingerprint: new.dest_version for new in ready if _keeps_number(new)}
         for found in self._versions(model.name):
+            number = str(found.version)
+            origin = self._version(found, {}).origin
+            last = max(last, int(number))
             if dict(found.tags or {}).get(PLACEHOLDER):
-                with self._faults("delete a placeholder"):
-                    self._client.delete_model_version(model.name, found.version)
-            elif (origin := self._version(found, {}).origin) is not None:
-                known[origin.fingerprint] = str(found.version)
-            last = max(last, int(found.version))
+                with self._faults("clear a placeholder away"):
+                    if origin is None or own.get(origin.fingerprint) != number:
+                        self._client.delete_model_version(model.name, number)
+                        continue
+                    self._client.delete_model_version_tag(model.name, number, PLACEHOLDER)
+            if origin is not None:
+                known[origin.fingerprint] = number
         names = []
         attempts = Attempts()
         for new in ready:
             name = known.get(new.fingerprint)
             if name is None:
-                # Only for a number of its own: what has none takes the next that there is.
-                if _number(new.version) == int(new.dest_version):
-                    self._use_up(model.name, new, last, int(new.dest_version))
-                name = self._register_one(model.name, new)
+                name = self._register_one(model.name, new, last)
                 last = int(name)
             for alias in new.aliases:
                 with attempts.one(), self._faults(f"set alias {alias} of {model.name}"):
@@ -218,17 +221,6 @@ class MlflowRegistry(MlflowSource):
             names.append(name)
         attempts.raise_any()
         return names
-
-    def _use_up(self, name: str, new: Registration, last: int, wanted: int) -> None:
-        """Register and delete versions until the next one gets the wanted number: MLflow gives none twice."""
-        self._connection.make_global()
-        while last + 1 < wanted:
-            with self._faults(f"use up a number of {name}"):
-                made = self._client.create_model_version(
-                    name, source=f"models:/{new.token}", tags={PLACEHOLDER: "true"}, model_id=new.token
-                )
-                self._client.delete_model_version(name, made.version)
-            last = int(made.version)
 
     def _ensure_model(self, model: Model) -> None:
         with self._faults(f"register model {model.name}"):
@@ -241,8 +233,14 @@ class MlflowRegistry(MlflowSource):
                     model.name, tags=without_own(model.tags), description=model.description or None
                 )
 
-    def _register_one(self, name: str, new: Registration) -> str:
+    def _register_one(self, name: str, new: Registration, last: int) -> str:
+        """Make versions and delete them again until one has the number that is wanted.
+
+        MLflow gives no number twice, and does not tell which ones it gave: each may turn out to be the last.
+        A version that needs no number of its own takes the next that there is.
+        """
         version = new.version
+        wanted = int(new.dest_version) if _keeps_number(new) else 0
         with self._faults(f"register {version.path}"):
             logged = self._client.get_logged_model(new.token)
             run_id = str(logged.source_run_id)
@@ -252,16 +250,24 @@ class MlflowRegistry(MlflowSource):
             self._client.set_terminated(run_id, "FINISHED")
             self._connection.make_global()
             tags = {**without_own(version.tags), **self._tags(new)}
-            made = self._client.create_model_version(
-                name,
-                source=f"models:/{new.token}",
-                run_id=run_id,
-                tags=tags,
-                description=version.description or None,
-                run_link=version.run.url if version.run is not None and version.run.url else None,
-                model_id=new.token,
-            )
-        return str(made.version)
+            while True:
+                may_be_early = last + 1 < wanted
+                made = self._client.create_model_version(
+                    name,
+                    source=f"models:/{new.token}",
+                    run_id=run_id,
+                    tags=tags | ({PLACEHOLDER: "true"} if may_be_early else {}),
+                    description=version.description or None,
+                    run_link=version.run.url if version.run is not None and version.run.url else None,
+                    model_id=new.token,
+                )
+                last = int(made.version)
+                if may_be_early and last < wanted:
+                    self._client.delete_model_version(name, made.version)
+                    continue
+                if may_be_early:
+                    self._client.delete_model_version_tag(name, made.version, PLACEHOLDER)
+                return str(last)
 
     def _tags(self, new: Registration) -> dict[str, str]:
         version = new.version
@@ -338,6 +344,10 @@ def _number(version: Version) -> int:
     text = version.version
     # Its own are 32 bits wide, and Python refuses to read thousands of digits.
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 0
+
+
+def _keeps_number(new: Registration) -> bool:
+    return _number(new.version) == int(new.dest_version)
 
 
 def _is_ready(logged: Any) -> bool:

@@ -23,7 +23,7 @@ __all__ = ["PLACEHOLDER", "TAG", "MlflowSource", "without_own"]
 
 TAG = "ptbin."
 PLACEHOLDER = f"{TAG}placeholder"
-"""On a version that only uses a number up, for the moment until it is deleted."""
+"""On a version whose number may only be used up, until it is known: it is deleted then, or this tag is."""
 PAGE = 100
 _READY = "READY"
 

@@ -287,6 +287,36 @@ def test_a_run_that_was_begun_is_taken_up_and_ends_with_its_version(
     assert (runs(registry), runs(registry, deleted=True)) == ([], ["FAILED"])
 
 
+@pytest.mark.parametrize("moment", ["delete_model_version", "delete_model_version_tag"])
+def test_a_kill_among_numbers_that_are_used_up_moves_no_version_off_its_own(
+    moment: str, registry: MlflowRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = ready(registry, version("3"), "3", "champion")
+    registry.register(Model("m"), [])
+    client = registry._client
+    real = getattr(client, moment)
+    if moment.endswith("tag"):
+        # Numbers that nobody sees any more: the one that is to be used up is the wanted one already.
+        for _ in range(2):
+            client.delete_model_version("m", client.create_model_version("m", "/somewhere").version)
+
+    def killed(*args: Any, **more: Any) -> None:
+        if not moment.endswith("tag"):
+            real(*args, **more)
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, moment, killed)
+        with pytest.raises(SystemExit):
+            registry.register(Model("m"), [job])
+    assert registry.existing(["m"])["m"].versions == ()
+    assert registry.register(Model("m"), [job]) == ["3"]
+    found = registry.existing(["m"])["m"]
+    assert [(kept.version, kept.tags) for kept in found.versions] == [("3", {})]
+    assert found.aliases == {"champion": "3"}
+    assert client.create_model_version("m", "/somewhere").version in (4, "4")
+
+
 def test_what_nobody_takes_up_is_tidied_away(
     registry: MlflowRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
