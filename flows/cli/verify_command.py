@@ -64,7 +64,8 @@ def verify_command(
     from ptbin.registries import is_registry_uri, open_registry
     from ptbin.stores import open_store
 
-    if is_registry_uri(dest):
+    # A repository of a Hub is a place like any other: what was published is read back from there.
+    if is_registry_uri(dest) and not ("/" in dest.removeprefix("hf://") and dest.startswith("hf://")):
         dest = open_registry(dest, None, shared.dest_options).home()
 
     store, path = open_store(dest, shared.dest_options)

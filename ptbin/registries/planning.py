@@ -262,4 +262,4 @@ def _differs(
     """Whether the source has something that is otherwise there; what it does not have is no difference."""
     if wanted_description and wanted_description != description:
         return True
-    return any(tags.get(key) != value for key, value in wanted.items())
+    return any(tags.get(key) != value for key, value in wanted.items() if not key.startswith("ptbin."))
