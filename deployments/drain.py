@@ -31,10 +31,15 @@ ACTIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
 
 async def drain(pool: str, seconds: float, poll_seconds: float = 2.0) -> int:
-    """Pause the pool and wait; how many of its runs are still active after `seconds`."""
+    """Pause the pool and wait; how many of its runs are still active after `seconds`.
+
+    Nothing has to be active twice in a row: a worker that asked for work right before the pause has runs that
+    it has not begun yet.
+    """
     async with get_client() as client:
         await client.update_work_pool(pool, WorkPoolUpdate(is_paused=True))
         deadline = time.monotonic() + seconds
+        was_empty = False
         while True:
             active = await client.read_flow_runs(
                 flow_run_filter=FlowRunFilter(
@@ -42,9 +47,11 @@ async def drain(pool: str, seconds: float, poll_seconds: float = 2.0) -> int:
                 ),
                 work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
             )
-            if not active or time.monotonic() > deadline:
+            if (not active and was_empty) or time.monotonic() > deadline:
                 return len(active)
-            print(f"{len(active)} runs are active: {', '.join(run.name for run in active)}", flush=True)
+            was_empty = not active
+            if active:
+                print(f"{len(active)} runs are active: {', '.join(run.name for run in active)}", flush=True)
             await asyncio.sleep(poll_seconds)
 
 

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from flows.run_record import check_run_id
 from flows.runners import Runner, RunnerName, open_runner
 from flows.signals import hold_signals
+from flows.wishes import refuse_runner_secrets
 from ptbin.catalog.lease import Lease, acquire_lease
 from ptbin.catalog.worklist import WorkList
+from ptbin.errors import PtbinError
 from ptbin.stores.limits import RequestLimit
 from tasks.credentials import Credentials, load_options
-from tasks.live import LiveRun, Ticket, find_live_run, is_open, open_live_run
+from tasks.live import Interrupted, LiveRun, Ticket, find_live_run, is_open, open_live_run
 
 __all__ = [
     "DEFAULT_REQUESTS",
     "RunSettings",
+    "RunStoppedError",
     "Running",
     "current_flow_run_id",
     "join_run",
@@ -30,6 +35,12 @@ __all__ = [
 
 DEFAULT_REQUESTS = 64
 """What all tasks of a run may have under way together, unless it is asked for otherwise."""
+
+
+class RunStoppedError(PtbinError):
+    """The run was stopped, by its deadline or by the loss of its lease, before it had begun with anything."""
+
+    reason = "run_stopped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +61,20 @@ class RunSettings:
 def join_run(run_id: str, source_options: str | None, dest_options: str | None) -> Iterator[LiveRun]:
     """The run that the caller opened in this process, or else a new one with the options referred to.
 
+    Raises:
+        UsageError: an id that is none, or options that are not to be had here.
+
     Whatever ends the context other than its end, an interrupt above all, stops the tasks that still run:
     Prefect's thread pool would wait for them.
     """
+    check_run_id(run_id)
     with contextlib.ExitStack() as stack:
         if is_open(run_id):
             live = find_live_run(run_id)
         else:
             live = LiveRun(run_id, load_options(source_options), load_options(dest_options))
             stack.enter_context(open_live_run(live))
+        live.began = time.monotonic()  # not when the command line opened it, to start a server first
         live.summary["flow_run_id"] = current_flow_run_id()
         live.check = stack.enter_context(hold_signals()).check
         try:
@@ -98,8 +114,10 @@ def running(live: LiveRun, dest: str | None, settings: RunSettings) -> Iterator[
     Raises:
         DestinationBusyError: another run works on DEST.
         UsageError: the runner's engine is not there.
+        RunStoppedError: its deadline passed, or its lease was lost, while it was still listing.
     """
-    with contextlib.ExitStack() as stack:
+    refuse_runner_secrets(settings.runner_address)
+    with _stops_as_error(live), contextlib.ExitStack() as stack:
         lease = None
         if dest is not None:
             work = stack.enter_context(contextlib.closing(WorkList(dest, dest_options=live.dest_options)))
@@ -132,6 +150,15 @@ def running(live: LiveRun, dest: str | None, settings: RunSettings) -> Iterator[
             timer.start()
             stack.callback(timer.cancel)
         yield run
+
+
+@contextlib.contextmanager
+def _stops_as_error(live: LiveRun) -> Iterator[None]:
+    """What stops a run in the flow's own thread is an error of the run there, no crash of its process."""
+    try:
+        yield
+    except Interrupted as error:
+        raise RunStoppedError(f"{live.stop_reason or 'the run was stopped'}; nothing was begun") from error
 
 
 def current_flow_run_id() -> str | None:

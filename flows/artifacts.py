@@ -2,39 +2,47 @@
 
 The key is the same for every run of a flow, so the UI keeps their history under it. Prefect accepts
 tables of several thousand rows (5,000 measured); the rest is in the run record.
+
+Nobody's work depends on any of it: a thread of its own sends it, what cannot be sent is logged once, and the
+end of a run waits for it for `END_SECONDS` and no longer.
 """
 
 from __future__ import annotations
 
+import contextvars
+import logging
+import queue
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from flows.tally import Entry
 from flows.units import format_nbytes, short_detail
 
-__all__ = [
-    "MAX_ROWS",
-    "ProgressArtifact",
-    "conversion_rows",
-    "publish_link",
-    "publish_table",
-    "verification_rows",
-]
+__all__ = ["MAX_ROWS", "Artifacts", "conversion_rows", "verification_rows"]
 
 MAX_ROWS = 5_000
 UPDATE_SECONDS = 4.0
 """Between two updates of the progress, each 15 to 75 ms of waiting for the server."""
+END_SECONDS = 20.0
+CLIENT_RETRIES = 2
+"""Of one request, 6 s in all; Prefect's default of five would take a minute."""
 
 
-class ProgressArtifact:
-    """How far a run is, in per cent of its files. Made at the first update: short runs need none."""
+class Artifacts:
+    """What one run shows, under `key` and what begins with it; for the flow's own thread."""
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, logger: logging.Logger | logging.LoggerAdapter[Any]) -> None:
         self._key = key
+        self._logger = logger
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._troubled = False
         self._count = 0
-        self._id: Any = None
+        self._progress_id: Any = None
         self._told_at = time.monotonic()
+        self._telling = threading.Event()
 
     def begin(self, count: int) -> None:
         """So many files there are to do."""
@@ -42,22 +50,66 @@ class ProgressArtifact:
         self._told_at = time.monotonic()
 
     def update(self, done: int, text: str) -> None:
-        """So many are done; most calls cost nothing."""
-        if self._count and time.monotonic() >= self._told_at + UPDATE_SECONDS:
-            self._told_at = time.monotonic()
-            self._show(min(100.0, 100.0 * done / self._count), f"{done} of {self._count} files: {text}")
+        """So many are done; most calls cost nothing. Short runs come to no progress artifact at all."""
+        if not self._count or time.monotonic() < self._told_at + UPDATE_SECONDS or self._telling.is_set():
+            return
+        self._told_at = time.monotonic()
+        percent, told = min(100.0, 100.0 * done / self._count), f"{done} of {self._count} files: {text}"
+        self._telling.set()
+        self._hand_over(lambda: self._show_progress(percent, told))
+
+    def link(self, uri: str, text: str) -> None:
+        """A link to the report at `uri`, a path or URL."""
+        self._hand_over(lambda: _publish_link(f"{self._key}-report", uri, text))
+
+    def table(self, rows: Sequence[dict[str, Any]], description: str) -> None:
+        """The outcomes."""
+        self._hand_over(lambda: _publish_table(self._key, rows, description))
 
     def end(self) -> None:
-        if self._id is not None:
-            self._show(100.0, "")
+        """Nothing more comes; wait for what is on its way, within bounds."""
+        self._hand_over(lambda: self._show_progress(100.0, "") if self._progress_id is not None else None)
+        self._jobs.put(None)
+        assert self._thread is not None
+        self._thread.join(END_SECONDS)
+        if self._thread.is_alive():
+            self._tell("the server takes too long")
 
-    def _show(self, percent: float, text: str) -> None:
+    def _hand_over(self, job: Callable[[], None]) -> None:
+        if self._thread is None:
+            # With the flow run's context: artifacts belong to a run, and its client is used.
+            run = contextvars.copy_context().run
+            self._thread = threading.Thread(
+                target=run, args=[self._work], name="ptbin-artifacts", daemon=True
+            )
+            self._thread.start()
+        self._jobs.put(job)
+
+    def _work(self) -> None:
+        from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: CLIENT_RETRIES}):
+            while (job := self._jobs.get()) is not None:
+                try:
+                    job()
+                except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on without them
+                    self._tell(f"{type(error).__name__}: {error}")
+                finally:
+                    self._telling.clear()
+
+    def _tell(self, what: str) -> None:
+        if not self._troubled:
+            self._troubled = True
+            self._logger.warning("artifacts are missing: %s", what)
+
+    def _show_progress(self, percent: float, text: str) -> None:
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-        if self._id is None:
-            self._id = create_progress_artifact(percent, key=self._key, description=text)
+        if self._progress_id is None:
+            key = f"{self._key}-progress"
+            self._progress_id = create_progress_artifact(percent, key=key, description=text)
         else:
-            update_progress_artifact(self._id, percent, description=text or None)
+            update_progress_artifact(self._progress_id, percent, description=text or None)
 
 
 def conversion_rows(entries: Iterable[Entry]) -> list[dict[str, Any]]:
@@ -89,16 +141,15 @@ def verification_rows(verified: Iterable[str], issues: Iterable[dict[str, Any]])
     return rows
 
 
-def publish_link(key: str, uri: str, text: str) -> None:
-    """A link to `uri`, a path or URL."""
+def _publish_link(key: str, uri: str, text: str) -> None:
     from prefect.artifacts import create_link_artifact
 
     link = f"file://{uri}" if uri.startswith("/") else uri
     create_link_artifact(link, link_text=text, key=key, description=f"[{text}]({link})\n\n`{uri}`")
 
 
-def publish_table(key: str, rows: Sequence[dict[str, Any]], description: str) -> None:
-    """Store the table with the current flow run; `key` of lower-case letters, digits and dashes."""
+def _publish_table(key: str, rows: Sequence[dict[str, Any]], description: str) -> None:
+    # `key` is of lower-case letters, digits and dashes: Prefect refuses others.
     from prefect.artifacts import create_table_artifact
 
     if len(rows) > MAX_ROWS:

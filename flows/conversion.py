@@ -19,20 +19,21 @@ from prefect.futures import PrefectFuture
 from prefect.states import Completed, Failed
 
 from flows.access import Running, current_flow_run_id
-from flows.artifacts import ProgressArtifact, conversion_rows, publish_link, publish_table
+from flows.artifacts import Artifacts, conversion_rows
 from flows.batches import cut, iter_batches
 from flows.fanout import Work, fan_out, unexamined
+from flows.orchestrator import ABSENT_SECONDS, await_server
 from flows.run_record import record_files, record_folder
 from flows.signals import INTERRUPTS
 from flows.tally import Tally
 from flows.units import format_nbytes
 from ptbin.catalog import Job, Problem
 from ptbin.catalog.finished import FinishedRow
-from ptbin.errors import StorageError
+from ptbin.errors import PtbinError, StorageError
 from ptbin.options import ConvertOptions
 from tasks.converting import convert_and_verify_batch, convert_batch, verify_batch
 from tasks.listing import discard_unfinished, find_up_to_date, work_of
-from tasks.live import Settled
+from tasks.live import Interrupted, Settled
 from tasks.outcomes import Outcome, one_line
 from tasks.recording import merge_index, write_index, write_run_record
 from tasks.retrying import RETRIES, retry_delay
@@ -56,6 +57,16 @@ ASKING_WIDTH = 8
 Item = TypeVar("Item")
 
 
+def _record(task: Task[..., None], run_id: str, place: str, *values: Any) -> None:
+    """Have a task write the run's own files; write them here, where Prefect cannot have it run."""
+    try:
+        task(run_id, place, *map(unexamined, values))
+    except PtbinError:
+        raise
+    except Exception:  # noqa: BLE001 - whatever Prefect's client comes to
+        task.fn(run_id, place, *values)
+
+
 def halves(items: Sequence[Item]) -> list[Sequence[Item]]:
     middle = (len(items) + 1) // 2
     return [part for part in (items[:middle], items[middle:]) if part]
@@ -71,16 +82,16 @@ class Conversion:
         self.live = run.live
         self.runner = run.runner
         self.work = work_of(run.live)
-        self.began = time.monotonic()
         self.settled_paths: set[str] = set()
         self.lines: list[str] = []
-        self.progress = ProgressArtifact(f"{self.artifact_key}-progress")
         self.index_rows: list[FinishedRow] = []
         self.segments = 0
         self.options = options
         self.tally = tally
         self.fail_fast = fail_fast
         self.logger = get_run_logger()
+        self.progress = Artifacts(self.artifact_key, self.logger)
+        self.counted_current = False
         self.task_runs = 1  # the listing
 
     def refuse(self, collisions: Sequence[Problem]) -> None:
@@ -92,20 +103,33 @@ class Conversion:
     def carry_out(self, problems: Sequence[Problem]) -> State[Any]:
         """The whole run from here on; `problems` is what the listing refused.
 
-        An interrupt is raised again once the run has accounted for itself.
+        Whatever is raised on the way is raised again once the run has accounted for itself; a deadline that
+        passes is no more than a reason to end.
         """
         self.refuse(problems)
-        self._clean_up()
         try:
+            self._clean_up()
             self.drop_up_to_date()
             self.run()
-        except INTERRUPTS:
-            self.tally.interrupted = True
+        except Interrupted:
             self.running.stop()
             self._account_for_the_rest()
-            self.finish()
+        except INTERRUPTS:
+            self.tally.interrupted = True
+            self._end_early()
+            raise
+        except BaseException as error:
+            reason = error.reason if isinstance(error, PtbinError) else "internal_error"
+            detail = one_line(f"{type(error).__name__}: {error}")
+            self.tally.run_problems.append(Problem(self.tally.dest, reason, detail))
+            self._end_early()
             raise
         return self.finish()
+
+    def _end_early(self) -> None:
+        self.running.stop()
+        self._account_for_the_rest()
+        self.finish()
 
     def _clean_up(self) -> None:
         """After a run that was killed: nobody else will remove what it had under way."""
@@ -147,7 +171,7 @@ class Conversion:
 
     def run(self) -> None:
         """Convert and prove what is to be done; every checkpoint is in the tally afterwards."""
-        self.tally.add_all(self.work.iter_current(), "up_to_date")
+        self._count_current()
         up_to_date = self.tally.count("up_to_date")
         count, nbytes = self.work.to_do()
         self.live.listener.planned(count, nbytes, up_to_date)
@@ -183,9 +207,16 @@ class Conversion:
 
     def _account_for_the_rest(self) -> None:
         """What the run did not come to is told as well."""
+        self._count_current()
         if len(self.settled_paths) < self.work.to_do()[0]:
             left = (job for job in self.work.iter_to_do() if job.path not in self.settled_paths)
             self.tally.add_all(left, "not_tried")
+        self.tally.add_all(self.work.iter_to_ask(), "not_tried")  # some, where the asking was cut short
+
+    def _count_current(self) -> None:
+        if not self.counted_current:
+            self.counted_current = True
+            self.tally.add_all(self.work.iter_current(), "up_to_date")
 
     def _remember(self, rows: Iterable[FinishedRow]) -> None:
         """For the index of finished work, written every so often: a run may be killed before its end."""
@@ -201,7 +232,7 @@ class Conversion:
         self.task_runs += 1
         name = f"{self.tally.run_id}-{self.segments:04d}"
         try:
-            write_index(self.live.run_id, self.tally.dest, name, unexamined(rows))
+            _record(write_index, self.live.run_id, self.tally.dest, name, rows)
         except StorageError as error:
             self.logger.warning("index of finished work: %s", one_line(str(error)))
 
@@ -210,43 +241,32 @@ class Conversion:
             return
         self.task_runs += 1
         try:
-            merge_index(self.live.run_id, self.tally.dest, f"{self.tally.run_id}-merged")
+            _record(merge_index, self.live.run_id, self.tally.dest, f"{self.tally.run_id}-merged")
         except StorageError as error:
             self.logger.warning("index of finished work: %s", one_line(str(error)))
 
     def finish(self) -> State[Any]:
-        """Leave the index, the run record and the artifacts; the state says how it went."""
+        """Leave the index, the run record, the summary and the artifacts; the state says how it went."""
         self._write_index()
         if not self.running.is_stopping:
             self._merge_index()
         tally = self.tally
         if reason := self.live.stop_reason:
             tally.run_problems.append(Problem(tally.dest, "run_stopped", reason))
-        seconds = time.monotonic() - self.began
+        seconds = time.monotonic() - self.live.began
         flow_run_id = current_flow_run_id()
         summary = tally.summary(seconds)
         options = self.options.to_json() | {"verify": self.options.verify}
         folder = record_folder(tally.place, tally.run_id)
         files = record_files(tally, summary, options=options, flow_run_id=flow_run_id)
         try:
-            write_run_record(self.live.run_id, folder, unexamined(files))
+            _record(write_run_record, self.live.run_id, folder, files)
         except StorageError as error:
             # What was converted stays converted: a rerun finds it by its manifests, not by this record.
             tally.run_problems.append(Problem(folder, error.reason, one_line(f"run record: {error}")))
             summary = tally.summary(seconds)
             folder = ""
         message = tally.message()
-        self.progress.end()
-        if folder:
-            publish_link(
-                f"{self.artifact_key}-report", f"{folder}/report.html", f"Report of run {tally.run_id}"
-            )
-        publish_table(
-            self.artifact_key,
-            conversion_rows(tally.entries),
-            f"**{message}** in {seconds:.1f} s\n\n"
-            f"from `{tally.source}` to `{tally.dest}`, run record `{folder}`",
-        )
         self.live.summary.update(
             summary,
             message=message,
@@ -255,7 +275,26 @@ class Conversion:
             interrupted=tally.interrupted,
             task_runs=self.task_runs + 1,  # the run record
         )
+        self._show(f"**{message}** in {seconds:.1f} s", folder)
         return (Completed if tally.succeeded else Failed)(message=message)
+
+    def _show(self, message: str, folder: str) -> None:
+        """The artifacts. All that matters is done by now: an interrupt only shortens this."""
+        tally = self.tally
+        try:
+            there = await_server(self.live.check, seconds=0.0 if tally.interrupted else ABSENT_SECONDS)
+        except INTERRUPTS:
+            there = False
+        if not there:
+            self.logger.warning("Prefect's server is gone: the run ends without it")
+            return
+        if folder:
+            self.progress.link(f"{folder}/report.html", f"Report of run {tally.run_id}")
+        self.progress.table(
+            conversion_rows(tally.entries),
+            f"{message}\n\nfrom `{tally.source}` to `{tally.dest}`, run record `{folder}`",
+        )
+        self.progress.end()
 
     def _submit(self, task: Task[..., Any], *, label: str, **values: Any) -> PrefectFuture[Any]:
         return self.runner.submit(task, ticket=self.running.ticket, label=label, **values)

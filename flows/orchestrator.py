@@ -10,6 +10,9 @@ under way, which loses most of them (`SubprocessASGIServer.stop`, `TaskRunRecord
 server is stopped only after the client's queues are empty and the server has recorded as many final
 task runs as were submitted; the wait is bounded, and its outcome is returned, not hidden.
 
+A server may be gone before its run has ended. The client would try for a minute at each of the requests with
+which a run ends, deaf to Ctrl-C; `await_server` waits once, and then has the rest fail at once.
+
 Costs: about 10 s to start a server with an existing home, 15-20 s with a fresh one, 250 MB.
 """
 
@@ -25,14 +28,14 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from ptbin.errors import PtbinError
 
-__all__ = ["Orchestrator", "OrchestratorError", "orchestrator"]
+__all__ = ["ABSENT_SECONDS", "Orchestrator", "OrchestratorError", "await_server", "orchestrator"]
 
 TIMEOUT_SETTING = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
 STARTUP_SECONDS = 90.0
@@ -41,11 +44,16 @@ INTERRUPTED_SECONDS = 1.5
 """The recorder writes at least once a second."""
 DRAIN_SECONDS = 20.0
 STOP_SECONDS = 15.0
+HEALTH_SECONDS = 3.0
+ABSENT_SECONDS = 60.0
+"""So long a server may be away, restarting, when a run wants to tell how it ended."""
 
 # Set before Prefect is imported, where the user has not set them. Only the console is silenced: the
 # INFO lines of a run still go to the server, where its page shows them.
 CLIENT_DEFAULTS = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    # Its own handler: without a server, a line of some kB for every event that could not be sent.
+    "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
 }
@@ -60,6 +68,10 @@ SERVER_DEFAULTS = {
     "PREFECT_UI_ENABLED": "false",
     "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
 }
+
+
+_embedded = False
+"""Whether this process's flows run on the server that it started itself."""
 
 
 class OrchestratorError(PtbinError):
@@ -83,6 +95,8 @@ class Orchestrator:
         Returns whether the history is known to be complete: always True for a server that lives on,
         because it receives the rest by itself.
         """
+        if not server_answers():
+            return False
         _drain_client_queues()
         if not self.embedded or flow_run_id is None:
             return True
@@ -123,6 +137,68 @@ def orchestrator() -> Iterator[Orchestrator]:
         return
     with _embedded_server(chosen) as url, _use_api(url):
         yield Orchestrator(url, embedded=True)
+
+
+def server_answers() -> bool:
+    """Whether anything answers for the API just now; it need not be content with the question."""
+    from httpx import HTTPStatusError
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    with (
+        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+        get_client(sync_client=True, httpx_settings={"timeout": HEALTH_SECONDS}) as client,
+    ):
+        error = client.api_healthcheck()
+    return error is None or isinstance(error, HTTPStatusError)
+
+
+def await_server(check: Callable[[], object], seconds: float = ABSENT_SECONDS) -> bool:
+    """Whether the run can tell the server how it ended; one that is away is waited for.
+
+    Where it stays away, whatever this thread still asks of it, Prefect's own last requests above all, fails
+    at once instead of after minutes. An interrupt that `check` raises ends the wait and is raised.
+    """
+    if _embedded:
+        seconds = 0.0  # a child of this process: nobody will start it again
+    deadline = time.monotonic() + seconds
+    try:
+        while not (there := server_answers()) and time.monotonic() < deadline:
+            check()
+            time.sleep(0.5)
+    except BaseException:
+        _expect_no_server()
+        raise
+    if not there:
+        _expect_no_server()
+    return there
+
+
+def _expect_no_server() -> None:
+    from prefect.context import SettingsContext, get_settings_context
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, PREFECT_LOGGING_TO_API_ENABLED
+
+    now = get_settings_context()
+    settings = now.settings.copy_with_update(
+        {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_LOGGING_TO_API_ENABLED: False}
+    )
+    # Never left: what is to fail at once comes after the flow's own code, in this thread's context.
+    SettingsContext(profile=now.profile, settings=settings).__enter__()
+    # What is queued would hold up the end of the process: 7 s for each of hundreds of events, a minute for
+    # logs. Prefect offers no way to drop it; a service is done when its task is cancelled
+    # (`_QueueServiceBase._run`).
+    for worker in _client_workers():
+        for service in list(worker._instances.values()):  # noqa: SLF001
+            if service._task is not None:  # noqa: SLF001
+                service._loop.call_soon_threadsafe(service._task.cancel)  # noqa: SLF001
+
+
+def _client_workers() -> tuple[Any, ...]:
+    """Prefect's event and log threads, by class."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    return EventsWorker, APILogWorker
 
 
 @contextlib.contextmanager
@@ -215,14 +291,18 @@ def _use_api(url: str) -> Iterator[None]:
     """Make the server the one that every thread of this process talks to."""
     from prefect.context import refresh_global_settings_context
 
+    global _embedded  # noqa: PLW0603 - as the environment is
     # The environment, not `temporary_settings`: Prefect's own threads start outside our context.
     os.environ["PREFECT_API_URL"] = url
+    _embedded = True
     refresh_global_settings_context()
     try:
         with _without_heartbeat():
             yield
     finally:
-        _drain_client_queues()
+        if server_answers():
+            _drain_client_queues()
+        _embedded = False
         del os.environ["PREFECT_API_URL"]
         refresh_global_settings_context()
 
@@ -241,10 +321,7 @@ def _without_heartbeat() -> Iterator[None]:
 
 def _drain_client_queues() -> None:
     """Have Prefect's event and log threads send what they hold; they start anew when needed."""
-    from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogWorker
-
-    for worker in (EventsWorker, APILogWorker):
+    for worker in _client_workers():
         with contextlib.suppress(Exception):
             worker.drain_all(timeout=DRAIN_SECONDS, at_exit=False)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
 import uuid
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -19,13 +20,32 @@ from typing import Any
 
 from flows.report import render_report
 from flows.tally import Entry, Tally
+from ptbin.errors import UsageError
 
-__all__ = ["new_run_id", "record_files", "record_folder", "sha256sums"]
+__all__ = ["check_run_id", "new_run_id", "record_files", "record_folder", "sha256sums"]
 
 
 def new_run_id() -> str:
     """`<UTC time>-<id>`: sorts by time, and names the run's folder and its manifests' `run_id`."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
+
+
+# It becomes a folder's name in DEST, and whoever may start a run says what it is.
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def check_run_id(run_id: str) -> str:
+    """The id itself.
+
+    Raises:
+        UsageError: it is not made of letters, digits, dots, dashes and underscores.
+    """
+    if not _RUN_ID.fullmatch(run_id):
+        raise UsageError(
+            f"{run_id!r} is no run id: at most 100 letters, digits, dots, dashes and underscores, "
+            "the first one a letter or digit; leave it out to get a new one"
+        )
+    return run_id
 
 
 def record_folder(dest: str, run_id: str) -> str:

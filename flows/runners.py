@@ -23,7 +23,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 
 from flows.batches import BATCH_COUNT, BATCHES_PER_WORKER
 from flows.fanout import unexamined
-from flows.wishes import MAX_WORKERS
+from flows.wishes import MAX_WORKERS, refuse_runner_secrets
 from ptbin.errors import UsageError
 from tasks.live import stop_all
 
@@ -93,8 +93,9 @@ def open_runner(name: RunnerName, address: str | None, workers: int | None) -> I
         workers: batches at once; None: two, or as many as the cluster has threads (Dask) or CPUs (Ray).
 
     Raises:
-        UsageError: the engine is not installed, or nothing answers at the address.
+        UsageError: the engine is not installed, nothing answers at the address, or there is a password in it.
     """
+    refuse_runner_secrets(address)
     if address is not None and name in {"threads", "processes"}:
         raise UsageError(f"a runner address means nothing to {name}; it is for dask and ray")
     if name == "threads":

@@ -16,7 +16,7 @@ from types import FrameType
 
 from prefect.exceptions import TerminationSignal
 
-__all__ = ["INTERRUPTS", "HeldSignals", "hold_signals", "is_hidden_interrupt"]
+__all__ = ["INTERRUPTS", "HeldSignals", "end_run", "hold_signals", "is_hidden_interrupt"]
 
 INTERRUPTS = (KeyboardInterrupt, TerminationSignal)
 """What Ctrl-C and SIGTERM are raised as while a flow runs; the latter is Prefect's."""
@@ -29,30 +29,35 @@ class HeldSignals:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._echo = False
 
     def hear(self, number: int, frame: FrameType | None) -> None:
-        """The handler. A second signal ends the process: what it leaves has no manifest."""
+        """The handler. A second Ctrl-C ends the process: what it leaves has no manifest.
+
+        A second SIGTERM does not: it is nobody's impatience. systemd sends one to a worker's whole group and
+        the worker sends its own; Prefect repeats it on the way out, for the handler that was there before its
+        own (`capture_sigterm`). Whoever cannot wait has SIGKILL.
+        """
         del frame
-        if self._echo and number == signal.SIGTERM:
-            # Prefect sends the process another one on the way out, for the handler that was there before
-            # its own (`capture_sigterm`): that is no second wish of anybody's.
-            self._echo = False
-            return
-        if self.number is not None:
+        if self.number is None:
+            self.number = number
+        elif number == signal.SIGINT:
             os._exit(_SECOND_STATUS)
-        self.number = number
 
     def check(self) -> None:
         """Raises what the signal stands for, if one came."""
         if self.number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.number is not None:
-            self._echo = True
             raise TerminationSignal(signal=self.number)
 
 
 _held: HeldSignals | None = None
+
+
+def end_run() -> None:
+    """As if SIGTERM had come, from any thread, to the run that is under way: whoever started it is gone."""
+    if _held is not None and _held.number is None:
+        _held.number = signal.SIGTERM
 
 
 def is_hidden_interrupt(error: BaseException) -> bool:

@@ -17,9 +17,10 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from flows.access import Running, RunSettings, join_run, running
-from flows.artifacts import publish_table, verification_rows
+from flows.artifacts import Artifacts, verification_rows
 from flows.batches import plan_batches
 from flows.fanout import Work, fan_out, unexamined
+from flows.orchestrator import await_server
 from flows.parameters import described
 from flows.run_record import new_run_id
 from flows.runners import RunnerName
@@ -64,7 +65,6 @@ def verify(
     Ends Completed where every output is proven and has a manifest, else Failed with the counts.
     """
     refuse_secrets(dest)
-    started = time.monotonic()
     with join_run(run_id or new_run_id(), source_options, dest_options) as live:
         manifests = list_manifests(live.run_id, dest)
         orphans = list_orphans(live.run_id, dest)
@@ -86,12 +86,7 @@ def verify(
             f"proven {len(proven)}, failed {len(manifests) - len(proven)}, "
             f"outputs without a manifest {len(orphans)}"
         )
-        seconds = time.monotonic() - started
-        publish_table(
-            ARTIFACT_KEY,
-            verification_rows(proven, issues),
-            f"**{message}** in {seconds:.1f} s, below `{dest}`",
-        )
+        seconds = time.monotonic() - live.began
         live.summary.update(
             dest=dest,
             manifests=len(manifests),
@@ -104,6 +99,12 @@ def verify(
             succeeded=not issues,
             task_runs=task_runs + 3 + (public_key is not None),
         )
+        if await_server(live.check):
+            artifacts = Artifacts(ARTIFACT_KEY, get_run_logger())
+            artifacts.table(
+                verification_rows(proven, issues), f"**{message}** in {seconds:.1f} s, below `{dest}`"
+            )
+            artifacts.end()
         return (Failed if issues else Completed)(message=message)
 
 

@@ -10,7 +10,14 @@ from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions
 from ptbin.stores import public_uri
 
-__all__ = ["MAX_WORKERS", "build_options", "parse_duration", "parse_size", "refuse_secrets"]
+__all__ = [
+    "MAX_WORKERS",
+    "build_options",
+    "parse_duration",
+    "parse_size",
+    "refuse_runner_secrets",
+    "refuse_secrets",
+]
 
 MAX_WORKERS = 256
 
@@ -73,7 +80,7 @@ def build_options(
     return ConvertOptions(rename=tuple(pairs), drop=tuple(drop), max_shard_size=limit, **others)
 
 
-def refuse_secrets(*uris: str) -> None:
+def refuse_secrets(*uris: str, instead: str = "give credentials as storage options") -> None:
     """A flow's parameters are stored on Prefect's server and shown in its UI: no passwords in them.
 
     Raises:
@@ -82,6 +89,11 @@ def refuse_secrets(*uris: str) -> None:
     for uri in uris:
         if public_uri(uri) != uri:
             raise UsageError(
-                f"{public_uri(uri)} carries a password or a signature, which Prefect would show; "
-                "give credentials as storage options"
+                f"{public_uri(uri)} carries a password or a signature, which Prefect would show; {instead}"
             )
+
+
+def refuse_runner_secrets(address: str | None) -> None:
+    """As `refuse_secrets`, for the address of a cluster, which errors quote as well."""
+    if address is not None:
+        refuse_secrets(address, instead="let the cluster's own configuration authenticate")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,8 @@ class LiveRun:
     dest_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     listener: Listener = field(default_factory=Listener, repr=False)
     stopping: threading.Event = field(default_factory=threading.Event, repr=False)
+    began: float = field(default_factory=time.monotonic, repr=False)
+    """When the flow took it up."""
     check: Callable[[], object] = field(default=lambda: None, repr=False)
     """Raises in the flow's own thread what a signal stands for, if one came."""
     stop_reason: str = field(default="", repr=False)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from typing import Any
 
 from flows.cli.progress import Problems
 from flows.cli.shared_options import Shared
+from flows.wishes import refuse_runner_secrets
 from ptbin.errors import PtbinError
 from tasks.live import LiveRun, open_live_run
 
@@ -18,10 +20,11 @@ def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **param
     """Call the flow `convert`, `migrate`, `restore`, `sync` or `verify` and return the summary it left.
 
     Raises:
-        PtbinError: what the flow raised before it came to a summary.
+        PtbinError: what the flow raised before it came to a summary. A run that was stopped by then has one.
         KeyboardInterrupt: the run was interrupted before it had anything to account for; what it comes to
             later has a summary all the same, with `interrupted` set. Prefect has recorded it as crashed.
     """
+    refuse_runner_secrets(parameters.get("runner_address"))
     if shared.log_level in {"debug", "info"}:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", shared.log_level.upper())
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", shared.log_level.upper())
@@ -31,6 +34,7 @@ def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **param
     listener.stage("starting Prefect")
     with orchestrator() as server, open_live_run(live):
         flow = _find_flow(name)
+        from flows.access import RunStoppedError
         from flows.signals import INTERRUPTS, hold_signals, is_hidden_interrupt
 
         # Prefect's modules stay to the end: a full collection would walk a million objects of them, 0.1 s.
@@ -44,17 +48,23 @@ def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **param
                 raise KeyboardInterrupt from error
             return live.summary
         except Exception as error:
+            # With a summary the run is over and told; what failed is to record its end on the server.
+            if "message" in live.summary:
+                listener.tell(f"Prefect's server did not record the end of the run: {type(error).__name__}")
+                return live.summary
             if is_hidden_interrupt(error):
                 raise KeyboardInterrupt from error
             raise
         finally:
             complete = server.settle(live.summary.get("flow_run_id"), live.summary.get("task_runs"))
-        if state.is_crashed():
-            raise KeyboardInterrupt
-        if "message" not in live.summary and signals.number is not None:
+        if "message" not in live.summary and (state.is_crashed() or signals.number is not None):
             raise KeyboardInterrupt
         if "message" not in live.summary:
-            raise _error_of(state)
+            fault = _error_of(state)
+            if not isinstance(fault, RunStoppedError):
+                raise fault
+            listener.tell(f"{fault.reason}: {fault}")
+            return _stopped_summary(name, live, parameters, fault)
         if not complete:
             listener.tell("Prefect's server has not recorded every task run; the results are not affected")
     return live.summary
@@ -80,6 +90,20 @@ def _find_flow(name: str) -> Any:
     from flows.verify import verify
 
     return verify
+
+
+def _stopped_summary(
+    name: str, live: LiveRun, parameters: dict[str, Any], error: PtbinError
+) -> dict[str, Any]:
+    """That of a run that was stopped while it was still looking at what there is to do."""
+    from flows.migrate import MigrationTally
+    from flows.tally import Tally
+    from ptbin.catalog import Problem
+
+    make = MigrationTally if name == "migrate" else Tally
+    tally = make(live.run_id, parameters["source"], parameters["dest"], kind=name)
+    tally.run_problems.append(Problem(tally.dest, error.reason, str(error)))
+    return tally.summary(time.monotonic() - live.began) | {"message": tally.message(), "succeeded": False}
 
 
 def _error_of(state: Any) -> Exception:

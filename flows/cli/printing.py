@@ -1,13 +1,18 @@
 """Text for people: lines on standard error, results on standard output.
 
+With `--log-format json` what goes to standard error is for a log collector: a JSON object a line.
+
 What comes out of a file (names, messages that quote them) may hold control characters that would drive
 the terminal; they are shown escaped.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -25,7 +30,19 @@ def printable(text: str) -> str:
 
 def print_error(message: str, kind: str = "ptbin: error") -> None:
     """One line on standard error."""
-    click.echo(f"{kind}: {printable(' '.join(message.split()))}", err=True)
+    text = printable(" ".join(message.split()))
+    if _wants_json_lines(sys.argv):
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        level = "error" if kind.endswith("error") else "warning"
+        text = json.dumps({"time": now, "level": level, "event": "message", "message": text})
+    else:
+        text = f"{kind}: {text}"
+    click.echo(text, err=True)
+
+
+def _wants_json_lines(words: Sequence[str]) -> bool:
+    # From the words themselves: an error may come before any option was parsed.
+    return "--log-format=json" in words or ("--log-format", "json") in itertools.pairwise(words)
 
 
 def print_line(text: str = "") -> None:
@@ -36,7 +53,10 @@ def print_line(text: str = "") -> None:
 def print_lines_of_error(lines: Sequence[str]) -> None:
     """The lines of a report that belongs to an error, on standard error."""
     for line in lines:
-        click.echo(f"  {printable(line)}", err=True)
+        if _wants_json_lines(sys.argv):
+            print_error(line)
+        else:
+            click.echo(f"  {printable(line)}", err=True)
 
 
 def print_json(document: Mapping[str, Any]) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -66,6 +69,23 @@ def worker(stack: PrefectStack) -> Iterator[subprocess.Popen[bytes]]:
     process = stack.start_worker()
     yield process
     stack.kill(process)
+
+
+@pytest.fixture
+def notes(stack: PrefectStack, tmp_path: Path) -> Iterator[Path]:
+    """Workers started from here on convert slowly, and note what in this file."""
+    file = tmp_path / "notes"
+    file.touch()
+    stack.environment["PTBIN_TEST_NOTES"] = str(file)
+    yield file
+    del stack.environment["PTBIN_TEST_NOTES"]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.fixture
@@ -164,31 +184,79 @@ def test_a_killed_worker_s_run_is_marked_crashed_and_finished_by_the_next(
     assert len(tried) - COUNT <= 6  # twice only what was in flight
 
 
-def test_a_killed_server_is_no_loss(
-    stack: PrefectStack,
-    worker: subprocess.Popen[bytes],
-    places: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    stack.run("convert/convert-nightly", **places)
-    wait_for(lambda: finished(places) > 0, 90, "an output")
+def test_a_killed_server_is_no_loss(stack: PrefectStack, places: dict[str, str], notes: Path) -> None:
+    worker = stack.start_worker("lonely")  # after `notes`: it hands on its environment
+    run = stack.run("convert/convert-nightly", **places, workers=2)
+    wait_for(lambda: finished(places) > 3, 90, "some outputs")
     assert stack.server is not None
     stack.kill(stack.server)
+    done = finished(places)
+    assert done < COUNT // 2
+    time.sleep(3)
+    assert finished(places) > done  # the run does not need the server
     stack.start_server()
-    # Whatever became of that run, the next one finishes the work and finds what was finished.
-    for run in stack.runs():
-        if run["state"]["type"] in {"RUNNING", "PENDING"}:
-            wait_for(
-                lambda run=run: (
-                    stack.state(run["id"])["type"] not in {"RUNNING", "PENDING"}  # type: ignore[misc]
-                    or finished(places) == COUNT
-                ),
-                60,
-            )
-            stack.ask(f"/flow_runs/{run['id']}/set_state", CRASHED)
-    state = stack.wait_for_end(stack.run("convert/convert-nightly", **places))
+    # It tells the server how it ended, once that is back.
+    state = stack.wait_for_end(run)
     assert state["type"] == "COMPLETED"
+    assert state["message"].startswith(f"converted {COUNT}, ")
+    state = stack.wait_for_end(stack.run("convert/convert-nightly", **places))
+    assert state["message"].startswith(f"converted 0, up to date {COUNT}")
     assert_all_there(places)
+    assert len(notes.read_text().splitlines()) == COUNT  # nothing twice
+    stack.kill(worker)
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["the worker alone", "its whole control group"])
+def test_a_worker_that_is_told_to_end_lets_its_runs_end_well(
+    stack: PrefectStack, places: dict[str, str], notes: Path, everything: bool
+) -> None:
+    worker = stack.start_worker("told")
+    run = stack.run("convert/convert-nightly", **places, workers=2)
+    wait_for(lambda: finished(places) > 3, 90, "some outputs")
+    started = stack.running_in(worker)
+    for pid in [worker.pid, *(started if everything else [])]:  # systemd: KillMode=control-group
+        os.kill(pid, signal.SIGTERM)
+    worker.wait(60)
+    state = stack.wait_for_end(run, 60)
+    assert state["type"] == "CRASHED"
+    wait_for(lambda: not any(map(is_alive, started)), 30, "the end of its processes")
+    (record,) = (Path(places["dest"]) / "_ptbin" / "runs").glob("*/run.json")
+    told = json.loads(record.read_text())
+    assert told["interrupted"]
+    assert told["not_tried"] > 0
+    assert not list((Path(places["dest"]) / "_ptbin" / "leases").iterdir())
+    assert not list(Path(places["dest"]).rglob("*.ptbin-partial"))
+
+
+def test_a_run_outlives_a_worker_that_is_killed(
+    stack: PrefectStack, places: dict[str, str], notes: Path
+) -> None:
+    worker = stack.start_worker("killed")
+    run = stack.run("convert/convert-nightly", **places, workers=2)
+    wait_for(lambda: finished(places) > 3, 90, "some outputs")
+    worker.kill()
+    worker.wait(60)
+    state = stack.wait_for_end(run, 60)
+    assert state["message"].startswith(f"converted {COUNT}, ")  # though nobody reads its log any more
+
+
+def test_a_worker_s_container_ends_after_its_runs_have(
+    stack: PrefectStack, places: dict[str, str], notes: Path
+) -> None:
+    compose = yaml.safe_load((ROOT / "deployments" / "compose.yaml").read_text())
+    python, *words = compose["services"]["worker"]["command"]
+    assert python == "python"
+    words.remove("--with-healthcheck")  # a port that may be taken here
+    first = stack.start_process("first", [sys.executable, *words])
+    run = stack.run("convert/convert-nightly", **places, workers=2)
+    wait_for(lambda: finished(places) > 3, 90, "some outputs")
+    started = stack.running_in(first)
+    first.terminate()
+    first.wait(60)
+    assert not any(map(is_alive, started))
+    assert stack.state(run)["type"] == "CRASHED"
+    (record,) = (Path(places["dest"]) / "_ptbin" / "runs").glob("*/run.json")
+    assert json.loads(record.read_text())["interrupted"]
 
 
 @pytest.mark.slow

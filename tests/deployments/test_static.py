@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Self
 
 import pytest
 import yaml
@@ -108,6 +110,7 @@ def test_the_compose_file_satisfies_the_compose_specification() -> None:
         assert image == "ptbin:latest" or ":" in image, name
     needed = {"postgres", "redis", "migrate", "server", "services", "worker"}
     assert needed <= services.keys()
+    assert {name for name, service in services.items() if "healthcheck" not in service} == {"migrate"}
 
 
 def test_the_compose_file_sets_variables_that_prefect_knows() -> None:
@@ -122,6 +125,42 @@ def test_the_compose_file_sets_variables_that_prefect_knows() -> None:
     pytest.importorskip("prefect_redis.messaging")
     pytest.importorskip("prefect_redis.ordering")
     pytest.importorskip("prefect_redis.lease_storage")
+
+
+def test_the_kubernetes_worker_watches_only_where_its_role_lets_it() -> None:
+    settings = pytest.importorskip("prefect_kubernetes.settings")
+    documents = list(yaml.safe_load_all((FOLDER / "kubernetes" / "worker.yaml").read_text()))
+    (role,) = [document for document in documents if document["kind"] == "Role"]
+    (worker,) = [document for document in documents if document["kind"] == "Deployment"]
+    environment = {
+        item["name"]: item["value"] for item in worker["spec"]["template"]["spec"]["containers"][0]["env"]
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        name = "PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_NAMESPACES"
+        patch.setenv(name, environment[name])
+        assert settings.KubernetesSettings().observer.namespaces == {role["metadata"]["namespace"]}
+
+
+def test_a_drained_pool_is_one_in_which_nothing_runs_twice_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    drain = runpy.run_path(str(FOLDER / "drain.py"))
+    asked = []
+    answers = [["one"], [], ["another"], [], []]
+
+    class Client:
+        async def __aenter__(self) -> Self:
+            return self
+
+        async def __aexit__(self, *error: object) -> None: ...
+
+        async def update_work_pool(self, *words: Any) -> None: ...
+
+        async def read_flow_runs(self, **question: Any) -> list[Any]:
+            asked.append(question)
+            return [SimpleNamespace(name=name) for name in answers[len(asked) - 1]]
+
+    monkeypatch.setitem(drain["drain"].__globals__, "get_client", Client)
+    assert asyncio.run(drain["drain"]("pool", 60, poll_seconds=0)) == 0
+    assert len(asked) == len(answers)
 
 
 def test_the_dockerfile_passes_hadolint_and_is_not_root() -> None:

@@ -182,6 +182,28 @@ def test_a_server_that_cannot_start_is_one_line(ptbin: Run, good_source: Path, t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("words", [["--log-format", "json"], ["--log-format=json"]])
+def test_json_lines_are_all_there_is_on_standard_error(
+    ptbin_started: Start, checkpoint: Path, tmp_path: Path, words: list[str]
+) -> None:
+    process = ptbin_started("convert", checkpoint, "out/x.bin", *words, code=SLOW)
+    wait_for((tmp_path / "staging").exists)
+    process.send_signal(signal.SIGINT)
+    _, problems = process.communicate(timeout=20)
+    told = [json.loads(line) for line in problems.splitlines()]
+    assert (told[-1]["event"], told[-1]["level"], told[-1]["message"]) == (
+        "message",
+        "warning",
+        "interrupted",
+    )
+    wrong = ptbin_started("convert", tmp_path / "nothing here", "out", *words)
+    _, problems = wrong.communicate(timeout=60)
+    assert wrong.returncode == 2
+    (line,) = problems.splitlines()
+    assert json.loads(line)["level"] == "error"
+    assert "nothing here" in json.loads(line)["message"]
+
+
 def test_a_closed_pipe_is_no_error(checkpoint: Path, tmp_path: Path, ptbin_started: Start) -> None:
     process = ptbin_started("inspect", checkpoint)
     assert process.stdout is not None

@@ -250,6 +250,7 @@ def test_a_dask_cluster_stops_working_for_a_run_that_was_killed(
     [
         (["--runner", "dask", "--runner-address", "tcp://127.0.0.1:9"], "no Dask scheduler answers"),
         (["--runner-address", "tcp://127.0.0.1:9"], "means nothing to threads"),
+        (["--runner", "dask", "--runner-address", "tcp://u:hunter2@127.0.0.1:9"], "carries a password"),
     ],
 )
 def test_a_runner_that_is_not_there_is_a_mistake_of_the_call(
@@ -259,6 +260,7 @@ def test_a_runner_that_is_not_there_is_a_mistake_of_the_call(
     _, err = process.communicate(timeout=100)
     assert process.returncode == 2
     assert message in err
+    assert "hunter2" not in err
     assert not list((tmp_path / "out").rglob("*.bin"))
 
 

@@ -76,6 +76,7 @@ class PrefectStack:
         self.environment = {
             key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")
         } | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "PREFECT_HOME": str(folder / "home"),
             "PREFECT_API_URL": self.api_url,
             "PREFECT_SERVER_UI_API_URL": self.api_url,
@@ -161,6 +162,10 @@ class PrefectStack:
         return self.start_process(
             name, self._prefect("worker", "start", "--pool", pool, "--name", name, "--type", "process")
         )
+
+    def running_in(self, worker: subprocess.Popen[bytes]) -> list[int]:
+        """Process ids of what a worker has started, itself left out."""
+        return descendants(worker.pid)
 
     @staticmethod
     def kill(process: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> None:

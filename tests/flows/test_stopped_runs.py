@@ -1,0 +1,136 @@
+"""Runs that end before their time, by a deadline, a lost lease, a fault, the first problem: all account."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import conversion
+from flows.convert import convert
+from flows.orchestrator import Orchestrator
+from flows.run_record import new_run_id
+from flows.sync import sync
+from ptbin.catalog.worklist import WorkList
+from ptbin.errors import UsageError
+from tasks.live import LiveRun, find_live_run, open_live_run
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+pytestmark = pytest.mark.usefixtures("server")
+
+
+def run(flow: Any, source: Path, dest: Path, **parameters: Any) -> tuple[Any, dict[str, Any]]:
+    with open_live_run(LiveRun(new_run_id())) as live:
+        state = flow(source=str(source), dest=str(dest), run_id=live.run_id, return_state=True, **parameters)
+    return state, live.summary
+
+
+def record_of(dest: Path) -> dict[str, Any]:
+    (path,) = (dest / "_ptbin" / "runs").glob("*/run.json")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+@pytest.mark.parametrize("command", ["convert", "sync"])
+def test_a_deadline_that_passes_while_listing_is_told_in_a_line_and_a_document(
+    ptbin: Run, good_source: Path, server: Orchestrator, command: str
+) -> None:
+    words = [command, good_source, "out", "--deadline", "0.001", "--json", "--quiet"]
+    done = ptbin(*words, PREFECT_API_URL=server.api_url)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines() == [
+        "ptbin: run_stopped: the run's deadline of 0.001 s has passed; nothing was begun"
+    ]
+    summary = json.loads(done.stdout)
+    assert [problem["reason"] for problem in summary["problems"]] == ["run_stopped"]
+    assert summary["converted"] == 0
+
+
+@pytest.mark.parametrize("flow", [convert, sync])
+def test_a_lease_lost_while_listing_fails_the_run(
+    good_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flow: Any
+) -> None:
+    really = WorkList.plan
+
+    def plan(self: WorkList, *arguments: Any, tick: Callable[[], object], **options: Any) -> Any:
+        tick.__self__.stop("the lease is lost")  # type: ignore[attr-defined]
+        return really(self, *arguments, tick=tick, **options)
+
+    monkeypatch.setattr(WorkList, "plan", plan)
+    state, summary = run(flow, good_source, tmp_path / "out")
+    assert state.is_failed()
+    assert "the lease is lost; nothing was begun" in state.message
+    assert "message" not in summary
+    assert not list((tmp_path / "out" / "_ptbin" / "leases").iterdir())
+
+
+def test_a_fault_of_ours_is_accounted_for_as_well(
+    good_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any, *_: Any) -> None:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(conversion.Conversion, "_collect", fail)
+    state, summary = run(convert, good_source, tmp_path / "out")
+    assert state.is_failed()
+    assert summary["problems"][0]["reason"] == "internal_error"
+    assert record_of(tmp_path / "out")["not_tried"] == 6
+
+
+def test_what_the_first_problem_left_unasked_is_not_tried(source: Path, tmp_path: Path) -> None:
+    for path in source.rglob("*"):
+        if path.is_file() and not path.name.startswith("twin") and path.name != "05.pt":
+            path.unlink()
+    # There, and unknown to any index: whether it is up to date would have to be asked.
+    assert run(convert, source / "run", tmp_path / "out" / "run")[0].is_completed()
+    state, _ = run(convert, source, tmp_path / "out", fail_fast=True)
+    assert state.message == "converted 0, up to date 0, rejected 2, failed 0, not tried 1"
+
+
+def test_what_is_up_to_date_is_counted_in_an_interrupted_run(
+    good_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(convert, good_source, tmp_path / "out")[0].is_completed()
+
+    def interrupt(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversion.Conversion, "drop_up_to_date", interrupt)
+    with pytest.raises(KeyboardInterrupt), open_live_run(LiveRun(new_run_id())) as live:
+        convert(source=str(good_source), dest=str(tmp_path / "out"), run_id=live.run_id)
+    assert live.summary["interrupted"]
+    assert live.summary["up_to_date"] == 6
+
+
+def test_the_seconds_of_a_run_include_its_listing(
+    good_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really = WorkList.plan
+
+    def plan(self: WorkList, *arguments: Any, **options: Any) -> Any:
+        time.sleep(1.5)
+        return really(self, *arguments, **options)
+
+    monkeypatch.setattr(WorkList, "plan", plan)
+    with open_live_run(LiveRun(new_run_id())) as live:
+        live.began -= 1000  # opened long before: a server was started meanwhile
+        convert(source=str(good_source), dest=str(tmp_path / "out"), run_id=live.run_id, return_state=True)
+    assert 1.5 < live.summary["seconds"] < 100
+
+
+@pytest.mark.parametrize("run_id", ["../../../esc", "a/b", "..", "a\nb", "x" * 101])
+def test_a_run_id_that_is_no_plain_name_is_refused(good_source: Path, tmp_path: Path, run_id: str) -> None:
+    dest = tmp_path / "deep" / "in" / "out"
+    state = convert(source=str(good_source), dest=str(dest), run_id=run_id, return_state=True)
+    assert state.is_failed()
+    with pytest.raises(UsageError, match="is no run id"):
+        state.result()
+    assert not (tmp_path / "deep").exists()
+    with pytest.raises(LookupError):
+        find_live_run(run_id)
