@@ -16,7 +16,7 @@ import click
 
 from flows.cli.convert_command import convert_command
 from flows.cli.inspect_command import inspect_command
-from flows.cli.interrupts import INTERRUPTED_STATUS, hear_signals
+from flows.cli.interrupts import INTERRUPTED_STATUS, Heard, hear_signals
 from flows.cli.migrate_command import migrate_command
 from flows.cli.printing import print_error
 from flows.cli.restore_command import restore_command
@@ -66,8 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    heard = Heard()
     try:
-        with hear_signals():
+        with hear_signals(heard):
             # Not `cli.main`: it would answer an interrupt with an empty line of its own.
             with cli.make_context("ptbin", words) as context:
                 status = cli.invoke(context)
@@ -81,21 +82,29 @@ def run(arguments: Sequence[str] | None = None) -> int:
         print_error(_usage_line(error))
         return 2
     except (KeyboardInterrupt, click.Abort):
-        print_error("interrupted", kind="ptbin")
-        return INTERRUPTED_STATUS
+        return _interrupted()
     except BrokenPipeError:
         # Whoever read our output has had enough; nothing may be flushed into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except PtbinError as error:
+        if heard.interrupted:
+            return _interrupted()
         _print_traceback(words)
         print_error(str(error))
         return 1 if isinstance(error, CheckpointError) else 2
     except Exception as error:  # noqa: BLE001 - the last line of defence: a line, not a traceback
+        if heard.interrupted:
+            return _interrupted()
         _print_traceback(words)
         print_error(f"{type(error).__name__}: {error} (a fault in ptbin; --log-level debug shows where)")
         return 1
     return status if isinstance(status, int) else 0
+
+
+def _interrupted() -> int:
+    print_error("interrupted", kind="ptbin")
+    return INTERRUPTED_STATUS
 
 
 def _usage_line(error: click.ClickException) -> str:

@@ -3,6 +3,9 @@
 The first signal raises `KeyboardInterrupt` in the main thread, so writers abort and nothing half-written
 stays. A second one ends the process at once: what it leaves has a temporary name or no manifest, and
 nobody takes that for finished.
+
+The exception may come out of the middle of somebody else's code and leave it as another one (pydantic wraps
+what is raised in its serializers), so it is also noted that a signal came.
 """
 
 from __future__ import annotations
@@ -14,31 +17,39 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["INTERRUPTED_STATUS", "hear_signals"]
+__all__ = ["INTERRUPTED_STATUS", "Heard", "hear_signals"]
 
 INTERRUPTED_STATUS = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Heard:
+    """Whether a signal came."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
+        """The handler of the first one."""
+        del number, frame
+        self.interrupted = True
+        for other in _SIGNALS:
+            signal.signal(other, _leave_at_once)
+        raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
-def hear_signals() -> Iterator[None]:
+def hear_signals(heard: Heard) -> Iterator[None]:
     """Handle both signals while the context lasts; only the main thread can, others are left alone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _interrupt) for number in _SIGNALS}
+    before = {number: signal.signal(number, heard.interrupt) for number in _SIGNALS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    for other in _SIGNALS:
-        signal.signal(other, _leave_at_once)
-    raise KeyboardInterrupt
 
 
 def _leave_at_once(number: int, frame: FrameType | None) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
+import pydantic
 import pytest
 from click.testing import CliRunner
 
@@ -178,6 +181,21 @@ def test_a_fault_of_ours_is_one_line_unless_debugging(
     assert (status, text, problems.count("\n")) == (1, "", 1)
     assert "surprise" in problems
     assert "Traceback" in run(capsys, "inspect", checkpoint, "--log-level", "debug")[2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_one_whatever_it_comes_out_as(
+    number: int, checkpoint: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Disturbed(pydantic.BaseModel):
+        @pydantic.model_serializer
+        def disturb(self) -> str:
+            os.kill(os.getpid(), number)
+            return "never"
+
+    monkeypatch.setattr(ptbin, "inspect", lambda *_, **__: Disturbed().model_dump())
+    status, text, problems = run(capsys, "inspect", checkpoint)
+    assert (status, text, problems) == (130, "", "ptbin: interrupted\n")
 
 
 def test_storage_options_are_read_from_a_file(checkpoint: Path, tmp_path: Path, capsys: Captured) -> None:
