@@ -35,7 +35,14 @@ from typing import IO, Any
 
 from ptbin.errors import PtbinError
 
-__all__ = ["ABSENT_SECONDS", "Orchestrator", "OrchestratorError", "await_server", "orchestrator"]
+__all__ = [
+    "ABSENT_SECONDS",
+    "Orchestrator",
+    "OrchestratorError",
+    "await_server",
+    "import_prefect",
+    "orchestrator",
+]
 
 TIMEOUT_SETTING = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
 STARTUP_SECONDS = 90.0
@@ -120,6 +127,17 @@ class Orchestrator:
             return -1
 
 
+def import_prefect() -> None:
+    """Import Prefect with the settings that it reads then. An interrupt must not come into it.
+
+    It takes a second of making pydantic's classes, and Prefect logs what its plugins' set-up comes to there,
+    an interrupt too, and goes on.
+    """
+    for name, value in CLIENT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    import prefect.settings  # noqa: F401 - for what it does
+
+
 @contextlib.contextmanager
 def orchestrator() -> Iterator[Orchestrator]:
     """The server to run on; an embedded one lives as long as the context.
@@ -127,8 +145,7 @@ def orchestrator() -> Iterator[Orchestrator]:
     Raises:
         OrchestratorError: no server could be started, with the last thing it said.
     """
-    for name, value in CLIENT_DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    import_prefect()
     from prefect.settings import get_current_settings
 
     chosen = get_current_settings().to_environment_variables(exclude_unset=True)

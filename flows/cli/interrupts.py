@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["INTERRUPTED_STATUS", "Heard", "hear_signals"]
+__all__ = ["INTERRUPTED_STATUS", "Heard", "hear_signals", "interrupts_held"]
 
 INTERRUPTED_STATUS = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -50,6 +50,33 @@ def hear_signals(heard: Heard) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """While Prefect is imported: a signal that comes is raised at the end, a second one ends the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        del frame
+        if came:
+            os._exit(INTERRUPTED_STATUS)
+        came.append(number)
+
+    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        handler = before[signal.Signals(came[0])]
+        if callable(handler):
+            handler(came[0], None)
+        raise KeyboardInterrupt
 
 
 def _leave_at_once(number: int, frame: FrameType | None) -> None:

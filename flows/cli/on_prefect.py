@@ -7,6 +7,7 @@ import os
 import time
 from typing import Any
 
+from flows.cli.interrupts import interrupts_held
 from flows.cli.progress import Problems
 from flows.cli.shared_options import Shared
 from flows.wishes import refuse_runner_secrets
@@ -28,14 +29,17 @@ def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **param
     if shared.log_level in {"debug", "info"}:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", shared.log_level.upper())
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", shared.log_level.upper())
-    from flows.orchestrator import orchestrator
+    from flows.orchestrator import import_prefect, orchestrator
 
     live = LiveRun(run_id, shared.source_options, shared.dest_options, listener)
     listener.stage("starting Prefect")
+    with interrupts_held():
+        import_prefect()
     with orchestrator() as server, open_live_run(live):
-        flow = _find_flow(name)
-        from flows.access import RunStoppedError
-        from flows.signals import INTERRUPTS, hold_signals, is_hidden_interrupt
+        with interrupts_held():
+            flow = _find_flow(name)
+            from flows.access import RunStoppedError
+            from flows.signals import INTERRUPTS, hold_signals, is_hidden_interrupt
 
         # Prefect's modules stay to the end: a full collection would walk a million objects of them, 0.1 s.
         gc.freeze()

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 import ptbin
 from flows.cli import app
 from flows.cli.app import cli
+from flows.cli.interrupts import interrupts_held
 from flows.cli.printing import align, printable
 from flows.cli.progress import PlainProgress
 from flows.cli.summary import JSON_KEYS
@@ -196,6 +197,23 @@ def test_an_interrupt_is_one_whatever_it_comes_out_as(
     monkeypatch.setattr(ptbin, "inspect", lambda *_, **__: Disturbed().model_dump())
     status, text, problems = run(capsys, "inspect", checkpoint)
     assert (status, text, problems) == (130, "", "ptbin: interrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_for_the_end_of_an_import(
+    number: int, checkpoint: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    through = []
+
+    def slow(*_: object, **__: object) -> None:
+        with interrupts_held():
+            os.kill(os.getpid(), number)
+            through.append(True)
+        through.append(False)
+
+    monkeypatch.setattr(ptbin, "inspect", slow)
+    assert run(capsys, "inspect", checkpoint) == (130, "", "ptbin: interrupted\n")
+    assert through == [True]
 
 
 def test_storage_options_are_read_from_a_file(checkpoint: Path, tmp_path: Path, capsys: Captured) -> None:
