@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from flows.orchestrator import Orchestrator
 from flows.run_record import new_run_id
 from flows.sync import sync
 from ptbin.errors import UsageError
@@ -28,6 +30,14 @@ from tests.servers.fixtures import moto_s3
 __all__ = ["moto_s3"]
 
 pytestmark = pytest.mark.usefixtures("server")
+
+
+@pytest.fixture
+def ptbin(
+    ptbin: Callable[..., subprocess.CompletedProcess[str]], server: Orchestrator
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command line on the session's server: one of its own would cost each call ten seconds."""
+    return functools.partial(ptbin, PREFECT_API_URL=server.api_url)
 
 
 @dataclass
