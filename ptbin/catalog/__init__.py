@@ -1,6 +1,7 @@
 """Questions about whole stores: which checkpoints are there, what becomes of each, what is done already.
 
 `finding` lists, `planning` says where outputs go (pure), `finished` and `worklist` know what is up to date,
+`jobtable` holds it, `collisions` refuses what wants one place,
 `checks` refuses calls that cannot work. Listings are streams; what a run must remember of them lies on disk.
 """
 
