@@ -23,7 +23,7 @@ from ptbin.manifest import MANIFEST_SUFFIX, dump_manifest, hex_crc32, utc_now
 from ptbin.options import ConvertOptions
 from ptbin.reading.checkpoint import read_checkpoint
 from ptbin.reading.selection import select_state_dict
-from ptbin.restoring.children import run_child
+from ptbin.restoring.children import python_path, run_child
 from ptbin.sources import SourcePlace, find_source
 from ptbin.state_dict import tensors_of
 from ptbin.stores import Store, open_store
@@ -157,7 +157,7 @@ def _restore_state_dict(
                     for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
                         file.write(piece)
         try:
-            _check(local, options, {row["name"]: row["sha256"] for row in manifest["tensors"]})
+            _check(local, options, {"digests": {row["name"]: row["sha256"] for row in manifest["tensors"]}})
         except PtbinError:
             store.delete(path + MANIFEST_SUFFIX)
             store.delete(path)
@@ -173,13 +173,13 @@ def _build(place: SourcePlace, weights: Path, out: Path, options: RestoreOptions
         config = folder / "config"
         config.mkdir()
         (config / "config.json").write_bytes(data)
-    path = os.path.abspath(options.model_path) if options.model_path is not None else None
     request = {
         "weights": str(weights),
         "out": str(out),
         "model": options.model,
         "args": options.model_args,
-        "path": path,
+        "folders": _folders_of_code(options),
+        "here": os.getcwd() if options.model_path is None else None,
         "as": options.form,
         "example": options.example,
         "allow_missing": list(options.allow_missing),
@@ -190,19 +190,34 @@ def _build(place: SourcePlace, weights: Path, out: Path, options: RestoreOptions
     if "mismatch" in answer:
         report = "\n".join([f"the weights do not fit {options.model}", *answer["mismatch"]])
         raise ModelMismatchError(report)
-    _check(out, options, answer["digests"])
+    _check(out, options, answer)
 
 
-def _check(file: Path, options: RestoreOptions, wanted: dict[str, str]) -> None:
+def _folders_of_code(options: RestoreOptions) -> list[str]:
+    """Where the caller's modules may lie, by order of precedence."""
+    named = [os.path.abspath(options.model_path)] if options.model_path is not None else []
+    return named + python_path()
+
+
+def _check(file: Path, options: RestoreOptions, built: Mapping[str, Any]) -> None:
     """A fresh process loads the file; every tensor of the weights must be in it, bit for bit.
+
+    `built` is what the building process answered: digests, and the modules of the caller's that it loaded.
 
     Raises:
         VerificationError: it cannot be loaded, or a tensor differs.
     """
-    path = os.path.abspath(options.model_path) if options.model_path is not None else None
-    request = {"file": str(file), "as": options.form, "path": path}
+    wanted: dict[str, str] = built["digests"]
+    request = {
+        "file": str(file),
+        "as": options.form,
+        "folders": built.get("folders", []),
+        "modules": built.get("modules", []),
+    }
+    neutral = options.model is None
+    doing = "loading the restored file"
     try:
-        found = run_child("ptbin.restoring.check", request, "loading the restored file")["digests"]
+        found = run_child("ptbin.restoring.check", request, doing, neutral=neutral)["digests"]
     except UsageError as error:
         raise VerificationError(str(error)) from error
     wrong = [name for name, digest in wanted.items() if name in found and found[name] != digest]
