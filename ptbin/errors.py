@@ -18,6 +18,7 @@ __all__ = [
     "CorruptArchiveError",
     "DestinationBusyError",
     "EmptyFileError",
+    "IncompleteCheckpointError",
     "LimitExceededError",
     "ModelMismatchError",
     "NoStateDictError",
@@ -109,6 +110,12 @@ class UnsupportedTensorError(CheckpointError, ValueError):
     """A tensor whose weights cannot be taken as plain bytes (nested, distributed, wrapper subclass)."""
 
     reason = "unsupported_tensor"
+
+
+class IncompleteCheckpointError(CheckpointError, LookupError):
+    """One part of a checkpoint whose other parts lie elsewhere: other ranks, shards, slices, experts."""
+
+    reason = "incomplete_checkpoint"
 
 
 class ModelMismatchError(CheckpointError, ValueError):

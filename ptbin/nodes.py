@@ -130,14 +130,21 @@ class NdArray:
 
 
 class Opaque:
-    """A tensor whose weights ptbin does not take as bytes, with the reason and the shape if known."""
+    """A tensor whose weights ptbin does not take as bytes.
 
-    __slots__ = ("has_data", "kind", "reason")
+    Attributes:
+        kind: what it is; reason: why it cannot be taken and what to do instead.
+        has_data: False where there is nothing to lose (a meta tensor).
+        contents: what it was made of; the storages below count as its own.
+    """
 
-    def __init__(self, kind: str, reason: str, *, has_data: bool = True) -> None:
+    __slots__ = ("contents", "has_data", "kind", "reason")
+
+    def __init__(self, kind: str, reason: str, *, has_data: bool = True, contents: Any = None) -> None:
         self.kind = kind
         self.reason = reason
         self.has_data = has_data
+        self.contents = contents
 
 
 class TorchSize(tuple[int, ...]):
@@ -170,6 +177,8 @@ def children(node: Any) -> Iterator[Any]:
             yield value
     elif isinstance(node, SetNode):
         yield from node.items
+    elif isinstance(node, Opaque):
+        yield node.contents
 
 
 _LEAVES = (str, bytes, int, float, bool, complex, type(None), Global)

@@ -24,6 +24,7 @@ __all__ = [
     "TensorRef",
     "Tile",
     "Tiled",
+    "TypedStorage",
     "dense_strides",
 ]
 
@@ -130,6 +131,17 @@ class Storage:
     nbytes: int
     place: Place | None = None
     big_endian: bool = False
+
+
+class TypedStorage:
+    """A storage seen through an element type, as persistent ids deliver it."""
+
+    __slots__ = ("dtype", "storage", "view_offset")
+
+    def __init__(self, storage: Storage, dtype: DType, view_offset: int = 0) -> None:
+        self.storage = storage
+        self.dtype = dtype
+        self.view_offset = view_offset
 
 
 @dataclass(frozen=True, eq=False, slots=True)

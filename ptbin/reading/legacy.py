@@ -16,8 +16,8 @@ from ptbin.errors import CorruptArchiveError, LimitExceededError, NotACheckpoint
 from ptbin.nodes import DictNode, Global
 from ptbin.reading.checkpoint import Checkpoint, Opening
 from ptbin.reading.pickle_machine import PickleProgram, PickleTruncatedError, run_pickle
-from ptbin.reading.torch_objects import TypedStorage, storage_dtype
-from ptbin.tensors import ByteRange, Storage
+from ptbin.reading.torch_objects import storage_dtype
+from ptbin.tensors import ByteRange, Storage, TypedStorage
 
 __all__ = ["read_legacy", "read_raw_pickle"]
 

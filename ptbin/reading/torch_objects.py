@@ -18,7 +18,7 @@ from ptbin.errors import CorruptArchiveError, LimitExceededError, UnsupportedTen
 from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, TorchSize
 from ptbin.options import Limits
 from ptbin.reading.numpy_objects import iter_numpy_reducers
-from ptbin.tensors import InMemory, SparseTensor, Storage, TensorRef, dense_strides
+from ptbin.tensors import InMemory, SparseTensor, Storage, TensorRef, TypedStorage, dense_strides
 
 __all__ = ["TorchVocabulary", "storage_dtype"]
 
@@ -62,17 +62,6 @@ def storage_dtype(kind: Any) -> DType:
     if dtype is None or kind.module.split(".")[0] != "torch":
         raise ValueError(f"{kind.path} is no storage class")
     return dtype
-
-
-class TypedStorage:
-    """A storage seen through an element type, as persistent ids deliver it."""
-
-    __slots__ = ("dtype", "storage", "view_offset")
-
-    def __init__(self, storage: Storage, dtype: DType, view_offset: int = 0) -> None:
-        self.storage = storage
-        self.dtype = dtype
-        self.view_offset = view_offset
 
 
 class TorchVocabulary:
