@@ -159,6 +159,17 @@ class Tally:
             "written_bytes": sum(facts.written_nbytes for _, facts in done),
             "copied_bytes": sum(facts.copied_nbytes for _, facts in done),
             "seconds": round(seconds, 3),
+            **(
+                {
+                    "initial": [
+                        {"source": entry.source, "names": list(facts.initial)}
+                        for entry, facts in done
+                        if facts.initial
+                    ]
+                }
+                if self.kind == "restore"
+                else {}
+            ),
             "manifests": sorted(facts.manifest_uri for _, facts in done if facts.manifest_uri),
             "problems": [
                 {"source": entry.source, "reason": entry.reason, "detail": entry.detail}

@@ -36,7 +36,7 @@ from ptbin.ties import tie_equal_tensors
 from ptbin.vouching import ASIDE_SUFFIX, Guard, Place
 from ptbin.writing.outputs import plan_output
 
-__all__ = ["Published", "commit", "convert", "publish", "stage"]
+__all__ = ["Progress", "Published", "commit", "convert", "publish", "stage"]
 
 Progress = Callable[[int], None]
 

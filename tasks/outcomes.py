@@ -64,6 +64,8 @@ class Converted:
     """Bytes of the source that did not go along: of the optimizer, and other."""
     verdict: str = ""
     unsafe_globals: tuple[str, ...] = ()
+    initial: tuple[str, ...] = ()
+    """Of a restored model: names that keep the values which its code gave them."""
 
     @classmethod
     def from_manifest(
@@ -90,6 +92,7 @@ class Converted:
                 for item in manifest.get("globals", ())
                 if item["verdict"] == "unsafe"
             )[:NAMED_GLOBALS],
+            initial=tuple(manifest.get("restored", {}).get("initial", ())),
         )
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "MIGRATE_KEYS",
     "SYNC_KEYS",
     "conversion_lines",
+    "initial_lines",
     "mapping_lines",
     "migration_lines",
     "plan_lines",
@@ -146,6 +147,18 @@ def single_lines(entry: Entry, job: Job, seconds: float) -> list[str]:
     written = format_nbytes(sum(output.size for output in entry.converted.outputs))
     tensors = f"{entry.converted.tensors} tensors, {written} of {format_nbytes(entry.nbytes)}"
     return [f"{job.path} -> {job.dest_uri}: {tensors}, {seconds:.1f} s"]
+
+
+def initial_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What `--allow-missing` let through: names that keep the values which the model's code gave them."""
+    lines = []
+    for row in summary["initial"][:SHOWN_PROBLEMS]:
+        names = row["names"]
+        more = f" and {len(names) - SHOWN_PROBLEMS} more" if len(names) > SHOWN_PROBLEMS else ""
+        lines.append(f"initial values kept in {row['source']}: {', '.join(names[:SHOWN_PROBLEMS])}{more}")
+    if len(summary["initial"]) > SHOWN_PROBLEMS:
+        lines.append(f"... and in {len(summary['initial']) - SHOWN_PROBLEMS} more, by their manifests")
+    return lines
 
 
 def plan_lines(to_do: Sequence[Job], up_to_date: Sequence[Job], collisions: Sequence[Problem]) -> list[str]:

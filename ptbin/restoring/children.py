@@ -36,10 +36,13 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 _PACKAGE_FOLDER = str(Path(__file__).resolve().parents[2])
 
 
-def run_child(module: str, request: dict[str, Any], doing: str, *, neutral: bool = False) -> dict[str, Any]:
+def run_child(
+    module: str, request: dict[str, Any], doing: str, *, pass_fds: tuple[int, ...] = ()
+) -> dict[str, Any]:
     """What `module`, run as a script, answers. Its standard output is not ours: user code may print.
 
-    `neutral`: it runs in an empty folder and not in the caller's, where no code of the caller's is to run.
+    It runs in the caller's working folder, whose files the caller's code may read. `pass_fds`: descriptors
+    that it inherits.
 
     Raises:
         UsageError: the process died, or the user's code raised; with the last lines it wrote.
@@ -49,8 +52,6 @@ def run_child(module: str, request: dict[str, Any], doing: str, *, neutral: bool
             Path(folder) / name for name in ("request.json", "answer.json", "output.txt")
         )
         asked.write_text(json.dumps(request), encoding="utf-8")
-        empty = Path(folder) / "empty"
-        empty.mkdir()
         with said.open("wb") as log:
             begin = ["-c", _BEGIN, _PACKAGE_FOLDER, module, "\n".join(python_path())]
             child = subprocess.Popen(
@@ -58,7 +59,7 @@ def run_child(module: str, request: dict[str, Any], doing: str, *, neutral: bool
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                cwd=empty if neutral else None,
+                pass_fds=pass_fds,
             )
             try:
                 child.wait()
