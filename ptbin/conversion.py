@@ -112,10 +112,10 @@ def stage(
                 if options.tie_by_value:
                     for state_dict in selected.state_dicts:
                         tie_equal_tensors(state_dict, reader)
+                    selected.account()
                 output = plan_outputs(
                     selected.state_dicts, options, name, archive_root=selected.checkpoint.archive_root
                 )
-                accounting = selected.account()
             if len(selected.state_dicts) > 1:
                 is_free = False  # a listing speaks of the one name that was planned
             place_at = Place(dest_store, dest_path, None if options.force else guard, is_free=is_free)
@@ -139,7 +139,7 @@ def stage(
             files.append(DraftFile(text_name, len(data), zlib.crc32(data)))
         if options.layout == "hf":
             files.extend(copy_sidecars(place, dest_store, folder, place_at.check))
-        manifest = draft_manifest(reader, selected, accounting, output, written, files)
+        manifest = draft_manifest(reader, selected, output, written, files)
         if options.provenance:
             add_source_digests(manifest["source"], place, reader, progress)
             manifest["provenance"] = name + STATEMENT_SUFFIX
