@@ -280,7 +280,7 @@ def _as_state_dict(checkpoint: Checkpoint, node: Any, path: str, *, strict: bool
     if isinstance(node, Instance):
         if is_module(node):
             found = module_state_dict(node, path)
-        elif checkpoint.container == "torchscript" and node.class_path.startswith("__torch__"):
+        elif checkpoint.script_classes and node.class_path.startswith("__torch__"):
             found = script_state_dict(node, path, checkpoint.script_classes)
         elif node.pairs:
             return _mapping(checkpoint, DictNode("dict", node.pairs), path, node.attributes(), strict=strict)

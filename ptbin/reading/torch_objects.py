@@ -10,17 +10,24 @@ Knows no container: a storage arrives through `persistent` or `load_nested`, bot
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ptbin.dtypes import BY_STORAGE_CLASS, DType, dtype_by_name
-from ptbin.errors import CorruptArchiveError, LimitExceededError, UnsupportedTensorError
+from ptbin.errors import (
+    CorruptArchiveError,
+    LimitExceededError,
+    UnsupportedFormatError,
+    UnsupportedTensorError,
+)
 from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, TorchSize
 from ptbin.options import Limits
 from ptbin.reading.numpy_objects import iter_numpy_reducers
+from ptbin.reading.old_tensors import OldTensors
 from ptbin.tensors import InMemory, SparseTensor, Storage, TensorRef, TypedStorage, dense_strides
 
-__all__ = ["TorchVocabulary", "storage_dtype"]
+__all__ = ["TorchVocabulary", "parse_text_id", "storage_dtype"]
 
 # torch itself has no limit; numpy, and with it most readers of weights, stops at 64.
 MAX_DIMENSIONS = 64
@@ -64,6 +71,30 @@ def storage_dtype(kind: Any) -> DType:
     return dtype
 
 
+# How protocol 0 writes a persistent id: `str` of the tuple (CPython, Lib/pickle.py, `save_pers`).
+_TEXT_ID = re.compile(
+    r"\('storage', <class '([\w.]+)\.(\w+)'>, '([^'\\]+)', '[^'\\]*', (\d{1,18})"
+    r"(?:, (?:None|\('([^'\\]+)', (\d{1,18}), (\d{1,18})\)))?\)"
+)
+
+
+def parse_text_id(text: str) -> tuple[Any, ...]:
+    """The persistent id of a storage in a pickle of protocol 0, which torch writes and cannot read itself.
+
+    Raises:
+        UnsupportedFormatError: an id of another kind.
+    """
+    match = _TEXT_ID.fullmatch(text)
+    if match is None:
+        raise UnsupportedFormatError(
+            f"a pickle of protocol 0 that refers to {text[:80]!r}, which protocol 0 writes as mere text; "
+            "save it again with torch.save and its default protocol"
+        )
+    module, name, key, numel, view_key, offset, view_numel = match.groups()
+    view = None if view_key is None else (view_key, int(offset), int(view_numel))
+    return ("storage", Global(module, name), key, None, int(numel), view)
+
+
 class TorchVocabulary:
     """The reducer table for one checkpoint."""
 
@@ -73,9 +104,11 @@ class TorchVocabulary:
         self.tensors_built = 0
         self._copied_nbytes = 0
         self._unfolded_nbytes = 0
+        self._old = OldTensors(self._view, self.charge)
 
     def reducers(self) -> Mapping[tuple[str, str], Reduce]:
         table: dict[tuple[str, str], Reduce] = dict(iter_numpy_reducers())
+        table.update(self._old.iter_reducers())
         utils: dict[str, Reduce] = {
             "_rebuild_tensor": self._tensor_v1,
             "_rebuild_tensor_v2": self._tensor_v1,
@@ -104,8 +137,6 @@ class TorchVocabulary:
         for module in ("torch._tensor", "torch.tensor"):
             table[module, "_rebuild_from_type"] = self._from_type
             table[module, "_rebuild_from_type_v2"] = self._from_type
-        table["torch.nn.parameter", "Parameter"] = self._parameter
-        table["torch.nn.parameter", "Buffer"] = self._parameter
         table["torch.storage", "_load_from_bytes"] = lambda args: self._load_nested(self._bytes(args[0]))
         table["torch.serialization", "_get_layout"] = lambda args: Global("torch.layout", args[0])
         table["torch", "Size"] = lambda args: TorchSize(_ints(args[0], "size"))
@@ -127,7 +158,14 @@ class TorchVocabulary:
             table[builtins, "complex"] = lambda args: complex(*args)
         return table
 
+    def set_state(self, target: Any, state: Any) -> bool:
+        """What BUILD does to a finished tensor (`OldTensors.set_state`)."""
+        return self._old.set_state(target, state)
+
     # -- tensors -----------------------------------------------------------------------------
+
+    def _view(self, storage: Any, offset: Any, shape: Any, stride: Any) -> TensorRef:
+        return self.tensor(storage, None, offset, shape, stride)
 
     def tensor(
         self,
@@ -261,11 +299,6 @@ class TorchVocabulary:
             if reducer is not None:
                 return reducer(inner)
         return Instance(function, inner)
-
-    def _parameter(self, args: tuple[Any, ...]) -> Any:
-        if args and isinstance(args[0], (TensorRef, SparseTensor, Opaque)):
-            return args[0]
-        return Instance(Global("torch.nn.parameter", "Parameter"), args)
 
     # -- builtins, each copy charged: one argument may be named by a million calls -------------------
 

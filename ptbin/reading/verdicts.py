@@ -34,6 +34,8 @@ _RENAMED = {
     "commands": "subprocess",
 }
 
+_TENSOR_CLASSES = frozenset(name.removesuffix("Storage") + "Tensor" for name in BY_STORAGE_CLASS)
+
 _SAFE_NAMES: dict[str, frozenset[str]] = {
     "builtins": frozenset(
         "dict list tuple set frozenset int float complex bool "
@@ -67,15 +69,11 @@ _SAFE_NAMES: dict[str, frozenset[str]] = {
             "per_channel_affine",
             "per_channel_symmetric",
             "per_channel_affine_float_qparams",
-            "FloatTensor",
-            "LongTensor",
-            "DoubleTensor",
-            "HalfTensor",
-            "ByteTensor",
-            "IntTensor",
+            *_TENSOR_CLASSES,
         ]
     ),
-    "torch.cuda": frozenset(name for name in BY_STORAGE_CLASS),
+    "torch.cuda": frozenset([*BY_STORAGE_CLASS, *_TENSOR_CLASSES]),
+    "torch.autograd.variable": frozenset(["Variable"]),
     "torch.storage": frozenset(
         ["UntypedStorage", "_UntypedStorage", "TypedStorage", "_TypedStorage", "_load_from_bytes"]
     ),
@@ -270,8 +268,17 @@ _CLOUDPICKLE = ("cloudpickle.cloudpickle", "cloudpickle.cloudpickle_fast")
 
 _UNSAFE_PARTS = frozenset(
     "__globals__ __builtins__ __import__ __subclasses__ __bases__ __mro__ __code__ __class__ __dict__ "
-    "__getattribute__ __reduce__ __reduce_ex__ __loader__ __spec__".split()
+    "__getattribute__ __reduce__ __reduce_ex__ __loader__ __spec__ "
+    # frames and code objects, by which a function leads to the globals around it (CPython, Lib/inspect.py)
+    "f_globals f_builtins f_locals f_back f_code gi_frame gi_code cr_frame cr_code ag_frame ag_code tb_frame "
+    "tb_next func_globals func_code".split()
 )
+
+# Types of builtins whose methods people pickle (`str.lower` in a configuration, say) and that reach nothing.
+_PLAIN_TYPES = frozenset("dict list tuple set frozenset int float complex bool str bytes bytearray".split())
+
+# What a longer chain of getattr calls than this is for is nobody's model.
+MAX_ATTRIBUTE_STEPS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,16 +358,99 @@ def _judge_call(callee: Any, args: Any) -> str | None:
         return None  # how protocol 2 writes constructors with keyword arguments (CPython, Lib/pickle.py)
     if isinstance(callee, Instance) and _is_class_by_value(callee):
         return None
+    if isinstance(callee, Instance) and _is_getattr(callee.cls):
+        # A nested class, or an enum inside a class: judged by its path when getattr was called for it.
+        if _attribute_path(callee.args) is None:
+            return "a call of what getattr took from a value"
+        return None
     if not isinstance(callee, Global):
         return f"a call of a value ({type(callee).__name__}) instead of a name"
-    if _RENAMED.get(callee.module, callee.module) == "builtins" and callee.name == "getattr":
-        target, name = (args[0], args[1]) if isinstance(args, tuple) and len(args) >= 2 else (None, None)
-        # A bound method is pickled like this, private ones too; a dunder or a computed name is not.
-        if not isinstance(name, str) or name.startswith("__") or name in ("system", "popen"):
-            return "getattr of a special or computed name"
-        if isinstance(target, Global) and judge_global(target.module, target.name) == "unsafe":
-            return f"getattr on {target.path}"
+    if _is_getattr(callee):
+        return _judge_getattr(args)
     return None
+
+
+def _is_getattr(callee: Any) -> bool:
+    return (
+        isinstance(callee, Global)
+        and callee.name == "getattr"
+        and _RENAMED.get(callee.module, callee.module) == "builtins"
+    )
+
+
+def _judge_getattr(args: Any) -> str | None:
+    """What is wrong with an attribute that a pickle asks for.
+
+    Protocol 2 has no other way to name a nested class, an enum's member or a bound method (CPython,
+    Lib/pickle.py, `save_global`); protocol 4 writes the same as one dotted name, and it is judged as that.
+    """
+    target, name = (args[0], args[1]) if isinstance(args, tuple) and len(args) >= 2 else (None, None)
+    # A dunder, or a name that is computed or walks further, is no attribute that a pickler writes.
+    if not isinstance(name, str) or not name.isidentifier() or name.startswith("__"):
+        return "getattr of a special or computed name"
+    if name in ("system", "popen") or name in _UNSAFE_PARTS:
+        return "getattr of a special or computed name"
+    path = _attribute_path(args)
+    if path is None:
+        # A bound method of an object is harmless to hold; a call of it is judged as a call of a value.
+        return "a long chain of getattr calls" if _chain_length(target) > MAX_ATTRIBUTE_STEPS else None
+    module, steps = path
+    if _judge_attribute(module, steps) == "unsafe":
+        return f"getattr of {module}.{'.'.join(steps)}"
+    return None
+
+
+def _is_chain(target: Any) -> bool:
+    return isinstance(target, Instance) and _is_getattr(target.cls)
+
+
+def _chain_length(target: Any) -> int:
+    length = 0
+    while _is_chain(target) and isinstance(target.args, tuple) and target.args:
+        if length > MAX_ATTRIBUTE_STEPS:
+            break
+        length += 1
+        target = target.args[0]
+    return length
+
+
+def _attribute_path(args: Any) -> tuple[str, list[str]] | None:
+    """Module and dotted name of what getattr calls on a global lead to; None for any other target."""
+    steps: list[str] = []
+    while isinstance(args, tuple) and len(args) >= 2 and isinstance(args[1], str):
+        target, name = args[:2]
+        steps.append(name)
+        if len(steps) > MAX_ATTRIBUTE_STEPS:
+            return None
+        if isinstance(target, Global):
+            return target.module, [*target.name.split("."), *reversed(steps)]
+        if not _is_chain(target):
+            return None
+        args = target.args
+    return None
+
+
+def _judge_attribute(module: str, steps: list[str]) -> Verdict:
+    """The verdict on an attribute of a global, by its whole path.
+
+    Every step on the way counts by its name: a module that another one imports (`mymodel.subprocess`, or
+    `random._os`) is a global like any other until something is taken from it.
+    """
+    top, _, rest = module.partition(".")
+    if _RENAMED.get(top, top) == "builtins" and not rest:
+        return "unknown" if len(steps) == 2 and steps[0] in _PLAIN_TYPES else "unsafe"
+    *way, last = steps
+    if any(step.lstrip("_") in _UNSAFE_MODULES or step.startswith("__") for step in way):
+        return "unsafe"
+    # A class has methods (`Net.compile`) and members (`Scheme.http`) of names that are dangerous in a module
+    # (`io.open`). By its place a class and a module look alike; by their names classes do not (PEP 8).
+    if way[-1].lstrip("_")[:1].isupper() or last in _COMMON_NAMES:
+        if _names_unsafe_path(f"{module}.{'.'.join(steps)}"):
+            return "unsafe"
+        return judge_global(module, ".".join(way))
+    if last in _UNSAFE_BUILTINS:
+        return "unsafe"
+    return judge_global(module, ".".join(steps))
 
 
 def _is_class_by_value(callee: Instance) -> bool:
