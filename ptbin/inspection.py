@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ptbin.errors import AmbiguousStateDictError, NoStateDictError
+from ptbin.errors import AmbiguousStateDictError, CorruptArchiveError, NoStateDictError
 from ptbin.options import Limits
 from ptbin.reading.checkpoint import Checkpoint, one_clear_error, read_checkpoint
 from ptbin.reading.selection import Candidate, choose_candidate, find_candidates, why_chosen
-from ptbin.reading.verdicts import judge_programs
+from ptbin.reading.verdicts import judge_programs, refuse_unsafe_fragment
 from ptbin.sources import open_source
 from ptbin.state_dict import tensors_of
 
@@ -30,7 +30,11 @@ def inspect(
     """
     limits = limits or Limits()
     with open_source(uri, storage_options) as reader, one_clear_error(reader.uri):
-        checkpoint = read_checkpoint(reader, limits)
+        try:
+            checkpoint = read_checkpoint(reader, limits)
+        except CorruptArchiveError as error:
+            refuse_unsafe_fragment(error, reader.uri)
+            raise
         safety = judge_programs(checkpoint.programs)
         candidates = find_candidates(checkpoint, limits)
         selected, reason, detail = _choose(checkpoint, candidates)

@@ -15,8 +15,9 @@ from typing import Any
 from ptbin.errors import CorruptArchiveError, LimitExceededError, NotACheckpointError
 from ptbin.nodes import DictNode, Global
 from ptbin.reading.checkpoint import Checkpoint, Opening
+from ptbin.reading.old_tensors import parse_text_id
 from ptbin.reading.pickle_machine import PickleProgram, PickleTruncatedError, run_pickle
-from ptbin.reading.torch_objects import parse_text_id, storage_dtype
+from ptbin.reading.torch_objects import storage_dtype
 from ptbin.tensors import ByteRange, Storage, TypedStorage
 
 __all__ = ["looks_like_legacy", "read_legacy", "read_raw_pickle", "run_pickle_at"]

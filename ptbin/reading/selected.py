@@ -9,10 +9,9 @@ from ptbin.errors import CorruptArchiveError, UnsafePickleError
 from ptbin.options import ConvertOptions
 from ptbin.reading.checkpoint import Checkpoint, read_checkpoint
 from ptbin.reading.keys import keep_writable, rename_entries
-from ptbin.reading.pickle_machine import PickleProgram
 from ptbin.reading.selection import select_state_dict
 from ptbin.reading.source import RandomReader
-from ptbin.reading.verdicts import SafetyReport, judge_programs
+from ptbin.reading.verdicts import SafetyReport, judge_programs, refuse_unsafe_fragment
 from ptbin.state_dict import StateDict
 
 __all__ = ["read_selected"]
@@ -29,9 +28,8 @@ def read_selected(
     try:
         checkpoint = read_checkpoint(reader, options.limits)
     except CorruptArchiveError as error:
-        if isinstance(error.program, PickleProgram):
-            # Hostile pickles are often broken ones as well; what they tried is the better answer.
-            _refuse_unsafe(judge_programs([error.program]), options, reader.uri)
+        if options.on_unsafe == "reject":
+            refuse_unsafe_fragment(error, reader.uri)
         raise
     safety = judge_programs(checkpoint.programs)
     _refuse_unsafe(safety, options, reader.uri)

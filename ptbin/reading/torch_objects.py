@@ -10,7 +10,6 @@ Knows no container: a storage arrives through `persistent` or `load_nested`, bot
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +17,6 @@ from ptbin.dtypes import BY_STORAGE_CLASS, DType, dtype_by_name
 from ptbin.errors import (
     CorruptArchiveError,
     LimitExceededError,
-    UnsupportedFormatError,
     UnsupportedTensorError,
 )
 from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, TorchSize
@@ -27,7 +25,7 @@ from ptbin.reading.numpy_objects import iter_numpy_reducers
 from ptbin.reading.old_tensors import OldTensors
 from ptbin.tensors import InMemory, SparseTensor, Storage, TensorRef, TypedStorage, dense_strides
 
-__all__ = ["TorchVocabulary", "parse_text_id", "storage_dtype"]
+__all__ = ["TorchVocabulary", "storage_dtype"]
 
 # torch itself has no limit; numpy, and with it most readers of weights, stops at 64.
 MAX_DIMENSIONS = 64
@@ -69,30 +67,6 @@ def storage_dtype(kind: Any) -> DType:
     if dtype is None or kind.module.split(".")[0] != "torch":
         raise ValueError(f"{kind.path} is no storage class")
     return dtype
-
-
-# How protocol 0 writes a persistent id: `str` of the tuple (CPython, Lib/pickle.py, `save_pers`).
-_TEXT_ID = re.compile(
-    r"\('storage', <class '([\w.]+)\.(\w+)'>, '([^'\\]+)', '[^'\\]*', (\d{1,18})"
-    r"(?:, (?:None|\('([^'\\]+)', (\d{1,18}), (\d{1,18})\)))?\)"
-)
-
-
-def parse_text_id(text: str) -> tuple[Any, ...]:
-    """The persistent id of a storage in a pickle of protocol 0, which torch writes and cannot read itself.
-
-    Raises:
-        UnsupportedFormatError: an id of another kind.
-    """
-    match = _TEXT_ID.fullmatch(text)
-    if match is None:
-        raise UnsupportedFormatError(
-            f"a pickle of protocol 0 that refers to {text[:80]!r}, which protocol 0 writes as mere text; "
-            "save it again with torch.save and its default protocol"
-        )
-    module, name, key, numel, view_key, offset, view_numel = match.groups()
-    view = None if view_key is None else (view_key, int(offset), int(view_numel))
-    return ("storage", Global(module, name), key, None, int(numel), view)
 
 
 class TorchVocabulary:

@@ -12,8 +12,9 @@ from typing import Any
 
 from ptbin.errors import CorruptArchiveError, LimitExceededError
 from ptbin.reading.checkpoint import Checkpoint, Opening
+from ptbin.reading.old_tensors import parse_text_id
 from ptbin.reading.pickle_machine import run_pickle
-from ptbin.reading.torch_objects import parse_text_id, storage_dtype
+from ptbin.reading.torch_objects import storage_dtype
 from ptbin.reading.zip_directory import DEFLATED, ZipDirectory, refuse_foreign_zip
 from ptbin.tensors import ByteRange, Deflated, Storage, TypedStorage
 

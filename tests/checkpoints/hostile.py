@@ -70,6 +70,10 @@ def _inner_torch_file(canary: Path) -> bytes:
     return legacy_file(_inner_pickle(canary), [])
 
 
+def _getattr(target: bytes, name: str) -> bytes:
+    return named("builtins", "getattr") + target + text(name) + b"\x86R"
+
+
 OPCODE_PAYLOADS: dict[str, Payload] = {
     "reduce": lambda c: _SYSTEM + _touch(c) + _REDUCE_1,
     "reduce_posix": lambda c: named("posix", "system") + _touch(c) + _REDUCE_1,
@@ -99,6 +103,45 @@ OPCODE_PAYLOADS: dict[str, Payload] = {
         + text("system")
         + b"\x86R"
         + _touch(c)
+        + _REDUCE_1
+    ),
+    "reduce_getattr_of_an_imported_module": lambda c: (
+        _getattr(named("random", "_os"), "mknod") + text(str(c)) + _REDUCE_1
+    ),
+    "reduce_getattr_in_three_steps": lambda c: (
+        _getattr(_getattr(_getattr(named("torch", "os"), "path"), "os"), "mknod") + text(str(c)) + _REDUCE_1
+    ),
+    "reduce_getattr_with_a_default": lambda c: (
+        named("builtins", "getattr")
+        + named("random", "_os")
+        + text("mknod")
+        + b"N\x87R"
+        + text(str(c))
+        + _REDUCE_1
+    ),
+    "reduce_getattr_of_a_library_method": lambda c: (
+        _getattr(named("pathlib", "Path"), "touch")
+        + named("pathlib", "Path")
+        + text(str(c))
+        + _REDUCE_1
+        + _REDUCE_1
+    ),
+    "obj_of_getattr": lambda c: (
+        b"(("
+        + named("builtins", "getattr")
+        + named("random", "_os")
+        + text("mknod")
+        + b"o"
+        + text(str(c))
+        + b"o"
+    ),
+    "stack_global_names_a_library_method": lambda c: (
+        text("pathlib")
+        + text("Path.touch")
+        + b"\x93"
+        + named("pathlib", "Path")
+        + text(str(c))
+        + _REDUCE_1
         + _REDUCE_1
     ),
     "reduce_inner_pickle": lambda c: named("pickle", "loads") + _binbytes(_inner_pickle(c)) + _REDUCE_1,
@@ -168,7 +211,7 @@ def _canary(path: Path) -> Path:
 
 def _register_canary(name: str, payload: Payload) -> None:
     # Names with dots are walked from protocol 4 on; Python 2's names are translated up to protocol 2.
-    protocol = 4 if name == "stack_global_walks_attributes" else 2
+    protocol = 4 if name in ("stack_global_walks_attributes", "stack_global_names_a_library_method") else 2
 
     @checkpoint(name=f"canary_{name}", reason="unsafe_pickle")
     def popped(path: Path) -> Checkpoint:
