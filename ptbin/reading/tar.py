@@ -27,12 +27,14 @@ MAX_INDEX_READS = 1000
 MAX_MEMBERS = 100_000
 MAX_EXTENSION_NBYTES = 1 << 20  # one PAX header or long name; real ones have some hundred bytes
 MAX_NAME_CHARS = 4096
+MAX_PADDING_NBYTES = 1 << 20  # tar fills its last record, of 10 KiB unless it was told otherwise
 
 # The header's fields (POSIX.1-2017, pax, table 4-14): name, size, checksum, typeflag, magic, prefix.
 _NAME, _SIZE, _CHECKSUM = slice(0, 100), slice(124, 136), slice(148, 156)
 _TYPE, _MAGIC, _PREFIX = slice(156, 157), slice(257, 263), slice(345, 500)
 
-_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"L", b"K", b"x", b"g"
+_LONG_NAME, _LONG_LINK, _PAX_GLOBAL = b"L", b"K", b"g"
+_PAX = (b"x", b"X")  # the second is Solaris's
 _WITHOUT_DATA = frozenset([b"1", b"2", b"3", b"4", b"5", b"6", b"V"])  # links, devices, folders, a label
 _SPARSE, _CONTINUED = b"S", b"M"
 
@@ -67,6 +69,7 @@ def iter_tar(file: SourceFile) -> Iterator[TarMember]:
     while pos < file.size:
         header = file.read_ahead(pos, BLOCK_NBYTES, WINDOW_NBYTES, "tar header")
         if not any(header):
+            _refuse_more(file, pos)
             break
         if file.reads_ahead > MAX_INDEX_READS or count > MAX_MEMBERS:
             raise LimitExceededError(
@@ -78,11 +81,11 @@ def iter_tar(file: SourceFile) -> Iterator[TarMember]:
         kind = header[_TYPE]
         nbytes = _number(file, header[_SIZE], pos)
         data_offset = pos + BLOCK_NBYTES
-        if kind in (_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL):
+        if kind in (_LONG_NAME, _LONG_LINK, *_PAX, _PAX_GLOBAL):
             text = _extension(file, data_offset, nbytes)
             if kind == _LONG_NAME:
                 long_name = _decode(text.rstrip(b"\0"))
-            elif kind == _PAX:
+            elif kind in _PAX:
                 attributes = _parse_pax(file, text, pos)
             elif kind == _PAX_GLOBAL:
                 everywhere.update(_parse_pax(file, text, pos))
@@ -110,6 +113,15 @@ def iter_tar(file: SourceFile) -> Iterator[TarMember]:
             yield TarMember(_plain(name), data_offset, nbytes)
         pos = _end(file, data_offset, nbytes, f"member {name[:200]!r}")
         attributes, long_name = {}, None
+
+
+def _refuse_more(file: SourceFile, pos: int) -> None:
+    """Refuse what stands behind the end of the archive: weights there would be lost without a word."""
+    nbytes = min(file.size - pos, MAX_PADDING_NBYTES)
+    if file.size - pos > nbytes or any(file.read_ahead(pos, nbytes, WINDOW_NBYTES, "padding")):
+        raise UnsupportedFormatError(
+            f"{file.uri}: the tar archive ends at byte {pos}, and more follows it; unpack it with `tar -xif`"
+        )
 
 
 def _plain(name: str) -> str:

@@ -245,6 +245,13 @@ def tar_with_two_members_of_one_name(path: Path) -> Checkpoint:
     return Checkpoint(path, None, reason="unsupported_format")
 
 
+@checkpoint(suffix=".tar", reason="unsupported_format")
+def tar_behind_a_tar(path: Path) -> Checkpoint:
+    """`cat a.tar b.tar`: tar stops at the first end, and so does tarfile."""
+    path.write_bytes(b"".join(tar_bytes({"w.pt": saved_bytes({"w": torch.ones(n)})}) for n in (2, 3)))
+    return Checkpoint(path, None, reason="unsupported_format")
+
+
 @checkpoint(suffix=".tar", reason="limit_exceeded")
 def tar_in_tar_in_tar(path: Path) -> Checkpoint:
     inner = saved_bytes({"w": torch.ones(2)})

@@ -11,6 +11,7 @@ import io
 import pickle
 import struct
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +185,13 @@ for _protocol in (0, 1, 2):
 # ------------------------------------------------------------------- tars of torch before 0.1.10
 
 
-def torch_tar(path: Path, *, form: int, prefix: str = "") -> Checkpoint:
-    """As torch 0.1.9's `save`: two tensors over one storage, one over a view of another."""
+def torch_tar(
+    path: Path, *, form: int, prefix: str = "", before: Mapping[str, bytes] | None = None
+) -> Checkpoint:
+    """As torch 0.1.9's `save`: one tensor over a storage, one over a view of it, one over another.
+
+    `before` are opcodes in front of the first pickle of a part.
+    """
     whole, other = random_bits(torch.float32, (12,), seed=1), random_bits(torch.int64, (6,), seed=2)
     storages = pickle.dumps(2, 2)
     for key, kind, tensor in ((101, torch.FloatStorage, whole), (102, torch.LongStorage, other)):
@@ -204,6 +210,8 @@ def torch_tar(path: Path, *, form: int, prefix: str = "") -> Checkpoint:
     body = body[:-2] + text("c") + integer(203) + b"Qu."
     info = pickle.dumps({"protocol_version": 1000, "little_endian": True}, 2)
     parts = {"sys_info": info, "pickle": body, "tensors": tensors, "storages": storages}
+    for name, opcodes in (before or {}).items():
+        parts[name] = parts[name][:2] + opcodes + parts[name][2:]
     with tarfile.open(path, "w", format=form) as archive:
         for name, data in parts.items():
             member = tarfile.TarInfo(prefix + name)
