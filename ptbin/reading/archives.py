@@ -15,12 +15,18 @@ beginning (`framing`), so headers are written anew and only the weights' bytes a
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ptbin.errors import LimitExceededError, NotACheckpointError, UnsupportedFormatError
+from ptbin.errors import (
+    IncompleteCheckpointError,
+    LimitExceededError,
+    NotACheckpointError,
+    UnsupportedFormatError,
+)
 from ptbin.nodes import DictNode
 from ptbin.reading.checkpoint import MAX_NESTING, Checkpoint, Opening, read_opened
 from ptbin.reading.folders import move_place
@@ -40,6 +46,13 @@ MAX_CHECKPOINTS = 256
 
 KNOWN_MODELS = ("policy.pth", "model_weights.ckpt")
 """The member that holds the model where there are several: stable-baselines3 and NeMo."""
+
+
+# Files of a checkpoint that is a folder: torch.distributed.checkpoint, DeepSpeed's ZeRO, Hugging Face shards.
+_OF_A_FOLDER = re.compile(r"(\.distcp|_optim_states\.pt|-\d{5}-of-(?!00001)\d{5}\.\w+)$")
+
+# Folders of one rank each (NeMo's and Megatron's model parallelism).
+_OF_A_RANK = re.compile(r"(?:^|/)((?:mp|tp|pp)_rank_\d+[\w]*)/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +157,7 @@ def _read_members(
     opening: Opening, container: str, entries: Sequence[_InTar | _InZip], command: Callable[[str], str]
 ) -> Checkpoint | None:
     file = opening.file
+    _refuse_parts(file, [entry.member.name for entry in entries], command)
     found: dict[str, Checkpoint] = {}
     others: list[tuple[str, int]] = []
     for entry in entries:
@@ -171,6 +185,22 @@ def _read_members(
         else:
             found[member.name] = checkpoint
     return _joined(opening, container, found, others) if found else None
+
+
+def _refuse_parts(file: SourceFile, names: Sequence[str], command: Callable[[str], str]) -> None:
+    """Refuse an archive whose members are parts of one model: none of them is a checkpoint by itself."""
+    part = next((name for name in names if _OF_A_FOLDER.search(name)), None)
+    if part is not None:
+        raise UnsupportedFormatError(
+            f"{file.uri}: a checkpoint of several files inside an archive ({_shown(part)} is one of them); "
+            f"unpack it with `{command('').rstrip()}` and convert the folder"
+        )
+    ranks = {match[1] for name in names if (match := _OF_A_RANK.search(name))}
+    if len(ranks) > 1:
+        raise IncompleteCheckpointError(
+            f"{file.uri}: one model in {len(ranks)} parts ({', '.join(sorted(ranks)[:4])}), which ptbin does "
+            f"not join; unpack it with `{command('').rstrip()}` and join them with the code that saved them"
+        )
 
 
 def _begins_a_checkpoint(head: bytes, nbytes: int) -> bool:
@@ -253,6 +283,9 @@ def _file_name(file: SourceFile) -> str:
 
 
 def _quoted(name: str) -> str:
+    """One word of a command; the empty name, which stands for every member, is none."""
+    if not name:
+        return ""
     return shlex.quote(name if name.isprintable() else ascii(name))
 
 

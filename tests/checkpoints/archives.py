@@ -198,7 +198,53 @@ def stable_baselines3(path: Path) -> Checkpoint:
     return Checkpoint(path, state)
 
 
+@checkpoint(suffix=".zip", torch_reads=None)
+def stable_baselines3_sac(path: Path) -> Checkpoint:
+    """With a learned scalar beside the policy, and three optimizers."""
+    state = random_state_dict(seed=9)
+    members = _agent(state)
+    optimizer = members.pop("policy.optimizer.pth")
+    for name in ("actor", "critic", "ent_coef"):
+        members[f"{name}.optimizer.pth"] = optimizer
+    members["pytorch_variables.pth"] = saved_bytes({"log_ent_coef": torch.nn.Parameter(torch.zeros(1))})
+    path.write_bytes(zip_bytes(members))
+    return Checkpoint(path, state)
+
+
+@checkpoint(suffix=".tar", torch_reads=None)
+def tar_of_a_training_folder(path: Path) -> Checkpoint:
+    state = random_state_dict(seed=10)
+    members = {
+        "config.json": b"{}",
+        "optimizer.pt": _agent({})["policy.optimizer.pth"],
+        "rng_state.pth": saved_bytes({"cpu": torch.get_rng_state()}),
+        "pytorch_model.bin": saved_bytes(state),
+    }
+    path.write_bytes(tar_bytes({f"checkpoint-500/{name}": data for name, data in members.items()}))
+    return Checkpoint(path, state)
+
+
 # ------------------------------------------------------------------------------------------ refused
+
+
+def _register_parts(name: str, reason: str, names: tuple[str, ...]) -> None:
+    @checkpoint(name=name, suffix=".tar", reason=reason)
+    def build(path: Path) -> Checkpoint:
+        parts = {part: saved_bytes({part[:3]: torch.ones(9)}) for part in names}
+        path.write_bytes(tar_bytes({"about.yaml": CONFIG, **parts}))
+        return Checkpoint(path, None, reason=reason)
+
+
+_register_parts("tar_of_one_shard", "unsupported_format", ("m/pytorch_model-00001-of-00002.bin",))
+_register_parts("tar_of_distributed_chunks", "unsupported_format", ("weights/__0_0.distcp", "common.pt"))
+_register_parts(
+    "tar_of_zero_partitions", "unsupported_format", ("zero_pp_rank_0_mp_rank_00_optim_states.pt",)
+)
+_register_parts(
+    "nemo_of_two_ranks",
+    "incomplete_checkpoint",
+    ("tp_rank_00_pp_rank_000/model_weights.ckpt", "tp_rank_01_pp_rank_000/model_weights.ckpt"),
+)
 
 
 @checkpoint(suffix=".zip", reason="unsupported_format")

@@ -114,6 +114,19 @@ def torch_0_1_10_variables(path: Path) -> Checkpoint:
     return Checkpoint(path, tensors)
 
 
+def _register_state(name: str, state: bytes) -> None:
+    @checkpoint(name=f"tensor_with_{name}", reason="unsupported_tensor")
+    def build(path: Path) -> Checkpoint:
+        """BUILD on a tensor that is complete: it would change what the tensor holds, or means nothing."""
+        _written(path, {"w": _rebuilt("0") + state + b"b"}, [torch.zeros(6)])
+        return Checkpoint(path, None, reason="unsupported_tensor")
+
+
+_register_state("a_dict_for_state", b"}" + text("data") + b"Ns")
+_register_state("another_view_for_state", b"(NK\x00" + ints((2,)) + ints((1,)) + b"t")
+_register_state("another_tensor_for_state", b"(" + _rebuilt("0") + b"N" + HOOKS + b"\x88\x89t")
+
+
 class _Call:
     def __init__(self, function: Any, *args: Any) -> None:
         self.call = function, args

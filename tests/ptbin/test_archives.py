@@ -158,6 +158,7 @@ COMMAND = re.compile(r"`([^`]+)`")
         ("nemo_in_gzip", "model_weights.ckpt"),
         ("checkpoint_in_gzip", "checkpoint_in_gzip.pt.unpacked"),
         ("zip_of_a_deflated_checkpoint", "policy.pth"),
+        ("tar_of_one_shard", "m/pytorch_model-00001-of-00002.bin"),
     ],
 )
 def test_the_command_in_the_refusal_works(name: str, unpacked: str, tmp_path: Path) -> None:
