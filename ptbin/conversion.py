@@ -20,6 +20,7 @@ from ptbin.errors import (
     CheckpointError,
     ChecksumMismatchError,
     NotFoundInStoreError,
+    OutputCollisionError,
     UsageError,
     VerificationError,
 )
@@ -34,7 +35,7 @@ from ptbin.sources import find_source
 from ptbin.splice import SpliceResult, splice
 from ptbin.stores import CopyRefused, Identity, RangeReader, Store, open_store, public_uri
 from ptbin.ties import tie_equal_tensors
-from ptbin.writing.outputs import plan_output
+from ptbin.writing.outputs import plan_outputs
 
 __all__ = ["Published", "commit", "convert", "publish", "stage"]
 
@@ -99,10 +100,16 @@ def stage(
     with place.open() as reader:
         try:
             with one_clear_error(reader.uri):
-                checkpoint, safety, state_dict = read_selected(reader, options)
+                selected = read_selected(reader, options)
                 if options.tie_by_value:
-                    tie_equal_tensors(state_dict, reader)
-                output = plan_output(state_dict, options, name, archive_root=checkpoint.archive_root)
+                    for state_dict in selected.state_dicts:
+                        tie_equal_tensors(state_dict, reader)
+                output = plan_outputs(
+                    selected.state_dicts, options, name, archive_root=selected.checkpoint.archive_root
+                )
+                accounting = selected.account()
+            if len(selected.state_dicts) > 1:
+                _refuse_others_outputs(dest_store, folder, [plan.name for plan in output.files])
             obsolete = _outputs_of_before(dest_store, dest_path)
             check_source = options.verify != "none"
             notes: list[str] = []
@@ -120,7 +127,7 @@ def stage(
             files.append(DraftFile(text_name, len(data), zlib.crc32(data)))
         if options.layout == "hf":
             files.extend(copy_sidecars(place, dest_store, folder))
-        manifest = draft_manifest(reader, checkpoint, safety, state_dict, written, files, options)
+        manifest = draft_manifest(reader, selected, accounting, output, written, files)
         if options.provenance:
             add_source_digests(manifest["source"], place, reader, progress)
             manifest["provenance"] = name + STATEMENT_SUFFIX
@@ -181,6 +188,22 @@ class _Writing:
             writer.expected_crc32 = result.crc32
             writer.commit()
         return result, writer.bytes_copied
+
+
+def _refuse_others_outputs(store: Store, folder: str, names: list[str]) -> None:
+    """Raise OutputCollisionError where a file that a split would write is the output of another
+    checkpoint.
+    """
+    for name in names:
+        place = f"{folder}/{name}{MANIFEST_SUFFIX}"
+        try:
+            store.stat(place)
+        except NotFoundInStoreError:
+            continue
+        raise OutputCollisionError(
+            f"{store.uri_of(f'{folder}/{name}')}: is the output of another checkpoint, and --split would "
+            "write over it"
+        )
 
 
 def _outputs_of_before(store: Store, path: str) -> set[str]:

@@ -47,6 +47,9 @@ MAX_CHECKPOINTS = 256
 KNOWN_MODELS = ("policy.pth", "model_weights.ckpt")
 """The member that holds the model where there are several: stable-baselines3 and NeMo."""
 
+KNOWN_ROLES = {"pytorch_variables.pth": "trainer_state"}
+"""What the algorithms of stable-baselines3 keep beside their policy: an entropy coefficient, say."""
+
 
 # Files of a checkpoint that is a folder: torch.distributed.checkpoint, DeepSpeed's ZeRO, Hugging Face shards.
 _OF_A_FOLDER = re.compile(r"(\.distcp|_optim_states\.pt|-\d{5}-of-(?!00001)\d{5}\.\w+)$")
@@ -228,6 +231,7 @@ def _read_member(opening: Opening, entry: _InTar | _InZip) -> Checkpoint | None:
     for storage in checkpoint.storages.values():
         if storage.place is not None:
             storage.place = move_place(_without_framing(storage.place), offset)
+    checkpoint.unnamed = [(name, at + offset, nbytes) for name, at, nbytes in checkpoint.unnamed]
     return checkpoint
 
 
@@ -258,6 +262,7 @@ def _joined(
                     "unpack the one that is meant"
                 )
         others.extend((f"{name}/{other}", nbytes) for other, nbytes in inner.other_members)
+    model = next((name for name in KNOWN_MODELS if name in found), None)
     return Checkpoint(
         file.uri,
         file.size,
@@ -267,7 +272,19 @@ def _joined(
         storages,
         opening.vocabulary,
         script_classes=classes,
-        preferred=next((name for name in KNOWN_MODELS if name in found), None),
+        preferred=model,
+        roles={name: role for name, role in KNOWN_ROLES.items() if model is not None and name in found}
+        | {f"{name}.{path}": role for name, inner in found.items() for path, role in inner.roles.items()},
+        excluded=[
+            dataclasses.replace(item, path=f"{name}.{item.path}")
+            for name, inner in found.items()
+            for item in inner.excluded
+        ],
+        unnamed=[
+            (f"{name}/{record}", offset, nbytes)
+            for name, inner in found.items()
+            for record, offset, nbytes in inner.unnamed
+        ],
         other_members=others,
     )
 

@@ -27,6 +27,7 @@ from ptbin.options import Limits
 from ptbin.reading.pickle_machine import PickleProgram
 from ptbin.reading.source import RandomReader, SourceFile
 from ptbin.reading.torch_objects import TorchVocabulary
+from ptbin.state_dict import Excluded
 from ptbin.stores.joined import JoinedReader
 from ptbin.tensors import ByteRange, Deflated, InMemory, Storage
 
@@ -58,6 +59,9 @@ class Checkpoint:
         script_classes: TorchScript only: class path to its parameter and buffer names.
         preferred: path of the candidate to choose where several remain; a container's reader may know.
         other_members: name and size of what lies beside the checkpoints of an archive and is none itself.
+        roles: path to role, where the container itself says what lies there (`reading.roles`).
+        excluded: what its reader passed over and knows the role of.
+        unnamed: records that could hold tensors and that no pickle names: (name, offset, bytes in the file).
     """
 
     uri: str
@@ -71,6 +75,9 @@ class Checkpoint:
     script_classes: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
     preferred: str | None = None
     other_members: list[tuple[str, int]] = field(default_factory=list)
+    roles: dict[str, str] = field(default_factory=dict)
+    excluded: list[Excluded] = field(default_factory=list)
+    unnamed: list[tuple[str, int, int]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -104,6 +111,7 @@ class Opening:
                 storage.place = InMemory(data[place.offset : place.offset + place.nbytes])
             elif isinstance(storage.place, Deflated):
                 raise UnsupportedFormatError(f"{self.file.uri}: a compressed archive inside a pickle")
+        self.vocabulary.take_over(inner.vocabulary, checkpoint.storages.values())
         return checkpoint.root
 
 

@@ -98,11 +98,15 @@ class OldTensors:
     Args:
         build: a checked view of a storage: storage, offset, shape and stride in elements.
         charge: counts bytes that are about to be copied against a limit.
+        remember: is given the bytes of each storage that was written as a list.
     """
 
-    def __init__(self, build: Build, charge: Callable[[int], None]) -> None:
+    def __init__(
+        self, build: Build, charge: Callable[[int], None], remember: Callable[[bytes], None]
+    ) -> None:
         self._build = build
         self._charge = charge
+        self._remember = remember
 
     def iter_reducers(self) -> Iterator[tuple[tuple[str, str], Callable[[tuple[Any, ...]], Any]]]:
         """((module, name), reducer) pairs for the pickle machine."""
@@ -190,6 +194,8 @@ class OldTensors:
             data = struct.pack(f"<{len(values)}{_PACKED[dtype.name]}", *values)
         except (struct.error, OverflowError) as error:
             raise ValueError(f"a {dtype.name} storage: {error}") from error
+        if data:
+            self._remember(data)
         return TypedStorage(Storage("list", len(data), InMemory(data)), dtype)
 
     def _flat(self, nested: list[Any]) -> tuple[list[Any], tuple[int, ...]]:

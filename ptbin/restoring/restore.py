@@ -21,8 +21,7 @@ from ptbin.conversion import convert
 from ptbin.errors import CheckpointError, ModelMismatchError, PtbinError, UsageError, VerificationError
 from ptbin.manifest import MANIFEST_SUFFIX, dump_manifest, hex_crc32, utc_now
 from ptbin.options import ConvertOptions
-from ptbin.reading.checkpoint import read_checkpoint
-from ptbin.reading.selection import select_state_dict
+from ptbin.reading.selected import read_selected
 from ptbin.restoring.children import run_child
 from ptbin.sources import SourcePlace, find_source
 from ptbin.state_dict import tensors_of
@@ -123,9 +122,11 @@ def restore(
         )
         place = find_source(source, source_options)
         _build(place, weights, out, options, Path(folder))
-        rows = _located(out, manifest, options)
+        rows = _located(out, manifest)
         manifest["options"] = manifest["options"] | {"restore": options.to_json()}
         manifest["options_fingerprint"] = options.fingerprint()
+        # It counts the weights that went in; the rows are of what ptbin finds in the file that torch made.
+        manifest.pop("accounting", None)
         _publish(out, dest, dest_options, manifest, rows)
     return manifest
 
@@ -212,12 +213,12 @@ def _check(file: Path, options: RestoreOptions, wanted: dict[str, str]) -> None:
         raise VerificationError(f"the restored file, loaded again, differs from the weights in {names}")
 
 
-def _located(out: Path, manifest: dict[str, Any], options: RestoreOptions) -> list[dict[str, Any]]:
+def _located(out: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the manifest for the tensors, where ptbin's own reader finds them in the restored file."""
     store, path = open_store(str(out))
     try:
         with store.open_reader(path) as reader:
-            state_dict = select_state_dict(read_checkpoint(reader), None, options.conversion().limits)
+            state_dict = read_selected(reader, ConvertOptions(on_unsafe="extract")).state_dict
     except CheckpointError:
         return []
     of_weights = {row["name"]: row for row in manifest["tensors"]}

@@ -77,11 +77,21 @@ def nemo(path: Path) -> Checkpoint:
 
 @checkpoint(suffix=".nemo", torch_reads=None)
 def nemo_with_a_second_checkpoint(path: Path) -> Checkpoint:
-    """The file's own name for its weights decides; the other is listed."""
     state = random_state_dict()
-    members = {"model_weights.ckpt": saved_bytes(state), "vocoder.pt": saved_bytes({"v": torch.ones(3)})}
+    members = {"model_weights.ckpt": saved_bytes(state), "vocoder.pt": saved_bytes({"v": torch.ones(300)})}
     path.write_bytes(tar_bytes(members))
-    return Checkpoint(path, state)
+    return Checkpoint(path, state, options={"select": "model_weights.ckpt"})
+
+
+@checkpoint(suffix=".nemo", reason="ambiguous_state_dict")
+def nemo_with_a_second_model(path: Path) -> Checkpoint:
+    """The file's own name for its weights decides which is meant; what the other one is nobody says."""
+    members = {
+        "model_weights.ckpt": saved_bytes({"w": torch.ones(9)}),
+        "vocoder.pt": saved_bytes({"v": torch.ones(300)}),
+    }
+    path.write_bytes(tar_bytes(members))
+    return Checkpoint(path, None, reason="ambiguous_state_dict")
 
 
 def _register_form(name: str, form: int, pax: Mapping[str, str] | None = None) -> None:

@@ -45,13 +45,14 @@ class Net(torch.nn.Module):
         def from_width(cls, width: int) -> Net.Config:
             return cls(cls.Inner(width))
 
+    class Plain:
+        def compile(self) -> None:
+            """A method of a name that is dangerous elsewhere."""
+
     class Block(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.linear = torch.nn.Linear(3, 2)
-
-        def compile(self) -> None:
-            pass
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             result: torch.Tensor = self.linear(x)
@@ -86,7 +87,7 @@ VALUES: dict[str, Callable[[], Any]] = {
     "flag_inside_a_class": lambda: Net.Config.Level.LOW | Net.Config.Level.HIGH,
     "bound_class_method": lambda: Net.Config.from_width,
     "bound_method_of_an_enum_member": lambda: Net.Config.Inner.Mode.FAST.describe,
-    "bound_method_of_a_module": lambda: Net.Block().compile,
+    "bound_method_named_compile": lambda: Net.Plain().compile,
     "method_named_open": lambda: Net.open,
     "partial_of_a_nested_class": lambda: functools.partial(Net.Config.Inner, width=5),
     "method_of_a_builtin": lambda: [str.lower, "x".upper, dict.fromkeys],
