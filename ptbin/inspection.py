@@ -7,13 +7,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ptbin.errors import CheckpointError
+from ptbin.errors import CheckpointError, CorruptArchiveError
 from ptbin.options import ConvertOptions, Limits
 from ptbin.reading.checkpoint import one_clear_error, read_checkpoint
 from ptbin.reading.search import find_state_dicts
 from ptbin.reading.selected import Selected, refuse_unsafe, select_from
 from ptbin.reading.selection import why_chosen
-from ptbin.reading.verdicts import judge_programs
+from ptbin.reading.verdicts import judge_programs, refuse_unsafe_fragment
 from ptbin.sources import open_source
 from ptbin.state_dict import tensors_of
 
@@ -45,7 +45,11 @@ def inspect(
     if limits is not None:
         options = options.replace(limits=limits)
     with open_source(uri, storage_options) as reader, one_clear_error(reader.uri):
-        checkpoint = read_checkpoint(reader, options.limits)
+        try:
+            checkpoint = read_checkpoint(reader, options.limits)
+        except CorruptArchiveError as error:
+            refuse_unsafe_fragment(error, reader.uri)
+            raise
         safety = judge_programs(checkpoint.programs)
         findings = find_state_dicts(checkpoint, options.limits)
         selected: Selected | None = None

@@ -187,7 +187,7 @@ def as_state_dict(
         found = None
         if is_module(node):
             found = module_state_dict(node, path)
-        elif checkpoint.container == "torchscript" and node.class_path.startswith("__torch__"):
+        elif checkpoint.script_classes and node.class_path.startswith("__torch__"):
             found = script_state_dict(node, path, checkpoint.script_classes)
         if found is not None:
             found.nodes = frozenset([id(node)])

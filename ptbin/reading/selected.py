@@ -14,11 +14,10 @@ from ptbin.reading.accounting import Accounting, account
 from ptbin.reading.checkpoint import Checkpoint, read_checkpoint
 from ptbin.reading.keys import drop_entries, keep_writable, rename_entries
 from ptbin.reading.outside import left_outside
-from ptbin.reading.pickle_machine import PickleProgram
 from ptbin.reading.search import Findings, find_state_dicts
 from ptbin.reading.selection import WAYS_OUT, select_state_dicts
 from ptbin.reading.source import RandomReader
-from ptbin.reading.verdicts import SafetyReport, judge_programs
+from ptbin.reading.verdicts import SafetyReport, judge_programs, refuse_unsafe_fragment
 from ptbin.state_dict import StateDict
 
 __all__ = ["Selected", "read_selected", "refuse_unsafe", "select_from"]
@@ -109,9 +108,8 @@ def read_selected(reader: RandomReader, options: ConvertOptions) -> Selected:
     try:
         checkpoint = read_checkpoint(reader, options.limits)
     except CorruptArchiveError as error:
-        if isinstance(error.program, PickleProgram):
-            # Hostile pickles are often broken ones as well; what they tried is the better answer.
-            refuse_unsafe(judge_programs([error.program]), options, reader.uri)
+        if options.on_unsafe == "reject":
+            refuse_unsafe_fragment(error, reader.uri)
         raise
     safety = judge_programs(checkpoint.programs)
     refuse_unsafe(safety, options, reader.uri)

@@ -16,10 +16,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ptbin.dtypes import BY_STORAGE_CLASS, DType, dtype_by_name
-from ptbin.errors import CorruptArchiveError, LimitExceededError, UnsupportedTensorError
-from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, TorchSize
+from ptbin.errors import (
+    CorruptArchiveError,
+    LimitExceededError,
+    UnsupportedTensorError,
+)
+from ptbin.nodes import DictNode, Global, NdArray, Opaque, SetNode, TorchSize
 from ptbin.options import Limits
 from ptbin.reading.numpy_objects import iter_numpy_reducers
+from ptbin.reading.old_tensors import OldTensors
 from ptbin.reading.tree import holds_data
 from ptbin.tensors import InMemory, SparseTensor, Storage, TensorRef, TypedStorage, dense_strides
 
@@ -100,6 +105,7 @@ class TorchVocabulary:
         self._unfolded_nbytes = 0
         self._arrays: list[NdArray] = []
         self._nested: list[bytes] = []
+        self._old = OldTensors(self._view, self.charge, self._nested.append)
 
     def blobs(self) -> Iterator[bytes | bytearray]:
         """Every run of bytes that pickles carried inside: numpy arrays, storages of nested files."""
@@ -127,6 +133,7 @@ class TorchVocabulary:
         table: dict[tuple[str, str], Reduce] = {
             name: self._remembered(build) for name, build in iter_numpy_reducers()
         }
+        table.update(self._old.iter_reducers())
         utils: dict[str, Reduce] = {
             "_rebuild_tensor": self._tensor_v1,
             "_rebuild_tensor_v2": self._tensor_v1,
@@ -154,8 +161,6 @@ class TorchVocabulary:
         for module in ("torch._tensor", "torch.tensor"):
             table[module, "_rebuild_from_type"] = self._from_type
             table[module, "_rebuild_from_type_v2"] = self._from_type
-        table["torch.nn.parameter", "Parameter"] = self._parameter
-        table["torch.nn.parameter", "Buffer"] = self._parameter
         table["torch.storage", "_load_from_bytes"] = lambda args: self._load_nested(self._bytes(args[0]))
         table["torch.serialization", "_get_layout"] = lambda args: Global("torch.layout", args[0])
         table["torch", "Size"] = lambda args: TorchSize(_ints(args[0], "size"))
@@ -177,7 +182,14 @@ class TorchVocabulary:
             table[builtins, "complex"] = lambda args: complex(*args)
         return _Reducers(table, self._vendor_tensor)
 
+    def set_state(self, target: Any, state: Any) -> bool:
+        """What BUILD does to a finished tensor (`OldTensors.set_state`)."""
+        return self._old.set_state(target, state)
+
     # -- tensors -----------------------------------------------------------------------------
+
+    def _view(self, storage: Any, offset: Any, shape: Any, stride: Any) -> TensorRef:
+        return self.tensor(storage, None, offset, shape, stride)
 
     def tensor(
         self,
@@ -325,11 +337,6 @@ class TorchVocabulary:
         if isinstance(function, Global) and function.name == "_rebuild_wrapper_subclass":
             return _wrapped(name, args)
         return _with_attributes(reducer(inner), state, name)
-
-    def _parameter(self, args: tuple[Any, ...]) -> Any:
-        if args and isinstance(args[0], (TensorRef, SparseTensor, Opaque)):
-            return args[0]
-        return Instance(Global("torch.nn.parameter", "Parameter"), args)
 
     # -- builtins, each copy charged: one argument may be named by a million calls -------------------
 

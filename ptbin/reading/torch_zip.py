@@ -13,6 +13,7 @@ from typing import Any
 from ptbin.errors import CorruptArchiveError, LimitExceededError
 from ptbin.nodes import Global
 from ptbin.reading.checkpoint import Checkpoint, Opening
+from ptbin.reading.old_tensors import parse_text_id
 from ptbin.reading.pickle_machine import run_pickle
 from ptbin.reading.torch_objects import storage_dtype
 from ptbin.reading.zip_directory import DEFLATED, ZipDirectory, refuse_foreign_zip
@@ -38,11 +39,15 @@ def read_torch_zip(opening: Opening, directory: ZipDirectory) -> Checkpoint:
     """
     root = _archive_root(directory)
     if root is None:
+        from ptbin.reading.archives import read_zip_archive
         from ptbin.reading.exported import read_exported
 
         exported = read_exported(opening, directory)
         if exported is not None:
             return exported
+        inside = read_zip_archive(opening, directory)
+        if inside is not None:
+            return inside
         refuse_foreign_zip(directory)
         raise AssertionError("unreachable")
     _fetch_index(directory, root)
@@ -87,6 +92,7 @@ def read_torch_zip(opening: Opening, directory: ZipDirectory) -> Checkpoint:
         raw,
         reducers=reducers,
         persistent=persistent,
+        set_state=opening.vocabulary.set_state,
         limits=opening.limits,
         where=f"{opening.file.uri}: {name}",
     )
@@ -166,6 +172,8 @@ def _is_big_endian(directory: ZipDirectory, root: str) -> bool:
 
 def _storage_id(pid: Any) -> tuple[Any, str, int]:
     # ('storage', class, key, location, number of elements): torch/serialization.py, persistent_id
+    if isinstance(pid, str):
+        pid = parse_text_id(pid)
     if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] not in ("storage", b"storage"):
         raise CorruptArchiveError(f"a persistent id that is no storage: {type(pid).__name__}")
     key, numel = pid[2], pid[4]
