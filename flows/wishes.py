@@ -64,15 +64,18 @@ def build_options(
     rename: Sequence[str] = (),
     drop: Sequence[str] = (),
     max_shard_size: str | int | None = None,
+    select: str | Sequence[str] | None = None,
     **others: Any,
 ) -> ConvertOptions:
-    """`ConvertOptions` with `rename` written as `OLD=NEW` and sizes with units.
+    """`ConvertOptions` with `rename` written as `OLD=NEW`, sizes with units, one path to select or several.
 
     Raises:
         UsageError: an unknown value, a rename without `=`, a size that is none.
     """
     limit = parse_size(max_shard_size) if max_shard_size is not None else None
-    return ConvertOptions(rename=parse_renames(rename), drop=tuple(drop), max_shard_size=limit, **others)
+    paths = select if isinstance(select, str) or select is None else tuple(select)
+    pairs = parse_renames(rename)
+    return ConvertOptions(rename=pairs, drop=tuple(drop), max_shard_size=limit, select=paths, **others)
 
 
 def parse_renames(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:

@@ -34,7 +34,7 @@ from ptbin.splice import SpliceResult, splice
 from ptbin.stores import CopyRefused, Identity, RangeReader, Store, open_store, public_uri
 from ptbin.ties import tie_equal_tensors
 from ptbin.vouching import ASIDE_SUFFIX, Guard, Place
-from ptbin.writing.outputs import plan_output
+from ptbin.writing.outputs import plan_outputs
 
 __all__ = ["Progress", "Published", "commit", "convert", "publish", "stage"]
 
@@ -108,10 +108,16 @@ def stage(
     with place.open() as reader:
         try:
             with one_clear_error(reader.uri):
-                checkpoint, safety, state_dict = read_selected(reader, options)
+                selected = read_selected(reader, options)
                 if options.tie_by_value:
-                    tie_equal_tensors(state_dict, reader)
-                output = plan_output(state_dict, options, name, archive_root=checkpoint.archive_root)
+                    for state_dict in selected.state_dicts:
+                        tie_equal_tensors(state_dict, reader)
+                    selected.account()
+                output = plan_outputs(
+                    selected.state_dicts, options, name, archive_root=selected.checkpoint.archive_root
+                )
+            if len(selected.state_dicts) > 1:
+                is_free = False  # a listing speaks of the one name that was planned
             place_at = Place(dest_store, dest_path, None if options.force else guard, is_free=is_free)
             obsolete = _outputs_of_before(place_at.manifest, name)
             for plan in output.files:
@@ -133,7 +139,7 @@ def stage(
             files.append(DraftFile(text_name, len(data), zlib.crc32(data)))
         if options.layout == "hf":
             files.extend(copy_sidecars(place, dest_store, folder, place_at.check))
-        manifest = draft_manifest(reader, checkpoint, safety, state_dict, written, files, options)
+        manifest = draft_manifest(reader, selected, output, written, files)
         if options.provenance:
             add_source_digests(manifest["source"], place, reader, progress)
             manifest["provenance"] = name + STATEMENT_SUFFIX

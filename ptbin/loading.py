@@ -78,7 +78,7 @@ def _open(
     try:
         with one_clear_error(reader.uri), _no_collections():
             options = ConvertOptions(select=select, strip_prefix=strip_prefix)
-            _, _, state_dict = read_selected(reader, options)
+            state_dict = read_selected(reader, options).state_dict
             tensors = {name: value for name, value in state_dict.entries if isinstance(value, TensorRef)}
         if names is not None:
             if absent := [name for name in names if name not in tensors]:

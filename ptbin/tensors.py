@@ -152,6 +152,7 @@ class TensorRef:
         quantizer: arguments of `torch._utils._rebuild_qtensor` (scheme name, scale or scales, zero
             point or points, axis), tensors among them as `TensorRef`; None for plain tensors.
         flags: `conj` and `neg`, the lazy operations torch records beside the bytes instead of doing them.
+        attributes: Python attributes of the tensor that hold data themselves (bitsandbytes' `SCB`).
     """
 
     storage: Storage
@@ -161,6 +162,7 @@ class TensorRef:
     storage_offset: int = 0
     quantizer: tuple[Any, ...] | None = None
     flags: tuple[str, ...] = ()
+    attributes: tuple[tuple[str, Any], ...] = ()
 
     @property
     def numel(self) -> int:

@@ -60,7 +60,14 @@ def content_options(function: Command) -> Command:
             "--max-shard-size", metavar="SIZE", help="Cut larger outputs into shards: 5GB, 500MiB, ..."
         ),
         click.option("--tie-by-value", is_flag=True, help="Store equal matrices once, as tied."),
-        click.option("--select", metavar="PATH", help="The state dict to take, as `inspect` lists them."),
+        click.option(
+            "--select",
+            multiple=True,
+            metavar="PATH",
+            help="The state dict to take, as `inspect` lists them (repeatable: their union).",
+        ),
+        click.option("--flatten", is_flag=True, help="One state dict of nested ones, names joined by dots."),
+        click.option("--split", is_flag=True, help="Each state dict as an output of its own: NAME.PATH.bin."),
         click.option(
             "--strip-prefix", metavar="P", help="Take P off all names; auto: module. and _orig_mod."
         ),
@@ -96,7 +103,8 @@ def content_options(function: Command) -> Command:
 
 
 _CONTENT = (
-    *("dtype", "max_shard_size", "tie_by_value", "select", "strip_prefix", "rename", "drop"),
+    *("dtype", "max_shard_size", "tie_by_value", "select", "flatten", "split", "strip_prefix", "rename"),
+    "drop",
     *("on_unsafe", "verify", "provenance"),
 )
 
@@ -105,7 +113,7 @@ def split_content(values: dict[str, Any]) -> dict[str, Any]:
     """The parameters of `build_options` that `content_options` added."""
     wishes = {name: values.pop(name) for name in _CONTENT}
     wishes["format"] = values.pop("output_format")
-    for name in ("rename", "drop"):
+    for name in ("rename", "drop", "select"):
         wishes[name] = list(wishes[name])
     return wishes
 

@@ -60,8 +60,14 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
             f"built on the meta device, and nothing fills {names}: the weights do not have them; "
             "let the callable build the model on the CPU"
         )
-    given = digests_of(weights)
-    facts = facts_of_model(target)
+    known: dict[Any, str] = {}
+    given = digests_of(weights, known)
+    facts = facts_of_model(target, known)
+    whole = facts_of_model(model, known) if model is not target else facts
+    state = facts_of_values(_tensors(target.state_dict()), known)
+    written = facts_of_values(model.state_dict(), known) if request["as"] == "state-dict" else {}
+    # ptbin's reader finds a wrapped model under the names that it has inside of its wrapper.
+    inner = facts_of_values(_tensors(unwrapped(model, {}).state_dict()), known)
     example = _example(target, request, code)
     outputs = save(
         model if request["as"] in {"module", "state-dict"} else target,
@@ -76,12 +82,11 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         torch.save({"args": example.args, "kwargs": example.kwargs, "outputs": outputs}, request["expected"])
     return {
         "given": given,
-        "state": facts_of_values(_tensors(target.state_dict())),
-        # ptbin's reader finds a wrapped model under the names that it has inside of its wrapper.
-        "inner": facts_of_values(_tensors(unwrapped(model, {}).state_dict())),
-        "written": facts_of_values(model.state_dict()) if request["as"] == "state-dict" else {},
+        "state": state,
+        "inner": inner,
+        "written": written,
         "ties": ties_of(target),
-        "facts": facts_of_model(model) if model is not target and request["as"] == "module" else facts,
+        "facts": whole if request["as"] == "module" else facts,
         "initial": [name for name in filled.missing if name not in missing],
         "unused": [name for name in filled.unexpected if name not in unexpected],
         "changed": [

@@ -14,14 +14,15 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptbin.conversion import Progress
 from ptbin.errors import CheckpointError, ModelMismatchError, UsageError, VerificationError
 from ptbin.manifest import hex_crc32, utc_now
-from ptbin.reading.checkpoint import read_checkpoint
-from ptbin.reading.selection import select_state_dict
+from ptbin.options import ConvertOptions
+from ptbin.reading.selected import read_selected
 from ptbin.restoring.children import python_path, run_child
 from ptbin.restoring.options import RestoreOptions
 from ptbin.restoring.weights import Weights, open_weights
@@ -62,15 +63,16 @@ def restore_model(
         )
         out = stack.enter_context(_Output.begin(at, folder, options))
         answer = _build(place, weights, out, options, folder)
+        out.begin_hashing(stack)
         _check(out, options, answer, folder)
         _compare_with_source(answer, weights)
         manifest = weights.manifest
         manifest["options"] = manifest["options"] | {"restore": options.to_json()}
         manifest["options_fingerprint"] = options.fingerprint()
+        # It counts the weights that went in; the rows are of what ptbin finds in the file that torch made.
+        manifest.pop("accounting", None)
         manifest["restored"] = {key: answer[key] for key in ("initial", "unused", "changed")}
-        out.publish(
-            manifest, lambda: _located(at.store, at.path, answer["inner"] | answer["facts"], weights, options)
-        )
+        out.publish(manifest, lambda: _located(at.store, at.path, answer["inner"] | answer["facts"], weights))
     return manifest
 
 
@@ -82,6 +84,8 @@ class _Output:
         self.link = link
         """The path by which children reach it."""
         self.descriptor = descriptor
+        self._sha256: Future[str] | None = None
+        self._crc32: Future[int] | None = None
 
     @classmethod
     @contextlib.contextmanager
@@ -99,23 +103,42 @@ class _Output:
         """Descriptors that a child needs."""
         return () if self.descriptor is None else (self.descriptor,)
 
+    def begin_hashing(self, stack: contextlib.ExitStack) -> None:
+        """Hash the whole file, which is written by now, on threads that `stack` ends."""
+        pool = stack.enter_context(ThreadPoolExecutor(2))
+
+        def sha256() -> str:
+            digest = hashlib.sha256()
+            for piece in self._pieces():
+                digest.update(piece)
+            return digest.hexdigest()
+
+        def crc32() -> int:
+            crc = 0
+            for piece in self._pieces():
+                crc = zlib.crc32(piece, crc)
+            return crc
+
+        self._sha256, self._crc32 = pool.submit(sha256), pool.submit(crc32)
+
+    def _pieces(self) -> Iterator[bytes]:
+        with self.link.open("rb") as file:
+            while piece := file.read(CHUNK_NBYTES):
+                yield piece
+
     def publish(self, manifest: dict[str, Any], located: Any) -> None:
         """Give the file its place, its manifest last."""
         store, path = self._at.store, self._at.path
         name = path.rpartition("/")[2]
-        sha256, crc, size = hashlib.sha256(), 0, 0
-        with self.link.open("rb") as file:
-            while piece := file.read(CHUNK_NBYTES):
-                sha256.update(piece)
-                crc = zlib.crc32(piece, crc)
-                size += len(piece)
-                if self.descriptor is None:
-                    self._writer.write(piece)
+        assert self._sha256 is not None
+        assert self._crc32 is not None
+        sha256, crc, size = self._sha256.result(), self._crc32.result(), self.link.stat().st_size
         if self.descriptor is not None:
             self._writer.take_back()
-        manifest["outputs"] = [
-            {"path": name, "size": size, "sha256": sha256.hexdigest(), "crc32": hex_crc32(crc)}
-        ]
+        else:
+            for piece in self._pieces():
+                self._writer.write(piece)
+        manifest["outputs"] = [{"path": name, "size": size, "sha256": sha256, "crc32": hex_crc32(crc)}]
         manifest["tensors"] = []
         manifest["finished_at"] = utc_now()
         manifest["bytes_written"] = size
@@ -125,7 +148,7 @@ class _Output:
         self._at.withdraw_manifest(coming=manifest)
         self._writer.commit()
         if self.descriptor is None:
-            _read_back(store, path, sha256.hexdigest())
+            _read_back(store, path, sha256)
         manifest["tensors"] = [row | {"file": name} for row in located()]
         self._at.write_manifest(manifest)
 
@@ -220,13 +243,11 @@ def _compare_with_source(built: Mapping[str, Any], weights: Weights) -> None:
         )
 
 
-def _located(
-    store: Store, path: str, facts: Mapping[str, str], weights: Weights, options: RestoreOptions
-) -> list[dict[str, Any]]:
+def _located(store: Store, path: str, facts: Mapping[str, str], weights: Weights) -> list[dict[str, Any]]:
     """Rows of the manifest for the tensors, where ptbin's own reader finds them in the restored file."""
     try:
         with store.open_reader(path) as reader:
-            state_dict = select_state_dict(read_checkpoint(reader), None, options.conversion().limits)
+            state_dict = read_selected(reader, ConvertOptions(on_unsafe="extract")).state_dict
     except CheckpointError:
         return []
     rows = []

@@ -32,15 +32,20 @@ LANES = 2
 """Threads that hash: SHA-256 gives the interpreter up, and one core is not all there is."""
 
 
-def digests_of(values: Mapping[str, Any]) -> dict[str, str]:
+Known = dict[Any, str]
+"""Digests by memory, type and layout, for calls between which nothing is written to that memory."""
+
+
+def digests_of(values: Mapping[str, Any], known: Known | None = None) -> dict[str, str]:
     """SHA-256 over the logical, contiguous bytes of each tensor in the values of a state dict."""
-    return {name: text.rpartition(" ")[2] for name, text in facts_of_values(values).items()}
+    return {name: text.rpartition(" ")[2] for name, text in facts_of_values(values, known).items()}
 
 
-def facts_of_model(model: nn.Module) -> dict[str, str]:
+def facts_of_model(model: nn.Module, known: Known | None = None) -> dict[str, str]:
     """Every tensor of a model by its label: type, shape and digest in one text. Ties are labels as well."""
-    found = facts_of_values(model.state_dict())
-    found |= facts_of_values(dict(other_tensors(model)))
+    known = {} if known is None else known
+    found = facts_of_values(model.state_dict(), known)
+    found |= facts_of_values(dict(other_tensors(model)), known)
     for names in ties_of(model):
         found["tie of " + ", ".join(names)] = ""
     return found
@@ -83,23 +88,24 @@ def error_text(error: BaseException | None) -> str:
     return f"{what} (raised in {frames[-1].filename}, line {frames[-1].lineno})" if frames else what
 
 
-def facts_of_values(values: Mapping[str, Any]) -> dict[str, str]:
+def facts_of_values(values: Mapping[str, Any], known: Known | None = None) -> dict[str, str]:
     """Type, shape and digest of each tensor in the values of a state dict."""
+    known = {} if known is None else known
     tensors = dict(iter_loaded_tensors(values))
+    keys = {name: _key(tensor) for name, tensor in tensors.items()}
+    # Of tensors that are one memory, one is hashed.
+    new = {keys[name]: tensor for name, tensor in tensors.items() if keys[name] not in known}
     with ThreadPoolExecutor(LANES) as pool:
-        # Of tensors that are one memory, one is hashed.
-        keys = {name: _key(tensor) for name, tensor in tensors.items()}
-        by_key = {keys[name]: tensor for name, tensor in tensors.items()}
-        digests = dict(zip(by_key, pool.map(_digest, by_key.values()), strict=True))
+        known |= dict(zip(new, pool.map(_digest, new.values()), strict=True))
     return {
-        name: f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} {digests[keys[name]]}"
+        name: f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} {known[keys[name]]}"
         for name, tensor in tensors.items()
     }
 
 
 def _key(tensor: torch.Tensor) -> Any:
     if tensor.is_quantized or tensor.device.type != "cpu" or not tensor.numel():
-        return id(tensor)
+        return object()  # as no other: an address may be used again
     flags = (tensor.is_conj(), tensor.is_neg())
     return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), flags)
 

@@ -21,13 +21,13 @@ from ptbin.drafting import draft_manifest
 from ptbin.errors import ChecksumMismatchError
 from ptbin.manifest import utc_now
 from ptbin.proof.logical import iter_logical_bytes
-from ptbin.reading.checkpoint import Checkpoint, one_clear_error
-from ptbin.reading.selected import read_selected
-from ptbin.reading.verdicts import SafetyReport
+from ptbin.reading.checkpoint import one_clear_error
+from ptbin.reading.selected import Selected, read_selected
 from ptbin.restoring.options import RestoreOptions
 from ptbin.sources import find_source
 from ptbin.state_dict import StateDict, tensors_of
 from ptbin.tensors import ByteRange, TensorRef
+from ptbin.writing.outputs import OutputPlan
 
 if TYPE_CHECKING:
     from ptbin.stores import RangeReader
@@ -78,14 +78,17 @@ def open_weights(
     with place.open() as reader, ThreadPoolExecutor(1) as pool:
         if reader.is_local and reader.fileno() is not None:
             with one_clear_error(reader.uri):
-                checkpoint, safety, state_dict = read_selected(reader, conversion)
-            if _is_mappable(checkpoint, safety, state_dict):
-                manifest = draft_manifest(reader, checkpoint, safety, state_dict, (), (), conversion)
+                selected = read_selected(reader, conversion)
+            if _is_mappable(selected):
+                nothing = OutputPlan(())
+                manifest = draft_manifest(reader, selected, nothing, (), ())
                 if run_id is not None:
                     manifest["run_id"] = run_id
                 manifest["started_at"] = utc_now()
                 manifest["bytes_read"] = reader.size
-                yield Weights(place.path, manifest, {}, pool.submit(_prove, state_dict, reader, progress))
+                yield Weights(
+                    place.path, manifest, {}, pool.submit(_prove, selected.state_dict, reader, progress)
+                )
                 return
     archive = str(folder / "weights.bin")
     manifest = convert(
@@ -97,14 +100,18 @@ def open_weights(
     yield Weights(archive, manifest, {row["name"]: row["source_name"] for row in rows}, proven)
 
 
-def _is_mappable(checkpoint: Checkpoint, safety: SafetyReport, state_dict: StateDict) -> bool:
+def _is_mappable(selected: Selected) -> bool:
     """Whether `torch.load` of the file itself gives just this state dict, under these names."""
+    if len(selected.state_dicts) != 1:
+        return False
+    state_dict = selected.state_dict
     return (
-        checkpoint.container == "torch_zip"
+        selected.checkpoint.container == "torch_zip"
         and state_dict.path == "."
         and state_dict.kind == "mapping"
-        and safety.verdict == "safe"
-        and not state_dict.left_out
+        and selected.safety.verdict == "safe"
+        and not state_dict.excluded
+        and not selected.accounting.left_out
         and not state_dict.source_names
         and all(
             isinstance(tensor.storage.place, ByteRange) and not tensor.storage.big_endian
