@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ptbin.errors import AmbiguousStateDictError, NoStateDictError
+from ptbin.errors import AmbiguousStateDictError, IncompleteCheckpointError, NoStateDictError
 from ptbin.options import Limits
 from ptbin.reading.checkpoint import Checkpoint, one_clear_error, read_checkpoint
+from ptbin.reading.parts import refuse_part
 from ptbin.reading.selection import Candidate, choose_candidate, find_candidates, why_chosen
 from ptbin.reading.verdicts import judge_programs
-from ptbin.sources import open_source
+from ptbin.sources import SourcePlace, find_source
 from ptbin.state_dict import tensors_of
 
 __all__ = ["inspect"]
@@ -29,11 +30,12 @@ def inspect(
         CheckpointError: the file cannot be read. StorageError: nor can the store.
     """
     limits = limits or Limits()
-    with open_source(uri, storage_options) as reader, one_clear_error(reader.uri):
+    place = find_source(uri, storage_options)
+    with place.open() as reader, one_clear_error(reader.uri):
         checkpoint = read_checkpoint(reader, limits)
         safety = judge_programs(checkpoint.programs)
         candidates = find_candidates(checkpoint, limits)
-        selected, reason, detail = _choose(checkpoint, candidates)
+        selected, reason, detail = _choose(place, checkpoint, candidates)
         return {
             "uri": reader.uri,
             "container": checkpoint.container,
@@ -52,11 +54,13 @@ def inspect(
 
 
 def _choose(
-    checkpoint: Checkpoint, candidates: list[Candidate]
+    place: SourcePlace, checkpoint: Checkpoint, candidates: list[Candidate]
 ) -> tuple[Candidate | None, str | None, str | None]:
     try:
+        place.refuse_part()
+        refuse_part(checkpoint)
         return choose_candidate(checkpoint, candidates), None, None
-    except (NoStateDictError, AmbiguousStateDictError) as error:
+    except (NoStateDictError, AmbiguousStateDictError, IncompleteCheckpointError) as error:
         return None, error.reason, str(error)
 
 

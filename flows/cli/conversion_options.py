@@ -60,6 +60,9 @@ def content_options(function: Command) -> Command:
             "--max-shard-size", metavar="SIZE", help="Cut larger outputs into shards: 5GB, 500MiB, ..."
         ),
         click.option("--tie-by-value", is_flag=True, help="Store equal matrices once, as tied."),
+        click.option(
+            "--parts", is_flag=True, help="Take one part of a checkpoint (a rank's file, a shard) as it is."
+        ),
         click.option("--select", metavar="PATH", help="The state dict to take, as `inspect` lists them."),
         click.option(
             "--strip-prefix", metavar="P", help="Take P off all names; auto: module. and _orig_mod."
@@ -96,7 +99,7 @@ def content_options(function: Command) -> Command:
 
 
 _CONTENT = (
-    *("dtype", "max_shard_size", "tie_by_value", "select", "strip_prefix", "rename", "drop"),
+    *("dtype", "max_shard_size", "tie_by_value", "parts", "select", "strip_prefix", "rename", "drop"),
     *("on_unsafe", "verify", "provenance"),
 )
 

@@ -75,6 +75,7 @@ def convert_command(
     options = build_options(**wishes)
     from ptbin import catalog
     from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
+    from ptbin.companions import is_companion
 
     catalog.check_call(
         source,
@@ -90,7 +91,9 @@ def convert_command(
             current = [job] if _is_current(job, options, shared) else []
             return _print_plan([] if current else [job], current, [], shared)
         rule = catalog.OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout)
-        return _print_plan(*_planned(source, rule, include, exclude, options, shared), shared)
+        to_do, current, problems = _planned(source, rule, include, exclude, options, shared)
+        alone = [job for job in to_do if is_companion(job.path)]
+        return _print_plan([job for job in to_do if job not in alone], current, problems, shared, alone)
     if single is not None:
         job = _job_of(single, dest, naming, options)
         summary, lines = _convert_one(job, source, dest, options, shared)
@@ -244,7 +247,11 @@ def _planned(
 
 
 def _print_plan(
-    to_do: Sequence[Job], current: Sequence[Job], collisions: Sequence[Problem], shared: Shared
+    to_do: Sequence[Job],
+    current: Sequence[Job],
+    collisions: Sequence[Problem],
+    shared: Shared,
+    alone: Sequence[Job] = (),
 ) -> int:
     if shared.as_json:
         print_json(
@@ -254,10 +261,11 @@ def _print_plan(
                     {"source": job.source_uri, "dest": job.dest_uri, "size": job.source_size} for job in to_do
                 ],
                 "up_to_date": [job.source_uri for job in current],
+                "left_alone": [job.source_uri for job in alone],
                 "problems": [problem.to_json() for problem in collisions],
             }
         )
     else:
-        for line in plan_lines(to_do, current, collisions):
+        for line in plan_lines(to_do, current, collisions, alone):
             print_line(line)
     return 1 if collisions else 0

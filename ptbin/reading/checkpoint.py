@@ -61,6 +61,8 @@ class Checkpoint:
         storages: all storages the pickle refers to, by key.
         archive_root: name of the zip archive's top folder; None outside zip containers.
         script_classes: TorchScript only: class path to its parameter and buffer names.
+        metadata: of a safetensors file, its `__metadata__`.
+        part: why this is not all of a checkpoint, where the caller takes it all the same (`parts`).
         preferred: path of the candidate to choose where several remain; a container's reader may know.
     """
 
@@ -74,6 +76,8 @@ class Checkpoint:
     archive_root: str | None = None
     script_classes: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
     preferred: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    part: str | None = None
 
 
 @dataclass(slots=True)

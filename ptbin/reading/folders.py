@@ -89,11 +89,13 @@ def _read_indexed(reader: JoinedReader, index_name: str, limits: Limits) -> Chec
     storages: dict[str, Storage] = {}
     home: dict[str, str] = {}
     containers = set()
+    metadata: dict[str, str] = {}
     for name in reader.names:
         if name == index_name:
             continue
         checkpoint = read_part(reader, name, opening)
         containers.add(checkpoint.container)
+        metadata.update(checkpoint.metadata)
         if not isinstance(checkpoint.root, DictNode):
             raise CorruptArchiveError(f"{reader.uri}: {name} holds no mapping of names to tensors")
         if root is None:
@@ -108,7 +110,14 @@ def _read_indexed(reader: JoinedReader, index_name: str, limits: Limits) -> Chec
     _compare_with_index(reader.uri, index["weight_map"], home)
     container = "safetensors_sharded" if containers == {"safetensors"} else "torch_sharded"
     return Checkpoint(
-        reader.uri, reader.size, container, root, opening.programs, storages, opening.vocabulary
+        reader.uri,
+        reader.size,
+        container,
+        root,
+        opening.programs,
+        storages,
+        opening.vocabulary,
+        metadata=metadata,
     )
 
 

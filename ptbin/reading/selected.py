@@ -5,10 +5,12 @@ The one path that conversion and the strictest proof share, so that both mean th
 
 from __future__ import annotations
 
-from ptbin.errors import CorruptArchiveError, UnsafePickleError
+from ptbin.errors import CorruptArchiveError, NoStateDictError, UnsafePickleError
 from ptbin.options import ConvertOptions
 from ptbin.reading.checkpoint import Checkpoint, read_checkpoint
 from ptbin.reading.keys import keep_writable, rename_entries
+from ptbin.reading.leftovers import role_of_leftover
+from ptbin.reading.parts import refuse_part, take_part
 from ptbin.reading.pickle_machine import PickleProgram
 from ptbin.reading.selection import select_state_dict
 from ptbin.reading.source import RandomReader
@@ -35,7 +37,15 @@ def read_selected(
         raise
     safety = judge_programs(checkpoint.programs)
     _refuse_unsafe(safety, options, reader.uri)
-    state_dict = select_state_dict(checkpoint, options.select, options.limits)
+    if options.parts:
+        take_part(checkpoint)
+    else:
+        refuse_part(checkpoint)
+    try:
+        state_dict = select_state_dict(checkpoint, options.select, options.limits)
+    except NoStateDictError as error:
+        error.companion = role_of_leftover(checkpoint.root)
+        raise
     keep_writable(state_dict, checkpoint.uri)
     rename_entries(state_dict, options, checkpoint.uri)
     return checkpoint, safety, state_dict

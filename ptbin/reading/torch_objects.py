@@ -18,6 +18,7 @@ from ptbin.errors import CorruptArchiveError, LimitExceededError, UnsupportedTen
 from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, TorchSize
 from ptbin.options import Limits
 from ptbin.reading.numpy_objects import iter_numpy_reducers
+from ptbin.reading.wrappers import WRAPPER, read_wrapper
 from ptbin.tensors import InMemory, SparseTensor, Storage, TensorRef, TypedStorage, dense_strides
 
 __all__ = ["TorchVocabulary", "storage_dtype"]
@@ -94,10 +95,7 @@ class TorchVocabulary:
             "_rebuild_nested_tensor": lambda args: Opaque(
                 "nested tensor", "nested tensors are not supported"
             ),
-            "_rebuild_wrapper_subclass": lambda args: Opaque(
-                "wrapper subclass",
-                "the weights lie inside a tensor subclass that only its own code can unwrap",
-            ),
+            "_rebuild_wrapper_subclass": lambda args: read_wrapper(args, None),
         }
         for name, reducer in utils.items():
             table["torch._utils", name] = reducer
@@ -255,6 +253,8 @@ class TorchVocabulary:
     def _from_type(self, args: tuple[Any, ...]) -> Any:
         # (function, type, arguments, state): the subclass falls away, the data stay
         function, inner = args[0], args[2]
+        if isinstance(function, Global) and function.path == WRAPPER and isinstance(inner, tuple):
+            return read_wrapper(inner, args[3] if len(args) > 3 else None)
         _refuse_content(args[3] if len(args) > 3 else None)
         if isinstance(function, Global) and isinstance(inner, tuple):
             reducer = self.reducers().get((function.module, function.name))

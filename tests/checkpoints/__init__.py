@@ -21,6 +21,7 @@ never come to exist. The rooms:
     modules     whole modules with and without their classes, TorchScript
     pickles     raw pickles, numpy arrays and scalars; and files that hold no weights
     containers  framing: deflated, zip64, CRCs off, big-endian, truncated, flipped, disguised
+    parts       one part of a whole by its content; folders in parts
     hostile     canaries per opcode, bombs, impossible tensors
 
 `craft` puts archives and pickles together by hand for tests that need one more.
@@ -29,7 +30,7 @@ The expectations are torch's own wherever torch reads the file (`Factory.torch_r
 each factory to that in tests/test_checkpoints.py, and shows there that each canary is a live one.
 """
 
-from tests.checkpoints import containers, dtypes, hostile, layouts, modules, pickles, training
+from tests.checkpoints import containers, dtypes, hostile, layouts, modules, parts, pickles, training
 from tests.checkpoints.registry import FACTORIES, Checkpoint, Factory, factories
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "hostile",
     "layouts",
     "modules",
+    "parts",
     "pickles",
     "training",
 ]
