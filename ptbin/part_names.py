@@ -38,9 +38,7 @@ _EXPERT = re.compile(r"^(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt$"
 _MODEL_STATES = re.compile(r"^mp_rank_(?P<n>\d+)_model_states\.pt$")
 _OF_WORLD = re.compile(rf"^(?P<stem>.*)world_size_(?P<of>\d+)_rank_(?P<n>\d+)(?P<tail>{_WEIGHTS})$")
 _TORCH_SHARD = re.compile(r"^shard-(?P<n>\d{5})-model-\d{5}-of-\d{5}\.safetensors$")
-_HF_SHARD = re.compile(
-    r"^(?P<stem>.+)-(?P<n>\d{5,})-of-(?P<of>\d{5,})(?P<tail>\.(?:bin|safetensors|pt|pth))$"
-)
+_HF_SHARD = re.compile(r"^(?P<stem>.+)-(?P<n>\d{5,})-of-(?P<of>\d{5,})(?P<tail>\.(?:bin|safetensors))$")
 _CHUNKS = re.compile(r"^__\d+_\d+\.distcp$")
 _COUNTED = (
     re.compile(rf"^(?P<stem>(?:.*[._-])?)rank[._-]?(?P<n>\d{{1,5}})(?P<tail>{_WEIGHTS})$"),

@@ -174,6 +174,7 @@ def _print_plan(
         to_do = sorted(work.iter_to_do(), key=lambda job: job.path)
         left = [job for job in to_do if not job.copies and is_companion(job.path)]
         jobs = [job for job in to_do if job not in left]
+        left += work.iter_left_alone()
         changed = {job.dest_uri: work.present(job) for job in jobs}
         found = []
         if delete:

@@ -76,10 +76,7 @@ def test_a_folder_in_parts_is_one_problem(tmp_path: Path, name: str) -> None:
     found = [item for item in catalog.find_checkpoints(str(tmp_path / "in")) if item.certain]
     told = {item.path: _reason(item.uri, tmp_path) for item in found}
     assert told.pop("plain.pt") is None
-    leftovers = {
-        path for path in told if "optim" in Path(path).name.partition("_rng")[0].partition("model_")[0]
-    }
-    assert [told[path] for path in told if path not in leftovers] == ["incomplete_checkpoint"]
+    assert [told[path] for path in told if not is_companion(path)] == ["incomplete_checkpoint"]
 
 
 @pytest.mark.parametrize("name", FOLDERS)
