@@ -23,7 +23,7 @@ from typing import Any
 from ptbin.errors import IncompleteCheckpointError
 from ptbin.nodes import DictNode, Instance, Opaque, iter_nodes
 from ptbin.reading.checkpoint import Checkpoint
-from ptbin.reading.wrappers import local_tensor, piece_of
+from ptbin.reading.wrappers import WRAPPER, local_tensor, piece_of
 from ptbin.tensors import TensorRef
 
 __all__ = ["find_part", "refuse_part", "take_part"]
@@ -51,6 +51,7 @@ _ARGUMENTS = (
 )
 MAX_DEPTH = 4
 
+WRAPPER_GLOBAL = tuple(WRAPPER.rsplit(".", 1))
 SHARDING_INFO = "DCP_SHARDING_INFO"
 MAX_SHARDING_NBYTES = 64 << 20
 _WHOLE_CONTAINERS = ("torch_dcp", "deepspeed_zero", "raw", "torch_export")
@@ -61,7 +62,7 @@ def find_part(checkpoint: Checkpoint) -> str | None:
     if checkpoint.container in _WHOLE_CONTAINERS or not checkpoint.storages:
         return None
     return (
-        _of_distributed_tensors(checkpoint.root)
+        _of_distributed_tensors(checkpoint)
         or _of_arguments(checkpoint.root)
         or _of_deepspeed(checkpoint.root)
         or _of_fairscale(checkpoint.root)
@@ -100,8 +101,10 @@ def _own(value: Any) -> Any:
     return local_tensor(value) or value
 
 
-def _of_distributed_tensors(root: Any) -> str | None:
-    for node in iter_nodes(root):
+def _of_distributed_tensors(checkpoint: Checkpoint) -> str | None:
+    if not any(WRAPPER_GLOBAL in program.globals for program in checkpoint.programs):
+        return None  # no walk over a million tensors to find none
+    for node in iter_nodes(checkpoint.root):
         if isinstance(node, Opaque) and (piece := piece_of(node)) is not None and piece.ranks != 1:
             where = "several ranks" if piece.ranks is None else f"{piece.ranks} ranks"
             return f"it holds pieces of {piece.kind}s that lie on {where}"
