@@ -35,7 +35,11 @@ _SHARD = re.compile(r"^(?P<stem>.+)-\d{5,}-of-\d{5,}\.(?P<kind>bin|safetensors)$
 _OPTIM_STATES = re.compile(r"^(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt$")
 # Experts and pipeline layers: parts of the same checkpoint that its reader does not join.
 _ELSEWHERE = re.compile(r"^((layer_\d+_)?expert_\d+_mp_rank_\d+|layer_\d+-model_\d+-)_?model_states\.pt$")
+_EXPERT = re.compile(r"^layer_\d+_expert_\d+_mp_rank_00_model_states\.pt$")
+MODEL_STATES = "mp_rank_00_model_states.pt"
 _MODEL_STATES = re.compile(r"^(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt$")
+
+_OWN_FOLDER = ("torch_dcp", "deepspeed_zero", "deepspeed_experts")
 
 # In the order in which transformers and peft look for them.
 _MAIN = (
@@ -53,7 +57,8 @@ class Group:
     """The files of one checkpoint, by path below the listed place.
 
     Attributes:
-        kind: `torch_dcp`, `deepspeed_zero`, `sharded`, or `parts` for those that nothing here puts together.
+        kind: `torch_dcp`, `deepspeed_zero`, `deepspeed_experts`, `sharded`, or `parts` for those that nothing
+            here puts together.
         handle: path of the folder (empty for the listed place itself), the index file or the first part.
         folder: path of the folder.
         why: of `parts`, what they are and what to do.
@@ -126,6 +131,11 @@ def _groups_in(folder: str, items: Sequence[ListedObject]) -> list[Group]:
     if optimizers:
         models = [name for name in names if _MODEL_STATES.match(name) or _ELSEWHERE.match(name)]
         add("deepspeed_zero", folder, optimizers + models)
+    experts = [name for name in names if _EXPERT.match(name)]
+    pipeline = any(_ELSEWHERE.match(name) and name not in experts for name in names)
+    ranks = [name for name in names if _MODEL_STATES.match(name)]
+    if experts and not optimizers and not pipeline and ranks == [MODEL_STATES]:
+        add("deepspeed_experts", folder, [MODEL_STATES, *experts])
     for name in sorted(names):
         match = _INDEX.match(name)
         if match is None:
@@ -161,7 +171,7 @@ def main_handle(items: Iterable[ListedObject]) -> Group | ListedObject | None:
     for item in items:
         grouping.add(item)
     groups, single = grouping.finish()
-    own = [group for group in groups if group.kind in ("torch_dcp", "deepspeed_zero")]
+    own = [group for group in groups if group.kind in _OWN_FOLDER]
     if len(own) == 1:
         return own[0]
     if own:

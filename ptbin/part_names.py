@@ -147,17 +147,17 @@ def _of_deepspeed(names: Sequence[str]) -> list[Parts]:
     experts = [name for name in names if _EXPERT.match(name)]
     states = {name: int(match["n"]) for name in names if (match := _MODEL_STATES.match(name))}
     members = (*states, *layers, *experts)
+    way_out = "merge them with DeepSpeed's ds_to_universal.py"
     if layers:
         why = f"{len(layers)} files of DeepSpeed's pipeline, each a layer or less of the model"
     elif experts:
         why = f"DeepSpeed's mixture of experts: {len(experts)} experts lie in files of their own"
+        way_out = "convert the folder, which takes mp_rank_00_model_states.pt and all experts of that rank"
     elif states and max(states.values()) > 0:
         why = f"DeepSpeed's model states of {len(states)} tensor-parallel ranks"
     else:
         return []
-    return [
-        Parts(members, f"{why} ({_listed(members)}); DeepSpeed's ds_to_universal.py reads the whole folder")
-    ]
+    return [Parts(members, f"{why} ({_listed(members)}); {way_out}")]
 
 
 def _of_rank_folders(names: Sequence[str]) -> list[Parts]:

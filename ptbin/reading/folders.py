@@ -36,6 +36,10 @@ def read_folder(reader: JoinedReader, limits: Limits) -> Checkpoint:
         from ptbin.reading.deepspeed import read_deepspeed
 
         return read_deepspeed(reader, limits)
+    if any("_expert_" in name and name.endswith("_model_states.pt") for name in reader.names):
+        from ptbin.reading.deepspeed_experts import read_deepspeed_experts
+
+        return read_deepspeed_experts(reader, limits)
     index = next((name for name in reader.names if name.endswith(INDEX_SUFFIX)), None)
     if index is None:
         raise UnsupportedFormatError(f"{reader.uri}: a folder of no known kind")

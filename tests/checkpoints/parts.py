@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tests.checkpoints.registry import Checkpoint, checkpoint
 
-__all__ = ["FOLDERS", "weights", "write"]
+__all__ = ["FOLDERS", "expert", "weights", "write", "write_experts"]
 
 REASON = "incomplete_checkpoint"
 
@@ -153,7 +153,11 @@ def _write_all(**files: Any) -> Callable[[Path], None]:
     return build
 
 
-_MOE = {"module": weights(), "mp_world_size": 1, "dp_world_size": 2, "ds_version": "0.19", "num_experts": [2]}
+def expert(layer: int, number: int) -> dict[str, torch.Tensor]:
+    """One expert of one layer, under DeepSpeed's name for it."""
+    name = f"{layer}.deepspeed_moe.experts.deepspeed_experts.{number}.weight"
+    return {name: torch.full((2, 3), float(10 * layer + number))}
+
 
 FOLDERS: dict[str, Callable[[Path], None]] = {
     "meta": _write_all(**{f"consolidated.{n:02d}.pth": weights(n) for n in range(2)}),
@@ -169,15 +173,13 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
         **{f"layer_{n:02d}-model_00-model_states.pt": weights(n) for n in range(3)},
         **{"mp_rank_00_model_states.pt": {"module": None, "mp_world_size": 1}},
     ),
-    "deepspeed experts": _write_all(
-        **{
-            f"layer_0_expert_{n}_mp_rank_00_model_states.pt": {
-                f"x.deepspeed_moe.experts.deepspeed_experts.{n}.w": torch.ones(2)
-            }
-            for n in range(2)
-        },
-        **{"mp_rank_00_model_states.pt": _MOE},
+    "deepspeed experts, no model": _write_all(
+        **{f"layer_0_expert_{n}_mp_rank_00_model_states.pt": expert(0, n) for n in range(2)},
         **{"expp_rank_0_mp_rank_00_optim_states.pt": {"optimizer": {"state": {}, "param_groups": []}}},
+    ),
+    "deepspeed experts, tensor parallel": _write_all(
+        **{f"layer_0_expert_0_mp_rank_{n:02d}_model_states.pt": expert(0, 0) for n in range(2)},
+        **{f"mp_rank_{n:02d}_model_states.pt": {"module": weights(n)} for n in range(2)},
     ),
     "deepspeed tensor parallel": _write_all(
         **{f"mp_rank_{n:02d}_model_states.pt": {"module": weights(n)} for n in range(2)}
@@ -198,3 +200,19 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
     "a lone shard": _write_all(**{"pytorch_model-00002-of-00003.bin": weights()}),
 }
 """Folders that are one checkpoint, in parts that ptbin does not put together."""
+
+
+def write_experts(folder: Path, counts: tuple[int, ...] = (2, 3)) -> dict[str, torch.Tensor]:
+    """DeepSpeed's mixture of experts at ZeRO 0, whole; what the model is."""
+    model = {"module": weights(), "mp_world_size": 1, "dp_world_size": 2, "ds_version": "0.19"}
+    write(
+        folder / "mp_rank_00_model_states.pt",
+        {**model, "num_experts": list(counts), "ds_autoep_layers": None},
+    )
+    write(folder / "expp_rank_0_mp_rank_00_optim_states.pt", {"optimizer": {"state": {}, "param_groups": []}})
+    found = weights()
+    for layer, count in enumerate(counts):
+        for number in range(count):
+            write(folder / f"layer_{layer}_expert_{number}_mp_rank_00_model_states.pt", expert(layer, number))
+            found |= expert(layer, number)
+    return found
