@@ -34,7 +34,7 @@ _INDEX = re.compile(r"^(?P<stem>.+)\.(?P<kind>bin|safetensors)\.index\.json$")
 _SHARD = re.compile(r"^(?P<stem>.+)-\d{5,}-of-\d{5,}\.(?P<kind>bin|safetensors)$")
 _OPTIM_STATES = re.compile(r"^(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt$")
 # Experts and pipeline layers: parts of the same checkpoint that its reader does not join.
-_ELSEWHERE = re.compile(r"^((layer_\d+_)?expert_\d+_mp_rank_\d+|layer_\d+-model_\d+-)_?model_states\.pt$")
+_ELSEWHERE = re.compile(r"^((layer_\d+_)?expert_\d+_mp_rank_\d+|layer_\d+-(.+-)?)_?model_states\.pt$")
 _EXPERT = re.compile(r"^layer_\d+_expert_\d+_mp_rank_00_model_states\.pt$")
 MODEL_STATES = "mp_rank_00_model_states.pt"
 _MODEL_STATES = re.compile(r"^(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt$")

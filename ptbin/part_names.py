@@ -1,7 +1,7 @@
 """Which files of a folder are parts of one checkpoint that ptbin does not put together. By names alone, pure.
 
 A name is evidence only where it is a known producer's own (`consolidated.01.pth`), or where the files next
-to it complete a count from zero (`x.rank_0.pt`, `x.rank_1.pt`). `epoch_1.pt` next to `epoch_2.pt` is no
+to it count from zero (`x.rank_0.pt`, `x.rank_1.pt`). `epoch_1.pt` next to `epoch_2.pt` is no
 evidence, and neither is `best_rank_1.pth`. What the content says is for `reading.parts`.
 
 Sources: Meta's llama (`consolidated.NN.pth`), Megatron-LM's checkpointing.py (`get_checkpoint_name`), NeMo's
@@ -27,13 +27,14 @@ _WEIGHTS = r"\.(?:pt|pth|bin|ckpt|safetensors)"
 
 # A folder for each rank, one level above the file.
 _RANK_FOLDER = re.compile(
-    r"^(?:mp_rank_(?P<tp>\d{2})(?:_(?P<pp>\d{3}))?(?:_(?P<ep>\d{3}))?"
+    r"^(?:mp_rank_(?P<tp>\d{2,})(?:_(?P<pp>\d{3}))?(?:_(?P<ep>\d{3}))?"
     r"|tp_rank_(?P<tp2>\d{2})_pp_rank_(?P<pp2>\d{3}))$"
 )
 _IN_RANK_FOLDER = re.compile(r"^.+\.(?:pt|pth|ckpt)$")
 
 _META = re.compile(r"^consolidated\.(?P<n>\d{2})(?P<tail>\.(?:pth|pt|bin|safetensors))$")
-_LAYER = re.compile(r"^layer_\d+-model_\d+-model_states\.pt$")
+_LAYER = re.compile(r"^layer_\d+-(?:.+-)?model_states\.pt$")
+_ZERO_3 = re.compile(r"^zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt$")
 _EXPERT = re.compile(r"^(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt$")
 _MODEL_STATES = re.compile(r"^mp_rank_(?P<n>\d+)_model_states\.pt$")
 _OF_WORLD = re.compile(rf"^(?P<stem>.*)world_size_(?P<of>\d+)_rank_(?P<n>\d+)(?P<tail>{_WEIGHTS})$")
@@ -51,7 +52,7 @@ _CONTEST = re.compile(
 )
 
 _PATTERNS = (
-    *(_META, _LAYER, _EXPERT, _MODEL_STATES, _OF_WORLD, _TORCH_SHARD, _HF_SHARD, _CHUNKS),
+    *(_META, _LAYER, _ZERO_3, _EXPERT, _MODEL_STATES, _OF_WORLD, _TORCH_SHARD, _HF_SHARD, _CHUNKS),
     *_COUNTED,
 )
 
@@ -146,13 +147,17 @@ def _of_deepspeed(names: Sequence[str]) -> list[Parts]:
     layers = [name for name in names if _LAYER.match(name)]
     experts = [name for name in names if _EXPERT.match(name)]
     states = {name: int(match["n"]) for name in names if (match := _MODEL_STATES.match(name))}
-    members = (*states, *layers, *experts)
+    zero_3 = [name for name in names if _ZERO_3.match(name)]
+    members = (*states, *layers, *experts, *zero_3)
     way_out = "merge them with DeepSpeed's ds_to_universal.py"
     if layers:
         why = f"{len(layers)} files of DeepSpeed's pipeline, each a layer or less of the model"
     elif experts:
         why = f"DeepSpeed's mixture of experts: {len(experts)} experts lie in files of their own"
         way_out = "convert the folder, which takes mp_rank_00_model_states.pt and all experts of that rank"
+    elif zero_3:
+        why = "DeepSpeed's model states of ZeRO stage 3, whose parameters lie in the *_optim_states.pt files"
+        way_out = "convert the folder with those files in it"
     elif states and max(states.values()) > 0:
         why = f"DeepSpeed's model states of {len(states)} tensor-parallel ranks"
     else:
@@ -198,7 +203,8 @@ def _of_torch(names: Sequence[str]) -> list[Parts]:
         Parts(
             members,
             f"shards that torch.distributed.checkpoint wrote, one file for each rank ({_listed(members)}); "
-            "consolidate_safetensors_files of torch.distributed.checkpoint merges them",
+            "torch's consolidate_safetensors_files merges them; where the folder above holds the merged "
+            "model, leave these out with --exclude",
         )
     ]
 
@@ -230,16 +236,17 @@ def _of_chunks(names: Sequence[str], known: Collection[str]) -> list[Parts]:
 
 
 def _counted(names: Sequence[str]) -> list[Parts]:
-    """Files that complete a count from 0: rank files of trainers, fairseq's shards."""
+    """Files that are counted from 0: rank files of trainers, fairseq's shards."""
     found = []
     for pattern in _COUNTED:
         for (stem, _), group in _by(pattern, names, "stem", "tail").items():
             numbers = sorted(int(match["n"]) for match in group.values())
-            if len(numbers) > 1 and numbers == list(range(len(numbers))) and not _CONTEST.search(stem):
+            if len(numbers) > 1 and numbers[0] == 0 and not _CONTEST.search(stem):
+                missing = _missing(numbers, 0, numbers[-1] + 1)
                 found.append(
                     Parts(
                         tuple(group),
-                        f"files of {len(numbers)} ranks ({_listed(list(group))}); merge them first, or, "
+                        f"files of {len(numbers)} ranks ({_listed(list(group))}{missing}); merge them, or, "
                         "where each is a whole copy, convert one with --parts",
                     )
                 )

@@ -46,7 +46,7 @@ _OPTIM = re.compile(
 )
 _MODEL = re.compile(r"^(zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
 
-_PIPELINE = re.compile(r"^layer_\d+-model_\d+-model_states\.pt$")
+_PIPELINE = re.compile(r"^layer_\d+-(.+-)?model_states\.pt$")
 _EXPERT = re.compile(r"^(layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt$")
 
 # deepspeed/runtime/zero/config.py, ZeroStageEnum: some Pythons pickle an enum as getattr(class, name)

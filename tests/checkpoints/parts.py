@@ -185,6 +185,13 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
         **{f"mp_rank_{n:02d}_model_states.pt": {"module": weights(n)} for n in range(2)}
     ),
     "world size in the name": _write_all(**{"model_world_size_2_rank_0.pt": weights()}),
+    "deepspeed pipeline without tensor parallel": _write_all(
+        **{f"layer_{n:02d}-model_states.pt": weights(n) for n in range(2)}
+    ),
+    "deepspeed stage 3 without its optimizer": _write_all(
+        **{f"zero_pp_rank_{n}_mp_rank_00_model_states.pt": {"module": weights()} for n in range(2)}
+    ),
+    "some of the ranks": _write_all(**{f"state_rank_{n}.pt": weights(n) for n in (0, 3)}),
     "ranks": _write_all(**{f"model_final.rank_{n}.pth": weights(n) for n in range(4)}),
     "ranks of an epoch": _write_all(**{f"epoch3_rank{n}.pt": weights(n) for n in range(2)}),
     "fairseq": _write_all(**{f"checkpoint_last-shard{n}.pt": {"model": weights(n)} for n in range(2)}),
