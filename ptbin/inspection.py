@@ -14,7 +14,7 @@ from ptbin.reading.search import find_state_dicts
 from ptbin.reading.selected import Selected, refuse_unsafe, select_from
 from ptbin.reading.selection import why_chosen
 from ptbin.reading.verdicts import judge_programs, refuse_unsafe_fragment
-from ptbin.sources import open_source
+from ptbin.sources import find_source
 from ptbin.state_dict import tensors_of
 
 __all__ = ["inspect"]
@@ -44,7 +44,8 @@ def inspect(
     options = options or ConvertOptions()
     if limits is not None:
         options = options.replace(limits=limits)
-    with open_source(uri, storage_options) as reader, one_clear_error(reader.uri):
+    place = find_source(uri, storage_options)
+    with place.open() as reader, one_clear_error(reader.uri):
         try:
             checkpoint = read_checkpoint(reader, options.limits)
         except CorruptArchiveError as error:
@@ -55,7 +56,9 @@ def inspect(
         selected: Selected | None = None
         refusal: CheckpointError | None = None
         try:
-            selected = select_from(checkpoint, safety, options, findings)
+            if not options.parts:
+                place.refuse_part()
+            selected = select_from(checkpoint, safety, options)
             refuse_unsafe(safety, options, reader.uri)
         except CheckpointError as error:
             refusal = error

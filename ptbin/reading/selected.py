@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ptbin.errors import AmbiguousStateDictError, CorruptArchiveError, UnsafePickleError
+from ptbin.errors import AmbiguousStateDictError, CorruptArchiveError, NoStateDictError, UnsafePickleError
 from ptbin.options import ConvertOptions
 from ptbin.reading.accounting import Accounting, account
 from ptbin.reading.checkpoint import Checkpoint, read_checkpoint
 from ptbin.reading.keys import drop_entries, keep_writable, rename_entries
+from ptbin.reading.leftovers import role_of_leftover
 from ptbin.reading.outside import left_outside
+from ptbin.reading.parts import refuse_part, take_part
 from ptbin.reading.search import Findings, find_state_dicts
 from ptbin.reading.selection import WAYS_OUT, select_state_dicts
 from ptbin.reading.source import RandomReader
@@ -116,12 +118,18 @@ def read_selected(reader: RandomReader, options: ConvertOptions) -> Selected:
     return select_from(checkpoint, safety, options)
 
 
-def select_from(
-    checkpoint: Checkpoint, safety: SafetyReport, options: ConvertOptions, findings: Findings | None = None
-) -> Selected:
+def select_from(checkpoint: Checkpoint, safety: SafetyReport, options: ConvertOptions) -> Selected:
     """The state dicts of a checkpoint that was read, fit for writing; errors as `read_selected`."""
-    findings = findings or find_state_dicts(checkpoint, options.limits)
-    state_dicts = select_state_dicts(checkpoint, options, findings)
+    if options.parts:
+        take_part(checkpoint)
+    else:
+        refuse_part(checkpoint)
+    findings = find_state_dicts(checkpoint, options.limits)
+    try:
+        state_dicts = select_state_dicts(checkpoint, options, findings)
+    except NoStateDictError as error:
+        error.companion = role_of_leftover(checkpoint.root)
+        raise
     for state_dict in state_dicts:
         drop_entries(state_dict, options, checkpoint.uri)
         keep_writable(state_dict, checkpoint.uri)
