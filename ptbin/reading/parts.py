@@ -111,23 +111,24 @@ def _of_distributed_tensors(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _mappings(node: Any, depth: int = 0) -> Iterator[DictNode]:
+def _mappings(node: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
     """A mapping or record of arguments, and those below under well-known names."""
     found = node.attributes() if isinstance(node, Instance) else node
     if not isinstance(found, DictNode) or depth > MAX_DEPTH:
         return
-    yield found
+    named = found.by_name()
+    yield named
     for name in _ARGUMENTS:
-        if (below := found.get(name)) is not None:
+        if (below := named.get(name)) is not None:
             yield from _mappings(below, depth + 1)
 
 
 def _of_arguments(root: Any) -> str | None:
     if not isinstance(root, DictNode):
         return None
-    for mapping in _mappings(root):
+    for named in _mappings(root):
         for name in PARALLEL_SIZES:
-            size = _plain(mapping.get(name))
+            size = _plain(named.get(name))
             if type(size) is int and size > 1:
                 return f"it was trained with {name} {size}"
     return None
