@@ -4,7 +4,8 @@
 
 `dtensors/model_world_size_2_rank_<n>.pt` as verl names them, `replicated/state.pt` (whole on every rank),
 `mesh_of_one/state.pt`, `partial/state.pt` (summands), `sharded_tensors/rank<n>.pt` (FSDP1), and
-`safetensors/` as torch's HuggingFaceStorageWriter writes it. This file is also the ranks' program and imports nothing of the suite.
+`safetensors/` as torch's HuggingFaceStorageWriter writes it. This file is also the ranks'
+program and imports nothing of the suite.
 """
 
 from __future__ import annotations
