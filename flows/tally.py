@@ -162,6 +162,7 @@ class Tally:
             "read_bytes": sum(facts.read_nbytes for _, facts in done),
             "written_bytes": sum(facts.written_nbytes for _, facts in done),
             "copied_bytes": sum(facts.copied_nbytes for _, facts in done),
+            "left_out": dict(sum((Counter(facts.left_out) for _, facts in done), Counter[str]())),
             "seconds": round(seconds, 3),
             "manifests": sorted(facts.manifest_uri for _, facts in done if facts.manifest_uri),
             "problems": [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["format_nbytes", "short_detail"]
+from collections.abc import Mapping
+
+__all__ = ["format_nbytes", "left_out_words", "short_detail"]
 
 
 def format_nbytes(nbytes: float) -> str:
@@ -15,6 +17,12 @@ def format_nbytes(nbytes: float) -> str:
             break
     digits = 2 if nbytes < 9.995 else 1 if nbytes < 99.95 else 0
     return f"{nbytes:.{digits}f} {unit}"
+
+
+def left_out_words(left_out: Mapping[str, int]) -> str:
+    """What was left out, by role, largest first: `optimizer 1.90 GiB, averaged copy 922 MiB`."""
+    largest = sorted(left_out.items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{role.replace('_', ' ')} {format_nbytes(nbytes)}" for role, nbytes in largest)
 
 
 def short_detail(path: str, detail: str) -> str:

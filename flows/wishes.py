@@ -63,9 +63,10 @@ def build_options(
     rename: Sequence[str] = (),
     drop: Sequence[str] = (),
     max_shard_size: str | int | None = None,
+    select: str | Sequence[str] | None = None,
     **others: Any,
 ) -> ConvertOptions:
-    """`ConvertOptions` with `rename` written as `OLD=NEW` and sizes with units.
+    """`ConvertOptions` with `rename` written as `OLD=NEW`, sizes with units, one path to select or several.
 
     Raises:
         UsageError: an unknown value, a rename without `=`, a size that is none.
@@ -77,7 +78,8 @@ def build_options(
         if not equals or not old:
             raise UsageError(f"rename: {text!r} is not of the form OLD=NEW")
         pairs.append((old, new))
-    return ConvertOptions(rename=tuple(pairs), drop=tuple(drop), max_shard_size=limit, **others)
+    paths = select if isinstance(select, str) or select is None else tuple(select)
+    return ConvertOptions(rename=tuple(pairs), drop=tuple(drop), max_shard_size=limit, select=paths, **others)
 
 
 def refuse_secrets(*uris: str, instead: str = "give credentials as storage options") -> None:

@@ -26,7 +26,7 @@ from ptbin.sources import SourcePlace, find_source
 from ptbin.splice import splice
 from ptbin.stores import RangeReader, Store, Writer, open_store
 from ptbin.ties import tie_equal_tensors
-from ptbin.writing.outputs import plan_output
+from ptbin.writing.outputs import plan_outputs
 
 __all__ = ["find_unchanged", "is_convertible", "release_companions"]
 
@@ -150,10 +150,13 @@ def _digests(
 ) -> dict[str, str]:
     """SHA-256 of every file that a conversion would write, by name."""
     with one_clear_error(reader.uri):
-        checkpoint, _, state_dict = read_selected(reader, options)
+        selected = read_selected(reader, options)
         if options.tie_by_value:
-            tie_equal_tensors(state_dict, reader)
-        output = plan_output(state_dict, options, name, archive_root=checkpoint.archive_root)
+            for state_dict in selected.state_dicts:
+                tie_equal_tensors(state_dict, reader)
+        output = plan_outputs(
+            selected.state_dicts, options, name, archive_root=selected.checkpoint.archive_root
+        )
     found: dict[str, str] = {}
     for plan in output.files:
         with _Digest(plan.name) as writer:

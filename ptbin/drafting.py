@@ -7,15 +7,14 @@ from typing import Any
 
 from ptbin.draft import DraftFile, DraftRecord
 from ptbin.manifest import SCHEMA_VERSION, hex_crc32
-from ptbin.options import ConvertOptions
-from ptbin.reading.checkpoint import Checkpoint
-from ptbin.reading.verdicts import SafetyReport
+from ptbin.reading.selected import Selected
 from ptbin.segments import FilePlan, PlannedTensor, RecordLayout
 from ptbin.splice import SpliceResult
-from ptbin.state_dict import StateDict
+from ptbin.state_dict import StateDict, tensors_of
 from ptbin.stores import RangeReader
 from ptbin.stores.joined import JoinedReader
 from ptbin.version import __version__
+from ptbin.writing.outputs import OutputPlan
 
 __all__ = ["Written", "draft_file", "draft_manifest"]
 
@@ -24,19 +23,18 @@ Written = tuple[FilePlan, SpliceResult]
 
 def draft_manifest(
     reader: RangeReader,
-    checkpoint: Checkpoint,
-    safety: SafetyReport,
-    state_dict: StateDict,
+    selected: Selected,
+    output: OutputPlan,
     written: Sequence[Written],
     files: Sequence[DraftFile],
-    options: ConvertOptions,
 ) -> dict[str, Any]:
     """What is known once everything is written; run id and times are the caller's to add."""
+    options, accounting = selected.options, selected.accounting
     source: dict[str, Any] = {
         "uri": reader.uri,
         "size": reader.size,
         "identity": reader.identity.to_json(),
-        "container": checkpoint.container,
+        "container": selected.checkpoint.container,
     }
     if isinstance(reader, JoinedReader):
         source["files"] = [
@@ -50,17 +48,18 @@ def draft_manifest(
     return {
         "schema_version": SCHEMA_VERSION,
         "source": source,
-        "selected": state_dict.path,
+        "selected": selected.path,
         "options": options.to_json(),
         "options_fingerprint": options.fingerprint(),
         "outputs": [
             {"path": file.path, "size": file.size, "sha256": None, "crc32": hex_crc32(file.crc32)}
             for file in files
         ],
-        "tensors": _tensor_rows(written, state_dict),
-        "left_out": [item.to_json() for item in state_dict.left_out],
-        "globals": safety.to_json(),
-        "safety": {"verdict": safety.verdict, "findings": list(safety.findings)},
+        "tensors": _tensor_rows(written, output.owners, selected.state_dicts, accounting.credits),
+        "left_out": [item.to_json() for item in (*accounting.left_out, *output.left_out)],
+        "accounting": accounting.to_json(),
+        "globals": selected.safety.to_json(),
+        "safety": {"verdict": selected.safety.verdict, "findings": list(selected.safety.findings)},
         "verification": {},
         "tool": {"name": "ptbin", "version": __version__},
     }
@@ -79,19 +78,36 @@ def _crc32(record: RecordLayout, result: SpliceResult) -> int:
     return crc
 
 
-def _tensor_rows(written: Sequence[Written], state_dict: StateDict) -> list[dict[str, Any]]:
+def _tensor_rows(
+    written: Sequence[Written],
+    owners: Sequence[int],
+    state_dicts: Sequence[StateDict],
+    shares: Sequence[int],
+) -> list[dict[str, Any]]:
     rows = []
-    for file, result in written:
+    accounted = _by_label(state_dicts, shares)
+    for (file, result), owner in zip(written, owners, strict=True):
         records = {record.key: record for record in file.plan.records}
         first_on: dict[str, str] = {}
         for planned in file.tensors:
             record = records[planned.record]
-            row = _row(file.name, planned, record, result, state_dict)
+            row = _row(file.name, planned, record, result, state_dicts[owner])
             if record.nbytes and record.key in first_on:
                 row["shares_with"] = first_on[record.key]
             first_on.setdefault(record.key, planned.name)
+            if (taken := accounted[owner][planned.name]) != row["nbytes"]:
+                row["source_nbytes"] = taken
             rows.append(row)
     return rows
+
+
+def _by_label(state_dicts: Sequence[StateDict], shares: Sequence[int]) -> list[dict[str, int]]:
+    """For each state dict, the bytes of the source that each tensor accounts for."""
+    numbers = iter(shares)
+    return [
+        {label: next(numbers) for name, value in found.entries for label, _ in tensors_of(name, value)}
+        for found in state_dicts
+    ]
 
 
 def _row(

@@ -1,51 +1,82 @@
-"""What is in a checkpoint, from its index alone: container, state dicts, tensors, globals, verdict."""
+"""What is in a checkpoint, from its index alone: container, state dicts, tensors, globals, verdict,
+accounting.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from ptbin.errors import AmbiguousStateDictError, IncompleteCheckpointError, NoStateDictError
-from ptbin.options import Limits
-from ptbin.reading.checkpoint import Checkpoint, one_clear_error, read_checkpoint
-from ptbin.reading.parts import refuse_part
-from ptbin.reading.selection import Candidate, choose_candidate, find_candidates, why_chosen
-from ptbin.reading.verdicts import judge_programs
-from ptbin.sources import SourcePlace, find_source
+from ptbin.errors import CheckpointError, CorruptArchiveError
+from ptbin.options import ConvertOptions, Limits
+from ptbin.reading.checkpoint import one_clear_error, read_checkpoint
+from ptbin.reading.parts import take_part
+from ptbin.reading.search import find_state_dicts
+from ptbin.reading.selected import Selected, refuse_unsafe, select_from
+from ptbin.reading.selection import why_chosen
+from ptbin.reading.verdicts import judge_programs, refuse_unsafe_fragment
+from ptbin.sources import find_source
 from ptbin.state_dict import tensors_of
 
 __all__ = ["inspect"]
 
 
 def inspect(
-    uri: str, *, storage_options: Mapping[str, Any] | None = None, limits: Limits | None = None
+    uri: str,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    limits: Limits | None = None,
+    options: ConvertOptions | None = None,
 ) -> dict[str, Any]:
     """Describe one checkpoint without reading its weights and without running any of its code.
 
+    Args:
+        options: what a conversion would be asked for; the answer is what it would take, or why it would
+            refuse.
+
     Returns:
-        `uri`, `container`, `size`, `selected` (path or None), `why`, `reason` and `detail` where nothing is
-        selected, `state_dicts`, `tensors` of the selected one, `globals`, `findings`, `verdict`.
+        `uri`, `container`, `size`, `selected` (path or None), `why`, `reason` and `detail` where nothing
+        would be converted, `state_dicts`, `tensors` of the selected one, `accounting` and `left_out` as a
+        manifest has them, `globals`, `findings`, `verdict`.
 
     Raises:
         CheckpointError: the file cannot be read. StorageError: nor can the store.
     """
-    limits = limits or Limits()
+    options = options or ConvertOptions()
+    if limits is not None:
+        options = options.replace(limits=limits)
     place = find_source(uri, storage_options)
     with place.open() as reader, one_clear_error(reader.uri):
-        checkpoint = read_checkpoint(reader, limits)
+        try:
+            checkpoint = read_checkpoint(reader, options.limits)
+        except CorruptArchiveError as error:
+            refuse_unsafe_fragment(error, reader.uri)
+            raise
         safety = judge_programs(checkpoint.programs)
-        candidates = find_candidates(checkpoint, limits)
-        selected, reason, detail = _choose(place, checkpoint, candidates)
+        if options.parts:
+            take_part(checkpoint)
+        findings = find_state_dicts(checkpoint, options.limits)
+        selected: Selected | None = None
+        refusal: CheckpointError | None = None
+        try:
+            place.refuse_part(parts=options.parts)
+            selected = select_from(checkpoint, safety, options, findings)
+            refuse_unsafe(safety, options, reader.uri)
+        except CheckpointError as error:
+            refusal = error
+        accounting = selected.accounting if selected is not None else None
         return {
             "uri": reader.uri,
             "container": checkpoint.container,
             "size": reader.size,
             "selected": selected.path if selected is not None else None,
-            "why": why_chosen(selected, candidates, checkpoint.preferred) if selected is not None else None,
-            "reason": reason,
-            "detail": detail,
-            "state_dicts": [candidate.to_json() for candidate in candidates],
+            "why": _why(selected),
+            "reason": refusal.reason if refusal is not None else None,
+            "detail": str(refusal) if refusal is not None else None,
+            "state_dicts": [candidate.to_json() for candidate in findings.candidates],
             "tensors": _tensors(selected),
+            "accounting": accounting.to_json() if accounting is not None else None,
+            "left_out": [item.to_json() for item in accounting.left_out] if accounting is not None else [],
             "globals": safety.to_json(),
             "findings": list(safety.findings),
             "verdict": safety.verdict,
@@ -53,22 +84,23 @@ def inspect(
         }
 
 
-def _choose(
-    place: SourcePlace, checkpoint: Checkpoint, candidates: list[Candidate]
-) -> tuple[Candidate | None, str | None, str | None]:
-    try:
-        place.refuse_part()
-        refuse_part(checkpoint)
-        return choose_candidate(checkpoint, candidates), None, None
-    except (NoStateDictError, AmbiguousStateDictError, IncompleteCheckpointError) as error:
-        return None, error.reason, str(error)
+def _why(selected: Selected | None) -> str | None:
+    if selected is None:
+        return None
+    if selected.options.selected_paths:
+        return "asked for"
+    chosen = next((c for c in selected.findings.candidates if c.path == selected.path), None)
+    if chosen is None:
+        return "made of what lies below" if selected.options.flatten else "each by itself"
+    return why_chosen(chosen, selected.findings, selected.checkpoint.preferred)
 
 
-def _tensors(selected: Candidate | None) -> list[dict[str, Any]]:
+def _tensors(selected: Selected | None) -> list[dict[str, Any]]:
     if selected is None:
         return []
     return [
         {"name": label, "dtype": tensor.dtype.name, "shape": list(tensor.shape), "nbytes": tensor.nbytes}
-        for name, value in selected.state_dict.entries
+        for state_dict in selected.state_dicts
+        for name, value in state_dict.entries
         for label, tensor in tensors_of(name, value)
     ]

@@ -54,7 +54,7 @@ def load(
     try:
         with one_clear_error(reader.uri):
             options = ConvertOptions(select=select, strip_prefix=strip_prefix)
-            _, _, state_dict = read_selected(reader, options)
+            state_dict = read_selected(reader, options).state_dict
     except BaseException:
         reader.close()
         raise

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ptbin.tensors import TensorRef
+
 __all__ = [
     "DictNode",
     "Global",
@@ -97,9 +99,10 @@ class Instance:
         return self.cls.path if isinstance(self.cls, Global) else "?"
 
     def attributes(self) -> DictNode | None:
-        """Instance attributes: the state where it is a mapping, or the mapping in a (dict, slots) pair.
+        """Instance attributes: the state where it is a mapping, or the mappings in a (dict, slots) pair.
 
-        torch.fx's `reduce_graph_module` takes them as its first argument instead.
+        Classes with `__slots__` leave either of the two empty (copyreg, `__reduce_ex__` of protocol 2);
+        torch.fx's `reduce_graph_module` takes the attributes as its first argument instead.
         """
         state = self.state
         if (
@@ -109,15 +112,22 @@ class Instance:
             and self.args
         ):
             state = self.args[0]
-        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], DictNode):
-            state = state[0]
+        if isinstance(state, tuple) and len(state) == 2:
+            parts = [part for part in state if isinstance(part, DictNode)]
+            if parts and all(part is None or isinstance(part, DictNode) for part in state):
+                return parts[0] if len(parts) == 1 else DictNode("dict", [*parts[0].pairs, *parts[1].pairs])
+            if isinstance(state[0], DictNode):
+                return state[0]
         return state if isinstance(state, DictNode) else None
 
 
 class NdArray:
-    """A numpy array or scalar: dtype string (`<f4`), shape, memory order, raw bytes."""
+    """A numpy array or scalar: dtype string (`<f4`), shape, memory order, raw bytes.
 
-    __slots__ = ("data", "dtype", "fortran", "scalar", "shape")
+    `objects` are the elements of an array of Python objects, which has no bytes.
+    """
+
+    __slots__ = ("data", "dtype", "fortran", "objects", "scalar", "shape")
 
     def __init__(
         self, dtype: str, shape: tuple[int, ...], data: bytes, *, fortran: bool = False, scalar: bool = False
@@ -127,6 +137,7 @@ class NdArray:
         self.data = data
         self.fortran = fortran
         self.scalar = scalar
+        self.objects: Any = None
 
 
 class Opaque:
@@ -179,6 +190,11 @@ def children(node: Any) -> Iterator[Any]:
         yield from node.items
     elif isinstance(node, Opaque):
         yield node.contents
+    elif isinstance(node, NdArray):
+        yield node.objects
+    elif isinstance(node, TensorRef):
+        for _, value in node.attributes:
+            yield value
 
 
 _LEAVES = (str, bytes, int, float, bool, complex, type(None), Global)

@@ -66,8 +66,14 @@ class ConvertOptions:
     """
 
     format: OutputFormat = "torch"
-    select: str | None = None
-    """Path of the state dict inside the checkpoint, as `inspect` prints it; None: choose automatically."""
+    select: str | tuple[str, ...] | None = None
+    """Path of the state dict inside the checkpoint, as `inspect` prints it; several: their union, names
+    prefixed by their paths; None: choose automatically.
+    """
+    flatten: bool = False
+    """Make one state dict of nested mappings, names joined by dots."""
+    split: bool = False
+    """Give each state dict an output of its own, `<name>.<path>.bin`."""
     strip_prefix: str | None = None
     """`auto` takes `module.` and `_orig_mod.` off in any nesting; another value is taken off literally."""
     rename: tuple[tuple[str, str], ...] = ()
@@ -93,6 +99,10 @@ class ConvertOptions:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
+        if isinstance(self.select, (list, tuple)):
+            # One path is one path, however it was given: it fingerprints as it always did.
+            paths = tuple(dict.fromkeys(self.select))
+            object.__setattr__(self, "select", paths[0] if len(paths) == 1 else paths or None)
         kinds = (
             ("format", OutputFormat),
             ("layout", Layout),
@@ -111,11 +121,20 @@ class ConvertOptions:
             raise UsageError("provenance states digests of what is stored, which --verify none does not read")
         if self.layout == "hf" and self.format == "raw":
             raise UsageError("layout hf has no place for format raw, which transformers does not read")
+        if self.split and self.flatten:
+            raise UsageError("split gives each state dict an output of its own, flatten makes one of all")
         for pattern in (*self.drop, *(old for old, _ in self.rename)):
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise UsageError(f"{pattern!r} is not a regular expression: {error}") from error
+
+    @property
+    def selected_paths(self) -> tuple[str, ...]:
+        """Paths that the caller named."""
+        if self.select is None:
+            return ()
+        return (self.select,) if isinstance(self.select, str) else self.select
 
     def to_json(self) -> dict[str, Any]:
         """The options that shape the output, as the manifest records them.
@@ -130,12 +149,14 @@ class ConvertOptions:
                 ("layout", "mirror"),
                 ("tie_by_value", False),
                 ("parts", False),
+                ("flatten", False),
+                ("split", False),
             )
             if getattr(self, name) != default
         }
         return {
             "format": self.format,
-            "select": self.select,
+            "select": list(self.select) if isinstance(self.select, tuple) else self.select,
             "strip_prefix": self.strip_prefix,
             "rename": [list(pair) for pair in self.rename],
             "drop": list(self.drop),
@@ -147,8 +168,11 @@ class ConvertOptions:
     def from_json(cls, recorded: Mapping[str, Any], **others: Any) -> ConvertOptions:
         """The options a manifest records; `others` are the fields it does not."""
         fields = {**recorded, **others}
+        fields.pop("restore", None)  # of the way back (`restoring`), which is no conversion's
         fields["rename"] = tuple((old, new) for old, new in recorded["rename"])
         fields["drop"] = tuple(recorded["drop"])
+        if isinstance(recorded.get("select"), list):
+            fields["select"] = tuple(recorded["select"])
         return cls(**fields)
 
     def fingerprint(self) -> str:

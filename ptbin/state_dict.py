@@ -7,7 +7,7 @@ from typing import Any
 
 from ptbin.tensors import SparseTensor, Storage, TensorRef
 
-__all__ = ["LeftOut", "StateDict", "key_label", "storages_of", "tensors_of"]
+__all__ = ["Excluded", "LeftOut", "StateDict", "key_label", "storages_of", "tensors_of"]
 
 MAX_DEPTH = 32
 """Containers inside one value; what lies deeper is not looked for tensors (`keep_writable` drops it)."""
@@ -15,14 +15,30 @@ MAX_DEPTH = 32
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """Something of the source that does not go along: where, how many bytes, why."""
+    """Something of the source that does not go along: where, how many bytes, as what, why."""
 
     path: str
     nbytes: int
+    role: str
     reason: str
 
     def to_json(self) -> dict[str, Any]:
-        return {"path": self.path, "nbytes": self.nbytes, "reason": self.reason}
+        return {"path": self.path, "nbytes": self.nbytes, "role": self.role, "reason": self.reason}
+
+
+@dataclass(frozen=True, slots=True)
+class Excluded:
+    """A part of the source that a selection does not take.
+
+    Attributes:
+        role: what it is to a model (`reading.roles`); None where nothing says.
+        node: the record itself, whose bytes `reading.accounting` counts; None for what has none.
+    """
+
+    path: str
+    role: str | None
+    reason: str = ""
+    node: Any = None
 
 
 @dataclass(slots=True)
@@ -31,12 +47,14 @@ class StateDict:
 
     Attributes:
         path: where in the checkpoint, as `--select` takes it (`.` for the top).
-        kind: `mapping`, `module` or `torchscript`.
+        kind: `mapping`, `module`, `torchscript` or `flattened`.
         mapping_kind: class of the mapping to write (`dict` or `OrderedDict`).
         entries: (name, value); values are `TensorRef`s, `SparseTensor`s, plain values, or other
-            records until `selection.keep_writable` has sorted them out.
+            records until `keys.keep_writable` has sorted them out.
         metadata: the mapping torch keeps as `_metadata`, if any.
+        excluded: what lies inside and is not taken.
         source_names: output name to the name in the source, where they differ.
+        nodes: identities of the records it was made of, which nothing else needs to account for.
     """
 
     path: str
@@ -44,8 +62,9 @@ class StateDict:
     mapping_kind: str
     entries: list[tuple[str, Any]]
     metadata: Any
-    left_out: list[LeftOut] = field(default_factory=list)
+    excluded: list[Excluded] = field(default_factory=list)
     source_names: dict[str, str] = field(default_factory=dict)
+    nodes: frozenset[int] = frozenset()
 
 
 def tensors_of(name: str, value: Any) -> list[tuple[str, TensorRef]]:
@@ -55,6 +74,8 @@ def tensors_of(name: str, value: Any) -> list[tuple[str, TensorRef]]:
     per-channel quantized tensor `name#scales`, `name#zero_points`; tensors inside a plain container
     (an `_extra_state`, say) `name.key`.
     """
+    if isinstance(value, TensorRef) and value.quantizer is None:
+        return [(name, value)]
     from ptbin.nodes import DictNode
 
     found: list[tuple[str, TensorRef]] = []

@@ -152,6 +152,7 @@ class TensorRef:
         quantizer: arguments of `torch._utils._rebuild_qtensor` (scheme name, scale or scales, zero
             point or points, axis), tensors among them as `TensorRef`; None for plain tensors.
         flags: `conj` and `neg`, the lazy operations torch records beside the bytes instead of doing them.
+        attributes: Python attributes of the tensor that hold data themselves (bitsandbytes' `SCB`).
     """
 
     storage: Storage
@@ -161,6 +162,7 @@ class TensorRef:
     storage_offset: int = 0
     quantizer: tuple[Any, ...] | None = None
     flags: tuple[str, ...] = ()
+    attributes: tuple[tuple[str, Any], ...] = ()
 
     @property
     def numel(self) -> int:
@@ -174,9 +176,11 @@ class TensorRef:
     @property
     def span(self) -> tuple[int, int]:
         """First byte and end of the part of the storage that the view touches."""
-        if self.numel == 0:
-            return (0, 0)
-        last = self.storage_offset + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+        last = self.storage_offset
+        for n, s in zip(self.shape, self.stride, strict=True):
+            if n == 0:
+                return (0, 0)
+            last += (n - 1) * s
         first = self.storage_offset // self.dtype.per_unit * self.dtype.itemsize
         return (first, self.dtype.nbytes_of(last + 1))
 

@@ -10,7 +10,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from ptbin.proof.logical import iter_logical_bytes
-from ptbin.state_dict import LeftOut, StateDict
+from ptbin.state_dict import Excluded, StateDict
 from ptbin.tensors import ByteRange, TensorRef
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def tie_equal_tensors(state_dict: StateDict, reader: RangeReader) -> None:
             if owner != index and kept.layout_key() != tensor.layout_key():
                 state_dict.entries[index] = (name, kept)
                 reason = f"equal to {kept_name!r}, stored once (tie_by_value)"
-                state_dict.left_out.append(LeftOut(name, tensor.nbytes, reason))
+                state_dict.excluded.append(Excluded(name, "duplicate", reason, tensor))
 
 
 def _may_be_tied(tensor: TensorRef) -> bool:

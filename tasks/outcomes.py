@@ -6,7 +6,6 @@ checksum list and the artifact need.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,7 +34,6 @@ Kind = Literal[
 ]
 DETAIL_LENGTH = 500
 NAMED_GLOBALS = 10
-_OPTIMIZER = re.compile(r"optim|exp_avg|momentum_buffer", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +60,7 @@ class Converted:
     """What the index of finished work is to remember, but for the path, which only the run knows."""
     weights_nbytes: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
-    """Bytes of the source that did not go along: of the optimizer, and other."""
+    """Bytes of the source's tensors that did not go along, by role."""
     verdict: str = ""
     unsafe_globals: tuple[str, ...] = ()
 
@@ -140,11 +138,9 @@ def outcome_of_error(path: str, error: Exception) -> Outcome:
 
 
 def _left_out(manifest: dict[str, Any]) -> dict[str, int]:
-    """Bytes of the source that are neither the output's weights nor unaccounted framing, by what they are."""
-    named = {"optimizer": 0, "other": 0}
-    for item in manifest.get("left_out", ()):
-        named["optimizer" if _OPTIMIZER.search(item["path"]) else "other"] += int(item["nbytes"])
-    return named
+    """Bytes of the source's tensors that did not go along, by what they are to a model."""
+    accounting = manifest.get("accounting")
+    return dict(accounting["left_out"]) if accounting else {}
 
 
 def one_line(text: str) -> str:

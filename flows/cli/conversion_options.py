@@ -63,7 +63,14 @@ def content_options(function: Command) -> Command:
         click.option(
             "--parts", is_flag=True, help="Take one part of a checkpoint (a rank's file, a shard) as it is."
         ),
-        click.option("--select", metavar="PATH", help="The state dict to take, as `inspect` lists them."),
+        click.option(
+            "--select",
+            multiple=True,
+            metavar="PATH",
+            help="The state dict to take, as `inspect` lists them (repeatable: their union).",
+        ),
+        click.option("--flatten", is_flag=True, help="One state dict of nested ones, names joined by dots."),
+        click.option("--split", is_flag=True, help="Each state dict as an output of its own: NAME.PATH.bin."),
         click.option(
             "--strip-prefix", metavar="P", help="Take P off all names; auto: module. and _orig_mod."
         ),
@@ -99,7 +106,8 @@ def content_options(function: Command) -> Command:
 
 
 _CONTENT = (
-    *("dtype", "max_shard_size", "tie_by_value", "parts", "select", "strip_prefix", "rename", "drop"),
+    *("dtype", "max_shard_size", "tie_by_value", "parts", "select", "flatten", "split", "strip_prefix"),
+    *("rename", "drop"),
     *("on_unsafe", "verify", "provenance"),
 )
 
@@ -108,7 +116,7 @@ def split_content(values: dict[str, Any]) -> dict[str, Any]:
     """The parameters of `build_options` that `content_options` added."""
     wishes = {name: values.pop(name) for name in _CONTENT}
     wishes["format"] = values.pop("output_format")
-    for name in ("rename", "drop"):
+    for name in ("rename", "drop", "select"):
         wishes[name] = list(wishes[name])
     return wishes
 

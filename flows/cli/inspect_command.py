@@ -8,7 +8,7 @@ import click
 
 from flows.cli.printing import align, print_error, print_json, print_line
 from flows.cli.shared_options import Shared, shared_options
-from flows.units import format_nbytes
+from flows.units import format_nbytes, left_out_words
 from ptbin.errors import CheckpointError
 
 __all__ = ["inspect_command"]
@@ -25,14 +25,18 @@ Reads only the index, a few kilobytes of any file, and runs nothing of what is i
 
 @click.command("inspect", epilog=EPILOG)
 @click.argument("uri")
+@click.option("--select", multiple=True, metavar="PATH", help="As `convert` would be asked for (repeatable).")
+@click.option("--flatten", is_flag=True, help="As `convert` would be asked for.")
+@click.option("--split", is_flag=True, help="As `convert` would be asked for.")
 @shared_options
-def inspect_command(uri: str, **shared: Any) -> int:
+def inspect_command(uri: str, select: tuple[str, ...], flatten: bool, split: bool, **shared: Any) -> int:
     """Describe the checkpoint at URI: container, state dicts, tensors, and the globals its pickle names."""
     options = Shared(**shared)
     import ptbin
 
     try:
-        report = ptbin.inspect(uri, storage_options=options.source_options)
+        wanted = ptbin.ConvertOptions(select=select or None, flatten=flatten, split=split)
+        report = ptbin.inspect(uri, storage_options=options.source_options, options=wanted)
     except CheckpointError as error:
         if options.as_json:
             print_json({"uri": uri, "reason": error.reason, "detail": str(error)})
@@ -52,6 +56,10 @@ def _print_report(report: dict[str, Any]) -> None:
         ("verdict", str(report["verdict"])),
         ("selected", _selected(report)),
     ]
+    if report["accounting"] is not None:
+        facts.append(("taken", _taken(report["accounting"])))
+        if report["accounting"]["left_out"]:
+            facts.append(("left out", left_out_words(report["accounting"]["left_out"])))
     print_line(str(report["uri"]))
     _print_rows(facts)
     _print_section(
@@ -85,12 +93,13 @@ def _print_report(report: dict[str, Any]) -> None:
     _print_section("findings", [(finding,) for finding in report.get("findings", [])])
 
 
-def _shape(shape: list[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
+def _taken(accounting: dict[str, Any]) -> str:
+    taken, whole = accounting["taken_bytes"], accounting["source_tensor_bytes"]
+    return f"{format_nbytes(taken)} of {format_nbytes(whole)} of tensors"
 
 
 def _selected(report: dict[str, Any]) -> str:
-    if report["selected"] is None:
+    if report["reason"] is not None:
         return f"none: {report['reason']}: {report['detail']}"
     return f"{report['selected'] or '(top)'}: {report['why']}"
 

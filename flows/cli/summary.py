@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.cli.interrupts import INTERRUPTED_STATUS
 from flows.cli.printing import align, print_error, print_json, print_line
-from flows.units import format_nbytes, short_detail
+from flows.units import format_nbytes, left_out_words, short_detail
 
 if TYPE_CHECKING:
     from flows.cli.shared_options import Shared
@@ -30,7 +30,7 @@ __all__ = [
 
 JSON_KEYS = (
     "run_id", "source", "dest", "converted", "up_to_date", "rejected", "failed", "left_alone",
-    "source_bytes", "read_bytes", "written_bytes", "seconds", "manifests", "problems",
+    "source_bytes", "read_bytes", "written_bytes", "left_out", "seconds", "manifests", "problems",
 )  # fmt: skip
 """The `--json` summary of `convert`, in this order."""
 
@@ -69,6 +69,8 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
         rows += [("deleted", str(summary["deleted"]), f"{summary['kept']} kept" if summary["kept"] else "")]
         rows += [("backed up", str(summary["backed_up"]), "")]
     lines = align(rows, right=[1], indent="")
+    if summary["left_out"]:
+        lines.append(f"left out: {left_out_words(summary['left_out'])}")
     if "copied" in summary and not any(summary[key] for key in ("converted", "copied", "deleted", "kept")):
         lines += ["", "nothing to do: DEST is in step" if not summary["problems"] else "nothing was changed"]
     if summary["problems"]:
@@ -150,7 +152,10 @@ def single_lines(entry: Entry, job: Job, seconds: float) -> list[str]:
         return []
     written = format_nbytes(sum(output.size for output in entry.converted.outputs))
     tensors = f"{entry.converted.tensors} tensors, {written} of {format_nbytes(entry.nbytes)}"
-    return [f"{job.path} -> {job.dest_uri}: {tensors}, {seconds:.1f} s"]
+    lines = [f"{job.path} -> {job.dest_uri}: {tensors}, {seconds:.1f} s"]
+    if entry.converted.left_out:
+        lines.append(f"left out: {left_out_words(entry.converted.left_out)}")
+    return lines
 
 
 def plan_lines(

@@ -11,7 +11,7 @@ OUTPUT_SUFFIXES: dict[OutputFormat, str] = {"torch": ".bin", "raw": ".bin", "saf
 # Names under which people keep checkpoints, and archives of them: always looked into.
 CHECKPOINT_SUFFIXES = frozenset(
     ".pt .pth .ckpt .bin .th .tar .pkl .pickle .model .ptc .pts "
-    ".jit .torchscript .zip .7z .gz .xz .weights .pt2 .safetensors".split()
+    ".jit .torchscript .zip .7z .gz .xz .weights .pt2 .safetensors .nemo .mar .tgz".split()
 )
 # Names that cannot be one: never looked into.
 OTHER_SUFFIXES = frozenset(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,9 +26,12 @@ from ptbin.stores import Identity
 
 if TYPE_CHECKING:
     from ptbin.draft import Draft
-    from ptbin.stores import Store
+    from ptbin.state_dict import StateDict
+    from ptbin.stores import RangeReader, Store
 
-__all__ = ["iter_loaded_tensors", "open_output", "open_with_torch", "prove_by_loading"]
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.[^.]+$)")
+
+__all__ = ["iter_loaded_tensors", "open_output", "open_with_torch", "prove_by_loading", "rows_by_state_dict"]
 
 
 def prove_by_loading(
@@ -39,28 +43,49 @@ def prove_by_loading(
         VerificationError: torch cannot load it, or a tensor differs.
         SourceChangedError: the source is no longer the one converted.
     """
-    options = ConvertOptions.from_json(draft.manifest["options"], verify="load", limits=draft.limits).replace(
-        select=draft.manifest["selected"]
-    )
+    options = ConvertOptions.from_json(draft.manifest["options"], verify="load", limits=draft.limits)
     identity = Identity.from_json(draft.manifest["source"]["identity"])
-    rows = {row["name"]: row for row in draft.manifest["tensors"]}
-    with (
-        open_output(store, path, draft.manifest) as loaded,
-        open_source(draft.source_uri, source_options, expected=identity) as reader,
-    ):
-        _, _, state_dict = read_selected(reader, options)
+    with open_source(draft.source_uri, source_options, expected=identity) as reader:
+        selected = read_selected(reader, options)
+        for rows, state_dict in zip(rows_by_state_dict(draft.manifest), selected.state_dicts, strict=True):
+            _compare_state_dict(store, path, draft.manifest, rows, state_dict, reader)
+        reader.check_unchanged()
+
+
+def rows_by_state_dict(manifest: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+    """The manifest's rows, those of each state dict together: a split output has the files of each one by
+    one.
+    """
+    if not manifest["options"].get("split"):
+        return [manifest["tensors"]]
+    stems: dict[str, list[dict[str, Any]]] = {}
+    for row in manifest["tensors"]:
+        stems.setdefault(_SHARD.sub("", row["file"]), []).append(row)
+    return list(stems.values())
+
+
+def _compare_state_dict(
+    store: Store,
+    path: str,
+    manifest: Mapping[str, Any],
+    rows: list[dict[str, Any]],
+    state_dict: StateDict,
+    reader: RangeReader,
+) -> None:
+    by_name = {row["name"]: row for row in rows}
+    with open_output(store, path, {**manifest, "tensors": rows}) as loaded:
         wanted = dict(item for name, value in state_dict.entries for item in tensors_of(name, value))
         found = dict(iter_loaded_tensors(loaded))
-        if found.keys() != rows.keys() or (options.format == "torch" and list(found) != list(rows)):
+        in_order = manifest["options"]["format"] != "torch" or list(found) == list(by_name)
+        if found.keys() != by_name.keys() or not in_order:
             raise VerificationError(f"{store.uri_of(path)}: torch loads other names than the source has")
         for name, tensor in found.items():
             ref = wanted[name]
-            target = rows[name]["dtype"]
+            target = by_name[name]["dtype"]
             stream = iter_logical_bytes(ref, reader)
             if target != ref.dtype.name:
                 stream = _cast_by_torch(stream, ref.dtype, target)
             _compare(store.uri_of(path), name, tensor, target, ref.shape, stream)
-        reader.check_unchanged()
 
 
 def _cast_by_torch(stream: Iterator[bytes], source: DType, target: str) -> Iterator[bytes]:

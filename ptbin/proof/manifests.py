@@ -112,6 +112,25 @@ def _check_rows(manifest: Mapping[str, Any], uri: str) -> None:
         if not isinstance(row, dict) or row.get("file") not in sizes:
             raise VerificationError(f"{uri}: the manifest lists a tensor in no output of its own")
         stored_tensor(row, sizes[row["file"]])
+    if "accounting" in manifest:
+        _check_accounting(manifest, uri)
+
+
+def _check_accounting(manifest: Mapping[str, Any], uri: str) -> None:
+    """Raises VerificationError where the sums of the accounting are not those of the manifest's own rows."""
+    stated = manifest["accounting"]
+    try:
+        taken = sum(int(row.get("source_nbytes", row["nbytes"])) for row in manifest["tensors"])
+        by_role: dict[str, int] = {}
+        for item in manifest["left_out"]:
+            if item["nbytes"]:
+                by_role[item["role"]] = by_role.get(item["role"], 0) + item["nbytes"]
+        whole = taken + sum(by_role.values())
+        found = {"source_tensor_bytes": whole, "taken_bytes": taken, "left_out": by_role}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise VerificationError(f"{uri}: the accounting cannot be checked: {error!r}") from error
+    if stated != found:
+        raise VerificationError(f"{uri}: the accounting states {stated}, the manifest's rows come to {found}")
 
 
 def _verify_output(
@@ -169,21 +188,22 @@ def _verify_statement(store: Store, path: str, manifest: dict[str, Any]) -> Iter
 
 
 def _verify_by_loading(store: Store, path: str, manifest: dict[str, Any]) -> Iterable[Issue]:
-    from ptbin.proof.load import iter_loaded_tensors, open_output
+    from ptbin.proof.load import iter_loaded_tensors, open_output, rows_by_state_dict
 
-    try:
-        with open_output(store, path, manifest) as loaded:
-            found = {
-                n: (str(t.dtype).removeprefix("torch."), list(t.shape))
-                for n, t in iter_loaded_tensors(loaded)
-            }
-    except StorageError:
-        raise
-    except VerificationError as error:
-        return [Issue("load_failed", store.uri_of(path), str(error))]
-    wanted = {row["name"]: (row["dtype"], row["shape"]) for row in manifest["tensors"]}
-    if found != wanted:
-        return [Issue("load_failed", store.uri_of(path), "torch loads other tensors than the manifest lists")]
+    for rows in rows_by_state_dict(manifest):
+        try:
+            with open_output(store, path, {**manifest, "tensors": rows}) as loaded:
+                found = {
+                    n: (str(t.dtype).removeprefix("torch."), list(t.shape))
+                    for n, t in iter_loaded_tensors(loaded)
+                }
+        except StorageError:
+            raise
+        except VerificationError as error:
+            return [Issue("load_failed", store.uri_of(path), str(error))]
+        if found != {row["name"]: (row["dtype"], row["shape"]) for row in rows}:
+            detail = "torch loads other tensors than the manifest lists"
+            return [Issue("load_failed", store.uri_of(path), detail)]
     return []
 
 

@@ -192,7 +192,7 @@ def _check_structure(reader: RangeReader, draft: Draft, rows: list[dict[str, Any
         safety = judge_programs(checkpoint.programs)
         if safety.verdict != "safe":
             raise VerificationError(f"{reader.uri}: the output's own pickle is not safe: {safety.globals}")
-        state_dict = select_state_dict(checkpoint, ".", draft.limits)
+        state_dict = select_state_dict(checkpoint, ".")
     except CheckpointError as error:
         raise VerificationError(f"what was stored cannot be read: {error}") from error
     found = [item for name, value in state_dict.entries for item in tensors_of(name, value)]

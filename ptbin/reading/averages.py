@@ -1,4 +1,9 @@
-"""Averaged copies of a model's weights (EMA, SWA): found by name, offered, never chosen unasked. Pure.
+"""Averaged copies of a model's weights (EMA, SWA): found, offered, never chosen unasked. Pure.
+
+Who wrote a file decides what its names mean (`roles_by_producer`): mmengine's EMAHook swaps averaged and raw
+weights when it saves (mmengine/hooks/ema_hook.py, `_swap_ema_state_dict`), and so did mmcv's; Lightning's
+weight averaging keeps the average in `state_dict` (lightning/pytorch/callbacks/weight_averaging.py,
+`on_save_checkpoint`).
 
 `--select ema` takes the one copy a checkpoint has, wherever it is:
 
@@ -15,10 +20,25 @@ import re
 from typing import Any
 
 from ptbin.nodes import DictNode
+from ptbin.reading.prefixes import wrapper_prefixes
 from ptbin.state_dict import StateDict
 from ptbin.tensors import TensorRef
 
-__all__ = ["COPY_SUFFIX", "copies_inside", "named_by_order", "role_of"]
+__all__ = [
+    "AVERAGED",
+    "COPY_SUFFIX",
+    "copies_inside",
+    "is_same_model",
+    "named_by_order",
+    "role_of",
+    "roles_by_producer",
+    "swapped_copy",
+]
+
+AVERAGED = "ema"
+"""What `--select` takes for the averaged copy, wherever it is; also the role of a candidate that is one."""
+RAW = "raw"
+"""Role of a candidate that is the raw weights beside an average that is the model."""
 
 _AVERAGED = re.compile(r"(?:^|[._#])(?:ema|swa|averaged?|shadow)(?:$|[._#\d])", re.IGNORECASE)
 _PREFIXES = ("ema_model.", "model_ema.", "ema.")
@@ -30,7 +50,63 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 def role_of(path: str) -> str | None:
     """`ema` where a path says that what lies there is an average."""
-    return "ema" if _AVERAGED.search(path) else None
+    return AVERAGED if _AVERAGED.search(path) else None
+
+
+def roles_by_producer(root: Any) -> dict[str, str]:
+    """Path of a state dict to its role, where the program that wrote the file settles it."""
+    if not isinstance(root, DictNode):
+        return {}
+    named = root.by_name()
+    if "pytorch-lightning_version" in named and "current_model_state" in named:
+        return {"state_dict": AVERAGED, "current_model_state": RAW}
+    meta = named.get("meta")
+    if (
+        isinstance(meta, DictNode)
+        and "mmengine_version" in meta.by_name()
+        and isinstance(named.get("ema_state_dict"), DictNode)
+    ):
+        return {"state_dict": AVERAGED, "ema_state_dict": RAW}
+    return {}
+
+
+def swapped_copy(root: Any, found: StateDict) -> StateDict | None:
+    """mmcv's average: the plain names, beside raw weights in buffers called `ema_` and the name without dots.
+
+    mmcv/runner/hooks/ema.py swaps the two before a checkpoint is saved.
+    """
+    meta = root.get("meta") if isinstance(root, DictNode) else None
+    if not isinstance(meta, DictNode) or "mmcv_version" not in meta.by_name():
+        return None
+    names = {name for name, _ in found.entries}
+    raw = {f"ema_{name.replace('.', '_')}" for name in names}
+    raw = {name for name in names if name in raw}
+    if not raw:
+        return None
+    entries = [(name, value) for name, value in found.entries if name not in raw]
+    return StateDict(found.path + COPY_SUFFIX, found.kind, found.mapping_kind, entries, None)
+
+
+def is_same_model(one: StateDict, other: StateDict) -> bool:
+    """Whether two state dicts have parameters of the same names and shapes: copies of one model.
+
+    What wrappers put in front of every name does not count, nor do counters that only one of the two has.
+    """
+    ours, theirs = _shapes(one), _shapes(other)
+    if not ours or not theirs:
+        return False
+    small, large = sorted((ours, theirs), key=len)
+    if small.items() <= large.items() and len(large) - len(small) <= max(len(large) // 2, 3):
+        return True
+    # one of them under a prefix: `module.`, `ema_model.`
+    suffixes = {name.partition(".")[2]: shape for name, shape in large.items() if "." in name}
+    return bool(suffixes) and small.items() <= suffixes.items()
+
+
+def _shapes(found: StateDict) -> dict[str, tuple[int, ...]]:
+    named = [(n, v) for n, v in found.entries if isinstance(v, TensorRef) and v.shape]
+    names = wrapper_prefixes([name for name, _ in named])
+    return {name: value.shape for name, (_, value) in zip(names, named, strict=True)}
 
 
 def copies_inside(found: StateDict) -> StateDict | None:

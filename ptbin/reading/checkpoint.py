@@ -24,9 +24,11 @@ from ptbin.errors import (
     UnsupportedFormatError,
 )
 from ptbin.options import Limits
+from ptbin.reading.collector import collector_paused
 from ptbin.reading.pickle_machine import PickleProgram
 from ptbin.reading.source import RandomReader, SourceFile
 from ptbin.reading.torch_objects import TorchVocabulary
+from ptbin.state_dict import Excluded
 from ptbin.stores.joined import JoinedReader
 from ptbin.tensors import ByteRange, Deflated, InMemory, Storage
 
@@ -36,11 +38,6 @@ __all__ = ["Checkpoint", "MemoryReader", "Opening", "one_clear_error", "read_che
 MAX_NESTING = 4
 
 _FOREIGN = (
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
-    (b"\x1f\x8b", "a gzip file; decompress it first"),
-    (b"\xfd7zXZ\x00", "an xz file; decompress it first"),
-    (b"BZh", "a bzip2 file; decompress it first"),
-    (b"\x28\xb5\x2f\xfd", "a zstandard file; decompress it first"),
     (b"\x89HDF", "an HDF5 file (Keras, maybe)"),
     (b"GGUF", "a GGUF file"),
     (b"\x93NUMPY", "a numpy array file"),
@@ -64,6 +61,10 @@ class Checkpoint:
         metadata: of a safetensors file, its `__metadata__`.
         part: why this is not all of a checkpoint, where the caller takes it all the same (`parts`).
         preferred: path of the candidate to choose where several remain; a container's reader may know.
+        other_members: name and size of what lies beside the checkpoints of an archive and is none itself.
+        roles: path to role, where the container itself says what lies there (`reading.roles`).
+        excluded: what its reader passed over and knows the role of.
+        unnamed: records that could hold tensors and that no pickle names: (name, offset, bytes in the file).
     """
 
     uri: str
@@ -78,6 +79,10 @@ class Checkpoint:
     preferred: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     part: str | None = None
+    other_members: list[tuple[str, int]] = field(default_factory=list)
+    roles: dict[str, str] = field(default_factory=dict)
+    excluded: list[Excluded] = field(default_factory=list)
+    unnamed: list[tuple[str, int, int]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -111,6 +116,7 @@ class Opening:
                 storage.place = InMemory(data[place.offset : place.offset + place.nbytes])
             elif isinstance(storage.place, Deflated):
                 raise UnsupportedFormatError(f"{self.file.uri}: a compressed archive inside a pickle")
+        self.vocabulary.take_over(inner.vocabulary, checkpoint.storages.values())
         return checkpoint.root
 
 
@@ -118,7 +124,8 @@ class Opening:
 def one_clear_error(uri: str) -> Iterator[None]:
     """The outer edge of reading: whatever a foreign file brings Python to, callers see one kind of error."""
     try:
-        yield
+        with collector_paused():
+            yield
     except PtbinError:
         raise
     except (
@@ -168,45 +175,43 @@ def read_checkpoint(reader: RandomReader, limits: Limits | None = None) -> Check
 def read_opened(opening: Opening) -> Checkpoint:
     """Recognise and index the one file of an opening."""
     # Here, because the container readers need `Checkpoint` and `Opening`.
+    from ptbin.reading.archives import read_tar_archive
+    from ptbin.reading.compressed import refuse_compressed
     from ptbin.reading.legacy import read_legacy, read_raw_pickle
     from ptbin.reading.safetensors import read_safetensors
     from ptbin.reading.torch_zip import read_torch_zip
-    from ptbin.reading.zip_directory import read_zip_directory
+    from ptbin.reading.zip_directory import read_zip_directory, refuse_prefixed_zip
 
     file = opening.file
     if file.size == 0:
         raise EmptyFileError(f"{file.uri}: the file is empty")
-    directory = read_zip_directory(file, opening.limits)
-    if directory is not None:
-        return read_torch_zip(opening, directory)
+    # By the head first: any file may hold the bytes of a zip's end record by chance.
     head = file.head(512)
-    refuse_known_foreign(file.uri, head)
+    if head[:4] == b"PK\x03\x04":
+        return read_torch_zip(opening, read_zip_directory(file, opening.limits))
     readers: tuple[Callable[[Opening], Checkpoint | None], ...] = (
         read_safetensors,
         read_legacy,
+        read_tar_archive,
+        refuse_compressed,
+        refuse_known_foreign,
         read_raw_pickle,
     )
     for read in readers:
         checkpoint = read(opening)
         if checkpoint is not None:
             return checkpoint
+    refuse_prefixed_zip(file, opening.limits)
     raise NotACheckpointError(f"{file.uri}: begins with {head[:8]!r}, which no checkpoint container does")
 
 
-def refuse_known_foreign(uri: str, head: bytes) -> None:
+def refuse_known_foreign(opening: Opening) -> None:
     """Name what the file is where its first bytes tell.
 
     Raises:
-        UnsupportedFormatError: torch's tar format of before 0.1.10.
         NotACheckpointError: another kind of file.
     """
+    head = opening.file.head(512)
     for magic, what in _FOREIGN:
         if head.startswith(magic):
-            raise NotACheckpointError(f"{uri}: this is {what}")
-    if head[257:262] == b"ustar":
-        first = head[:100].split(b"\0", 1)[0]
-        if first.lstrip(b"./") in (b"sys_info", b"pickle", b"storages", b"tensors", b""):
-            raise UnsupportedFormatError(
-                f"{uri}: torch's tar format of before 0.1.10; load it with torch.load and save it again"
-            )
-        raise NotACheckpointError(f"{uri}: a tar archive (first member {first[:60]!r}); unpack it first")
+            raise NotACheckpointError(f"{opening.file.uri}: this is {what}")

@@ -133,7 +133,13 @@ def read_dcp(reader: JoinedReader, limits: Limits) -> Checkpoint:
         raise LimitExceededError(f"{part.uri}: {part.size} bytes, the limit is {limits.pickle_nbytes}")
     opening = Opening(SourceFile(part), limits)
     raw = part.read(0, part.size)
-    program = run_pickle(raw, reducers=opening.vocabulary.reducers(), limits=limits, where=part.uri)
+    program = run_pickle(
+        raw,
+        reducers=opening.vocabulary.reducers(),
+        set_state=opening.vocabulary.set_state,
+        limits=limits,
+        where=part.uri,
+    )
     if program.end != len(raw):
         program.oddities.append(f"{len(raw) - program.end} bytes behind the end of {DCP_METADATA}")
     opening.programs.append(program)

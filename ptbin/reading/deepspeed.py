@@ -36,6 +36,7 @@ from ptbin.options import Limits
 from ptbin.reading.checkpoint import Checkpoint, Opening
 from ptbin.reading.folders import read_part
 from ptbin.reading.source import SourceFile
+from ptbin.state_dict import Excluded
 from ptbin.stores.joined import JoinedReader
 from ptbin.tensors import ByteRange, InMemory, Joined, Place, Storage, TensorRef, dense_strides
 
@@ -183,6 +184,7 @@ class _Folder:
         self.limits = limits
         self.uri = reader.uri
         self.storages: dict[str, Storage] = {}
+        self.opened: list[tuple[str, DictNode]] = []
         self.pieces = 0
         self.cast_nbytes = 0
         self.casts: dict[tuple[Any, ...], TensorRef | Opaque] = {}
@@ -212,7 +214,21 @@ class _Folder:
             self.storages,
             self.opening.vocabulary,
             preferred="fp32",
+            roles={
+                "fp32": "precision_copy",
+                "module": "precision_copy",
+                "optimizer_states": "optimizer",
+            },
+            excluded=list(self._excluded(ranks)),
         )
+
+    def _excluded(self, ranks: list[_Rank]) -> Iterator[Excluded]:
+        """What the tree leaves out of the files, once everything in the tree has been counted."""
+        for rank in ranks:
+            # Every element that a parameter owns is in `fp32`: the rest fills partitions up.
+            yield Excluded(f"{rank.name} (flat partitions)", "padding", node=rank.groups)
+        for name, root in self.opened:
+            yield Excluded(name, "precision_copy" if _MODEL.match(name) else "optimizer", node=root)
 
     # -- files ---------------------------------------------------------------------------------
 
@@ -272,6 +288,7 @@ class _Folder:
         self.storages.update({f"{name}/{key}": storage for key, storage in checkpoint.storages.items()})
         if not isinstance(checkpoint.root, DictNode):
             raise CorruptArchiveError(f"{self.uri}: {name} holds no mapping")
+        self.opened.append((name, checkpoint.root))
         return checkpoint.root
 
     # -- optimizer states ----------------------------------------------------------------------

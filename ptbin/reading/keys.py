@@ -1,7 +1,8 @@
-"""Names and values of a state dict made fit for writing: dropped, stripped, renamed, sorted out.
+"""Names and values of a state dict made fit for writing: dropped, sorted out, stripped, renamed.
 
-Pure. `keep_writable` decides which values a `weights_only=True` reader can take; `rename_entries`
-applies the caller's rules and refuses two tensors under one name.
+Pure. `drop_entries` leaves out what the caller asks to; `keep_writable` decides which values a
+`weights_only=True` reader can take and refuses to lose data; `rename_entries` applies the caller's rules and
+refuses two tensors under one name.
 """
 
 from __future__ import annotations
@@ -14,46 +15,72 @@ from ptbin.dtypes import BY_NAME
 from ptbin.errors import NoStateDictError, OutputCollisionError, UnsupportedTensorError, UsageError
 from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, iter_nodes
 from ptbin.options import ConvertOptions
-from ptbin.state_dict import LeftOut, StateDict
+from ptbin.reading.prefixes import wrapper_prefixes
+from ptbin.reading.tree import holds_data, iter_data
+from ptbin.state_dict import Excluded, StateDict
 from ptbin.tensors import SparseTensor, TensorRef
 
-__all__ = ["keep_writable", "rename_entries", "wrapper_prefixes"]
+__all__ = ["drop_entries", "keep_writable", "rename_entries"]
 
 MAX_VALUE_DEPTH = 32
 
-# torch.compile wraps a module as `_orig_mod` wherever it stands; DataParallel and DistributedDataParallel
-# wrap the whole model as `module`.
-_COMPILED = "_orig_mod"
-_PARALLEL = "module"
-
 
 def keep_writable(state_dict: StateDict, uri: str) -> None:
-    """Move what cannot be written to `left_out`.
+    """Leave out values that nothing is lost with and that a `weights_only=True` reader cannot take.
 
     Raises:
-        UnsupportedTensorError: a tensor with data that ptbin cannot take; leaving it out would make
-            an incomplete model look whole.
+        UnsupportedTensorError: an entry that holds data and cannot be kept as it is; leaving it out would
+            make an
+            incomplete model look whole.
         NoStateDictError: nothing remains.
     """
     kept: list[tuple[str, Any]] = []
     done: set[int] = set()
     for name, value in state_dict.entries:
-        if isinstance(value, Opaque):
-            if value.has_data:
-                raise UnsupportedTensorError(f"{uri}: {name!r} is a {value.kind}: {value.reason}")
-            state_dict.left_out.append(LeftOut(name, 0, value.reason))
-        elif _is_writable(value, 0, done):
+        if isinstance(value, Opaque) and not value.has_data:
+            state_dict.excluded.append(Excluded(name, "value", value.reason))
+            continue
+        _refuse_loss(name, value, uri, done)
+        if _is_writable(value, 0, done):
             kept.append((name, value))
         else:
-            state_dict.left_out.append(
-                LeftOut(name, 0, f"weights_only=True cannot read a {_describe(value)}")
-            )
+            reason = f"weights_only=True cannot read a {_describe(value)}"
+            state_dict.excluded.append(Excluded(name, "value", reason))
     if not any(isinstance(v, (TensorRef, SparseTensor)) for _, v in kept):
         raise NoStateDictError(f"{uri}: no tensor with data in {state_dict.path!r}")
     state_dict.entries = kept
     if state_dict.metadata is not None and not _is_metadata(state_dict.metadata):
-        state_dict.left_out.append(LeftOut("_metadata", 0, "weights_only=True cannot read it"))
+        _refuse_loss("_metadata", state_dict.metadata, uri, set())
+        state_dict.excluded.append(Excluded("_metadata", "value", "weights_only=True cannot read it"))
         state_dict.metadata = None
+
+
+def _refuse_loss(name: str, value: Any, uri: str, done: set[int]) -> None:
+    """Raise UnsupportedTensorError where a value holds data that would not go along."""
+    way_out = f"--drop '{re.escape(name)[:200]}$' leaves it out"
+    if isinstance(value, Opaque):
+        raise UnsupportedTensorError(f"{uri}: {name!r} is a {value.kind}: {value.reason}; {way_out}")
+    if isinstance(value, TensorRef):
+        if value.attributes:
+            names = ", ".join(repr(key) for key, _ in value.attributes[:5])
+            raise UnsupportedTensorError(
+                f"{uri}: {name!r} is a tensor with tensors for attributes ({names}; bitsandbytes keeps "
+                "scales so), without which it is another; load the checkpoint with the library that wrote "
+                f"it and save its state_dict() as plain tensors; {way_out}"
+            )
+        return
+    if isinstance(value, SparseTensor) or not holds_data(value):
+        return
+    for data in iter_data(value):
+        if isinstance(data, Opaque):
+            raise UnsupportedTensorError(f"{uri}: {name!r} holds a {data.kind}: {data.reason}; {way_out}")
+        if isinstance(data, TensorRef) and data.attributes:
+            _refuse_loss(name, data, uri, done)
+    if not _is_writable(value, 0, done):
+        raise UnsupportedTensorError(
+            f"{uri}: {name!r} is a {_describe(value)} that holds tensors, which weights_only=True cannot "
+            f"read; save it under names of its own; {way_out}"
+        )
 
 
 def _is_metadata(value: Any) -> bool:
@@ -135,21 +162,10 @@ def _describe(value: Any) -> str:
     return type(value).__name__
 
 
-def wrapper_prefixes(names: list[str]) -> list[str]:
-    """The names with `_orig_mod` taken out anywhere and `module` off the front where all carry it."""
-    parts = [name.split(".") for name in names]
-    while True:
-        parts = [[p for p in name if p != _COMPILED] or name for name in parts]
-        if not parts or not all(len(name) > 1 and name[0] == _PARALLEL for name in parts):
-            return [".".join(name) for name in parts]
-        parts = [name[1:] for name in parts]
-
-
-def rename_entries(state_dict: StateDict, options: ConvertOptions, uri: str) -> None:
-    """Apply `drop`, `strip_prefix` and `rename`, in this order.
+def drop_entries(state_dict: StateDict, options: ConvertOptions, uri: str) -> None:
+    """Leave out what `options.drop` matches; before anything that cannot be kept is refused.
 
     Raises:
-        OutputCollisionError: two entries end up under one name.
         NoStateDictError: everything was dropped.
     """
     entries = state_dict.entries
@@ -157,11 +173,20 @@ def rename_entries(state_dict: StateDict, options: ConvertOptions, uri: str) -> 
         expression = re.compile(pattern)
         for name, value in entries:
             if expression.search(name):
-                nbytes = value.nbytes if isinstance(value, TensorRef) else 0
-                state_dict.left_out.append(LeftOut(name, nbytes, f"dropped by {pattern!r}"))
+                state_dict.excluded.append(Excluded(name, "dropped", f"dropped by {pattern!r}", value))
         entries = [(name, value) for name, value in entries if not expression.search(name)]
-    if not any(isinstance(v, (TensorRef, SparseTensor)) for _, v in entries):
+    if not any(isinstance(v, (TensorRef, SparseTensor, Opaque)) for _, v in entries):
         raise NoStateDictError(f"{uri}: the rules drop every tensor of {state_dict.path!r}")
+    state_dict.entries = entries
+
+
+def rename_entries(state_dict: StateDict, options: ConvertOptions, uri: str) -> None:
+    """Apply `strip_prefix` and `rename`, in this order.
+
+    Raises:
+        OutputCollisionError: two entries end up under one name.
+    """
+    entries = state_dict.entries
     old = [name for name, _ in entries]
     new = _renamed(old, options)
     clashes = [name for name, count in Counter(new).items() if count > 1]

@@ -15,18 +15,25 @@ from typing import Any
 from ptbin.errors import CorruptArchiveError, LimitExceededError, NotACheckpointError
 from ptbin.nodes import DictNode, Global
 from ptbin.reading.checkpoint import Checkpoint, Opening
+from ptbin.reading.old_tensors import parse_text_id
 from ptbin.reading.pickle_machine import PickleProgram, PickleTruncatedError, run_pickle
 from ptbin.reading.torch_objects import storage_dtype
 from ptbin.tensors import ByteRange, Storage, TypedStorage
 
-__all__ = ["read_legacy", "read_raw_pickle"]
+__all__ = ["looks_like_legacy", "read_legacy", "read_raw_pickle", "run_pickle_at"]
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # torch/serialization.py, MAGIC_NUMBER
 PROTOCOL_VERSION = 1001
 FIRST_WINDOW = 64 * 1024
 
-# How protocol 2 writes the magic number: PROTO 2, LONG1 of ten bytes, STOP.
+# How the protocols write the magic number. From 2 on: PROTO, LONG1 of ten bytes, STOP; 0 and 1: decimal LONG.
 _MAGIC_BYTES = b"\x8a\x0a" + MAGIC_NUMBER.to_bytes(10, "little")
+_MAGIC_TEXT = b"L%dL\n." % MAGIC_NUMBER
+
+
+def looks_like_legacy(head: bytes) -> bool:
+    """Whether a file that begins so is a legacy container."""
+    return _MAGIC_BYTES in head[:32] or head.startswith(_MAGIC_TEXT)
 
 
 def read_legacy(opening: Opening) -> Checkpoint | None:
@@ -36,12 +43,14 @@ def read_legacy(opening: Opening) -> Checkpoint | None:
         CorruptArchiveError: the chain breaks, or the file does not end where its last storage does.
     """
     file = opening.file
-    if _MAGIC_BYTES not in file.head(32):
+    if not looks_like_legacy(file.head(32)):
         return None
     storages: dict[str, Storage] = {}
     classes: dict[str, str] = {}
 
     def persistent(pid: Any) -> Any:
+        if isinstance(pid, str):
+            pid = parse_text_id(pid)
         if isinstance(pid, tuple) and pid and pid[0] in ("module", b"module"):
             # ('module', class, source file, source text): the class as such
             if len(pid) < 2 or not isinstance(pid[1], Global):
@@ -78,7 +87,7 @@ def read_legacy(opening: Opening) -> Checkpoint | None:
     pos = 0
     programs: list[PickleProgram] = []
     for step in ("magic number", "protocol", "system info", "object", "storage keys"):
-        program = _run_at(opening, pos, f"{file.uri}: {step}", persistent if step == "object" else None)
+        program = run_pickle_at(opening, pos, f"{file.uri}: {step}", persistent if step == "object" else None)
         programs.append(program)
         pos = program.end
     magic, protocol, info, body, keys = programs
@@ -126,7 +135,7 @@ def read_raw_pickle(opening: Opening) -> Checkpoint | None:
     if not binary and head[:1] not in (b"(", b"c", b"]", b"}", b")", b"i"):
         return None
     try:
-        program = _run_at(opening, 0, f"{file.uri}: pickle", None)
+        program = run_pickle_at(opening, 0, f"{file.uri}: pickle", None)
     except (CorruptArchiveError, LimitExceededError) as error:
         if binary:
             raise
@@ -137,7 +146,7 @@ def read_raw_pickle(opening: Opening) -> Checkpoint | None:
     return Checkpoint(file.uri, file.size, "pickle", program.root, opening.programs, {}, opening.vocabulary)
 
 
-def _run_at(opening: Opening, pos: int, where: str, persistent: Any) -> PickleProgram:
+def run_pickle_at(opening: Opening, pos: int, where: str, persistent: Any) -> PickleProgram:
     """Run the pickle at `pos`, reading more of the file as long as the pickle wants more."""
     file, limits = opening.file, opening.limits
     window = FIRST_WINDOW
@@ -149,6 +158,7 @@ def _run_at(opening: Opening, pos: int, where: str, persistent: Any) -> PicklePr
                 data,
                 reducers=opening.vocabulary.reducers(),
                 persistent=persistent,
+                set_state=opening.vocabulary.set_state,
                 limits=limits,
                 where=where,
             )

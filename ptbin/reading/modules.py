@@ -1,10 +1,12 @@
 """The state dict of a pickled module, without its class.
 
 Walks what `torch.nn.Module.state_dict` walks (torch/nn/modules/module.py, `_save_to_state_dict`):
-`_parameters`, then `_buffers` less the non-persistent ones, then `_modules`, names joined by dots.
-What a class would add by its own code (`get_extra_state`, packed weights) cannot be had and is
-reported. TorchScript modules keep flat attributes instead; there the lists in the archive's code say
-which are parameters and buffers.
+`_parameters`, then `_buffers` less the non-persistent ones, then `_modules`, names joined by dots; a module
+that `torch.compile` wrapped is one with a child `_orig_mod`, as torch names it. A child that pickles itself
+by code of its own (`__reduce__`, a tuple for a state) and weights that a quantized layer keeps packed cannot
+be had without that code: they become `Opaque` entries, which no conversion takes or passes over. TorchScript
+modules keep flat attributes instead; there the lists in the archive's code say which are parameters and
+buffers.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ptbin.errors import CorruptArchiveError, LimitExceededError
-from ptbin.nodes import DictNode, Instance, SetNode, iter_nodes
-from ptbin.state_dict import LeftOut, StateDict
-from ptbin.tensors import SparseTensor, TensorRef
+from ptbin.nodes import DictNode, Instance, Opaque, SetNode
+from ptbin.reading.tree import iter_data
+from ptbin.state_dict import Excluded, StateDict
+from ptbin.tensors import TensorRef
 
 __all__ = ["is_module", "module_state_dict", "script_state_dict"]
 
@@ -27,16 +30,41 @@ MAX_ENTRIES = 500_000
 MAX_NAME_NBYTES = 32 << 20
 
 
+# Layers whose own code turns packed weights into entries of a state dict (torch/ao/nn/quantized/modules).
+_QUANTIZED = (
+    "torch.ao.nn.quantized.",
+    "torch.ao.nn.intrinsic.quantized.",
+    "torch.nn.quantized.",
+    "torch.nn.intrinsic.quantized.",
+    "torch.ao.nn.sparse.quantized.",
+)
+_MODULE_ATTRIBUTES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+# torch/_dynamo/eval_frame.py, `OptimizedModule.__reduce__`: the class, called with the module and its context
+_COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
+_COMPILED_CHILD = "_orig_mod"
+
+
 def is_module(node: Any) -> bool:
     """A pickled `nn.Module`: an instance whose attributes hold parameters and submodules."""
     if not isinstance(node, Instance):
         return False
+    if _compiled_inside(node) is not None:
+        return True
     attributes = node.attributes()
     if attributes is None:
         return False
     return isinstance(attributes.get("_parameters"), (DictNode, Instance)) and isinstance(
         attributes.get("_modules"), (DictNode, Instance)
     )
+
+
+def _compiled_inside(node: Instance) -> Instance | None:
+    """The module that `torch.compile` wrapped, where it did."""
+    if node.class_path != _COMPILED or not isinstance(node.args, tuple) or not node.args:
+        return None
+    inner = node.args[0]
+    return inner if isinstance(inner, Instance) and is_module(inner) else None
 
 
 def _pairs(node: Any) -> list[tuple[str, Any]]:
@@ -52,9 +80,15 @@ def module_state_dict(root: Instance, path: str) -> StateDict:
         CorruptArchiveError: modules nested without end.
     """
     entries: list[tuple[str, Any]] = []
-    left_out: list[LeftOut] = []
+    excluded: list[Excluded] = []
+    # Of all attributes together: modules share configurations, and each is walked once.
+    seen: set[int] = set()
 
     def own(module: Instance, prefix: str) -> Iterator[tuple[str, Any]]:
+        inner = _compiled_inside(module)
+        if inner is not None:
+            yield prefix + _COMPILED_CHILD, inner
+            return
         attributes = module.attributes()
         assert attributes is not None
         skipped = attributes.get("_non_persistent_buffers_set")
@@ -70,21 +104,44 @@ def module_state_dict(root: Instance, path: str) -> StateDict:
             if value is None:
                 continue
             if name in transient:
-                left_out.append(LeftOut(prefix + name, getattr(value, "nbytes", 0), "non-persistent buffer"))
+                excluded.append(Excluded(prefix + name, "non_persistent_buffer", node=value))
             else:
                 entries.append((prefix + name, value))
+        children = _pairs(attributes.get("_modules"))
+        packed = module.class_path.startswith(_QUANTIZED)
         for name, value in attributes.by_name().items():
-            # Tensors kept as plain attributes are no part of a state dict; say so where there are any.
-            if name.startswith("_") or not isinstance(value, (TensorRef, SparseTensor)):
+            if name in _MODULE_ATTRIBUTES or next(iter_data(value, seen), None) is None:
                 continue
-            nbytes = value.nbytes if isinstance(value, TensorRef) else 0
-            left_out.append(LeftOut(prefix + name, nbytes, "plain attribute, no parameter or buffer"))
-        for name, child in _pairs(attributes.get("_modules")):
+            if packed or (isinstance(value, Instance) and value.class_path == "torch.ScriptObject"):
+                entries.append((prefix + name, _packed_weights(module, value)))
+            else:
+                excluded.append(Excluded(prefix + name, "attribute", node=value))
+        for name, child in children:
             if is_module(child):
                 yield prefix + name, child
+            elif child is not None:
+                entries.append((prefix + name, _own_pickling(child)))
 
-    _walk(root, own, lambda: len(entries) + len(left_out))
-    return StateDict(path, "module", "OrderedDict", entries, None, left_out)
+    _walk(root, own, lambda: len(entries) + len(excluded))
+    return StateDict(path, "module", "OrderedDict", entries, None, excluded)
+
+
+def _packed_weights(module: Instance, value: Any) -> Opaque:
+    return Opaque(
+        f"packed weight of {module.class_path}",
+        "only the layer's own code unpacks it; load the model where torch is, and save its state_dict()",
+        contents=value,
+    )
+
+
+def _own_pickling(child: Any) -> Opaque:
+    path = child.class_path if isinstance(child, Instance) else type(child).__name__
+    return Opaque(
+        f"module of {path}, which pickles itself by code of its own",
+        "its parameters have no names in the file; load the model where that class is, and save its "
+        "state_dict() instead",
+        contents=child,
+    )
 
 
 def script_state_dict(
@@ -92,38 +149,34 @@ def script_state_dict(
 ) -> StateDict:
     """What `torch.jit.load(...).state_dict()` would return."""
     entries: list[tuple[str, Any]] = []
-    left_out: list[LeftOut] = []
+    excluded: list[Excluded] = []
+    # Of all attributes together: modules share configurations, and each is walked once.
+    seen: set[int] = set()
 
     def own(module: Instance, prefix: str) -> Iterator[tuple[str, Any]]:
         attributes = module.attributes()
         if attributes is None:
-            packed = sum(
-                n.nbytes for n in iter_nodes((module.state, module.args)) if isinstance(n, TensorRef)
-            )
-            if packed:
-                left_out.append(
-                    LeftOut(prefix.rstrip("."), packed, "packed by the class itself, outside its state dict")
-                )
+            packed = (module.state, module.args)
+            if next(iter_data(packed, seen), None) is not None:
+                excluded.append(Excluded(prefix.rstrip("."), "packed", node=packed))
             return
         parameters, buffers = classes.get(module.class_path, ((), ()))
         named = attributes.by_name()
         entries.extend(
             (prefix + name, named[name])
             for name in (*parameters, *buffers)
-            if isinstance(named.get(name), TensorRef)
+            if isinstance(named.get(name), (TensorRef, Opaque))
         )
         for name, value in named.items():
             if name in parameters or name in buffers:
                 continue
-            if isinstance(value, TensorRef):
-                left_out.append(
-                    LeftOut(prefix + name, value.nbytes, "plain attribute, no parameter or buffer")
-                )
-            elif isinstance(value, Instance) and value.class_path.startswith("__torch__"):
+            if isinstance(value, Instance) and value.class_path.startswith("__torch__"):
                 yield prefix + name, value
+            elif next(iter_data(value, seen), None) is not None:
+                excluded.append(Excluded(prefix + name, "attribute", node=value))
 
-    _walk(root, own, lambda: len(entries) + len(left_out))
-    return StateDict(path, "torchscript", "OrderedDict", entries, None, left_out)
+    _walk(root, own, lambda: len(entries) + len(excluded))
+    return StateDict(path, "torchscript", "OrderedDict", entries, None, excluded)
 
 
 def _walk(

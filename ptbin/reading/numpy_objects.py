@@ -66,7 +66,7 @@ class ArrayBuilder(NdArray):
         if isinstance(raw, str):
             raw = raw.encode("latin1")
         if not isinstance(raw, (bytes, bytearray)):
-            self.dtype, self.data = "|O", b""
+            self.dtype, self.data, self.objects = "|O", b"", raw
             return
         self.shape = _shape(shape)
         self.dtype, self.fortran, self.data = dtype.text, bool(fortran), bytes(raw)

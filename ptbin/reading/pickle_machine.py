@@ -21,13 +21,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ptbin.errors import CorruptArchiveError, LimitExceededError, PtbinError
-from ptbin.nodes import Global, Instance
+from ptbin.nodes import DictNode, Global, Instance
 from ptbin.options import Limits
 from ptbin.reading.pickle_opcodes import DISPATCH
 
-__all__ = ["PickleProgram", "PickleTruncatedError", "Reducer", "run_pickle"]
+__all__ = ["PickleProgram", "PickleTruncatedError", "Reducer", "SetState", "run_pickle"]
 
 Reducer = Callable[[tuple[Any, ...]], Any]
+SetState = Callable[[Any, Any], bool]
 
 
 class PickleTruncatedError(CorruptArchiveError):
@@ -61,6 +62,7 @@ def run_pickle(
     *,
     reducers: Mapping[tuple[str, str], Reducer],
     persistent: Callable[[Any], Any] | None = None,
+    set_state: SetState | None = None,
     limits: Limits | None = None,
     where: str = "pickle",
 ) -> PickleProgram:
@@ -70,13 +72,15 @@ def run_pickle(
         reducers: (module, name) to a function of the call's arguments; it may raise `ValueError`,
             `TypeError` or a `PtbinError` where the arguments make no sense.
         persistent: turns a persistent id into a record; without it one is an error.
+        set_state: what BUILD does to a record that a reducer made: (record, state); False where it does
+            not know the record. It may raise as reducers do.
         where: the container's name for this pickle, for messages.
 
     Raises:
         CorruptArchiveError: truncated or contradictory stream; its `program` holds what was met until then.
         LimitExceededError: more opcodes than `limits.opcodes`.
     """
-    machine = Machine(data, start, reducers, persistent, limits or Limits(), where)
+    machine = Machine(data, start, reducers, persistent, set_state, limits or Limits(), where)
     try:
         return machine.run()
     except CorruptArchiveError as error:
@@ -110,6 +114,7 @@ class Machine:
         start: int,
         reducers: Mapping[tuple[str, str], Reducer],
         persistent: Callable[[Any], Any] | None,
+        set_state: SetState | None,
         limits: Limits,
         where: str,
     ) -> None:
@@ -118,6 +123,7 @@ class Machine:
         self.size = len(data)
         self.reducers = reducers
         self.persistent = persistent
+        self.set_state = set_state
         self.limits = limits
         self.where = where
         self.stack: list[Any] = []
@@ -210,5 +216,34 @@ class Machine:
                     # A builtin called with nonsense stays an inert record; a tensor must make sense.
                     if callee.module.startswith("torch"):
                         raise
+            elif callee.module in ("copyreg", "copy_reg"):
+                made = self._by_copyreg(callee.name, args)
+                if made is not None:
+                    return made
         self.program.calls.append((callee, args))
         return Instance(callee, args, kwargs)
+
+    def _by_copyreg(self, name: str, args: tuple[Any, ...]) -> Any:
+        """How protocols 0 and 1 make an object (CPython, Lib/copyreg.py); None for other arguments.
+
+        `__newobj__(class, *args)` is NEWOBJ; `_reconstructor(class, base, state)` is NEWOBJ without
+        arguments, filled from `state` where the class derives from a dict or a list.
+        """
+        if name == "__newobj__" and args:
+            return self.call(args[0], args[1:])
+        if name != "_reconstructor" or len(args) != 3 or type(args[1]) is not Global:
+            return None
+        cls, base, state = args
+        if base.name == "object" and state is None:
+            return self.call(cls, ())
+        if base.name == "dict" and isinstance(state, DictNode):
+            made = self.call(cls, ())
+            if isinstance(made, (DictNode, Instance)):
+                made.pairs.extend(state.pairs)
+                return made
+        if base.name == "list" and isinstance(state, list):
+            made = self.call(cls, ())
+            if isinstance(made, Instance):
+                made.items.extend(state)
+                return made
+        return None

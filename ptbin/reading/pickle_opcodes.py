@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ptbin.nodes import DictNode, Instance, SetNode
+from ptbin.nodes import DictNode, Global, Instance, SetNode
 
 if TYPE_CHECKING:
     from ptbin.reading.pickle_machine import Machine
@@ -171,25 +171,40 @@ def _newobj_ex(m: Machine) -> None:
 def _build(m: Machine) -> None:
     state = m.stack.pop()
     target = m.stack[-1]
-    if isinstance(target, (Instance, DictNode)):
+    if isinstance(target, Instance):
+        _refuse_attribute(m, target)
+        target.state = state
+    elif isinstance(target, DictNode):
         target.state = state
     elif hasattr(target, "set_state"):
         target.set_state(state)
-    else:
-        # On a finished tensor this would exchange its content (torch/_tensor.py, `__setstate__`).
+    elif m.set_state is None or not m.set_state(target, state):
+        # On a name this would set attributes of a class or a module.
         m.program.oddities.append(f"state set on a finished {type(target).__name__} at byte {m.pos}")
 
 
-def _pairs_of(target: Any) -> list[tuple[Any, Any]]:
-    if isinstance(target, (DictNode, Instance)):
+def _refuse_attribute(m: Machine, target: Instance) -> None:
+    """Note a change to what `getattr` gave: a class, a method, a module, which the pickle did not make."""
+    if type(target.cls) is Global and target.cls.name == "getattr":
+        m.program.oddities.append(f"a change to what getattr gave at byte {m.pos}")
+
+
+def _pairs_of(m: Machine, target: Any) -> list[tuple[Any, Any]]:
+    if isinstance(target, DictNode):
+        return target.pairs
+    if isinstance(target, Instance):
+        _refuse_attribute(m, target)
         return target.pairs
     raise TypeError(f"SETITEM on {type(target).__name__}")
 
 
-def _items_of(target: Any) -> list[Any]:
+def _items_of(m: Machine, target: Any) -> list[Any]:
     if isinstance(target, list):
         return target
-    if isinstance(target, (Instance, SetNode)):
+    if isinstance(target, SetNode):
+        return target.items
+    if isinstance(target, Instance):
+        _refuse_attribute(m, target)
         return target.items
     raise TypeError(f"APPEND on {type(target).__name__}")
 
@@ -203,22 +218,22 @@ def _paired(items: list[Any]) -> list[tuple[Any, Any]]:
 def _setitem(m: Machine) -> None:
     value = m.stack.pop()
     key = m.stack.pop()
-    _pairs_of(m.stack[-1]).append((key, value))
+    _pairs_of(m, m.stack[-1]).append((key, value))
 
 
 def _setitems(m: Machine) -> None:
     items = m.pop_mark()
-    _pairs_of(m.stack[-1]).extend(_paired(items))
+    _pairs_of(m, m.stack[-1]).extend(_paired(items))
 
 
 def _append(m: Machine) -> None:
     value = m.stack.pop()
-    _items_of(m.stack[-1]).append(value)
+    _items_of(m, m.stack[-1]).append(value)
 
 
 def _appends(m: Machine) -> None:
     items = m.pop_mark()
-    _items_of(m.stack[-1]).extend(items)
+    _items_of(m, m.stack[-1]).extend(items)
 
 
 def _additems(m: Machine) -> None:
@@ -226,7 +241,7 @@ def _additems(m: Machine) -> None:
     target = m.stack[-1]
     if not isinstance(target, (SetNode, Instance)):
         raise TypeError(f"ADDITEMS on {type(target).__name__}")
-    target.items.extend(items)
+    _items_of(m, target).extend(items)
 
 
 def _tuple_of(count: int) -> Callable[[Machine], None]:

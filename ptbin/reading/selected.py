@@ -1,57 +1,151 @@
-"""From an open source to the state dict that an output will hold: read, judged, selected, made writable.
+"""From an open source to the state dicts that an output will hold: read, judged, selected, made writable,
+accounted for.
 
-The one path that conversion and the strictest proof share, so that both mean the same tensors.
+The one path that conversion, inspection and the strictest proof share, so that all mean the same tensors.
 """
 
 from __future__ import annotations
 
-from ptbin.errors import CorruptArchiveError, NoStateDictError, UnsafePickleError
+from dataclasses import dataclass, field
+
+from ptbin.errors import AmbiguousStateDictError, CorruptArchiveError, NoStateDictError, UnsafePickleError
 from ptbin.options import ConvertOptions
+from ptbin.reading.accounting import Accounting, account
 from ptbin.reading.checkpoint import Checkpoint, read_checkpoint
-from ptbin.reading.keys import keep_writable, rename_entries
+from ptbin.reading.keys import drop_entries, keep_writable, rename_entries
 from ptbin.reading.leftovers import role_of_leftover
+from ptbin.reading.outside import left_outside
 from ptbin.reading.parts import refuse_part, take_part
-from ptbin.reading.pickle_machine import PickleProgram
-from ptbin.reading.selection import select_state_dict
+from ptbin.reading.search import Findings, find_state_dicts
+from ptbin.reading.selection import WAYS_OUT, select_state_dicts
 from ptbin.reading.source import RandomReader
-from ptbin.reading.verdicts import SafetyReport, judge_programs
-from ptbin.state_dict import StateDict
+from ptbin.reading.verdicts import SafetyReport, judge_programs, refuse_unsafe_fragment
+from ptbin.state_dict import Excluded, StateDict
 
-__all__ = ["read_selected"]
+__all__ = ["Selected", "read_selected", "refuse_unsafe", "select_from"]
+
+SHOWN_PATHS = 10
 
 
-def read_selected(
-    reader: RandomReader, options: ConvertOptions
-) -> tuple[Checkpoint, SafetyReport, StateDict]:
-    """Index the source, judge it and take the state dict out of it.
+@dataclass(slots=True)
+class Selected:
+    """What a source gives under some options.
+
+    Attributes:
+        state_dicts: one, or with `options.split` one or more.
+        findings: what the search found.
+        accounting: where every storage of the source goes.
+    """
+
+    checkpoint: Checkpoint
+    safety: SafetyReport
+    state_dicts: list[StateDict]
+    findings: Findings
+    options: ConvertOptions
+    accounting: Accounting = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.account()
+
+    @property
+    def state_dict(self) -> StateDict:
+        """The only one. Raises AmbiguousStateDictError where there are several."""
+        if len(self.state_dicts) != 1:
+            raise AmbiguousStateDictError(
+                f"{self.checkpoint.uri}: {len(self.state_dicts)} state dicts; choose one with --select",
+                tuple(found.path for found in self.state_dicts),
+            )
+        return self.state_dicts[0]
+
+    @property
+    def path(self) -> str:
+        """Paths of the state dicts, as the manifest's `selected` has them."""
+        return ", ".join(found.path for found in self.state_dicts)
+
+    def account(self) -> None:
+        """Count every storage, anew after the state dicts were changed.
+
+        Raises:
+            AmbiguousStateDictError: something that is not taken is of no known role.
+        """
+        explicit = bool(self.options.selected_paths) or self.options.flatten
+        outside = left_outside(
+            self.checkpoint, self.state_dicts, self.findings, explicit=bool(self.options.selected_paths)
+        )
+        found = account(
+            self.checkpoint,
+            [entry for state_dict in self.state_dicts for entry in state_dict.entries],
+            [*(item for s in self.state_dicts for item in s.excluded), *outside],
+        )
+        if found.unaccounted:
+            _refuse_unaccounted(self, found, explicit=explicit)
+        self.accounting = found
+
+
+def _refuse_unaccounted(selected: Selected, found: Accounting, *, explicit: bool) -> None:
+    nbytes = sum(item.nbytes for item in found.unaccounted)
+    listed = ", ".join(f"{item.path} ({item.nbytes} bytes)" for item in found.unaccounted[:SHOWN_PATHS])
+    more = len(found.unaccounted) - SHOWN_PATHS
+    listed += f" and {more} more" if more > 0 else ""
+    path = selected.path
+    advice = WAYS_OUT
+    if explicit:
+        advice = "--select PATH, without --flatten, takes one state dict knowingly"
+    elif len(selected.state_dicts) == 1:
+        advice = f"--select {path} takes {path!r} and leaves the rest; {WAYS_OUT}"
+    raise AmbiguousStateDictError(
+        f"{selected.checkpoint.uri}: {nbytes} bytes beside {path!r} are of no known role: {listed}; {advice}",
+        tuple(candidate.path for candidate in selected.findings.candidates),
+    )
+
+
+def read_selected(reader: RandomReader, options: ConvertOptions) -> Selected:
+    """Index the source, judge it and take the state dicts out of it.
 
     Raises:
         UnsafePickleError: verdict `unsafe`, unless `options.on_unsafe` is `extract`.
+        NoStateDictError, AmbiguousStateDictError: nothing to take, or no way to tell what.
+        UnsupportedTensorError: something in it that cannot be kept.
     """
     try:
         checkpoint = read_checkpoint(reader, options.limits)
     except CorruptArchiveError as error:
-        if isinstance(error.program, PickleProgram):
-            # Hostile pickles are often broken ones as well; what they tried is the better answer.
-            _refuse_unsafe(judge_programs([error.program]), options, reader.uri)
+        if options.on_unsafe == "reject":
+            refuse_unsafe_fragment(error, reader.uri)
         raise
     safety = judge_programs(checkpoint.programs)
-    _refuse_unsafe(safety, options, reader.uri)
+    refuse_unsafe(safety, options, reader.uri)
+    return select_from(checkpoint, safety, options)
+
+
+def select_from(
+    checkpoint: Checkpoint, safety: SafetyReport, options: ConvertOptions, findings: Findings | None = None
+) -> Selected:
+    """The state dicts of a checkpoint that was read, fit for writing; errors as `read_selected`."""
     if options.parts:
         take_part(checkpoint)
     else:
         refuse_part(checkpoint)
+    if placements := checkpoint.vocabulary.placements:
+        meshes = Excluded("device meshes", "index_table", "ranks that distributed tensors lay on", placements)
+        checkpoint.excluded = [*(item for item in checkpoint.excluded if item.path != meshes.path), meshes]
+    findings = findings or find_state_dicts(checkpoint, options.limits)
     try:
-        state_dict = select_state_dict(checkpoint, options.select, options.limits)
+        state_dicts = select_state_dicts(checkpoint, options, findings)
     except NoStateDictError as error:
         error.companion = role_of_leftover(checkpoint.root)
         raise
-    keep_writable(state_dict, checkpoint.uri)
-    rename_entries(state_dict, options, checkpoint.uri)
-    return checkpoint, safety, state_dict
+    for state_dict in state_dicts:
+        drop_entries(state_dict, options, checkpoint.uri)
+        keep_writable(state_dict, checkpoint.uri)
+    selected = Selected(checkpoint, safety, state_dicts, findings, options)
+    for state_dict in state_dicts:
+        rename_entries(state_dict, options, checkpoint.uri)
+    return selected
 
 
-def _refuse_unsafe(safety: SafetyReport, options: ConvertOptions, uri: str) -> None:
+def refuse_unsafe(safety: SafetyReport, options: ConvertOptions, uri: str) -> None:
+    """Raise UnsafePickleError where the verdict is `unsafe` and the options do not say to go on."""
     if safety.verdict == "unsafe" and options.on_unsafe == "reject":
         raise UnsafePickleError(
             f"{uri}: the pickle {'; '.join(safety.findings[:5])}; nothing was run; "

@@ -11,20 +11,35 @@ from typing import Protocol
 
 from ptbin.errors import CorruptArchiveError
 
-__all__ = ["RandomReader", "SourceFile"]
+__all__ = ["RandomReader", "SourceFile", "Window"]
 
 # One request of this size holds the end record and the directory of a few hundred members, the magic
 # bytes at the start, or the whole of a small file.
 EDGE_NBYTES = 64 * 1024
 
 
-class RandomReader(Protocol):
+class Readable(Protocol):
+    def read(self, offset: int, nbytes: int, /) -> bytes: ...
+
+
+class RandomReader(Readable, Protocol):
     """The part of `stores.RangeReader` that indexing needs."""
 
     size: int
     uri: str
 
-    def read(self, offset: int, nbytes: int) -> bytes: ...
+
+class Window:
+    """A span of a file as a `RandomReader`: a member of an archive, a chunk."""
+
+    def __init__(self, file: Readable, offset: int, nbytes: int, uri: str) -> None:
+        self._file = file
+        self._offset = offset
+        self.size = nbytes
+        self.uri = uri
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        return self._file.read(self._offset + offset, nbytes)
 
 
 class SourceFile:
@@ -35,6 +50,9 @@ class SourceFile:
         self.uri = reader.uri
         self.size = reader.size
         self._blocks: list[tuple[int, bytes]] = []
+        self._ahead: tuple[int, bytes] = (0, b"")
+        self.reads_ahead = 0
+        """Requests that `read_ahead` has made."""
 
     def fetch(self, offset: int, nbytes: int) -> None:
         """Read a range now, in one request, so that reads inside it cost nothing."""
@@ -58,6 +76,18 @@ class SourceFile:
         if cached is None:
             return self._reader.read(offset, nbytes)
         return cached
+
+    def read_ahead(self, offset: int, nbytes: int, ahead: int, what: str) -> bytes:
+        """As `read`, for a walk through the file: one request brings `ahead` bytes, and only it is kept."""
+        start, block = self._ahead
+        if not start <= offset <= offset + nbytes <= start + len(block):
+            if self._cached(offset, nbytes) is not None or nbytes > ahead:
+                return self.read(offset, nbytes, what)
+            ahead = max(0, min(ahead, self.size - offset))
+            block = self.read(offset, max(ahead, nbytes), what)
+            self._ahead = start, _ = offset, block
+            self.reads_ahead += 1
+        return block[offset - start : offset - start + nbytes]
 
     def head(self, nbytes: int) -> bytes:
         """The first bytes, fewer where the file is shorter."""

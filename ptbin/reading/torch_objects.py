@@ -10,15 +10,23 @@ Knows no container: a storage arrives through `persistent` or `load_nested`, bot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ptbin.dtypes import BY_STORAGE_CLASS, DType, dtype_by_name
-from ptbin.errors import CorruptArchiveError, LimitExceededError, UnsupportedTensorError
-from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, TorchSize
+from ptbin.errors import (
+    CorruptArchiveError,
+    LimitExceededError,
+    UnsupportedTensorError,
+)
+from ptbin.nodes import DictNode, Global, NdArray, Opaque, SetNode, TorchSize
 from ptbin.options import Limits
 from ptbin.reading.numpy_objects import iter_numpy_reducers
-from ptbin.reading.wrappers import WRAPPER, read_wrapper
+from ptbin.reading.old_tensors import OldTensors
+from ptbin.reading.tree import holds_data
+from ptbin.reading.wrappers import placement_of, read_wrapper
 from ptbin.tensors import InMemory, SparseTensor, Storage, TensorRef, TypedStorage, dense_strides
 
 __all__ = ["TorchVocabulary", "storage_dtype"]
@@ -48,6 +56,28 @@ _SPARSE_PARTS = {
 }
 
 
+# Packages for other devices whose tensors are pickled as torch's own, arguments in the same order, by a
+# function of theirs: (storage, offset, size, stride, requires_grad, hooks, what the device wants to know).
+# torch_npu's is torch_npu/utils/storage.py, `_rebuild_npu_tensor`; what it keeps in a layout of its own it
+# saves as plain.
+_VENDORS = frozenset(["torch_npu", "torch_mlu", "torch_musa", "torch_gcu", "habana_frameworks", "torch_xla"])
+_VENDOR_REBUILD = re.compile(r"^_?rebuild_\w*tensor(_v2)?$")
+
+
+class _Reducers(dict[tuple[str, str], Reduce]):
+    """The table by (module, name), with vendors' functions under whatever module they are in."""
+
+    def __init__(self, table: Mapping[tuple[str, str], Reduce], vendor: Reduce) -> None:
+        super().__init__(table)
+        self._vendor = vendor
+
+    def get(self, key: tuple[str, str], default: Any = None) -> Any:
+        found = super().get(key)
+        if found is None and key[0].partition(".")[0] in _VENDORS and _VENDOR_REBUILD.match(key[1]):
+            return self._vendor
+        return found if found is not None else default
+
+
 def storage_dtype(kind: Any) -> DType:
     """Element type behind a storage class as a persistent id names it; untyped storages count bytes.
 
@@ -74,9 +104,39 @@ class TorchVocabulary:
         self.tensors_built = 0
         self._copied_nbytes = 0
         self._unfolded_nbytes = 0
+        self._arrays: list[NdArray] = []
+        self._nested: list[bytes] = []
+        self.placements: list[Any] = []
+        """Of distributed tensors that were read as their local ones: meshes and placements, else lost."""
+        self._old = OldTensors(self._view, self.charge, self._nested.append)
+
+    def blobs(self) -> Iterator[bytes | bytearray]:
+        """Every run of bytes that pickles carried inside: numpy arrays, storages of nested files."""
+        yield from self._nested
+        for array in self._arrays:
+            if array.data and not array.scalar:
+                yield array.data
+
+    def take_over(self, inner: TorchVocabulary, storages: Iterable[Storage] = ()) -> None:
+        """Count what a nested file held as part of this one."""
+        self._arrays.extend(inner._arrays)
+        self._nested.extend(inner._nested)
+        self._nested.extend(s.place.data for s in storages if isinstance(s.place, InMemory))
+
+    def _remembered(self, build: Reduce) -> Reduce:
+        def reducer(args: tuple[Any, ...]) -> Any:
+            made = build(args)
+            if isinstance(made, NdArray):
+                self._arrays.append(made)
+            return made
+
+        return reducer
 
     def reducers(self) -> Mapping[tuple[str, str], Reduce]:
-        table: dict[tuple[str, str], Reduce] = dict(iter_numpy_reducers())
+        table: dict[tuple[str, str], Reduce] = {
+            name: self._remembered(build) for name, build in iter_numpy_reducers()
+        }
+        table.update(self._old.iter_reducers())
         utils: dict[str, Reduce] = {
             "_rebuild_tensor": self._tensor_v1,
             "_rebuild_tensor_v2": self._tensor_v1,
@@ -93,17 +153,17 @@ class TorchVocabulary:
                 "meta tensor", "a meta tensor has a shape and no data", has_data=False
             ),
             "_rebuild_nested_tensor": lambda args: Opaque(
-                "nested tensor", "nested tensors are not supported"
+                "nested tensor",
+                "it has no plain layout; save `[t.clone() for t in nested.unbind()]` under names instead",
+                contents=args,
             ),
-            "_rebuild_wrapper_subclass": lambda args: read_wrapper(args, None),
+            "_rebuild_wrapper_subclass": lambda args: self._unwrapped("wrapper subclass", args, args, None),
         }
         for name, reducer in utils.items():
             table["torch._utils", name] = reducer
         for module in ("torch._tensor", "torch.tensor"):
             table[module, "_rebuild_from_type"] = self._from_type
             table[module, "_rebuild_from_type_v2"] = self._from_type
-        table["torch.nn.parameter", "Parameter"] = self._parameter
-        table["torch.nn.parameter", "Buffer"] = self._parameter
         table["torch.storage", "_load_from_bytes"] = lambda args: self._load_nested(self._bytes(args[0]))
         table["torch.serialization", "_get_layout"] = lambda args: Global("torch.layout", args[0])
         table["torch", "Size"] = lambda args: TorchSize(_ints(args[0], "size"))
@@ -123,9 +183,16 @@ class TorchVocabulary:
                 bytearray(self._bytes(args[0])) if args else bytearray()
             )
             table[builtins, "complex"] = lambda args: complex(*args)
-        return table
+        return _Reducers(table, self._vendor_tensor)
+
+    def set_state(self, target: Any, state: Any) -> bool:
+        """What BUILD does to a finished tensor (`OldTensors.set_state`)."""
+        return self._old.set_state(target, state)
 
     # -- tensors -----------------------------------------------------------------------------
+
+    def _view(self, storage: Any, offset: Any, shape: Any, stride: Any) -> TensorRef:
+        return self.tensor(storage, None, offset, shape, stride)
 
     def tensor(
         self,
@@ -186,6 +253,11 @@ class TorchVocabulary:
         storage, offset, shape, stride = args[:4]
         return self.tensor(storage, None, offset, shape, stride, metadata=args[6] if len(args) > 6 else None)
 
+    def _vendor_tensor(self, args: tuple[Any, ...]) -> Any:
+        if len(args) >= 4 and isinstance(args[0], TypedStorage):
+            return self.tensor(args[0], None, *args[1:4])
+        return _wrapped("a device's own kind", args)
+
     def _tensor_v3(self, args: tuple[Any, ...]) -> TensorRef:
         storage, offset, shape, stride = args[:4]
         metadata = args[7] if len(args) > 7 else None
@@ -222,13 +294,17 @@ class TorchVocabulary:
             coalesced if isinstance(coalesced, bool) else None,
         )
 
-    def _from_numpy(self, args: tuple[Any, ...]) -> TensorRef:
+    def _from_numpy(self, args: tuple[Any, ...]) -> TensorRef | Opaque:
         array = args[0]
         if not isinstance(array, NdArray):
             raise ValueError("a device tensor without its array")
+        target = _dtype_argument(args[1]) if len(args) > 1 else None
+        if target is not None and target.name == "bfloat16" and array.dtype[1:] == "f4":
+            # numpy has no bfloat16: torch/_tensor.py, `_reduce_ex_internal`, writes it widened to float32
+            _narrow_to_bfloat16(array)
         ref = self.array_as_tensor(array)
-        if len(args) > 1 and _dtype_argument(args[1]) != ref.dtype:
-            raise UnsupportedTensorError(f"a device tensor stored as {ref.dtype.name} to be cast on loading")
+        if target is not None and target != ref.dtype:
+            return _to_be_cast(ref, target)
         return ref
 
     def array_as_tensor(self, array: NdArray) -> TensorRef:
@@ -238,7 +314,8 @@ class TorchVocabulary:
             ValueError: an element type that torch has not.
         """
         order, code = array.dtype[0], array.dtype[1:]
-        names = {"b1": "bool", "?": "bool"}
+        # bf2 is ours: numpy has no such type, torch writes it widened (`_from_numpy`)
+        names = {"b1": "bool", "?": "bool", "bf2": "bfloat16"}
         letters = {"f": "float", "i": "int", "u": "uint", "c": "complex"}
         name = names.get(code) or (letters.get(code[:1], "?") + str(8 * int(code[1:] or 0)))
         dtype = dtype_by_name(name)
@@ -250,22 +327,26 @@ class TorchVocabulary:
         storage = Storage("numpy", len(array.data), InMemory(array.data), big_endian=order == ">")
         return self.tensor(TypedStorage(storage, dtype), dtype, 0, array.shape, stride)
 
+    def _unwrapped(self, name: str, contents: Any, args: tuple[Any, ...], state: Any) -> Any:
+        """A distributed tensor as `wrappers` reads it, any other wrapper as what cannot be taken."""
+        found = read_wrapper(args, state)
+        if isinstance(found, TensorRef):
+            self.placements.append(placement_of(state))
+        return _wrapped(name, contents) if found is None else found
+
     def _from_type(self, args: tuple[Any, ...]) -> Any:
         # (function, type, arguments, state): the subclass falls away, the data stay
-        function, inner = args[0], args[2]
-        if isinstance(function, Global) and function.path == WRAPPER and isinstance(inner, tuple):
-            return read_wrapper(inner, args[3] if len(args) > 3 else None)
-        _refuse_content(args[3] if len(args) > 3 else None)
-        if isinstance(function, Global) and isinstance(inner, tuple):
-            reducer = self.reducers().get((function.module, function.name))
-            if reducer is not None:
-                return reducer(inner)
-        return Instance(function, inner)
-
-    def _parameter(self, args: tuple[Any, ...]) -> Any:
-        if args and isinstance(args[0], (TensorRef, SparseTensor, Opaque)):
-            return args[0]
-        return Instance(Global("torch.nn.parameter", "Parameter"), args)
+        function, kind, inner = args[0], args[1], args[2]
+        state = args[3] if len(args) > 3 else None
+        name = kind.path if isinstance(kind, Global) else "a subclass"
+        reducer = (
+            self.reducers().get((function.module, function.name)) if isinstance(function, Global) else None
+        )
+        if reducer is None or not isinstance(inner, tuple):
+            return _wrapped(name, args)
+        if isinstance(function, Global) and function.name == "_rebuild_wrapper_subclass":
+            return self._unwrapped(name, args, inner, state)
+        return _with_attributes(reducer(inner), state, name)
 
     # -- builtins, each copy charged: one argument may be named by a million calls -------------------
 
@@ -318,25 +399,70 @@ class TorchVocabulary:
 _CONTENT = frozenset(["data", "real", "imag", "_data", "grad_fn", "names"])
 
 
-def _refuse_content(state: Any) -> None:
-    """Refuse Python attributes that would change what the tensor holds."""
-    parts = state if isinstance(state, tuple) else (state,)
-    for part in parts:
-        if part is None:
-            continue
-        if not isinstance(part, DictNode) or not _CONTENT.isdisjoint(part.by_name()):
-            raise ValueError("tensor attributes that would exchange its content")
+def _wrapped(name: str, contents: Any) -> Opaque:
+    """A tensor subclass around others (DTensor, optimum-quanto, torchao): `name` is its class."""
+    library = name.partition(".")[0]
+    unwrap = (
+        "`full_tensor()`"
+        if name.startswith("torch.distributed")
+        else "its `dequantize()` or a plain `state_dict()`"
+    )
+    return Opaque(
+        f"tensor of {name}",
+        f"only code of {library} can unwrap it; load the checkpoint where {library} is installed and save "
+        f"plain tensors ({unwrap})",
+        contents=contents,
+    )
+
+
+def _with_attributes(tensor: Any, state: Any, name: str) -> Any:
+    """A tensor with the attributes that were set on it: those that hold data are kept, others fall away.
+
+    Attributes that would exchange what the tensor holds make it one that only its own class understands.
+    """
+    parts = [part for part in (state if isinstance(state, tuple) else (state,)) if part is not None]
+    if not parts:
+        return tensor
+    if not all(isinstance(part, DictNode) and _CONTENT.isdisjoint(part.by_name()) for part in parts):
+        return _wrapped(name, (tensor, state))
+    pairs = [(str(key)[:200], value) for part in parts for key, value in part.pairs]
+    holding = tuple((key, value) for key, value in pairs if holds_data(value))
+    if not holding:
+        return tensor
+    if not isinstance(tensor, TensorRef):
+        return _wrapped(name, (tensor, state))
+    return dataclasses.replace(tensor, attributes=holding)
 
 
 def _with_state(args: tuple[Any, ...]) -> Any:
-    _refuse_content(args[3])
-    return args[0]
+    return _with_attributes(args[0], args[3], "a Parameter whose saved state replaces its data")
+
+
+def _narrow_to_bfloat16(array: NdArray) -> None:
+    """Make a float32 array the bfloat16 one it was widened from; nothing where that would not be exact."""
+    high, low = (0, 2) if array.dtype[0] == ">" else (2, 0)
+    data = array.data
+    if any(data[low::4]) or any(data[low + 1 :: 4]):
+        return
+    narrow = bytearray(len(data) // 2)
+    narrow[0::2], narrow[1::2] = data[high::4], data[high + 1 :: 4]
+    array.dtype, array.data = array.dtype[0] + "bf2", bytes(narrow)
+
+
+def _to_be_cast(ref: TensorRef, target: DType) -> Opaque:
+    return Opaque(
+        "device tensor",
+        f"it is stored as {ref.dtype.name} and cast to {target.name} on loading; load it and save it again "
+        "on the CPU",
+        contents=ref,
+    )
 
 
 def _from_cpu_tensor(args: tuple[Any, ...]) -> Any:
     tensor = args[0]
-    if isinstance(tensor, TensorRef) and _dtype_argument(args[1]) != tensor.dtype:
-        raise UnsupportedTensorError(f"a device tensor stored as {tensor.dtype.name} to be cast on loading")
+    target = _dtype_argument(args[1])
+    if isinstance(tensor, TensorRef) and target != tensor.dtype:
+        return _to_be_cast(tensor, target)
     return tensor
 
 

@@ -11,10 +11,13 @@ import re
 from typing import Any
 
 from ptbin.errors import CorruptArchiveError, LimitExceededError
+from ptbin.nodes import Global
 from ptbin.reading.checkpoint import Checkpoint, Opening
+from ptbin.reading.old_tensors import parse_text_id
 from ptbin.reading.pickle_machine import run_pickle
 from ptbin.reading.torch_objects import storage_dtype
 from ptbin.reading.zip_directory import DEFLATED, ZipDirectory, refuse_foreign_zip
+from ptbin.state_dict import Excluded
 from ptbin.tensors import ByteRange, Deflated, Storage, TypedStorage
 
 __all__ = ["read_torch_zip"]
@@ -36,11 +39,15 @@ def read_torch_zip(opening: Opening, directory: ZipDirectory) -> Checkpoint:
     """
     root = _archive_root(directory)
     if root is None:
+        from ptbin.reading.archives import read_zip_archive
         from ptbin.reading.exported import read_exported
 
         exported = read_exported(opening, directory)
         if exported is not None:
             return exported
+        inside = read_zip_archive(opening, directory)
+        if inside is not None:
+            return inside
         refuse_foreign_zip(directory)
         raise AssertionError("unreachable")
     _fetch_index(directory, root)
@@ -85,6 +92,7 @@ def read_torch_zip(opening: Opening, directory: ZipDirectory) -> Checkpoint:
         raw,
         reducers=reducers,
         persistent=persistent,
+        set_state=opening.vocabulary.set_state,
         limits=opening.limits,
         where=f"{opening.file.uri}: {name}",
     )
@@ -92,10 +100,30 @@ def read_torch_zip(opening: Opening, directory: ZipDirectory) -> Checkpoint:
         program.oddities.append(f"{len(raw) - program.end} bytes behind the end of {name}")
     opening.programs.append(program)
     checkpoint.root = program.root
+    _list_unnamed(checkpoint, directory, root)
     if f"{root}/constants.pkl" in directory.members:
         checkpoint.container = "torchscript"
         checkpoint.script_classes = _read_script_classes(directory, root)
     return checkpoint
+
+
+def _list_unnamed(checkpoint: Checkpoint, directory: ZipDirectory, root: str) -> None:
+    """Records that hold bytes of tensors and that the pickle does not name.
+
+    Those of a TorchScript program's constants are known for what they are; they are no part of its state
+    dict.
+    """
+    data, constants = f"{root}/data/", f"{root}/constants/"
+    for name, member in directory.members.items():
+        if name.startswith(data):
+            if f"data/{name[len(data) :]}" not in checkpoint.storages:
+                checkpoint.unnamed.append((name, member.header_offset, member.compressed_nbytes))
+        elif name.startswith(constants):
+            storage = Storage(name, member.compressed_nbytes)
+            storage.place = ByteRange(member.header_offset, member.compressed_nbytes, member=name)
+            constant = TypedStorage(storage, storage_dtype(Global("torch", "ByteStorage")))
+            checkpoint.storages[f"constants/{name[len(constants) :]}"] = storage
+            checkpoint.excluded.append(Excluded(name[len(root) + 1 :], "constant", node=constant))
 
 
 def _archive_root(directory: ZipDirectory) -> str | None:
@@ -144,6 +172,8 @@ def _is_big_endian(directory: ZipDirectory, root: str) -> bool:
 
 def _storage_id(pid: Any) -> tuple[Any, str, int]:
     # ('storage', class, key, location, number of elements): torch/serialization.py, persistent_id
+    if isinstance(pid, str):
+        pid = parse_text_id(pid)
     if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] not in ("storage", b"storage"):
         raise CorruptArchiveError(f"a persistent id that is no storage: {type(pid).__name__}")
     key, numel = pid[2], pid[4]

@@ -25,7 +25,7 @@ from ptbin.framing import descriptor_nbytes, implied_data_offset
 from ptbin.options import Limits
 from ptbin.reading.source import EDGE_NBYTES, SourceFile
 
-__all__ = ["Member", "ZipDirectory", "read_zip_directory"]
+__all__ = ["Member", "ZipDirectory", "read_zip_directory", "refuse_foreign_zip", "refuse_prefixed_zip"]
 
 # APPNOTE.TXT 4.3.16, 4.3.14, 4.3.15, 4.3.12, 4.3.7
 _END = struct.Struct("<4s4H2LH")
@@ -154,21 +154,32 @@ class ZipDirectory:
         return raw
 
 
-def read_zip_directory(file: SourceFile, limits: Limits) -> ZipDirectory | None:
-    """The directory, or None where the file is no zip archive at all.
+def refuse_prefixed_zip(file: SourceFile, limits: Limits) -> None:
+    """Say so where a file that begins as nothing else ends as a zip archive.
 
     Raises:
-        CorruptArchiveError: it begins like a zip archive but its directory is missing or contradicts itself.
+        CorruptArchiveError: bytes before its first member. NotACheckpointError: an archive without members.
+    """
+    _, tail = file.tail(EDGE_NBYTES + _END.size)
+    if b"PK\x05\x06" not in tail:
+        return
+    if file.head(4) == b"PK\x05\x06":
+        raise NotACheckpointError(f"{file.uri}: a zip archive without members")
+    read_zip_directory(file, limits)
+
+
+def read_zip_directory(file: SourceFile, limits: Limits) -> ZipDirectory:
+    """The directory of a file that is a zip archive.
+
+    Raises:
+        CorruptArchiveError: its directory is missing or contradicts itself.
         UnsupportedFormatError: encrypted members, several disks, other compression methods.
         LimitExceededError: more members or a larger directory than the limits allow.
     """
-    starts_like_zip = file.size >= 4 and file.head(4) == b"PK\x03\x04" if file.size <= EDGE_NBYTES else False
     tail_offset, tail = file.tail(EDGE_NBYTES + _END.size)
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or at + _END.size > len(tail):
-        if starts_like_zip or file.head(4) == b"PK\x03\x04":
-            raise CorruptArchiveError(f"{file.uri}: a zip archive without its directory; is it truncated?")
-        return None
+        raise CorruptArchiveError(f"{file.uri}: a zip archive without its directory; is it truncated?")
     end_offset = tail_offset + at
     count, size, offset, directory_end = _read_end_records(file, tail, at, end_offset)
     if count > limits.members or size > limits.directory_nbytes:
@@ -303,7 +314,7 @@ def _closing_offset(member: Member, following: int) -> int | None:
 
 
 def refuse_foreign_zip(directory: ZipDirectory) -> None:
-    """A zip archive that holds no torch pickle: say what it seems to be."""
+    """A zip archive that holds no torch pickle and no checkpoint: say what it seems to be."""
     names = list(directory.members)
     uri = directory.file.uri
     if any(name.endswith("/model.json") or name == "model.json" for name in names):
@@ -319,5 +330,5 @@ def refuse_foreign_zip(directory: ZipDirectory) -> None:
             "2.8, or compiled code; load it and save its state_dict with torch.save"
         )
     raise NotACheckpointError(
-        f"{uri}: a zip archive without a data.pkl, so no checkpoint of torch's ({', '.join(names[:3])})"
+        f"{uri}: a zip archive without a data.pkl, and without a checkpoint ({', '.join(names[:3])})"
     )

@@ -7,10 +7,12 @@ new shard where the next tensor would not fit, tensors that share memory togethe
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ptbin.errors import NoStateDictError
+from ptbin.errors import NoStateDictError, UnsupportedTensorError
 from ptbin.options import ConvertOptions
 from ptbin.segments import FilePlan
 from ptbin.state_dict import LeftOut, StateDict, tensors_of
@@ -19,35 +21,79 @@ from ptbin.writing.casts import Casts
 from ptbin.writing.dense_formats import plan_raw, plan_safetensors
 from ptbin.writing.torch_format import plan_torch_archive
 
-__all__ = ["OutputPlan", "plan_output"]
+__all__ = ["OutputPlan", "plan_outputs"]
 
 Entries = list[tuple[str, Any]]
 
 INDEX_SUFFIX = ".index.json"
+MAX_SPLIT_NAME = 100
 
 
 @dataclass(frozen=True, slots=True)
 class OutputPlan:
-    """The files of one output: those with weights, and small texts by name."""
+    """The files of one output: those with weights, and small texts by name.
+
+    Attributes:
+        owners: for each file, which of the state dicts it holds.
+        left_out: values that the format cannot hold and that nothing is lost with.
+    """
 
     files: tuple[FilePlan, ...]
     texts: tuple[tuple[str, bytes], ...] = ()
+    owners: tuple[int, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
 
-def plan_output(
-    state_dict: StateDict, options: ConvertOptions, name: str, *, archive_root: str | None
+def plan_outputs(
+    state_dicts: Sequence[StateDict], options: ConvertOptions, name: str, *, archive_root: str | None
 ) -> OutputPlan:
-    """Lay an output out whose only or first name is `name` (`last.bin`).
+    """Lay the output of one checkpoint out: `name` (`last.bin`), or a file of its own for each of several
+    state dicts.
 
-    Values that the format cannot hold move to the state dict's `left_out`.
+    Those are called `last.<path>.bin`, the path reduced to characters that are safe in file names everywhere.
 
     Raises:
         UnsupportedTensorError: a tensor that the format cannot hold. NoStateDictError: no tensor is left.
     """
+    names = [name] if len(state_dicts) == 1 else _split_names(name, [found.path for found in state_dicts])
+    plans = [
+        _plan_output(found, options, own, archive_root=archive_root)
+        for found, own in zip(state_dicts, names, strict=True)
+    ]
+    return OutputPlan(
+        tuple(file for plan in plans for file in plan.files),
+        tuple(text for plan in plans for text in plan.texts),
+        tuple(index for index, plan in enumerate(plans) for _ in plan.files),
+        tuple(item for plan in plans for item in plan.left_out),
+    )
+
+
+def _split_names(name: str, paths: list[str]) -> list[str]:
+    stem, _, suffix = name.rpartition(".")
+    names: list[str] = []
+    taken: set[str] = set()
+    for path in paths:
+        # Paths come out of foreign pickles: nothing of them but plain characters reaches a file name.
+        plain = re.sub(r"[^A-Za-z0-9_-]+", ".", path).strip(".")[:MAX_SPLIT_NAME] or "top"
+        own, count = plain, 1
+        while own.casefold() in taken:
+            count += 1
+            own = f"{plain}_{count}"
+        taken.add(own.casefold())
+        names.append(f"{stem}.{own}.{suffix}")
+    return names
+
+
+def _plan_output(
+    state_dict: StateDict, options: ConvertOptions, name: str, *, archive_root: str | None
+) -> OutputPlan:
+    all_entries, metadata = state_dict.entries, state_dict.metadata
+    left: tuple[LeftOut, ...] = ()
     if options.format != "torch":
-        _leave_values_out(state_dict, options.format)
-    casts = Casts(state_dict.entries, options.dtype)
-    shards = _shards(state_dict.entries, casts, options.max_shard_size)
+        all_entries, left = _leave_values_out(state_dict, options.format)
+        metadata = None
+    casts = Casts(all_entries, options.dtype)
+    shards = _shards(all_entries, casts, options.max_shard_size)
     files = []
     for index, entries in enumerate(shards):
         shard_name = name if len(shards) == 1 else _shard_name(name, index, len(shards))
@@ -61,7 +107,7 @@ def plan_output(
                     shard_name,
                     entries,
                     mapping_kind=state_dict.mapping_kind,
-                    metadata=state_dict.metadata if index == 0 else None,
+                    metadata=metadata if index == 0 else None,
                     archive_root=archive_root,
                     casts=casts,
                 )
@@ -71,23 +117,30 @@ def plan_output(
         texts.append((name + INDEX_SUFFIX, _raw_index(files)))
     elif len(files) > 1:
         texts.append((name + INDEX_SUFFIX, _weight_map(files)))
-    return OutputPlan(tuple(files), tuple(texts))
+    return OutputPlan(tuple(files), tuple(texts), left_out=left)
 
 
-def _leave_values_out(state_dict: StateDict, format_name: str) -> None:
+def _leave_values_out(state_dict: StateDict, format_name: str) -> tuple[Entries, tuple[LeftOut, ...]]:
+    """The entries that a format of tensors alone can hold, and the values that nothing is lost with."""
     kept: Entries = []
+    left: list[LeftOut] = []
     for name, value in state_dict.entries:
         if isinstance(value, (TensorRef, SparseTensor)):
             kept.append((name, value))
             continue
-        nbytes = sum(tensor.nbytes for _, tensor in tensors_of(name, value))
+        if tensors_of(name, value):
+            raise UnsupportedTensorError(
+                f"{name!r} is a {type(value).__name__} of tensors, format {format_name} holds tensors under "
+                "names only; --flatten gives them names, --format torch keeps it, "
+                f"--drop '{re.escape(name)[:200]}$' leaves it out"
+            )
         reason = f"format {format_name} holds tensors only, not a {type(value).__name__}"
-        state_dict.left_out.append(LeftOut(name, nbytes, reason))
+        left.append(LeftOut(name, 0, "value", reason))
     if not kept:
         raise NoStateDictError(f"nothing in {state_dict.path!r} that format {format_name} can hold")
     if state_dict.metadata is not None:
-        state_dict.left_out.append(LeftOut("_metadata", 0, f"format {format_name} holds tensors only"))
-    state_dict.entries, state_dict.metadata = kept, None
+        left.append(LeftOut("_metadata", 0, "value", f"format {format_name} holds tensors only"))
+    return kept, tuple(left)
 
 
 def _shards(entries: Entries, casts: Casts, limit: int | None) -> list[Entries]:

@@ -20,8 +20,11 @@ never come to exist. The rooms:
     training    training dicts, EMA beside raw weights, prefixes, Lightning
     modules     whole modules with and without their classes, TorchScript
     pickles     raw pickles, numpy arrays and scalars; and files that hold no weights
+    archives    checkpoints inside tars and zips
+    old_torch   torch 0.1 to 0.4, pickle protocols 0 and 1, bytes that look like another container's
     containers  framing: deflated, zip64, CRCs off, big-endian, truncated, flipped, disguised
     parts       one part of a whole by its content; folders in parts
+    harmless    values that look dangerous and are not
     hostile     canaries per opcode, bombs, impossible tensors
 
 `craft` puts archives and pickles together by hand for tests that need one more.
@@ -30,19 +33,34 @@ The expectations are torch's own wherever torch reads the file (`Factory.torch_r
 each factory to that in tests/test_checkpoints.py, and shows there that each canary is a live one.
 """
 
-from tests.checkpoints import containers, dtypes, hostile, layouts, modules, parts, pickles, training
+from tests.checkpoints import (
+    archives,
+    containers,
+    dtypes,
+    harmless,
+    hostile,
+    layouts,
+    modules,
+    old_torch,
+    parts,
+    pickles,
+    training,
+)
 from tests.checkpoints.registry import FACTORIES, Checkpoint, Factory, factories
 
 __all__ = [
     "FACTORIES",
     "Checkpoint",
     "Factory",
+    "archives",
     "containers",
     "dtypes",
     "factories",
+    "harmless",
     "hostile",
     "layouts",
     "modules",
+    "old_torch",
     "parts",
     "pickles",
     "training",

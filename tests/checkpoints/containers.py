@@ -7,9 +7,7 @@ together by `craft.write_zip`.
 from __future__ import annotations
 
 import io
-import pickle
 import struct
-import tarfile
 from pathlib import Path
 
 import torch
@@ -351,18 +349,6 @@ def seven_zip_in_disguise(path: Path) -> Checkpoint:
 @checkpoint(reason="unsupported_format")
 def zip_of_something_else(path: Path) -> Checkpoint:
     write_zip(path, [Member("holiday/photo.jpg", bytes(300)), Member("notes.txt", b"hello")])
-    return Checkpoint(path, None, reason="unsupported_format")
-
-
-@checkpoint(reason="unsupported_format")
-def tar_from_before_0_1_10(path: Path) -> Checkpoint:
-    """torch/serialization.py `legacy_load`: a tar of `sys_info`, `pickle`, `storages`, `tensors`."""
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
-        for name in ("sys_info", "pickle", "storages", "tensors"):
-            body = pickle.dumps({"little_endian": True}, protocol=2)
-            info = tarfile.TarInfo(name)
-            info.size = len(body)
-            archive.addfile(info, io.BytesIO(body))
     return Checkpoint(path, None, reason="unsupported_format")
 
 

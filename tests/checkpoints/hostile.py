@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import shlex
 import struct
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from tests.checkpoints.archives import tar_bytes, zip_bytes
 from tests.checkpoints.craft import (
     TorchPickle,
     change,
@@ -30,6 +32,7 @@ from tests.checkpoints.craft import (
     write_zip,
 )
 from tests.checkpoints.dtypes import random_bits
+from tests.checkpoints.old_torch import torch_tar
 from tests.checkpoints.registry import Checkpoint, checkpoint
 
 __all__ = ["EXTENSION_CODE", "OPCODE_PAYLOADS"]
@@ -70,6 +73,10 @@ def _inner_torch_file(canary: Path) -> bytes:
     return legacy_file(_inner_pickle(canary), [])
 
 
+def _getattr(target: bytes, name: str) -> bytes:
+    return named("builtins", "getattr") + target + text(name) + b"\x86R"
+
+
 OPCODE_PAYLOADS: dict[str, Payload] = {
     "reduce": lambda c: _SYSTEM + _touch(c) + _REDUCE_1,
     "reduce_posix": lambda c: named("posix", "system") + _touch(c) + _REDUCE_1,
@@ -99,6 +106,45 @@ OPCODE_PAYLOADS: dict[str, Payload] = {
         + text("system")
         + b"\x86R"
         + _touch(c)
+        + _REDUCE_1
+    ),
+    "reduce_getattr_of_an_imported_module": lambda c: (
+        _getattr(named("random", "_os"), "mknod") + text(str(c)) + _REDUCE_1
+    ),
+    "reduce_getattr_in_three_steps": lambda c: (
+        _getattr(_getattr(_getattr(named("torch", "os"), "path"), "os"), "mknod") + text(str(c)) + _REDUCE_1
+    ),
+    "reduce_getattr_with_a_default": lambda c: (
+        named("builtins", "getattr")
+        + named("random", "_os")
+        + text("mknod")
+        + b"N\x87R"
+        + text(str(c))
+        + _REDUCE_1
+    ),
+    "reduce_getattr_of_a_library_method": lambda c: (
+        _getattr(named("pathlib", "Path"), "touch")
+        + named("pathlib", "Path")
+        + text(str(c))
+        + _REDUCE_1
+        + _REDUCE_1
+    ),
+    "obj_of_getattr": lambda c: (
+        b"(("
+        + named("builtins", "getattr")
+        + named("random", "_os")
+        + text("mknod")
+        + b"o"
+        + text(str(c))
+        + b"o"
+    ),
+    "stack_global_names_a_library_method": lambda c: (
+        text("pathlib")
+        + text("Path.touch")
+        + b"\x93"
+        + named("pathlib", "Path")
+        + text(str(c))
+        + _REDUCE_1
         + _REDUCE_1
     ),
     "reduce_inner_pickle": lambda c: named("pickle", "loads") + _binbytes(_inner_pickle(c)) + _REDUCE_1,
@@ -168,7 +214,7 @@ def _canary(path: Path) -> Path:
 
 def _register_canary(name: str, payload: Payload) -> None:
     # Names with dots are walked from protocol 4 on; Python 2's names are translated up to protocol 2.
-    protocol = 4 if name == "stack_global_walks_attributes" else 2
+    protocol = 4 if name in ("stack_global_walks_attributes", "stack_global_names_a_library_method") else 2
 
     @checkpoint(name=f"canary_{name}", reason="unsafe_pickle")
     def popped(path: Path) -> Checkpoint:
@@ -211,6 +257,41 @@ def _register_legacy(position: str) -> None:
 
 for _position in ("magic_number", "protocol_version", "sys_info", "state_dict", "storage_keys"):
     _register_legacy(_position)
+
+
+def _register_hidden(name: str, suffix: str, pack: Callable[[dict[str, bytes]], bytes]) -> None:
+    @checkpoint(name=f"hidden_in_a_{name}", suffix=suffix, reason="unsafe_pickle")
+    def build(path: Path) -> Checkpoint:
+        """Beside an honest checkpoint, which alone would be taken."""
+        tensors, _, storages = _weights()
+        honest = legacy_file(
+            TorchPickle.state_dict(
+                {"w": TorchPickle.tensor("0", elements=6, shape=(2, 3), stride=(3, 1), legacy=True)}
+            ),
+            storages,
+        )
+        bad = legacy_file(_inner_pickle(_canary(path)), [])
+        path.write_bytes(pack({"a.txt": b"text" * 9, "other.pth": bad, "policy.pth": honest}))
+        return Checkpoint(path, tensors, reason="unsafe_pickle", canary=_canary(path))
+
+
+_register_hidden("tar", ".tar", tar_bytes)
+_register_hidden("zip", ".zip", zip_bytes)
+
+
+def _register_torch_tar(position: str) -> None:
+    @checkpoint(name=f"hidden_in_the_{position}_of_a_torch_tar", reason="unsafe_pickle")
+    def build(path: Path) -> Checkpoint:
+        made = torch_tar(
+            path,
+            form=tarfile.GNU_FORMAT,
+            before={position: _SYSTEM + _touch(_canary(path)) + _REDUCE_1 + b"0"},
+        )
+        return Checkpoint(path, made.expected, reason="unsafe_pickle", canary=_canary(path))
+
+
+for _position in ("pickle", "storages", "tensors"):
+    _register_torch_tar(_position)
 
 
 # --------------------------------------------------------------------------------------------- bombs

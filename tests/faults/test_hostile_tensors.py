@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ptbin
-from ptbin.errors import PtbinError
+from ptbin.errors import PtbinError, UnsupportedTensorError
 from tests.bits import assert_same_tensors
 from tests.checkpoints.craft import TorchPickle, integer, ints, named, text, torch_members, write_zip
 
@@ -112,12 +112,15 @@ def test_overlapping_windows_stay_windows(tmp_path: Path) -> None:
     assert (tmp_path / "s.bin").stat().st_size < 7000
 
 
-def test_a_set_of_tensors_stays_behind(tmp_path: Path) -> None:
+def test_a_set_of_tensors_is_refused_and_can_be_dropped(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2), "s": {torch.zeros(2)}}, tmp_path / "s.pt")
+    with pytest.raises(UnsupportedTensorError, match="'s' is a SetNode that holds tensors"):
+        ptbin.convert(str(tmp_path / "s.pt"), str(tmp_path / "s.bin"), ptbin.ConvertOptions(select="."))
     manifest = ptbin.convert(
-        str(tmp_path / "s.pt"), str(tmp_path / "s.bin"), ptbin.ConvertOptions(select=".")
+        str(tmp_path / "s.pt"), str(tmp_path / "s.bin"), ptbin.ConvertOptions(drop=("^s$",))
     )
-    assert [item["path"] for item in manifest["left_out"]] == ["s"]
+    dropped = {"path": "s", "nbytes": 8, "role": "dropped", "reason": "dropped by '^s$'"}
+    assert manifest["left_out"] == [dropped]
     assert list(torch.load(tmp_path / "s.bin", weights_only=True)) == ["w"]
 
 

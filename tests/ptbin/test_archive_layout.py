@@ -18,14 +18,14 @@ from ptbin.crc32 import combine_crc32
 from ptbin.framing import descriptor, implied_data_offset, local_header, uses_zip64
 from ptbin.options import ConvertOptions, Limits
 from ptbin.reading.checkpoint import read_checkpoint
-from ptbin.reading.selection import select_state_dict
+from ptbin.reading.selected import read_selected
 from ptbin.reading.source import SourceFile
 from ptbin.reading.zip_directory import read_zip_directory
 from ptbin.segments import Copy, FilePlan, Literal
 from ptbin.splice.coalesce import coalesce
 from ptbin.stores import RangeReader, open_store
 from ptbin.tensors import ByteRange
-from ptbin.writing.outputs import plan_output
+from ptbin.writing.outputs import plan_outputs
 from tests.checkpoints import Checkpoint
 
 Make = Callable[[str], Checkpoint]
@@ -37,10 +37,9 @@ def opened(path: Path) -> RangeReader:
 
 
 def planned(reader: RangeReader) -> FilePlan:
-    checkpoint = read_checkpoint(reader)
-    state_dict = select_state_dict(checkpoint, None, Limits())
-    root = checkpoint.archive_root
-    return plan_output(state_dict, ConvertOptions(), "x.bin", archive_root=root).files[0]
+    selected = read_selected(reader, ConvertOptions())
+    root = selected.checkpoint.archive_root
+    return plan_outputs(selected.state_dicts, ConvertOptions(), "x.bin", archive_root=root).files[0]
 
 
 @given(st.binary(max_size=200), st.binary(max_size=200))

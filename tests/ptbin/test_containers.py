@@ -16,6 +16,7 @@ from torch import nn
 import ptbin
 from ptbin import ConvertOptions
 from tests.bits import assert_same_tensors
+from tests.checkpoints.archives import saved_bytes, tar_bytes, zip_bytes
 from tests.checkpoints.deepspeed_zero import by_hand
 from tests.checkpoints.distributed import save_alone
 
@@ -72,6 +73,11 @@ def _exported(folder: Path) -> Path:
     return folder / "x.pt2"
 
 
+def _archive(path: Path, pack: Callable[[dict[str, bytes]], bytes], member: str) -> Path:
+    path.write_bytes(pack({"about.txt": b"x" * 700, member: saved_bytes(_model().state_dict())}))
+    return path
+
+
 def _zero(folder: Path, stage: int) -> Path:
     own = {name: tensor.clone() for name, tensor in _model().state_dict().items()}
     shared = {"head.weight": "embedding.weight"}
@@ -100,6 +106,10 @@ CONTAINERS: dict[str, Callable[[Path], Path]] = {
     "torch.distributed.checkpoint": lambda folder: save_alone(
         folder / "dcp", {"model": dict(copy.copy(_model().state_dict()))}
     ),
+    "NeMo's `.nemo`, any plain tar": lambda folder: _archive(
+        folder / "x.nemo", tar_bytes, "model_weights.ckpt"
+    ),
+    "stable-baselines3 `.zip`": lambda folder: _archive(folder / "x.zip", zip_bytes, "policy.pth"),
     "DeepSpeed ZeRO 2": lambda folder: _zero(folder, 2),
     "DeepSpeed ZeRO 3": lambda folder: _zero(folder, 3),
 }

@@ -198,7 +198,9 @@ def test_drop_and_rename_shape_the_names(tmp_path: Path) -> None:
         tmp_path / "s.pt", tmp_path / "o.bin", drop=("^head",), rename=(("^encoder", "backbone"),)
     )
     assert_same_tensors(load(tmp_path / "o.bin"), {"backbone.w": torch.ones(2)})
-    assert {"path": "head.w", "nbytes": 8, "reason": "dropped by '^head'"} in manifest["left_out"]
+    assert {"path": "head.w", "nbytes": 8, "role": "dropped", "reason": "dropped by '^head'"} in manifest[
+        "left_out"
+    ]
 
 
 def test_ambiguity_names_the_candidates_and_select_resolves_it(make_checkpoint: Make, tmp_path: Path) -> None:

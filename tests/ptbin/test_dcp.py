@@ -40,8 +40,8 @@ from ptbin.errors import (
 from ptbin.nodes import DictNode, Opaque
 from ptbin.options import ConvertOptions, Limits
 from ptbin.reading.checkpoint import Checkpoint, read_checkpoint
-from ptbin.reading.keys import keep_writable
-from ptbin.reading.selection import find_candidates, select_state_dict
+from ptbin.reading.search import find_state_dicts
+from ptbin.reading.selected import Selected, select_from
 from ptbin.reading.verdicts import judge_programs
 from ptbin.sources import open_source
 from ptbin.state_dict import StateDict
@@ -131,10 +131,16 @@ def read(folder: Path, limits: Limits | None = None) -> tuple[Checkpoint, Files]
         return checkpoint, Files(reader, folder)
 
 
+def selection(checkpoint: Checkpoint) -> Selected:
+    return select_from(checkpoint, judge_programs(checkpoint.programs), ptbin.ConvertOptions())
+
+
 def selected(checkpoint: Checkpoint) -> StateDict:
-    state_dict = select_state_dict(checkpoint, None, Limits())
-    keep_writable(state_dict, checkpoint.uri)
-    return state_dict
+    return selection(checkpoint).state_dict
+
+
+def left_out(checkpoint: Checkpoint) -> dict[str, int]:
+    return {item.path: item.nbytes for item in selection(checkpoint).accounting.left_out}
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -172,7 +178,7 @@ def test_every_weight_is_where_it_is_said_to_be(name: str, folders: dict[str, Pa
 @pytest.mark.parametrize("name", FOLDERS)
 def test_the_model_is_chosen(name: str, folders: dict[str, Path]) -> None:
     checkpoint, _ = read(folders[name])
-    assert select_state_dict(checkpoint, None, Limits()).path == FOLDERS[name]
+    assert selected(checkpoint).path == FOLDERS[name]
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -208,10 +214,10 @@ def test_plain_values_are_read(folders: dict[str, Path]) -> None:
 
 
 def test_what_stays_behind_is_named(folders: dict[str, Path]) -> None:
-    left = {item.path: item.nbytes for item in selected(read(folders["torchtitan"])[0]).left_out}
-    assert left.keys() == {"optimizer", "lr_scheduler", "train_state", "dataloader"}
+    left = left_out(read(folders["torchtitan"])[0])
+    assert left.keys() == {"optimizer", "lr_scheduler", "train_state.step", "dataloader"}
     assert left["optimizer"] > 0
-    assert {item.path for item in selected(read(folders["lightning"])[0]).left_out} == {
+    assert left_out(read(folders["lightning"])[0]).keys() == {
         "optimizer_0",
         "meta.pt",
     }
@@ -345,13 +351,14 @@ def test_a_module_named_like_an_optimizer_is_the_models(tmp_path: Path) -> None:
     names = ("opt", "optim", "optimal_transport", "optim_head.step_net", "lr_sched_net")
     weights = {f"{name}.{part}": torch.randn(3) for name in names for part in ("weight", "bias")}
     weights["fc.weight"] = torch.randn(2, 2)
-    beside = {
+    beside: dict[str, Any] = {
         "optim.state.fc.weight.exp_avg": torch.ones(2, 2),
         "optim.state.fc.weight.step": torch.tensor(3.0),
         "optim.param_groups.fc.weight.lr": 0.1,
     }
-    for number, state in enumerate((weights, {**weights, **beside})):
-        folder = save_alone(tmp_path / str(number), dict(state))
+    states: list[dict[str, Any]] = [{**weights}, {**weights, **beside}]
+    for number, state in enumerate(states):
+        folder = save_alone(tmp_path / str(number), state)
         ptbin.convert(str(folder), str(tmp_path / "x.bin"))
         assert_same_tensors(torch.load(tmp_path / "x.bin", weights_only=True), weights)
 
@@ -369,9 +376,10 @@ def test_flat_names_without_paths_leave_the_optimizer_out(tmp_path: Path) -> Non
 def test_extra_state_is_kept_where_it_is_plain(tmp_path: Path) -> None:
     state = {**model(), "layer._extra_state": {"scale": 2.0}, "other._extra_state": Unknown()}
     folder = save_alone(tmp_path / "saved", {"model": state}, planner=None)
-    state_dict = selected(read(folder)[0])
+    checkpoint, _ = read(folder)
+    state_dict = selected(checkpoint)
     assert dict(state_dict.entries)["layer._extra_state"].by_name() == {"scale": 2.0}
-    assert [item.path for item in state_dict.left_out] == ["other._extra_state"]
+    assert list(left_out(checkpoint)) == ["other._extra_state"]
 
 
 class Unknown:
@@ -394,7 +402,7 @@ def test_bytes_that_are_no_archive_are_left_out(content: bytes, tmp_path: Path) 
     note = checkpoint.root.get("note")
     assert isinstance(note, Opaque)
     assert not note.has_data
-    assert [item.path for item in selected(checkpoint).left_out] == ["note"]
+    assert list(left_out(checkpoint)) == ["note"]
 
 
 def test_safetensors_inside_distcp(tmp_path: Path) -> None:
@@ -744,6 +752,6 @@ def test_a_flipped_weight_is_noticed(tensor: str, lie: Lie, tmp_path: Path) -> N
 def test_a_folder_of_optimizers_only(tmp_path: Path) -> None:
     folder = save_alone(tmp_path / "saved", {"optim": moments()})
     checkpoint, _ = read(folder)
-    assert not [c for c in find_candidates(checkpoint, Limits()) if not c.beside]
+    assert not [c for c in find_state_dicts(checkpoint, Limits()).candidates if not c.beside]
     with pytest.raises(NoStateDictError):
         selected(checkpoint)

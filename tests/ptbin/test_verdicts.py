@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import cloudpickle
 import pytest
 
+from ptbin import ConvertOptions, convert, inspect
+from ptbin.errors import PtbinError
 from ptbin.reading.pickle_machine import run_pickle
 from ptbin.reading.verdicts import judge_global, judge_programs
+from tests.checkpoints import Factory, factories
+from tests.checkpoints.craft import named, text
 
 SAFE = """
 collections.OrderedDict torch._utils._rebuild_tensor_v2 torch.FloatStorage torch.float8_e4m3fn
@@ -78,8 +85,122 @@ def test_getattr_is_judged_by_what_it_asks_for() -> None:
     assert verdict(private) == "unsafe"
 
 
+def getattr_of(target: bytes, *steps: str) -> bytes:
+    for step in steps:
+        target = named("builtins", "getattr") + target + text(step) + b"\x86R"
+    return target
+
+
+def path_of(dotted: str) -> bytes:
+    """`module:Name.attribute.attribute` by GLOBAL and getattr."""
+    module, _, steps = dotted.partition(":")
+    first, *rest = steps.split(".")
+    return getattr_of(named(module, first), *rest)
+
+
+HARMLESS_ATTRIBUTES = """
+mymodel:Net.Config mymodel:Net.Config.Mode __main__:GPT.Act.GELU mymodel:Net._init_weights
+mymodel:Net.compile mymodel:Net.open mymodel:Net.select mymodel:Net.trace mymodel:Scheme.http
+mymodel:Config.from_dict torch.nn.modules.linear:Linear.forward models.yolo:Model.profile
+mymodel:net.forward mymodel:_Private.Inner.http
+""".split()
+
+HIDDEN_ATTRIBUTES = """
+random:_os.mknod logging:os.execl mymodel:subprocess.Popen mymodel:subprocess.run mymodel:Net.os.system
+mymodel:Net.os.execl mymodel:Net.subprocess.Popen mymodel:Net.__init__ mymodel:Net.__class__
+mymodel:Net.forward.__globals__ mymodel:Net.forward.func_globals mymodel:generator.gi_frame.f_builtins
+mymodel:builtins.eval mymodel:module.exec mymodel:io.open builtins:type.mro builtins:object.Thing
+torch:utils.cpp_extension torch:hub.load torch.nn:os.execv torch:serialization.os.execl mymodel:sys.modules
+mymodel:logging.FileHandler mymodel:importlib.import_module mymodel:pickle.loads mymodel:_pickle.loads
+__builtin__:eval.Thing os:path.Thing mymodel:Net.system mymodel:Net.popen mymodel:ctypes.CDLL numpy:load.x
+""".split()
+
+
+@pytest.mark.parametrize("path", HARMLESS_ATTRIBUTES)
+@pytest.mark.parametrize("end", [b"", b")R", b")\x81", b")}\x92"], ids=["held", "called", "new", "new_ex"])
+def test_what_lies_in_a_models_own_class_is_unknown(path: str, end: bytes) -> None:
+    if path == "torch.nn.modules.linear:Linear.forward" and end:
+        pytest.skip("a method of torch's own class: held by bound methods, called by none")
+    assert verdict(b"\x80\x02" + path_of(path) + end + b".") == "unknown"
+
+
+@pytest.mark.parametrize("path", HIDDEN_ATTRIBUTES)
+@pytest.mark.parametrize("end", [b"", b")R"], ids=["held", "called"])
+def test_what_getattr_reaches_is_judged_by_every_step(path: str, end: bytes) -> None:
+    assert verdict(b"\x80\x02" + path_of(path) + end + b".") == "unsafe"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        path_of("pathlib:Path.write_text") + b")R",
+        path_of("numpy:ndarray.tofile") + b")R",
+        path_of("collections:OrderedDict.fromkeys") + b")R",
+        named("pathlib", "Path.write_text") + b")R",
+        path_of("torch.nn.modules.linear:Linear.forward") + b")R",
+        # what a call or a value gave, however it is reached
+        getattr_of(named("mymodel", "make") + b")R", "method") + b")R",
+        getattr_of(text("{}"), "format") + b")R",
+        getattr_of(getattr_of(named("mymodel", "make") + b")R", "inner"), "run") + b")R",
+        path_of("mymodel:Net.Config") + b")R)R",
+        b"(" + path_of("mymodel:Net.Config") + b"o)R",
+        # more than a pickler writes
+        path_of("mymodel:Net" + ".a" * 40),
+        named("builtins", "getattr") + named("mymodel", "Net") + text("a.b") + b"\x86R",
+        named("builtins", "getattr") + named("mymodel", "Net") + named("mymodel", "name") + b"\x86R",
+        named("builtins", "getattr") + named("random", "_os") + text("mknod") + b"N\x87R)R",
+        # a change to a class or module that the pickle did not make
+        path_of("mymodel:Net.Config") + b"}" + text("forward") + named("mymodel", "f") + b"sb",
+        path_of("mymodel:Net.registry") + text("key") + text("value") + b"s",
+        path_of("mymodel:Net.registry") + b"(" + text("key") + text("value") + b"u",
+        path_of("mymodel:Net.hooks") + named("mymodel", "f") + b"a",
+        path_of("mymodel:Net.hooks") + b"(" + named("mymodel", "f") + b"e",
+        path_of("mymodel:Net.hooks") + b"(" + named("mymodel", "f") + b"\x90",
+        named("mymodel", "Net") + b"}b",
+        # by copyreg instead of an opcode
+        named("copyreg", "__newobj__") + path_of("random:_os.mknod") + text("x") + b"\x86R",
+        named("copyreg", "_reconstructor")
+        + named("mymodel", "make")
+        + b")R"
+        + named("builtins", "object")
+        + b"N\x87R",
+    ],
+)
+def test_what_hides_behind_getattr_is_unsafe(call: bytes) -> None:
+    assert verdict(b"\x80\x02" + call + b".") == "unsafe"
+
+
+def test_a_long_chain_of_getattr_calls_is_judged_in_linear_time() -> None:
+    chain = getattr_of(named("mymodel", "Net"), *["a"] * 20_000)
+    assert verdict(b"\x80\x02" + chain + b".") == "unsafe"
+
+
 def test_calling_a_value_hides_the_name_that_is_called() -> None:
     assert verdict(b"\x80\x02cmymodel\nfactory\n)R)R.") == "unsafe"
+
+
+@pytest.mark.parametrize("factory", factories(), ids=str)
+def test_inspect_and_convert_agree_on_the_verdict(factory: Factory, tmp_path: Path) -> None:
+    made = factory.make(tmp_path)
+    inspected = _outcome(lambda: inspect(str(made.path))["verdict"])
+    converted = _outcome(
+        lambda: convert(str(made.path), str(tmp_path / "out.bin"), ConvertOptions(**made.options))["safety"][
+            "verdict"
+        ]
+    )
+    if inspected in ("safe", "unknown"):
+        # what is inside may be refused all the same, for another reason
+        assert converted == inspected or converted not in ("safe", "unknown", "unsafe", "unsafe_pickle")
+    else:
+        assert converted == ("unsafe_pickle" if inspected == "unsafe" else inspected)
+
+
+def _outcome(call: Callable[[], str]) -> str:
+    """A verdict, or the reason why there is none."""
+    try:
+        return call()
+    except PtbinError as error:
+        return error.reason
 
 
 SCRIPT = """

@@ -1,0 +1,182 @@
+"""What a selection leaves behind, by path and role. Pure.
+
+Walks everything but the selected state dicts, from the top down. A record whose role is known by its content
+is one row; a name decides where what lies below it does not look like weights; a state dict that is not taken
+is a copy of the selected one, or nothing that is known. Rows without a role are what `accounting` stops at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ptbin.nodes import NdArray
+from ptbin.reading.averages import AVERAGED, RAW, is_same_model
+from ptbin.reading.checkpoint import Checkpoint
+from ptbin.reading.roles import looks_like_weights, role_of_content, role_of_leaf, role_of_name
+from ptbin.reading.search import Candidate, Findings
+from ptbin.reading.tree import (
+    as_mapping,
+    holds_data,
+    is_branch,
+    is_unreadable_tensor,
+    named_children,
+    names_below,
+)
+from ptbin.state_dict import Excluded, StateDict
+from ptbin.tensors import SparseTensor, TensorRef, TypedStorage
+
+__all__ = ["left_outside"]
+
+MAX_DEPTH = 200
+MAX_ROWS = 10_000
+"""Rows of one checkpoint; what lies deeper is put under the path above it."""
+
+
+def left_outside(
+    checkpoint: Checkpoint, chosen: Sequence[StateDict], findings: Findings, *, explicit: bool
+) -> list[Excluded]:
+    """Everything that is not selected, in file order.
+
+    Args:
+        explicit: the caller named what to take: the rest is `not_selected` where nothing better is known.
+    """
+    walk = _Outside(checkpoint, chosen, findings, explicit)
+    walk.descend((), checkpoint.root, None)
+    return [*walk.rows, *checkpoint.excluded]
+
+
+@dataclass(slots=True)
+class _Outside:
+    checkpoint: Checkpoint
+    chosen: Sequence[StateDict]
+    findings: Findings
+    explicit: bool
+    rows: list[Excluded] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)
+    taken: set[int] = field(init=False)
+    candidates: dict[int, Candidate] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.taken = {node for state_dict in self.chosen for node in state_dict.nodes}
+        self.candidates = {
+            node: candidate
+            for candidate in reversed(self.findings.candidates)
+            for node in candidate.state_dict.nodes
+        }
+
+    def descend(self, steps: tuple[str, ...], node: Any, inherited: str | None) -> None:
+        """List what lies below a record. Not recursive: files nest as deep as they like."""
+        stack: list[tuple[tuple[str, ...], Any, str | None]] = [(steps, node, inherited)]
+        while stack:
+            steps, node, inherited = stack.pop()
+            if id(node) in self.taken or id(node) in self.seen:
+                continue
+            self.seen.add(id(node))
+            path = ".".join(steps) or "."
+            step = steps[-1] if steps else ""
+            declared = self.checkpoint.roles.get(path)
+            if declared is not None:
+                self.add(path, declared, node)
+            elif _is_leaf(node):
+                self.add(path, role_of_leaf(step, node, inherited), node)
+            elif (content := role_of_content(node)) is not None:
+                self.add(path, content, node)
+            elif (candidate := self.candidates.get(id(node))) is not None:
+                self.add(path, self.role_of_candidate(candidate, step, inherited), node)
+            elif is_unreadable_tensor(node):
+                self.add(path, inherited, node)
+            else:
+                named = role_of_name(step) if step else None
+                role = named if named not in (None, "averaged_copy") else inherited
+                if named == "averaged_copy" and isinstance(node, (list, tuple)):
+                    role = named
+                if role is not None and not self.leads_on(node):
+                    self.add(path, role, node)
+                    continue
+                if len(steps) >= MAX_DEPTH or len(self.rows) > MAX_ROWS:
+                    self.add(path, role, node)
+                    continue
+                below = [
+                    ((*steps, name), child, role) for name, child in named_children(as_mapping(node) or node)
+                ]
+                if as_mapping(node) is not None:
+                    below += [((*steps, name), child, role) for name, child in named_children(node)]
+                stack.extend(reversed(below))
+                self.values(steps, node)
+
+    def values(self, steps: tuple[str, ...], node: Any) -> None:
+        """Plain values beside the selected state dict: nothing is lost with them, but people look for
+        them.
+        """
+        if all(state_dict.path == "." for state_dict in self.chosen):
+            return
+        depth = len(steps)
+        on_the_way = any(state_dict.path.split(".")[:depth] == list(steps) for state_dict in self.chosen)
+        mapping = as_mapping(node)
+        if mapping is None or not on_the_way:
+            return
+        for key, value in mapping.by_name().items():
+            if not is_branch(value) and not _is_leaf(value):
+                role = role_of_name(key) or "value"
+                self.rows.append(
+                    Excluded(".".join((*steps, key)), role, "not part of the selected state dict")
+                )
+
+    def leads_on(self, node: Any) -> bool:
+        """Whether a state dict lies below that is taken, or that looks like a model's."""
+        stack: list[Any] = [node]
+        seen: set[int] = set()
+        while stack and len(seen) < MAX_ROWS:
+            below = stack.pop()
+            if id(below) in seen:
+                continue
+            seen.add(id(below))
+            if id(below) in self.taken:
+                return True
+            candidate = self.candidates.get(id(below))
+            if candidate is None:
+                stack.extend(child for _, child in named_children(below) if is_branch(child))
+            elif looks_like_weights(name for name, _ in candidate.state_dict.entries):
+                return True
+        return bool(stack) or looks_like_weights(names_below(node))
+
+    def role_of_candidate(self, candidate: Candidate, step: str, inherited: str | None) -> str | None:
+        found = candidate.state_dict
+        if any(_same_tensors(found, taken) for taken in self.chosen):
+            return "same_weights"
+        named = (role_of_name(step) if step else None) or inherited
+        names = [name for name, value in found.entries if isinstance(value, (TensorRef, SparseTensor))]
+        if named == "loss_function":
+            return named
+        if named not in (None, "averaged_copy") and not looks_like_weights(names):
+            return named
+        for taken in self.chosen:
+            if is_same_model(found, taken):
+                if candidate.role == AVERAGED:
+                    return "averaged_copy"
+                if candidate.role == RAW or self.is_average(taken):
+                    return "raw_copy"
+        return "not_selected" if self.explicit else None
+
+    def is_average(self, taken: StateDict) -> bool:
+        return any(c.role == AVERAGED and c.path == taken.path for c in self.findings.candidates)
+
+    def add(self, path: str, role: str | None, node: Any) -> None:
+        if role is None and self.explicit:
+            role = "not_selected"
+        if _is_leaf(node) or holds_data(node):
+            self.rows.append(Excluded(path, role, node=node))
+        elif "." not in path:
+            self.rows.append(Excluded(path, role or "value", "not part of the selected state dict"))
+
+
+def _is_leaf(node: Any) -> bool:
+    return isinstance(node, (TensorRef, SparseTensor, TypedStorage, NdArray, bytes, bytearray))
+
+
+def _same_tensors(one: StateDict, other: StateDict) -> bool:
+    first = {n: v.layout_key() for n, v in one.entries if isinstance(v, TensorRef)}
+    second = {n: v.layout_key() for n, v in other.entries if isinstance(v, TensorRef)}
+    return bool(first) and first == second

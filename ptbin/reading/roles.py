@@ -1,0 +1,372 @@
+"""What a part of a checkpoint is to a model: optimizer state, random generators, metrics, ... or nothing
+known.
+
+Content decides before names: optimizer state is what has an optimizer's entries, not what is called `opt`. A
+name decides only where what stands below it does not look like a model's weights. What neither tells has no
+role, and a conversion that would leave it out stops (`accounting`). Pure.
+
+Sources of the entries: torch.optim (`state_dict` of 2.13's optimizers), apex, fairseq, DeepSpeed,
+bitsandbytes, torch.optim.lr_scheduler, torch.amp.GradScaler, torch.get_rng_state, Lightning, mmengine,
+accelerate.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from ptbin.nodes import DictNode, Instance, NdArray, Opaque
+from ptbin.reading.tree import as_mapping, holds_data
+from ptbin.tensors import SparseTensor, TensorRef
+
+__all__ = [
+    "REASONS",
+    "looks_like_weights",
+    "role_of_content",
+    "role_of_leaf",
+    "role_of_name",
+    "role_words",
+]
+
+REASONS = {
+    "optimizer": "state of an optimizer",
+    "scheduler": "state of a learning-rate scheduler",
+    "scaler": "state of a gradient scaler",
+    "random_state": "state of random generators",
+    "averaged_copy": "an averaged copy of the selected weights",
+    "raw_copy": "the raw weights; their averaged copy is selected",
+    "precision_copy": "the same weights in another precision",
+    "same_weights": "the selected weights once more",
+    "hyperparameters": "hyperparameters or arguments of the training run",
+    "metrics": "metrics, losses or counters",
+    "trainer_state": "state of the trainer: callbacks, loops, samplers",
+    "loss_function": "a loss function",
+    "statistics": "running statistics of inputs",
+    "index_table": "whole numbers: indices, a vocabulary, labels",
+    "attribute": "plain attribute of a module, no parameter or buffer",
+    "non_persistent_buffer": "non-persistent buffer",
+    "packed": "packed by the class itself, outside its state dict",
+    "constant": "constant of the program",
+    "example_inputs": "example inputs of the program",
+    "padding": "padding of flat partitions",
+    "unreferenced": "a record of the archive that no pickle names",
+    "unviewed": "bytes of storages that no tensor shows",
+    "dropped": "dropped on request",
+    "duplicate": "equal to another tensor, stored once",
+    "not_selected": "not part of the selected state dict",
+    "value": "no tensor",
+}
+"""Every role, and the reason that a manifest gives where nothing says it better."""
+
+# Last step of the path of a tensor in an optimizer's state.
+_OPTIMIZER_ENTRIES = frozenset(
+    """
+    exp_avg exp_avg_sq max_exp_avg_sq max_exp_avg_sqs exp_avgs exp_avg_sqs exp_inf momentum_buffer
+    exp_avg_sq_row exp_avg_sq_col exp_avg_slow exp_avg_diff prev_grad previous_grad neg_pre_grad square_avg
+    grad_avg acc_delta sum ax mu eta step_size prev d_prev param_groups grad_accum fp32_from_fp16
+    fp32_from_fp16_groups single_partition_of_fp32_groups fp32_flat_groups master_weights master_params
+    master_param hessian hessian_diagonal preconditioner preconditioners inv_preconditioner
+    momentum1 momentum2 absmax1 absmax2 qmap1 qmap2 new_max1 new_max2 gnorm_vec state1 state2 unorm_vec
+    base_optimizer_state shampoo_state exp_avg_bar z
+    """.split()
+)
+# Those that no other kind of state has: one of them is enough.
+_TELLING_ENTRIES = frozenset(
+    """
+    exp_avg exp_avg_sq max_exp_avg_sq exp_inf momentum_buffer exp_avg_sq_row exp_avg_sq_col square_avg
+    acc_delta fp32_from_fp16_groups single_partition_of_fp32_groups fp32_flat_groups exp_avg_slow exp_avg_diff
+    absmax1 """.split()
+)
+_BESIDE_GROUPS = frozenset(
+    """
+    state param_groups defaults fp32_groups fp32_from_fp16_groups fp32_from_fp16 loss_scaler loss_scale
+    optimizer_state_dict dynamic_loss_scale overflow first_overflow clip_grad cur_scale cur_iter
+    last_overflow_iter scale_factor scale_window master_weights master_params param_id_map step steps
+    grad_scaler base_optimizer base_state zero_stage partition_count ds_version group_paddings names
+    param_names """.split()
+)
+_SCHEDULER_KEYS = frozenset(
+    """
+    last_epoch _step_count base_lrs _last_lr base_lr max_lr min_lr min_lrs T_max eta_min T_0 T_i T_cur T_mult
+    gamma milestones step_size num_bad_epochs patience cooldown cooldown_counter threshold threshold_mode mode
+    factor best verbose lr_lambdas _get_lr_called_within_step _is_initial total_steps total_iters
+    anneal_func_type _anneal_func_type cycle_momentum use_beta1 _schedule_phases mode_worse eps default_min_lr
+    power start_factor end_factor swa_lrs anneal_epochs _schedulers _milestones _milestones decay_factor
+    warmup warmup_steps num_steps end_iter last_lr min_value """.split()
+)
+_TELLING_SCHEDULER = frozenset(
+    "last_epoch _step_count base_lrs _last_lr num_bad_epochs cooldown_counter T_cur lr_lambdas".split()
+)
+_SCALER_KEYS = frozenset("scale growth_factor backoff_factor growth_interval _growth_tracker".split())
+
+# Bytes of what torch.get_rng_state() returns (at::CPUGeneratorImpl, current and legacy layout), and of a CUDA
+# generator (seed and offset).
+_CPU_RNG_NBYTES = (5056, 5048)
+_CUDA_RNG_NBYTES = (16, 816)
+
+_WEIGHT_STEPS = frozenset(
+    """
+    weight bias running_mean running_var num_batches_tracked in_proj_weight in_proj_bias weight_g weight_v
+    weight_orig weight_mask embedding embeddings position_ids logit_scale gamma beta lora_A lora_B lora_up
+    lora_down qweight qzeros scales g_idx original0 original1 _packed_params kernel
+    cls_token pos_embed pos_embedding relative_position_bias_table
+    """.split()
+)
+_WEIGHT_STEP = re.compile(r"^(weight|bias)(_(ih|hh)_l\d+(_reverse)?|_[a-z0-9]{1,4}|s|\d*)$")
+_PACKED = re.compile(r"weight|qzeros|packed|quant|g_idx|bias", re.IGNORECASE)
+
+_WORDS: tuple[tuple[str, frozenset[str]], ...] = tuple(
+    (role, frozenset(words.split()))
+    for role, words in (
+        ("optimizer", "optim optims optimizer optimizers optimiser optimisers adam adamw"),
+        ("scheduler", "sched scheduler schedulers lr_scheduler scheds"),
+        ("scaler", "scaler scalers amp"),
+        ("random_state", "rng rngs random seed seeds rand"),
+        ("averaged_copy", "ema swa averaged average shadow"),
+        (
+            "hyperparameters",
+            """
+            arg args argument arguments cfg cfgs config configs configuration conf hparam hparams
+            hyper hyperparameter hyperparameters hyperparams option options setting settings meta
+            metadata kwargs
+            """,
+        ),
+        ("loss_function", "criterion criterions criteria"),
+        (
+            "metrics",
+            """
+            loss losses acc accs accuracy accuracies metric metrics score scores best history
+            histories stat stats statistics epoch epochs iter iters iteration iterations step steps
+            error errors err prec prec1 prec5 acc1 acc5 top1 top5 recall precision psnr ssim fid
+            miou map map50 lr lrs time elapsed reward rewards returns counter counters count counts
+            updates result results perplexity ppl progress fitness wer bleu f1 auc confusion mae mse
+            rmse iou dice
+            """,
+        ),
+        (
+            "trainer_state",
+            """
+            callback callbacks loops dataloader dataloaders datamodule sampler samplers iterator
+            hook hooks logger loggers profiler
+            """,
+        ),
+    )
+)
+_WHOLE_NAMES = {
+    "amp": "scaler",
+    "extra_state": "trainer_state",
+    "message_hub": "trainer_state",
+    "early_stopping": "trainer_state",
+    "opt_state": "optimizer",
+    "opt_state_dict": "optimizer",
+    "loss": "loss_function",
+    "loss_fn": "loss_function",
+    "loss_func": "loss_function",
+    "loss_function": "loss_function",
+    "loss_state_dict": "loss_function",
+    "torch_state": "random_state",
+    "numpy_state": "random_state",
+    "python_state": "random_state",
+    "cuda_state": "random_state",
+}
+# A name with one of these speaks of parameters, whatever else is in it: `time_embed`, `loss_weight`,
+# `step_proj`.
+_PARAMETER_WORDS = frozenset(
+    """
+    embed embedding embeddings emb embeds token tokens weight weights bias proj projection head layer layers
+    linear conv fc norm encoder decoder model net network module kernel param params parameter parameters
+    query key value """.split()
+)
+_WORD = re.compile(r"[a-z]+\d*|[A-Z]+(?![a-z])\d*|[A-Z][a-z]*\d*")
+
+_FLOATING = ("float", "bfloat", "complex")
+
+
+def role_words(role: str) -> str:
+    """A role as people read it."""
+    return role.replace("_", " ")
+
+
+def role_of_name(step: str) -> str | None:
+    """The role that a name alone suggests, by the words it is made of."""
+    if len(step) > 200:
+        return None
+    whole = step.lower()
+    if whole in _WHOLE_NAMES:
+        return _WHOLE_NAMES[whole]
+    words = {word.lower() for word in _WORD.findall(step)}
+    for role, telling in _WORDS:
+        if words & telling:
+            # `reward_model`, `step_encoder`, `random_features_net`: parts of a model, whatever they are for
+            part = role in ("metrics", "random_state", "trainer_state") and words & _PARAMETER_WORDS
+            return None if part else role
+    return None
+
+
+def looks_like_weights(names: Iterable[str]) -> bool:
+    """Whether any of these names is one that a module's parameters or buffers have."""
+    for name in names:
+        last = name.rpartition(".")[2]
+        if last in _OPTIMIZER_ENTRIES:
+            continue
+        if last in _WEIGHT_STEPS or _WEIGHT_STEP.match(last):
+            return True
+    return False
+
+
+def role_of_content(node: Any) -> str | None:
+    """The role that a record's own content tells, whatever its name."""
+    if isinstance(node, Instance):
+        found = _role_of_instance(node)
+        if found is not None:
+            return found
+    mapping = as_mapping(node)
+    if mapping is not None:
+        return _role_of_mapping(mapping)
+    if isinstance(node, (list, tuple)) and node:
+        return _role_of_sequence(node)
+    return None
+
+
+def _role_of_instance(node: Instance) -> str | None:
+    path = node.class_path
+    if path.startswith("torch.optim.lr_scheduler."):
+        return "scheduler"
+    if path.startswith("torch.optim.swa_utils."):
+        return None
+    if path.startswith("torch.optim."):
+        return "optimizer"
+    if path.startswith("torch.nn.modules.loss."):
+        return "loss_function"
+    if path.endswith(".GradScaler"):
+        return "scaler"
+    attributes = node.attributes()
+    if attributes is None:
+        return None
+    names = attributes.by_name()
+    if {"_parameters", "_modules"} <= names.keys():
+        return None
+    if {"mean", "var"} <= names.keys() and {"count", "n", "epsilon", "eps"} & names.keys():
+        return "statistics"  # RunningMeanStd of baselines and of what descends from it
+    return _role_of_mapping(attributes)
+
+
+def _role_of_mapping(node: DictNode) -> str | None:
+    names = node.by_name()
+    keys = names.keys()
+    if {"state", "param_groups"} <= keys <= _BESIDE_GROUPS:
+        return "optimizer"
+    if keys >= _SCALER_KEYS:
+        return "scaler"
+    if (
+        _TELLING_SCHEDULER & keys
+        and len(keys - _SCHEDULER_KEYS) <= len(keys) // 3
+        and not _holds_more(names, frozenset())
+    ):
+        return "scheduler"
+    tensors = [(key, v) for key, v in names.items() if isinstance(v, (TensorRef, SparseTensor))]
+    if _is_random_state(tensors) and not _holds_more(names, frozenset(key for key, _ in tensors)):
+        return "random_state"
+    if _TELLING_ENTRIES & keys and not _holds_more(names, _OPTIMIZER_ENTRIES | _BESIDE_GROUPS):
+        return "optimizer"
+    if _is_optimizer_state(node):
+        return "optimizer"
+    if tensors and len(tensors) == len(keys) and all(_is_optimizer_name(key) for key, _ in tensors):
+        return "optimizer"
+    return None
+
+
+def _holds_more(named: dict[str, Any], allowed: frozenset[str]) -> bool:
+    """Whether anything but single numbers lies under other names."""
+    for key, value in named.items():
+        if key in allowed or (isinstance(value, TensorRef) and value.numel == 1):
+            continue
+        if isinstance(value, TensorRef) or holds_data(value):
+            return True
+    return False
+
+
+def _is_random_state(tensors: list[tuple[str, Any]]) -> bool:
+    return bool(tensors) and all(
+        isinstance(t, TensorRef)
+        and t.dtype.name == "uint8"
+        and len(t.shape) == 1
+        and (t.nbytes in _CPU_RNG_NBYTES or "rng" in key.lower() or key in ("cpu", "cuda", "torch", "xpu"))
+        for key, t in tensors
+    )
+
+
+def _is_optimizer_state(node: DictNode) -> bool:
+    """A mapping of parameters (by number, name, or themselves) to an optimizer's entries."""
+    found = False
+    for _, value in node.pairs:
+        if isinstance(value, (TensorRef, SparseTensor, Opaque)):
+            return False
+        if isinstance(value, DictNode):
+            if not value.pairs:
+                continue
+            keys = value.by_name().keys()
+            if not (_TELLING_ENTRIES & keys or ("step" in keys and _OPTIMIZER_ENTRIES & keys)):
+                return False
+            found = True
+    return found
+
+
+def _is_optimizer_name(name: str) -> bool:
+    """A flattened name: `state.0.exp_avg`, `optimizer.state.layers.0.weight.exp_avg`,
+    `exp_avg.layers.0.weight`.
+    """
+    steps = name.split(".")
+    if steps[-1] in _TELLING_ENTRIES or "param_groups" in steps:
+        return True
+    if steps[-1] == "step" and len(steps) > 1:
+        return True
+    return bool(_TELLING_ENTRIES.intersection(steps))
+
+
+def _role_of_sequence(node: Any) -> str | None:
+    if len(node) <= 6 and node[0] == "MT19937":
+        return "random_state"  # numpy.random.get_state()
+    if len(node) == 3 and isinstance(node[1], tuple) and len(node[1]) == 625:
+        return "random_state"  # random.getstate()
+    roles = {role_of_content(item) for item in node[:64] if isinstance(item, (DictNode, Instance))}
+    if len(roles) == 1 and all(isinstance(item, (DictNode, Instance)) for item in node[:64]):
+        return roles.pop()
+    tensors = [("", item) for item in node if isinstance(item, TensorRef)]
+    if len(tensors) == len(node) and _is_random_state([(key or "-", t) for key, t in tensors]):
+        return "random_state"
+    return None
+
+
+def role_of_leaf(step: str, leaf: Any, inherited: str | None) -> str | None:
+    """The role of one tensor or array outside of every state dict."""
+    if isinstance(leaf, TensorRef):
+        name = leaf.dtype.name
+        if name == "uint8" and len(leaf.shape) == 1:
+            by_size = leaf.nbytes in _CPU_RNG_NBYTES or leaf.nbytes in _CUDA_RNG_NBYTES
+            if leaf.nbytes in _CPU_RNG_NBYTES or (by_size and inherited == "random_state"):
+                return "random_state"
+        if inherited is not None:
+            return inherited
+        if leaf.numel == 1 and not name.startswith(_FLOATING):
+            return "metrics"
+        if leaf.numel > 1 and name in ("int64", "int32", "int16", "bool") and not _PACKED.search(step):
+            return "index_table"
+    elif isinstance(leaf, NdArray):
+        if leaf.dtype[1:2] in ("U", "S", "O", "M", "m") and leaf.objects is None:
+            return "value"
+        if inherited is not None:
+            return inherited
+        if leaf.dtype[1:2] in ("i", "u", "b", "?") and not _PACKED.search(step):
+            return "index_table"
+    elif inherited is not None:
+        return inherited
+    if _PARAMETER_WORDS.intersection(word.lower() for word in _WORD.findall(step[:200])):
+        return None
+    by_name = role_of_name(step)
+    if by_name == "loss_function" and isinstance(leaf, (TensorRef, NdArray)):
+        by_name = "metrics"  # a number under `loss` is one
+    if by_name == "metrics" and isinstance(leaf, (TensorRef, NdArray)) and len(leaf.shape) <= 2:
+        return by_name
+    return by_name if by_name in ("random_state", "hyperparameters", "averaged_copy") else None
