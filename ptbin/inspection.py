@@ -10,6 +10,7 @@ from typing import Any
 from ptbin.errors import CheckpointError, CorruptArchiveError
 from ptbin.options import ConvertOptions, Limits
 from ptbin.reading.checkpoint import one_clear_error, read_checkpoint
+from ptbin.reading.parts import take_part
 from ptbin.reading.search import find_state_dicts
 from ptbin.reading.selected import Selected, refuse_unsafe, select_from
 from ptbin.reading.selection import why_chosen
@@ -52,13 +53,14 @@ def inspect(
             refuse_unsafe_fragment(error, reader.uri)
             raise
         safety = judge_programs(checkpoint.programs)
+        if options.parts:
+            take_part(checkpoint)
         findings = find_state_dicts(checkpoint, options.limits)
         selected: Selected | None = None
         refusal: CheckpointError | None = None
         try:
-            if not options.parts:
-                place.refuse_part()
-            selected = select_from(checkpoint, safety, options)
+            place.refuse_part(parts=options.parts)
+            selected = select_from(checkpoint, safety, options, findings)
             refuse_unsafe(safety, options, reader.uri)
         except CheckpointError as error:
             refusal = error

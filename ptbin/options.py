@@ -148,9 +148,9 @@ class ConvertOptions:
                 ("max_shard_size", None),
                 ("layout", "mirror"),
                 ("tie_by_value", False),
+                ("parts", False),
                 ("flatten", False),
                 ("split", False),
-                ("parts", False),
             )
             if getattr(self, name) != default
         }

@@ -77,12 +77,12 @@ class Checkpoint:
     archive_root: str | None = None
     script_classes: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
     preferred: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    part: str | None = None
     other_members: list[tuple[str, int]] = field(default_factory=list)
     roles: dict[str, str] = field(default_factory=dict)
     excluded: list[Excluded] = field(default_factory=list)
     unnamed: list[tuple[str, int, int]] = field(default_factory=list)
-    metadata: dict[str, str] = field(default_factory=dict)
-    part: str | None = None
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ from typing import Any
 from ptbin.errors import IncompleteCheckpointError
 from ptbin.nodes import DictNode, Instance, Opaque, iter_nodes
 from ptbin.reading.checkpoint import Checkpoint
-from ptbin.reading.wrappers import WRAPPER, local_tensor, piece_of
+from ptbin.reading.wrappers import WRAPPER, local_tensor, piece_of, placement_of
 from ptbin.tensors import TensorRef
 
 __all__ = ["find_part", "refuse_part", "take_part"]
@@ -85,20 +85,25 @@ def refuse_part(checkpoint: Checkpoint) -> None:
 
 def take_part(checkpoint: Checkpoint) -> None:
     """Note what shows that the checkpoint is a part; put this rank's own tensors in the place of pieces."""
+    if checkpoint.part is not None:
+        return  # done before
     checkpoint.part = find_part(checkpoint)
     if checkpoint.part is None:
         return
+    placements = checkpoint.vocabulary.placements
     for node in iter_nodes(checkpoint.root):
         if isinstance(node, DictNode):
-            node.pairs = [(key, _own(value)) for key, value in node.pairs]
+            node.pairs = [(key, _own(value, placements)) for key, value in node.pairs]
         elif isinstance(node, list):
-            node[:] = [_own(value) for value in node]
+            node[:] = [_own(value, placements) for value in node]
 
 
-def _own(value: Any) -> Any:
-    if piece_of(value) is None:
+def _own(value: Any, placements: list[Any]) -> Any:
+    local = local_tensor(value) if piece_of(value) is not None else None
+    if local is None:
         return value
-    return local_tensor(value) or value
+    placements.append(placement_of(value.contents[1]))
+    return local
 
 
 def _of_distributed_tensors(checkpoint: Checkpoint) -> str | None:
@@ -111,23 +116,24 @@ def _of_distributed_tensors(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _mappings(node: Any, depth: int = 0) -> Iterator[DictNode]:
+def _mappings(node: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
     """A mapping or record of arguments, and those below under well-known names."""
     found = node.attributes() if isinstance(node, Instance) else node
     if not isinstance(found, DictNode) or depth > MAX_DEPTH:
         return
-    yield found
+    named = found.by_name()
+    yield named
     for name in _ARGUMENTS:
-        if (below := found.get(name)) is not None:
+        if (below := named.get(name)) is not None:
             yield from _mappings(below, depth + 1)
 
 
 def _of_arguments(root: Any) -> str | None:
     if not isinstance(root, DictNode):
         return None
-    for mapping in _mappings(root):
+    for named in _mappings(root):
         for name in PARALLEL_SIZES:
-            size = _plain(mapping.get(name))
+            size = _plain(named.get(name))
             if type(size) is int and size > 1:
                 return f"it was trained with {name} {size}"
     return None

@@ -20,7 +20,7 @@ from ptbin.reading.search import Findings, find_state_dicts
 from ptbin.reading.selection import WAYS_OUT, select_state_dicts
 from ptbin.reading.source import RandomReader
 from ptbin.reading.verdicts import SafetyReport, judge_programs, refuse_unsafe_fragment
-from ptbin.state_dict import StateDict
+from ptbin.state_dict import Excluded, StateDict
 
 __all__ = ["Selected", "read_selected", "refuse_unsafe", "select_from"]
 
@@ -118,13 +118,18 @@ def read_selected(reader: RandomReader, options: ConvertOptions) -> Selected:
     return select_from(checkpoint, safety, options)
 
 
-def select_from(checkpoint: Checkpoint, safety: SafetyReport, options: ConvertOptions) -> Selected:
+def select_from(
+    checkpoint: Checkpoint, safety: SafetyReport, options: ConvertOptions, findings: Findings | None = None
+) -> Selected:
     """The state dicts of a checkpoint that was read, fit for writing; errors as `read_selected`."""
     if options.parts:
         take_part(checkpoint)
     else:
         refuse_part(checkpoint)
-    findings = find_state_dicts(checkpoint, options.limits)
+    if placements := checkpoint.vocabulary.placements:
+        meshes = Excluded("device meshes", "index_table", "ranks that distributed tensors lay on", placements)
+        checkpoint.excluded = [*(item for item in checkpoint.excluded if item.path != meshes.path), meshes]
+    findings = findings or find_state_dicts(checkpoint, options.limits)
     try:
         state_dicts = select_state_dicts(checkpoint, options, findings)
     except NoStateDictError as error:

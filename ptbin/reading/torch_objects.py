@@ -26,7 +26,7 @@ from ptbin.options import Limits
 from ptbin.reading.numpy_objects import iter_numpy_reducers
 from ptbin.reading.old_tensors import OldTensors
 from ptbin.reading.tree import holds_data
-from ptbin.reading.wrappers import WRAPPER, opaque_of_class, read_wrapper
+from ptbin.reading.wrappers import placement_of, read_wrapper
 from ptbin.tensors import InMemory, SparseTensor, Storage, TensorRef, TypedStorage, dense_strides
 
 __all__ = ["TorchVocabulary", "storage_dtype"]
@@ -106,6 +106,8 @@ class TorchVocabulary:
         self._unfolded_nbytes = 0
         self._arrays: list[NdArray] = []
         self._nested: list[bytes] = []
+        self.placements: list[Any] = []
+        """Of distributed tensors that were read as their local ones: meshes and placements, else lost."""
         self._old = OldTensors(self._view, self.charge, self._nested.append)
 
     def blobs(self) -> Iterator[bytes | bytearray]:
@@ -155,7 +157,7 @@ class TorchVocabulary:
                 "it has no plain layout; save `[t.clone() for t in nested.unbind()]` under names instead",
                 contents=args,
             ),
-            "_rebuild_wrapper_subclass": lambda args: read_wrapper(args, None),
+            "_rebuild_wrapper_subclass": lambda args: self._unwrapped("wrapper subclass", args, args, None),
         }
         for name, reducer in utils.items():
             table["torch._utils", name] = reducer
@@ -254,7 +256,7 @@ class TorchVocabulary:
     def _vendor_tensor(self, args: tuple[Any, ...]) -> Any:
         if len(args) >= 4 and isinstance(args[0], TypedStorage):
             return self.tensor(args[0], None, *args[1:4])
-        return opaque_of_class("a device's own kind", args)
+        return _wrapped("a device's own kind", args)
 
     def _tensor_v3(self, args: tuple[Any, ...]) -> TensorRef:
         storage, offset, shape, stride = args[:4]
@@ -325,18 +327,25 @@ class TorchVocabulary:
         storage = Storage("numpy", len(array.data), InMemory(array.data), big_endian=order == ">")
         return self.tensor(TypedStorage(storage, dtype), dtype, 0, array.shape, stride)
 
+    def _unwrapped(self, name: str, contents: Any, args: tuple[Any, ...], state: Any) -> Any:
+        """A distributed tensor as `wrappers` reads it, any other wrapper as what cannot be taken."""
+        found = read_wrapper(args, state)
+        if isinstance(found, TensorRef):
+            self.placements.append(placement_of(state))
+        return _wrapped(name, contents) if found is None else found
+
     def _from_type(self, args: tuple[Any, ...]) -> Any:
         # (function, type, arguments, state): the subclass falls away, the data stay
         function, kind, inner = args[0], args[1], args[2]
         state = args[3] if len(args) > 3 else None
         name = kind.path if isinstance(kind, Global) else "a subclass"
-        if isinstance(function, Global) and function.path == WRAPPER and isinstance(inner, tuple):
-            return read_wrapper(inner, state)
         reducer = (
             self.reducers().get((function.module, function.name)) if isinstance(function, Global) else None
         )
         if reducer is None or not isinstance(inner, tuple):
-            return opaque_of_class(name, args)
+            return _wrapped(name, args)
+        if isinstance(function, Global) and function.name == "_rebuild_wrapper_subclass":
+            return self._unwrapped(name, args, inner, state)
         return _with_attributes(reducer(inner), state, name)
 
     # -- builtins, each copy charged: one argument may be named by a million calls -------------------
@@ -390,6 +399,22 @@ class TorchVocabulary:
 _CONTENT = frozenset(["data", "real", "imag", "_data", "grad_fn", "names"])
 
 
+def _wrapped(name: str, contents: Any) -> Opaque:
+    """A tensor subclass around others (DTensor, optimum-quanto, torchao): `name` is its class."""
+    library = name.partition(".")[0]
+    unwrap = (
+        "`full_tensor()`"
+        if name.startswith("torch.distributed")
+        else "its `dequantize()` or a plain `state_dict()`"
+    )
+    return Opaque(
+        f"tensor of {name}",
+        f"only code of {library} can unwrap it; load the checkpoint where {library} is installed and save "
+        f"plain tensors ({unwrap})",
+        contents=contents,
+    )
+
+
 def _with_attributes(tensor: Any, state: Any, name: str) -> Any:
     """A tensor with the attributes that were set on it: those that hold data are kept, others fall away.
 
@@ -399,13 +424,13 @@ def _with_attributes(tensor: Any, state: Any, name: str) -> Any:
     if not parts:
         return tensor
     if not all(isinstance(part, DictNode) and _CONTENT.isdisjoint(part.by_name()) for part in parts):
-        return opaque_of_class(name, (tensor, state))
+        return _wrapped(name, (tensor, state))
     pairs = [(str(key)[:200], value) for part in parts for key, value in part.pairs]
     holding = tuple((key, value) for key, value in pairs if holds_data(value))
     if not holding:
         return tensor
     if not isinstance(tensor, TensorRef):
-        return opaque_of_class(name, (tensor, state))
+        return _wrapped(name, (tensor, state))
     return dataclasses.replace(tensor, attributes=holding)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from ptbin.nodes import DictNode, Global, Instance, Opaque
 from ptbin.tensors import TensorRef
 
-__all__ = ["WRAPPER", "Piece", "local_tensor", "opaque_of_class", "piece_of", "read_wrapper"]
+__all__ = ["WRAPPER", "Piece", "local_tensor", "piece_of", "placement_of", "read_wrapper"]
 
 WRAPPER = "torch._utils._rebuild_wrapper_subclass"
 
@@ -32,29 +32,16 @@ _REASONS = {
 def read_wrapper(args: tuple[Any, ...], state: Any) -> Any:
     """The tensor that `args` of `_rebuild_wrapper_subclass` and its state make.
 
-    A distributed tensor on one rank, or replicated on all, is its local tensor; whatever else is an `Opaque`
-    that keeps both in `contents`.
+    A distributed tensor on one rank, or replicated on all, is its local tensor; any other one an `Opaque`
+    that keeps both in `contents`. None where it is another wrapper.
     """
     kind = args[0] if args else None
     name = kind.name if isinstance(kind, Global) and kind.module.startswith("torch.distributed.") else ""
     if name not in _REASONS:
-        return opaque_of_class(
-            kind.path if isinstance(kind, Global) else "a class of unknown name", (args, state)
-        )
+        return None
     opaque = Opaque(name, _REASONS[name], contents=(args, state))
     piece = piece_of(opaque)
     return local_tensor(opaque) if piece is not None and piece.is_whole else opaque
-
-
-def opaque_of_class(name: str, contents: Any) -> Opaque:
-    """A tensor that only the code of its class understands (bitsandbytes, optimum-quanto, torchao)."""
-    library = name.partition(".")[0][:200]
-    return Opaque(
-        f"tensor of {name[:200]}",
-        f"only code of {library} can unwrap it; load the checkpoint where {library} is installed and save "
-        "plain tensors (its `dequantize()`, `full_tensor()` or a plain `state_dict()`)",
-        contents=contents,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +95,11 @@ def local_tensor(node: Opaque) -> TensorRef | None:
             return None
         local = _attributes(shards[0]).get("tensor")
     return local if isinstance(local, TensorRef) else None
+
+
+def placement_of(state: Any) -> Any:
+    """What a distributed tensor's state holds besides data: its mesh and placements."""
+    return _attributes(state).get("_spec")
 
 
 def _attributes(value: Any) -> DictNode:

@@ -23,8 +23,8 @@ never come to exist. The rooms:
     archives    checkpoints inside tars and zips
     old_torch   torch 0.1 to 0.4, pickle protocols 0 and 1, bytes that look like another container's
     containers  framing: deflated, zip64, CRCs off, big-endian, truncated, flipped, disguised
-    harmless    values that look dangerous and are not
     parts       one part of a whole by its content; folders in parts
+    harmless    values that look dangerous and are not
     hostile     canaries per opcode, bombs, impossible tensors
 
 `craft` puts archives and pickles together by hand for tests that need one more.

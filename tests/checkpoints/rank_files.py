@@ -3,8 +3,9 @@
     folders = make_rank_files(tmp_path)
 
 `dtensors/model_world_size_2_rank_<n>.pt` as verl names them, `replicated/state.pt` (whole on every rank),
-`mesh_of_one/state.pt`, `sharded_tensors/rank<n>.pt` (FSDP1), and `safetensors/` as torch's
-HuggingFaceStorageWriter writes it. This file is also the ranks' program and imports nothing of the suite.
+`mesh_of_one/state.pt`, `partial/state.pt` (summands), `sharded_tensors/rank<n>.pt` (FSDP1), and
+`safetensors/` as torch's HuggingFaceStorageWriter writes it. This file is also the ranks'
+program and imports nothing of the suite.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def _rank(rank: int, folder: Path) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
     full = full_tensors()
@@ -74,6 +75,9 @@ def _rank(rank: int, folder: Path) -> None:
     replicated = {name: distribute_tensor(value, mesh, [Replicate()]) for name, value in full.items()}
     if rank == 0:
         _save(replicated, folder / "replicated" / "state.pt")
+    partial = {name: DTensor.from_local(value, mesh, [Partial()]) for name, value in full.items()}
+    if rank == 0:
+        _save(partial, folder / "partial" / "state.pt")
     for first in range(WORLD):  # every rank takes part in making each group
         alone = DeviceMesh("cpu", [first])
         if rank == first == 0:

@@ -347,6 +347,22 @@ def test_nothing_is_nested_without_paths(tmp_path: Path) -> None:
     assert_same_tensors(weights_in(folder), model())
 
 
+def test_a_module_named_like_an_optimizer_is_the_models(tmp_path: Path) -> None:
+    names = ("opt", "optim", "optimal_transport", "optim_head.step_net", "lr_sched_net")
+    weights = {f"{name}.{part}": torch.randn(3) for name in names for part in ("weight", "bias")}
+    weights["fc.weight"] = torch.randn(2, 2)
+    beside: dict[str, Any] = {
+        "optim.state.fc.weight.exp_avg": torch.ones(2, 2),
+        "optim.state.fc.weight.step": torch.tensor(3.0),
+        "optim.param_groups.fc.weight.lr": 0.1,
+    }
+    states: list[dict[str, Any]] = [{**weights}, {**weights, **beside}]
+    for number, state in enumerate(states):
+        folder = save_alone(tmp_path / str(number), state)
+        ptbin.convert(str(folder), str(tmp_path / "x.bin"))
+        assert_same_tensors(torch.load(tmp_path / "x.bin", weights_only=True), weights)
+
+
 def test_flat_names_without_paths_leave_the_optimizer_out(tmp_path: Path) -> None:
     state = {
         **{f"model.{name}": value for name, value in model().items()},

@@ -48,6 +48,11 @@ def test_a_dtensor_that_is_whole_here_is_its_local_tensor(made: Path, tmp_path: 
     assert_same_tensors(torch.load(tmp_path / "x.bin", weights_only=True), full_tensors())
 
 
+def test_a_summand_is_not_the_whole_though_it_has_its_size(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(IncompleteCheckpointError, match="DTensors"):
+        ptbin.convert(str(made / "partial" / "state.pt"), str(tmp_path / "x.bin"))
+
+
 @pytest.mark.parametrize("name", ["dtensors", "sharded_tensors", "safetensors"])
 def test_the_folder_is_incomplete_and_its_files_are(made: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(IncompleteCheckpointError, match="parts of one checkpoint"):
