@@ -91,7 +91,7 @@ def main() -> int:
 
 def measure(folder: Path, count: int, rounds: int, report: Path) -> int:
     source, dest = folder / "source", folder / "dest"
-    subprocess.run([sys.executable, "-c", MAKE, str(count), str(source)], check=True)
+    subprocess.run([sys.executable, "-I", "-c", MAKE, str(count), str(source)], check=True)
     nbytes = sum(path.stat().st_size for path in source.rglob("*.ckpt"))
     (folder / "loop.py").write_text(LOOP)
     (folder / "stack").mkdir()
@@ -148,7 +148,7 @@ def measure(folder: Path, count: int, rounds: int, report: Path) -> int:
 
 
 def loop(folder: Path, kind: str, source: Path, dest: Path) -> float:
-    words = [sys.executable, str(folder / "loop.py"), kind, str(source), str(dest)]
+    words = [sys.executable, "-I", str(folder / "loop.py"), kind, str(source), str(dest)]
     return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
 
 
@@ -162,7 +162,7 @@ def flow(
     name: str,
 ) -> float:
     done = subprocess.run(
-        [sys.executable, "-c", COMMAND, "convert", str(source), str(dest), "--json", *words],
+        [sys.executable, "-I", "-c", COMMAND, "convert", str(source), str(dest), "--json", *words],
         env=stack.environment,
         check=True,
         capture_output=True,

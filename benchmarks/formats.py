@@ -64,7 +64,7 @@ def _say(text: str) -> None:
 def _dcp(work: Path, mib: int, rounds: int) -> dict[str, Measured]:
     folder = work / "dcp"
     ranks = [
-        subprocess.Popen([PYTHON, "-W", "ignore", "-c", _RANK, str(folder), str(rank), str(mib)])
+        subprocess.Popen([PYTHON, "-I", "-W", "ignore", "-c", _RANK, str(folder), str(rank), str(mib)])
         for rank in (0, 1)
     ]
     if any(process.wait() for process in ranks):
@@ -73,7 +73,7 @@ def _dcp(work: Path, mib: int, rounds: int) -> dict[str, Measured]:
         warm(path)
     ours, peers = work / "ours.bin", work / "peers.pt"
     commands = {
-        "dcp_to_torch_save": Command([PYTHON, "-c", _DCP_TO_TORCH, str(folder), str(peers)], peers),
+        "dcp_to_torch_save": Command([PYTHON, "-I", "-c", _DCP_TO_TORCH, str(folder), str(peers)], peers),
         "ptbin --verify none": Command(
             [PTBIN, "convert", str(folder), str(ours), "--quiet", "--verify", "none"], ours
         ),
@@ -87,11 +87,11 @@ def _dcp(work: Path, mib: int, rounds: int) -> dict[str, Measured]:
 
 def _cast(work: Path, mib: int, rounds: int) -> dict[str, Measured]:
     source, ours, peers = work / "float32.pt", work / "ours.bin", work / "peers.pt"
-    subprocess.run([PYTHON, "-c", _STATE_DICT, str(source), str(mib)], check=True)
+    subprocess.run([PYTHON, "-I", "-c", _STATE_DICT, str(source), str(mib)], check=True)
     warm(source)
     convert = [PTBIN, "convert", str(source), str(ours), "--quiet", "--dtype", "bfloat16"]
     commands = {
-        "torch .to() + save": Command([PYTHON, "-c", _CAST, str(source), str(peers)], peers),
+        "torch .to() + save": Command([PYTHON, "-I", "-c", _CAST, str(source), str(peers)], peers),
         "ptbin --dtype bfloat16 --verify none": Command([*convert, "--verify", "none"], ours),
         "ptbin --dtype bfloat16": Command(convert, ours),
     }

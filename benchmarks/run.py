@@ -73,7 +73,7 @@ def _say(text: str) -> None:
 
 
 def _make(kind: str, path: Path, number: int) -> None:
-    subprocess.run([PYTHON, str(HERE / "inputs.py"), kind, str(path), str(number)], check=True)
+    subprocess.run([PYTHON, "-I", str(HERE / "inputs.py"), kind, str(path), str(number)], check=True)
 
 
 def _one_large_file(work: Path, mib: int, rounds: int) -> tuple[dict[str, Measured], int, int]:
@@ -88,9 +88,9 @@ def _one_large_file(work: Path, mib: int, rounds: int) -> tuple[dict[str, Measur
     flushed = f'cp "{reference}" "{copy}" && sync "{copy}"'
     both = f'cp "{reference}" "{copy}" && sha256sum "{copy}"'
     convert = [PTBIN, "convert", str(source), str(output), "--quiet"]
-    load_and_save = [PYTHON, "-c", _LOAD_AND_SAVE, str(source), str(saved)]
+    load_and_save = [PYTHON, "-I", "-c", _LOAD_AND_SAVE, str(source), str(saved)]
     commands = {
-        "python start": Command([PYTHON, "-c", "pass"]),
+        "python start": Command([PYTHON, "-I", "-c", "pass"]),
         "cp": Command(["cp", str(reference), str(copy)], copy),
         # ptbin's outputs are on disk when it ends, `cp`'s are not: no bound, but the comparison like for like
         "cp + sync of the copy": Command(["sh", "-c", flushed], copy),
@@ -152,7 +152,7 @@ def _many_small_files(work: Path, count: int) -> FlowTimes:
     _make("many", source, count)
     _make("many", lonely, 1)
     log = work / "log"
-    loop = Command([PYTHON, "-c", _PLAIN_LOOP, str(source), str(work / "by-loop")])
+    loop = Command([PYTHON, "-I", "-c", _PLAIN_LOOP, str(source), str(work / "by-loop")])
     looped = measure_in_turns({"plain loop": loop}, rounds=1, log=log, say=_say)["plain loop"]
     options = ["--workers", "2", "--force", "--json"]
     one = Command([PTBIN, "convert", str(lonely), str(work / "lonely-by-flow"), *options])

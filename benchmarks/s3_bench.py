@@ -95,7 +95,9 @@ class Bench:
 
     def set_up(self, mib: int) -> None:
         say(f"making a checkpoint of {mib} MiB")
-        subprocess.run([PYTHON, str(HERE / "inputs.py"), "adam", str(self.source), str(mib)], check=True)
+        subprocess.run(
+            [PYTHON, "-I", str(HERE / "inputs.py"), "adam", str(self.source), str(mib)], check=True
+        )
         convert = [PTBIN, "convert", str(self.source), str(self.reference), "--quiet"]
         subprocess.run(convert, check=True)
         self.output_nbytes = self.reference.stat().st_size

@@ -227,7 +227,12 @@ def _embedded_server(chosen: dict[str, str]) -> Iterator[str]:
             f"Prefect's home cannot be written, {home}: set PREFECT_HOME to a directory that can, "
             "or PREFECT_API_URL to a running server"
         )
-    with tempfile.TemporaryFile() as log, socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
+    with (
+        # Its migrations import from the working folder too (`prepend_sys_path` of Prefect's alembic.ini).
+        tempfile.TemporaryDirectory(prefix="ptbin-") as empty,
+        tempfile.TemporaryFile() as log,
+        socket.create_server(("127.0.0.1", 0), backlog=512) as listener,
+    ):
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
         child = subprocess.Popen(
             # -P: the script's own folder must not become a place to import from.
@@ -237,7 +242,8 @@ def _embedded_server(chosen: dict[str, str]) -> Iterator[str]:
                 str(Path(__file__).with_name("embedded_server.py")),
                 str(listener.fileno()),
             ],
-            env=_server_environment(chosen),
+            env=_server_environment(chosen) | {"PREFECT_HOME": str(home.absolute())},
+            cwd=empty,
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,

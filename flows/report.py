@@ -6,6 +6,7 @@ without its script, as a plain table.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ def render_report(record: Mapping[str, Any]) -> str:
         facts=_facts(record),
         bars=_bars(record["checkpoints"]),
         kinds=KINDS,
+        left_out=_left_out(record["checkpoints"]),
         warnings=[row for row in record["checkpoints"] if _is_warning(row)],
         rows=_rows(record["checkpoints"]),
         options={
@@ -117,6 +119,14 @@ def _bars(checkpoints: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     if len(converted) > 1:
         bars += [_bar(row["path"], share, row["size"] / widest) for row, share in largest]
     return bars
+
+
+def _left_out(checkpoints: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """Bytes of tensors that were left out, by role as people read it, largest first."""
+    found: Counter[str] = Counter()
+    for row in checkpoints:
+        found.update(row.get("left_out", {}))
+    return [(role.replace("_", " "), nbytes) for role, nbytes in found.most_common() if nbytes]
 
 
 def _shares(row: Mapping[str, Any]) -> dict[str, int]:

@@ -7,7 +7,6 @@ Only the work of a batch differs, and that it is proven as part of it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Annotated, Any
 
 from prefect import flow
@@ -121,14 +120,19 @@ def restore(
         source_options,
         dest_options,
     )
-    # A model's code may have changed: what it made is never up to date.
-    wishes = replace(options.conversion(), force=force or model is not None)
     rule = OutputRule(dest, naming, ".pt")
     with join_run(run_id or new_run_id(), source_options, dest_options) as live:
         catalog.check_call(source, dest, source_options=live.source_options, dest_options=live.dest_options)
         with running(live, dest, settings) as run:
             problems = list_checkpoints(
-                live.run_id, source, unexamined(rule), unexamined(wishes), list(include), list(exclude)
+                live.run_id,
+                source,
+                unexamined(rule),
+                unexamined(options.conversion()),
+                list(include),
+                list(exclude),
+                # A model's code may have changed: what it made is never up to date.
+                distrust=model is not None,
             )
             if not problems and not work_of(live).count():
                 raise UsageError(f"no weights to restore below SOURCE: {source}")

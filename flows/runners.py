@@ -96,6 +96,10 @@ def open_runner(name: RunnerName, address: str | None, workers: int | None) -> I
         UsageError: the engine is not installed, nothing answers at the address, or there is a password in it.
     """
     refuse_runner_secrets(address)
+    if name != "threads":
+        # Pools and clusters start Python by `-c`, whose working folder would be a place to import from before
+        # they hand over the search path.
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
     if address is not None and name in {"threads", "processes"}:
         raise UsageError(f"a runner address means nothing to {name}; it is for dask and ray")
     if name == "threads":

@@ -4,10 +4,10 @@ A Prefect worker that gets SIGTERM sends one to each process it has started and 
 (`prefect.utilities.processutils.open_process`, when cancelled), so a run would leave its lease, its uploads
 and the state `Running`. Two small processes stand in between:
 
-- `python -m flows.worker_process`, the `command` of deployments/work-pools/process.json: does nothing but
+- `python -P -m flows.worker_process`, the `command` of deployments/work-pools/process.json: does nothing but
   wait for the flow's own process, its child. That one sees when it is killed, and ends as after SIGTERM.
-- `python -m flows.worker_process prefect worker start ...`: a worker, and then a wait for all that it leaves
-  behind. For containers, where the end of the first process is the end of all (compose.yaml).
+- `python -P -m flows.worker_process prefect worker start ...`: a worker, and then a wait for all that it
+  leaves behind. For containers, where the end of the first process is the end of all (compose.yaml).
 
 Knows nothing of flows; what a run does when it is to end is in `flows.signals` and `flows.conversion`.
 """

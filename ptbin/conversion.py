@@ -19,12 +19,10 @@ from ptbin.drafting import Written, draft_file, draft_manifest
 from ptbin.errors import (
     CheckpointError,
     ChecksumMismatchError,
-    NotFoundInStoreError,
-    OutputCollisionError,
     UsageError,
     VerificationError,
 )
-from ptbin.manifest import MANIFEST_SUFFIX, dump_manifest, parse_manifest, utc_now
+from ptbin.manifest import MANIFEST_SUFFIX, dump_manifest, utc_now
 from ptbin.options import ConvertOptions
 from ptbin.provenance import STATEMENT_SUFFIX, add_source_digests, dump_statement, statement_of
 from ptbin.reading.checkpoint import one_clear_error
@@ -35,6 +33,7 @@ from ptbin.sources import find_source
 from ptbin.splice import SpliceResult, splice
 from ptbin.stores import CopyRefused, Identity, RangeReader, Store, open_store, public_uri
 from ptbin.ties import tie_equal_tensors
+from ptbin.vouching import ASIDE_SUFFIX, Guard, Place
 from ptbin.writing.outputs import plan_outputs
 
 __all__ = ["Published", "commit", "convert", "publish", "stage"]
@@ -61,6 +60,7 @@ def convert(
         progress: called with the bytes moved since its last call.
 
     Raises:
+        OutputExistsError: a file is there that no manifest vouches for, and `options.force` is not set.
         CheckpointError: the checkpoint is damaged, unsafe, or has no single state dict.
         VerificationError: what was stored is not what the source says; the output is removed.
         StorageError: a store failed. UsageError: the call is wrong.
@@ -73,6 +73,7 @@ def convert(
         dest_options=dest_options,
         run_id=run_id,
         progress=progress,
+        guard="any",
     )
     return commit(draft, source_options=source_options, dest_options=dest_options, progress=progress)
 
@@ -86,8 +87,15 @@ def stage(
     dest_options: Mapping[str, Any] | None = None,
     run_id: str | None = None,
     progress: Progress | None = None,
+    guard: Guard | None = None,
+    is_free: bool = False,
 ) -> Draft:
-    """Write the output, without its manifest. Arguments and errors as `convert`."""
+    """Write the output, without its manifest. Arguments and errors as `convert`.
+
+    Args:
+        guard: which manifests vouch for what is there already (`vouching`); None: it is replaced.
+        is_free: nothing is there, as a listing has shown; spares a request.
+    """
     options = options or ConvertOptions()
     started = time.time()
     place = find_source(source, source_options)
@@ -104,17 +112,20 @@ def stage(
                 if options.tie_by_value:
                     for state_dict in selected.state_dicts:
                         tie_equal_tensors(state_dict, reader)
+                    selected.account()
                 output = plan_outputs(
                     selected.state_dicts, options, name, archive_root=selected.checkpoint.archive_root
                 )
-                accounting = selected.account()
             if len(selected.state_dicts) > 1:
-                _refuse_others_outputs(dest_store, folder, [plan.name for plan in output.files])
-            obsolete = _outputs_of_before(dest_store, dest_path)
+                is_free = False  # a listing speaks of the one name that was planned
+            place_at = Place(dest_store, dest_path, None if options.force else guard, is_free=is_free)
+            obsolete = _outputs_of_before(place_at.manifest, name)
+            for plan in output.files:
+                place_at.check(plan.name, plan.plan.size)
             check_source = options.verify != "none"
             notes: list[str] = []
             for plan in output.files:
-                writing = _Writing(plan, reader, dest_store, folder, dest_path, progress)
+                writing = _Writing(plan, reader, dest_store, folder, place_at, progress)
                 result, copied = writing.run(check_source=check_source, replaces=bool(obsolete), notes=notes)
                 written.append((plan, result))
                 files.append(draft_file(plan, result, copied))
@@ -123,11 +134,12 @@ def stage(
             reader.check_unchanged()
             raise
         for text_name, data in output.texts:
+            place_at.check(text_name, len(data), zlib.crc32(data))
             dest_store.write_bytes(f"{folder}/{text_name}", data)
             files.append(DraftFile(text_name, len(data), zlib.crc32(data)))
         if options.layout == "hf":
-            files.extend(copy_sidecars(place, dest_store, folder))
-        manifest = draft_manifest(reader, selected, accounting, output, written, files)
+            files.extend(copy_sidecars(place, dest_store, folder, place_at.check))
+        manifest = draft_manifest(reader, selected, output, written, files)
         if options.provenance:
             add_source_digests(manifest["source"], place, reader, progress)
             manifest["provenance"] = name + STATEMENT_SUFFIX
@@ -142,7 +154,9 @@ def stage(
     manifest["bytes_copied_in_store"] = sum(file.copied_nbytes for file in files)
     if notes:
         manifest["notes"] = notes
-    return Draft(source, dest, options.verify, manifest, tuple(files), options.limits)
+    return Draft(
+        source, dest, options.verify, manifest, tuple(files), options.limits, replaces=place_at.has_aside
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +167,7 @@ class _Writing:
     reader: RangeReader
     store: Store
     folder: str
-    dest_path: str
+    place: Place
     progress: Progress | None
 
     def run(self, *, check_source: bool, replaces: bool, notes: list[str]) -> tuple[SpliceResult, int]:
@@ -183,38 +197,20 @@ class _Writing:
             )
             writer.settle()
             self.reader.check_unchanged()
-            # A manifest of an earlier output must not vouch for this one, not even for an instant.
-            self.store.delete(self.dest_path + MANIFEST_SUFFIX)
+            self.place.check(plan.name, plan.plan.size, result.crc32)
+            self.place.withdraw_manifest()
             writer.expected_crc32 = result.crc32
             writer.commit()
         return result, writer.bytes_copied
 
 
-def _refuse_others_outputs(store: Store, folder: str, names: list[str]) -> None:
-    """Raise OutputCollisionError where a file that a split would write is the output of another
-    checkpoint.
-    """
-    for name in names:
-        place = f"{folder}/{name}{MANIFEST_SUFFIX}"
-        try:
-            store.stat(place)
-        except NotFoundInStoreError:
-            continue
-        raise OutputCollisionError(
-            f"{store.uri_of(f'{folder}/{name}')}: is the output of another checkpoint, and --split would "
-            "write over it"
-        )
-
-
-def _outputs_of_before(store: Store, path: str) -> set[str]:
+def _outputs_of_before(manifest: Mapping[str, Any] | None, name: str) -> set[str]:
     """Names of the files that an earlier manifest of this output lists: shards of another count, say."""
-    try:
-        manifest = parse_manifest(store.read_bytes(path + MANIFEST_SUFFIX), path)
-    except (NotFoundInStoreError, VerificationError):
+    if manifest is None:
         return set()
     found = {output["path"] for output in manifest["outputs"]}
     if "provenance" in manifest:
-        found.add(path.rpartition("/")[2] + STATEMENT_SUFFIX)
+        found.add(name + STATEMENT_SUFFIX)
     return found
 
 
@@ -264,6 +260,8 @@ def publish(
         folder = path.rpartition("/")[0]
         for file in draft.files:
             store.delete(f"{folder}/{file.path}")
+        if draft.replaces:
+            store.delete(path + ASIDE_SUFFIX)
         raise
     manifest["verification"] = {
         "level": draft.level,
@@ -275,6 +273,8 @@ def publish(
     if "provenance" in manifest:
         store.write_bytes(path + STATEMENT_SUFFIX, dump_statement(statement_of(manifest)))
     identity = store.write_bytes(path + MANIFEST_SUFFIX, dump_manifest(manifest))
+    if draft.replaces:
+        store.delete(path + ASIDE_SUFFIX)
     return Published(manifest, identity or store.stat(path + MANIFEST_SUFFIX).identity)
 
 

@@ -56,6 +56,8 @@ class Draft:
     manifest: dict[str, Any]
     files: tuple[DraftFile, ...]
     limits: Limits
+    replaces: bool = False
+    """Whether the manifest of an earlier output is set aside, to be removed with the new one in place."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))

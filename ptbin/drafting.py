@@ -7,7 +7,6 @@ from typing import Any
 
 from ptbin.draft import DraftFile, DraftRecord
 from ptbin.manifest import SCHEMA_VERSION, hex_crc32
-from ptbin.reading.accounting import Accounting
 from ptbin.reading.selected import Selected
 from ptbin.segments import FilePlan, PlannedTensor, RecordLayout
 from ptbin.splice import SpliceResult
@@ -25,13 +24,12 @@ Written = tuple[FilePlan, SpliceResult]
 def draft_manifest(
     reader: RangeReader,
     selected: Selected,
-    accounting: Accounting,
     output: OutputPlan,
     written: Sequence[Written],
     files: Sequence[DraftFile],
 ) -> dict[str, Any]:
     """What is known once everything is written; run id and times are the caller's to add."""
-    options = selected.options
+    options, accounting = selected.options, selected.accounting
     source: dict[str, Any] = {
         "uri": reader.uri,
         "size": reader.size,

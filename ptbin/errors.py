@@ -25,6 +25,7 @@ __all__ = [
     "NotACheckpointError",
     "NotFoundInStoreError",
     "OutputCollisionError",
+    "OutputExistsError",
     "PtbinError",
     "SourceChangedError",
     "StorageError",
@@ -133,6 +134,12 @@ class OutputCollisionError(CheckpointError, ValueError):
     """Two sources map to one output, or two tensors to one name."""
 
     reason = "output_collision"
+
+
+class OutputExistsError(CheckpointError, FileExistsError):
+    """At the output's place lies a file that no manifest of ptbin's vouches for; it is left as it is."""
+
+    reason = "output_exists"
 
 
 class LimitExceededError(CheckpointError, ValueError):

@@ -59,7 +59,7 @@ def inspect(
             refuse_unsafe(safety, options, reader.uri)
         except CheckpointError as error:
             refusal = error
-        accounting = selected.account() if selected is not None else None
+        accounting = selected.accounting if selected is not None else None
         return {
             "uri": reader.uri,
             "container": checkpoint.container,

@@ -165,6 +165,7 @@ class ConvertOptions:
     def from_json(cls, recorded: Mapping[str, Any], **others: Any) -> ConvertOptions:
         """The options a manifest records; `others` are the fields it does not."""
         fields = {**recorded, **others}
+        fields.pop("restore", None)  # of the way back (`restoring`), which is no conversion's
         fields["rename"] = tuple((old, new) for old, new in recorded["rename"])
         fields["drop"] = tuple(recorded["drop"])
         if isinstance(recorded.get("select"), list):

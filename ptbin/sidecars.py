@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ptbin.draft import DraftFile
 from ptbin.sources import SourcePlace
@@ -44,8 +44,13 @@ MAX_LISTED = 10_000
 CHUNK_NBYTES = 1 << 20
 
 
-def copy_sidecars(source: SourcePlace, dest: Store, folder: str) -> Iterator[DraftFile]:
-    """Copy those that lie in the source's folder to `folder`, as they are."""
+def copy_sidecars(
+    source: SourcePlace, dest: Store, folder: str, check: Callable[[str, int, int], None]
+) -> Iterator[DraftFile]:
+    """Copy those that lie in the source's folder to `folder`, as they are.
+
+    `check` is called with name, size and CRC-32 before a file is put in its place, and may refuse.
+    """
     for listed, item in enumerate(source.store.iter_objects(source.folder)):
         if listed > MAX_LISTED:
             return
@@ -63,5 +68,6 @@ def copy_sidecars(source: SourcePlace, dest: Store, folder: str) -> Iterator[Dra
                 crc = zlib.crc32(piece, crc)
                 writer.write(piece)
             reader.check_unchanged()
+            check(name, reader.size, crc)
             writer.commit()
             yield DraftFile(name, reader.size, crc)

@@ -74,6 +74,8 @@ def tensors_of(name: str, value: Any) -> list[tuple[str, TensorRef]]:
     per-channel quantized tensor `name#scales`, `name#zero_points`; tensors inside a plain container
     (an `_extra_state`, say) `name.key`.
     """
+    if isinstance(value, TensorRef) and value.quantizer is None:
+        return [(name, value)]
     from ptbin.nodes import DictNode
 
     found: list[tuple[str, TensorRef]] = []

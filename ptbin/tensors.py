@@ -176,9 +176,11 @@ class TensorRef:
     @property
     def span(self) -> tuple[int, int]:
         """First byte and end of the part of the storage that the view touches."""
-        if self.numel == 0:
-            return (0, 0)
-        last = self.storage_offset + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+        last = self.storage_offset
+        for n, s in zip(self.shape, self.stride, strict=True):
+            if n == 0:
+                return (0, 0)
+            last += (n - 1) * s
         first = self.storage_offset // self.dtype.per_unit * self.dtype.itemsize
         return (first, self.dtype.nbytes_of(last + 1))
 

@@ -49,10 +49,13 @@ def list_checkpoints(
     options: ConvertOptions,
     include: Sequence[str],
     exclude: Sequence[str],
+    *,
+    distrust: bool = False,
 ) -> list[Problem]:
     """Fill the run's work list with every checkpoint below `source`; what cannot be converted at all.
 
-    DEST is listed as well, and what its index of finished work knows is settled without a request each.
+    DEST is listed as well, and what its index of finished work knows is settled without a request each. With
+    `distrust` nothing is taken for up to date.
     """
     live = find_live_run(run_id)
     with limit_requests(live.requests):
@@ -64,6 +67,7 @@ def list_checkpoints(
             exclude=tuple(exclude),
             source_options=live.source_options,
             tick=live.tick,
+            distrust=distrust,
         )
 
 

@@ -81,7 +81,18 @@ class VersionJob(Job):
     def of(cls, plan: ModelPlan, step: Step) -> VersionJob:
         bare = replace(plan.model, versions=())
         uri = step.version.uri
-        return cls(uri, 0, "", step.version.path, True, None, False, step, bare, plan.existing, plan.beside)
+        return cls(
+            uri,
+            0,
+            "",
+            step.version.path,
+            certain=True,
+            identity=None,
+            step=step,
+            model=bare,
+            existing=plan.existing,
+            beside=plan.beside,
+        )
 
     @property
     def parts(self) -> tuple[Step, Model, Model]:

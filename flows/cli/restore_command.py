@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.cli.printing import print_lines_of_error
+from flows.cli.printing import align, print_json, print_line, print_lines_of_error
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared, run_options, shared_options, split_options
 from flows.cli.summary import JSON_KEYS, conversion_lines, single_lines, tell_summary
+from flows.units import format_nbytes
 from flows.wishes import refuse_secrets
 from ptbin.errors import CheckpointError, StorageError, UsageError, VerificationError
 
 if TYPE_CHECKING:
-    from ptbin.catalog import Found, Job
+    from ptbin import RestoreOptions
+    from ptbin.catalog import Found, Job, Problem
 
 __all__ = ["restore_command"]
 
@@ -29,17 +32,19 @@ Examples:
   ptbin restore last.bin module.pt --model nets:make_net --model-args '{"width": 64}' --model-path src
   ptbin restore hub/bert bert.pt --model transformers
   ptbin restore last.bin net.pt2 --model nets:make_net --as exported --example nets:inputs
-  ptbin restore s3://models/weights s3://models/checkpoints
+  ptbin restore s3://models/weights s3://models/restored --dry-run
 
 SOURCE is one set of weights (a file, an index of shards, a folder), and DEST a file that ends in .pt, .pth,
-.ckpt or .pt2; otherwise everything below SOURCE is restored below DEST, through Prefect. With --model the
-code that you name is imported, in a process of its own; nothing else is.
+.ckpt, .th or .pt2; where DEST is a directory, everything below SOURCE is restored into it, through Prefect.
+A file at DEST is replaced only where ptbin restored it before and it is unchanged (or with --force). With
+--model the code that you name is imported, in a process of its own; nothing else is.
 
 \b
 Exit status: 0 all restored; 1 some were rejected (the report says which keys do not fit) or failed;
 2 the call was wrong, nothing was written; 130 interrupted."""
 
 ONE_OUTPUT = (".pt", ".pth", ".ckpt", ".pt2", ".th")
+_SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
 
 
 def _model_args(_context: click.Context, _param: click.Parameter, value: str | None) -> Any:
@@ -75,7 +80,10 @@ def _model_args(_context: click.Context, _param: click.Parameter, value: str | N
 @click.option("--include", multiple=True, metavar="GLOB", help="Only paths that match (repeatable).")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Not those that match (repeatable).")
 @click.option("--naming", type=click.Choice(["replace", "append"]), default="replace", show_default=True)
-@click.option("--force", is_flag=True, help="Restore even what is up to date.")
+@click.option(
+    "--force", is_flag=True, help="Restore what is up to date too, and replace whatever lies there."
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and what would be replaced.")
 @run_options
 @shared_options
 def restore_command(
@@ -84,6 +92,7 @@ def restore_command(
     include: Sequence[str],
     exclude: Sequence[str],
     naming: Any,
+    dry_run: bool,
     **values: Any,
 ) -> int:
     """Restore SOURCE, weights that were taken out of checkpoints, into DEST."""
@@ -97,13 +106,25 @@ def restore_command(
     carrying_out, shared = split_options(values)
     import ptbin
 
+    names_one = _names_one(dest, wishes, shared)
     options = ptbin.RestoreOptions(**wishes)
     ptbin.catalog.check_call(
-        source, dest, source_options=shared.source_options, dest_options=shared.dest_options
+        source,
+        dest,
+        source_options=shared.source_options,
+        dest_options=shared.dest_options,
+        writes=not dry_run,
     )
-    single = _single(source, dest, shared)
+    single = _single(source, names_one, shared)
+    if dry_run:
+        planned = (
+            [_job_of(single, dest, names_one, naming)]
+            if single is not None
+            else _planned(source, dest, naming, include, exclude, options, shared)
+        )
+        return _print_plan(planned, options, shared)
     if single is not None:
-        job = _job_of(single, dest, naming)
+        job = _job_of(single, dest, names_one, naming)
         summary, lines = _restore_one(job, source, dest, options, shared)
     else:
         refuse_secrets(source, dest)
@@ -128,13 +149,37 @@ def restore_command(
     return tell_summary(summary, JSON_KEYS, lines, shared)
 
 
-def _single(source: str, dest: str, shared: Shared) -> Found | None:
+def _names_one(dest: str, wishes: dict[str, Any], shared: Shared) -> bool:
+    """Whether DEST is the name of one file; where it is, its suffix settles what `--as` leaves open.
+
+    Raises:
+        UsageError: a suffix that restore does not write, or that contradicts `--as`.
+    """
+    from ptbin.stores import open_store
+
+    store, path = open_store(dest, shared.dest_options)
+    found = _SUFFIX.search(path)
+    if dest.endswith("/") or found is None or store.is_directory(path):
+        return False
+    suffix = found[0].lower()
+    if suffix in {".bin", ".safetensors"}:
+        raise UsageError(f"DEST ends in {suffix}, which convert makes: ptbin convert SOURCE {dest}")
+    if suffix not in ONE_OUTPUT:
+        known = ", ".join(ONE_OUTPUT)
+        raise UsageError(f"DEST ends in {suffix}: a file ends in {known}; for a directory write {dest}/")
+    if suffix == ".pt2":
+        if wishes["model"] is None or wishes["save_as"] not in {None, "exported"}:
+            raise UsageError("DEST ends in .pt2, an exported program: it needs --model, and --as exported")
+        wishes["save_as"] = "exported"
+    return True
+
+
+def _single(source: str, names_one: bool, shared: Shared) -> Found | None:
     """SOURCE if it is one set of weights and DEST one file, None if it is a place that holds some."""
     from ptbin import catalog
     from ptbin.stores import open_store
 
     store, path = open_store(source, shared.source_options)
-    names_one = dest.endswith(ONE_OUTPUT)
     if names_one or not store.is_directory(path):
         try:
             return catalog.find_one(source, storage_options=shared.source_options)
@@ -145,15 +190,96 @@ def _single(source: str, dest: str, shared: Shared) -> Found | None:
     return None
 
 
-def _job_of(found: Found, dest: str, naming: Any) -> Job:
+def _job_of(found: Found, dest: str, names_one: bool, naming: Any) -> Job:
     from ptbin import catalog
 
-    if dest.endswith(ONE_OUTPUT):
+    if names_one:
         return catalog.Job(found.uri, found.size, dest, found.path, found.certain, found.identity)
     jobs, problems = catalog.plan_outputs([found], dest, naming=naming, suffix=".pt")
     if problems:
         raise UsageError(problems[0].detail)
     return jobs[0]
+
+
+def _planned(
+    source: str,
+    dest: str,
+    naming: Any,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    options: RestoreOptions,
+    shared: Shared,
+) -> list[Job | Problem]:
+    """What a run over a whole store would take on, and what its listing refuses."""
+    from contextlib import closing
+
+    from ptbin import catalog
+    from ptbin.catalog.worklist import WorkList
+
+    with closing(WorkList(dest, dest_options=shared.dest_options)) as work:
+        problems = work.plan(
+            source,
+            catalog.OutputRule(dest, naming, ".pt"),
+            options.conversion(),
+            include=tuple(include),
+            exclude=tuple(exclude),
+            source_options=shared.source_options,
+            distrust=True,
+        )
+        if not problems and not work.count():
+            raise UsageError(f"no weights to restore below SOURCE: {source}")
+        return [*sorted(work.iter_to_do(), key=lambda job: job.path), *problems]
+
+
+def _print_plan(planned: Sequence[Job | Problem], options: RestoreOptions, shared: Shared) -> int:
+    """What would become of each; a manifest is read for each output that is there."""
+    from ptbin import catalog
+    from ptbin.restoring.restore import would_replace
+
+    rows: list[tuple[str, str, str]] = []
+    to_do: list[dict[str, Any]] = []
+    current: list[str] = []
+    problems: list[Problem] = []
+    for item in planned:
+        if isinstance(item, catalog.Problem):
+            problems.append(item)
+            continue
+        if (
+            options.model is None
+            and not item.is_free
+            and catalog.is_up_to_date(item, options.conversion(), dest_options=shared.dest_options)
+        ):
+            current.append(item.source_uri)
+            rows.append(("up to date", "", item.path))
+            continue
+        try:
+            replaces = would_replace(item.dest_uri, options, shared.dest_options, is_free=item.is_free)
+        except CheckpointError as error:
+            problems.append(catalog.Problem(item.source_uri, error.reason, str(error)))
+            continue
+        rows.append(
+            (
+                "replace" if replaces else "restore",
+                format_nbytes(item.source_size),
+                f"{item.path} -> {item.dest_uri}",
+            )
+        )
+        to_do.append(
+            {"source": item.source_uri, "dest": item.dest_uri, "size": item.source_size, "replaces": replaces}
+        )
+    if shared.as_json:
+        told = [problem.to_json() for problem in problems]
+        print_json({"dry_run": True, "restore": to_do, "up_to_date": current, "problems": told})
+    else:
+        rows += [("refuse", problem.reason, problem.detail) for problem in problems]
+        replaced = sum(row["replaces"] for row in to_do)
+        counts = (
+            f"would restore {len(to_do)}, of them replace {replaced}, up to date {len(current)}, "
+            f"refused {len(problems)}; nothing was written"
+        )
+        for line in [*align(rows, indent=""), "", counts]:
+            print_line(line)
+    return 1 if problems else 0
 
 
 def _restore_one(

@@ -35,6 +35,8 @@ class Job:
     identity: Identity | None
     copies: bool = False
     """The file itself goes along, as it is (a mirror's other files)."""
+    is_free: bool = False
+    """A listing of DEST has shown that nothing lies at `dest_uri`."""
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)

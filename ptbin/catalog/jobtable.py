@@ -28,7 +28,7 @@ CREATE TABLE finished (manifest TEXT, digest TEXT, row TEXT, PRIMARY KEY (manife
 CREATE TABLE sidecars (folder TEXT, job INTEGER);
 CREATE TABLE segments (path TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE jobs (id INTEGER PRIMARY KEY, place TEXT, output TEXT, path TEXT, uri TEXT, size INTEGER,
-    kind TEXT, value TEXT, certain INTEGER, copies INTEGER, state INTEGER);
+    kind TEXT, value TEXT, certain INTEGER, copies INTEGER, state INTEGER, is_free INTEGER DEFAULT 0);
 """
 
 
@@ -54,7 +54,7 @@ class JobTable:
     def select(self, where: str, values: tuple[Any, ...], order: str = "id") -> Iterator[tuple[int, Job]]:
         """Jobs with their numbers, a page at a time: the list may change between two pages."""
         query = (
-            "SELECT id, output, path, uri, size, kind, value, certain, copies FROM jobs "  # noqa: S608 - our own
+            "SELECT id, output, path, uri, size, kind, value, certain, copies, is_free FROM jobs "  # noqa: S608 - our own
             f"WHERE {where} ORDER BY {order}"
         )
         with self.lock:
@@ -64,10 +64,13 @@ class JobTable:
                 page = cursor.fetchmany(PAGE)
             if not page:
                 return
-            for number, output, path, uri, size, kind, value, certain, copies in page:
+            for number, output, path, uri, size, kind, value, certain, copies, is_free in page:
                 identity = Identity(kind, value) if kind is not None else None
                 place = f"{self.rule.base}/{output}"
-                yield number, Job(uri, size, place, path, bool(certain), identity, bool(copies))
+                yield (
+                    number,
+                    Job(uri, size, place, path, bool(certain), identity, bool(copies), bool(is_free)),
+                )
 
     def count(self) -> int:
         """Checkpoints that the listing came to, collisions aside."""

@@ -100,6 +100,9 @@ class WorkList(JobTable):
             problems = self._add(found, others, tick)
             problems += [_broken_link(link) for link in broken]
             problems += settle_collisions(self, self._options)
+            if not options.force:
+                nothing = "NOT EXISTS (SELECT 1 FROM stored WHERE stored.path = jobs.output)"
+                self.db.execute(f"UPDATE jobs SET is_free = 1 WHERE {nothing}")  # noqa: S608 - our own
             if not options.force and not distrust:
                 self._look_up(options, tick)
             return problems

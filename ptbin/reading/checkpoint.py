@@ -24,6 +24,7 @@ from ptbin.errors import (
     UnsupportedFormatError,
 )
 from ptbin.options import Limits
+from ptbin.reading.collector import collector_paused
 from ptbin.reading.pickle_machine import PickleProgram
 from ptbin.reading.source import RandomReader, SourceFile
 from ptbin.reading.torch_objects import TorchVocabulary
@@ -119,7 +120,8 @@ class Opening:
 def one_clear_error(uri: str) -> Iterator[None]:
     """The outer edge of reading: whatever a foreign file brings Python to, callers see one kind of error."""
     try:
-        yield
+        with collector_paused():
+            yield
     except PtbinError:
         raise
     except (

@@ -6,7 +6,7 @@ The one path that conversion, inspection and the strictest proof share, so that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ptbin.errors import AmbiguousStateDictError, CorruptArchiveError, UnsafePickleError
 from ptbin.options import ConvertOptions
@@ -32,6 +32,7 @@ class Selected:
     Attributes:
         state_dicts: one, or with `options.split` one or more.
         findings: what the search found.
+        accounting: where every storage of the source goes.
     """
 
     checkpoint: Checkpoint
@@ -39,6 +40,10 @@ class Selected:
     state_dicts: list[StateDict]
     findings: Findings
     options: ConvertOptions
+    accounting: Accounting = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.account()
 
     @property
     def state_dict(self) -> StateDict:
@@ -55,8 +60,8 @@ class Selected:
         """Paths of the state dicts, as the manifest's `selected` has them."""
         return ", ".join(found.path for found in self.state_dicts)
 
-    def account(self) -> Accounting:
-        """Where every storage of the source goes, checked.
+    def account(self) -> None:
+        """Count every storage, anew after the state dicts were changed.
 
         Raises:
             AmbiguousStateDictError: something that is not taken is of no known role.
@@ -72,7 +77,7 @@ class Selected:
         )
         if found.unaccounted:
             _refuse_unaccounted(self, found, explicit=explicit)
-        return found
+        self.accounting = found
 
 
 def _refuse_unaccounted(selected: Selected, found: Accounting, *, explicit: bool) -> None:
@@ -121,7 +126,6 @@ def select_from(
         drop_entries(state_dict, options, checkpoint.uri)
         keep_writable(state_dict, checkpoint.uri)
     selected = Selected(checkpoint, safety, state_dicts, findings, options)
-    selected.account()
     for state_dict in state_dicts:
         rename_entries(state_dict, options, checkpoint.uri)
     return selected

@@ -1,15 +1,14 @@
 """`python -m ptbin.restoring.build REQUEST ANSWER`: the user's model, loaded strictly and saved.
 
-Runs in a process of its own. The callable's module is imported from where the caller said; the weights come
-from an archive that ptbin wrote, with `weights_only=True`. Tensors are put into the model as they are
-(`assign=True`), so that their types and bits stay those of the weights.
+Runs in a process of its own. The callable's module is imported from where the caller said (`user_code`);
+the weights come from an archive that ptbin wrote, with `weights_only=True`. Tensors are put into the model as
+they are (`assign=True`), so that their types and bits stay those of the weights.
 """
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-import importlib
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from ptbin.restoring.digests import digests_of, said_by
+from ptbin.restoring.user_code import UserCode
 
 SHOWN = 20
 
@@ -31,9 +31,14 @@ class RefusalError(Exception):
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
         raise RefusalError(f"torch 2.10 or later is needed, found {torch.__version__}")
-    if request["path"] is not None:
-        sys.path.insert(0, request["path"])
-    model = _transformers(request["config"]) if request["model"] == "transformers" else _built(request)
+    code = UserCode(request["folders"])
+    code.install()
+    if request["model"] == "transformers":
+        model = _transformers(request["config"])
+    else:
+        if request["here"] is not None and not code.is_found(request["model"].partition(":")[0]):
+            code.add_folder(request["here"])
+        model = _built(request, code)
     weights = torch.load(request["weights"], map_location="cpu", weights_only=True, mmap=True)
     weights = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
     report = _compare(model, weights, request["allow_missing"], request["allow_unexpected"])
@@ -50,16 +55,21 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     elif request["as"] == "module":
         torch.save(model, request["out"])
     elif request["as"] == "torchscript":
-        _save_script(model, request)
+        _save_script(model, request, code)
     else:
-        _save_exported(model, request)
-    return {"names": sorted(taken), "digests": digests_of(taken)}
+        _save_exported(model, request, code)
+    return {
+        "names": sorted(taken),
+        "digests": digests_of(taken),
+        "folders": code.folders,
+        "modules": code.loaded(),
+    }
 
 
-def _resolve(spec: str) -> Callable[..., Any]:
+def _resolve(spec: str, code: UserCode) -> Callable[..., Any]:
     module_name, _, attribute = spec.partition(":")
     try:
-        found: Any = importlib.import_module(module_name)
+        found: Any = code.load(module_name)
     except ModuleNotFoundError as error:
         raise RefusalError(
             f"cannot import {module_name!r} ({error}); --model-path DIR says where it lies"
@@ -74,8 +84,8 @@ def _resolve(spec: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _built(request: dict[str, Any]) -> nn.Module:
-    call = _resolve(request["model"])
+def _built(request: dict[str, Any], code: UserCode) -> nn.Module:
+    call = _resolve(request["model"], code)
     arguments = request["args"]
     model = call(*arguments) if isinstance(arguments, list) else call(**(arguments or {}))
     if not isinstance(model, nn.Module):
@@ -168,11 +178,11 @@ def _nearest(name: str, tensor: torch.Tensor, pool: list[str], others: dict[str,
 
 
 def _example(
-    model: nn.Module, request: dict[str, Any], wanted: str
+    model: nn.Module, request: dict[str, Any], code: UserCode, wanted: str
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword inputs to trace with."""
     if request["example"] is not None:
-        inputs = _resolve(request["example"])()
+        inputs = _resolve(request["example"], code)()
     else:
         inputs = getattr(model, "example_input_array", None)
         inputs = getattr(model, "dummy_inputs", None) if inputs is None else inputs
@@ -185,17 +195,17 @@ def _example(
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
-def _save_script(model: nn.Module, request: dict[str, Any]) -> None:
+def _save_script(model: nn.Module, request: dict[str, Any], code: UserCode) -> None:
     if request["example"] is not None:
-        args, kwargs = _example(model, request, "torchscript")
+        args, kwargs = _example(model, request, code, "torchscript")
         traced = torch.jit.trace(model, args or None, example_kwarg_inputs=kwargs or None)  # type: ignore[no-untyped-call]
         torch.jit.save(traced, request["out"])
         return
     torch.jit.save(torch.jit.script(model), request["out"])
 
 
-def _save_exported(model: nn.Module, request: dict[str, Any]) -> None:
-    args, kwargs = _example(model, request, "exported")
+def _save_exported(model: nn.Module, request: dict[str, Any], code: UserCode) -> None:
+    args, kwargs = _example(model, request, code, "exported")
     torch.export.save(torch.export.export(model, args, kwargs), request["out"])
 
 

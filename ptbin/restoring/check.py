@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ptbin.restoring.digests import digests_of, said_by
+from ptbin.restoring.user_code import UserCode
 
 __all__ = ["main"]
 
@@ -18,8 +19,7 @@ def _loaded(request: dict[str, Any]) -> Any:
     path = request["file"]
     if request["as"] == "state-dict":
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if request["path"] is not None:
-        sys.path.insert(0, request["path"])
+    UserCode(request["folders"], request["modules"]).install()
     if request["as"] == "module":
         # A file that `build` has just written into a private folder, of classes that the caller named.
         return torch.load(path, map_location="cpu", weights_only=False).state_dict()

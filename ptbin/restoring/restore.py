@@ -1,8 +1,8 @@
 """`.bin` back to `.pt`: weights put into a model by a child process, proven, and only then published.
 
-Without a model the output is a state dict, which is a splice as any other. With one, the caller's code runs
-in processes of its own; what they saved is loaded once more in a fresh one, and its tensors must have the
-digests that the weights have. Nothing appears at DEST before that.
+Without a model the output is a state dict, a splice as any other, and torch takes no part. With one, the
+caller's code runs in child processes; what they saved is loaded once more in a fresh one, and its tensors
+must have the digests that the weights have. Nothing appears at DEST before that.
 """
 
 from __future__ import annotations
@@ -17,18 +17,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ptbin.conversion import convert
-from ptbin.errors import CheckpointError, ModelMismatchError, PtbinError, UsageError, VerificationError
-from ptbin.manifest import MANIFEST_SUFFIX, dump_manifest, hex_crc32, utc_now
+from ptbin.conversion import commit, convert, stage
+from ptbin.errors import (
+    CheckpointError,
+    ModelMismatchError,
+    NotFoundInStoreError,
+    UsageError,
+    VerificationError,
+)
+from ptbin.manifest import hex_crc32, utc_now
 from ptbin.options import ConvertOptions
 from ptbin.reading.selected import read_selected
-from ptbin.restoring.children import run_child
+from ptbin.restoring.children import python_path, run_child
 from ptbin.sources import SourcePlace, find_source
 from ptbin.state_dict import tensors_of
 from ptbin.stores import Store, open_store
 from ptbin.tensors import ByteRange, TensorRef
+from ptbin.vouching import Place
 
-__all__ = ["RestoreOptions", "SaveAs", "restore"]
+__all__ = ["RestoreOptions", "SaveAs", "restore", "would_replace"]
 
 SaveAs = Literal["state-dict", "module", "torchscript", "exported"]
 Progress = Callable[[int], None]
@@ -78,7 +85,7 @@ class RestoreOptions:
         return recorded | {"save_as": self.form}
 
     def conversion(self) -> ConvertOptions:
-        return ConvertOptions(select=self.select)
+        return ConvertOptions(select=self.select, force=self.force)
 
     def fingerprint(self) -> str:
         if self.model is None:
@@ -96,20 +103,40 @@ def restore(
     dest_options: Mapping[str, Any] | None = None,
     run_id: str | None = None,
     progress: Progress | None = None,
+    is_free: bool = False,
 ) -> dict[str, Any]:
     """Restore one set of weights and return the manifest of the restored file.
 
     Args:
         source: `.bin` of format torch or raw, safetensors, an index of shards, or a folder.
         dest: the `.pt`; its manifest goes beside it.
+        is_free: nothing is at `dest`, as a listing has shown; spares a request.
 
     Raises:
+        OutputExistsError: a file is there that no manifest of `restore` vouches for, without `options.force`.
         ModelMismatchError: keys are missing, unexpected or of another shape; nothing was written.
         CheckpointError, VerificationError, StorageError, UsageError: as `ptbin.convert`.
     """
     options = options or RestoreOptions()
+    if dest.lower().endswith(".safetensors"):
+        raise UsageError(f"{dest}: restore makes files for torch; ptbin convert makes .safetensors")
     if options.model is None:
-        return _restore_state_dict(source, dest, options, source_options, dest_options, run_id, progress)
+        draft = stage(
+            source,
+            dest,
+            options.conversion(),
+            source_options=source_options,
+            dest_options=dest_options,
+            run_id=run_id,
+            progress=progress,
+            guard="restored",
+            is_free=is_free,
+        )
+        draft.manifest["options"]["restore"] = options.to_json()
+        return commit(draft, source_options=source_options, dest_options=dest_options, progress=progress)
+    store, path = open_store(dest, dest_options)
+    at = Place(store, path, None if options.force else "restored", is_free=is_free)
+    at.check_vouched()
     with tempfile.TemporaryDirectory(prefix="ptbin-") as folder:
         weights, out = Path(folder) / "weights.bin", Path(folder) / "restored.pt"
         manifest = convert(
@@ -127,43 +154,31 @@ def restore(
         manifest["options_fingerprint"] = options.fingerprint()
         # It counts the weights that went in; the rows are of what ptbin finds in the file that torch made.
         manifest.pop("accounting", None)
-        _publish(out, dest, dest_options, manifest, rows)
+        _publish(out, at, manifest, rows)
     return manifest
 
 
-def _restore_state_dict(
-    source: str,
+def would_replace(
     dest: str,
     options: RestoreOptions,
-    source_options: Mapping[str, Any] | None,
-    dest_options: Mapping[str, Any] | None,
-    run_id: str | None,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    manifest = convert(
-        source,
-        dest,
-        options.conversion(),
-        source_options=source_options,
-        dest_options=dest_options,
-        run_id=run_id,
-        progress=progress,
-    )
+    dest_options: Mapping[str, Any] | None = None,
+    *,
+    is_free: bool = False,
+) -> bool:
+    """Whether `restore` would replace a file at `dest`; for dry runs. Writes nothing.
+
+    Raises:
+        OutputExistsError: it would refuse to.
+    """
+    if is_free:
+        return False
     store, path = open_store(dest, dest_options)
-    with tempfile.TemporaryDirectory(prefix="ptbin-") as folder:
-        with store.open_reader(path) as reader:
-            local = Path(path) if reader.is_local else Path(folder) / "restored.pt"
-            if not reader.is_local:
-                with local.open("wb") as file:
-                    for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
-                        file.write(piece)
-        try:
-            _check(local, options, {row["name"]: row["sha256"] for row in manifest["tensors"]})
-        except PtbinError:
-            store.delete(path + MANIFEST_SUFFIX)
-            store.delete(path)
-            raise
-    return manifest
+    Place(store, path, None if options.force else "restored").check_vouched()
+    try:
+        store.stat(path)
+    except NotFoundInStoreError:
+        return False
+    return True
 
 
 def _build(place: SourcePlace, weights: Path, out: Path, options: RestoreOptions, folder: Path) -> None:
@@ -174,13 +189,13 @@ def _build(place: SourcePlace, weights: Path, out: Path, options: RestoreOptions
         config = folder / "config"
         config.mkdir()
         (config / "config.json").write_bytes(data)
-    path = os.path.abspath(options.model_path) if options.model_path is not None else None
     request = {
         "weights": str(weights),
         "out": str(out),
         "model": options.model,
         "args": options.model_args,
-        "path": path,
+        "folders": _folders_of_code(options),
+        "here": os.getcwd() if options.model_path is None else None,
         "as": options.form,
         "example": options.example,
         "allow_missing": list(options.allow_missing),
@@ -191,19 +206,34 @@ def _build(place: SourcePlace, weights: Path, out: Path, options: RestoreOptions
     if "mismatch" in answer:
         report = "\n".join([f"the weights do not fit {options.model}", *answer["mismatch"]])
         raise ModelMismatchError(report)
-    _check(out, options, answer["digests"])
+    _check(out, options, answer)
 
 
-def _check(file: Path, options: RestoreOptions, wanted: dict[str, str]) -> None:
+def _folders_of_code(options: RestoreOptions) -> list[str]:
+    """Where the caller's modules may lie, by order of precedence."""
+    named = [os.path.abspath(options.model_path)] if options.model_path is not None else []
+    return named + python_path()
+
+
+def _check(file: Path, options: RestoreOptions, built: Mapping[str, Any]) -> None:
     """A fresh process loads the file; every tensor of the weights must be in it, bit for bit.
+
+    `built` is what the building process answered: digests, and the modules of the caller's that it loaded.
 
     Raises:
         VerificationError: it cannot be loaded, or a tensor differs.
     """
-    path = os.path.abspath(options.model_path) if options.model_path is not None else None
-    request = {"file": str(file), "as": options.form, "path": path}
+    wanted: dict[str, str] = built["digests"]
+    request = {
+        "file": str(file),
+        "as": options.form,
+        "folders": built.get("folders", []),
+        "modules": built.get("modules", []),
+    }
+    neutral = options.model is None
+    doing = "loading the restored file"
     try:
-        found = run_child("ptbin.restoring.check", request, "loading the restored file")["digests"]
+        found = run_child("ptbin.restoring.check", request, doing, neutral=neutral)["digests"]
     except UsageError as error:
         raise VerificationError(str(error)) from error
     wrong = [name for name, digest in wanted.items() if name in found and found[name] != digest]
@@ -237,14 +267,8 @@ def _stride(tensor: TensorRef) -> dict[str, Any]:
     return {} if tensor.contiguous else {"stride": list(tensor.stride)}
 
 
-def _publish(
-    out: Path,
-    dest: str,
-    dest_options: Mapping[str, Any] | None,
-    manifest: dict[str, Any],
-    rows: list[dict[str, Any]],
-) -> None:
-    store, path = open_store(dest, dest_options)
+def _publish(out: Path, at: Place, manifest: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    store, path = at.store, at.path
     name = path.rpartition("/")[2]
     size = out.stat().st_size
     sha256, crc = hashlib.sha256(), 0
@@ -253,17 +277,18 @@ def _publish(
             sha256.update(piece)
             crc = zlib.crc32(piece, crc)
             writer.write(piece)
-        store.delete(path + MANIFEST_SUFFIX)
+        manifest["outputs"] = [
+            {"path": name, "size": size, "sha256": sha256.hexdigest(), "crc32": hex_crc32(crc)}
+        ]
+        manifest["tensors"] = [row | {"file": name} for row in rows]
+        manifest["finished_at"] = utc_now()
+        manifest["bytes_written"] = size
+        manifest["verification"] = {"level": "load", "status": "verified", "at": utc_now()}
+        at.check(name, size, crc)
+        at.withdraw_manifest(coming=manifest)
         writer.commit()
     _read_back(store, path, sha256.hexdigest())
-    manifest["outputs"] = [
-        {"path": name, "size": size, "sha256": sha256.hexdigest(), "crc32": hex_crc32(crc)}
-    ]
-    manifest["tensors"] = [row | {"file": name} for row in rows]
-    manifest["finished_at"] = utc_now()
-    manifest["bytes_written"] = size
-    manifest["verification"] = {"level": "load", "status": "verified", "at": utc_now()}
-    store.write_bytes(path + MANIFEST_SUFFIX, dump_manifest(manifest))
+    at.write_manifest(manifest)
 
 
 def _read_back(store: Store, path: str, wanted: str) -> None:

@@ -208,3 +208,12 @@ def test_without_scripts_it_is_a_plain_table(chromium: Any, file: Path) -> None:
     assert page.locator("tbody tr").count() == 6
     assert not page.locator(".tools").is_visible()
     context.close()
+
+
+def test_what_was_left_out_is_listed_by_role() -> None:
+    rows = [
+        row("a.ckpt", size=4000, weights_bytes=1000, left_out={"optimizer": 2048, "averaged_copy": 900}),
+        row("b.ckpt", size=4000, weights_bytes=1000, left_out={"optimizer": 1024}),
+    ]
+    assert "Left out: optimizer 3.00 KiB, averaged copy 900 B." in render_report(record(*rows))
+    assert "Left out:" not in render_report(record(row("c.ckpt", size=10, weights_bytes=10)))

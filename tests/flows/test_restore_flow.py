@@ -13,6 +13,7 @@ import ptbin
 from flows.restore import restore
 from flows.run_record import new_run_id
 from ptbin import ConvertOptions
+from ptbin.stores.local import LocalStore
 from tasks.live import LiveRun, open_live_run
 from tests.bits import assert_same_tensors
 
@@ -50,6 +51,37 @@ def test_every_kind_of_output_comes_back_once(weights: Path, tmp_path: Path) -> 
     assert len(summary["manifests"]) == 4
     again, _ = run(weights, dest)
     assert again.message == "converted 0, up to date 4, rejected 0, failed 0"
+
+
+def test_a_training_checkpoint_in_its_way_stays(weights: Path, tmp_path: Path) -> None:
+    dest = tmp_path / "checkpoints"
+    (dest / "raw").mkdir(parents=True)
+    torch.save({"state_dict": STATE_DICT, "optimizer": {}}, dest / "plain.pt")
+    before = (dest / "plain.pt").read_bytes()
+    state, summary = run(weights, dest)
+    assert state.message == "converted 3, up to date 0, rejected 1, failed 0"
+    assert [problem["reason"] for problem in summary["problems"]] == ["output_exists"]
+    assert (dest / "plain.pt").read_bytes() == before
+    assert not (dest / "plain.pt.manifest.json").exists()
+    forced, _ = run(weights, dest, force=True)
+    assert forced.message == "converted 4, up to date 0, rejected 0, failed 0"
+
+
+def test_what_the_listing_shows_to_be_free_is_not_asked_for(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    stat = LocalStore.stat
+
+    def counted(self: LocalStore, path: str) -> Any:
+        asked.append(path)
+        return stat(self, path)
+
+    monkeypatch.setattr(LocalStore, "stat", counted)
+    dest = tmp_path / "dest"
+    dest.mkdir()
+    run(weights, dest)
+    assert [path for path in asked if path.startswith(str(dest)) and path.endswith(".pt")] == []
 
 
 def test_a_model_is_built_for_each_and_what_does_not_fit_is_rejected(weights: Path, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def selected(checkpoint: Checkpoint) -> StateDict:
 
 
 def left_out(checkpoint: Checkpoint) -> dict[str, int]:
-    return {item.path: item.nbytes for item in selection(checkpoint).account().left_out}
+    return {item.path: item.nbytes for item in selection(checkpoint).accounting.left_out}
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
