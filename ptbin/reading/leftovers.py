@@ -1,7 +1,7 @@
 """What a checkpoint without a state dict is: an optimizer, a scheduler, random generators, ... Pure.
 
-Told by what it holds, never by how it is called: torch.optim's `state` and `param_groups`, the attributes of
-torch's schedulers and GradScaler (`state_dict`), Mersenne Twister states, trainers' argument objects.
+Told by what it holds, never by how it is called: `roles` knows the states, this module the files made of them
+and trainers' argument objects.
 """
 
 from __future__ import annotations
@@ -9,12 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 from ptbin.nodes import DictNode, Instance, NdArray, Opaque, iter_nodes
+from ptbin.reading.roles import role_of_content
 from ptbin.tensors import SparseTensor, TensorRef
 
 __all__ = ["role_of_leftover"]
 
-_SCHEDULER = frozenset(["last_epoch", "_step_count", "base_lrs", "_last_lr", "_schedulers"])
-_SCALER = frozenset(["scale", "growth_factor", "backoff_factor", "growth_interval"])
+_WORDS = {
+    "optimizer": "optimizer",
+    "scheduler": "scheduler",
+    "scaler": "scaler",
+    "random_state": "random generators",
+}
 # Names of random generators in the files of transformers, accelerate, Lightning and verl.
 _RANDOM = frozenset(
     """python numpy cpu cuda xla npu mlu musa random_state numpy_random_seed torch_manual_seed
@@ -42,14 +47,10 @@ def _role(node: Any, depth: int) -> str | None:
         return _common_role(node, depth)
     if not isinstance(node, DictNode):
         return None
+    content = role_of_content(node)
+    if content in _WORDS:
+        return _WORDS[content]
     named = node.by_name()
-    if isinstance(named.get("param_groups"), (list, tuple, DictNode)) and "state" in named:
-        rest = [value for name, value in named.items() if name not in ("state", "param_groups")]
-        return "optimizer" if not _holds_data(rest) else None
-    if len(_SCHEDULER & named.keys()) >= 2:
-        return "scheduler"
-    if len(_SCALER & named.keys()) >= 3:
-        return "scaler"
     if named and named.keys() <= _RANDOM and not any(isinstance(v, DictNode) for v in named.values()):
         return "random generators"
     return _common_role(list(named.values()), depth)
