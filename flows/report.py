@@ -27,6 +27,7 @@ OUTCOMES = {
     "copied": "copied",
     "up_to_date": "up to date",
     "not_a_checkpoint": "no checkpoint",
+    "left_alone": "left alone",
 }
 """In the order in which the page shows them."""
 
@@ -70,6 +71,7 @@ def _counts(record: Mapping[str, Any]) -> list[tuple[str, str, int]]:
         "copied": record.get("copied", 0),
         "up_to_date": record["up_to_date"],
         "not_a_checkpoint": record.get("not_checkpoints", 0),
+        "left_alone": record.get("left_alone", 0),
     }
     always = {"converted", "up_to_date", "rejected", "failed"}
     return [(key, words, found[key]) for key, words in OUTCOMES.items() if found[key] or key in always]

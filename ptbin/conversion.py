@@ -99,6 +99,7 @@ def stage(
     options = options or ConvertOptions()
     started = time.time()
     place = find_source(source, source_options)
+    place.refuse_part(parts=options.parts)
     dest_store, dest_path = open_store(dest, dest_options)
     if place.store.uri_of(place.path) == dest_store.uri_of(dest_path):
         raise UsageError(f"{public_uri(source)}: source and destination are the same file")
@@ -140,6 +141,8 @@ def stage(
         if options.layout == "hf":
             files.extend(copy_sidecars(place, dest_store, folder, place_at.check))
         manifest = draft_manifest(reader, selected, output, written, files)
+        if part := place.incomplete or selected.checkpoint.part:
+            manifest["part"] = part
         if options.provenance:
             add_source_digests(manifest["source"], place, reader, progress)
             manifest["provenance"] = name + STATEMENT_SUFFIX

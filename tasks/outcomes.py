@@ -27,6 +27,7 @@ Kind = Literal[
     "up_to_date",
     "changed",
     "not_a_checkpoint",
+    "left_alone",
     "not_tried",
     "rejected",
     "failed",
@@ -96,7 +97,10 @@ class Converted:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of the checkpoint at `path` (below SOURCE). `staged`: written, not yet proven."""
+    """What became of the checkpoint at `path` (below SOURCE). `staged`: written, not yet proven.
+
+    `left_alone`: an optimizer, a scheduler, ... (`detail` says what); nobody's fault.
+    """
 
     path: str
     kind: Kind

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from ptbin.catalog.finding import SHARD_NUMBER
 from ptbin.catalog.jobs import Problem
-from ptbin.catalog.jobtable import REFUSED, JobTable
+from ptbin.catalog.jobtable import LEFT_ALONE, REFUSED, JobTable
 from ptbin.catalog.planning import settle_collision
+from ptbin.companions import is_companion
 from ptbin.errors import OutputCollisionError
 from ptbin.folders import INDEX_SUFFIX
 from ptbin.options import ConvertOptions
@@ -24,11 +25,21 @@ def suffixes_beside(options: ConvertOptions) -> list[str]:
 
 
 def settle_collisions(table: JobTable, options: ConvertOptions) -> list[Problem]:
-    """Refuse the jobs that cannot all have their places; a problem for each. Under the table's lock."""
+    """Refuse the jobs that cannot all have their places; a problem for each. Under the table's lock.
+
+    What is a companion by its name (`optimizer.pt` next to `optimizer.bin`) gives way, and is no problem.
+    """
     problems = []
     shared = "SELECT place FROM jobs GROUP BY place HAVING count(*) > 1"
     for (place,) in table.db.execute(shared).fetchall():
         same = list(table.select("place = ?", (place,)))
+        alone = [(number, job) for number, job in same if not job.copies and is_companion(job.path)]
+        table.db.executemany(
+            "UPDATE jobs SET state = ? WHERE id = ?", [(LEFT_ALONE, number) for number, _ in alone]
+        )
+        same = [pair for pair in same if pair not in alone]
+        if not same:
+            continue
         wins, refused = settle_collision([job for _, job in same])
         problems += refused
         losers = [(REFUSED, number) for number, job in same if job not in wins]

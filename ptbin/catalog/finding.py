@@ -18,6 +18,7 @@ from ptbin.catalog.jobs import Found
 from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, OTHER_SUFFIXES, OUTPUT_SUFFIXES, suffix_of
 from ptbin.folders import Group, Grouping, is_folder_part
 from ptbin.manifest import MANIFEST_SUFFIX
+from ptbin.part_names import split_place
 from ptbin.sources import find_source
 from ptbin.stores import ListedObject, is_partial_name, open_store
 from ptbin.stores.local import LocalStore
@@ -39,6 +40,7 @@ def find_checkpoints(
     is_other: Callable[[ListedObject], bool] = lambda _: False,
     other: Callable[[ListedObject], object] = lambda _: None,
     broken: Callable[[str], object] | None = None,
+    parts: bool = False,
 ) -> Iterator[Found]:
     """Candidates at or below SOURCE: one file, a directory or prefix, or a glob.
 
@@ -46,6 +48,7 @@ def find_checkpoints(
         include: globs on the path below SOURCE; where given, they decide alone what is a candidate.
         exclude: globs that take candidates away.
         is_other: says of a file that belongs to no group whether it is handed to `other` and is no candidate.
+        parts: each part of a checkpoint that ptbin does not put together is a candidate; else all are one.
         broken: told of each symbolic link that leads nowhere, unless `exclude` takes it away.
 
     Raises:
@@ -69,7 +72,7 @@ def find_checkpoints(
         listed = store.iter_objects(path, broken=tell)
     else:
         listed = store.iter_objects(path)
-    for found in _grouped(item for item in listed if not _is_our_own(item.path)):
+    for found in _grouped((item for item in listed if not _is_our_own(item.path)), parts=parts):
         if isinstance(found, ListedObject):
             if pattern is None or matches(f"/{found.path}", pattern):
                 if is_other(found) and not any(matches(found.path, glob) for glob in exclude):
@@ -84,7 +87,7 @@ def find_checkpoints(
             yield Found(name, uri, found.size, found.identity, True)
 
 
-def _grouped(items: Iterable[ListedObject]) -> Iterator[ListedObject | Group]:
+def _grouped(items: Iterable[ListedObject], *, parts: bool) -> Iterator[ListedObject | Group]:
     """Files that belong together as one; a folder's are decided once the listing has left it.
 
     Relies on what all listings promise: whatever lies below one folder comes without anything between.
@@ -99,13 +102,16 @@ def _grouped(items: Iterable[ListedObject]) -> Iterator[ListedObject | Group]:
     for item in items:
         while open_folders and not item.path.startswith(open_folders[-1][0]):
             yield from close()
-        folder, slash, name = item.path.rpartition("/")
+        folder, name = split_place(item.path)
         if not is_folder_part(name):
             yield item
             continue
-        if not open_folders or open_folders[-1][0] != folder + slash:
-            open_folders.append((folder + slash, Grouping()))
-        open_folders[-1][1].add(item)
+        prefix = f"{folder}/" if folder else ""
+        grouping = next((found for place, found in reversed(open_folders) if place == prefix), None)
+        if grouping is None:
+            grouping = Grouping(parts=parts)
+            open_folders.append((prefix, grouping))
+        grouping.add(item)
     while open_folders:
         yield from close()
 

@@ -96,6 +96,7 @@ class WorkList(JobTable):
                 is_other=copies or (lambda _: False),
                 other=others.append,
                 broken=broken.append if copies is not None else None,
+                parts=options.parts,
             )
             problems = self._add(found, others, tick)
             problems += [_broken_link(link) for link in broken]

@@ -58,6 +58,8 @@ class Checkpoint:
         storages: all storages the pickle refers to, by key.
         archive_root: name of the zip archive's top folder; None outside zip containers.
         script_classes: TorchScript only: class path to its parameter and buffer names.
+        metadata: of a safetensors file, its `__metadata__`.
+        part: why this is not all of a checkpoint, where the caller takes it all the same (`parts`).
         preferred: path of the candidate to choose where several remain; a container's reader may know.
         other_members: name and size of what lies beside the checkpoints of an archive and is none itself.
         roles: path to role, where the container itself says what lies there (`reading.roles`).
@@ -75,6 +77,8 @@ class Checkpoint:
     archive_root: str | None = None
     script_classes: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
     preferred: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    part: str | None = None
     other_members: list[tuple[str, int]] = field(default_factory=list)
     roles: dict[str, str] = field(default_factory=dict)
     excluded: list[Excluded] = field(default_factory=list)

@@ -26,6 +26,7 @@ from ptbin.options import Limits
 from ptbin.reading.numpy_objects import iter_numpy_reducers
 from ptbin.reading.old_tensors import OldTensors
 from ptbin.reading.tree import holds_data
+from ptbin.reading.wrappers import placement_of, read_wrapper
 from ptbin.tensors import InMemory, SparseTensor, Storage, TensorRef, TypedStorage, dense_strides
 
 __all__ = ["TorchVocabulary", "storage_dtype"]
@@ -105,6 +106,8 @@ class TorchVocabulary:
         self._unfolded_nbytes = 0
         self._arrays: list[NdArray] = []
         self._nested: list[bytes] = []
+        self.placements: list[Any] = []
+        """Of distributed tensors that were read as their local ones: meshes and placements, else lost."""
         self._old = OldTensors(self._view, self.charge, self._nested.append)
 
     def blobs(self) -> Iterator[bytes | bytearray]:
@@ -154,7 +157,7 @@ class TorchVocabulary:
                 "it has no plain layout; save `[t.clone() for t in nested.unbind()]` under names instead",
                 contents=args,
             ),
-            "_rebuild_wrapper_subclass": lambda args: _wrapped("wrapper subclass", args),
+            "_rebuild_wrapper_subclass": lambda args: self._unwrapped("wrapper subclass", args, args, None),
         }
         for name, reducer in utils.items():
             table["torch._utils", name] = reducer
@@ -324,6 +327,13 @@ class TorchVocabulary:
         storage = Storage("numpy", len(array.data), InMemory(array.data), big_endian=order == ">")
         return self.tensor(TypedStorage(storage, dtype), dtype, 0, array.shape, stride)
 
+    def _unwrapped(self, name: str, contents: Any, args: tuple[Any, ...], state: Any) -> Any:
+        """A distributed tensor as `wrappers` reads it, any other wrapper as what cannot be taken."""
+        found = read_wrapper(args, state)
+        if isinstance(found, TensorRef):
+            self.placements.append(placement_of(state))
+        return _wrapped(name, contents) if found is None else found
+
     def _from_type(self, args: tuple[Any, ...]) -> Any:
         # (function, type, arguments, state): the subclass falls away, the data stay
         function, kind, inner = args[0], args[1], args[2]
@@ -335,7 +345,7 @@ class TorchVocabulary:
         if reducer is None or not isinstance(inner, tuple):
             return _wrapped(name, args)
         if isinstance(function, Global) and function.name == "_rebuild_wrapper_subclass":
-            return _wrapped(name, args)
+            return self._unwrapped(name, args, inner, state)
         return _with_attributes(reducer(inner), state, name)
 
     # -- builtins, each copy charged: one argument may be named by a million calls -------------------

@@ -75,6 +75,7 @@ def open_weights(
     """The weights at `source`; what has to be copied goes into `folder`. Errors as `ptbin.convert`."""
     place = find_source(source, source_options)
     conversion = options.conversion()
+    place.refuse_part(parts=conversion.parts)
     with place.open() as reader, ThreadPoolExecutor(1) as pool:
         if reader.is_local and reader.fileno() is not None:
             with one_clear_error(reader.uri):
