@@ -1,4 +1,4 @@
-"""`python -m ptbin.restoring.build REQUEST ANSWER`: the user's model, loaded strictly and saved.
+"""`python -m ptbin.restoring.build ANSWER < REQUEST`: the user's model, loaded strictly and saved.
 
 Runs in a process of its own. The callable's module is imported from where the caller said (`user_code`); the
 weights come from an archive that the parent process has read symbolically, with `weights_only=True`, mapped.
@@ -203,9 +203,9 @@ def _example(model: nn.Module, request: dict[str, Any], code: UserCode) -> Examp
 
 
 def main(arguments: list[str]) -> None:
-    asked, answered = map(Path, arguments)
+    answered = Path(arguments[0])
     try:
-        answer = _answer(json.loads(asked.read_text(encoding="utf-8")))
+        answer = _answer(json.load(sys.stdin))
     except (RefusalError, UnsavableError) as refusal:
         answer = {"error": str(refusal)}
     except Exception:  # noqa: BLE001 - whatever the user's code raises is told to its user

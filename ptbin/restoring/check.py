@@ -1,4 +1,4 @@
-"""`python -m ptbin.restoring.check REQUEST ANSWER`: load a restored file afresh and say what is in it.
+"""`python -m ptbin.restoring.check ANSWER < REQUEST`: load a restored file afresh and say what is in it.
 
 A fresh process: what the building one still had in memory does not help. Where there are example inputs, the
 restored program has to answer them as the model did.
@@ -48,9 +48,9 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    asked, answered = map(Path, arguments)
+    answered = Path(arguments[0])
     try:
-        answer = _answer(json.loads(asked.read_text(encoding="utf-8")))
+        answer = _answer(json.load(sys.stdin))
     except Exception:  # noqa: BLE001 - told to the caller, who does not publish the file
         answer = {"error": error_text(sys.exc_info()[1])}
     answered.write_text(json.dumps(answer), encoding="utf-8")

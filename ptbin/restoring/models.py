@@ -23,7 +23,7 @@ from ptbin.errors import CheckpointError, ModelMismatchError, UsageError, Verifi
 from ptbin.manifest import hex_crc32, utc_now
 from ptbin.options import ConvertOptions
 from ptbin.reading.selected import read_selected
-from ptbin.restoring.children import python_path, run_child
+from ptbin.restoring.children import Child, python_path, start_child
 from ptbin.restoring.options import RestoreOptions
 from ptbin.restoring.weights import Weights, open_weights
 from ptbin.sources import SourcePlace, find_source
@@ -62,9 +62,16 @@ def restore_model(
             )
         )
         out = stack.enter_context(_Output.begin(at, folder, options))
-        answer = _build(place, weights, out, options, folder)
+        # Both at once: the second imports torch while the first one builds the model.
+        building = stack.enter_context(
+            start_child("ptbin.restoring.build", f"model {options.model}", pass_fds=out.passed)
+        )
+        checking = stack.enter_context(
+            start_child("ptbin.restoring.check", "loading the restored file", pass_fds=out.passed)
+        )
+        answer = _build(building, place, weights, out, options, folder)
         out.begin_hashing(stack)
-        _check(out, options, answer, folder)
+        _check(checking, out, options, answer, folder)
         _compare_with_source(answer, weights)
         manifest = weights.manifest
         manifest["options"] = manifest["options"] | {"restore": options.to_json()}
@@ -154,7 +161,7 @@ class _Output:
 
 
 def _build(
-    place: SourcePlace, weights: Weights, out: _Output, options: RestoreOptions, folder: Path
+    child: Child, place: SourcePlace, weights: Weights, out: _Output, options: RestoreOptions, folder: Path
 ) -> dict[str, Any]:
     """Let the child build, load and save.
 
@@ -184,14 +191,16 @@ def _build(
         "allow_unexpected": list(options.allow_unexpected),
         "config": str(config) if config is not None else None,
     }
-    answer = run_child("ptbin.restoring.build", request, f"model {options.model}", pass_fds=out.passed)
+    answer = child.ask(request)
     if "mismatch" in answer:
         report = "\n".join([f"the weights do not fit {options.model}", *answer["mismatch"]])
         raise ModelMismatchError(report)
     return answer
 
 
-def _check(out: _Output, options: RestoreOptions, built: Mapping[str, Any], folder: Path) -> None:
+def _check(
+    child: Child, out: _Output, options: RestoreOptions, built: Mapping[str, Any], folder: Path
+) -> None:
     """A fresh process loads the file; every tensor of the model must be in it, bit for bit.
 
     Raises:
@@ -205,7 +214,7 @@ def _check(out: _Output, options: RestoreOptions, built: Mapping[str, Any], fold
         "expected": str(folder / "expected.pt") if built["has_outputs"] else None,
     }
     try:
-        answer = run_child("ptbin.restoring.check", request, "loading the restored file", pass_fds=out.passed)
+        answer = child.ask(request)
     except UsageError as error:
         raise VerificationError(str(error)) from error
     wanted: dict[str, str] = built["facts"]
