@@ -139,7 +139,9 @@ def stage(
             dest_store.write_bytes(f"{folder}/{text_name}", data)
             files.append(DraftFile(text_name, len(data), zlib.crc32(data)))
         if options.layout == "hf":
-            files.extend(copy_sidecars(place, dest_store, folder, place_at.check))
+            files.extend(
+                copy_sidecars(place, dest_store, folder, place_at.check, dtype=options.dtype, notes=notes)
+            )
         manifest = draft_manifest(reader, selected, output, written, files)
         if part := place.incomplete or selected.checkpoint.part:
             manifest["part"] = part
