@@ -18,7 +18,7 @@ from torch import nn
 
 from ptbin.restoring.filling import Filled, empty_tensors, fill, unwrapped
 from ptbin.restoring.fitting import SHOWN, allowed, mismatch_report
-from ptbin.restoring.saving import Example, UnsavableError, save
+from ptbin.restoring.saving import Example, UnsavableError, UnwritableError, save
 from ptbin.restoring.snapshot import digests_of, error_text, facts_of_model, facts_of_values, ties_of
 from ptbin.restoring.user_code import UserCode
 
@@ -208,6 +208,8 @@ def main(arguments: list[str]) -> None:
         answer = _answer(json.load(sys.stdin))
     except (RefusalError, UnsavableError) as refusal:
         answer = {"error": str(refusal)}
+    except UnwritableError as error:
+        answer = {"unwritable": str(error)}
     except Exception:  # noqa: BLE001 - whatever the user's code raises is told to its user
         answer = {"error": error_text(sys.exc_info()[1])}
     answered.write_text(json.dumps(answer), encoding="utf-8")

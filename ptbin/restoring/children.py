@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ptbin.errors import UsageError
+from ptbin.errors import StorageError, UsageError
 
 __all__ = ["Child", "python_path", "start_child"]
 
@@ -60,6 +60,7 @@ class Child:
 
         Raises:
             UsageError: the process died, or the user's code raised; with the last lines it wrote.
+            StorageError: it could not write the file.
         """
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
@@ -69,6 +70,8 @@ class Child:
         self._process.wait()
         if self._answered.exists():
             answer: dict[str, Any] = json.loads(self._answered.read_text(encoding="utf-8"))
+            if "unwritable" in answer:
+                raise StorageError(f"{self._doing}: the file cannot be written: {answer['unwritable']}")
             if "error" not in answer:
                 return answer
             raise UsageError(f"{self._doing}: {answer['error']}")

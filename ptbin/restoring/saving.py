@@ -19,13 +19,17 @@ from torch.utils import _pytree as pytree  # what torch.export itself takes apar
 
 from ptbin.restoring.snapshot import error_text
 
-__all__ = ["Example", "UnsavableError", "run_example", "same_outputs", "save"]
+__all__ = ["Example", "UnsavableError", "UnwritableError", "run_example", "same_outputs", "save"]
 
 SEED = 0
 
 
 class UnsavableError(Exception):
     """The model cannot be saved in that form; the text says what to do."""
+
+
+class UnwritableError(Exception):
+    """The file cannot be written: the disk is full, most often."""
 
 
 @dataclass(slots=True)
@@ -41,29 +45,46 @@ def save(model: nn.Module, form: str, out: str, example: Example | None, *, trai
 
     Raises:
         UnsavableError: pickle, TorchScript or torch.export does not take this model.
+        UnwritableError: the disk does not take the file.
     """
     if form in {"torchscript", "exported"}:
         model.train(train)
     outputs = _repeatable_outputs(model, example) if example is not None else None
-    if form == "state-dict":
-        torch.save(model.state_dict(), out)
-    elif form == "module":
-        _save_module(model, out)
-    else:
-        work = _copy_of(model)
-        try:
-            program = _traced(work, form, example)
-        except Exception as error:
-            raise UnsavableError(
-                f"--as {form}: torch cannot take the model apart: {error_text(error)}"
-            ) from error
-        _set_back(work, model)
-        if form == "torchscript":
+    program: Any = _program(model, form, example) if form in {"torchscript", "exported"} else None
+    try:
+        if form == "state-dict":
+            torch.save(model.state_dict(), out)
+        elif form == "module":
+            _save_module(model, out)
+        elif form == "torchscript":
             torch.jit.save(program, out)
         else:
-            _set_back_program(program, model)
             torch.export.save(program, out)
+    except OSError as error:
+        raise UnwritableError(str(error)) from error
+    except RuntimeError as error:
+        # caffe2/serialize/inline_container.cc writes archives, and has no error of its own for the disk.
+        # What it raises first ("file write failed") may be hidden behind what its end then raises.
+        first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+        if "inline_container.cc" not in str(first):
+            raise
+        raise UnwritableError(str(first).splitlines()[0]) from error
     return outputs
+
+
+def _program(model: nn.Module, form: str, example: Example | None) -> Any:
+    """The model as TorchScript or an exported program, with the model's own tensors."""
+    work = _copy_of(model)
+    try:
+        program = _traced(work, form, example)
+    except Exception as error:
+        raise UnsavableError(
+            f"--as {form}: torch cannot take the model apart: {error_text(error)}"
+        ) from error
+    _set_back(work, model)
+    if form == "exported":
+        _set_back_program(program, model)
+    return program
 
 
 def _save_module(model: nn.Module, out: str) -> None:
