@@ -65,10 +65,9 @@ def save(model: nn.Module, form: str, out: str, example: Example | None, *, trai
     except RuntimeError as error:
         # caffe2/serialize/inline_container.cc writes archives, and has no error of its own for the disk.
         # What it raises first ("file write failed") may be hidden behind what its end then raises.
-        first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
-        if "inline_container.cc" not in str(first):
+        if "inline_container.cc" not in str(error):
             raise
-        raise UnwritableError(str(first).splitlines()[0]) from error
+        raise UnwritableError(str(error.__context__ or error).splitlines()[0]) from error
     return outputs
 
 
