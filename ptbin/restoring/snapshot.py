@@ -24,6 +24,7 @@ __all__ = [
     "facts_of_model",
     "facts_of_values",
     "other_tensors",
+    "own_tensors",
     "registered",
     "ties_of",
 ]
@@ -69,6 +70,19 @@ def registered(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers of one module, not of its children."""
     for table in (module._parameters, module._buffers):  # noqa: SLF001 - `named_parameters` hides ties
         yield from ((name, tensor) for name, tensor in table.items() if tensor is not None)
+
+
+def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by the names they have in the model: what programs keep.
+
+    A state dict may have other names for them, by hooks of its own.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        hidden = module._non_persistent_buffers_set  # noqa: SLF001 - no public way to tell these
+        found |= {dot + name: tensor for name, tensor in registered(module) if name not in hidden}
+    return found
 
 
 def ties_of(model: nn.Module) -> list[list[str]]:
