@@ -169,6 +169,10 @@ _WHOLE_NAMES = {
     "numpy_state": "random_state",
     "python_state": "random_state",
     "cuda_state": "random_state",
+    "master params": "precision_copy",
+    "master_params": "precision_copy",
+    "master_weights": "precision_copy",
+    "fp32_params": "precision_copy",
 }
 # A name with one of these speaks of parameters, whatever else is in it: `time_embed`, `loss_weight`,
 # `step_proj`.

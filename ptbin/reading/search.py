@@ -32,6 +32,7 @@ from ptbin.reading.tree import (
     is_branch,
     is_unreadable_tensor,
     named_children,
+    names_below,
 )
 from ptbin.state_dict import StateDict, storages_of, tensors_of
 from ptbin.tensors import SparseTensor, TensorRef
@@ -129,6 +130,7 @@ def find_state_dicts(checkpoint: Checkpoint, limits: Limits) -> Findings:
         if visited > limits.tree_nodes:
             raise LimitExceededError(f"{checkpoint.uri}: more than {limits.tree_nodes} records")
         path = ".".join(steps) or "."
+        beside = beside or (bool(steps) and _is_beside(steps[-1], node))
         content = role_of_content(node)
         if content == "loss_function":
             beside = True
@@ -145,11 +147,17 @@ def find_state_dicts(checkpoint: Checkpoint, limits: Limits) -> Findings:
         inside = inside or (isinstance(node, Instance) and as_mapping(node) is None)
         for step, child in reversed(named_children(as_mapping(node) or node)):
             if is_branch(child):
-                role = role_of_name(step)
-                below = beside or (role is not None and role != "averaged_copy")
-                stack.append(((*steps, step), child, below, inside))
+                stack.append(((*steps, step), child, beside, inside))
     found.candidates += _averaged_copies(checkpoint, found.candidates)
     return found
+
+
+def _is_beside(step: str, node: Any) -> bool:
+    """Whether a name says that something is saved beside a model; `best_state` may well be the model."""
+    role = role_of_name(step)
+    if role in (None, "averaged_copy"):
+        return False
+    return role != "metrics" or not looks_like_weights(names_below(node))
 
 
 def _averaged_copies(checkpoint: Checkpoint, candidates: list[Candidate]) -> list[Candidate]:

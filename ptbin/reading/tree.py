@@ -6,6 +6,7 @@ record once, so its cost is linear in the records whatever the graph unfolds to.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,6 +34,8 @@ _PLAIN = (str, int, float, bool, complex, type(None), Global)
 _ZIP_HEAD = b"PK\x03\x04"
 _LEGACY_HEAD = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 
+_REBUILDS = re.compile(r"rebuild|reduce|reconstruct|_from_|^_?make_|unflatten", re.IGNORECASE)
+
 _USER_DICTS = ("collections.UserDict", "UserDict.UserDict", "UserDict.IterableUserDict")
 
 
@@ -52,10 +55,15 @@ def is_unreadable_tensor(node: Any) -> bool:
     """A call that is given a storage: a tensor that only the function called there can rebuild.
 
     So geoopt's manifold parameters, vendors' device tensors and the like are pickled. A storage counts
-    wherever in the arguments it stands, inside tuples and lists too.
+    wherever in the arguments it stands, inside tuples and lists too. A tensor counts where it is an argument
+    itself and the function's name says that it rebuilds something: Transformer Engine's
+    `Float8Tensor._make_in_reduce_ex(data, scale, ...)`.
     """
     if not isinstance(node, Instance):
         return False
+    arguments = node.args[:100] if isinstance(node.args, tuple) else ()
+    if any(isinstance(value, TensorRef) for value in arguments) and _REBUILDS.search(_callee(node)):
+        return True
     stack, seen = [node.args], 0
     while stack and seen < 1000:
         value = stack.pop()
@@ -65,6 +73,14 @@ def is_unreadable_tensor(node: Any) -> bool:
         if isinstance(value, (tuple, list)):
             stack.extend(value[:100])
     return False
+
+
+def _callee(node: Instance) -> str:
+    """Last name of what is called; a method is written as `getattr(class, name)`."""
+    if isinstance(node.cls, Global):
+        return node.cls.name.rpartition(".")[2]
+    args = node.cls.args if isinstance(node.cls, Instance) else ()
+    return args[1] if isinstance(args, tuple) and len(args) == 2 and isinstance(args[1], str) else ""
 
 
 def as_mapping(node: Any) -> DictNode | None:
