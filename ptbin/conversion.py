@@ -118,7 +118,7 @@ def stage(
                     selected.state_dicts, options, name, archive_root=selected.checkpoint.archive_root
                 )
             if options.split:
-                # A listing speaks of the names that were planned; another checkpoint's split may have taken one.
+                # A listing speaks of the names that were planned; another split may have taken one since.
                 is_free = False
             place_at = Place(dest_store, dest_path, None if options.force else guard, is_free=is_free)
             obsolete = _outputs_of_before(place_at.manifest, name)

@@ -96,10 +96,11 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class TurnedDown:
-    """A mapping that holds tensors and is no state dict as it stands."""
+    """A mapping that holds tensors and is no state dict as it stands: why, and which tensors directly."""
 
     path: str
     why: str
+    tensors: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -235,7 +236,7 @@ def _strict_mapping(
         return None  # counters and metrics, with or without something else beside them
     nested = _nested(checkpoint, mapping, path)
     if nested is not None:
-        return TurnedDown(path, nested)
+        return TurnedDown(path, nested, tuple(tensors))
     if not is_main and inside and not looks_like_weights(tensors):
         return None
     return _made(node, path, mapping, list(named.items()))
