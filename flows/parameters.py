@@ -35,7 +35,7 @@ DESCRIPTIONS = {
     "on_unsafe": "Pickles that can only be meant to run code: reject, or extract the weights all the same.",
     "verify": "Proof before an output counts: none, checksum (read it back), load (also open it with torch).",
     "level": "checksum: compare digests; load: also open each output with torch.",
-    "force": "Do again what is up to date.",
+    "force": "Do again what is up to date; restore: replace whatever lies at DEST.",
     "fail_fast": "Begin nothing new after the first problem.",
     "runner": "What works on the batches: threads or processes of the worker, a Dask or a Ray cluster.",
     "runner_address": "A running Dask scheduler or Ray head, such as tcp://dask-scheduler:8786.",
@@ -59,6 +59,7 @@ DESCRIPTIONS = {
     "model_path": "The folder in which its module lies.",
     "save_as": "What to save: state-dict, module, torchscript or exported.",
     "example": "MODULE:CALLABLE that returns example inputs, for exported and traced modules.",
+    "train": "Trace or export in training mode; a module keeps the mode that its code gives it.",
     "allow_missing": "Globs of tensor names that the weights need not have.",
     "allow_unexpected": "Globs of tensor names that the model need not have.",
 }

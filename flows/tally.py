@@ -164,6 +164,17 @@ class Tally:
             "copied_bytes": sum(facts.copied_nbytes for _, facts in done),
             "left_out": dict(sum((Counter(facts.left_out) for _, facts in done), Counter[str]())),
             "seconds": round(seconds, 3),
+            **(
+                {
+                    "initial": [
+                        {"source": entry.source, "names": list(facts.initial)}
+                        for entry, facts in done
+                        if facts.initial
+                    ]
+                }
+                if self.kind == "restore"
+                else {}
+            ),
             "manifests": sorted(facts.manifest_uri for _, facts in done if facts.manifest_uri),
             "problems": [
                 {"source": entry.source, "reason": entry.reason, "detail": entry.detail}

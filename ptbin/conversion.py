@@ -36,7 +36,7 @@ from ptbin.ties import tie_equal_tensors
 from ptbin.vouching import ASIDE_SUFFIX, Guard, Place
 from ptbin.writing.outputs import plan_outputs
 
-__all__ = ["Published", "commit", "convert", "publish", "stage"]
+__all__ = ["Progress", "Published", "commit", "convert", "publish", "stage"]
 
 Progress = Callable[[int], None]
 
@@ -140,7 +140,9 @@ def stage(
             dest_store.write_bytes(f"{folder}/{text_name}", data)
             files.append(DraftFile(text_name, len(data), zlib.crc32(data)))
         if options.layout == "hf":
-            files.extend(copy_sidecars(place, dest_store, folder, place_at.check))
+            files.extend(
+                copy_sidecars(place, dest_store, folder, place_at.check, dtype=options.dtype, notes=notes)
+            )
         manifest = draft_manifest(reader, selected, output, written, files)
         if part := place.incomplete or selected.checkpoint.part:
             manifest["part"] = part

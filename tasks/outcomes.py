@@ -63,6 +63,8 @@ class Converted:
     """Bytes of the source's tensors that did not go along, by role."""
     verdict: str = ""
     unsafe_globals: tuple[str, ...] = ()
+    initial: tuple[str, ...] = ()
+    """Of a restored model: names that keep the values which its code gave them."""
 
     @classmethod
     def from_manifest(
@@ -89,6 +91,7 @@ class Converted:
                 for item in manifest.get("globals", ())
                 if item["verdict"] == "unsafe"
             )[:NAMED_GLOBALS],
+            initial=tuple(manifest.get("restored", {}).get("initial", ())),
         )
 
 

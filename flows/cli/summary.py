@@ -20,6 +20,7 @@ __all__ = [
     "MIGRATE_KEYS",
     "SYNC_KEYS",
     "conversion_lines",
+    "initial_lines",
     "mapping_lines",
     "migration_lines",
     "plan_lines",
@@ -155,6 +156,18 @@ def single_lines(entry: Entry, job: Job, seconds: float) -> list[str]:
     lines = [f"{job.path} -> {job.dest_uri}: {tensors}, {seconds:.1f} s"]
     if entry.converted.left_out:
         lines.append(f"left out: {left_out_words(entry.converted.left_out)}")
+    return lines
+
+
+def initial_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What `--allow-missing` let through: names that keep the values which the model's code gave them."""
+    lines = []
+    for row in summary["initial"][:SHOWN_PROBLEMS]:
+        names = row["names"]
+        more = f" and {len(names) - SHOWN_PROBLEMS} more" if len(names) > SHOWN_PROBLEMS else ""
+        lines.append(f"initial values kept in {row['source']}: {', '.join(names[:SHOWN_PROBLEMS])}{more}")
+    if len(summary["initial"]) > SHOWN_PROBLEMS:
+        lines.append(f"... and in {len(summary['initial']) - SHOWN_PROBLEMS} more, by their manifests")
     return lines
 
 

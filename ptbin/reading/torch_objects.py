@@ -483,13 +483,19 @@ def _dtype_argument(value: Any) -> DType:
     return dtype
 
 
+_TOO_LARGE = 1 << 62
+
+
 def _ints(value: Any, what: str) -> tuple[int, ...]:
     if type(value) is int and what == "shape":
         return (value,)
     if not isinstance(value, (tuple, list)):
         raise ValueError(f"{what} is no tuple")
-    if not all(type(n) is int and 0 <= n < 1 << 62 for n in value):
-        # Only numbers are shown: an entry may be a graph of 10^9 leaves.
-        shown = [n if type(n) is int and abs(n) < 1 << 64 else type(n).__name__ for n in value[:8]]
-        raise CorruptArchiveError(f"{what} {shown} has a negative, too large or non-integer entry")
-    return tuple(value)
+    for n in value:
+        if type(n) is not int or not 0 <= n < _TOO_LARGE:
+            break
+    else:
+        return tuple(value)
+    # Only numbers are shown: an entry may be a graph of 10^9 leaves.
+    shown = [n if type(n) is int and abs(n) < 1 << 64 else type(n).__name__ for n in value[:8]]
+    raise CorruptArchiveError(f"{what} {shown} has a negative, too large or non-integer entry")
