@@ -144,7 +144,7 @@ def find_state_dicts(checkpoint: Checkpoint, limits: Limits) -> Findings:
             beside = True
         inside = inside or (isinstance(node, Instance) and as_mapping(node) is None)
         for step, child in reversed(named_children(as_mapping(node) or node)):
-            # Extra state belongs to the state dict that it stands in, whatever its shape: it is never the model.
+            # Extra state belongs to the state dict that it stands in, whatever its shape: never the model.
             if is_branch(child) and not step.endswith(EXTRA_STATE):
                 stack.append(((*steps, step), child, beside, inside))
     found.candidates += _averaged_copies(checkpoint, found.candidates)
