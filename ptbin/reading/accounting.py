@@ -142,8 +142,10 @@ def _unviewed(checkpoint: Checkpoint, views: list[TensorRef], rest: list[int]) -
     if not any(rest):
         return rest, 0
     used = {id(tensor.storage) for tensor in views}
+    # in a plain pickle the storage is bytes inside the pickle
+    used |= {id(t.storage.place.data) for t in views if isinstance(t.storage.place, InMemory)}
     in_use = [id(storage) in used for storage in checkpoint.storages.values()]
-    in_use += [False] * (len(rest) - len(in_use))
+    in_use += [id(blob) in used for blob in checkpoint.vocabulary.blobs()]
     hidden = sum(nbytes for nbytes, known in zip(rest, in_use, strict=True) if known)
     return [0 if known else nbytes for nbytes, known in zip(rest, in_use, strict=True)], hidden
 
