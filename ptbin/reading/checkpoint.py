@@ -31,7 +31,7 @@ from ptbin.reading.torch_objects import TorchVocabulary
 from ptbin.reading.tree import DataSearch
 from ptbin.state_dict import Excluded
 from ptbin.stores.joined import JoinedReader
-from ptbin.tensors import ByteRange, Deflated, InMemory, Storage
+from ptbin.tensors import ByteRange, Deflated, InMemory, Storage, own_bytes
 
 __all__ = ["Checkpoint", "MemoryReader", "Opening", "one_clear_error", "read_checkpoint", "read_opened"]
 
@@ -119,7 +119,7 @@ class Opening:
             if isinstance(storage.place, ByteRange):
                 # Nested CRC-32s need no check here: the bytes lie inside a pickle whose own CRC was checked.
                 place = storage.place
-                storage.place = InMemory(data[place.offset : place.offset + place.nbytes])
+                storage.place = InMemory(own_bytes(data[place.offset : place.offset + place.nbytes]))
             elif isinstance(storage.place, Deflated):
                 raise UnsupportedFormatError(f"{self.file.uri}: a compressed archive inside a pickle")
         self.vocabulary.take_over(inner.vocabulary, checkpoint.storages.values())

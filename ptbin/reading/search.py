@@ -233,12 +233,14 @@ def _strict_mapping(
         return None
     roles = {role_of_leaf(key, value, None) for key, value in tensors.items()}
     is_main = name is None or name in PRIMARY_NAMES
-    whole = is_main and (roles == {"index_table"} or len(tensors) == len(mapping.pairs))
+    tables = roles == {"index_table"}
+    whole = is_main and (tables or len(tensors) == len(mapping.pairs))
     if None not in roles and not whole:
         return None  # counters and metrics, with or without something else beside them
     nested = _nested(mapping, checkpoint.search)
     if nested is not None:
-        return TurnedDown(path, nested, tuple(tensors))
+        # indices beside a model, which lies below
+        return None if tables else TurnedDown(path, nested, tuple(tensors))
     if not is_main and inside and not looks_like_weights(tensors):
         return None
     return _made(node, path, mapping, list(named.items()))

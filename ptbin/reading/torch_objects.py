@@ -117,6 +117,16 @@ class TorchVocabulary:
             if array.data and not array.scalar:
                 yield array.data
 
+    def mark(self) -> tuple[int, int, int, int, int]:
+        """Where the counts stand, for `rewind` after a run that broke off and will be made anew."""
+        counts = (self.tensors_built, self._copied_nbytes, self._unfolded_nbytes)
+        return (*counts, len(self._arrays), len(self._nested))
+
+    def rewind(self, mark: tuple[int, int, int, int, int]) -> None:
+        """Forget what was built since `mark`."""
+        self.tensors_built, self._copied_nbytes, self._unfolded_nbytes, arrays, nested = mark
+        del self._arrays[arrays:], self._nested[nested:]
+
     def take_over(self, inner: TorchVocabulary, storages: Iterable[Storage] = ()) -> None:
         """Count what a nested file held as part of this one."""
         self._arrays.extend(inner._arrays)
