@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from typing import TYPE_CHECKING, Any
 
 from flows.units import format_nbytes, short_detail
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 __all__ = ["render_report"]
 
@@ -52,6 +53,9 @@ def render_report(record: Mapping[str, Any]) -> str:
 
 
 def _environment() -> Environment:
+    # Here, because a single conversion has no report, and would wait for these imports a tenth of its time.
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("flows"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,

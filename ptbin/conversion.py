@@ -117,8 +117,9 @@ def stage(
                 output = plan_outputs(
                     selected.state_dicts, options, name, archive_root=selected.checkpoint.archive_root
                 )
-            if len(selected.state_dicts) > 1:
-                is_free = False  # a listing speaks of the one name that was planned
+            if options.split:
+                # A listing speaks of the names that were planned; another split may have taken one since.
+                is_free = False
             place_at = Place(dest_store, dest_path, None if options.force else guard, is_free=is_free)
             obsolete = _outputs_of_before(place_at.manifest, name)
             for plan in output.files:

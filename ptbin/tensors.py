@@ -26,6 +26,7 @@ __all__ = [
     "Tiled",
     "TypedStorage",
     "dense_strides",
+    "own_bytes",
 ]
 
 
@@ -57,6 +58,17 @@ class Deflated:
     nbytes: int
     crc32: int | None
     member: str
+
+
+class _OwnBytes(bytes):
+    __slots__ = ()
+
+
+def own_bytes(data: bytes | bytearray) -> bytes:
+    """Bytes with an identity of their own, by which they are counted: Python keeps one object for each single
+    byte.
+    """
+    return _OwnBytes(data) if len(data) == 1 else bytes(data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,14 +16,24 @@ from typing import Any
 from ptbin.catalog.globs import matches, split_glob
 from ptbin.catalog.jobs import Found
 from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, OTHER_SUFFIXES, OUTPUT_SUFFIXES, suffix_of
+from ptbin.errors import NotFoundInStoreError, VerificationError
 from ptbin.folders import Group, Grouping, is_folder_part
-from ptbin.manifest import MANIFEST_SUFFIX
+from ptbin.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.part_names import split_place
 from ptbin.sources import find_source
-from ptbin.stores import ListedObject, is_partial_name, open_store
+from ptbin.stores import ListedObject, Store, is_partial_name, open_store
 from ptbin.stores.local import LocalStore
 
-__all__ = ["OWN_FOLDER", "SHARD_NUMBER", "find_checkpoints", "find_manifests", "find_one", "find_orphans"]
+__all__ = [
+    "OWN_FOLDER",
+    "SHARD_NUMBER",
+    "find_checkpoints",
+    "find_manifests",
+    "find_one",
+    "find_orphans",
+    "split_bases",
+    "split_manifest",
+]
 
 OWN_FOLDER = "_ptbin"
 """Run records and the index of finished work lie there, below DEST."""
@@ -174,6 +184,32 @@ def find_manifests(dest: str, *, storage_options: Mapping[str, Any] | None = Non
             yield item.uri
 
 
+def split_bases(name: str) -> list[str]:
+    """Outputs that a file of this name may be a part of by `--split`: `a/last.model.ema.bin` of
+    `a/last.model.bin` or of `a/last.bin`.
+    """
+    folder, slash, file = SHARD_NUMBER.sub("", name).rpartition("/")
+    stem, _, suffix = file.rpartition(".")
+    bases = []
+    while "." in stem:
+        stem = stem.rpartition(".")[0]
+        bases.append(f"{folder}{slash}{stem}.{suffix}")
+    return bases
+
+
+def split_manifest(store: Store, path: str) -> str | None:
+    """Path of the manifest that lists a file which `--split` made, if there is one next to it."""
+    name = path.rpartition("/")[2]
+    for base in split_bases(path):
+        try:
+            manifest = parse_manifest(store.read_bytes(base + MANIFEST_SUFFIX), base)
+        except (NotFoundInStoreError, VerificationError):
+            continue
+        if any(output["path"] == name for output in manifest["outputs"]):
+            return base + MANIFEST_SUFFIX
+    return None
+
+
 def find_orphans(dest: str, *, storage_options: Mapping[str, Any] | None = None) -> Iterator[str]:
     """URIs of weights below DEST that no manifest vouches for; shards are vouched for by their output's."""
     store, path = open_store(dest, storage_options)
@@ -189,5 +225,8 @@ def find_orphans(dest: str, *, storage_options: Mapping[str, Any] | None = None)
         elif item.path.endswith(tuple(OUTPUT_SUFFIXES.values())):
             outputs[item.path] = item.uri
     for name, uri in outputs.items():
-        if not {name, SHARD_NUMBER.sub("", name)} & manifests:
+        if {name, SHARD_NUMBER.sub("", name)} & manifests:
+            continue
+        may_be_split = not manifests.isdisjoint(split_bases(name))
+        if not may_be_split or split_manifest(store, f"{path.rstrip('/')}/{name}") is None:
             yield uri

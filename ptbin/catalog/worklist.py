@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from ptbin.catalog.collisions import settle_collisions, suffixes_beside
-from ptbin.catalog.finding import SHARD_NUMBER, find_checkpoints, is_in_own_folder
+from ptbin.catalog.finding import SHARD_NUMBER, find_checkpoints, is_in_own_folder, split_bases
 from ptbin.catalog.finished import (
     INDEX_FOLDER,
     SEGMENT_SUFFIX,
@@ -310,6 +310,8 @@ class WorkList(JobTable):
             return True
         names = {path.removesuffix(MANIFEST_SUFFIX).removesuffix(INDEX_SUFFIX)}
         names |= {SHARD_NUMBER.sub("", name) for name in names}
+        if self._options.split:
+            names |= {base for name in names for base in split_bases(name)}
         with self.lock:
             return any(
                 self.db.execute("SELECT 1 FROM jobs WHERE place = ?", (name.casefold(),)).fetchone()

@@ -73,7 +73,7 @@ def prove_output(
                     continue
             output["sha256"] = _prove_file(reader, file, rows, draft, progress)
     if draft.manifest["options"]["format"] == "raw":
-        check_raw_index(store, path, draft.manifest["tensors"])
+        check_raw_indexes(store, folder, draft.manifest)
     if draft.level == "load":
         from ptbin.proof.load import prove_by_loading
 
@@ -134,20 +134,29 @@ def _prove_file(
     return digests.sha256
 
 
-def check_raw_index(store: Store, path: str, rows: list[dict[str, Any]]) -> None:
-    """The stored index of format `raw` says of every tensor what was planned.
+def check_raw_indexes(store: Store, folder: str, manifest: Mapping[str, Any]) -> None:
+    """The stored indexes of format `raw`, one for each state dict, say of every tensor what was planned.
 
     Raises:
-        VerificationError: it says something else.
+        VerificationError: they say something else.
     """
-    try:
-        index = json.loads(store.read_bytes(path + INDEX_SUFFIX))
-        found = {name: dict(row) for name, row in index["tensors"].items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise VerificationError(f"{path}{INDEX_SUFFIX}: what was stored is no index: {error}") from error
     keys = ("dtype", "shape", "file", "offset", "nbytes")
-    if found != {row["name"]: {key: row[key] for key in keys} for row in rows}:
-        raise VerificationError(f"{path}{INDEX_SUFFIX}: the stored index is not the planned one")
+    planned = {(row["file"], row["name"]): {key: row[key] for key in keys} for row in manifest["tensors"]}
+    count = 0
+    for output in manifest["outputs"]:
+        if not output["path"].endswith(INDEX_SUFFIX):
+            continue
+        path = f"{folder}/{output['path']}"
+        try:
+            index = json.loads(store.read_bytes(path))
+            found = {(row["file"], name): dict(row) for name, row in index["tensors"].items()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise VerificationError(f"{path}: what was stored is not an index: {error}") from error
+        count += len(found)
+        if any(planned.get(place) != row for place, row in found.items()):
+            raise VerificationError(f"{path}: the stored index is not the planned one")
+    if count != len(planned):
+        raise VerificationError(f"{folder}: the indexes list {count} tensors, {len(planned)} were written")
 
 
 def stored_tensor(row: Mapping[str, Any], file_size: int | None = None) -> StoredTensor:

@@ -28,9 +28,10 @@ from ptbin.reading.collector import collector_paused
 from ptbin.reading.pickle_machine import PickleProgram
 from ptbin.reading.source import RandomReader, SourceFile
 from ptbin.reading.torch_objects import TorchVocabulary
+from ptbin.reading.tree import DataSearch
 from ptbin.state_dict import Excluded
 from ptbin.stores.joined import JoinedReader
-from ptbin.tensors import ByteRange, Deflated, InMemory, Storage
+from ptbin.tensors import ByteRange, Deflated, InMemory, Storage, own_bytes
 
 __all__ = ["Checkpoint", "MemoryReader", "Opening", "one_clear_error", "read_checkpoint", "read_opened"]
 
@@ -64,6 +65,7 @@ class Checkpoint:
         other_members: name and size of what lies beside the checkpoints of an archive and is none itself.
         roles: path to role, where the container itself says what lies there (`reading.roles`).
         excluded: what its reader passed over and knows the role of.
+        search: answers whether a record holds data, and remembers.
         unnamed: records that could hold tensors and that no pickle names: (name, offset, bytes in the file).
     """
 
@@ -83,6 +85,10 @@ class Checkpoint:
     roles: dict[str, str] = field(default_factory=dict)
     excluded: list[Excluded] = field(default_factory=list)
     unnamed: list[tuple[str, int, int]] = field(default_factory=list)
+    search: DataSearch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.search = DataSearch(self.vocabulary.limits)
 
 
 @dataclass(slots=True)
@@ -113,7 +119,7 @@ class Opening:
             if isinstance(storage.place, ByteRange):
                 # Nested CRC-32s need no check here: the bytes lie inside a pickle whose own CRC was checked.
                 place = storage.place
-                storage.place = InMemory(data[place.offset : place.offset + place.nbytes])
+                storage.place = InMemory(own_bytes(data[place.offset : place.offset + place.nbytes]))
             elif isinstance(storage.place, Deflated):
                 raise UnsupportedFormatError(f"{self.file.uri}: a compressed archive inside a pickle")
         self.vocabulary.take_over(inner.vocabulary, checkpoint.storages.values())

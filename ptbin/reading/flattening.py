@@ -77,16 +77,19 @@ class _Walk:
             return
         pairs = _pairs(mapping if mapping is not None else node)
         keeps_values = mapping is not None and _is_plain_state_dict(pairs)
+        at_top = at_top and not keeps_values  # a state dict may have a parameter `step`
         for key, value in pairs:
-            name = key if isinstance(key, str) else str(key) if type(key) is int else "?"
-            self.entry(prefix, name, value, at_top, keeps_values, (*above, id(node)))
+            if isinstance(key, str) or type(key) is int:
+                self.entry(prefix, str(key), value, at_top, keeps_values, (*above, id(node)))
+            elif holds_data(value):
+                self.leave_out(f"{prefix}?", None, value)  # no name to be had
 
     def entry(
         self, prefix: str, step: str, value: Any, at_top: bool, keeps_values: bool, above: tuple[int, ...]
     ) -> None:
         name = prefix + step
         if isinstance(value, (TensorRef, SparseTensor, Opaque)) or is_unreadable_tensor(value):
-            role = role_of_leaf(step, value, None) if at_top else None
+            role = _role_at_top(step, value) if at_top else None
             if role in _STAYS_OUT:
                 self.leave_out(name, role, value)
             else:
@@ -106,7 +109,7 @@ class _Walk:
             self.container(f"{name}.", value, at_top=False, above=above)
 
     def array(self, name: str, step: str, value: NdArray, at_top: bool) -> None:
-        role = role_of_leaf(step, value, None) if at_top else None
+        role = _role_at_top(step, value) if at_top else None
         try:
             tensor = self.checkpoint.vocabulary.array_as_tensor(value)
         except ValueError:
@@ -143,6 +146,12 @@ def _is_plain_state_dict(pairs: list[tuple[Any, Any]]) -> bool:
 
 def _is_packed(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and is_packed(value)
+
+
+def _role_at_top(step: str, value: Any) -> str | None:
+    """The role of a counter or a metric beside modules, by its name: a single number may be a buffer."""
+    role = role_of_leaf(step, value, None)
+    return None if role == "metrics" and role_of_name(step) not in ("metrics", "loss_function") else role
 
 
 def _other_role(step: str, value: Any) -> str | None:

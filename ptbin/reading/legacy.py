@@ -150,7 +150,10 @@ def run_pickle_at(opening: Opening, pos: int, where: str, persistent: Any) -> Pi
     """Run the pickle at `pos`, reading more of the file as long as the pickle wants more."""
     file, limits = opening.file, opening.limits
     window = FIRST_WINDOW
+    mark, programs = opening.vocabulary.mark(), len(opening.programs)
     while True:
+        opening.vocabulary.rewind(mark)  # arrays of a run that broke off would be counted twice
+        del opening.programs[programs:]
         end = min(file.size, pos + window)
         data = file.read(pos, end - pos, "pickle")
         try:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ptbin.nodes import NdArray, Opaque
+from ptbin.tensors import own_bytes
 
 __all__ = ["ArrayBuilder", "DTypeNode", "iter_numpy_reducers"]
 
@@ -69,7 +70,7 @@ class ArrayBuilder(NdArray):
             self.dtype, self.data, self.objects = "|O", b"", raw
             return
         self.shape = _shape(shape)
-        self.dtype, self.fortran, self.data = dtype.text, bool(fortran), bytes(raw)
+        self.dtype, self.fortran, self.data = dtype.text, bool(fortran), own_bytes(raw)
         if dtype.itemsize and math.prod(self.shape) * dtype.itemsize != len(self.data):
             raise ValueError(f"{len(self.data)} bytes for a {dtype.text} array of shape {self.shape}")
 
@@ -105,7 +106,7 @@ def _frombuffer(args: tuple[Any, ...]) -> NdArray:
     checked = _shape(shape)
     if dtype.itemsize and math.prod(checked) * dtype.itemsize != len(raw):
         raise ValueError(f"{len(raw)} bytes for a {dtype.text} array of shape {checked}")
-    return NdArray(dtype.text, checked, bytes(raw), fortran=order == "F")
+    return NdArray(dtype.text, checked, own_bytes(raw), fortran=order == "F")
 
 
 def iter_numpy_reducers() -> Iterator[tuple[tuple[str, str], Callable[[tuple[Any, ...]], Any]]]:

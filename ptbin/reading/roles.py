@@ -13,11 +13,11 @@ accelerate.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from ptbin.nodes import DictNode, Instance, NdArray, Opaque
-from ptbin.reading.tree import as_mapping, holds_data
+from ptbin.reading.tree import as_mapping, glance
 from ptbin.tensors import SparseTensor, TensorRef
 
 __all__ = [
@@ -169,6 +169,10 @@ _WHOLE_NAMES = {
     "numpy_state": "random_state",
     "python_state": "random_state",
     "cuda_state": "random_state",
+    "master params": "precision_copy",
+    "master_params": "precision_copy",
+    "master_weights": "precision_copy",
+    "fp32_params": "precision_copy",
 }
 # A name with one of these speaks of parameters, whatever else is in it: `time_embed`, `loss_weight`,
 # `step_proj`.
@@ -177,6 +181,9 @@ _PARAMETER_WORDS = frozenset(
     embed embedding embeddings emb embeds token tokens weight weights bias proj projection head layer layers
     linear conv fc norm encoder decoder model net network module kernel param params parameter parameters
     query key value """.split()
+)
+_PART_WORDS = frozenset(
+    "net network model module encoder decoder backbone head layer layers proj embed".split()
 )
 _WORD = re.compile(r"[a-z]+\d*|[A-Z]+(?![a-z])\d*|[A-Z][a-z]*\d*")
 
@@ -195,11 +202,14 @@ def role_of_name(step: str) -> str | None:
     whole = step.lower()
     if whole in _WHOLE_NAMES:
         return _WHOLE_NAMES[whole]
-    words = {word.lower() for word in _WORD.findall(step)}
+    found = [word.lower() for word in _WORD.findall(step)]
+    words, last = set(found), found[-1] if found else ""
     for role, telling in _WORDS:
         if words & telling:
             # `reward_model`, `step_encoder`, `random_features_net`: parts of a model, whatever they are for
-            part = role in ("metrics", "random_state", "trainer_state") and words & _PARAMETER_WORDS
+            part = bool(words & _PARAMETER_WORDS) and role in ("metrics", "random_state", "trainer_state")
+            # `config_net` is a net, `net_config` is none
+            part = part or (role in ("hyperparameters", "scheduler", "scaler") and last in _PART_WORDS)
             return None if part else role
     return None
 
@@ -282,7 +292,7 @@ def _holds_more(named: dict[str, Any], allowed: frozenset[str]) -> bool:
     for key, value in named.items():
         if key in allowed or (isinstance(value, TensorRef) and value.numel == 1):
             continue
-        if isinstance(value, TensorRef) or holds_data(value):
+        if isinstance(value, TensorRef) or glance(value):
             return True
     return False
 
@@ -306,11 +316,17 @@ def _is_optimizer_state(node: DictNode) -> bool:
         if isinstance(value, DictNode):
             if not value.pairs:
                 continue
-            keys = value.by_name().keys()
-            if not (_TELLING_ENTRIES & keys or ("step" in keys and _OPTIMIZER_ENTRIES & keys)):
+            if not _are_optimizer_entries(value.by_name().keys()):
                 return False
             found = True
     return found
+
+
+def _are_optimizer_entries(names: Collection[str]) -> bool:
+    """What an optimizer keeps of one parameter. A module may have one buffer `exp_avg` among its weights."""
+    known = _OPTIMIZER_ENTRIES.union(("step",)).intersection(names)
+    telling = _TELLING_ENTRIES.intersection(names) or ("step" in names and len(known) > 1)
+    return bool(telling) and 2 * len(known) >= len(names) and not looks_like_weights(names)
 
 
 def _is_optimizer_name(name: str) -> bool:

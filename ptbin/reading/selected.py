@@ -137,7 +137,7 @@ def select_from(
         raise
     for state_dict in state_dicts:
         drop_entries(state_dict, options, checkpoint.uri)
-        keep_writable(state_dict, checkpoint.uri)
+        keep_writable(state_dict, checkpoint.uri, checkpoint.search)
     selected = Selected(checkpoint, safety, state_dicts, findings, options)
     for state_dict in state_dicts:
         rename_entries(state_dict, options, checkpoint.uri)

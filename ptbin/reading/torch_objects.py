@@ -25,7 +25,7 @@ from ptbin.nodes import DictNode, Global, NdArray, Opaque, SetNode, TorchSize
 from ptbin.options import Limits
 from ptbin.reading.numpy_objects import iter_numpy_reducers
 from ptbin.reading.old_tensors import OldTensors
-from ptbin.reading.tree import holds_data
+from ptbin.reading.tree import glance
 from ptbin.reading.wrappers import placement_of, read_wrapper
 from ptbin.tensors import InMemory, SparseTensor, Storage, TensorRef, TypedStorage, dense_strides
 
@@ -99,7 +99,7 @@ class TorchVocabulary:
     """The reducer table for one checkpoint."""
 
     def __init__(self, limits: Limits, load_nested: Callable[[bytes], Any]) -> None:
-        self._limits = limits
+        self.limits = limits
         self._load_nested = load_nested
         self.tensors_built = 0
         self._copied_nbytes = 0
@@ -116,6 +116,16 @@ class TorchVocabulary:
         for array in self._arrays:
             if array.data and not array.scalar:
                 yield array.data
+
+    def mark(self) -> tuple[int, int, int, int, int]:
+        """Where the counts stand, for `rewind` after a run that broke off and will be made anew."""
+        counts = (self.tensors_built, self._copied_nbytes, self._unfolded_nbytes)
+        return (*counts, len(self._arrays), len(self._nested))
+
+    def rewind(self, mark: tuple[int, int, int, int, int]) -> None:
+        """Forget what was built since `mark`."""
+        self.tensors_built, self._copied_nbytes, self._unfolded_nbytes, arrays, nested = mark
+        del self._arrays[arrays:], self._nested[nested:]
 
     def take_over(self, inner: TorchVocabulary, storages: Iterable[Storage] = ()) -> None:
         """Count what a nested file held as part of this one."""
@@ -219,8 +229,8 @@ class TorchVocabulary:
         if type(storage_offset) is not int or storage_offset < 0:
             raise ValueError("storage offset")
         self.tensors_built += 1
-        if self.tensors_built > self._limits.tensors:
-            raise LimitExceededError(f"more than {self._limits.tensors} tensors")
+        if self.tensors_built > self.limits.tensors:
+            raise LimitExceededError(f"more than {self.limits.tensors} tensors")
         ref = TensorRef(
             typed.storage,
             element,
@@ -241,10 +251,10 @@ class TorchVocabulary:
                     f"which has {typed.storage.nbytes}"
                 )
             self._unfolded_nbytes += max(ref.nbytes - (end - first), 0)
-            if self._unfolded_nbytes > self._limits.expanded_nbytes:
+            if self._unfolded_nbytes > self.limits.expanded_nbytes:
                 raise LimitExceededError(
                     f"a tensor of shape {list(sizes)} unfolds {end - first} stored bytes to {ref.nbytes}; "
-                    f"the limit is {self._limits.expanded_nbytes}"
+                    f"the limit is {self.limits.expanded_nbytes}"
                 )
         return ref
 
@@ -353,8 +363,8 @@ class TorchVocabulary:
     def charge(self, nbytes: int) -> None:
         """Count what a constructor copies. Raises LimitExceededError beyond `Limits.copied_nbytes`."""
         self._copied_nbytes += nbytes
-        if self._copied_nbytes > self._limits.copied_nbytes:
-            raise LimitExceededError(f"constructor calls copy more than {self._limits.copied_nbytes} bytes")
+        if self._copied_nbytes > self.limits.copied_nbytes:
+            raise LimitExceededError(f"constructor calls copy more than {self.limits.copied_nbytes} bytes")
 
     def _items(self, args: tuple[Any, ...]) -> Any:
         if not args:
@@ -426,7 +436,8 @@ def _with_attributes(tensor: Any, state: Any, name: str) -> Any:
     if not all(isinstance(part, DictNode) and _CONTENT.isdisjoint(part.by_name()) for part in parts):
         return _wrapped(name, (tensor, state))
     pairs = [(str(key)[:200], value) for part in parts for key, value in part.pairs]
-    holding = tuple((key, value) for key, value in pairs if holds_data(value))
+    # A glance, because what is not finished yet cannot be searched; `keys` asks again.
+    holding = tuple((key, value) for key, value in pairs if glance(value))
     if not holding:
         return tensor
     if not isinstance(tensor, TensorRef):

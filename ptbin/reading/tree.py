@@ -6,14 +6,19 @@ record once, so its cost is linear in the records whatever the graph unfolds to.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
+from ptbin.errors import LimitExceededError
 from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, children
+from ptbin.options import Limits
 from ptbin.tensors import SparseTensor, TensorRef, TypedStorage
 
 __all__ = [
+    "DataSearch",
     "as_mapping",
+    "glance",
     "holds_data",
     "is_blob",
     "is_branch",
@@ -32,6 +37,8 @@ _PLAIN = (str, int, float, bool, complex, type(None), Global)
 # (torch/serialization.py, `MAGIC_NUMBER`) behind the protocol's two bytes.
 _ZIP_HEAD = b"PK\x03\x04"
 _LEGACY_HEAD = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
+
+_REBUILDS = re.compile(r"rebuild|reduce|reconstruct|_from_|^_?make_|unflatten", re.IGNORECASE)
 
 _USER_DICTS = ("collections.UserDict", "UserDict.UserDict", "UserDict.IterableUserDict")
 
@@ -52,10 +59,15 @@ def is_unreadable_tensor(node: Any) -> bool:
     """A call that is given a storage: a tensor that only the function called there can rebuild.
 
     So geoopt's manifold parameters, vendors' device tensors and the like are pickled. A storage counts
-    wherever in the arguments it stands, inside tuples and lists too.
+    wherever in the arguments it stands, inside tuples and lists too. A tensor counts where it is an argument
+    itself and the function's name says that it rebuilds something: Transformer Engine's
+    `Float8Tensor._make_in_reduce_ex(data, scale, ...)`.
     """
     if not isinstance(node, Instance):
         return False
+    arguments = node.args[:100] if isinstance(node.args, tuple) else ()
+    if any(isinstance(value, TensorRef) for value in arguments) and _REBUILDS.search(_callee(node)):
+        return True
     stack, seen = [node.args], 0
     while stack and seen < 1000:
         value = stack.pop()
@@ -65,6 +77,14 @@ def is_unreadable_tensor(node: Any) -> bool:
         if isinstance(value, (tuple, list)):
             stack.extend(value[:100])
     return False
+
+
+def _callee(node: Instance) -> str:
+    """Last name of what is called; a method is written as `getattr(class, name)`."""
+    if isinstance(node.cls, Global):
+        return node.cls.name.rpartition(".")[2]
+    args = node.cls.args if isinstance(node.cls, Instance) else ()
+    return args[1] if isinstance(args, tuple) and len(args) == 2 and isinstance(args[1], str) else ""
 
 
 def as_mapping(node: Any) -> DictNode | None:
@@ -175,9 +195,71 @@ def iter_data(root: Any, seen: set[int] | None = None) -> Iterator[Data]:
         stack.extend(children(node))
 
 
+class DataSearch:
+    """Whether records hold data, asked again and again of records that share parts.
+
+    What was found to hold none is not walked again, and all walks together visit a bounded number of records:
+        a million values of a hostile file may share one that is large.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._barren: set[int] = set()
+        self._limit = limits.tree_nodes
+        self._visited = 0
+
+    def holds(self, node: Any) -> bool:
+        """Raises LimitExceededError beyond `Limits.tree_nodes` records in all."""
+        if isinstance(node, _PLAIN) or id(node) in self._barren:
+            return False
+        if isinstance(node, (TensorRef, SparseTensor, TypedStorage)):
+            return True
+        seen = _Seen(self._barren)
+        found = next(iter_data(node, seen), None)
+        self._visited += len(seen)
+        if self._visited > self._limit:
+            raise LimitExceededError(f"more than {self._limit} records inside values")
+        if found is None:
+            self._barren |= seen
+        return found is not None
+
+
+class _Seen(set[int]):
+    """Identities met, and those that need no visit."""
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self._known = known
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or key in self._known
+
+
+MAX_GLANCE = 200
+
+
 def holds_data(node: Any) -> bool:
-    """Whether anything below holds weights or could."""
+    """Whether anything below holds weights or could. For one question; `DataSearch` is for many."""
     return next(iter_data(node), None) is not None
+
+
+def glance(node: Any) -> bool:
+    """As `holds_data`, after a bounded look: what is larger counts as holding some."""
+    seen = _Bounded()
+    try:
+        return next(iter_data(node, seen), None) is not None
+    except _TooManyError:
+        return True
+
+
+class _TooManyError(Exception):
+    pass
+
+
+class _Bounded(set[int]):
+    def add(self, key: int) -> None:
+        if len(self) >= MAX_GLANCE:
+            raise _TooManyError
+        super().add(key)
 
 
 def resolve(root: Any, path: str) -> Any:

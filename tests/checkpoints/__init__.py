@@ -17,6 +17,9 @@ never come to exist. The rooms:
 
     dtypes      every element type, quantized, sparse; `random_bits` for more of the kind
     layouts     views, strides, ties, scalars, empty and meta tensors, Parameters, legacy twins
+    falling_short  modules and tensors that are more than their data: kept whole, or refused
+    odd_mappings   state dicts in mappings of other kinds, names that mislead, averages by producer
+    ordinary    what the scripts of well-known repositories write, and what of it is for the user to choose
     training    training dicts, EMA beside raw weights, prefixes, Lightning
     modules     whole modules with and without their classes, TorchScript
     pickles     raw pickles, numpy arrays and scalars; and files that hold no weights
@@ -37,11 +40,14 @@ from tests.checkpoints import (
     archives,
     containers,
     dtypes,
+    falling_short,
     harmless,
     hostile,
     layouts,
     modules,
+    odd_mappings,
     old_torch,
+    ordinary,
     parts,
     pickles,
     training,
@@ -56,11 +62,14 @@ __all__ = [
     "containers",
     "dtypes",
     "factories",
+    "falling_short",
     "harmless",
     "hostile",
     "layouts",
     "modules",
+    "odd_mappings",
     "old_torch",
+    "ordinary",
     "parts",
     "pickles",
     "training",

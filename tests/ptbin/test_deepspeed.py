@@ -465,7 +465,11 @@ LIES: tuple[tuple[int, Any, type[CheckpointError], str], ...] = (
 )
 
 
-@pytest.mark.parametrize(("stage", "change", "error", "message"), LIES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("stage", "change", "error", "message"),
+    LIES,
+    ids=lambda value: getattr(value, "__qualname__", str(value))[:40],
+)
 def test_lies_are_found(
     tmp_path: Path, stage: int, change: Any, error: type[CheckpointError], message: str
 ) -> None:

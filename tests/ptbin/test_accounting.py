@@ -1,0 +1,180 @@
+"""The law of accounting, case by case: what random checkpoints showed to be lost, refused or miscounted."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ptbin
+from ptbin.errors import AmbiguousStateDictError, PtbinError
+from tests.bits import assert_same_tensors
+
+
+def layer(seed: int = 1) -> OrderedDict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return OrderedDict({"fc.weight": torch.randn(4, 3), "fc.bias": torch.randn(4)})
+
+
+def saved(value: Any, folder: Path, **options: Any) -> Path:
+    torch.save(value, folder / "source.pt", **options)
+    return folder / "source.pt"
+
+
+def converted(path: Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    output = path.parent / "out" / "weights.bin"
+    manifest = ptbin.convert(str(path), str(output), ptbin.ConvertOptions(**options))
+    return manifest, torch.load(output, weights_only=True)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_arrays_are_counted_once_however_long_the_pickle(tmp_path: Path, legacy: bool) -> None:
+    """A legacy file's pickle is run again where its first 64 KiB do not reach to its end."""
+    beside = {
+        "numpy_random": np.random.RandomState(3).get_state(),
+        "notes": ["n" * 1000 + str(i) for i in range(99)],
+    }
+    path = saved({"model": layer(), **beside}, tmp_path, _use_new_zipfile_serialization=not legacy)
+    manifest, state = converted(path)
+    assert_same_tensors(state, layer())
+    assert manifest["accounting"]["left_out"] == {"random_state": 4 * 624}
+
+
+def test_a_buffer_named_like_an_optimizers_does_not_make_a_model_an_optimizer(tmp_path: Path) -> None:
+    state = {**layer(), "exp_avg": torch.randn(3), "momentum_buffer": torch.randn(3)}
+    assert_same_tensors(converted(saved({"net": state}, tmp_path))[1], state)
+
+
+def test_such_a_model_is_never_left_out_beside_another(tmp_path: Path) -> None:
+    parts = {"net": {**layer(), "exp_avg": torch.randn(3)}, "other": layer(2)}
+    with pytest.raises(AmbiguousStateDictError):
+        converted(saved({"model": parts, "main": layer(3)}, tmp_path))
+
+
+def test_an_unknown_optimizers_entries_are_known_by_their_names(tmp_path: Path) -> None:
+    """SOAP keeps lists of preconditioners beside Adam's moments; here without `param_groups`."""
+    entry = {
+        "step": 3,
+        "exp_avg": torch.randn(4, 3),
+        "exp_avg_sq": torch.randn(4, 3),
+        "GG": [torch.randn(4, 4)],
+        "Q": [],
+    }
+    manifest, state = converted(saved({"model": layer(), "foo": {0: entry, 1: dict(entry)}}, tmp_path))
+    assert_same_tensors(state, layer())
+    assert list(manifest["accounting"]["left_out"]) == ["optimizer"]
+
+
+@pytest.mark.parametrize("key", ["encoder", "net"])
+def test_indices_beside_a_model_do_not_hide_it(tmp_path: Path, key: str) -> None:
+    manifest, state = converted(saved({"indices": torch.arange(20), key: layer()}, tmp_path))
+    assert_same_tensors(state, layer())
+    assert manifest["accounting"]["left_out"] == {"index_table": 160}
+
+
+def test_flattening_a_state_dict_keeps_parameters_named_like_counters(tmp_path: Path) -> None:
+    state = {**layer(), "step": torch.randn(3), "loss": torch.randn(2, 2), "rng_state": torch.randn(3)}
+    assert_same_tensors(converted(saved(state, tmp_path), flatten=True)[1], state)
+
+
+def test_flattening_leaves_counters_beside_modules(tmp_path: Path) -> None:
+    value = {"enc": layer(), "dec": layer(2), "best_acc": torch.tensor(0.5), "losses": torch.rand(9)}
+    manifest, state = converted(saved(value, tmp_path), flatten=True)
+    assert set(state) == {f"{part}.{name}" for part in ("enc", "dec") for name in layer()}
+    assert manifest["accounting"]["left_out"] == {"metrics": 40}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda accounting: accounting.update(taken_bytes=accounting["taken_bytes"] - 1),
+        lambda accounting: accounting.update(source_tensor_bytes=accounting["source_tensor_bytes"] + 8),
+        lambda accounting: accounting["left_out"].pop("metrics"),
+        lambda accounting: accounting["left_out"].update(optimizer=1),
+    ],
+    ids=["taken", "source", "role gone", "role more"],
+)
+def test_a_doctored_accounting_fails_its_verification(tmp_path: Path, change: Any) -> None:
+    converted(saved({"model": layer(), "losses": torch.rand(9)}, tmp_path))
+    stored = tmp_path / "out" / "weights.bin.manifest.json"
+    assert ptbin.verify(str(stored)) == []
+    manifest = json.loads(stored.read_text())
+    change(manifest["accounting"])
+    stored.write_text(json.dumps(manifest))
+    assert ptbin.verify(str(stored)) != []
+
+
+def test_rows_that_a_doctored_manifest_hides_are_missed(tmp_path: Path) -> None:
+    converted(saved({"model": layer(), "losses": torch.rand(9)}, tmp_path))
+    stored = tmp_path / "out" / "weights.bin.manifest.json"
+    manifest = json.loads(stored.read_text())
+    manifest["left_out"] = []
+    stored.write_text(json.dumps(manifest))
+    assert ptbin.verify(str(stored)) != []
+
+
+def test_inspect_says_the_same_as_convert(tmp_path: Path) -> None:
+    path = saved({"model": layer(), "prototypes": torch.randn(9, 9)}, tmp_path)
+    seen = ptbin.inspect(str(path))
+    with pytest.raises(PtbinError) as refusal:
+        converted(path)
+    assert (seen["reason"], seen["detail"]) == (refusal.value.reason, str(refusal.value))
+    chosen = ptbin.ConvertOptions(select="model")
+    manifest, _ = converted(path, select="model")
+    seen = ptbin.inspect(str(path), options=chosen)
+    assert seen["accounting"] == manifest["accounting"]
+    assert manifest["accounting"]["left_out"] == {"not_selected": 4 * 81}
+
+
+def test_what_a_view_in_a_plain_pickle_does_not_show_is_counted(tmp_path: Path) -> None:
+    """There each tensor's storage is bytes inside the pickle, whole."""
+    big = torch.randn(8)
+    (tmp_path / "source.pkl").write_bytes(pickle.dumps({"m": {"a": big, "b": big[:2]}}))
+    manifest, state = converted(tmp_path / "source.pkl")
+    assert_same_tensors(state, {"a": big, "b": big[:2]})
+    assert manifest["accounting"] == {
+        "source_tensor_bytes": 64,
+        "taken_bytes": 40,
+        "left_out": {"unviewed": 24},
+    }
+
+
+def test_storages_of_one_byte_are_counted_each(tmp_path: Path) -> None:
+    """Python keeps one object for every single byte, whoever asks for it."""
+    flags = {"a": torch.tensor([True]), "b": torch.tensor([True]), "c": torch.tensor([1], dtype=torch.uint8)}
+    (tmp_path / "source.pkl").write_bytes(pickle.dumps({"model": flags}))
+    manifest, state = converted(tmp_path / "source.pkl")
+    assert_same_tensors(state, flags)
+    assert manifest["accounting"]["source_tensor_bytes"] == 3
+
+
+@pytest.mark.parametrize("key", ["config_net", "scheduler_net", "settings_encoder"])
+def test_a_net_is_one_whatever_it_is_for(tmp_path: Path, key: str) -> None:
+    """Parameters without the usual names, in a part that is called after a configuration."""
+    parts = {"main": layer(), key: {"alpha": torch.randn(4, 4), "queue": torch.randn(3)}}
+    with pytest.raises(AmbiguousStateDictError):
+        converted(saved(parts, tmp_path))
+    flat = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
+    assert_same_tensors(converted(saved(parts, tmp_path), flatten=True)[1], flat)
+
+
+@pytest.mark.parametrize(
+    "key", ["net_config", "model_args", "model_config", "hyper_parameters", "lr_scheduler"]
+)
+def test_a_configuration_is_one_whatever_it_is_of(tmp_path: Path, key: str) -> None:
+    manifest, state = converted(saved({"main": layer(), key: {"anchors": torch.randn(4, 2)}}, tmp_path))
+    assert_same_tensors(state, layer())
+    assert len(manifest["accounting"]["left_out"]) == 1
+
+
+def test_flattening_keeps_single_whole_numbers_that_are_no_counters_by_name(tmp_path: Path) -> None:
+    value = {"enc": layer(), "queue_ptr": torch.zeros(1, dtype=torch.int64), "global_step": torch.tensor(3)}
+    _, state = converted(saved(value, tmp_path), flatten=True)
+    assert "queue_ptr" in state
+    assert "global_step" not in state
