@@ -212,6 +212,14 @@ def test_weight_norm_into_parametrizations(nets: Any, tmp_path: Path) -> None:
     assert manifest["restored"]["changed"] == ["0.weight_g", "0.weight_v"]
 
 
+def test_a_quantized_target(nets: Any, tmp_path: Path) -> None:
+    """Its packed weights are no tensors to a state dict's reader, and go along as values."""
+    trained = nets.quantized()
+    _restore(_convert({"model": trained.state_dict()}, tmp_path), tmp_path / "out.pt", "quantized")
+    found = torch.load(tmp_path / "out.pt", weights_only=False)
+    assert same_bits(_answer(found, nets.tokens()), _answer(trained, nets.tokens()))
+
+
 @pytest.mark.parametrize("kind", ["parallel", "compiled"])
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped weights", "plain weights"])
 def test_a_wrapper_takes_weights_with_its_prefix_and_without(
