@@ -24,6 +24,7 @@ from ptbin.restoring.snapshot import (
     error_text,
     facts_of_model,
     facts_of_values,
+    mapped_views,
     own_tensors,
     ties_of,
 )
@@ -89,6 +90,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         torch.save({"args": example.args, "kwargs": example.kwargs, "outputs": outputs}, request["expected"])
     return {
         "given": given,
+        "views": mapped_views(weights, request["weights"]),
         "state": state,
         "inner": inner,
         "written": written,
