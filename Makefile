@@ -84,7 +84,7 @@ check: install
 # All of them, also after one that missed a threshold.
 bench: install bench-peers s3-packages
 	@status=0; \
-	for part in run.py "formats.py --report docs/benchmarks-formats.md" flow.py "s3.py --peers $(PEERS)"; do \
+	for part in run.py "formats.py --report docs/benchmarks-formats.md" restore.py flow.py "s3.py --peers $(PEERS)"; do \
 	  env -u PYTHONSAFEPATH $(BIN)/python benchmarks/$$part $(if $(BENCH_DIR),--work-dir $(BENCH_DIR)) || status=1; \
 	done; exit $$status
 
