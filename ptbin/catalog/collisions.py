@@ -1,11 +1,12 @@
-"""Jobs that want one place: outputs of one name, copies in the way of what lies beside an output, shards.
+"""Jobs that want one place: outputs of one name, copies in the way of what lies beside an output, shards and
+parts of others.
 
 Decided by names alone, before anything is written. Nobody wins such a place by being there first.
 """
 
 from __future__ import annotations
 
-from ptbin.catalog.finding import SHARD_NUMBER
+from ptbin.catalog.finding import SHARD_NUMBER, whole_outputs
 from ptbin.catalog.jobs import Problem
 from ptbin.catalog.jobtable import REFUSED, JobTable
 from ptbin.catalog.planning import settle_collision
@@ -33,7 +34,8 @@ def settle_collisions(table: JobTable, options: ConvertOptions) -> list[Problem]
         problems += refused
         losers = [(REFUSED, number) for number, job in same if job not in wins]
         table.db.executemany("UPDATE jobs SET state = ? WHERE id = ?", losers)
-    return problems + _refuse_beside(table, options) + _refuse_shards(table, options)
+    problems += _refuse_beside(table, options) + _refuse_shards(table, options)
+    return problems + (_refuse_parts(table) if options.split else [])
 
 
 def _refuse_beside(table: JobTable, options: ConvertOptions) -> list[Problem]:
@@ -66,6 +68,22 @@ def _refuse_shards(table: JobTable, options: ConvertOptions) -> list[Problem]:
             refused[number] = f"a shard of the output of {its_path}"
             if not copies:
                 refused[other] = f"the output of {path}, under the name of one of its shards"
+    return [_refuse_for(table, number, what) for number, what in refused.items()]
+
+
+def _refuse_parts(table: JobTable) -> list[Problem]:
+    """Files that would go where a part of another output may go (`a.generator.bin` of `a.bin`), and those
+    others: what the parts are called is only known once the checkpoint is read.
+    """
+    refused: dict[int, str] = {}
+    query = "SELECT id, place, path, copies FROM jobs WHERE place LIKE '%.%.%' AND certain AND state != ?"
+    for number, place, path, copies in table.db.execute(query, (REFUSED,)).fetchall():
+        for whole in whole_outputs(place):
+            query = "SELECT id, path FROM jobs WHERE place = ? AND NOT copies AND certain AND state != ?"
+            for other, its_path in table.db.execute(query, (whole, REFUSED)).fetchall():
+                refused[number] = f"a part of the output of {its_path}"
+                if not copies:
+                    refused[other] = f"the output of {path}, under the name of one of its parts"
     return [_refuse_for(table, number, what) for number, what in refused.items()]
 
 

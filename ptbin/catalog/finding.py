@@ -16,13 +16,22 @@ from typing import Any
 from ptbin.catalog.globs import matches, split_glob
 from ptbin.catalog.jobs import Found
 from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, OTHER_SUFFIXES, OUTPUT_SUFFIXES, suffix_of
+from ptbin.errors import LimitExceededError, NotFoundInStoreError, VerificationError
 from ptbin.folders import Group, Grouping, is_folder_part
-from ptbin.manifest import MANIFEST_SUFFIX
+from ptbin.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.sources import find_source
-from ptbin.stores import ListedObject, is_partial_name, open_store
+from ptbin.stores import ListedObject, Store, is_partial_name, open_store
 from ptbin.stores.local import LocalStore
 
-__all__ = ["OWN_FOLDER", "SHARD_NUMBER", "find_checkpoints", "find_manifests", "find_one", "find_orphans"]
+__all__ = [
+    "OWN_FOLDER",
+    "SHARD_NUMBER",
+    "find_checkpoints",
+    "find_manifests",
+    "find_one",
+    "find_orphans",
+    "whole_outputs",
+]
 
 OWN_FOLDER = "_ptbin"
 """Run records and the index of finished work lie there, below DEST."""
@@ -169,7 +178,11 @@ def find_manifests(dest: str, *, storage_options: Mapping[str, Any] | None = Non
 
 
 def find_orphans(dest: str, *, storage_options: Mapping[str, Any] | None = None) -> Iterator[str]:
-    """URIs of weights below DEST that no manifest vouches for; shards are vouched for by their output's."""
+    """URIs of weights below DEST that no manifest vouches for; shards and parts are vouched for by their
+    output's.
+
+    Costs a read of its output's manifest for what has the name of a part.
+    """
     store, path = open_store(dest, storage_options)
     if not store.is_directory(path):
         return
@@ -182,6 +195,29 @@ def find_orphans(dest: str, *, storage_options: Mapping[str, Any] | None = None)
             manifests.add(item.path.removesuffix(MANIFEST_SUFFIX))
         elif item.path.endswith(tuple(OUTPUT_SUFFIXES.values())):
             outputs[item.path] = item.uri
+    listed: dict[str, set[str]] = {}
     for name, uri in outputs.items():
-        if not {name, SHARD_NUMBER.sub("", name)} & manifests:
+        if {name, SHARD_NUMBER.sub("", name)} & manifests:
+            continue
+        for whole in whole_outputs(name):
+            if whole in manifests and whole not in listed:
+                listed[whole] = _listed(store, path, whole)
+        if not any(name in listed.get(whole, ()) for whole in whole_outputs(name)):
             yield uri
+
+
+def whole_outputs(path: str) -> list[str]:
+    """Outputs that a file of this name may be a part of: `a.x.y.bin` of `a.bin` or `a.x.bin`, split."""
+    folder, slash, name = path.rpartition("/")
+    steps = name.split(".")
+    return [f"{folder}{slash}{'.'.join(steps[:count])}.{steps[-1]}" for count in range(1, len(steps) - 1)]
+
+
+def _listed(store: Store, folder: str, output: str) -> set[str]:
+    """Paths of the files that an output's manifest lists, below `folder` as the output's own."""
+    try:
+        manifest = parse_manifest(store.read_bytes(f"{folder.rstrip('/')}/{output}{MANIFEST_SUFFIX}"), output)
+        own = output[: output.rfind("/") + 1]
+        return {own + file["path"] for file in manifest["outputs"]}
+    except (NotFoundInStoreError, VerificationError, LimitExceededError, LookupError, TypeError):
+        return set()
