@@ -15,7 +15,7 @@ from tests.bits import assert_same_tensors
 Captured = pytest.CaptureFixture[str]
 
 LAYER = {"w": torch.arange(12.0).view(3, 4), "b": torch.ones(3)}
-GAN = {"generator": LAYER, "discriminator": {"w": torch.zeros(2, 2)}, "losses": torch.rand(9)}
+GAN: dict[str, Any] = {"generator": LAYER, "discriminator": {"w": torch.zeros(2, 2)}, "losses": torch.rand(9)}
 
 
 def run(capsys: Captured, *words: str | Path) -> tuple[int, str, str]:
@@ -50,7 +50,7 @@ def test_one_checkpoint_split_and_then_up_to_date(gan: Path, tmp_path: Path, cap
 
 
 def test_one_checkpoint_with_several_paths(gan: Path, tmp_path: Path, capsys: Captured) -> None:
-    both = ["--select", "generator", "--select", "discriminator"]
+    both: list[str | Path] = ["--select", "generator", "--select", "discriminator"]
     assert run(capsys, "convert", gan, tmp_path / "a.bin", *both)[0] == 0
     assert set(load(tmp_path / "a.bin")) == {"generator.w", "generator.b", "discriminator.w"}
     assert run(capsys, "convert", gan, tmp_path / "a.bin", *both)[1].endswith("is up to date\n")
@@ -77,7 +77,7 @@ def test_a_folder_split_and_run_again(tmp_path: Path, capsys: Captured) -> None:
     torch.save(GAN, source / "run1" / "gan.ckpt")
     torch.save({"model": LAYER}, source / "plain.pt")
     torch.save({"../../../evil": LAYER, "/etc/x": {"w": torch.ones(2)}}, source / "hostile.pt")
-    words = ["convert", source, f"{out}/", "--split", "--json"]
+    words: list[str | Path] = ["convert", source, f"{out}/", "--split", "--json"]
     status, text, _ = run(capsys, *words)
     assert (status, json.loads(text)["converted"]) == (0, 3)
     made = {path.relative_to(out).as_posix() for path in out.rglob("*.bin")}
