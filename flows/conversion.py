@@ -29,6 +29,7 @@ from flows.tally import Tally
 from flows.units import format_nbytes
 from ptbin.catalog import Job, Problem
 from ptbin.catalog.finished import FinishedRow
+from ptbin.companions import companion_of
 from ptbin.errors import PtbinError, StorageError
 from ptbin.options import ConvertOptions
 from tasks.converting import convert_and_verify_batch, convert_batch, verify_batch
@@ -217,6 +218,9 @@ class Conversion:
         if not self.counted_current:
             self.counted_current = True
             self.tally.add_all(self.work.iter_current(), "up_to_date")
+            for job in self.work.iter_left_alone():
+                role = companion_of(job.path.rpartition("/")[2])
+                self.tally.add(job, Outcome(job.path, "left_alone", detail=role or ""))
 
     def _remember(self, rows: Iterable[FinishedRow]) -> None:
         """For the index of finished work, written every so often: a run may be killed before its end."""

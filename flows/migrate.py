@@ -32,6 +32,7 @@ from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions, OnUnsafe, OutputFormat, VerifyLevel
 from ptbin.registries import Migration, wanted_names
 from ptbin.registries.planning import Versions
+from ptbin.registries.transfer import is_of_training
 from ptbin.registries.values import natural_order
 from tasks.live import Settled
 from tasks.migrating import (
@@ -90,6 +91,7 @@ class MigrationTally(Tally):
             "converted": sum(1 for entry in self.entries if entry.converted is not None),
             "copied": self.files["copied"],
             "skipped": self.count("not_a_checkpoint"),
+            "left_alone": self.files["left_alone"],
             "updated": self.updated,
             "versions": list(self.versions),
         }
@@ -300,6 +302,7 @@ class Migrating(Conversion):
             row["dest_version"] = None
         if outcome.written is not None and outcome.written.left:
             row["left_behind"] = list(outcome.written.left)
+            self.tally.files["left_alone"] += sum(map(is_of_training, outcome.written.left))
         if outcome.reason or outcome.detail:
             row |= {"reason": outcome.reason or "no_checkpoint", "detail": outcome.detail}
         self.versions.versions.append(row)
@@ -363,6 +366,7 @@ def migrate(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     tie_by_value: bool = False,
+    parts: bool = False,
     on_unsafe: OnUnsafe = "reject",
     verify: VerifyLevel = "checksum",
     provenance: bool = False,
@@ -391,6 +395,7 @@ def migrate(
         dtype=dtype,
         max_shard_size=max_shard_size,
         tie_by_value=tie_by_value,
+        parts=parts,
         on_unsafe=on_unsafe,
         verify=verify,
         provenance=provenance,

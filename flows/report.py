@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from typing import TYPE_CHECKING, Any
 
 from flows.units import format_nbytes, short_detail
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 __all__ = ["render_report"]
 
@@ -27,6 +28,7 @@ OUTCOMES = {
     "copied": "copied",
     "up_to_date": "up to date",
     "not_a_checkpoint": "no checkpoint",
+    "left_alone": "left alone",
 }
 """In the order in which the page shows them."""
 
@@ -51,6 +53,9 @@ def render_report(record: Mapping[str, Any]) -> str:
 
 
 def _environment() -> Environment:
+    # Here, because a single conversion has no report, and would wait for these imports a tenth of its time.
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("flows"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -70,6 +75,7 @@ def _counts(record: Mapping[str, Any]) -> list[tuple[str, str, int]]:
         "copied": record.get("copied", 0),
         "up_to_date": record["up_to_date"],
         "not_a_checkpoint": record.get("not_checkpoints", 0),
+        "left_alone": record.get("left_alone", 0),
     }
     always = {"converted", "up_to_date", "rejected", "failed"}
     return [(key, words, found[key]) for key, words in OUTCOMES.items() if found[key] or key in always]

@@ -22,12 +22,12 @@ from flows.parameters import described
 from flows.run_record import new_run_id
 from flows.runners import RunnerName
 from flows.tally import Tally
-from flows.wishes import MAX_WORKERS, parse_duration, refuse_secrets
+from flows.wishes import MAX_WORKERS, parse_duration, parse_renames, refuse_secrets
 from ptbin import RestoreOptions, catalog
 from ptbin.catalog import Job, OutputRule
 from ptbin.errors import UsageError
 from ptbin.options import Naming
-from ptbin.restoring.restore import SaveAs
+from ptbin.restoring.options import SaveAs
 from tasks.listing import list_checkpoints, work_of
 from tasks.restoring import restore_batch
 from tasks.retrying import retry_delay
@@ -81,7 +81,10 @@ def restore(
     example: str | None = None,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    train: bool = False,
     select: str | None = None,
+    strip_prefix: str | None = None,
+    rename: Sequence[str] = (),
     naming: Naming = "replace",
     force: bool = False,
     fail_fast: bool = False,
@@ -107,7 +110,10 @@ def restore(
         example=example,
         allow_missing=tuple(allow_missing),
         allow_unexpected=tuple(allow_unexpected),
+        train=train,
         select=select,
+        strip_prefix=strip_prefix,
+        rename=parse_renames(rename),
         force=force,
     )
     refuse_secrets(source, dest)

@@ -117,6 +117,8 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
         row["seconds"] = round(entry.seconds, 3)
     if entry.reason:
         row |= {"reason": entry.reason, "detail": entry.detail}
+    elif entry.outcome == "left_alone":
+        row["detail"] = entry.detail
     if entry.converted is not None:
         row |= {
             "manifest": entry.converted.manifest_uri,

@@ -1,8 +1,9 @@
 """What a conversion run has come to so far: outcomes in, counts, message and summary out. Pure.
 
 Every checkpoint that was planned ends in exactly one of: converted, up to date, rejected (its own
-fault), failed (anybody else's), not a checkpoint (content that its place had suggested), not tried (the
-run was told to stop at the first problem).
+fault), failed (anybody else's), not a checkpoint (content that its place had suggested), left alone (what
+training leaves next to weights: optimizers, schedulers, ...), not tried (the run was told to stop at the
+first problem).
 """
 
 from __future__ import annotations
@@ -129,6 +130,8 @@ class Tally:
                 parts.append(f"gone from SOURCE and kept {self.kept}")
         if skipped := self.count("not_a_checkpoint"):
             parts.append(f"not checkpoints {skipped}")
+        if alone := self.count("left_alone"):
+            parts.append(f"left alone {alone}")
         if left := self.count("not_tried"):
             parts.append(f"not tried {left}")
         parts.extend(f"{problem.reason}: {problem.detail}" for problem in self.run_problems)
@@ -154,12 +157,24 @@ class Tally:
             "up_to_date": self.count("up_to_date"),
             "rejected": self.count("rejected"),
             "failed": self.count("failed"),
+            "left_alone": self.count("left_alone"),
             "source_bytes": sum(entry.nbytes for entry, _ in done),
             "read_bytes": sum(facts.read_nbytes for _, facts in done),
             "written_bytes": sum(facts.written_nbytes for _, facts in done),
             "copied_bytes": sum(facts.copied_nbytes for _, facts in done),
             "left_out": dict(sum((Counter(facts.left_out) for _, facts in done), Counter[str]())),
             "seconds": round(seconds, 3),
+            **(
+                {
+                    "initial": [
+                        {"source": entry.source, "names": list(facts.initial)}
+                        for entry, facts in done
+                        if facts.initial
+                    ]
+                }
+                if self.kind == "restore"
+                else {}
+            ),
             "manifests": sorted(facts.manifest_uri for _, facts in done if facts.manifest_uri),
             "problems": [
                 {"source": entry.source, "reason": entry.reason, "detail": entry.detail}

@@ -14,6 +14,7 @@ __all__ = [
     "MAX_WORKERS",
     "build_options",
     "parse_duration",
+    "parse_renames",
     "parse_size",
     "refuse_runner_secrets",
     "refuse_secrets",
@@ -72,14 +73,24 @@ def build_options(
         UsageError: an unknown value, a rename without `=`, a size that is none.
     """
     limit = parse_size(max_shard_size) if max_shard_size is not None else None
+    paths = select if isinstance(select, str) or select is None else tuple(select)
+    pairs = parse_renames(rename)
+    return ConvertOptions(rename=pairs, drop=tuple(drop), max_shard_size=limit, select=paths, **others)
+
+
+def parse_renames(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Pairs of a regular expression and its replacement, each written as `OLD=NEW`.
+
+    Raises:
+        UsageError: a rename without `=`.
+    """
     pairs = []
-    for text in rename:
+    for text in texts:
         old, equals, new = text.partition("=")
         if not equals or not old:
             raise UsageError(f"rename: {text!r} is not of the form OLD=NEW")
         pairs.append((old, new))
-    paths = select if isinstance(select, str) or select is None else tuple(select)
-    return ConvertOptions(rename=tuple(pairs), drop=tuple(drop), max_shard_size=limit, select=paths, **others)
+    return tuple(pairs)
 
 
 def refuse_secrets(*uris: str, instead: str = "give credentials as storage options") -> None:

@@ -79,6 +79,7 @@ def find_unchanged(
     if not _sizes_are_right(store, path, manifest):
         return None
     place = find_source(source, source_options)
+    place.refuse_part(parts=options.parts)
     with place.open() as reader:
         if _digests(place, reader, path.rpartition("/")[2], options, stored, progress) != stored:
             return None

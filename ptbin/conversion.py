@@ -36,7 +36,7 @@ from ptbin.ties import tie_equal_tensors
 from ptbin.vouching import ASIDE_SUFFIX, Guard, Place
 from ptbin.writing.outputs import plan_outputs
 
-__all__ = ["Published", "commit", "convert", "publish", "stage"]
+__all__ = ["Progress", "Published", "commit", "convert", "publish", "stage"]
 
 Progress = Callable[[int], None]
 
@@ -99,6 +99,7 @@ def stage(
     options = options or ConvertOptions()
     started = time.time()
     place = find_source(source, source_options)
+    place.refuse_part(parts=options.parts)
     dest_store, dest_path = open_store(dest, dest_options)
     if place.store.uri_of(place.path) == dest_store.uri_of(dest_path):
         raise UsageError(f"{public_uri(source)}: source and destination are the same file")
@@ -116,8 +117,9 @@ def stage(
                 output = plan_outputs(
                     selected.state_dicts, options, name, archive_root=selected.checkpoint.archive_root
                 )
-            if len(selected.state_dicts) > 1:
-                is_free = False  # a listing speaks of the one name that was planned
+            if options.split:
+                # A listing speaks of the names that were planned; another split may have taken one since.
+                is_free = False
             place_at = Place(dest_store, dest_path, None if options.force else guard, is_free=is_free)
             obsolete = _outputs_of_before(place_at.manifest, name)
             for plan in output.files:
@@ -138,8 +140,12 @@ def stage(
             dest_store.write_bytes(f"{folder}/{text_name}", data)
             files.append(DraftFile(text_name, len(data), zlib.crc32(data)))
         if options.layout == "hf":
-            files.extend(copy_sidecars(place, dest_store, folder, place_at.check))
+            files.extend(
+                copy_sidecars(place, dest_store, folder, place_at.check, dtype=options.dtype, notes=notes)
+            )
         manifest = draft_manifest(reader, selected, output, written, files)
+        if part := place.incomplete or selected.checkpoint.part:
+            manifest["part"] = part
         if options.provenance:
             add_source_digests(manifest["source"], place, reader, progress)
             manifest["provenance"] = name + STATEMENT_SUFFIX

@@ -4,8 +4,8 @@ Listing (`catalog`) and opening (`sources`) both ask here, so that both mean the
 several files has a *handle*, the path that names it: the folder itself, or the index file in it.
 
 Sources: torch.distributed.checkpoint's FileSystemWriter (`.metadata`, `__<rank>_<n>.distcp`), Lightning's
-FSDP strategy (`meta.pt` beside those), DeepSpeed's engine (`_get_ckpt_name`, `_get_zero_ckpt_name`),
-transformers' `SAFE_WEIGHTS_INDEX_NAME` and `WEIGHTS_INDEX_NAME`.
+FSDP strategy (`meta.pt` next to those), Megatron-LM (`common.pt`), DeepSpeed's engine (`_get_ckpt_name`,
+`_get_zero_ckpt_name`), transformers' `SAFE_WEIGHTS_INDEX_NAME` and `WEIGHTS_INDEX_NAME`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ptbin.companions import companion_of
+from ptbin.part_names import find_parts, may_be_part, split_place
 from ptbin.stores.joined import joint_identity
 
 if TYPE_CHECKING:
@@ -25,11 +27,19 @@ __all__ = ["DCP_METADATA", "INDEX_SUFFIX", "Group", "Grouping", "is_folder_part"
 INDEX_SUFFIX = ".index.json"
 DCP_METADATA = ".metadata"
 LIGHTNING_METADATA = "meta.pt"
+COMMON_STATE = "common.pt"
+"""Megatron's arguments and counters next to its `torch_dist` folders; they hold no weights."""
 
 _INDEX = re.compile(r"^(?P<stem>.+)\.(?P<kind>bin|safetensors)\.index\.json$")
 _SHARD = re.compile(r"^(?P<stem>.+)-\d{5,}-of-\d{5,}\.(?P<kind>bin|safetensors)$")
 _OPTIM_STATES = re.compile(r"^(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt$")
+# Experts and pipeline layers: parts of the same checkpoint that its reader does not join.
+_ELSEWHERE = re.compile(r"^((layer_\d+_)?expert_\d+_mp_rank_\d+|layer_\d+-(.+-)?)_?model_states\.pt$")
+_EXPERT = re.compile(r"^layer_\d+_expert_\d+_mp_rank_00_model_states\.pt$")
+MODEL_STATES = "mp_rank_00_model_states.pt"
 _MODEL_STATES = re.compile(r"^(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt$")
+
+_OWN_FOLDER = ("torch_dcp", "deepspeed_zero", "deepspeed_experts")
 
 # In the order in which transformers and peft look for them.
 _MAIN = (
@@ -47,15 +57,18 @@ class Group:
     """The files of one checkpoint, by path below the listed place.
 
     Attributes:
-        kind: `torch_dcp`, `deepspeed_zero` or `sharded`.
-        handle: path of the folder (empty for the listed place itself) or of the index file.
+        kind: `torch_dcp`, `deepspeed_zero`, `deepspeed_experts`, `sharded`, or `parts` for those that nothing
+            here puts together.
+        handle: path of the folder (empty for the listed place itself), the index file or the first part.
         folder: path of the folder.
+        why: of `parts`, what they are and what to do.
     """
 
     kind: str
     handle: str
     folder: str
     members: tuple[ListedObject, ...]
+    why: str = ""
 
     @property
     def size(self) -> int:
@@ -69,19 +82,25 @@ class Group:
 
 
 def is_folder_part(name: str) -> bool:
-    """Whether a file of this name may be part of a checkpoint of several files."""
+    """Whether a file of this name (by `split_place`) may be part of a checkpoint of several files."""
     suffixes = (".distcp", INDEX_SUFFIX, "_states.pt", ".bin", ".safetensors")
-    return name in (DCP_METADATA, LIGHTNING_METADATA) or name.endswith(suffixes)
+    if name in (DCP_METADATA, LIGHTNING_METADATA, COMMON_STATE) or name.endswith(suffixes):
+        return True
+    return may_be_part(name)
 
 
 class Grouping:
-    """Files of a listing, held back until it ends because a later one may claim them."""
+    """Files of a listing, held back until it ends because a later one may claim them.
 
-    def __init__(self) -> None:
+    With `parts` those that ptbin does not put together stay single: the caller takes each knowingly.
+    """
+
+    def __init__(self, *, parts: bool = False) -> None:
+        self._parts = parts
         self._folders: dict[str, list[ListedObject]] = {}
 
     def add(self, item: ListedObject) -> None:
-        self._folders.setdefault(item.path.rpartition("/")[0], []).append(item)
+        self._folders.setdefault(split_place(item.path)[0], []).append(item)
 
     def finish(self) -> tuple[list[Group], list[ListedObject]]:
         """The groups found, and the files that belong to none."""
@@ -89,6 +108,8 @@ class Grouping:
         single: list[ListedObject] = []
         for folder, items in self._folders.items():
             found = _groups_in(folder, items)
+            if not self._parts:
+                found += _parts_in(folder, items, found)
             claimed = {member.path for group in found for member in group.members}
             groups.extend(found)
             single.extend(item for item in items if item.path not in claimed)
@@ -104,10 +125,17 @@ def _groups_in(folder: str, items: Sequence[ListedObject]) -> list[Group]:
 
     chunks = [name for name in names if name.endswith(".distcp")]
     if DCP_METADATA in names and chunks:
-        add("torch_dcp", folder, [n for n in (DCP_METADATA, LIGHTNING_METADATA) if n in names] + chunks)
+        beside = (DCP_METADATA, LIGHTNING_METADATA, COMMON_STATE)
+        add("torch_dcp", folder, [name for name in beside if name in names] + chunks)
     optimizers = [name for name in names if _OPTIM_STATES.match(name)]
     if optimizers:
-        add("deepspeed_zero", folder, optimizers + [name for name in names if _MODEL_STATES.match(name)])
+        models = [name for name in names if _MODEL_STATES.match(name) or _ELSEWHERE.match(name)]
+        add("deepspeed_zero", folder, optimizers + models)
+    experts = [name for name in names if _EXPERT.match(name)]
+    pipeline = any(_ELSEWHERE.match(name) and name not in experts for name in names)
+    ranks = [name for name in names if _MODEL_STATES.match(name)]
+    if experts and not optimizers and not pipeline and ranks == [MODEL_STATES]:
+        add("deepspeed_experts", folder, [MODEL_STATES, *experts])
     for name in sorted(names):
         match = _INDEX.match(name)
         if match is None:
@@ -121,6 +149,19 @@ def _groups_in(folder: str, items: Sequence[ListedObject]) -> list[Group]:
     return groups
 
 
+def _parts_in(folder: str, items: Sequence[ListedObject], groups: Sequence[Group]) -> list[Group]:
+    """What is left of a folder's files and is one checkpoint only together."""
+    cut = len(folder) + 1 if folder else 0
+    claimed = {member.path for group in groups for member in group.members}
+    left = {item.path[cut:]: item for item in items if item.path not in claimed}
+    # An index that names shards of its own vouches for them; the others' index is missing.
+    found = []
+    for parts in find_parts(left):
+        members = tuple(left[name] for name in parts.members)
+        found.append(Group("parts", members[0].path, folder, members, parts.why))
+    return found
+
+
 def main_handle(items: Iterable[ListedObject]) -> Group | ListedObject | None:
     """The one checkpoint that a folder is, from the files directly in it; None where it is not one.
 
@@ -130,14 +171,26 @@ def main_handle(items: Iterable[ListedObject]) -> Group | ListedObject | None:
     for item in items:
         grouping.add(item)
     groups, single = grouping.finish()
-    own = [group for group in groups if group.kind != "sharded"]
+    own = [group for group in groups if group.kind in _OWN_FOLDER]
     if len(own) == 1:
         return own[0]
     if own:
         return None
-    by_name: dict[str, Group | ListedObject] = {group.handle: group for group in groups}
+    parts = [group for group in groups if group.kind == "parts"]
+    by_name: dict[str, Group | ListedObject] = {group.handle: group for group in groups if group not in parts}
     by_name.update({item.path: item for item in single})
     for name in _MAIN:
         if name in by_name:
             return by_name[name]
-    return groups[0] if len(groups) == 1 else None
+    whole = [group for group in groups if group not in parts]
+    if len(whole) == 1 and not parts:
+        return whole[0]
+    # Parts and nothing that could be meant instead.
+    return (
+        parts[0] if parts and not whole and not any(_may_be_weights(item.path) for item in single) else None
+    )
+
+
+def _may_be_weights(path: str) -> bool:
+    name = path.rpartition("/")[2]
+    return name.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors")) and companion_of(name) is None

@@ -10,11 +10,12 @@ from typing import Any
 from ptbin.errors import CheckpointError, CorruptArchiveError
 from ptbin.options import ConvertOptions, Limits
 from ptbin.reading.checkpoint import one_clear_error, read_checkpoint
+from ptbin.reading.parts import take_part
 from ptbin.reading.search import find_state_dicts
 from ptbin.reading.selected import Selected, refuse_unsafe, select_from
 from ptbin.reading.selection import why_chosen
 from ptbin.reading.verdicts import judge_programs, refuse_unsafe_fragment
-from ptbin.sources import open_source
+from ptbin.sources import find_source
 from ptbin.state_dict import tensors_of
 
 __all__ = ["inspect"]
@@ -44,17 +45,21 @@ def inspect(
     options = options or ConvertOptions()
     if limits is not None:
         options = options.replace(limits=limits)
-    with open_source(uri, storage_options) as reader, one_clear_error(reader.uri):
+    place = find_source(uri, storage_options)
+    with place.open() as reader, one_clear_error(reader.uri):
         try:
             checkpoint = read_checkpoint(reader, options.limits)
         except CorruptArchiveError as error:
             refuse_unsafe_fragment(error, reader.uri)
             raise
         safety = judge_programs(checkpoint.programs)
+        if options.parts:
+            take_part(checkpoint)
         findings = find_state_dicts(checkpoint, options.limits)
         selected: Selected | None = None
         refusal: CheckpointError | None = None
         try:
+            place.refuse_part(parts=options.parts)
             selected = select_from(checkpoint, safety, options, findings)
             refuse_unsafe(safety, options, reader.uri)
         except CheckpointError as error:

@@ -88,6 +88,8 @@ class ConvertOptions:
     """`hf`: under the names transformers looks for, with configuration and tokenizer files copied along."""
     tie_by_value: bool = False
     """Store matrices once that are equal bit for bit, as if they had been tied in the source."""
+    parts: bool = False
+    """Take one part of a checkpoint (a rank's file, a shard) as it is, knowing that it is not all of it."""
     on_unsafe: OnUnsafe = "reject"
     verify: VerifyLevel = "checksum"
     provenance: bool = False
@@ -146,6 +148,7 @@ class ConvertOptions:
                 ("max_shard_size", None),
                 ("layout", "mirror"),
                 ("tie_by_value", False),
+                ("parts", False),
                 ("flatten", False),
                 ("split", False),
             )

@@ -6,6 +6,8 @@ Chosen by name. Code (`*.py`) stays where it is: a folder that ptbin writes neve
 from __future__ import annotations
 
 import fnmatch
+import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -13,7 +15,7 @@ from ptbin.draft import DraftFile
 from ptbin.sources import SourcePlace
 from ptbin.stores import Store
 
-__all__ = ["copy_sidecars"]
+__all__ = ["copy_sidecars", "with_dtype"]
 
 # transformers' and tokenizers' file names (utils/hub.py, tokenization_utils_base.py), and peft's.
 PATTERNS = (
@@ -40,16 +42,27 @@ PATTERNS = (
     "configuration.json",
 )
 MAX_NBYTES = 256 << 20
+MAX_CONFIG_NBYTES = 16 << 20
 MAX_LISTED = 10_000
 CHUNK_NBYTES = 1 << 20
 
 
 def copy_sidecars(
-    source: SourcePlace, dest: Store, folder: str, check: Callable[[str, int, int], None]
+    source: SourcePlace,
+    dest: Store,
+    folder: str,
+    check: Callable[[str, int, int], None],
+    *,
+    dtype: str | None,
+    notes: list[str],
 ) -> Iterator[DraftFile]:
-    """Copy those that lie in the source's folder to `folder`, as they are.
+    """Copy those that lie in the source's folder to `folder`.
 
-    `check` is called with name, size and CRC-32 before a file is put in its place, and may refuse.
+    They go along as they are, but for `config.json` where weights are cast to `dtype`: it says so then.
+
+    Args:
+        check: called with name, size and CRC-32 before a file is put in its place; it may refuse.
+        notes: for the manifest; what was changed is added.
     """
     for listed, item in enumerate(source.store.iter_objects(source.folder)):
         if listed > MAX_LISTED:
@@ -58,6 +71,14 @@ def copy_sidecars(
         if "/" in name or not any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS):
             continue
         if not name.isprintable() or item.size > MAX_NBYTES:
+            continue
+        if name == "config.json" and dtype is not None:
+            found = source.store.read_bytes(f"{source.folder}/{name}", limit=MAX_CONFIG_NBYTES)
+            data, note = with_dtype(found, dtype)
+            check(name, len(data), zlib.crc32(data))
+            dest.write_bytes(f"{folder}/{name}", data)
+            notes += [note] if note else []
+            yield DraftFile(name, len(data), zlib.crc32(data))
             continue
         crc = 0
         with (
@@ -71,3 +92,34 @@ def copy_sidecars(
             check(name, reader.size, crc)
             writer.commit()
             yield DraftFile(name, reader.size, crc)
+
+
+# `torch_dtype` until transformers 4.55, `dtype` since (configuration_utils.py); either is read by both.
+_DTYPE = re.compile(rb'("(?:torch_)?dtype"\s*:\s*)("[A-Za-z0-9_.]*"|null)')
+
+
+def with_dtype(config: bytes, dtype: str) -> tuple[bytes, str]:
+    """A model's `config.json` with its element type, and a note of what was changed; empty where nothing was.
+
+    Nothing else of the text changes. One that is not a JSON object stays as it is.
+    """
+    try:
+        known = json.loads(config)
+    except (ValueError, RecursionError):
+        known = None
+    if not isinstance(known, dict):
+        return config, ""
+    value = json.dumps(dtype).encode()
+    before = sorted({match[2].decode().strip('"') for match in _DTYPE.finditer(config)} - {dtype})
+    if _DTYPE.search(config):
+        changed = _DTYPE.sub(lambda match: match[1] + value, config)
+    else:
+        end = config.rindex(b"}")
+        comma = b"," if known else b""
+        changed = config[:end].rstrip() + comma + b'\n  "torch_dtype": ' + value + b"\n" + config[end:]
+        before = ["nothing"]
+    return (
+        (changed, f"config.json says dtype {dtype}, in place of {', '.join(before)}")
+        if before
+        else (config, "")
+    )

@@ -13,8 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ptbin.errors import CorruptArchiveError, NotFoundInStoreError, UsageError
+from ptbin.errors import (
+    CorruptArchiveError,
+    IncompleteCheckpointError,
+    NotFoundInStoreError,
+    StorageError,
+    UsageError,
+)
 from ptbin.folders import INDEX_SUFFIX, Group, main_handle
+from ptbin.part_names import find_parts, may_be_part, split_place
 from ptbin.stores import Identity, ListedObject, RangeReader, Store, open_store
 from ptbin.stores.base import refuse_other_object
 from ptbin.stores.joined import JoinedReader, joint_identity
@@ -24,6 +31,8 @@ __all__ = ["SourcePlace", "find_source", "open_source", "parse_index"]
 # Files directly in a folder that is asked to be one checkpoint; a store with more is not one.
 MAX_LISTED = 200_000
 MAX_INDEX_NBYTES = 256 << 20
+MAX_SHOWN = 20
+"""Names of missing files in one message."""
 _PLAIN_HEADS = (b"PK\x03\x04", b"\x80")
 
 
@@ -35,12 +44,14 @@ class SourcePlace:
         path: of the file, of the index file, or of the folder.
         parts: the files of a folder checkpoint, paths relative to `folder`; empty for one file.
         folder: path of the folder that holds `parts`, or that a file lies in.
+        incomplete: why this is not all of a checkpoint, by its names; empty where they do not say so.
     """
 
     store: Store
     path: str
     folder: str
     parts: tuple[ListedObject, ...] = ()
+    incomplete: str = ""
 
     @property
     def size(self) -> int:
@@ -52,8 +63,24 @@ class SourcePlace:
         """Of all parts together."""
         return joint_identity((part.path, part.size, part.identity) for part in self.parts)
 
+    def refuse_part(self, *, parts: bool = False) -> None:
+        """Raise where this is not all of a checkpoint; with `parts` one file of it is taken knowingly.
+
+        Raises:
+            IncompleteCheckpointError: the other files, and what to do.
+        """
+        if self.incomplete and (self.parts or not parts):
+            way_out = "" if self.parts else "; --parts takes this one knowingly"
+            raise IncompleteCheckpointError(f"{self.store.uri_of(self.path)}: {self.incomplete}{way_out}")
+
     def open(self, expected: Identity | None = None) -> RangeReader:
-        """A pinned reader. Raises SourceChangedError where the identity is not `expected`."""
+        """A pinned reader; a lone part can be opened, several cannot.
+
+        Raises:
+            SourceChangedError: the identity is not `expected`.
+            IncompleteCheckpointError: files are missing, or they are parts that ptbin does not put together.
+        """
+        self.refuse_part(parts=True)
         if not self.parts:
             return self.store.open_reader(self.path, expected=expected)
         reader = JoinedReader(self.store, self.folder, self.parts, uri=self.store.uri_of(self.path))
@@ -84,9 +111,9 @@ def find_source(uri: str, storage_options: Mapping[str, Any] | None = None) -> S
         index = path + INDEX_SUFFIX
         if path.endswith(".bin") and _is_raw(store, path, index):
             return _indexed(store, index)
-        return SourcePlace(store, path, path.rpartition("/")[0])
+        return SourcePlace(store, path, path.rpartition("/")[0], incomplete=_why_part(store, path))
     listed = itertools.islice(store.iter_objects(path), MAX_LISTED)
-    direct = [item for item in listed if "/" not in item.path]
+    direct = [item for item in listed if not split_place(item.path)[0]]
     found = main_handle(direct)
     if found is None and any(item.path == "latest" for item in direct):
         # DeepSpeed: the tag of the last checkpoint, which is the name of a folder beside this file
@@ -101,7 +128,22 @@ def find_source(uri: str, storage_options: Mapping[str, Any] | None = None) -> S
         return SourcePlace(store, f"{path}/{found.path}", path)
     if found.kind == "sharded":
         return _indexed(store, f"{path}/{found.handle}")
-    return SourcePlace(store, path, path, _ordered(found))
+    why = f"parts of one checkpoint: {found.why}" if found.kind == "parts" else ""
+    return SourcePlace(store, path, path, _ordered(found), why)
+
+
+def _why_part(store: Store, path: str) -> str:
+    """What a single file is a part of; a listing of its folder, where the name calls for one."""
+    folder, name = split_place(path)
+    if not may_be_part(name):
+        return ""
+    try:
+        listed = itertools.islice(store.iter_objects(folder), MAX_LISTED)
+        names = {item.path for item in listed if not split_place(item.path)[0]} | {name}
+    except StorageError:
+        names = {name}  # a store that hands out files and lists none
+    whys = (parts.why for parts in find_parts(names) if name in parts.members)
+    return next((f"one part of a checkpoint: {why}" for why in whys), "")
 
 
 def _ordered(group: Group) -> tuple[ListedObject, ...]:
@@ -128,10 +170,22 @@ def _indexed(store: Store, path: str) -> SourcePlace:
     stat = store.stat(path)
     index = parse_index(store.read_bytes(path, limit=MAX_INDEX_NBYTES), stat.uri)
     parts = [ListedObject(name, stat.uri, stat.size, stat.identity)]
+    missing = []
     for shard in sorted(set(index["files"])):
-        found = store.stat(f"{folder}/{shard}")
+        try:
+            found = store.stat(f"{folder}/{shard}")
+        except NotFoundInStoreError:
+            missing.append(shard)
+            continue
         parts.append(ListedObject(shard, found.uri, found.size, found.identity))
-    return SourcePlace(store, path, folder, tuple(parts))
+    why = ""
+    if missing:
+        shown = ", ".join(missing[:MAX_SHOWN]) + (
+            f" and {len(missing) - MAX_SHOWN} more" if missing[MAX_SHOWN:] else ""
+        )
+        named = len(set(index["files"]))
+        why = f"{len(missing)} of the {named} files that this index names are missing: {shown}; fetch them"
+    return SourcePlace(store, path, folder, tuple(parts), why)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from prefect.cache_policies import NO_CACHE
 
 import ptbin
 from ptbin.catalog import Job
-from ptbin.errors import NotACheckpointError
+from ptbin.companions import left_alone_as
+from ptbin.errors import CheckpointError, NotACheckpointError
 from ptbin.manifest import manifest_uri
 from ptbin.options import ConvertOptions
 from ptbin.stores.limits import limit_requests
@@ -88,6 +89,13 @@ def _stage(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
     except NotACheckpointError as error:
         # Only its place made it a candidate: a directory holds other things too.
         return outcome_of_error(job.path, error) if job.certain else Outcome(job.path, "not_a_checkpoint")
+    except CheckpointError as error:
+        role = left_alone_as(job.path, error)
+        return (
+            outcome_of_error(job.path, error)
+            if role is None
+            else Outcome(job.path, "left_alone", detail=role)
+        )
     except Exception as error:  # noqa: BLE001 - a fault of ours in one checkpoint must not stop the others
         return outcome_of_error(job.path, error)
     return Outcome(job.path, "staged", draft=draft.to_json())

@@ -27,6 +27,7 @@ Kind = Literal[
     "up_to_date",
     "changed",
     "not_a_checkpoint",
+    "left_alone",
     "not_tried",
     "rejected",
     "failed",
@@ -62,6 +63,8 @@ class Converted:
     """Bytes of the source's tensors that did not go along, by role."""
     verdict: str = ""
     unsafe_globals: tuple[str, ...] = ()
+    initial: tuple[str, ...] = ()
+    """Of a restored model: names that keep the values which its code gave them."""
 
     @classmethod
     def from_manifest(
@@ -88,12 +91,16 @@ class Converted:
                 for item in manifest.get("globals", ())
                 if item["verdict"] == "unsafe"
             )[:NAMED_GLOBALS],
+            initial=tuple(manifest.get("restored", {}).get("initial", ())),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of the checkpoint at `path` (below SOURCE). `staged`: written, not yet proven."""
+    """What became of the checkpoint at `path` (below SOURCE). `staged`: written, not yet proven.
+
+    `left_alone`: an optimizer, a scheduler, ... (`detail` says what); nobody's fault.
+    """
 
     path: str
     kind: Kind

@@ -61,6 +61,9 @@ def content_options(function: Command) -> Command:
         ),
         click.option("--tie-by-value", is_flag=True, help="Store equal matrices once, as tied."),
         click.option(
+            "--parts", is_flag=True, help="Take one part of a checkpoint (a rank's file, a shard) as it is."
+        ),
+        click.option(
             "--select",
             multiple=True,
             metavar="PATH",
@@ -103,8 +106,8 @@ def content_options(function: Command) -> Command:
 
 
 _CONTENT = (
-    *("dtype", "max_shard_size", "tie_by_value", "select", "flatten", "split", "strip_prefix", "rename"),
-    "drop",
+    *("dtype", "max_shard_size", "tie_by_value", "parts", "select", "flatten", "split", "strip_prefix"),
+    *("rename", "drop"),
     *("on_unsafe", "verify", "provenance"),
 )
 

@@ -90,7 +90,8 @@ def convert_command(
             current = [job] if _is_current(job, options, shared) else []
             return _print_plan([] if current else [job], current, [], shared)
         rule = catalog.OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout)
-        return _print_plan(*_planned(source, rule, include, exclude, options, shared), shared)
+        to_do, current, problems, alone = _planned(source, rule, include, exclude, options, shared)
+        return _print_plan(to_do, current, problems, shared, alone)
     if single is not None:
         job = _job_of(single, dest, naming, options)
         summary, lines = _convert_one(job, source, dest, options, shared)
@@ -221,12 +222,13 @@ def _planned(
     exclude: Sequence[str],
     options: ConvertOptions,
     shared: Shared,
-) -> tuple[list[Job], list[Job], list[Problem]]:
-    """What a run would convert, pass over, and refuse."""
+) -> tuple[list[Job], list[Job], list[Problem], list[Job]]:
+    """What a run would convert, pass over, refuse, and (by their names) leave alone."""
     from contextlib import closing
 
     from ptbin.catalog.finished import read_finished
     from ptbin.catalog.worklist import WorkList
+    from ptbin.companions import is_companion
 
     with closing(WorkList(rule.dest, dest_options=shared.dest_options)) as work:
         problems = work.plan(
@@ -240,11 +242,18 @@ def _planned(
         ]
         work.answer(asked, [row for row in rows if row is not None], options)
         by_path = operator.attrgetter("path")
-        return sorted(work.iter_to_do(), key=by_path), sorted(work.iter_current(), key=by_path), problems
+        to_do = [job for job in work.iter_to_do() if not is_companion(job.path)]
+        alone = [job for job in work.iter_to_do() if is_companion(job.path)] + list(work.iter_left_alone())
+        current = sorted(work.iter_current(), key=by_path)
+        return sorted(to_do, key=by_path), current, problems, sorted(alone, key=by_path)
 
 
 def _print_plan(
-    to_do: Sequence[Job], current: Sequence[Job], collisions: Sequence[Problem], shared: Shared
+    to_do: Sequence[Job],
+    current: Sequence[Job],
+    collisions: Sequence[Problem],
+    shared: Shared,
+    alone: Sequence[Job] = (),
 ) -> int:
     if shared.as_json:
         print_json(
@@ -254,10 +263,11 @@ def _print_plan(
                     {"source": job.source_uri, "dest": job.dest_uri, "size": job.source_size} for job in to_do
                 ],
                 "up_to_date": [job.source_uri for job in current],
+                "left_alone": [job.source_uri for job in alone],
                 "problems": [problem.to_json() for problem in collisions],
             }
         )
     else:
-        for line in plan_lines(to_do, current, collisions):
+        for line in plan_lines(to_do, current, collisions, alone):
             print_line(line)
     return 1 if collisions else 0

@@ -14,9 +14,15 @@ import click
 from flows.cli.printing import align, print_json, print_line, print_lines_of_error
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared, run_options, shared_options, split_options
-from flows.cli.summary import JSON_KEYS, conversion_lines, single_lines, tell_summary
+from flows.cli.summary import (
+    JSON_KEYS,
+    conversion_lines,
+    initial_lines,
+    single_lines,
+    tell_summary,
+)
 from flows.units import format_nbytes
-from flows.wishes import refuse_secrets
+from flows.wishes import parse_renames, refuse_secrets
 from ptbin.errors import CheckpointError, StorageError, UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -73,10 +79,15 @@ def _model_args(_context: click.Context, _param: click.Parameter, value: str | N
     type=click.Choice(["state-dict", "module", "torchscript", "exported"]),
     help="What to save; with --model a whole module unless said otherwise.",
 )
-@click.option("--example", metavar="MODULE:CALLABLE", help="Returns inputs, for exported and traced modules.")
+@click.option(
+    "--example", metavar="MODULE:CALLABLE", help="Returns inputs: to trace with, and to compare outputs by."
+)
+@click.option("--train", is_flag=True, help="Trace or export in training mode.")
 @click.option("--allow-missing", multiple=True, metavar="GLOB", help="Names the weights need not have.")
 @click.option("--allow-unexpected", multiple=True, metavar="GLOB", help="Names the model need not have.")
 @click.option("--select", metavar="PATH", help="The state dict to take, where SOURCE holds several.")
+@click.option("--strip-prefix", metavar="P", help="Take P off all names; auto: module. and _orig_mod.")
+@click.option("--rename", multiple=True, metavar="OLD=NEW", help="Regex replacement on names (repeatable).")
 @click.option("--include", multiple=True, metavar="GLOB", help="Only paths that match (repeatable).")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Not those that match (repeatable).")
 @click.option("--naming", type=click.Choice(["replace", "append"]), default="replace", show_default=True)
@@ -99,15 +110,15 @@ def restore_command(
     wishes = {
         name: values.pop(name)
         for name in (
-            *("model", "model_args", "model_path", "save_as", "example", "select", "force"),
-            *("allow_missing", "allow_unexpected"),
+            *("model", "model_args", "model_path", "save_as", "example", "train", "select", "force"),
+            *("allow_missing", "allow_unexpected", "strip_prefix", "rename"),
         )
     }
     carrying_out, shared = split_options(values)
     import ptbin
 
     names_one = _names_one(dest, wishes, shared)
-    options = ptbin.RestoreOptions(**wishes)
+    options = ptbin.RestoreOptions(**wishes | {"rename": parse_renames(wishes["rename"])})
     ptbin.catalog.check_call(
         source,
         dest,
@@ -146,7 +157,8 @@ def restore_command(
                 **{key: list(value) if isinstance(value, tuple) else value for key, value in wishes.items()},
             )
         lines = conversion_lines(summary)
-    return tell_summary(summary, JSON_KEYS, lines, shared)
+    lines += initial_lines(summary)
+    return tell_summary(summary, (*JSON_KEYS, "initial"), lines, shared)
 
 
 def _names_one(dest: str, wishes: dict[str, Any], shared: Shared) -> bool:
@@ -295,7 +307,7 @@ def _restore_one(
     from tasks.outcomes import Converted, Outcome, outcome_of_error
 
     started = time.monotonic()
-    tally = Tally(new_run_id(), public_uri(source), public_uri(dest))
+    tally = Tally(new_run_id(), public_uri(source), public_uri(dest), kind="restore")
     report: list[str] = []
     with showing_progress(shared) as listener:
         listener.planned(1, job.source_size, 0)

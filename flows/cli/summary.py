@@ -20,6 +20,7 @@ __all__ = [
     "MIGRATE_KEYS",
     "SYNC_KEYS",
     "conversion_lines",
+    "initial_lines",
     "mapping_lines",
     "migration_lines",
     "plan_lines",
@@ -29,8 +30,8 @@ __all__ = [
 ]
 
 JSON_KEYS = (
-    "run_id", "source", "dest", "converted", "up_to_date", "rejected", "failed", "source_bytes", "read_bytes",
-    "written_bytes", "left_out", "seconds", "manifests", "problems",
+    "run_id", "source", "dest", "converted", "up_to_date", "rejected", "failed", "left_alone",
+    "source_bytes", "read_bytes", "written_bytes", "left_out", "seconds", "manifests", "problems",
 )  # fmt: skip
 """The `--json` summary of `convert`, in this order."""
 
@@ -38,11 +39,12 @@ SYNC_KEYS = ("copied", "deleted", "backed_up", "kept")
 """What `sync` adds to it."""
 
 MIGRATE_KEYS = (
-    "run_id", "source", "dest", "migrated", "up_to_date", "rejected", "failed", "skipped", "updated",
-    "source_bytes", "read_bytes", "written_bytes", "seconds", "versions", "manifests", "problems",
+    "run_id", "source", "dest", "migrated", "up_to_date", "rejected", "failed", "skipped", "left_alone",
+    "updated", "source_bytes", "read_bytes", "written_bytes", "seconds", "versions", "manifests", "problems",
 )  # fmt: skip
 """The `--json` summary of `migrate`; counts are of versions."""
 
+LEFT_ALONE = "what training leaves next to weights: optimizers, schedulers, ..."
 SHOWN_PROBLEMS = 20
 SHOWN_VERSIONS = 40
 
@@ -61,6 +63,8 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
         ("rejected", str(summary["rejected"]), ""),
         ("failed", str(summary["failed"]), ""),
     ]
+    if summary["left_alone"]:
+        rows.append(("left alone", str(summary["left_alone"]), LEFT_ALONE))
     if "copied" in summary:
         rows.insert(1, ("copied", str(summary["copied"]), "files as they are" if summary["copied"] else ""))
         rows += [("deleted", str(summary["deleted"]), f"{summary['kept']} kept" if summary["kept"] else "")]
@@ -92,6 +96,8 @@ def migration_lines(summary: Mapping[str, Any]) -> list[str]:
     ]
     if summary["skipped"]:
         rows.append(("without a checkpoint", str(summary["skipped"]), "left where they are"))
+    if summary["left_alone"]:
+        rows.append(("files left alone", str(summary["left_alone"]), LEFT_ALONE))
     if summary["updated"]:
         rows.append(("models updated", str(summary["updated"]), "descriptions, tags, aliases"))
     lines = align(rows, right=[1], indent="")
@@ -153,13 +159,29 @@ def single_lines(entry: Entry, job: Job, seconds: float) -> list[str]:
     return lines
 
 
-def plan_lines(to_do: Sequence[Job], up_to_date: Sequence[Job], collisions: Sequence[Problem]) -> list[str]:
+def initial_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What `--allow-missing` let through: names that keep the values which the model's code gave them."""
+    lines = []
+    for row in summary["initial"][:SHOWN_PROBLEMS]:
+        names = row["names"]
+        more = f" and {len(names) - SHOWN_PROBLEMS} more" if len(names) > SHOWN_PROBLEMS else ""
+        lines.append(f"initial values kept in {row['source']}: {', '.join(names[:SHOWN_PROBLEMS])}{more}")
+    if len(summary["initial"]) > SHOWN_PROBLEMS:
+        lines.append(f"... and in {len(summary['initial']) - SHOWN_PROBLEMS} more, by their manifests")
+    return lines
+
+
+def plan_lines(
+    to_do: Sequence[Job], up_to_date: Sequence[Job], collisions: Sequence[Problem], alone: Sequence[Job] = ()
+) -> list[str]:
     """What a run would do, one checkpoint a line."""
     rows = [("convert", format_nbytes(job.source_size), f"{job.path} -> {job.dest_uri}") for job in to_do]
     rows += [("up to date", format_nbytes(job.source_size), job.path) for job in up_to_date]
+    rows += [("leave alone", format_nbytes(job.source_size), job.path) for job in alone]
     rows += [("reject", problem.reason, problem.source) for problem in collisions]
     total = format_nbytes(sum(job.source_size for job in to_do))
     counts = f"would convert {len(to_do)} ({total}), up to date {len(up_to_date)}, rejected {len(collisions)}"
+    counts += f", left alone {len(alone)}" if alone else ""
     return [*align(rows, indent=""), "", f"{counts}; nothing was written"]
 
 

@@ -141,6 +141,7 @@ def _print_plan(
     from ptbin.catalog.mirroring import alone, copied_along, excess, iter_gone
     from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
     from ptbin.catalog.worklist import WorkList
+    from ptbin.companions import is_companion
 
     rule = OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout)
     options = alone(options)
@@ -170,7 +171,10 @@ def _print_plan(
             for job in list(work.iter_to_do()):
                 if work.is_only_unproven(job):
                     work.settle_current(job)
-        jobs = sorted(work.iter_to_do(), key=lambda job: job.path)
+        to_do = sorted(work.iter_to_do(), key=lambda job: job.path)
+        left = [job for job in to_do if not job.copies and is_companion(job.path)]
+        jobs = [job for job in to_do if job not in left]
+        left += work.iter_left_alone()
         changed = {job.dest_uri: work.present(job) for job in jobs}
         found = []
         if delete:
@@ -201,6 +205,7 @@ def _print_plan(
         "delete": deleted,
         "keep": [item.output for item in found if item.kept or told],
         "back_up": saved if backs_up else [],
+        "left_alone": [job.source_uri for job in left],
         "problems": told,
     }
     if shared.as_json:

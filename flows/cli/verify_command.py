@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from flows.cli.shared_options import Shared, runner_options, shared_options
 from flows.cli.summary import verification_lines
 from flows.wishes import refuse_secrets
 from ptbin.errors import UsageError
+
+if TYPE_CHECKING:
+    from ptbin.stores import Store
 
 __all__ = ["verify_command"]
 
@@ -89,7 +92,7 @@ def verify_command(
                 runner_address=runner_address,
             )
         else:
-            store.stat(path)  # a missing DEST is the caller's mistake, not an issue
+            _refuse_missing(store, path)
             summary = _verify_one(dest, level, public_key, shared, listener)
     if shared.as_json:
         print_json({key: summary[key] for key in JSON_KEYS})
@@ -97,6 +100,25 @@ def verify_command(
         for line in verification_lines(summary):
             print_line(line)
     return 0 if not summary["issues"] else 1
+
+
+def _refuse_missing(store: Store, path: str) -> None:
+    """A missing DEST is the caller's mistake, not an issue; of shards and split outputs only the manifest is
+    there.
+
+    Raises:
+        NotFoundInStoreError: neither is.
+    """
+    from ptbin.errors import NotFoundInStoreError
+    from ptbin.manifest import MANIFEST_SUFFIX
+
+    try:
+        store.stat(path)
+    except NotFoundInStoreError:
+        try:
+            store.stat(path + MANIFEST_SUFFIX)
+        except NotFoundInStoreError:
+            store.stat(path)
 
 
 def _refuse_empty(dest: str, shared: Shared) -> None:
@@ -108,17 +130,34 @@ def _refuse_empty(dest: str, shared: Shared) -> None:
     raise UsageError(f"nothing to verify below DEST, neither manifests nor outputs: {dest}")
 
 
+def _manifest_of(dest: str, shared: Shared) -> str:
+    """The manifest of an output: next to it, or that of the output that `--split` made it a part of."""
+    from ptbin.catalog.finding import split_manifest
+    from ptbin.errors import NotFoundInStoreError
+    from ptbin.manifest import manifest_uri
+    from ptbin.stores import open_store
+
+    uri = manifest_uri(dest)
+    store, path = open_store(dest, shared.dest_options)
+    try:
+        store.stat(f"{path}.manifest.json")
+    except NotFoundInStoreError:
+        found = split_manifest(store, path)
+        return store.uri_of(found) if found is not None else uri
+    return uri
+
+
 def _verify_one(
     dest: str, level: str, public_key: str | None, shared: Shared, listener: Any
 ) -> dict[str, Any]:
     import ptbin
-    from ptbin.manifest import MANIFEST_SUFFIX, manifest_uri
+    from ptbin.manifest import MANIFEST_SUFFIX
     from ptbin.stores import public_uri
     from tasks.live import Settled
 
     started = time.monotonic()
     listener.planned(1, 0, 0)
-    uri = dest if dest.endswith(MANIFEST_SUFFIX) else manifest_uri(dest)
+    uri = dest if dest.endswith(MANIFEST_SUFFIX) else _manifest_of(dest, shared)
     found = ptbin.verify(
         uri,
         level=level,

@@ -1,15 +1,15 @@
-"""Jobs that want one place: outputs of one name, copies in the way of what lies beside an output, shards and
-parts of others.
+"""Jobs that want one place: outputs of one name, copies in the way of what lies beside an output, shards.
 
 Decided by names alone, before anything is written. Nobody wins such a place by being there first.
 """
 
 from __future__ import annotations
 
-from ptbin.catalog.finding import SHARD_NUMBER, whole_outputs
+from ptbin.catalog.finding import SHARD_NUMBER, split_bases
 from ptbin.catalog.jobs import Problem
-from ptbin.catalog.jobtable import REFUSED, JobTable
+from ptbin.catalog.jobtable import LEFT_ALONE, REFUSED, JobTable
 from ptbin.catalog.planning import settle_collision
+from ptbin.companions import is_companion
 from ptbin.errors import OutputCollisionError
 from ptbin.folders import INDEX_SUFFIX
 from ptbin.options import ConvertOptions
@@ -25,17 +25,31 @@ def suffixes_beside(options: ConvertOptions) -> list[str]:
 
 
 def settle_collisions(table: JobTable, options: ConvertOptions) -> list[Problem]:
-    """Refuse the jobs that cannot all have their places; a problem for each. Under the table's lock."""
+    """Refuse the jobs that cannot all have their places; a problem for each. Under the table's lock.
+
+    What is a companion by its name (`optimizer.pt` next to `optimizer.bin`) gives way, and is no problem.
+    """
     problems = []
     shared = "SELECT place FROM jobs GROUP BY place HAVING count(*) > 1"
     for (place,) in table.db.execute(shared).fetchall():
         same = list(table.select("place = ?", (place,)))
+        alone = [(number, job) for number, job in same if not job.copies and is_companion(job.path)]
+        table.db.executemany(
+            "UPDATE jobs SET state = ? WHERE id = ?", [(LEFT_ALONE, number) for number, _ in alone]
+        )
+        same = [pair for pair in same if pair not in alone]
+        if not same:
+            continue
         wins, refused = settle_collision([job for _, job in same])
         problems += refused
         losers = [(REFUSED, number) for number, job in same if job not in wins]
         table.db.executemany("UPDATE jobs SET state = ? WHERE id = ?", losers)
-    problems += _refuse_beside(table, options) + _refuse_shards(table, options)
-    return problems + (_refuse_parts(table) if options.split else [])
+    return (
+        problems
+        + _refuse_beside(table, options)
+        + _refuse_shards(table, options)
+        + _refuse_parts(table, options)
+    )
 
 
 def _refuse_beside(table: JobTable, options: ConvertOptions) -> list[Problem]:
@@ -71,16 +85,18 @@ def _refuse_shards(table: JobTable, options: ConvertOptions) -> list[Problem]:
     return [_refuse_for(table, number, what) for number, what in refused.items()]
 
 
-def _refuse_parts(table: JobTable) -> list[Problem]:
+def _refuse_parts(table: JobTable, options: ConvertOptions) -> list[Problem]:
     """Files that would go where a part of another output may go (`a.generator.bin` of `a.bin`), and those
     others: what the parts are called is only known once the checkpoint is read.
     """
+    if not options.split:
+        return []
     refused: dict[int, str] = {}
     query = "SELECT id, place, path, copies FROM jobs WHERE place LIKE '%.%.%' AND certain AND state != ?"
     for number, place, path, copies in table.db.execute(query, (REFUSED,)).fetchall():
-        for whole in whole_outputs(place):
+        for base in split_bases(place):
             query = "SELECT id, path FROM jobs WHERE place = ? AND NOT copies AND certain AND state != ?"
-            for other, its_path in table.db.execute(query, (whole, REFUSED)).fetchall():
+            for other, its_path in table.db.execute(query, (base, REFUSED)).fetchall():
                 refused[number] = f"a part of the output of {its_path}"
                 if not copies:
                     refused[other] = f"the output of {path}, under the name of one of its parts"

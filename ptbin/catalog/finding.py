@@ -16,9 +16,10 @@ from typing import Any
 from ptbin.catalog.globs import matches, split_glob
 from ptbin.catalog.jobs import Found
 from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, OTHER_SUFFIXES, OUTPUT_SUFFIXES, suffix_of
-from ptbin.errors import LimitExceededError, NotFoundInStoreError, VerificationError
+from ptbin.errors import NotFoundInStoreError, VerificationError
 from ptbin.folders import Group, Grouping, is_folder_part
 from ptbin.manifest import MANIFEST_SUFFIX, parse_manifest
+from ptbin.part_names import split_place
 from ptbin.sources import find_source
 from ptbin.stores import ListedObject, Store, is_partial_name, open_store
 from ptbin.stores.local import LocalStore
@@ -30,7 +31,8 @@ __all__ = [
     "find_manifests",
     "find_one",
     "find_orphans",
-    "whole_outputs",
+    "split_bases",
+    "split_manifest",
 ]
 
 OWN_FOLDER = "_ptbin"
@@ -48,6 +50,7 @@ def find_checkpoints(
     is_other: Callable[[ListedObject], bool] = lambda _: False,
     other: Callable[[ListedObject], object] = lambda _: None,
     broken: Callable[[str], object] | None = None,
+    parts: bool = False,
 ) -> Iterator[Found]:
     """Candidates at or below SOURCE: one file, a directory or prefix, or a glob.
 
@@ -55,6 +58,7 @@ def find_checkpoints(
         include: globs on the path below SOURCE; where given, they decide alone what is a candidate.
         exclude: globs that take candidates away.
         is_other: says of a file that belongs to no group whether it is handed to `other` and is no candidate.
+        parts: each part of a checkpoint that ptbin does not put together is a candidate; else all are one.
         broken: told of each symbolic link that leads nowhere, unless `exclude` takes it away.
 
     Raises:
@@ -78,7 +82,7 @@ def find_checkpoints(
         listed = store.iter_objects(path, broken=tell)
     else:
         listed = store.iter_objects(path)
-    for found in _grouped(item for item in listed if not _is_our_own(item.path)):
+    for found in _grouped((item for item in listed if not _is_our_own(item.path)), parts=parts):
         if isinstance(found, ListedObject):
             if pattern is None or matches(f"/{found.path}", pattern):
                 if is_other(found) and not any(matches(found.path, glob) for glob in exclude):
@@ -93,7 +97,7 @@ def find_checkpoints(
             yield Found(name, uri, found.size, found.identity, True)
 
 
-def _grouped(items: Iterable[ListedObject]) -> Iterator[ListedObject | Group]:
+def _grouped(items: Iterable[ListedObject], *, parts: bool) -> Iterator[ListedObject | Group]:
     """Files that belong together as one; a folder's are decided once the listing has left it.
 
     Relies on what all listings promise: whatever lies below one folder comes without anything between.
@@ -108,13 +112,16 @@ def _grouped(items: Iterable[ListedObject]) -> Iterator[ListedObject | Group]:
     for item in items:
         while open_folders and not item.path.startswith(open_folders[-1][0]):
             yield from close()
-        folder, slash, name = item.path.rpartition("/")
+        folder, name = split_place(item.path)
         if not is_folder_part(name):
             yield item
             continue
-        if not open_folders or open_folders[-1][0] != folder + slash:
-            open_folders.append((folder + slash, Grouping()))
-        open_folders[-1][1].add(item)
+        prefix = f"{folder}/" if folder else ""
+        grouping = next((found for place, found in reversed(open_folders) if place == prefix), None)
+        if grouping is None:
+            grouping = Grouping(parts=parts)
+            open_folders.append((prefix, grouping))
+        grouping.add(item)
     while open_folders:
         yield from close()
 
@@ -177,12 +184,34 @@ def find_manifests(dest: str, *, storage_options: Mapping[str, Any] | None = Non
             yield item.uri
 
 
-def find_orphans(dest: str, *, storage_options: Mapping[str, Any] | None = None) -> Iterator[str]:
-    """URIs of weights below DEST that no manifest vouches for; shards and parts are vouched for by their
-    output's.
-
-    Costs a read of its output's manifest for what has the name of a part.
+def split_bases(name: str) -> list[str]:
+    """Outputs that a file of this name may be a part of by `--split`: `a/last.model.ema.bin` of
+    `a/last.model.bin` or of `a/last.bin`.
     """
+    folder, slash, file = SHARD_NUMBER.sub("", name).rpartition("/")
+    stem, _, suffix = file.rpartition(".")
+    bases = []
+    while "." in stem:
+        stem = stem.rpartition(".")[0]
+        bases.append(f"{folder}{slash}{stem}.{suffix}")
+    return bases
+
+
+def split_manifest(store: Store, path: str) -> str | None:
+    """Path of the manifest that lists a file which `--split` made, if there is one next to it."""
+    name = path.rpartition("/")[2]
+    for base in split_bases(path):
+        try:
+            manifest = parse_manifest(store.read_bytes(base + MANIFEST_SUFFIX), base)
+        except (NotFoundInStoreError, VerificationError):
+            continue
+        if any(output["path"] == name for output in manifest["outputs"]):
+            return base + MANIFEST_SUFFIX
+    return None
+
+
+def find_orphans(dest: str, *, storage_options: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """URIs of weights below DEST that no manifest vouches for; shards are vouched for by their output's."""
     store, path = open_store(dest, storage_options)
     if not store.is_directory(path):
         return
@@ -195,29 +224,9 @@ def find_orphans(dest: str, *, storage_options: Mapping[str, Any] | None = None)
             manifests.add(item.path.removesuffix(MANIFEST_SUFFIX))
         elif item.path.endswith(tuple(OUTPUT_SUFFIXES.values())):
             outputs[item.path] = item.uri
-    listed: dict[str, set[str]] = {}
     for name, uri in outputs.items():
         if {name, SHARD_NUMBER.sub("", name)} & manifests:
             continue
-        for whole in whole_outputs(name):
-            if whole in manifests and whole not in listed:
-                listed[whole] = _listed(store, path, whole)
-        if not any(name in listed.get(whole, ()) for whole in whole_outputs(name)):
+        may_be_split = not manifests.isdisjoint(split_bases(name))
+        if not may_be_split or split_manifest(store, f"{path.rstrip('/')}/{name}") is None:
             yield uri
-
-
-def whole_outputs(path: str) -> list[str]:
-    """Outputs that a file of this name may be a part of: `a.x.y.bin` of `a.bin` or `a.x.bin`, split."""
-    folder, slash, name = path.rpartition("/")
-    steps = name.split(".")
-    return [f"{folder}{slash}{'.'.join(steps[:count])}.{steps[-1]}" for count in range(1, len(steps) - 1)]
-
-
-def _listed(store: Store, folder: str, output: str) -> set[str]:
-    """Paths of the files that an output's manifest lists, below `folder` as the output's own."""
-    try:
-        manifest = parse_manifest(store.read_bytes(f"{folder.rstrip('/')}/{output}{MANIFEST_SUFFIX}"), output)
-        own = output[: output.rfind("/") + 1]
-        return {own + file["path"] for file in manifest["outputs"]}
-    except (NotFoundInStoreError, VerificationError, LimitExceededError, LookupError, TypeError):
-        return set()

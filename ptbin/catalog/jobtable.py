@@ -16,9 +16,9 @@ from ptbin.catalog.jobs import Job
 from ptbin.catalog.planning import OutputRule
 from ptbin.stores import Identity
 
-__all__ = ["CURRENT", "PAGE", "REFUSED", "TO_ASK", "TO_DO", "JobTable"]
+__all__ = ["CURRENT", "LEFT_ALONE", "PAGE", "REFUSED", "TO_ASK", "TO_DO", "JobTable"]
 
-TO_DO, CURRENT, TO_ASK, REFUSED = range(4)
+TO_DO, CURRENT, TO_ASK, REFUSED, LEFT_ALONE = range(5)
 PAGE = 1000
 """Rows held at once while the list is read."""
 
@@ -101,6 +101,10 @@ class JobTable:
 
     def iter_current(self) -> Iterator[Job]:
         return (job for _, job in self.select("state = ?", (CURRENT,)))
+
+    def iter_left_alone(self) -> Iterator[Job]:
+        """Optimizers and the like, by their names, that would share a place with another output."""
+        return (job for _, job in self.select("state = ?", (LEFT_ALONE,)))
 
     def iter_to_ask(self) -> Iterator[Job]:
         """Those with a manifest that the index does not know; `answer` settles them."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ptbin.catalog.checks import real_place
-from ptbin.catalog.finding import SHARD_NUMBER, whole_outputs
+from ptbin.catalog.finding import SHARD_NUMBER, split_bases
 from ptbin.catalog.finished import identity_text
 from ptbin.catalog.globs import matches
 from ptbin.catalog.planning import relative_output
@@ -303,7 +303,7 @@ class _Mirror:
 def _is_named_after(name: str, base: str) -> bool:
     """Whether an output called `base` may have a file called `name`: a manifest's word is not enough."""
     whole = SHARD_NUMBER.sub("", name.removesuffix(INDEX_SUFFIX))
-    return base in (whole, *whole_outputs(whole)) or is_sidecar(name)
+    return whole == base or base in split_bases(whole) or is_sidecar(name)
 
 
 def _is_younger(one: Identity, other: Identity) -> bool:

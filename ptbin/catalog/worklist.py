@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from ptbin.catalog.collisions import settle_collisions, suffixes_beside
-from ptbin.catalog.finding import SHARD_NUMBER, find_checkpoints, is_in_own_folder, whole_outputs
+from ptbin.catalog.finding import SHARD_NUMBER, find_checkpoints, is_in_own_folder, split_bases
 from ptbin.catalog.finished import (
     INDEX_FOLDER,
     SEGMENT_SUFFIX,
@@ -96,6 +96,7 @@ class WorkList(JobTable):
                 is_other=copies or (lambda _: False),
                 other=others.append,
                 broken=broken.append if copies is not None else None,
+                parts=options.parts,
             )
             problems = self._add(found, others, tick)
             problems += [_broken_link(link) for link in broken]
@@ -310,7 +311,7 @@ class WorkList(JobTable):
         names = {path.removesuffix(MANIFEST_SUFFIX).removesuffix(INDEX_SUFFIX)}
         names |= {SHARD_NUMBER.sub("", name) for name in names}
         if self._options.split:
-            names |= {whole for name in names for whole in whole_outputs(name)}
+            names |= {base for name in names for base in split_bases(name)}
         with self.lock:
             return any(
                 self.db.execute("SELECT 1 FROM jobs WHERE place = ?", (name.casefold(),)).fetchone()
@@ -342,7 +343,7 @@ class WorkList(JobTable):
             folder = key[: -len(key.rsplit("/", 1)[-1])]
             named += [output + suffix for suffix in suffixes_beside(self._options)]
             named += [folder + name for name in self._outputs_before(key)]
-            named += self._shards_of(output) + self._parts_of(output)
+            named += self._shards_of(output)
         return [path for path in dict.fromkeys(named) if self._size_of(path) is not None]
 
     def _outputs_before(self, manifest: str) -> list[str]:
@@ -368,17 +369,6 @@ class WorkList(JobTable):
         with self.lock:
             found = self.db.execute(query, (f"{stem}-", f"{stem}.")).fetchall()
         return [path for (path,) in found if SHARD_NUMBER.sub("", path) == output]
-
-    def _parts_of(self, output: str) -> list[str]:
-        """What is stored under names that parts of this output may get, split."""
-        if not self._options.split:
-            return []
-        stem = output.rpartition(".")[0]
-        # A slash follows a point in Unicode.
-        query = "SELECT path FROM stored WHERE path > ? AND path < ?"
-        with self.lock:
-            found = self.db.execute(query, (f"{stem}.", f"{stem}/")).fetchall()
-        return [path for (path,) in found if output in whole_outputs(SHARD_NUMBER.sub("", path))]
 
     def iter_unexplained(self) -> Iterator[str]:
         """Paths below DEST of the manifests, and the copies that the index knows, of no job of this run."""

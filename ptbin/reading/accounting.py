@@ -114,8 +114,9 @@ def account(
     gaps, hidden = _unviewed(checkpoint, views, shares[first_unit:])
     left_out = []
     unaccounted = []
+    by_container = {id(item) for item in checkpoint.excluded}
     for item, nbytes in zip(items, shares[first_excluded:first_unit], strict=True):
-        if not nbytes and (item.role in ("attribute", "padding") or item in checkpoint.excluded):
+        if not nbytes and (item.role in ("attribute", "padding") or id(item) in by_container):
             continue  # one more way to what is accounted for: recurrent layers keep a list of their weights
         if item.role is not None:
             left_out.append(LeftOut(item.path, nbytes, item.role, item.reason or REASONS[item.role]))
@@ -142,7 +143,7 @@ def _unviewed(checkpoint: Checkpoint, views: list[TensorRef], rest: list[int]) -
     if not any(rest):
         return rest, 0
     used = {id(tensor.storage) for tensor in views}
-    # in a plain pickle the storage is bytes inside the pickle
+    # of a file that lies inside a pickle the container knows the bytes, and not the storages
     used |= {id(t.storage.place.data) for t in views if isinstance(t.storage.place, InMemory)}
     in_use = [id(storage) in used for storage in checkpoint.storages.values()]
     in_use += [id(blob) in used for blob in checkpoint.vocabulary.blobs()]

@@ -28,6 +28,7 @@ from ptbin.reading.collector import collector_paused
 from ptbin.reading.pickle_machine import PickleProgram
 from ptbin.reading.source import RandomReader, SourceFile
 from ptbin.reading.torch_objects import TorchVocabulary
+from ptbin.reading.tree import DataSearch
 from ptbin.state_dict import Excluded
 from ptbin.stores.joined import JoinedReader
 from ptbin.tensors import ByteRange, Deflated, InMemory, Storage, own_bytes
@@ -58,10 +59,13 @@ class Checkpoint:
         storages: all storages the pickle refers to, by key.
         archive_root: name of the zip archive's top folder; None outside zip containers.
         script_classes: TorchScript only: class path to its parameter and buffer names.
+        metadata: of a safetensors file, its `__metadata__`.
+        part: why this is not all of a checkpoint, where the caller takes it all the same (`parts`).
         preferred: path of the candidate to choose where several remain; a container's reader may know.
         other_members: name and size of what lies beside the checkpoints of an archive and is none itself.
         roles: path to role, where the container itself says what lies there (`reading.roles`).
         excluded: what its reader passed over and knows the role of.
+        search: answers whether a record holds data, and remembers.
         unnamed: records that could hold tensors and that no pickle names: (name, offset, bytes in the file).
     """
 
@@ -75,10 +79,16 @@ class Checkpoint:
     archive_root: str | None = None
     script_classes: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
     preferred: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    part: str | None = None
     other_members: list[tuple[str, int]] = field(default_factory=list)
     roles: dict[str, str] = field(default_factory=dict)
     excluded: list[Excluded] = field(default_factory=list)
     unnamed: list[tuple[str, int, int]] = field(default_factory=list)
+    search: DataSearch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.search = DataSearch(self.vocabulary.limits)
 
 
 @dataclass(slots=True)

@@ -28,7 +28,12 @@ from itertools import islice, product
 from typing import Any
 
 from ptbin.dtypes import DType, dtype_by_name
-from ptbin.errors import CorruptArchiveError, LimitExceededError, UnsupportedFormatError
+from ptbin.errors import (
+    CorruptArchiveError,
+    IncompleteCheckpointError,
+    LimitExceededError,
+    UnsupportedFormatError,
+)
 from ptbin.folders import DCP_METADATA, LIGHTNING_METADATA
 from ptbin.nodes import DictNode, Global, Instance, Opaque, iter_nodes
 from ptbin.options import Limits
@@ -67,8 +72,16 @@ MAX_SPLIT_DIMENSIONS = 6
 """Dimensions that a tensor is cut along; meshes have up to five, and a box has 2^n corners to check."""
 
 _METADATA_CLASSES = "torch.distributed.checkpoint.metadata."
-_OPTIMIZER = re.compile(r"^(optim|opt$|opt_)", re.IGNORECASE)
-_OPTIMIZER_PREFIX = re.compile(r"^(?P<group>(?:optim\w*|opt|lr_sched\w*))\.(?P<rest>.+)$", re.IGNORECASE)
+# An optimizer's or a scheduler's entry, flattened: told by what it holds, because a module of a model
+# may be called `opt` or `optimal_transport`.
+_STATE_NAMES = frozenset(
+    """exp_avg exp_avg_sq max_exp_avg_sq exp_inf momentum_buffer square_avg grad_avg acc_delta
+    exp_avg_res exp_avg_sq_row exp_avg_sq_col exp_avg_var previous_grad row_momentum col_momentum""".split()
+)
+_SCHEDULER_NAMES = frozenset("last_epoch _step_count base_lrs _last_lr _get_lr_called_within_step".split())
+_OPTIMIZER_PREFIX = re.compile(r"^(?P<group>[^.]+)\.(?P<rest>(?:state|param_groups)\..+)$")
+_NAMED_SO = re.compile(r"^(optim|opt$|opt_|lr_sched)", re.IGNORECASE)
+_CHUNK_FILE = re.compile(r"^__\d+_\d+\.distcp$")
 _GROUP_NAMES = ("model", "state_dict", "model_state_dict", "weights")
 # As in `selection`: whole numbers are counters and tables, bytes are random generators.
 _COUNTERS = ("int64", "int32", "int16", "bool", "uint8")
@@ -110,7 +123,8 @@ def read_dcp(reader: JoinedReader, limits: Limits) -> Checkpoint:
 
     Raises:
         CorruptArchiveError: chunks that overlap, leave gaps, lie outside of their file, or are other
-            tensors than the index says; files that are missing.
+            tensors than the index says.
+        IncompleteCheckpointError: files that are missing.
         UnsupportedFormatError: chunks written through an extension (compression).
         LimitExceededError: more than the limits allow.
     """
@@ -203,10 +217,12 @@ class _Index:
         file, offset, nbytes = info.get("relative_path"), info.get("offset"), info.get("length")
         # Only a name that the folder's listing gave is ever opened.
         if type(file) is not str or file not in self._names or file == DCP_METADATA:
-            raise CorruptArchiveError(
-                f"{self.uri}: {name[:200]!r} should lie in {_text(file)}, no file of this folder has that "
-                "name; is the copy complete?"
+            where = (
+                f"{self.uri}: {name[:200]!r} should lie in {_text(file)}, no file of this folder is called so"
             )
+            if type(file) is str and _CHUNK_FILE.match(file):
+                raise IncompleteCheckpointError(f"{where}; fetch it")
+            raise CorruptArchiveError(f"{where}; is the copy complete?")
         part = self._reader.part(file)
         sane = type(offset) is int and type(nbytes) is int and offset >= 0 and nbytes >= 0
         if not sane or offset + nbytes > part.size:
@@ -636,11 +652,11 @@ def _gathered(root: DictNode) -> DictNode:
     groups: dict[str, DictNode] = {}
     flat: list[tuple[Any, Any]] = []
     for key, value in root.pairs:
-        match = _OPTIMIZER_PREFIX.match(key) if type(key) is str else None
-        if match is None:
+        split = _split_optimizer_entry(key) if type(key) is str else None
+        if split is None:
             flat.append((key, value))
         else:
-            groups.setdefault(match["group"], DictNode()).pairs.append((match["rest"], value))
+            groups.setdefault(split[0], DictNode()).pairs.append((split[1], value))
     if groups.keys() & root.by_name().keys():
         return root
     pairs = [*flat, *groups.items()]
@@ -651,7 +667,7 @@ def _gathered(root: DictNode) -> DictNode:
     ]
     beside = [(key, v) for key, v in pairs if _is_branch(v) and not str(key).endswith("_extra_state")]
     seen: set[int] = set()
-    other_models = any(not _OPTIMIZER.match(str(key)) and _holds_weights(v, seen) for key, v in beside)
+    other_models = any(not _is_optimizer(v) and _holds_weights(v, seen) for _, v in beside)
     # A single tensor beside a model that has its own mapping is no model; dotted names are a module's.
     is_model = weights and (not other_models or any("." in key for key in weights))
     name = next((n for n in _GROUP_NAMES if root.get(n) is None), None)
@@ -660,6 +676,42 @@ def _gathered(root: DictNode) -> DictNode:
     model = [(key, v) for key, v in pairs if _belongs_to_model(key, v)]
     rest = [(key, v) for key, v in pairs if not _belongs_to_model(key, v)]
     return DictNode("dict", [(name, DictNode("dict", model)), *rest])
+
+
+def _split_optimizer_entry(key: str) -> tuple[str, str] | None:
+    """The optimizer's or scheduler's own name, and the entry's below it; None for what may be a model's.
+
+    `optim.state.fc.weight.exp_avg` and `optim.param_groups.fc.weight.lr` (torch's flattened form), and
+    `optim.fc.weight.exp_avg`, where the first name has to be an optimizer's as well.
+    """
+    first, dot, rest = key.partition(".")
+    last = key.rpartition(".")[2]
+    if not dot:
+        return None
+    if first in ("state", "param_groups"):
+        is_state = first == "param_groups" or last in _STATE_NAMES or last == "step"
+        return ("optimizer", key) if is_state else None
+    named_so = _NAMED_SO.match(first) is not None
+    if _OPTIMIZER_PREFIX.match(key) and (named_so or last in _STATE_NAMES or last == "step"):
+        return first, rest
+    if named_so and (last in _STATE_NAMES or last in _SCHEDULER_NAMES or last in ("step", "param_groups")):
+        return first, rest
+    return None
+
+
+def _is_optimizer(value: Any) -> bool:
+    """Whether a mapping is an optimizer's state dict, by what it holds."""
+    if not isinstance(value, DictNode):
+        return False
+    named = value.by_name()
+    if {"state", "param_groups"} & named.keys() or _SCHEDULER_NAMES & named.keys():
+        return True
+    lasts = {name.rpartition(".")[2] for name in named}
+    return bool(lasts & _STATE_NAMES) or any(_is_moments(below) for below in named.values())
+
+
+def _is_moments(value: Any) -> bool:
+    return isinstance(value, DictNode) and bool(value.by_name().keys() & _STATE_NAMES)
 
 
 def _is_branch(value: Any) -> bool:

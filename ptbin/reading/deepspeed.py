@@ -26,6 +26,7 @@ from ptbin.dtypes import BY_NAME, DType
 from ptbin.errors import (
     ChecksumMismatchError,
     CorruptArchiveError,
+    IncompleteCheckpointError,
     LimitExceededError,
     UnsupportedFormatError,
     UnsupportedTensorError,
@@ -45,6 +46,9 @@ _OPTIM = re.compile(
     r"^(?P<kind>bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$"
 )
 _MODEL = re.compile(r"^(zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
+
+_PIPELINE = re.compile(r"^layer_\d+-(.+-)?model_states\.pt$")
+_EXPERT = re.compile(r"^(layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt$")
 
 # deepspeed/runtime/zero/config.py, ZeroStageEnum: some Pythons pickle an enum as getattr(class, name)
 _STAGES = {"optimizer_states": 1, "gradients": 2, "weights": 3, "max_stage": 3}
@@ -68,8 +72,9 @@ def read_deepspeed(reader: JoinedReader, limits: Limits) -> Checkpoint:
     """Index a tag folder; `fp32` is the state dict that is meant, `module` the 16-bit weights where stored.
 
     Raises:
-        UnsupportedFormatError: tensor, pipeline or expert parallel; nothing that ZeRO wrote.
-        CorruptArchiveError: ranks are missing, or shapes and partitions contradict each other.
+        IncompleteCheckpointError: ranks are missing; tensor or pipeline parallel, experts in other files.
+        UnsupportedFormatError: partitioned experts; nothing that ZeRO wrote.
+        CorruptArchiveError: shapes and partitions contradict each other.
         UnsupportedTensorError: partitions that are no plain vectors of floating numbers.
     """
     return _Folder(reader, limits).read()
@@ -232,6 +237,8 @@ class _Folder:
         found: dict[int, str] = {}
         kinds = set()
         for name in self.reader.names:
+            if _PIPELINE.match(name) or _EXPERT.match(name):
+                self._refuse_model_parallel(f"{name} is a part of it")
             match = _OPTIM.match(name) or _MODEL.match(name)
             if match is None:
                 continue
@@ -271,7 +278,9 @@ class _Folder:
 
     def _need(self, found: dict[Any, str], key: int | None, name: str, of: str) -> str:
         if key not in found:
-            raise CorruptArchiveError(f"{self.uri}: {name} is missing{of}; fetch the folder again, whole")
+            raise IncompleteCheckpointError(
+                f"{self.uri}: {name} is missing{of}; fetch the folder again, whole"
+            )
         return found[key]
 
     def _open(self, name: str) -> DictNode:
@@ -405,9 +414,9 @@ class _Folder:
         return model
 
     def _refuse_model_parallel(self, why: str) -> NoReturn:
-        raise UnsupportedFormatError(
-            f"{self.uri}: the model is cut over tensor or pipeline parallel ranks ({why}); merge it with the "
-            "tool of the framework that trained it, or DeepSpeed's ds_to_universal.py"
+        raise IncompleteCheckpointError(
+            f"{self.uri}: the model is cut over tensor, pipeline or expert parallel ranks ({why}); merge it "
+            "with the tool of the framework that trained it, or DeepSpeed's ds_to_universal.py"
         )
 
     def _shapes(self, node: Any, what: str) -> dict[str, tuple[int, ...]]:

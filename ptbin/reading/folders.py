@@ -36,6 +36,10 @@ def read_folder(reader: JoinedReader, limits: Limits) -> Checkpoint:
         from ptbin.reading.deepspeed import read_deepspeed
 
         return read_deepspeed(reader, limits)
+    if any("_expert_" in name and name.endswith("_model_states.pt") for name in reader.names):
+        from ptbin.reading.deepspeed_experts import read_deepspeed_experts
+
+        return read_deepspeed_experts(reader, limits)
     index = next((name for name in reader.names if name.endswith(INDEX_SUFFIX)), None)
     if index is None:
         raise UnsupportedFormatError(f"{reader.uri}: a folder of no known kind")
@@ -89,11 +93,13 @@ def _read_indexed(reader: JoinedReader, index_name: str, limits: Limits) -> Chec
     storages: dict[str, Storage] = {}
     home: dict[str, str] = {}
     containers = set()
+    metadata: dict[str, str] = {}
     for name in reader.names:
         if name == index_name:
             continue
         checkpoint = read_part(reader, name, opening)
         containers.add(checkpoint.container)
+        metadata.update(checkpoint.metadata)
         if not isinstance(checkpoint.root, DictNode):
             raise CorruptArchiveError(f"{reader.uri}: {name} holds no mapping of names to tensors")
         if root is None:
@@ -108,7 +114,14 @@ def _read_indexed(reader: JoinedReader, index_name: str, limits: Limits) -> Chec
     _compare_with_index(reader.uri, index["weight_map"], home)
     container = "safetensors_sharded" if containers == {"safetensors"} else "torch_sharded"
     return Checkpoint(
-        reader.uri, reader.size, container, root, opening.programs, storages, opening.vocabulary
+        reader.uri,
+        reader.size,
+        container,
+        root,
+        opening.programs,
+        storages,
+        opening.vocabulary,
+        metadata=metadata,
     )
 
 

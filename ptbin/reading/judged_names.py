@@ -327,6 +327,11 @@ def judge_global(module: str, name: str) -> Verdict:
     return "unknown"
 
 
+# Bound methods with such names are met as default factories and lookups (`vocabulary.__getitem__`). They are
+# harmless to hold; a pickle that calls one itself is after something else.
+_HELD_METHODS = frozenset("__getitem__ __len__ __next__ __contains__ __iter__ __call__".split())
+
+
 def plain_module(module: str) -> str:
     """The module under the name that Python 3 has for it."""
     top, _, rest = module.partition(".")
@@ -337,7 +342,7 @@ def is_special_attribute(name: str) -> bool:
     """Whether no pickler asks for an attribute of this name."""
     return (
         not name.isidentifier()
-        or name.startswith("__")
+        or (name.startswith("__") and name not in _HELD_METHODS)
         or name in ("system", "popen")
         or name in _UNSAFE_PARTS
     )
@@ -371,6 +376,8 @@ def judge_method_call(module: str, steps: list[str]) -> Verdict:
     A model's own classes may rebuild themselves so, as they may by any function. Of the standard library and
     of classes whose meaning ptbin knows no pickler calls methods: `pathlib.Path.write_text` does harm.
     """
+    if steps[-1].startswith("__"):
+        return "unsafe"
     if steps[-1].lstrip("_")[:1].isupper():
         return "unknown"
     known = judge_global(module, steps[0]) == "safe" and not module.startswith("__torch__")

@@ -16,7 +16,7 @@ from ptbin.errors import NoStateDictError, OutputCollisionError, UnsupportedTens
 from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, iter_nodes
 from ptbin.options import ConvertOptions
 from ptbin.reading.prefixes import wrapper_prefixes
-from ptbin.reading.tree import holds_data, iter_data
+from ptbin.reading.tree import DataSearch, iter_data
 from ptbin.state_dict import Excluded, StateDict
 from ptbin.tensors import SparseTensor, TensorRef
 
@@ -25,7 +25,7 @@ __all__ = ["drop_entries", "keep_writable", "rename_entries"]
 MAX_VALUE_DEPTH = 32
 
 
-def keep_writable(state_dict: StateDict, uri: str) -> None:
+def keep_writable(state_dict: StateDict, uri: str, search: DataSearch) -> None:
     """Leave out values that nothing is lost with and that a `weights_only=True` reader cannot take.
 
     Raises:
@@ -40,7 +40,7 @@ def keep_writable(state_dict: StateDict, uri: str) -> None:
         if isinstance(value, Opaque) and not value.has_data:
             state_dict.excluded.append(Excluded(name, "value", value.reason))
             continue
-        _refuse_loss(name, value, uri, done)
+        _refuse_loss(name, value, uri, done, search)
         if _is_writable(value, 0, done):
             kept.append((name, value))
         else:
@@ -50,32 +50,33 @@ def keep_writable(state_dict: StateDict, uri: str) -> None:
         raise NoStateDictError(f"{uri}: no tensor with data in {state_dict.path!r}")
     state_dict.entries = kept
     if state_dict.metadata is not None and not _is_metadata(state_dict.metadata):
-        _refuse_loss("_metadata", state_dict.metadata, uri, set())
+        _refuse_loss("_metadata", state_dict.metadata, uri, set(), search)
         state_dict.excluded.append(Excluded("_metadata", "value", "weights_only=True cannot read it"))
         state_dict.metadata = None
 
 
-def _refuse_loss(name: str, value: Any, uri: str, done: set[int]) -> None:
+def _refuse_loss(name: str, value: Any, uri: str, done: set[int], search: DataSearch) -> None:
     """Raise UnsupportedTensorError where a value holds data that would not go along."""
     way_out = f"--drop '{re.escape(name)[:200]}$' leaves it out"
     if isinstance(value, Opaque):
         raise UnsupportedTensorError(f"{uri}: {name!r} is a {value.kind}: {value.reason}; {way_out}")
     if isinstance(value, TensorRef):
-        if value.attributes:
-            names = ", ".join(repr(key) for key, _ in value.attributes[:5])
+        holding = [key for key, attribute in value.attributes if search.holds(attribute)]
+        if holding:
+            names = ", ".join(map(repr, holding[:5]))
             raise UnsupportedTensorError(
                 f"{uri}: {name!r} is a tensor with tensors for attributes ({names}; bitsandbytes keeps "
                 "scales so), without which it is another; load the checkpoint with the library that wrote "
                 f"it and save its state_dict() as plain tensors; {way_out}"
             )
         return
-    if isinstance(value, SparseTensor) or not holds_data(value):
+    if isinstance(value, SparseTensor) or not search.holds(value):
         return
     for data in iter_data(value):
         if isinstance(data, Opaque):
             raise UnsupportedTensorError(f"{uri}: {name!r} holds a {data.kind}: {data.reason}; {way_out}")
         if isinstance(data, TensorRef) and data.attributes:
-            _refuse_loss(name, data, uri, done)
+            _refuse_loss(name, data, uri, done, search)
     if not _is_writable(value, 0, done):
         raise UnsupportedTensorError(
             f"{uri}: {name!r} is a {_describe(value)} that holds tensors, which weights_only=True cannot "

@@ -18,7 +18,6 @@ from ptbin.reading.roles import looks_like_weights, role_of_content, role_of_lea
 from ptbin.reading.search import Candidate, Findings
 from ptbin.reading.tree import (
     as_mapping,
-    holds_data,
     is_branch,
     is_unreadable_tensor,
     named_children,
@@ -166,7 +165,7 @@ class _Outside:
     def add(self, path: str, role: str | None, node: Any) -> None:
         if role is None and self.explicit:
             role = "not_selected"
-        if _is_leaf(node) or holds_data(node):
+        if _is_leaf(node) or self.checkpoint.search.holds(node):
             self.rows.append(Excluded(path, role, node=node))
         elif "." not in path:
             self.rows.append(Excluded(path, role or "value", "not part of the selected state dict"))

@@ -105,6 +105,10 @@ def run_pickle(
         raise damaged from error
 
 
+_SHORT = {0x4B: "push", 0x68: "get", 0x71: "put"}
+"""BININT1, BINGET, BINPUT: more than half of a state dict's opcodes, done in the loop to save the calls."""
+
+
 class Machine:
     """The state of one run: position, stack, marks, memo. What each opcode does is in `pickle_opcodes`."""
 
@@ -147,6 +151,16 @@ class Machine:
                 break
             if count > budget:
                 raise LimitExceededError(f"{self.where}: more than {budget} opcodes")
+            if (short := _SHORT.get(opcode)) is not None and self.pos < size:
+                argument = data[self.pos]
+                self.pos += 1
+                if short == "push":
+                    self.stack.append(argument)
+                elif short == "get":
+                    self.stack.append(self.memo[argument])
+                else:
+                    self.memo[argument] = self.stack[-1]
+                continue
             handler = dispatch[opcode]
             if handler is None:
                 raise CorruptArchiveError(

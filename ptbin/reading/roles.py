@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from ptbin.nodes import DictNode, Instance, NdArray, Opaque
-from ptbin.reading.tree import as_mapping, holds_data
+from ptbin.reading.tree import as_mapping, glance
 from ptbin.tensors import SparseTensor, TensorRef
 
 __all__ = [
@@ -292,7 +292,7 @@ def _holds_more(named: dict[str, Any], allowed: frozenset[str]) -> bool:
     for key, value in named.items():
         if key in allowed or (isinstance(value, TensorRef) and value.numel == 1):
             continue
-        if isinstance(value, TensorRef) or holds_data(value):
+        if isinstance(value, TensorRef) or glance(value):
             return True
     return False
 

@@ -64,7 +64,14 @@ def read_safetensors(opening: Opening) -> Checkpoint | None:
             if isinstance(kept, str) and kept in named and name not in named:
                 root.pairs.append((name, named[kept]))
     return Checkpoint(
-        file.uri, file.size, "safetensors", root, opening.programs, storages, opening.vocabulary
+        file.uri,
+        file.size,
+        "safetensors",
+        root,
+        opening.programs,
+        storages,
+        opening.vocabulary,
+        metadata={name: text for name, text in (metadata or {}).items() if isinstance(text, str)},
     )
 
 

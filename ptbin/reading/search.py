@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ptbin.errors import LimitExceededError
-from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque, iter_nodes
+from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque
 from ptbin.options import Limits
 from ptbin.reading.averages import (
     RAW,
@@ -27,6 +27,7 @@ from ptbin.reading.checkpoint import Checkpoint
 from ptbin.reading.modules import is_module, module_state_dict, script_state_dict
 from ptbin.reading.roles import looks_like_weights, role_of_content, role_of_leaf, role_of_name
 from ptbin.reading.tree import (
+    DataSearch,
     as_mapping,
     holds_data,
     is_branch,
@@ -50,10 +51,6 @@ __all__ = [
 ]
 
 MAX_SEARCH_DEPTH = 10
-
-# Records inside values that are no tensors (`_extra_state`, say), over all entries of one mapping: each entry
-# is walked for itself, and a thousand entries may share one large value.
-MAX_VALUE_NODES = 1_000_000
 
 # Names under which frameworks keep the one model (PyTorch's own tutorials, Lightning, timm, mmcv, fairseq,
 # detectron2, DeepSpeed).
@@ -96,10 +93,11 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class TurnedDown:
-    """A mapping that holds tensors and is no state dict as it stands."""
+    """A mapping that holds tensors and is no state dict as it stands: why, and which tensors directly."""
 
     path: str
     why: str
+    tensors: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -146,7 +144,8 @@ def find_state_dicts(checkpoint: Checkpoint, limits: Limits) -> Findings:
             beside = True
         inside = inside or (isinstance(node, Instance) and as_mapping(node) is None)
         for step, child in reversed(named_children(as_mapping(node) or node)):
-            if is_branch(child):
+            # Extra state belongs to the state dict that it stands in, whatever its shape: never the model.
+            if is_branch(child) and not step.endswith(EXTRA_STATE):
                 stack.append(((*steps, step), child, beside, inside))
     found.candidates += _averaged_copies(checkpoint, found.candidates)
     return found
@@ -212,12 +211,16 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, (TensorRef, SparseTensor, Opaque)) or is_unreadable_tensor(value)
 
 
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Opaque) and not value.has_data
+
+
 def _strict_mapping(
     checkpoint: Checkpoint, node: Any, mapping: DictNode, path: str, name: str | None, *, inside: bool
 ) -> StateDict | TurnedDown | None:
     """A mapping that can hardly be anything but a state dict."""
     named = mapping.by_name()
-    tensors = {key: value for key, value in named.items() if _is_tensor(value) and holds_data(value)}
+    tensors = {key: value for key, value in named.items() if _is_tensor(value) and not _is_empty(value)}
     if not tensors and any(isinstance(value, Opaque) for value in named.values()):
         # meta tensors alone, which are refused by what they are; no model if there is one beside them
         return _made(node, path, mapping, list(named.items())) if not holds_data(mapping) else None
@@ -234,36 +237,29 @@ def _strict_mapping(
     whole = is_main and (tables or len(tensors) == len(mapping.pairs))
     if None not in roles and not whole:
         return None  # counters and metrics, with or without something else beside them
-    nested = _nested(checkpoint, mapping, path)
+    nested = _nested(mapping, checkpoint.search)
     if nested is not None:
-        return None if tables else TurnedDown(path, nested)  # indices beside a model, which lies below
+        # indices beside a model, which lies below
+        return None if tables else TurnedDown(path, nested, tuple(tensors))
     if not is_main and inside and not looks_like_weights(tensors):
         return None
     return _made(node, path, mapping, list(named.items()))
 
 
-def _nested(checkpoint: Checkpoint, mapping: DictNode, path: str) -> str | None:
+def _nested(mapping: DictNode, search: DataSearch) -> str | None:
     """What of a mapping with tensors lies deeper, or has no name; None where all of it can be taken."""
-    budget = MAX_VALUE_NODES
-    seen: set[int] = set()
     for key, value in mapping.pairs:
         if type(key) is not str:
-            if holds_data(value):
+            if search.holds(value):
                 return "some of its keys are not names"
             continue
         if isinstance(value, NdArray) and not value.scalar and value.data:
             continue  # refused by its name, if this mapping is the one that is taken
         if not is_branch(value) or is_unreadable_tensor(value) or key.endswith(EXTRA_STATE):
             continue
-        for _ in iter_nodes(value, seen):
-            budget -= 1
-            if budget < 0:
-                raise LimitExceededError(
-                    f"{checkpoint.uri}: more than {MAX_VALUE_NODES} records inside the values of {path!r}"
-                )
         if isinstance(value, (tuple, list)) and is_packed(value):
             continue
-        if holds_data(value):
+        if search.holds(value):
             return f"{key[:100]!r} holds tensors of its own"
     return None
 
@@ -295,7 +291,7 @@ def _named_mapping(
         return TurnedDown(path, "its tensors lie in mappings below") if holds_data(mapping) else None
     entries: list[tuple[str, Any]] = list(named.items())
     for key, value in mapping.pairs:
-        if type(key) is not str and holds_data(value):
+        if type(key) is not str and checkpoint.search.holds(value):
             label = str(key) if type(key) is int and abs(key) < 1 << 63 else f"a {type(key).__name__}"
             what = Opaque(
                 f"tensor whose key is not text ({label})", "--flatten gives it a name", contents=value

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ptbin.errors import AmbiguousStateDictError, CorruptArchiveError, UnsafePickleError
+from ptbin.errors import AmbiguousStateDictError, CorruptArchiveError, NoStateDictError, UnsafePickleError
 from ptbin.options import ConvertOptions
 from ptbin.reading.accounting import Accounting, account
 from ptbin.reading.checkpoint import Checkpoint, read_checkpoint
 from ptbin.reading.keys import drop_entries, keep_writable, rename_entries
+from ptbin.reading.leftovers import role_of_leftover
 from ptbin.reading.outside import left_outside
+from ptbin.reading.parts import refuse_part, take_part
 from ptbin.reading.search import Findings, find_state_dicts
 from ptbin.reading.selection import WAYS_OUT, select_state_dicts
 from ptbin.reading.source import RandomReader
 from ptbin.reading.verdicts import SafetyReport, judge_programs, refuse_unsafe_fragment
-from ptbin.state_dict import StateDict
+from ptbin.state_dict import Excluded, StateDict
 
 __all__ = ["Selected", "read_selected", "refuse_unsafe", "select_from"]
 
@@ -120,11 +122,22 @@ def select_from(
     checkpoint: Checkpoint, safety: SafetyReport, options: ConvertOptions, findings: Findings | None = None
 ) -> Selected:
     """The state dicts of a checkpoint that was read, fit for writing; errors as `read_selected`."""
+    if options.parts:
+        take_part(checkpoint)
+    else:
+        refuse_part(checkpoint)
+    if placements := checkpoint.vocabulary.placements:
+        meshes = Excluded("device meshes", "index_table", "ranks that distributed tensors lay on", placements)
+        checkpoint.excluded = [*(item for item in checkpoint.excluded if item.path != meshes.path), meshes]
     findings = findings or find_state_dicts(checkpoint, options.limits)
-    state_dicts = select_state_dicts(checkpoint, options, findings)
+    try:
+        state_dicts = select_state_dicts(checkpoint, options, findings)
+    except NoStateDictError as error:
+        error.companion = role_of_leftover(checkpoint.root)
+        raise
     for state_dict in state_dicts:
         drop_entries(state_dict, options, checkpoint.uri)
-        keep_writable(state_dict, checkpoint.uri)
+        keep_writable(state_dict, checkpoint.uri, checkpoint.search)
     selected = Selected(checkpoint, safety, state_dicts, findings, options)
     for state_dict in state_dicts:
         rename_entries(state_dict, options, checkpoint.uri)

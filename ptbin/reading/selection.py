@@ -24,7 +24,7 @@ from ptbin.reading.search import (
     as_state_dict,
     find_state_dicts,
 )
-from ptbin.reading.tree import resolve
+from ptbin.reading.tree import iter_data, resolve
 from ptbin.state_dict import Excluded, StateDict, tensors_of
 from ptbin.tensors import SparseTensor, TensorRef
 
@@ -194,12 +194,15 @@ def choose_candidate(checkpoint: Checkpoint, findings: Findings) -> Candidate:
 def _turned_down(checkpoint: Checkpoint, findings: Findings) -> AmbiguousStateDictError:
     first = findings.turned_down[0]
     paths = tuple(c.path for c in findings.candidates)
-    below = f", or one of {', '.join(paths[:10])} alone" if paths else ""
+    where = "the top" if first.path == "." else repr(first.path)
+    held = ", ".join(repr(name[:100]) for name in first.tensors[:3]) or "tensors"
+    held += " and others" if len(first.tensors) > 3 else ""
     select = "" if first.path == "." else f"--select {first.path} "
+    alone = f"; --select {paths[0]} takes {paths[0]!r} and leaves the rest" if paths else ""
     return AmbiguousStateDictError(
-        f"{checkpoint.uri}: {first.path!r} holds tensors and is no state dict by itself: {first.why}; "
-        f"{select}--flatten joins nested names by dots, --select takes {first.path!r} as torch.load gives it"
-        f"{below}",
+        f"{checkpoint.uri}: {where} holds {held}, and {first.why}: which of it is the model? "
+        f"{select}--flatten joins all names by dots, --select {first.path} takes it as torch.load gives it"
+        f"{alone}",
         paths,
     )
 
@@ -216,6 +219,8 @@ def _why_none(checkpoint: Checkpoint, beside: list[Candidate]) -> str:
         return f"a list of {len(root)} tensors without names; a state dict needs a name for each"
     if isinstance(root, (TensorRef, SparseTensor)):
         return "a single tensor without a name"
+    if next((data for data in iter_data(root) if isinstance(data, (bytes, bytearray))), None) is not None:
+        return "it holds the bytes of another torch.save; write them to a file of their own and convert that"
     what = root.class_path if isinstance(root, Instance) else getattr(root, "kind", type(root).__name__)
     return f"no mapping of names to tensors, and no module, in what it holds ({what})"
 

@@ -25,7 +25,8 @@ from ptbin.nodes import DictNode, Global, NdArray, Opaque, SetNode, TorchSize
 from ptbin.options import Limits
 from ptbin.reading.numpy_objects import iter_numpy_reducers
 from ptbin.reading.old_tensors import OldTensors
-from ptbin.reading.tree import holds_data
+from ptbin.reading.tree import glance
+from ptbin.reading.wrappers import placement_of, read_wrapper
 from ptbin.tensors import InMemory, SparseTensor, Storage, TensorRef, TypedStorage, dense_strides
 
 __all__ = ["TorchVocabulary", "storage_dtype"]
@@ -98,13 +99,15 @@ class TorchVocabulary:
     """The reducer table for one checkpoint."""
 
     def __init__(self, limits: Limits, load_nested: Callable[[bytes], Any]) -> None:
-        self._limits = limits
+        self.limits = limits
         self._load_nested = load_nested
         self.tensors_built = 0
         self._copied_nbytes = 0
         self._unfolded_nbytes = 0
         self._arrays: list[NdArray] = []
         self._nested: list[bytes] = []
+        self.placements: list[Any] = []
+        """Of distributed tensors that were read as their local ones: meshes and placements, else lost."""
         self._old = OldTensors(self._view, self.charge, self._nested.append)
 
     def blobs(self) -> Iterator[bytes | bytearray]:
@@ -164,7 +167,7 @@ class TorchVocabulary:
                 "it has no plain layout; save `[t.clone() for t in nested.unbind()]` under names instead",
                 contents=args,
             ),
-            "_rebuild_wrapper_subclass": lambda args: _wrapped("wrapper subclass", args),
+            "_rebuild_wrapper_subclass": lambda args: self._unwrapped("wrapper subclass", args, args, None),
         }
         for name, reducer in utils.items():
             table["torch._utils", name] = reducer
@@ -226,8 +229,8 @@ class TorchVocabulary:
         if type(storage_offset) is not int or storage_offset < 0:
             raise ValueError("storage offset")
         self.tensors_built += 1
-        if self.tensors_built > self._limits.tensors:
-            raise LimitExceededError(f"more than {self._limits.tensors} tensors")
+        if self.tensors_built > self.limits.tensors:
+            raise LimitExceededError(f"more than {self.limits.tensors} tensors")
         ref = TensorRef(
             typed.storage,
             element,
@@ -248,10 +251,10 @@ class TorchVocabulary:
                     f"which has {typed.storage.nbytes}"
                 )
             self._unfolded_nbytes += max(ref.nbytes - (end - first), 0)
-            if self._unfolded_nbytes > self._limits.expanded_nbytes:
+            if self._unfolded_nbytes > self.limits.expanded_nbytes:
                 raise LimitExceededError(
                     f"a tensor of shape {list(sizes)} unfolds {end - first} stored bytes to {ref.nbytes}; "
-                    f"the limit is {self._limits.expanded_nbytes}"
+                    f"the limit is {self.limits.expanded_nbytes}"
                 )
         return ref
 
@@ -334,6 +337,13 @@ class TorchVocabulary:
         storage = Storage("numpy", len(array.data), InMemory(array.data), big_endian=order == ">")
         return self.tensor(TypedStorage(storage, dtype), dtype, 0, array.shape, stride)
 
+    def _unwrapped(self, name: str, contents: Any, args: tuple[Any, ...], state: Any) -> Any:
+        """A distributed tensor as `wrappers` reads it, any other wrapper as what cannot be taken."""
+        found = read_wrapper(args, state)
+        if isinstance(found, TensorRef):
+            self.placements.append(placement_of(state))
+        return _wrapped(name, contents) if found is None else found
+
     def _from_type(self, args: tuple[Any, ...]) -> Any:
         # (function, type, arguments, state): the subclass falls away, the data stay
         function, kind, inner = args[0], args[1], args[2]
@@ -345,7 +355,7 @@ class TorchVocabulary:
         if reducer is None or not isinstance(inner, tuple):
             return _wrapped(name, args)
         if isinstance(function, Global) and function.name == "_rebuild_wrapper_subclass":
-            return _wrapped(name, args)
+            return self._unwrapped(name, args, inner, state)
         return _with_attributes(reducer(inner), state, name)
 
     # -- builtins, each copy charged: one argument may be named by a million calls -------------------
@@ -353,8 +363,8 @@ class TorchVocabulary:
     def charge(self, nbytes: int) -> None:
         """Count what a constructor copies. Raises LimitExceededError beyond `Limits.copied_nbytes`."""
         self._copied_nbytes += nbytes
-        if self._copied_nbytes > self._limits.copied_nbytes:
-            raise LimitExceededError(f"constructor calls copy more than {self._limits.copied_nbytes} bytes")
+        if self._copied_nbytes > self.limits.copied_nbytes:
+            raise LimitExceededError(f"constructor calls copy more than {self.limits.copied_nbytes} bytes")
 
     def _items(self, args: tuple[Any, ...]) -> Any:
         if not args:
@@ -426,7 +436,8 @@ def _with_attributes(tensor: Any, state: Any, name: str) -> Any:
     if not all(isinstance(part, DictNode) and _CONTENT.isdisjoint(part.by_name()) for part in parts):
         return _wrapped(name, (tensor, state))
     pairs = [(str(key)[:200], value) for part in parts for key, value in part.pairs]
-    holding = tuple((key, value) for key, value in pairs if holds_data(value))
+    # A glance, because what is not finished yet cannot be searched; `keys` asks again.
+    holding = tuple((key, value) for key, value in pairs if glance(value))
     if not holding:
         return tensor
     if not isinstance(tensor, TensorRef):
@@ -482,13 +493,19 @@ def _dtype_argument(value: Any) -> DType:
     return dtype
 
 
+_TOO_LARGE = 1 << 62
+
+
 def _ints(value: Any, what: str) -> tuple[int, ...]:
     if type(value) is int and what == "shape":
         return (value,)
     if not isinstance(value, (tuple, list)):
         raise ValueError(f"{what} is no tuple")
-    if not all(type(n) is int and 0 <= n < 1 << 62 for n in value):
-        # Only numbers are shown: an entry may be a graph of 10^9 leaves.
-        shown = [n if type(n) is int and abs(n) < 1 << 64 else type(n).__name__ for n in value[:8]]
-        raise CorruptArchiveError(f"{what} {shown} has a negative, too large or non-integer entry")
-    return tuple(value)
+    for n in value:
+        if type(n) is not int or not 0 <= n < _TOO_LARGE:
+            break
+    else:
+        return tuple(value)
+    # Only numbers are shown: an entry may be a graph of 10^9 leaves.
+    shown = [n if type(n) is int and abs(n) < 1 << 64 else type(n).__name__ for n in value[:8]]
+    raise CorruptArchiveError(f"{what} {shown} has a negative, too large or non-integer entry")

@@ -6,7 +6,8 @@ count, for each tensor a pickle of (key, storage's key, class), an int32 number 
 that mean nothing, and as int64 the sizes, strides and the offset. `pickle` refers to both by key. Source:
 torch/serialization.py, `legacy_load`, which still reads such files.
 
-Costs: a request of 64 KiB for each storage, as their sizes stand between them.
+Costs: a request of 64 KiB for each storage, as their sizes stand between them; `pickle` and `tensors`, which
+hold no weights, one each.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ptbin.nodes import Global
 from ptbin.reading.checkpoint import Checkpoint, Opening
 from ptbin.reading.legacy import run_pickle_at
 from ptbin.reading.pickle_machine import PickleProgram
-from ptbin.reading.source import SourceFile, Window
+from ptbin.reading.source import EDGE_NBYTES, SourceFile, Window
 from ptbin.reading.tar import TarMember
 from ptbin.reading.torch_objects import storage_dtype
 from ptbin.tensors import ByteRange, Storage, TensorRef, TypedStorage
@@ -71,11 +72,16 @@ class _Reader:
         self.storages: dict[str, Storage] = {}
         self._objects: dict[int, TypedStorage | TensorRef] = {}
 
-    def part(self, name: str) -> Opening:
-        """One member as a file, its pickles added to the whole's."""
+    def part(self, name: str, start: int = 0, ahead: int | None = None) -> Opening:
+        """One member, from `start` on, as a file of which the first `ahead` bytes are read at once."""
         member = self._members[name]
-        window = Window(self._opening.file, member.offset, member.nbytes, f"{self.uri}: {name}")
-        inner = Opening(SourceFile(window), self._opening.limits, self._opening.depth, self._opening.programs)
+        if start > member.nbytes:
+            raise CorruptArchiveError(f"{self.uri}: {name} ends at byte {member.nbytes}; is it truncated?")
+        nbytes = member.nbytes - start
+        window = Window(self._opening.file, member.offset + start, nbytes, f"{self.uri}: {name}")
+        file = SourceFile(window)
+        file.fetch(0, min(nbytes, self._opening.limits.pickle_nbytes if ahead is None else ahead))
+        inner = Opening(file, self._opening.limits, self._opening.depth, self._opening.programs)
         inner.vocabulary = self._opening.vocabulary
         return inner
 
@@ -86,10 +92,12 @@ class _Reader:
         return program
 
     def read_storages(self) -> None:
-        part, base = self.part("storages"), self._members["storages"].offset
-        count, pos = self._count(part, "storages")
+        base = self._members["storages"].offset
+        count, pos = self._count(self.part("storages", 0, EDGE_NBYTES), "storages")
         for _ in range(count):
-            program = self.run(part, pos, "storages")
+            # Their pickles stand between the weights: each is a request.
+            part = self.part("storages", pos, EDGE_NBYTES)
+            program = self.run(part, 0, "storages")
             key, _, kind = self._triple(program.root)
             dtype = storage_dtype(kind)
             (numel,) = struct.unpack("<q", part.file.read(program.end, 8, "element count"))
@@ -98,11 +106,11 @@ class _Reader:
                 raise CorruptArchiveError(
                     f"{self.uri}: a storage of {numel} elements; is the file truncated?"
                 )
-            place = ByteRange(base + program.end + 8, nbytes, member=f"storage {key}")
+            place = ByteRange(base + pos + program.end + 8, nbytes, member=f"storage {key}")
             storage = self.storages[str(key)] = Storage(str(key), nbytes, place)
             self._add(key, TypedStorage(storage, dtype))
-            pos = program.end + 8 + nbytes
-        views = self.run(part, pos, "storage views").root
+            pos += program.end + 8 + nbytes
+        views = self.run(self.part("storages", pos, EDGE_NBYTES), 0, "storage views").root
         if not isinstance(views, list):
             raise CorruptArchiveError(f"{self.uri}: the list of storage views is missing")
         for view in views:

@@ -10,11 +10,15 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from ptbin.errors import LimitExceededError
 from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, children
+from ptbin.options import Limits
 from ptbin.tensors import SparseTensor, TensorRef, TypedStorage
 
 __all__ = [
+    "DataSearch",
     "as_mapping",
+    "glance",
     "holds_data",
     "is_blob",
     "is_branch",
@@ -191,9 +195,71 @@ def iter_data(root: Any, seen: set[int] | None = None) -> Iterator[Data]:
         stack.extend(children(node))
 
 
+class DataSearch:
+    """Whether records hold data, asked again and again of records that share parts.
+
+    What was found to hold none is not walked again, and all walks together visit a bounded number of records:
+        a million values of a hostile file may share one that is large.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._barren: set[int] = set()
+        self._limit = limits.tree_nodes
+        self._visited = 0
+
+    def holds(self, node: Any) -> bool:
+        """Raises LimitExceededError beyond `Limits.tree_nodes` records in all."""
+        if isinstance(node, _PLAIN) or id(node) in self._barren:
+            return False
+        if isinstance(node, (TensorRef, SparseTensor, TypedStorage)):
+            return True
+        seen = _Seen(self._barren)
+        found = next(iter_data(node, seen), None)
+        self._visited += len(seen)
+        if self._visited > self._limit:
+            raise LimitExceededError(f"more than {self._limit} records inside values")
+        if found is None:
+            self._barren |= seen
+        return found is not None
+
+
+class _Seen(set[int]):
+    """Identities met, and those that need no visit."""
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self._known = known
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or key in self._known
+
+
+MAX_GLANCE = 200
+
+
 def holds_data(node: Any) -> bool:
-    """Whether anything below holds weights or could."""
+    """Whether anything below holds weights or could. For one question; `DataSearch` is for many."""
     return next(iter_data(node), None) is not None
+
+
+def glance(node: Any) -> bool:
+    """As `holds_data`, after a bounded look: what is larger counts as holding some."""
+    seen = _Bounded()
+    try:
+        return next(iter_data(node, seen), None) is not None
+    except _TooManyError:
+        return True
+
+
+class _TooManyError(Exception):
+    pass
+
+
+class _Bounded(set[int]):
+    def add(self, key: int) -> None:
+        if len(self) >= MAX_GLANCE:
+            raise _TooManyError
+        super().add(key)
 
 
 def resolve(root: Any, path: str) -> Any:

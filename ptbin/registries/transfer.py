@@ -19,9 +19,10 @@ from ptbin.catalog.finished import is_up_to_date
 from ptbin.catalog.jobs import Job
 from ptbin.catalog.planning import relative_output
 from ptbin.catalog.suffixes import OUTPUT_SUFFIXES, suffix_of
+from ptbin.companions import companion_of, left_alone_as
 from ptbin.conversion import Published, publish, stage
 from ptbin.copying import copy_file
-from ptbin.errors import NoStateDictError, NotACheckpointError, OutputCollisionError
+from ptbin.errors import CheckpointError, NoStateDictError, NotACheckpointError, OutputCollisionError
 from ptbin.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.options import ConvertOptions
 from ptbin.provenance import STATEMENT_SUFFIX
@@ -40,6 +41,7 @@ __all__ = [
     "Transferred",
     "examine",
     "files_of",
+    "is_of_training",
     "own_first",
     "scratch",
     "transfer",
@@ -48,12 +50,8 @@ __all__ = [
 WEIGHTS_SUFFIXES = frozenset(".pt .pth .ckpt .bin .th .safetensors .pt2 .pkl .pickle .jit .ptc".split())
 """What is called so and is no checkpoint makes a version bad; other names are then files like any other."""
 
-OF_TRAINING = (
-    *("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin", "scaler.pt"),
-    *("rng_state*.pth", "random_states_*.pkl", "*.pkl", "*.pickle"),
-)
-"""What the trainers of transformers and accelerate write beside weights (trainer.py, checkpointing.py), and
-what is called a pickle and nothing else: of scikit-learn, say."""
+OF_OTHERS = (".pkl", ".pickle")
+"""What is called a pickle and nothing else may be of scikit-learn, say."""
 
 Progress = Callable[[int], None]
 
@@ -128,7 +126,10 @@ def examine(
     left: set[str] = set()
     twins = _twins(sizes, options)
     for candidate in find_checkpoints(
-        source.uri, storage_options=source_options, is_other=lambda item: _is_companion(item.path)
+        source.uri,
+        storage_options=source_options,
+        is_other=lambda item: _is_companion(item.path),
+        parts=options.parts,
     ):
         if source.files is not None and candidate.path not in source.files and candidate.path in sizes:
             continue
@@ -137,6 +138,7 @@ def examine(
                 left.add(candidate.path)
             continue
         place = find_source(candidate.uri, source_options)
+        place.refuse_part(parts=options.parts)
         with place.open() as reader:
             try:
                 with one_clear_error(reader.uri):
@@ -145,11 +147,12 @@ def examine(
                 if candidate.certain and suffix_of(candidate.path) in WEIGHTS_SUFFIXES:
                     raise
                 continue
-            except NoStateDictError:
-                if _is_of_training(candidate.path):
+            except CheckpointError as error:
+                no_model = isinstance(error, NoStateDictError)
+                if left_alone_as(candidate.path, error) or (no_model and is_of_training(candidate.path)):
                     left.add(candidate.path)
                     continue
-                if candidate.certain:
+                if candidate.certain or not no_model:
                     raise
                 continue
         found.append(candidate)
@@ -284,10 +287,10 @@ def _convert(
     return Transferred(job.path, output, published, fresh=True)
 
 
-def _is_of_training(path: str) -> bool:
+def is_of_training(path: str) -> bool:
     """Whether a pickle without weights is what trainers leave beside them, and no model that was missed."""
     name = path.rpartition("/")[2]
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in OF_TRAINING)
+    return companion_of(name) is not None or name.endswith(OF_OTHERS)
 
 
 def _twins(sizes: Mapping[str, int], options: ConvertOptions) -> dict[str, str]:

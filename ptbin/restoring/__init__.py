@@ -1,9 +1,11 @@
 """The way back: weights into a `.pt`, as a state dict or in a module that the caller's code builds.
 
-This package's `build` and `check` are run as processes of their own and import torch and, named by the
-caller, foreign code; `restore` imports neither. Nothing of a checkpoint's own code runs here either.
+`build` and `check` are run as processes of their own, isolated, and import torch and, named by the caller,
+foreign code; `filling`, `saving`, `snapshot`, `fitting` and `user_code` are parts of these two. The other
+modules run in the caller's process and import neither. Nothing of a checkpoint's own code runs anywhere.
 """
 
-from ptbin.restoring.restore import RestoreOptions, restore
+from ptbin.restoring.options import RestoreOptions
+from ptbin.restoring.restore import restore
 
 __all__ = ["RestoreOptions", "restore"]

@@ -1,27 +1,26 @@
-"""`python -m ptbin.restoring.build REQUEST ANSWER`: the user's model, loaded strictly and saved.
+"""`python -m ptbin.restoring.build ANSWER < REQUEST`: the user's model, loaded strictly and saved.
 
-Runs in a process of its own. The callable's module is imported from where the caller said (`user_code`);
-the weights come from an archive that ptbin wrote, with `weights_only=True`. Tensors are put into the model as
-they are (`assign=True`), so that their types and bits stay those of the weights.
+Runs in a process of its own. The callable's module is imported from where the caller said (`user_code`); the
+weights come from an archive that the parent process has read symbolically, with `weights_only=True`, mapped.
+How they get into the model is `filling`, what does not fit `fitting`, the files `saving`.
 """
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ptbin.restoring.digests import digests_of, said_by
+from ptbin.restoring.filling import Filled, empty_tensors, fill, unwrapped
+from ptbin.restoring.fitting import SHOWN, allowed, mismatch_report
+from ptbin.restoring.saving import Example, UnsavableError, UnwritableError, save
+from ptbin.restoring.snapshot import digests_of, error_text, facts_of_model, facts_of_values, ties_of
 from ptbin.restoring.user_code import UserCode
-
-SHOWN = 20
 
 
 class RefusalError(Exception):
@@ -33,36 +32,82 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         raise RefusalError(f"torch 2.10 or later is needed, found {torch.__version__}")
     code = UserCode(request["folders"])
     code.install()
+    weights = torch.load(request["weights"], map_location="cpu", weights_only=True, mmap=True)
     if request["model"] == "transformers":
-        model = _transformers(request["config"])
+        model, filled = _transformers(request["config"], weights)
     else:
         if request["here"] is not None and not code.is_found(request["model"].partition(":")[0]):
             code.add_folder(request["here"])
         model = _built(request, code)
-    weights = torch.load(request["weights"], map_location="cpu", weights_only=True, mmap=True)
-    weights = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
-    report = _compare(model, weights, request["allow_missing"], request["allow_unexpected"])
-    if report:
+        filled = fill(unwrapped(model, weights), weights)
+    target = unwrapped(model, weights)
+    missing = [name for name in filled.missing if not allowed(name, request["allow_missing"])]
+    unexpected = [name for name in filled.unexpected if not allowed(name, request["allow_unexpected"])]
+    if report := mismatch_report(
+        _shapes(weights),
+        _shapes(target.state_dict()) if not isinstance(target, torch.jit.ScriptModule) else {},
+        missing=missing,
+        unexpected=unexpected,
+        errors=filled.errors,
+        conflicts=filled.conflicts,
+    ):
+        if missing and request["model"] == "transformers":
+            report.append("transformers would give the missing ones random values")
         return {"mismatch": report}
-    own = model.state_dict()
-    taken = {name: tensor for name, tensor in weights.items() if name in own}
-    tied = _ties(model)
-    with torch.no_grad():
-        model.load_state_dict(taken, strict=False, assign=True)
-        _retie(model, tied, set(taken))
-    if request["as"] == "state-dict":
-        torch.save(model.state_dict(), request["out"])
-    elif request["as"] == "module":
-        torch.save(model, request["out"])
-    elif request["as"] == "torchscript":
-        _save_script(model, request, code)
-    else:
-        _save_exported(model, request, code)
+    if empty := empty_tensors(target):
+        names = ", ".join(empty[:SHOWN])
+        raise RefusalError(
+            f"built on the meta device, and nothing fills {names}: the weights do not have them; "
+            "let the callable build the model on the CPU"
+        )
+    known: dict[Any, str] = {}
+    given = digests_of(weights, known)
+    facts = facts_of_model(target, known)
+    whole = facts_of_model(model, known) if model is not target else facts
+    state = facts_of_values(_tensors(target.state_dict()), known)
+    written = facts_of_values(model.state_dict(), known) if request["as"] == "state-dict" else {}
+    # ptbin's reader finds a wrapped model under the names that it has inside of its wrapper.
+    inner = facts_of_values(_tensors(unwrapped(model, {}).state_dict()), known)
+    example = _example(target, request, code)
+    outputs = save(
+        model if request["as"] in {"module", "state-dict"} else target,
+        request["as"],
+        request["out"],
+        example,
+        train=request["train"],
+    )
+    if request["as"] in {"torchscript", "exported"} and facts_of_model(target) != facts:
+        raise RefusalError(f"--as {request['as']}: running the model on the example changed its weights")
+    if outputs is not None and example is not None:
+        torch.save({"args": example.args, "kwargs": example.kwargs, "outputs": outputs}, request["expected"])
     return {
-        "names": sorted(taken),
-        "digests": digests_of(taken),
+        "given": given,
+        "state": state,
+        "inner": inner,
+        "written": written,
+        "ties": ties_of(target),
+        "facts": whole if request["as"] == "module" else facts,
+        "initial": [name for name in filled.missing if name not in missing],
+        "unused": [name for name in filled.unexpected if name not in unexpected],
+        "changed": [
+            name
+            for name, digest in given.items()
+            if name not in filled.unexpected and facts.get(name, "").rpartition(" ")[2] != digest
+        ],
+        "has_outputs": outputs is not None,
         "folders": code.folders,
         "modules": code.loaded(),
+    }
+
+
+def _tensors(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def _shapes(values: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    return {
+        name: tuple(value.shape) if isinstance(value, torch.Tensor) else None
+        for name, value in values.items()
     }
 
 
@@ -93,130 +138,80 @@ def _built(request: dict[str, Any], code: UserCode) -> nn.Module:
     return model
 
 
-def _transformers(folder: str | None) -> nn.Module:
+def _transformers(folder: str | None, weights: Mapping[str, Any]) -> tuple[nn.Module, Filled]:
+    """The architecture of config.json, with all that `from_pretrained` takes: renamed keys, fused experts."""
     if folder is None:
         raise RefusalError("--model transformers needs a config.json beside the weights")
     import transformers
 
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     names = getattr(config, "architectures", None) or []
     if not names or not hasattr(transformers, names[0]):
         raise RefusalError(f"config.json names no architecture that transformers has: {names}")
-    model: nn.Module = getattr(transformers, names[0])(config)
-    return model.eval()
+    kinds = {value.dtype for value in weights.values() if _is_float(value)}
+    model, told = getattr(transformers, names[0]).from_pretrained(
+        None,
+        config=config,
+        state_dict=dict(weights),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # told in the report, with everything else
+        dtype=kinds.pop() if len(kinds) == 1 else torch.float32,
+    )
+    _keep_types(model, weights)
+    filled = Filled(
+        missing=sorted(told["missing_keys"]),
+        unexpected=sorted(told["unexpected_keys"]),
+        errors=[
+            f"size mismatch for {name}: copying a param with shape {given} from checkpoint, "
+            f"the shape in current model is {own}"
+            for name, given, own in sorted(told["mismatched_keys"])
+        ]
+        + [str(error) for error in told.get("error_msgs", ())],
+    )
+    return model.eval(), filled
 
 
-def _shared(model: nn.Module) -> dict[int, list[str]]:
-    """Names in the state dict by the tensor they are; more than one where tensors are tied."""
-    names: dict[int, list[str]] = {}
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+
+
+def _keep_types(model: nn.Module, weights: Mapping[str, Any]) -> None:
+    """`from_pretrained` gives all parameters one type; weights of several keep theirs."""
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, torch.Tensor):
-            names.setdefault(id(tensor), []).append(name)
-    return names
+        given: Any = weights.get(name)
+        if _is_float(given) and given.shape == tensor.shape and given.dtype != tensor.dtype:
+            tensor.data = given
 
 
-def _ties(model: nn.Module) -> list[list[str]]:
-    return [names for names in _shared(model).values() if len(names) > 1]
-
-
-def _retie(model: nn.Module, ties: list[list[str]], taken: set[str]) -> None:
-    """`assign=True` gave each name its own tensor: let tied names share the one that was loaded."""
-    for names in ties:
-        source = next((name for name in names if name in taken), None)
-        if source is None:
-            continue
-        owner, _, leaf = source.rpartition(".")
-        tensor = getattr(model.get_submodule(owner), leaf)
-        for name in names:
-            owner, _, leaf = name.rpartition(".")
-            other = getattr(model.get_submodule(owner), leaf)
-            if name not in taken or torch.equal(other, tensor):
-                setattr(model.get_submodule(owner), leaf, tensor)
-
-
-def _allowed(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _compare(
-    model: nn.Module, weights: dict[str, torch.Tensor], allow_missing: list[str], allow_unexpected: list[str]
-) -> list[str]:
-    """What stands in the way of loading strictly, as lines of a report; none where nothing does."""
-    own = {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
-    present = {name for names in _shared(model).values() if weights.keys() & set(names) for name in names}
-    missing = [n for n in own if n not in weights and n not in present and not _allowed(n, allow_missing)]
-    unexpected = [name for name in weights if name not in own and not _allowed(name, allow_unexpected)]
-    shapes = [n for n, tensor in weights.items() if n in own and own[n].shape != tensor.shape]
-    spare = [name for name in weights if name not in own]
-    lines: list[str] = []
-    for title, names in (("missing in the weights", missing), ("unexpected by the model", unexpected)):
-        if names:
-            lines.append(f"{len(names)} {title}:")
-            others = weights if names is missing else own
-            pool = spare if names is missing else [n for n in own if n not in weights]
-            tensors = own if names is missing else weights
-            for name in names[:SHOWN]:
-                hint = _nearest(name, tensors[name], pool or list(others), others)
-                lines.append(f"  {name} {tuple(tensors[name].shape)}{hint}")
-            if len(names) > SHOWN:
-                lines.append(f"  ... and {len(names) - SHOWN} more")
-    if shapes:
-        lines.append(f"{len(shapes)} of another shape:")
-        lines.extend(
-            f"  {n}: weights {tuple(weights[n].shape)}, model {tuple(own[n].shape)}" for n in shapes[:SHOWN]
-        )
-        if len(shapes) > SHOWN:
-            lines.append(f"  ... and {len(shapes) - SHOWN} more")
-    return lines
-
-
-def _nearest(name: str, tensor: torch.Tensor, pool: list[str], others: dict[str, torch.Tensor]) -> str:
-    """The most similar name on the other side, one of the same shape where there is any."""
-    same = [other for other in pool if others[other].shape == tensor.shape]
-    close = difflib.get_close_matches(name, same, 1, 0.4) or difflib.get_close_matches(name, pool, 1, 0.6)
-    return f"  (nearest: {close[0]})" if close else ""
-
-
-def _example(
-    model: nn.Module, request: dict[str, Any], code: UserCode, wanted: str
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword inputs to trace with."""
+def _example(model: nn.Module, request: dict[str, Any], code: UserCode) -> Example | None:
+    """Inputs to trace with, and to compare outputs by; None where nobody names any and none are needed."""
     if request["example"] is not None:
         inputs = _resolve(request["example"], code)()
-    else:
+    elif request["as"] == "exported":
         inputs = getattr(model, "example_input_array", None)
         inputs = getattr(model, "dummy_inputs", None) if inputs is None else inputs
-    if inputs is None:
-        raise RefusalError(
-            f"--as {wanted} needs inputs: --example MODULE:CALLABLE that returns a tuple or a dict"
-        )
+        if inputs is None:
+            raise RefusalError(
+                "--as exported needs inputs: --example MODULE:CALLABLE that returns a tuple or a dict"
+            )
+    else:
+        return None
     if isinstance(inputs, dict):
-        return (), inputs
-    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
-
-
-def _save_script(model: nn.Module, request: dict[str, Any], code: UserCode) -> None:
-    if request["example"] is not None:
-        args, kwargs = _example(model, request, code, "torchscript")
-        traced = torch.jit.trace(model, args or None, example_kwarg_inputs=kwargs or None)  # type: ignore[no-untyped-call]
-        torch.jit.save(traced, request["out"])
-        return
-    torch.jit.save(torch.jit.script(model), request["out"])
-
-
-def _save_exported(model: nn.Module, request: dict[str, Any], code: UserCode) -> None:
-    args, kwargs = _example(model, request, code, "exported")
-    torch.export.save(torch.export.export(model, args, kwargs), request["out"])
+        return Example((), inputs)
+    return Example(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
 
 
 def main(arguments: list[str]) -> None:
-    asked, answered = map(Path, arguments)
+    answered = Path(arguments[0])
     try:
-        answer = _answer(json.loads(asked.read_text(encoding="utf-8")))
-    except RefusalError as refusal:
+        answer = _answer(json.load(sys.stdin))
+    except (RefusalError, UnsavableError) as refusal:
         answer = {"error": str(refusal)}
+    except UnwritableError as error:
+        answer = {"unwritable": str(error)}
     except Exception:  # noqa: BLE001 - whatever the user's code raises is told to its user
-        answer = {"error": said_by(sys.exc_info()[1])}
+        answer = {"error": error_text(sys.exc_info()[1])}
     answered.write_text(json.dumps(answer), encoding="utf-8")
 
 

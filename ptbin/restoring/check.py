@@ -1,4 +1,8 @@
-"""`python -m ptbin.restoring.check REQUEST ANSWER`: load a restored file afresh and say what is in it."""
+"""`python -m ptbin.restoring.check ANSWER < REQUEST`: load a restored file afresh and say what is in it.
+
+A fresh process: what the building one still had in memory does not help. Where there are example inputs, the
+restored program has to answer them as the model did.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +13,46 @@ from typing import Any
 
 import torch
 
-from ptbin.restoring.digests import digests_of, said_by
+from ptbin.restoring.saving import Example, run_example, same_outputs
+from ptbin.restoring.snapshot import error_text, facts_of_model, facts_of_values
 from ptbin.restoring.user_code import UserCode
 
 __all__ = ["main"]
 
 
-def _loaded(request: dict[str, Any]) -> Any:
-    path = request["file"]
-    if request["as"] == "state-dict":
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    UserCode(request["folders"], request["modules"]).install()
-    if request["as"] == "module":
-        # A file that `build` has just written into a private folder, of classes that the caller named.
-        return torch.load(path, map_location="cpu", weights_only=False).state_dict()
-    if request["as"] == "torchscript":
-        return torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
-    return torch.export.load(path).state_dict
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    path, form = request["file"], request["as"]
+    runnable: Any = None
+    if form == "state-dict":
+        facts = facts_of_values(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    else:
+        UserCode(request["folders"], request["modules"]).install()
+        if form == "module":
+            # A file that `build` has just written into a private place, of classes that the caller named.
+            runnable = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+            facts = facts_of_model(runnable)
+        elif form == "torchscript":
+            runnable = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+            facts = facts_of_values(runnable.state_dict())
+        else:
+            program = torch.export.load(path)
+            facts = facts_of_values(program.state_dict)
+            runnable = program.module()
+    answer: dict[str, Any] = {"facts": facts}
+    if request["expected"] is not None and runnable is not None:
+        # Written by `build` as well: inputs may be of the caller's classes.
+        known = torch.load(request["expected"], map_location="cpu", weights_only=False)
+        found = run_example(runnable, Example(known["args"], known["kwargs"]))
+        answer["same_outputs"] = same_outputs(found, known["outputs"])
+    return answer
 
 
 def main(arguments: list[str]) -> None:
-    asked, answered = map(Path, arguments)
+    answered = Path(arguments[0])
     try:
-        answer: dict[str, Any] = {
-            "digests": digests_of(_loaded(json.loads(asked.read_text(encoding="utf-8"))))
-        }
+        answer = _answer(json.load(sys.stdin))
     except Exception:  # noqa: BLE001 - told to the caller, who does not publish the file
-        answer = {"error": said_by(sys.exc_info()[1])}
+        answer = {"error": error_text(sys.exc_info()[1])}
     answered.write_text(json.dumps(answer), encoding="utf-8")
 
 

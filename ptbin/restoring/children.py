@@ -1,4 +1,4 @@
-"""Running the processes that import torch and the caller's code. Request and answer are JSON files.
+"""Running the processes that import torch and the caller's code. Request and answer are JSON.
 
 A child runs nothing but what is installed and what the caller names. It starts isolated (`-I`: no working
 folder, no user site, no PYTHON* variable); PYTHONPATH serves it last, and only where torch is found nowhere
@@ -7,17 +7,19 @@ else. The caller's own folders are for `user_code` to search.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ptbin.errors import UsageError
+from ptbin.errors import StorageError, UsageError
 
-__all__ = ["run_child"]
+__all__ = ["Child", "python_path", "start_child"]
 
 SHOWN_LINES = 12
 
@@ -36,45 +38,71 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 _PACKAGE_FOLDER = str(Path(__file__).resolve().parents[2])
 
 
-def run_child(module: str, request: dict[str, Any], doing: str, *, neutral: bool = False) -> dict[str, Any]:
-    """What `module`, run as a script, answers. Its standard output is not ours: user code may print.
+class Child:
+    """One process: it imports torch as soon as it starts, and waits for its request."""
 
-    `neutral`: it runs in an empty folder and not in the caller's, where no code of the caller's is to run.
-
-    Raises:
-        UsageError: the process died, or the user's code raised; with the last lines it wrote.
-    """
-    with tempfile.TemporaryDirectory(prefix="ptbin-") as folder:
-        asked, answered, said = (
-            Path(folder) / name for name in ("request.json", "answer.json", "output.txt")
-        )
-        asked.write_text(json.dumps(request), encoding="utf-8")
-        empty = Path(folder) / "empty"
-        empty.mkdir()
-        with said.open("wb") as log:
-            begin = ["-c", _BEGIN, _PACKAGE_FOLDER, module, "\n".join(python_path())]
-            child = subprocess.Popen(
-                [sys.executable, "-I", *begin, str(asked), str(answered)],
-                stdin=subprocess.DEVNULL,
+    def __init__(self, module: str, doing: str, folder: Path, pass_fds: tuple[int, ...]) -> None:
+        self._doing = doing
+        self._answered, self._said = folder / "answer.json", folder / "output.txt"
+        begin = ["-c", _BEGIN, _PACKAGE_FOLDER, module, "\n".join(python_path())]
+        # Its standard output is not ours: user code may print.
+        with self._said.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", *begin, str(self._answered)],
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                cwd=empty if neutral else None,
+                pass_fds=pass_fds,
             )
-            try:
-                child.wait()
-            finally:
-                if child.poll() is None:
-                    child.kill()
-                    child.wait()
-        if answered.exists():
-            answer: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Hand the request over, and wait for the answer.
+
+        Raises:
+            UsageError: the process died, or the user's code raised; with the last lines it wrote.
+            StorageError: it could not write the file.
+        """
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request).encode())
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+        if self._answered.exists():
+            answer: dict[str, Any] = json.loads(self._answered.read_text(encoding="utf-8"))
+            if "unwritable" in answer:
+                raise StorageError(f"{self._doing}: the file cannot be written: {answer['unwritable']}")
             if "error" not in answer:
                 return answer
-            raise UsageError(f"{doing}: {answer['error']}")
-        lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-SHOWN_LINES:]
+            raise UsageError(f"{self._doing}: {answer['error']}")
+        lines = self._said.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-SHOWN_LINES:]
+        status = self._process.returncode
         raise UsageError(
-            "\n".join([f"{doing}: the process ended with status {child.returncode} and said:", *lines])
+            "\n".join([f"{self._doing}: the process ended with status {status} and said:", *lines])
         )
+
+    def end(self) -> None:
+        """Kill it where it still runs: it was not asked, or this process was interrupted."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+
+@contextlib.contextmanager
+def start_child(module: str, doing: str, *, pass_fds: tuple[int, ...] = ()) -> Iterator[Child]:
+    """Start `module` as a script, in the caller's working folder, whose files the caller's code may read.
+
+    `pass_fds`: descriptors that it inherits.
+    """
+    with tempfile.TemporaryDirectory(prefix="ptbin-") as folder:
+        child = Child(module, doing, Path(folder), pass_fds)
+        try:
+            yield child
+        finally:
+            child.end()
 
 
 def python_path() -> list[str]:

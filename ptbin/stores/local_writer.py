@@ -135,6 +135,13 @@ class LocalWriter(Writer):
         self.bytes_written += nbytes
         self._write_back.reached(self._descriptor, self.bytes_written)
 
+    def lend(self) -> int | None:
+        return self._descriptor
+
+    def take_back(self) -> None:
+        with mapped_faults("write", self.uri):
+            self.bytes_written = os.fstat(self._descriptor).st_size
+
     def moves_from(self, reader: RangeReader) -> bool:
         return reader.is_local
 

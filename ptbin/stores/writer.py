@@ -92,6 +92,17 @@ class Writer(ABC):
         del reader, offset, nbytes
         return False
 
+    def lend(self) -> int | None:
+        """A descriptor by which another process may write the whole output; None where there is none.
+
+        Then nothing comes through `write`, and `take_back` follows when the other process is done.
+        """
+        return None
+
+    def take_back(self) -> None:
+        """What was written by the descriptor that `lend` gave is the output."""
+        raise NotImplementedError
+
     def settle(self) -> None:  # noqa: B027 - most writers have nothing under way
         """Wait until all that was handed over has arrived; only then is it known what was copied."""
 

@@ -26,6 +26,7 @@ never come to exist. The rooms:
     archives    checkpoints inside tars and zips
     old_torch   torch 0.1 to 0.4, pickle protocols 0 and 1, bytes that look like another container's
     containers  framing: deflated, zip64, CRCs off, big-endian, truncated, flipped, disguised
+    parts       one part of a whole by its content; folders in parts
     harmless    values that look dangerous and are not
     hostile     canaries per opcode, bombs, impossible tensors
 
@@ -47,6 +48,7 @@ from tests.checkpoints import (
     odd_mappings,
     old_torch,
     ordinary,
+    parts,
     pickles,
     training,
 )
@@ -68,6 +70,7 @@ __all__ = [
     "odd_mappings",
     "old_torch",
     "ordinary",
+    "parts",
     "pickles",
     "training",
 ]

@@ -10,6 +10,7 @@ import enum
 import functools
 import io
 import pickle
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,7 @@ VALUES: dict[str, Callable[[], Any]] = {
     "method_named_open": lambda: Net.open,
     "partial_of_a_nested_class": lambda: functools.partial(Net.Config.Inner, width=5),
     "method_of_a_builtin": lambda: [str.lower, "x".upper, dict.fromkeys],
+    "lookup_of_a_vocabulary": lambda: [{"a": 1}.__getitem__, [1, 2].__len__, defaultdict({}.__len__)],
     "object_made_by_its_class_method": Rebuilt,
 }
 """Values that no careful reader calls unsafe."""

@@ -101,6 +101,17 @@ def test_indexing_a_remote_nemo_costs_few_reads() -> None:
     assert sum(nbytes for _, nbytes in reader.reads) < 600_000
 
 
+def test_indexing_a_tar_of_old_torch_costs_a_read_for_each_storage(tmp_path: Path) -> None:
+    made = FACTORIES["tar_of_torch_0_1_9"].make(tmp_path)
+    small = made.path.read_bytes()
+    parts = {m.name: small[m.offset : m.offset + m.nbytes] for m in names_of(small)}
+    members = {"about.bin": bytes(100_000), **parts}
+    reader = CountingReader(tar_bytes(members))  # its head does not reach the parts
+    assert read_checkpoint(reader).container == "torch_tar"
+    # head; headers and end behind the large member; the count, two storages and the views; tensors; pickle
+    assert len(reader.reads) <= 1 + 2 + 4 + 1 + 1
+
+
 def test_a_conversion_reads_the_weights_once_and_little_else(tmp_path: Path) -> None:
     state = {"w": torch.arange(500_000.0)}
     (tmp_path / "m.nemo").write_bytes(

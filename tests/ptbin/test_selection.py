@@ -127,3 +127,11 @@ def test_a_wrong_select_lists_what_there_is(tmp_path: Path) -> None:
     torch.save({"model": weights()}, tmp_path / "s.pt")
     with pytest.raises(NoStateDictError, match="found: model"):
         ptbin.convert(str(tmp_path / "s.pt"), str(tmp_path / "o.bin"), ptbin.ConvertOptions(select="ema"))
+
+
+def test_extra_state_is_never_the_model(tmp_path: Path) -> None:
+    for extra in ({"amax": torch.ones(3)}, {"fc.weight": torch.ones(3, 3)}, [("scale", torch.ones(2))]):
+        for saved in ({"state_dict": {"_extra_state": extra}}, {"fc._extra_state": extra}):
+            torch.save(saved, tmp_path / "s.pt")
+            with pytest.raises(NoStateDictError):
+                ptbin.convert(str(tmp_path / "s.pt"), str(tmp_path / "o.bin"))

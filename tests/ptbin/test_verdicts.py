@@ -144,6 +144,11 @@ def test_what_getattr_reaches_is_judged_by_every_step(path: str, end: bytes) -> 
         getattr_of(getattr_of(named("mymodel", "make") + b")R", "inner"), "run") + b")R",
         path_of("mymodel:Net.Config") + b")R)R",
         b"(" + path_of("mymodel:Net.Config") + b"o)R",
+        # a special method is held by some, called by none; nothing leads through one
+        path_of("mymodel:registry.__getitem__") + text("os") + b"\x85R",
+        path_of("mymodel:Net.__call__") + b")R",
+        path_of("mymodel:registry.__getitem__.__self__"),
+        path_of("mymodel:registry.__getitem__.Inner"),
         # more than a pickler writes
         path_of("mymodel:Net" + ".a" * 40),
         named("builtins", "getattr") + named("mymodel", "Net") + text("a.b") + b"\x86R",
