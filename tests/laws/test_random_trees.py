@@ -27,7 +27,7 @@ pytestmark = [
 WRITERS = st.sampled_from(["zip", "zip", "legacy", "pickle"])
 long = settings(
     deadline=None,
-    max_examples=EXAMPLES or 120,
+    max_examples=EXAMPLES or 80,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
     print_blob=True,
 )

@@ -178,3 +178,11 @@ def test_flattening_keeps_single_whole_numbers_that_are_no_counters_by_name(tmp_
     _, state = converted(saved(value, tmp_path), flatten=True)
     assert "queue_ptr" in state
     assert "global_step" not in state
+
+
+def test_inspect_names_an_unsafe_pickle_before_anything_that_it_lacks(tmp_path: Path) -> None:
+    """Found by taking other people's files apart: convert said `unsafe_pickle`, inspect `no_state_dict`."""
+    (tmp_path / "hostile.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(PtbinError) as refusal:
+        ptbin.convert(str(tmp_path / "hostile.pkl"), str(tmp_path / "w.bin"))
+    assert ptbin.inspect(str(tmp_path / "hostile.pkl"))["reason"] == refusal.value.reason == "unsafe_pickle"
