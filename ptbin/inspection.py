@@ -60,10 +60,13 @@ def inspect(
         refusal: CheckpointError | None = None
         try:
             place.refuse_part(parts=options.parts)
-            selected = select_from(checkpoint, safety, options, findings)
             refuse_unsafe(safety, options, reader.uri)
         except CheckpointError as error:
             refusal = error
+        try:
+            selected = select_from(checkpoint, safety, options, findings)
+        except CheckpointError as error:
+            refusal = refusal or error
         accounting = selected.accounting if selected is not None else None
         return {
             "uri": reader.uri,

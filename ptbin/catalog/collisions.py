@@ -5,7 +5,7 @@ Decided by names alone, before anything is written. Nobody wins such a place by 
 
 from __future__ import annotations
 
-from ptbin.catalog.finding import SHARD_NUMBER
+from ptbin.catalog.finding import SHARD_NUMBER, split_bases
 from ptbin.catalog.jobs import Problem
 from ptbin.catalog.jobtable import LEFT_ALONE, REFUSED, JobTable
 from ptbin.catalog.planning import settle_collision
@@ -44,7 +44,12 @@ def settle_collisions(table: JobTable, options: ConvertOptions) -> list[Problem]
         problems += refused
         losers = [(REFUSED, number) for number, job in same if job not in wins]
         table.db.executemany("UPDATE jobs SET state = ? WHERE id = ?", losers)
-    return problems + _refuse_beside(table, options) + _refuse_shards(table, options)
+    return (
+        problems
+        + _refuse_beside(table, options)
+        + _refuse_shards(table, options)
+        + _refuse_parts(table, options)
+    )
 
 
 def _refuse_beside(table: JobTable, options: ConvertOptions) -> list[Problem]:
@@ -77,6 +82,24 @@ def _refuse_shards(table: JobTable, options: ConvertOptions) -> list[Problem]:
             refused[number] = f"a shard of the output of {its_path}"
             if not copies:
                 refused[other] = f"the output of {path}, under the name of one of its shards"
+    return [_refuse_for(table, number, what) for number, what in refused.items()]
+
+
+def _refuse_parts(table: JobTable, options: ConvertOptions) -> list[Problem]:
+    """Files that would go where a part of another output may go (`a.generator.bin` of `a.bin`), and those
+    others: what the parts are called is only known once the checkpoint is read.
+    """
+    if not options.split:
+        return []
+    refused: dict[int, str] = {}
+    query = "SELECT id, place, path, copies FROM jobs WHERE place LIKE '%.%.%' AND certain AND state != ?"
+    for number, place, path, copies in table.db.execute(query, (REFUSED,)).fetchall():
+        for base in split_bases(place):
+            query = "SELECT id, path FROM jobs WHERE place = ? AND NOT copies AND certain AND state != ?"
+            for other, its_path in table.db.execute(query, (base, REFUSED)).fetchall():
+                refused[number] = f"a part of the output of {its_path}"
+                if not copies:
+                    refused[other] = f"the output of {path}, under the name of one of its parts"
     return [_refuse_for(table, number, what) for number, what in refused.items()]
 
 

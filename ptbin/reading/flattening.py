@@ -77,7 +77,8 @@ class _Walk:
             return
         pairs = _pairs(mapping if mapping is not None else node)
         keeps_values = mapping is not None and _is_plain_state_dict(pairs)
-        at_top = at_top and not keeps_values  # a state dict may have a parameter `step`
+        # a state dict may have a parameter `step`
+        at_top = at_top and not keeps_values and not looks_like_weights(_tensor_names(pairs))
         for key, value in pairs:
             if isinstance(key, str) or type(key) is int:
                 self.entry(prefix, str(key), value, at_top, keeps_values, (*above, id(node)))
@@ -130,6 +131,10 @@ class _Walk:
 
 def _pairs(node: DictNode | list[Any] | tuple[Any, ...]) -> list[tuple[Any, Any]]:
     return list(enumerate(node)) if isinstance(node, (list, tuple)) else node.pairs
+
+
+def _tensor_names(pairs: list[tuple[Any, Any]]) -> list[str]:
+    return [key for key, value in pairs if isinstance(key, str) and isinstance(value, TensorRef)]
 
 
 def _is_plain_state_dict(pairs: list[tuple[Any, Any]]) -> bool:

@@ -162,7 +162,8 @@ def hold(path: Path, *, models: Sequence[str] = (), **options: Any) -> str | Non
         refusal = error
     assert seen["reason"] == (refusal.reason if refusal else None)
     if refusal is not None:
-        assert refusal.reason in SOUND_REASONS, f"{refusal.reason}: {refusal}"
+        fair = SOUND_REASONS | ({"output_collision"} if len(chosen.selected_paths) > 1 else set())
+        assert refusal.reason in fair, f"{refusal.reason}: {refusal}"
         assert not output.parent.exists() or not any(output.parent.iterdir())
         return refusal.reason
     assert seen["selected"] == manifest["selected"]
@@ -170,19 +171,7 @@ def hold(path: Path, *, models: Sequence[str] = (), **options: Any) -> str | Non
     assert ptbin.verify(str(output) + ".manifest.json") == []
     assert ptbin.verify(str(_doctored(output))) != []
     loaded = _loaded(path)
-    if options.get("split"):
-        found = {
-            (file["path"], name): value
-            for file in manifest["outputs"]
-            for name, value in torch.load(output.parent / file["path"], weights_only=True).items()
-        }
-        sources = _found_somewhere(manifest["selected"].split(", "), loaded, found)
-    else:
-        found = torch.load(output, weights_only=True)
-        if options.get("flatten") or ", " in manifest["selected"] or "#" in manifest["selected"]:
-            sources = _found_somewhere((".", *manifest["selected"].split(", ")), loaded, found)
-        else:
-            sources = _found_at(manifest["selected"], loaded, found)
+    sources = _sources(manifest, output.parent, loaded, chosen)
     _check_sums(manifest, loaded, sources)
     _check_named(manifest, loaded, sources, models if options.get("select") is None else ())
     return None
@@ -204,10 +193,27 @@ def _doctored(output: Path) -> Path:
     return doctored
 
 
-def _found_at(path: str, loaded: Any, found: Mapping[Any, Any]) -> list[Any]:
+def _sources(manifest: dict[str, Any], folder: Path, loaded: Any, chosen: ptbin.ConvertOptions) -> list[Any]:
+    """What torch has of everything in the output, which is the same."""
+    files = [torch.load(folder / file["path"], weights_only=True) for file in manifest["outputs"]]
+    paths = manifest["selected"].split(", ")
+    if chosen.split:
+        return [
+            source for path, found in zip(paths, files, strict=True) for source in _at(path, loaded, found)
+        ]
+    (found,) = files
+    if len(paths) > 1:
+        return _below_paths(".", loaded, found)
+    return _below_paths(paths[0], loaded, found) if chosen.flatten else _at(paths[0], loaded, found)
+
+
+def _at(path: str, loaded: Any, found: Mapping[str, Any]) -> list[Any]:
     """The output is what torch gives for that place, name by name; what torch gives."""
-    places = [state_of(place) for place in at_path(loaded, path)]
-    wanted = places[0]
+    wanted = state_of(at_path(loaded, path)[0])
+    if isinstance(wanted, list) and path.endswith("shadow_params"):
+        # under the names of the parameters that they follow
+        assert all(map(_same, found.values(), wanted)), path
+        return wanted
     assert isinstance(wanted, Mapping), f"{path!r} is a {type(wanted)}"
     missing = {name for name, value in wanted.items() if isinstance(name, str) and _has_data(value)}
     assert not missing - found.keys(), f"missing {sorted(missing - found.keys())}"
@@ -216,19 +222,17 @@ def _found_at(path: str, loaded: Any, found: Mapping[Any, Any]) -> list[Any]:
     return [wanted[name] for name in found]
 
 
-def _found_somewhere(bases: Sequence[str], loaded: Any, found: Mapping[Any, Any]) -> list[Any]:
-    """Each value of the output lies under its name below one of the bases; what lies there."""
+def _below_paths(base: str, loaded: Any, found: Mapping[str, Any]) -> list[Any]:
+    """Each value of the output lies under its name below the base; what lies there."""
     sources = []
-    for key, value in found.items():
-        name = key if isinstance(key, str) else key[1]
+    for name, value in found.items():
         there = [
             place
-            for base in bases
-            for start in at_path(loaded, base.removesuffix("#ema"))
+            for start in at_path(loaded, base)
             for place in [*at_path(state_of(start), name), *at_path(start, name)]
         ]
         fitting = [place for place in there if _same(value, place)]
-        assert fitting, f"{key!r} is not what lies there"
+        assert fitting, f"{name!r} is not what lies there"
         sources.append(fitting[0])
     return sources
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import ptbin
 from tests.laws.law import hold, write
+from tests.laws.producers import producers
 from tests.laws.trees import Tree, trees
 
 EXAMPLES = int(os.environ.get("PTBIN_LAW_EXAMPLES", "0"))
@@ -26,7 +27,7 @@ pytestmark = [
 WRITERS = st.sampled_from(["zip", "zip", "legacy", "pickle"])
 long = settings(
     deadline=None,
-    max_examples=EXAMPLES or 120,
+    max_examples=EXAMPLES or 80,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
     print_blob=True,
 )
@@ -43,6 +44,14 @@ def _saved(tree: Tree, folder: str, writer: str) -> Path:
 @long
 @given(trees(), WRITERS)
 def test_everything_is_taken_or_named_or_refused(tree: Tree, writer: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        reason = hold(_saved(tree, folder, writer), models=tree.models)
+    event(f"reason {reason}")
+
+
+@long
+@given(producers(), WRITERS)
+def test_the_law_holds_for_changed_layouts_of_well_known_scripts(tree: Tree, writer: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         reason = hold(_saved(tree, folder, writer), models=tree.models)
     event(f"reason {reason}")

@@ -81,6 +81,9 @@ def test_indices_beside_a_model_do_not_hide_it(tmp_path: Path, key: str) -> None
 def test_flattening_a_state_dict_keeps_parameters_named_like_counters(tmp_path: Path) -> None:
     state = {**layer(), "step": torch.randn(3), "loss": torch.randn(2, 2), "rng_state": torch.randn(3)}
     assert_same_tensors(converted(saved(state, tmp_path), flatten=True)[1], state)
+    pair = (torch.randn(2), torch.randn(3))
+    _, found = converted(saved({**state, "pair": pair}, tmp_path), flatten=True)
+    assert_same_tensors(found, {**state, "pair.0": pair[0], "pair.1": pair[1]})
 
 
 def test_flattening_leaves_counters_beside_modules(tmp_path: Path) -> None:
@@ -178,3 +181,11 @@ def test_flattening_keeps_single_whole_numbers_that_are_no_counters_by_name(tmp_
     _, state = converted(saved(value, tmp_path), flatten=True)
     assert "queue_ptr" in state
     assert "global_step" not in state
+
+
+def test_inspect_names_an_unsafe_pickle_before_anything_that_it_lacks(tmp_path: Path) -> None:
+    """Found by taking other people's files apart: convert said `unsafe_pickle`, inspect `no_state_dict`."""
+    (tmp_path / "hostile.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(PtbinError) as refusal:
+        ptbin.convert(str(tmp_path / "hostile.pkl"), str(tmp_path / "w.bin"))
+    assert ptbin.inspect(str(tmp_path / "hostile.pkl"))["reason"] == refusal.value.reason == "unsafe_pickle"
