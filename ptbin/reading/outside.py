@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ptbin.nodes import NdArray
+from ptbin.nodes import NdArray, Opaque
 from ptbin.reading.averages import AVERAGED, RAW, is_same_model
 from ptbin.reading.checkpoint import Checkpoint
 from ptbin.reading.roles import looks_like_weights, role_of_content, role_of_leaf, role_of_name
@@ -21,7 +21,6 @@ from ptbin.reading.tree import (
     is_branch,
     is_unreadable_tensor,
     named_children,
-    names_below,
 )
 from ptbin.state_dict import Excluded, StateDict
 from ptbin.tensors import SparseTensor, TensorRef, TypedStorage
@@ -29,6 +28,8 @@ from ptbin.tensors import SparseTensor, TensorRef, TypedStorage
 __all__ = ["left_outside"]
 
 MAX_DEPTH = 200
+MAX_LOOKS = 2_000_000
+"""Records looked through where a name may decide; a part that several share is walked for each of them."""
 MAX_ROWS = 10_000
 """Rows of one checkpoint; what lies deeper is put under the path above it."""
 
@@ -54,6 +55,7 @@ class _Outside:
     explicit: bool
     rows: list[Excluded] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
+    looked: int = 0
     taken: set[int] = field(init=False)
     candidates: dict[int, Candidate] = field(init=False)
 
@@ -124,22 +126,30 @@ class _Outside:
                 )
 
     def leads_on(self, node: Any) -> bool:
-        """Whether a state dict lies below that is taken, or that looks like a model's."""
+        """Whether a state dict lies below that is taken, or that looks like a model's.
+
+        Also where it is too much to look through: then every part is looked at by itself.
+        """
         stack: list[Any] = [node]
         seen: set[int] = set()
-        while stack and len(seen) < MAX_ROWS:
+        while stack and len(seen) < MAX_ROWS and self.looked < MAX_LOOKS:
             below = stack.pop()
             if id(below) in seen:
                 continue
             seen.add(id(below))
+            self.looked += 1
             if id(below) in self.taken:
                 return True
             candidate = self.candidates.get(id(below))
-            if candidate is None:
-                stack.extend(child for _, child in named_children(below) if is_branch(child))
-            elif looks_like_weights(name for name, _ in candidate.state_dict.entries):
+            if candidate is not None and looks_like_weights(name for name, _ in candidate.state_dict.entries):
                 return True
-        return bool(stack) or looks_like_weights(names_below(node))
+            for step, child in named_children(below):
+                if isinstance(child, (TensorRef, SparseTensor, Opaque)):
+                    if looks_like_weights((step,)):
+                        return True
+                elif is_branch(child):
+                    stack.append(child)
+        return bool(stack)
 
     def role_of_candidate(self, candidate: Candidate, step: str, inherited: str | None) -> str | None:
         found = candidate.state_dict

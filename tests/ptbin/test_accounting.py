@@ -14,6 +14,7 @@ import torch
 
 import ptbin
 from ptbin.errors import AmbiguousStateDictError, PtbinError
+from ptbin.reading import outside, tree
 from tests.bits import assert_same_tensors
 
 
@@ -189,3 +190,24 @@ def test_inspect_names_an_unsafe_pickle_before_anything_that_it_lacks(tmp_path: 
     with pytest.raises(PtbinError) as refusal:
         ptbin.convert(str(tmp_path / "hostile.pkl"), str(tmp_path / "w.bin"))
     assert ptbin.inspect(str(tmp_path / "hostile.pkl"))["reason"] == refusal.value.reason == "unsafe_pickle"
+
+
+def test_parts_that_many_share_are_not_looked_through_for_each(tmp_path: Path) -> None:
+    """Names of metrics call for a look at what is below; 40 kilobytes of pickle could ask for 10^8 looks."""
+    shared: list[Any] = [*({"a": {}} for _ in range(5000)), {"alpha": torch.randn(2)}]
+    value = {"model": layer(), **{f"loss_{number}": {"x": shared} for number in range(1000)}}
+    path = saved(value, tmp_path)
+    looks = 0
+    real = tree.named_children
+
+    def counted(node: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return real(node)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outside, "named_children", counted)
+        patch.setattr(outside, "MAX_LOOKS", 20_000)
+        _, state = converted(path)
+    assert_same_tensors(state, layer())
+    assert looks < 50_000
