@@ -11,11 +11,11 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ptbin.draft import Draft, DraftFile
-from ptbin.drafting import Written, draft_file, draft_manifest
+from ptbin.drafting import Written, draft_file, draft_manifest, stored_of
 from ptbin.errors import (
     CheckpointError,
     ChecksumMismatchError,
@@ -24,13 +24,14 @@ from ptbin.errors import (
 )
 from ptbin.manifest import MANIFEST_SUFFIX, dump_manifest, utc_now
 from ptbin.options import ConvertOptions
+from ptbin.proof.digests import FileDigests
 from ptbin.provenance import STATEMENT_SUFFIX, add_source_digests, dump_statement, statement_of
 from ptbin.reading.checkpoint import one_clear_error
 from ptbin.reading.selected import read_selected
 from ptbin.segments import FilePlan
 from ptbin.sidecars import copy_sidecars
 from ptbin.sources import find_source
-from ptbin.splice import SpliceResult, splice
+from ptbin.splice import SpliceResult, check_copies, splice
 from ptbin.stores import CopyRefused, Identity, RangeReader, Store, open_store, public_uri
 from ptbin.ties import tie_equal_tensors
 from ptbin.vouching import ASIDE_SUFFIX, Guard, Place
@@ -128,9 +129,11 @@ def stage(
             notes: list[str] = []
             for plan in output.files:
                 writing = _Writing(plan, reader, dest_store, folder, place_at, progress)
-                result, copied = writing.run(check_source=check_source, replaces=bool(obsolete), notes=notes)
-                written.append((plan, result))
-                files.append(draft_file(plan, result, copied))
+                result, file, digests = writing.run(
+                    check_source=check_source, replaces=bool(obsolete), notes=notes
+                )
+                written.append((plan, result, digests))
+                files.append(file)
         except CheckpointError:
             # An object that was replaced meanwhile looks damaged; say which of the two it is.
             reader.check_unchanged()
@@ -176,8 +179,10 @@ class _Writing:
     place: Place
     progress: Progress | None
 
-    def run(self, *, check_source: bool, replaces: bool, notes: list[str]) -> tuple[SpliceResult, int]:
-        """The result, and the bytes that the store copied by itself.
+    def run(
+        self, *, check_source: bool, replaces: bool, notes: list[str]
+    ) -> tuple[SpliceResult, DraftFile, FileDigests | None]:
+        """What came of it, what the file must be, and its digests where it was proven under no name yet.
 
         Where it refuses to, everything is streamed through this process instead and `notes` says why.
         """
@@ -187,7 +192,9 @@ class _Writing:
             notes.append(f"streamed, because the store did not copy: {refusal}")
             return self._once(check_source, replaces, copies=False)
 
-    def _once(self, check_source: bool, replaces: bool, *, copies: bool) -> tuple[SpliceResult, int]:
+    def _once(
+        self, check_source: bool, replaces: bool, *, copies: bool
+    ) -> tuple[SpliceResult, DraftFile, FileDigests | None]:
         plan = self.plan
         path = f"{self.folder}/{plan.name}"
         with self.store.open_writer(path, size_hint=plan.plan.size, copies=copies) as writer:
@@ -197,17 +204,35 @@ class _Writing:
                 writer,
                 self.progress,
                 check_source=check_source,
+                # A local file is proven before it gets its name, which shows a damaged source as well.
+                check_moved=writer.written() is None,
                 # What a store copied is read when the output is proven. Before that only where a good
                 # output stands in its place: a damaged source must not replace it.
                 check_copied=check_source and replaces,
             )
             writer.settle()
             self.reader.check_unchanged()
+            file = draft_file(plan, result, writer.bytes_copied)
+            descriptor = writer.written() if check_source else None
+            digests = self._proven(descriptor, file) if descriptor is not None else None
             self.place.check(plan.name, plan.plan.size, result.crc32)
             self.place.withdraw_manifest()
             writer.expected_crc32 = result.crc32
             writer.commit()
-        return result, writer.bytes_copied
+        if digests is not None and writer.identity is not None:
+            file = replace(file, sha256=digests.sha256, identity=writer.identity.value)
+        return result, file, digests
+
+    def _proven(self, descriptor: int, file: DraftFile) -> FileDigests:
+        from ptbin.proof.output import prove_written
+
+        tensors = [(planned.name, stored_of(planned)) for planned in self.plan.tensors]
+        try:
+            return prove_written(descriptor, file, tensors, self.store.uri_of(self.place.path), self.progress)
+        except VerificationError:
+            # The source's own bytes may be what is wrong: then that is the answer.
+            check_copies(self.plan.plan, self.reader)
+            raise
 
 
 def _outputs_of_before(manifest: Mapping[str, Any] | None, name: str) -> set[str]:

@@ -31,6 +31,8 @@ class DraftFile:
         crc32: of the whole file, as computed from what the source states.
         records: every storage in it; none in a file without weights (an index, a tokenizer).
         copied_nbytes: of the file, that the store copied by itself.
+        sha256: of the whole file, where it was proven before it got its name; then the manifest has the
+            tensors' digests, too, and `identity` says which state of the file that was.
     """
 
     path: str
@@ -38,6 +40,8 @@ class DraftFile:
     crc32: int
     records: tuple[DraftRecord, ...] = ()
     copied_nbytes: int = 0
+    sha256: str | None = None
+    identity: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ptbin.draft import DraftFile, DraftRecord
 from ptbin.manifest import SCHEMA_VERSION, hex_crc32
+from ptbin.proof.digests import FileDigests, StoredTensor
 from ptbin.reading.selected import Selected
 from ptbin.segments import FilePlan, PlannedTensor, RecordLayout
 from ptbin.splice import SpliceResult
@@ -16,9 +17,10 @@ from ptbin.stores.joined import JoinedReader
 from ptbin.version import __version__
 from ptbin.writing.outputs import OutputPlan
 
-__all__ = ["Written", "draft_file", "draft_manifest"]
+__all__ = ["Written", "draft_file", "draft_manifest", "stored_of"]
 
-Written = tuple[FilePlan, SpliceResult]
+Written = tuple[FilePlan, SpliceResult, "FileDigests | None"]
+"""A file's plan, what came of it, and its digests where it is proven already."""
 
 
 def draft_manifest(
@@ -52,7 +54,7 @@ def draft_manifest(
         "options": options.to_json(),
         "options_fingerprint": options.fingerprint(),
         "outputs": [
-            {"path": file.path, "size": file.size, "sha256": None, "crc32": hex_crc32(file.crc32)}
+            {"path": file.path, "size": file.size, "sha256": file.sha256, "crc32": hex_crc32(file.crc32)}
             for file in files
         ],
         "tensors": _tensor_rows(written, output.owners, selected.state_dicts, accounting.credits),
@@ -78,6 +80,18 @@ def _crc32(record: RecordLayout, result: SpliceResult) -> int:
     return crc
 
 
+def stored_of(planned: PlannedTensor) -> StoredTensor:
+    """Where a planned tensor lies in its file."""
+    return StoredTensor(
+        planned.offset,
+        planned.nbytes,
+        tuple(planned.source.shape),
+        planned.stride,
+        planned.dtype.itemsize,
+        planned.dtype.per_unit,
+    )
+
+
 def _tensor_rows(
     written: Sequence[Written],
     owners: Sequence[int],
@@ -86,12 +100,14 @@ def _tensor_rows(
 ) -> list[dict[str, Any]]:
     rows = []
     accounted = _by_label(state_dicts, shares)
-    for (file, result), owner in zip(written, owners, strict=True):
+    for (file, result, digests), owner in zip(written, owners, strict=True):
         records = {record.key: record for record in file.plan.records}
         first_on: dict[str, str] = {}
         for planned in file.tensors:
             record = records[planned.record]
             row = _row(file.name, planned, record, result, state_dicts[owner])
+            if digests is not None:
+                row["sha256"] = digests.tensors[stored_of(planned)]
             if record.nbytes and record.key in first_on:
                 row["shares_with"] = first_on[record.key]
             first_on.setdefault(record.key, planned.name)

@@ -1,31 +1,45 @@
-"""Digests of a stored file and of the tensors in it, in one sequential pass.
+"""Digests of a stored file and of the tensors in it.
 
-Two lanes over the same bytes: SHA-256 and CRC-32 of the whole file on the calling thread, SHA-256 of
-each tensor and CRC-32 of each record on a second one (hashlib and zlib release the interpreter lock).
-Views that are not contiguous are hashed afterwards, by their logical order.
+A file on this machine is cut into groups of neighbouring records, and the groups are hashed side by side on
+all cores, largest first: SHA-256 of each tensor, CRC-32 of each record, and of what lies between them, of
+which the file's is combined. The file's own SHA-256 is the one serial lane; it runs on the calling thread,
+and nothing waits for it.
 
-Costs: every byte is read once (non-contiguous tensors twice); memory is a few chunks.
+Anything else comes as one stream through two lanes: SHA-256 and CRC-32 of the whole file on the calling
+thread, those of tensors and records on a second one (hashlib and zlib release the interpreter lock). Views
+that are not contiguous are hashed by their logical order.
+
+Costs: a stream is read once, a local file once by each of two lanes, out of the page cache the second time;
+tensors that are not contiguous once more. Memory is a chunk for each thread.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
+import os
 import zlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ptbin.proof.logical import iter_strided
+from ptbin.cores import hashing_pool, hashing_slot
+from ptbin.crc32 import combine_crc32
+from ptbin.proof.logical import ReadSpan, iter_strided
 
 if TYPE_CHECKING:
     from ptbin.stores import RangeReader
 
-__all__ = ["FileDigests", "StoredTensor", "digest_file"]
+__all__ = ["FileDigests", "StoredTensor", "digest_descriptor", "digest_file"]
 
 CHUNK_NBYTES = 4 << 20
 SMALL_NBYTES = 1 << 20
+GROUP_NBYTES = 16 << 20
+MAX_COMBINED = 64
+"""Records whose CRC-32s are combined to that of their group: a combination takes as long as 100 KB of
+CRC-32.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +77,11 @@ def digest_file(
     Raises:
         SourceChangedError, StorageError: from the store.
     """
+    descriptor = reader.fileno() if reader.size > SMALL_NBYTES else None
+    if descriptor is not None:
+        reader.requests += 1
+        reader.bytes_read += reader.size
+        return digest_descriptor(descriptor, reader.size, records, tensors, progress, reader.read)
     found = FileDigests()
     distinct = dict.fromkeys(tensors)
     streamed = [t for t in distinct if t.stride is None]
@@ -90,15 +109,17 @@ def digest_file(
     found.sha256, found.crc32 = whole.hexdigest(), crc
     for tensor in distinct:
         if tensor.stride is not None:
-            found.tensors[tensor] = _strided_sha256(tensor, reader)
+            found.tensors[tensor] = _strided_sha256(
+                tensor, lambda offset, nbytes: reader.iter_range(offset, nbytes, chunk_nbytes=CHUNK_NBYTES)
+            )
     return found
 
 
-def _strided_sha256(tensor: StoredTensor, reader: RangeReader) -> str:
+def _strided_sha256(tensor: StoredTensor, read: ReadSpan) -> str:
     assert tensor.stride is not None
     digest = hashlib.sha256()
     pieces = iter_strided(
-        lambda offset, nbytes: reader.iter_range(offset, nbytes, chunk_nbytes=CHUNK_NBYTES),
+        read,
         tensor.offset,
         tensor.shape,
         tensor.stride,
@@ -108,6 +129,170 @@ def _strided_sha256(tensor: StoredTensor, reader: RangeReader) -> str:
     for piece in pieces:
         digest.update(piece)
     return digest.hexdigest()
+
+
+# -- a file of this machine, on all cores ------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Group:
+    """Neighbouring bytes that one thread hashes: `tile` are the ranges whose CRC-32s make up theirs."""
+
+    start: int
+    end: int
+    records: list[tuple[int, int]] = field(default_factory=list)
+    tensors: list[StoredTensor] = field(default_factory=list)
+
+    @property
+    def tile(self) -> list[tuple[int, int]]:
+        """Records and the gaps between them, where that is cheaper than a CRC-32 of all bytes besides."""
+        whole = [(self.start, self.end - self.start)]
+        if len(self.records) > MAX_COMBINED:
+            return whole
+        ranges = []
+        position = self.start
+        for offset, nbytes in sorted(self.records):
+            if offset < position:
+                return whole
+            if offset > position:
+                ranges.append((position, offset - position))
+            ranges.append((offset, nbytes))
+            position = offset + nbytes
+        return [*ranges, (position, self.end - position)] if position < self.end else ranges
+
+
+def digest_descriptor(
+    descriptor: int,
+    size: int,
+    records: Iterable[tuple[int, int]],
+    tensors: Iterable[StoredTensor],
+    progress: Callable[[int], None] | None,
+    read: Callable[[int, int], bytes],
+) -> FileDigests:
+    """As `digest_file`, of an open file of `size` bytes, finished or not.
+
+    Args:
+        read: called with a range that the file did not give whole; to raise what there is to raise.
+    """
+    found = FileDigests()
+    distinct = dict.fromkeys(tensors)
+    streamed = [tensor for tensor in distinct if tensor.stride is None]
+    groups = _groups(size, list(dict.fromkeys(records)), streamed)
+    file = _LocalFile(descriptor, read)
+    if size <= SMALL_NBYTES:
+        return _digest_small(file, size, groups, list(distinct))
+    pool = hashing_pool()
+    pending: list[Future[None]] = []
+    crcs: dict[int, int] = {}
+    try:
+        largest_first = sorted(groups, key=lambda group: group.start - group.end)
+        pending += [pool.submit(_hash_group, file, group, found, crcs) for group in largest_first]
+        strided = [tensor for tensor in distinct if tensor.stride is not None]
+        pending += [pool.submit(_hash_strided, file, tensor, found) for tensor in strided]
+        whole = hashlib.sha256()
+        for chunk in file.chunks(0, size):
+            with hashing_slot():
+                whole.update(chunk)
+            if progress is not None:
+                progress(len(chunk))
+        for task in pending:
+            task.result()
+    except BaseException:
+        for task in pending:
+            task.cancel()
+        wait(pending)
+        raise
+    found.sha256 = whole.hexdigest()
+    for group in groups:
+        found.crc32 = combine_crc32(found.crc32, crcs[group.start], group.end - group.start)
+    return found
+
+
+def _digest_small(
+    file: _LocalFile, size: int, groups: list[_Group], tensors: list[StoredTensor]
+) -> FileDigests:
+    """On the calling thread alone: threads would take longer to begin."""
+    found = FileDigests()
+    crcs: dict[int, int] = {}
+    for group in groups:
+        _hash_group(file, group, found, crcs)
+        found.crc32 = combine_crc32(found.crc32, crcs[group.start], group.end - group.start)
+    for tensor in tensors:
+        if tensor.stride is not None:
+            _hash_strided(file, tensor, found)
+    whole = hashlib.sha256()
+    for chunk in file.chunks(0, size):
+        whole.update(chunk)
+    found.sha256 = whole.hexdigest()
+    return found
+
+
+def _groups(size: int, records: list[tuple[int, int]], tensors: list[StoredTensor]) -> list[_Group]:
+    """The file cut between regions; a group ends with the first region that makes it large enough."""
+    regions: list[tuple[int, int, tuple[int, int] | StoredTensor]] = [(r[0], r[0] + r[1], r) for r in records]
+    regions += [(t.offset, t.offset + t.nbytes, t) for t in tensors]
+    regions.sort(key=lambda region: region[:2])
+    groups = [_Group(0, 0)]
+    for start, end, region in regions:
+        group = groups[-1]
+        if start >= group.end and group.end - group.start >= GROUP_NBYTES:
+            group = _Group(group.end, group.end)
+            groups.append(group)
+        group.end = max(group.end, end)
+        if isinstance(region, StoredTensor):
+            group.tensors.append(region)
+        else:
+            group.records.append(region)
+    groups[-1].end = max(groups[-1].end, size)
+    return groups
+
+
+def _hash_group(file: _LocalFile, group: _Group, found: FileDigests, crcs: dict[int, int]) -> None:
+    own = FileDigests()
+    tile = group.tile
+    lane = _RegionLane(own, list(dict.fromkeys([*group.records, *tile])), group.tensors)
+    position = group.start
+    for chunk in file.chunks(group.start, group.end - group.start):
+        with hashing_slot():
+            lane.take(position, chunk)
+        position += len(chunk)
+    lane.finish()
+    crc = 0
+    for span in tile:
+        crc = combine_crc32(crc, own.records[span], span[1])
+    crcs[group.start] = crc
+    found.records.update((record, own.records[record]) for record in group.records)
+    found.tensors.update(own.tensors)
+
+
+def _hash_strided(file: _LocalFile, tensor: StoredTensor, found: FileDigests) -> None:
+    found.tensors[tensor] = _strided_sha256(
+        tensor, lambda offset, nbytes: (bytes(chunk) for chunk in file.chunks(offset, nbytes))
+    )
+
+
+class _LocalFile:
+    """Pieces of an open file, each read into the same buffer: a piece is good until the next one is asked
+    for.
+    """
+
+    def __init__(self, descriptor: int, read: Callable[[int, int], bytes]) -> None:
+        self._descriptor = descriptor
+        self._read = read
+
+    def chunks(self, offset: int, nbytes: int) -> Iterator[memoryview]:
+        if not nbytes:
+            return
+        buffer = memoryview(bytearray(min(nbytes, CHUNK_NBYTES)))
+        end = offset + nbytes
+        while offset < end:
+            piece = buffer[: min(end - offset, CHUNK_NBYTES)]
+            got = os.preadv(self._descriptor, [piece], offset)
+            if not got:
+                piece = memoryview(self._read(offset, len(piece)))
+                got = len(piece)
+            yield piece[:got]
+            offset += got
 
 
 class _Region:
@@ -153,7 +338,7 @@ class _RegionLane:
 
         return _Region(tensor.offset, tensor.nbytes, digest.update, finish)
 
-    def take(self, position: int, chunk: bytes) -> None:
+    def take(self, position: int, chunk: bytes | memoryview) -> None:
         end = position + len(chunk)
         view = memoryview(chunk)
         while self._waiting and self._waiting[-1].start < end:

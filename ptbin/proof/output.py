@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ptbin.dtypes import BY_NAME
 from ptbin.errors import CheckpointError, ChecksumMismatchError, VerificationError
 from ptbin.folders import INDEX_SUFFIX
 from ptbin.manifest import hex_crc32
-from ptbin.proof.digests import StoredTensor, digest_file
+from ptbin.proof.digests import FileDigests, StoredTensor, digest_descriptor, digest_file
 from ptbin.reading.checkpoint import read_checkpoint
 from ptbin.reading.selection import select_state_dict
 from ptbin.reading.verdicts import judge_programs
@@ -64,6 +65,9 @@ def prove_output(
     for file, output in zip(draft.files, draft.manifest["outputs"], strict=True):
         rows = [row for row in draft.manifest["tensors"] if row["file"] == file.path]
         with store.open_reader(f"{folder}/{file.path}") as reader:
+            if file.sha256 is not None:
+                _check_same(reader, file, rows, draft)
+                continue
             # Provenance names the SHA-256 of every output, which no store states.
             if draft.level == "checksum" and file.copied_nbytes and "provenance" not in draft.manifest:
                 stated = store.crc32_of(f"{folder}/{file.path}")
@@ -81,6 +85,32 @@ def prove_output(
     return proven_by
 
 
+def prove_written(
+    descriptor: int,
+    file: DraftFile,
+    tensors: Sequence[tuple[str, StoredTensor]],
+    uri: str,
+    progress: Callable[[int], None] | None = None,
+) -> FileDigests:
+    """Prove a local file before it gets its name: its bytes, read back, are what the source states.
+
+    Raises:
+        VerificationError: with the first difference found.
+    """
+    size = os.fstat(descriptor).st_size
+    if size != file.size:
+        raise VerificationError(f"{uri}: {size} bytes are there, {file.size} were written")
+
+    def ended(offset: int, nbytes: int) -> bytes:
+        raise VerificationError(f"{uri}: ends before byte {offset + nbytes}, {size} were there before")
+
+    records = [(record.offset, record.nbytes) for record in file.records]
+    places = [place for _, place in tensors]
+    digests = digest_descriptor(descriptor, size, records, places, progress, ended)
+    _compare(uri, file, [(name, place.offset) for name, place in tensors], digests, VerificationError)
+    return digests
+
+
 def _prove_by_store(
     reader: RangeReader, file: DraftFile, rows: list[dict[str, Any]], draft: Draft, stated: int
 ) -> None:
@@ -93,6 +123,17 @@ def _prove_by_store(
             f"checksums come to {hex_crc32(file.crc32)}: the source was damaged after it was written"
         )
     reader.check_unchanged()
+
+
+def _check_same(reader: RangeReader, file: DraftFile, rows: list[dict[str, Any]], draft: Draft) -> None:
+    """A file that was proven before it got its name is still that file, and its index, read anew, is the
+    planned one.
+    """
+    _check_size(reader, file)
+    if rows and draft.manifest["options"]["format"] != "raw":
+        _check_structure(reader, draft, rows)
+    if reader.identity.value != file.identity:
+        raise VerificationError(f"{reader.uri}: was written to after it was proven")
 
 
 def _check_size(reader: RangeReader, file: DraftFile) -> None:
@@ -115,23 +156,36 @@ def _prove_file(
     wrong = ChecksumMismatchError if file.copied_nbytes else VerificationError
     places = [stored_tensor(row, file.size) for row in rows]
     digests = digest_file(reader, [(r.offset, r.nbytes) for r in file.records], places, progress)
+    _compare(reader.uri, file, [(row["name"], row["offset"]) for row in rows], digests, wrong)
+    reader.check_unchanged()
+    for row, place in zip(rows, places, strict=True):
+        row["sha256"] = digests.tensors[place]
+    return digests.sha256
+
+
+def _compare(
+    uri: str,
+    file: DraftFile,
+    tensors: Sequence[tuple[str, int]],
+    digests: FileDigests,
+    wrong: type[VerificationError | ChecksumMismatchError],
+) -> None:
+    """Raise `wrong` where a record or the file has another CRC-32; `tensors` are names and offsets, to
+    tell.
+    """
     for record in file.records:
         found = digests.records[record.offset, record.nbytes]
         if found != record.crc32:
-            names = [row["name"] for row in rows if record.holds(row["offset"])]
+            names = [name for name, offset in tensors if record.holds(offset)]
             raise wrong(
-                f"{reader.uri}: bytes {record.offset} to "
+                f"{uri}: bytes {record.offset} to "
                 f"{record.offset + record.nbytes} ({', '.join(names[:3])}) "
                 f"have CRC-32 {hex_crc32(found)}, the source states {hex_crc32(record.crc32)}"
             )
     if digests.crc32 != file.crc32:
         raise wrong(
-            f"{reader.uri}: the file has CRC-32 {hex_crc32(digests.crc32)}, expected {hex_crc32(file.crc32)}"
+            f"{uri}: the file has CRC-32 {hex_crc32(digests.crc32)}, expected {hex_crc32(file.crc32)}"
         )
-    reader.check_unchanged()
-    for row, place in zip(rows, places, strict=True):
-        row["sha256"] = digests.tensors[place]
-    return digests.sha256
 
 
 def check_raw_indexes(store: Store, folder: str, manifest: Mapping[str, Any]) -> None:

@@ -19,7 +19,15 @@ from torch import nn
 from ptbin.restoring.filling import Filled, empty_tensors, fill, unwrapped
 from ptbin.restoring.fitting import SHOWN, allowed, mismatch_report
 from ptbin.restoring.saving import Example, UnsavableError, UnwritableError, save
-from ptbin.restoring.snapshot import digests_of, error_text, facts_of_model, facts_of_values, ties_of
+from ptbin.restoring.snapshot import (
+    digests_of,
+    error_text,
+    facts_of_model,
+    facts_of_values,
+    mapped_views,
+    own_tensors,
+    ties_of,
+)
 from ptbin.restoring.user_code import UserCode
 
 
@@ -64,10 +72,10 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     given = digests_of(weights, known)
     facts = facts_of_model(target, known)
     whole = facts_of_model(model, known) if model is not target else facts
-    state = facts_of_values(_tensors(target.state_dict()), known)
+    state = facts_of_values(own_tensors(target), known)
     written = facts_of_values(model.state_dict(), known) if request["as"] == "state-dict" else {}
     # ptbin's reader finds a wrapped model under the names that it has inside of its wrapper.
-    inner = facts_of_values(_tensors(unwrapped(model, {}).state_dict()), known)
+    inner = facts_of_values(own_tensors(unwrapped(model, {})), known)
     example = _example(target, request, code)
     outputs = save(
         model if request["as"] in {"module", "state-dict"} else target,
@@ -82,6 +90,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         torch.save({"args": example.args, "kwargs": example.kwargs, "outputs": outputs}, request["expected"])
     return {
         "given": given,
+        "views": mapped_views(weights, request["weights"]),
         "state": state,
         "inner": inner,
         "written": written,
@@ -98,10 +107,6 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         "folders": code.folders,
         "modules": code.loaded(),
     }
-
-
-def _tensors(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 def _shapes(values: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:

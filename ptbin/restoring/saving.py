@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree  # what torch.export itself takes apart inputs and outputs with
 
-from ptbin.restoring.snapshot import error_text
+from ptbin.restoring.snapshot import error_text, own_tensors
 
 __all__ = ["Example", "UnsavableError", "UnwritableError", "run_example", "same_outputs", "save"]
 
@@ -134,7 +134,7 @@ def _set_back(work: nn.Module, model: nn.Module) -> None:
 
 
 def _set_back_program(program: Any, model: nn.Module) -> None:
-    state = model.state_dict()
+    state = own_tensors(model)
     with torch.no_grad():
         for name, tensor in program.state_dict.items():
             if name in state and tensor.data_ptr() != state[name].data_ptr():

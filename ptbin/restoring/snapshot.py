@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,9 @@ __all__ = [
     "error_text",
     "facts_of_model",
     "facts_of_values",
+    "mapped_views",
     "other_tensors",
+    "own_tensors",
     "registered",
     "ties_of",
 ]
@@ -69,6 +72,44 @@ def registered(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers of one module, not of its children."""
     for table in (module._parameters, module._buffers):  # noqa: SLF001 - `named_parameters` hides ties
         yield from ((name, tensor) for name, tensor in table.items() if tensor is not None)
+
+
+def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by the names they have in the model: what programs keep.
+
+    A state dict may have other names for them, by hooks of its own.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        hidden = module._non_persistent_buffers_set  # noqa: SLF001 - no public way to tell these
+        found |= {dot + name: tensor for name, tensor in registered(module) if name not in hidden}
+    return found
+
+
+def mapped_views(values: Mapping[str, Any], path: str) -> dict[str, list[Any]]:
+    """What each tensor is of a file that it is mapped from: where its storage lies there, and the view of it.
+
+    By `/proc/self/maps` (proc(5)); tensors that are not mapped from the file are not in the answer.
+    """
+    real, regions = os.path.realpath(path), []
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+        for line in maps:
+            fields = line.rstrip("\n").split(maxsplit=5)
+            if len(fields) == 6 and fields[5] == real:
+                start, end = (int(text, 16) for text in fields[0].split("-"))
+                regions.append((start, end, int(fields[2], 16)))
+    found = {}
+    for name, tensor in iter_loaded_tensors(values):
+        if tensor.layout is not torch.strided or not tensor.numel():
+            continue
+        first = tensor.untyped_storage().data_ptr()
+        for start, end, offset in regions:
+            if start <= first < end:
+                shape, stride = list(tensor.shape), list(tensor.stride())
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                found[name] = [first - start + offset, tensor.storage_offset(), shape, stride, dtype]
+    return found
 
 
 def ties_of(model: nn.Module) -> list[list[str]]:

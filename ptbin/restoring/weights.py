@@ -14,18 +14,18 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ptbin.conversion import Progress, convert
 from ptbin.drafting import draft_manifest
-from ptbin.errors import ChecksumMismatchError
+from ptbin.errors import ChecksumMismatchError, VerificationError
 from ptbin.manifest import utc_now
 from ptbin.proof.logical import iter_logical_bytes
 from ptbin.reading.checkpoint import one_clear_error
 from ptbin.reading.selected import Selected, read_selected
 from ptbin.restoring.options import RestoreOptions
 from ptbin.sources import find_source
-from ptbin.state_dict import StateDict, tensors_of
+from ptbin.state_dict import tensors_of
 from ptbin.tensors import ByteRange, TensorRef
 from ptbin.writing.outputs import OutputPlan
 
@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Weights", "open_weights"]
 
 CHUNK_NBYTES = 4 << 20
-LANES = 2
-"""Threads that hash while the other process imports torch and builds the model."""
+NAMED = 5
 
 
 @dataclass(slots=True)
@@ -50,16 +49,72 @@ class Weights:
     archive: str
     manifest: dict[str, Any]
     source_names: dict[str, str]
-    _digests: Future[dict[str, str]]
+    _proof: _Proof
 
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of each tensor by its label, once the archive is proven.
+    def compare(self, given: Mapping[str, str], views: Mapping[str, list[Any]]) -> None:
+        """Hold what the building process had against the source.
+
+        Args:
+            given: SHA-256 of each tensor as that process saw it.
+            views: what each is of the archive, where it is mapped (`snapshot.mapped_views`).
 
         Raises:
+            VerificationError: torch saw other weights than ptbin read.
             ChecksumMismatchError: a record is not what the archive states.
             SourceChangedError: the archive was replaced meanwhile.
         """
-        return self._digests.result()
+        wrong = self._proof.differing(given, views)
+        if wrong:
+            names = ", ".join(wrong[:NAMED])
+            raise VerificationError(f"torch loads other weights than the source holds: {names}")
+
+
+class _Proof(Protocol):
+    def differing(self, given: Mapping[str, str], views: Mapping[str, list[Any]]) -> list[str]:
+        """Names of tensors that are not the source's."""
+
+
+@dataclass(slots=True)
+class _Converted:
+    """Of a temporary archive: the conversion has proven it and knows its digests."""
+
+    digests: dict[str, str]
+
+    def differing(self, given: Mapping[str, str], views: Mapping[str, list[Any]]) -> list[str]:
+        del views
+        wrong = [name for name, digest in self.digests.items() if given.get(name, digest) != digest]
+        return wrong + [name for name in given if name not in self.digests]
+
+
+@dataclass(slots=True)
+class _Mapped:
+    """Of an archive mapped where it lies: its records hold by their CRC-32s, and torch mapped these ranges.
+
+    So each byte is read once here, and no second SHA-256 is made of it. A tensor of which the other process
+    cannot say what it is of the file is hashed.
+    """
+
+    tensors: dict[str, TensorRef]
+    reader: RangeReader
+    read: Future[None]
+
+    def differing(self, given: Mapping[str, str], views: Mapping[str, list[Any]]) -> list[str]:
+        self.read.result()
+        wrong = [name for name in given if name not in self.tensors]
+        for name, tensor in self.tensors.items():
+            place = tensor.storage.place
+            assert isinstance(place, ByteRange)
+            own = [
+                place.offset,
+                tensor.storage_offset,
+                list(tensor.shape),
+                list(tensor.stride),
+                tensor.dtype.name,
+            ]
+            if name in given and views.get(name) != own and given[name] != _sha256(tensor, self.reader):
+                wrong.append(name)
+        self.reader.check_unchanged()
+        return wrong
 
 
 @contextlib.contextmanager
@@ -87,18 +142,21 @@ def open_weights(
                     manifest["run_id"] = run_id
                 manifest["started_at"] = utc_now()
                 manifest["bytes_read"] = reader.size
-                yield Weights(
-                    place.path, manifest, {}, pool.submit(_prove, selected.state_dict, reader, progress)
-                )
+                tensors = {
+                    label: tensor
+                    for name, value in selected.state_dict.entries
+                    for label, tensor in tensors_of(name, value)
+                }
+                read = pool.submit(_read_records, list(tensors.values()), reader, progress)
+                yield Weights(place.path, manifest, {}, _Mapped(tensors, reader, read))
                 return
     archive = str(folder / "weights.bin")
     manifest = convert(
         source, archive, conversion, source_options=source_options, run_id=run_id, progress=progress
     )
     rows = manifest["tensors"]
-    proven: Future[dict[str, str]] = Future()
-    proven.set_result({row["name"]: row["sha256"] for row in rows})
-    yield Weights(archive, manifest, {row["name"]: row["source_name"] for row in rows}, proven)
+    digests = {row["name"]: row["sha256"] for row in rows}
+    yield Weights(archive, manifest, {row["name"]: row["source_name"] for row in rows}, _Converted(digests))
 
 
 def _is_mappable(selected: Selected) -> bool:
@@ -122,21 +180,19 @@ def _is_mappable(selected: Selected) -> bool:
     )
 
 
-def _prove(state_dict: StateDict, reader: RangeReader, progress: Progress | None) -> dict[str, str]:
-    """Read every record once, against its CRC-32; the SHA-256 of each tensor."""
-    by_storage: dict[int, list[tuple[str, TensorRef]]] = {}
-    for name, value in state_dict.entries:
-        for label, tensor in tensors_of(name, value):
-            by_storage.setdefault(id(tensor.storage), []).append((label, tensor))
+def _read_records(tensors: list[TensorRef], reader: RangeReader, progress: Progress | None) -> None:
+    """Read every record once, against its CRC-32.
 
-    def prove(tensors: list[tuple[str, TensorRef]]) -> dict[str, str]:
-        storage = tensors[0][1].storage
+    Raises:
+        ChecksumMismatchError: one is not what the archive states.
+    """
+    storages = {id(tensor.storage): tensor.storage for tensor in tensors}
+    for storage in storages.values():
         place = storage.place
         assert isinstance(place, ByteRange)
-        whole, crc = hashlib.sha256(), 0
+        crc = 0
         for piece in reader.iter_range(place.offset, place.nbytes, chunk_nbytes=CHUNK_NBYTES):
             crc = zlib.crc32(piece, crc)
-            whole.update(piece)
             if progress is not None:
                 progress(len(piece))
         if place.crc32 is not None and crc != place.crc32:
@@ -144,21 +200,6 @@ def _prove(state_dict: StateDict, reader: RangeReader, progress: Progress | None
                 f"{reader.uri}: {place.member} has CRC-32 {crc:08x}, the archive states {place.crc32:08x}; "
                 "the file is damaged"
             )
-        return {
-            label: whole.hexdigest() if _is_all_of(tensor, place.nbytes) else _sha256(tensor, reader)
-            for label, tensor in tensors
-        }
-
-    found: dict[str, str] = {}
-    with ThreadPoolExecutor(LANES) as pool:
-        for digests in pool.map(prove, by_storage.values()):
-            found |= digests
-    reader.check_unchanged()
-    return found
-
-
-def _is_all_of(tensor: TensorRef, nbytes: int) -> bool:
-    return tensor.contiguous and tensor.span == (0, nbytes) and not tensor.flags
 
 
 def _sha256(tensor: TensorRef, reader: RangeReader) -> str:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ptbin.splice.casting import CastTally
     from ptbin.stores import RangeReader, Writer
 
-__all__ = ["SpliceResult", "splice"]
+__all__ = ["SpliceResult", "check_copies", "splice"]
 
 STREAM_CHUNK_NBYTES = 8 << 20
 
@@ -59,13 +59,15 @@ def splice(
     progress: Progress | None = None,
     *,
     check_source: bool = True,
+    check_moved: bool = True,
     check_copied: bool = True,
 ) -> SpliceResult:
     """Write the plan's bytes.
 
     Args:
-        check_source: also read what the kernel moved, to check it against the source's CRC-32s, so that a
-            damaged source is found before the writer commits. Streamed bytes are checked always.
+        check_source: check what is read against the source's CRC-32s. Streamed bytes are checked always.
+        check_moved: also read what the kernel moved, so that a damaged source is found before the writer
+            commits; needless where what was written is proven before that.
         check_copied: likewise what an object store is going to copy, unless it checks that by itself.
 
     Raises:
@@ -78,7 +80,7 @@ def splice(
     pieces = with_moves(plan.pieces, reader, writer)
     moved = sum(piece.nbytes for piece in pieces if isinstance(piece, Move))
     if moved and check_copied and not reader.is_local and not writer.checks_crc32:
-        _check_copies(plan, reader)
+        check_copies(plan, reader)
     crcs: dict[int, int] = {}
     overflows: dict[str, CastTally] = {}
     with contextlib.closing(_Streams(pieces, reader, writer)) as streams:
@@ -105,9 +107,9 @@ def splice(
                 _accept(piece, streams.write(piece, report), crcs, reader.uri)
                 continue
             report(piece.nbytes)
-    if moved and check_source and reader.is_local:
+    if moved and check_source and check_moved and reader.is_local:
         # Afterwards, because they still lie in memory.
-        _check_copies(plan, reader)
+        check_copies(plan, reader)
     overflowed = {what: tally.overflowed for what, tally in overflows.items() if tally.overflowed}
     return SpliceResult(crcs, _whole_crc32(plan, crcs), moved, overflowed)
 
@@ -208,7 +210,12 @@ class _Streams:
                 iterator.close()
 
 
-def _check_copies(plan: Plan, reader: RangeReader) -> None:
+def check_copies(plan: Plan, reader: RangeReader) -> None:
+    """Read every range of the source that the plan takes as it is.
+
+    Raises:
+        ChecksumMismatchError: one has another CRC-32 than the source states.
+    """
     for piece in plan.pieces:
         if isinstance(piece, Copy) and piece.crc32 is not None:
             crc = 0

@@ -135,6 +135,9 @@ class LocalWriter(Writer):
         self.bytes_written += nbytes
         self._write_back.reached(self._descriptor, self.bytes_written)
 
+    def written(self) -> int | None:
+        return self._descriptor
+
     def lend(self) -> int | None:
         return self._descriptor
 

@@ -92,6 +92,12 @@ class Writer(ABC):
         del reader, offset, nbytes
         return False
 
+    def written(self) -> int | None:
+        """A descriptor by which what was written can be read before it is published; None where there is
+        none.
+        """
+        return None
+
     def lend(self) -> int | None:
         """A descriptor by which another process may write the whole output; None where there is none.
 

@@ -345,3 +345,8 @@ class Bigger(nn.Module):
 
 def bigger() -> nn.Module:
     return Bigger()
+
+
+def quantized() -> nn.Module:
+    net = nn.Sequential(nn.Embedding(9, WIDTH), nn.Linear(WIDTH, WIDTH))
+    return torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)

@@ -19,7 +19,8 @@ import ptbin
 from flows.cli.app import run
 from ptbin import ConvertOptions, RestoreOptions
 from ptbin.errors import ModelMismatchError, UsageError, VerificationError
-from ptbin.restoring.snapshot import other_tensors, ties_of
+from ptbin.restoring.snapshot import digests_of, mapped_views, other_tensors, ties_of
+from ptbin.restoring.weights import open_weights
 from tests.bits import assert_same_tensors, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -212,6 +213,14 @@ def test_weight_norm_into_parametrizations(nets: Any, tmp_path: Path) -> None:
     assert manifest["restored"]["changed"] == ["0.weight_g", "0.weight_v"]
 
 
+def test_a_quantized_target(nets: Any, tmp_path: Path) -> None:
+    """Its packed weights are no tensors to a state dict's reader, and go along as values."""
+    trained = nets.quantized()
+    _restore(_convert({"model": trained.state_dict()}, tmp_path), tmp_path / "out.pt", "quantized")
+    found = torch.load(tmp_path / "out.pt", weights_only=False)
+    assert same_bits(_answer(found, nets.tokens()), _answer(trained, nets.tokens()))
+
+
 @pytest.mark.parametrize("kind", ["parallel", "compiled"])
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped weights", "plain weights"])
 def test_a_wrapper_takes_weights_with_its_prefix_and_without(
@@ -313,6 +322,22 @@ def test_a_damaged_source_is_not_restored(nets: Any, tmp_path: Path) -> None:
     with pytest.raises(ptbin.errors.ChecksumMismatchError):
         _restore(str(weights), tmp_path / "out.pt", "norm")
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_what_torch_maps_is_held_against_what_ptbin_read(nets: Any, tmp_path: Path) -> None:
+    weights = _convert(_trained(nets, "norm"), tmp_path)
+    loaded = torch.load(weights, weights_only=True, mmap=True)
+    given, views = digests_of(loaded), mapped_views(loaded, weights)
+    assert views.keys() == loaded.keys()
+    with open_weights(weights, RestoreOptions(), tmp_path) as opened:
+        assert opened.archive == weights  # in its place, no copy
+        opened.compare(given, views)
+        elsewhere = {**views, "0.weight": [views["0.weight"][0] + 64, *views["0.weight"][1:]]}
+        opened.compare(given, elsewhere)  # not where it was expected, so it was hashed: the same bytes
+        with pytest.raises(VerificationError, match=r"0\.weight"):
+            opened.compare({**given, "0.weight": given["0.bias"]}, elsewhere)
+        with pytest.raises(VerificationError, match="more"):
+            opened.compare({**given, "more": given["0.bias"]}, views)
 
 
 @pytest.mark.parametrize("form", ["raw", "safetensors"])

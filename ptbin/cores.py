@@ -1,0 +1,77 @@
+"""The processor's cores that this process may use, and the one pool of threads that hashes on them.
+
+However many checkpoints are worked on at once, no more threads hash than there are cores: whoever hashes
+holds a slot while it does. hashlib and zlib let go of the interpreter's lock for pieces of this size, so
+threads are enough.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+__all__ = ["available_cores", "hashing_pool", "hashing_slot"]
+
+_lock = threading.Lock()
+_pool: ThreadPoolExecutor | None = None
+_slots: threading.BoundedSemaphore | None = None
+
+
+def available_cores() -> int:
+    """Cores by affinity and, on Linux, by the limit of the control group; at least 1."""
+    count = getattr(os, "process_cpu_count", None)
+    if count is not None:
+        cores = count() or 1
+    elif hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, min(cores, _cgroup_cores() or cores))
+
+
+def _cgroup_cores() -> int | None:
+    """Whole cores that the control group grants, rounded up (Linux, cgroup v2 `cpu.max`, v1 `cpu.cfs_*`)."""
+    for quota_file, period_file in (
+        ("/sys/fs/cgroup/cpu.max", None),
+        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+    ):
+        try:
+            words = Path(quota_file).read_text().split()
+            if period_file is not None:
+                words += Path(period_file).read_text().split()
+            quota, period = int(words[0]), int(words[1])
+        except (OSError, ValueError, IndexError):
+            continue
+        return -(-quota // period) if quota > 0 and period > 0 else None
+    return None
+
+
+def hashing_pool() -> ThreadPoolExecutor:
+    """The threads beside the calling one; one at least."""
+    global _pool  # noqa: PLW0603 - one for the process
+    with _lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(max(1, available_cores() - 1), thread_name_prefix="ptbin-hash")
+        return _pool
+
+
+def hashing_slot() -> threading.BoundedSemaphore:
+    """To be held while a piece is hashed."""
+    global _slots  # noqa: PLW0603 - as above
+    with _lock:
+        if _slots is None:
+            _slots = threading.BoundedSemaphore(max(2, available_cores()))
+        return _slots
+
+
+def _forget() -> None:
+    """In a forked child, where the threads are gone and a slot may be held for ever."""
+    global _pool, _slots, _lock  # noqa: PLW0603 - as above
+    _pool = _slots = None
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
