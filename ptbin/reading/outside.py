@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ptbin.nodes import NdArray, Opaque
 from ptbin.reading.averages import AVERAGED, RAW, is_same_model
@@ -93,9 +93,13 @@ class _Outside:
                 role = named if named not in (None, "averaged_copy") else inherited
                 if named == "averaged_copy" and isinstance(node, (list, tuple)):
                     role = named
-                if role is not None and not self.leads_on(node):
-                    self.add(path, role, node)
-                    continue
+                if role is not None:
+                    below_it = self.below(node)
+                    if below_it is None:
+                        self.add(path, role, node)
+                        continue
+                    if below_it == "weights" or looks_like_weights(_leaf_steps(node)):
+                        role = None  # the name is not what it is
                 if len(steps) >= MAX_DEPTH or len(self.rows) > MAX_ROWS:
                     self.add(path, role, node)
                     continue
@@ -125,31 +129,35 @@ class _Outside:
                     Excluded(".".join((*steps, key)), role, "not part of the selected state dict")
                 )
 
-    def leads_on(self, node: Any) -> bool:
-        """Whether a state dict lies below that is taken, or that looks like a model's.
+    def below(self, node: Any) -> Literal["weights", "taken"] | None:
+        """What lies below: something that looks like a model's weights, or a state dict that is taken.
 
-        Also where it is too much to look through: then every part is looked at by itself.
+        Also `taken` where it is too much to look through: then every part is looked at by itself.
         """
+        found: Literal["taken"] | None = None
         stack: list[Any] = [node]
         seen: set[int] = set()
-        while stack and len(seen) < MAX_ROWS and self.looked < MAX_LOOKS:
-            below = stack.pop()
-            if id(below) in seen:
+        while stack:
+            if len(seen) >= MAX_ROWS or self.looked >= MAX_LOOKS:
+                return "taken"
+            part = stack.pop()
+            if id(part) in seen:
                 continue
-            seen.add(id(below))
+            seen.add(id(part))
             self.looked += 1
-            if id(below) in self.taken:
-                return True
-            candidate = self.candidates.get(id(below))
+            if id(part) in self.taken:
+                found = "taken"
+                continue
+            candidate = self.candidates.get(id(part))
             if candidate is not None and looks_like_weights(name for name, _ in candidate.state_dict.entries):
-                return True
-            for step, child in named_children(below):
+                return "weights"
+            for step, child in named_children(as_mapping(part) or part):
                 if isinstance(child, (TensorRef, SparseTensor, Opaque)):
                     if looks_like_weights((step,)):
-                        return True
+                        return "weights"
                 elif is_branch(child):
                     stack.append(child)
-        return bool(stack)
+        return found
 
     def role_of_candidate(self, candidate: Candidate, step: str, inherited: str | None) -> str | None:
         found = candidate.state_dict
@@ -179,6 +187,11 @@ class _Outside:
             self.rows.append(Excluded(path, role, node=node))
         elif "." not in path:
             self.rows.append(Excluded(path, role or "value", "not part of the selected state dict"))
+
+
+def _leaf_steps(node: Any) -> list[str]:
+    """Names of the tensors directly below."""
+    return [step for step, child in named_children(as_mapping(node) or node) if _is_leaf(child)]
 
 
 def _is_leaf(node: Any) -> bool:
