@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from ptbin.nodes import NdArray
+from ptbin.nodes import NdArray, Opaque
 from ptbin.reading.averages import AVERAGED, RAW, is_same_model
 from ptbin.reading.checkpoint import Checkpoint
 from ptbin.reading.roles import looks_like_weights, role_of_content, role_of_leaf, role_of_name
@@ -21,7 +21,6 @@ from ptbin.reading.tree import (
     is_branch,
     is_unreadable_tensor,
     named_children,
-    names_below,
 )
 from ptbin.state_dict import Excluded, StateDict
 from ptbin.tensors import SparseTensor, TensorRef, TypedStorage
@@ -29,6 +28,8 @@ from ptbin.tensors import SparseTensor, TensorRef, TypedStorage
 __all__ = ["left_outside"]
 
 MAX_DEPTH = 200
+MAX_LOOKS = 2_000_000
+"""Records looked through where a name may decide; a part that several share is walked for each of them."""
 MAX_ROWS = 10_000
 """Rows of one checkpoint; what lies deeper is put under the path above it."""
 
@@ -54,6 +55,7 @@ class _Outside:
     explicit: bool
     rows: list[Excluded] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
+    looked: int = 0
     taken: set[int] = field(init=False)
     candidates: dict[int, Candidate] = field(init=False)
 
@@ -91,9 +93,13 @@ class _Outside:
                 role = named if named not in (None, "averaged_copy") else inherited
                 if named == "averaged_copy" and isinstance(node, (list, tuple)):
                     role = named
-                if role is not None and not self.leads_on(node):
-                    self.add(path, role, node)
-                    continue
+                if role is not None:
+                    below_it = self.below(node)
+                    if below_it is None:
+                        self.add(path, role, node)
+                        continue
+                    if below_it == "weights" or looks_like_weights(_leaf_steps(node)):
+                        role = None  # the name is not what it is
                 if len(steps) >= MAX_DEPTH or len(self.rows) > MAX_ROWS:
                     self.add(path, role, node)
                     continue
@@ -123,23 +129,35 @@ class _Outside:
                     Excluded(".".join((*steps, key)), role, "not part of the selected state dict")
                 )
 
-    def leads_on(self, node: Any) -> bool:
-        """Whether a state dict lies below that is taken, or that looks like a model's."""
+    def below(self, node: Any) -> Literal["weights", "taken"] | None:
+        """What lies below: something that looks like a model's weights, or a state dict that is taken.
+
+        Also `taken` where it is too much to look through: then every part is looked at by itself.
+        """
+        found: Literal["taken"] | None = None
         stack: list[Any] = [node]
         seen: set[int] = set()
-        while stack and len(seen) < MAX_ROWS:
-            below = stack.pop()
-            if id(below) in seen:
+        while stack:
+            if len(seen) >= MAX_ROWS or self.looked >= MAX_LOOKS:
+                return "taken"
+            part = stack.pop()
+            if id(part) in seen:
                 continue
-            seen.add(id(below))
-            if id(below) in self.taken:
-                return True
-            candidate = self.candidates.get(id(below))
-            if candidate is None:
-                stack.extend(child for _, child in named_children(below) if is_branch(child))
-            elif looks_like_weights(name for name, _ in candidate.state_dict.entries):
-                return True
-        return bool(stack) or looks_like_weights(names_below(node))
+            seen.add(id(part))
+            self.looked += 1
+            if id(part) in self.taken:
+                found = "taken"
+                continue
+            candidate = self.candidates.get(id(part))
+            if candidate is not None and looks_like_weights(name for name, _ in candidate.state_dict.entries):
+                return "weights"
+            for step, child in named_children(as_mapping(part) or part):
+                if isinstance(child, (TensorRef, SparseTensor, Opaque)):
+                    if looks_like_weights((step,)):
+                        return "weights"
+                elif is_branch(child):
+                    stack.append(child)
+        return found
 
     def role_of_candidate(self, candidate: Candidate, step: str, inherited: str | None) -> str | None:
         found = candidate.state_dict
@@ -169,6 +187,11 @@ class _Outside:
             self.rows.append(Excluded(path, role, node=node))
         elif "." not in path:
             self.rows.append(Excluded(path, role or "value", "not part of the selected state dict"))
+
+
+def _leaf_steps(node: Any) -> list[str]:
+    """Names of the tensors directly below."""
+    return [step for step, child in named_children(as_mapping(node) or node) if _is_leaf(child)]
 
 
 def _is_leaf(node: Any) -> bool:

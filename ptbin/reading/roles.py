@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from ptbin.nodes import DictNode, Instance, NdArray, Opaque
-from ptbin.reading.tree import as_mapping, glance
+from ptbin.reading.tree import as_mapping, glance, is_branch
 from ptbin.tensors import SparseTensor, TensorRef
 
 __all__ = [
@@ -257,6 +257,8 @@ def _role_of_instance(node: Instance) -> str | None:
     names = attributes.by_name()
     if {"_parameters", "_modules"} <= names.keys():
         return None
+    if path == "argparse.Namespace" and not any(is_branch(v) and glance(v) for v in names.values()):
+        return "hyperparameters"  # class weights among the arguments, say; a model is no plain tensor there
     if {"mean", "var"} <= names.keys() and {"count", "n", "epsilon", "eps"} & names.keys():
         return "statistics"  # RunningMeanStd of baselines and of what descends from it
     return _role_of_mapping(attributes)
@@ -365,9 +367,10 @@ def role_of_leaf(step: str, leaf: Any, inherited: str | None) -> str | None:
                 return "random_state"
         if inherited is not None:
             return inherited
-        if leaf.numel == 1 and not name.startswith(_FLOATING):
+        if leaf.numel == 1 and not name.startswith(_FLOATING) and not looks_like_weights((step,)):
             return "metrics"
-        if leaf.numel > 1 and name in ("int64", "int32", "int16", "bool") and not _PACKED.search(step):
+        packed = _PACKED.search(step) or looks_like_weights((step,))
+        if leaf.numel > 1 and name in ("int64", "int32", "int16", "bool") and not packed:
             return "index_table"
     elif isinstance(leaf, NdArray):
         if leaf.dtype[1:2] in ("U", "S", "O", "M", "m") and leaf.objects is None:

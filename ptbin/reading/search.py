@@ -52,6 +52,10 @@ __all__ = [
 
 MAX_SEARCH_DEPTH = 10
 
+# Places whose name speaks of metrics and that are looked into all the same, and records looked at in each.
+MAX_LOOKS = 2_000
+LOOK_NODES = 1_000
+
 # Names under which frameworks keep the one model (PyTorch's own tutorials, Lightning, timm, mmcv, fairseq,
 # detectron2, DeepSpeed).
 PRIMARY_NAMES = (
@@ -118,7 +122,7 @@ def find_state_dicts(checkpoint: Checkpoint, limits: Limits) -> Findings:
     roles = roles_by_producer(checkpoint.root)
     seen: set[int] = set()
     stack: list[tuple[tuple[str, ...], Any, bool, bool]] = [((), checkpoint.root, False, False)]
-    visited = 0
+    visited, looks = 0, MAX_LOOKS
     while stack:
         steps, node, beside, inside = stack.pop()
         if id(node) in seen or len(steps) > MAX_SEARCH_DEPTH or is_unreadable_tensor(node):
@@ -128,7 +132,8 @@ def find_state_dicts(checkpoint: Checkpoint, limits: Limits) -> Findings:
         if visited > limits.tree_nodes:
             raise LimitExceededError(f"{checkpoint.uri}: more than {limits.tree_nodes} records")
         path = ".".join(steps) or "."
-        beside = beside or (bool(steps) and _is_beside(steps[-1], node))
+        if not beside and steps:
+            beside, looks = _is_beside(steps[-1], node, looks)
         content = role_of_content(node)
         if content == "loss_function":
             beside = True
@@ -151,12 +156,17 @@ def find_state_dicts(checkpoint: Checkpoint, limits: Limits) -> Findings:
     return found
 
 
-def _is_beside(step: str, node: Any) -> bool:
-    """Whether a name says that something is saved beside a model; `best_state` may well be the model."""
+def _is_beside(step: str, node: Any, looks: int) -> tuple[bool, int]:
+    """Whether a name says that something is saved beside a model, and how many looks below are left.
+
+    `best_state` may well be the model.
+    """
     role = role_of_name(step)
     if role in (None, "averaged_copy"):
-        return False
-    return role != "metrics" or not looks_like_weights(names_below(node))
+        return False, looks
+    if role != "metrics" or not looks:
+        return True, looks
+    return not looks_like_weights(names_below(node, limit=LOOK_NODES)), looks - 1
 
 
 def _averaged_copies(checkpoint: Checkpoint, candidates: list[Candidate]) -> list[Candidate]:

@@ -291,7 +291,7 @@ def names_below(root: Any, limit: int = 10_000) -> set[str]:
         if id(node) in seen:
             continue
         seen.add(id(node))
-        for step, child in named_children(node):
+        for step, child in named_children(as_mapping(node) or node):
             if isinstance(child, (TensorRef, SparseTensor, Opaque)):
                 names.add(step)
             elif is_branch(child):

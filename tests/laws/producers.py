@@ -72,7 +72,8 @@ def producers(draw: st.DrawFn) -> Tree:
             averages = _averages(run)
             name = draw(st.sampled_from(["ema", "model_ema", "state_dict_ema", "ema_state_dict", "swa", new]))
             kind = draw(st.sampled_from(sorted(averages)))
-            if name not in value:
+            # a list has no names that would speak of weights: there the key decides
+            if name not in value and (name != new or not kind.startswith("shadow")):
                 value[name] = models[name] = averages[kind]
         elif change == 4 and isinstance(value[key], dict) and key in models:
             # a part of the model goes elsewhere

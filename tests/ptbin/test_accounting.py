@@ -14,6 +14,7 @@ import torch
 
 import ptbin
 from ptbin.errors import AmbiguousStateDictError, PtbinError
+from ptbin.reading import outside, tree
 from tests.bits import assert_same_tensors
 
 
@@ -189,3 +190,59 @@ def test_inspect_names_an_unsafe_pickle_before_anything_that_it_lacks(tmp_path: 
     with pytest.raises(PtbinError) as refusal:
         ptbin.convert(str(tmp_path / "hostile.pkl"), str(tmp_path / "w.bin"))
     assert ptbin.inspect(str(tmp_path / "hostile.pkl"))["reason"] == refusal.value.reason == "unsafe_pickle"
+
+
+@pytest.mark.parametrize("key", ["best_state", "results", "trainer_state", "loops", "optimizer", "config"])
+def test_weights_that_are_no_state_dict_are_not_called_by_their_place(tmp_path: Path, key: str) -> None:
+    """The mapping is turned down for what else is in it; the name of its place does not explain it away."""
+    inner = {**layer(2), "alpha": torch.randn(4, 4), "pair": [torch.randn(2), 3]}
+    with pytest.raises(AmbiguousStateDictError):
+        converted(saved({"model": layer(), key: inner}, tmp_path))
+    with pytest.raises(AmbiguousStateDictError):
+        converted(saved({"model": layer(), key: {"deeper": inner, "beta": torch.randn(3, 3)}}, tmp_path))
+
+
+def test_a_long_history_is_one_whatever_its_length(tmp_path: Path) -> None:
+    history = [{"loss": torch.tensor(float(step)), "epoch": step} for step in range(11_000)]
+    manifest, state = converted(saved({"model": layer(), "history": history}, tmp_path))
+    assert_same_tensors(state, layer())
+    assert manifest["accounting"]["left_out"] == {"metrics": 44_000}
+
+
+def test_a_single_whole_number_may_be_a_weight(tmp_path: Path) -> None:
+    value = {"model": layer(), "student": {"weight": torch.ones(1, dtype=torch.int8)}}
+    with pytest.raises(AmbiguousStateDictError):
+        converted(saved(value, tmp_path))
+
+
+def test_whole_numbers_and_flags_under_a_weights_name_are_weights(tmp_path: Path) -> None:
+    value = {"model": layer(), "encoder": {"running_mean": torch.ones(2, 3, dtype=torch.bool)}}
+    with pytest.raises(AmbiguousStateDictError):
+        converted(saved(value, tmp_path))
+
+
+def test_flattening_takes_lists_of_pairs(tmp_path: Path) -> None:
+    value = {"net": layer(), "best_state": list(layer(2).items())}
+    _, state = converted(saved(value, tmp_path), flatten=True)
+    assert len(state) == 4
+
+
+def test_parts_that_many_share_are_not_looked_through_for_each(tmp_path: Path) -> None:
+    """Names of metrics call for a look at what is below; 40 kilobytes of pickle could ask for 10^8 looks."""
+    shared: list[Any] = [*({"a": {}} for _ in range(5000)), {"alpha": torch.randn(2)}]
+    value = {"model": layer(), **{f"loss_{number}": {"x": shared} for number in range(1000)}}
+    path = saved(value, tmp_path)
+    looks = 0
+    real = tree.named_children
+
+    def counted(node: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return real(node)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outside, "named_children", counted)
+        patch.setattr(outside, "MAX_LOOKS", 20_000)
+        _, state = converted(path)
+    assert_same_tensors(state, layer())
+    assert looks < 100_000
