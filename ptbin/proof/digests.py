@@ -20,7 +20,7 @@ import heapq
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -198,6 +198,7 @@ def digest_descriptor(
         for task in pending:
             task.result()
     except BaseException:
+        file.given_up = True
         for task in pending:
             task.cancel()
         wait(pending)
@@ -279,6 +280,8 @@ class _LocalFile:
     def __init__(self, descriptor: int, read: Callable[[int, int], bytes]) -> None:
         self._descriptor = descriptor
         self._read = read
+        self.given_up = False
+        """Whether nobody waits for the digests any more; threads that are still at it stop."""
 
     def chunks(self, offset: int, nbytes: int) -> Iterator[memoryview]:
         if not nbytes:
@@ -286,6 +289,8 @@ class _LocalFile:
         buffer = memoryview(bytearray(min(nbytes, CHUNK_NBYTES)))
         end = offset + nbytes
         while offset < end:
+            if self.given_up:
+                raise CancelledError
             piece = buffer[: min(end - offset, CHUNK_NBYTES)]
             got = os.preadv(self._descriptor, [piece], offset)
             if not got:

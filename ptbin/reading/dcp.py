@@ -41,7 +41,7 @@ from ptbin.reading.checkpoint import Checkpoint, Opening, read_opened
 from ptbin.reading.folders import move_place, read_part
 from ptbin.reading.pickle_machine import PickleProgram, run_pickle
 from ptbin.reading.safetensors import looks_like_safetensors
-from ptbin.reading.source import SourceFile
+from ptbin.reading.source import SourceFile, Window
 from ptbin.stores.joined import JoinedReader
 from ptbin.tensors import (
     ByteRange,
@@ -371,23 +371,10 @@ def _refuse_uneven(
 # -- the chunks' own archives ----------------------------------------------------------------------------
 
 
-class _Window:
-    """A span of a file as a `RandomReader`."""
-
-    def __init__(self, reader: JoinedReader, offset: int, size: int, uri: str) -> None:
-        self._reader = reader
-        self._offset = offset
-        self.size = size
-        self.uri = uri
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        return self._reader.read(self._offset + offset, nbytes)
-
-
 class _ChunkFile(SourceFile):
     """A `SourceFile` whose edges were read along with its neighbours' and are small."""
 
-    def __init__(self, window: _Window, edges: Sequence[tuple[int, bytes]]) -> None:
+    def __init__(self, window: Window, edges: Sequence[tuple[int, bytes]]) -> None:
         super().__init__(window)
         self._blocks.extend(edges)
 
@@ -450,7 +437,7 @@ class _Spans:
             read[index] += data
         for span, edges in zip(spans, pieces, strict=True):
             uri = f"{self._reader.uri}/{span.file} at byte {span.offset - self._base(span)}"
-            window = _Window(self._reader, span.offset, span.nbytes, uri)
+            window = Window(self._reader, span.offset, span.nbytes, uri)
             yield span, _ChunkFile(window, [(inner, bytes(read[index])) for index, inner in edges])
 
     def _base(self, span: _Span) -> int:
@@ -481,7 +468,7 @@ class _Spans:
         if file.size >= 4 and file.head(4) == b"PK\x03\x04":
             return None
         rest = self._reader.part(span.file).size - (span.offset - self._base(span))
-        whole = SourceFile(_Window(self._reader, span.offset, rest, file.uri))
+        whole = SourceFile(Window(self._reader, span.offset, rest, file.uri))
         if not looks_like_safetensors(whole.head(512), rest):
             return None
         checkpoint = read_opened(self._open(whole))

@@ -1,0 +1,84 @@
+"""Digests of large local files, hashed in groups on several threads, are those of hashlib, zlib and NumPy."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ptbin.proof.digests import GROUP_NBYTES, StoredTensor, digest_descriptor
+
+MIB = 1 << 20
+
+
+class Interrupted(Exception):  # noqa: N818 - stands for Ctrl-C
+    pass
+
+
+@pytest.fixture(scope="module")
+def data() -> bytes:
+    return random.Random(5).randbytes(3 * GROUP_NBYTES + 12_345)
+
+
+@pytest.fixture
+def descriptor(data: bytes, tmp_path: Path) -> Iterator[int]:
+    (tmp_path / "file").write_bytes(data)
+    opened = os.open(tmp_path / "file", os.O_RDONLY)
+    yield opened
+    os.close(opened)
+
+
+def ended(offset: int, nbytes: int) -> bytes:
+    raise AssertionError(f"the file gave nothing at {offset}, {nbytes} bytes")
+
+
+def plain(offset: int, nbytes: int) -> StoredTensor:
+    return StoredTensor(offset, nbytes, (nbytes,), None, 1)
+
+
+def cut(size: int, count: int, seed: int) -> list[tuple[int, int]]:
+    """Ranges that do not overlap, with gaps between some of them and an empty one."""
+    points = sorted(random.Random(seed).sample(range(size), 2 * count))
+    ranges = [(first, last - first) for first, last in zip(points[::2], points[1::2], strict=True)]
+    return [*ranges, (points[0], 0)]
+
+
+@pytest.mark.parametrize("count", [1, 3, 40, 5000])
+def test_they_are_those_of_the_bytes(count: int, data: bytes, descriptor: int) -> None:
+    records = cut(len(data), count, count)
+    tensors = [plain(*record) for record in records]
+    tensors += [plain(MIB + 7, 20 * MIB), plain(0, len(data))]  # overlap each other and the records
+    rows = StoredTensor(4096, 8 * 500 * 300, (500, 300), (1, 500), 8)
+    found = digest_descriptor(descriptor, len(data), records, [*tensors, rows], None, ended)
+    assert found.sha256 == hashlib.sha256(data).hexdigest()
+    assert found.crc32 == zlib.crc32(data)
+    assert found.records == {r: zlib.crc32(data[r[0] : r[0] + r[1]]) for r in records}
+    for tensor in tensors:
+        taken = data[tensor.offset : tensor.offset + tensor.nbytes]
+        assert found.tensors[tensor] == hashlib.sha256(taken).hexdigest()
+    array = np.frombuffer(data, "<u8", 150_000, 4096).reshape(300, 500).T
+    assert found.tensors[rows] == hashlib.sha256(array.tobytes()).hexdigest()
+
+
+def test_an_interrupt_ends_all_of_it(data: bytes, descriptor: int) -> None:
+    seen = 0
+
+    def progress(nbytes: int) -> None:
+        nonlocal seen
+        seen += nbytes
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        digest_descriptor(descriptor, len(data), [(0, len(data))], [], progress, ended)
+    assert seen < len(data)
+
+
+def test_what_the_file_does_not_give_is_an_error(data: bytes, descriptor: int) -> None:
+    with pytest.raises(AssertionError, match="gave nothing"):
+        digest_descriptor(descriptor, len(data) + MIB, [(0, len(data))], [], None, ended)
