@@ -58,15 +58,20 @@ def inspect(
         findings = find_state_dicts(checkpoint, options.limits)
         selected: Selected | None = None
         refusal: CheckpointError | None = None
+        # In the order in which a conversion meets them; what lies in an unsafe one is shown all the same.
         try:
             place.refuse_part(parts=options.parts)
-            refuse_unsafe(safety, options, reader.uri)
         except CheckpointError as error:
             refusal = error
-        try:
-            selected = select_from(checkpoint, safety, options, findings)
-        except CheckpointError as error:
-            refusal = refusal or error
+        else:
+            try:
+                selected = select_from(checkpoint, safety, options, findings)
+            except CheckpointError as error:
+                refusal = error
+            try:
+                refuse_unsafe(safety, options, reader.uri)
+            except CheckpointError as error:
+                refusal = error
         accounting = selected.accounting if selected is not None else None
         return {
             "uri": reader.uri,
