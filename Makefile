@@ -63,7 +63,7 @@ demo-deploy: install browser-packages postgres-packages
 
 # The engine's tests on two processes, whole files each; those of the flows and deployments, which start servers and
 # watch clocks, one after the other. With PYTEST_ARGS (paths, -k) everything in one process.
-ENGINE_TESTS := tests/ptbin tests/interop tests/faults tests/tasks tests/test_checkpoints.py
+ENGINE_TESTS := tests/ptbin tests/contract tests/laws tests/interop tests/faults tests/tasks tests/test_checkpoints.py
 test: install s3-packages browser-packages postgres-packages
 ifdef PYTEST_ARGS
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
