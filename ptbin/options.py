@@ -38,7 +38,7 @@ class Limits:
     pickle_nbytes: int = 512 * MIB
     """Longest pickle that is read into memory (a raw pickle holds its tensors inside)."""
     opcodes: int = 50_000_000
-    members: int = 1_000_000
+    members: int = 4_000_000
     """Entries in a zip directory."""
     directory_nbytes: int = 256 * MIB
     inflate_ratio: int = 1_100
