@@ -6,14 +6,12 @@
 On local files an array is a read-only view of the mapped file where it lies there plainly; elsewhere exactly
 its bytes are read, by ranged requests. bfloat16 and float8 arrays have the types of `ml_dtypes`.
 
-Measured: 5,000 tensors of 256 bytes are opened and read in 90 ms, the first time in 125 ms.
+Measured: 5,000 tensors of 16 bytes are opened and read in 0.12 s, the first time, imports included, in 0.20 s.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import mmap
 import os
 import warnings
@@ -76,7 +74,7 @@ def _open(
     """As `load`; `expected` is the state that the object must be in, for weights that were pickled."""
     reader = open_source(uri, storage_options, expected=expected)
     try:
-        with one_clear_error(reader.uri), _no_collections():
+        with one_clear_error(reader.uri):
             options = ConvertOptions(select=select, strip_prefix=strip_prefix)
             state_dict = read_selected(reader, options).state_dict
             tensors = {name: value for name, value in state_dict.entries if isinstance(value, TensorRef)}
@@ -89,18 +87,6 @@ def _open(
         reader.close()
         raise
     return Weights(reader, tensors, again)
-
-
-@contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
-    """An index is many objects and no garbage: looking for some takes a third of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class Weights(Mapping[str, "NDArray[Any]"]):

@@ -1,7 +1,8 @@
 """The strictest proof: torch itself loads the output, and every tensor equals the source's, byte for byte.
 
-`torch.load(weights_only=True)` is the only call of torch in the engine; torch below 2.10 is refused
-(CVE-2026-24747), and nothing ever falls back to `weights_only=False`.
+`torch.load(weights_only=True)` is the only call by which the engine's own process opens a file with torch;
+torch below 2.10 is refused (CVE-2026-24747), and nothing ever falls back to `weights_only=False`. (The child
+processes of `restore --model`, which run the caller's code anyhow, load what they have just written.)
 """
 
 from __future__ import annotations
