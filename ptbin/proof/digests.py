@@ -3,7 +3,8 @@
 A file on this machine is cut into groups of neighbouring records, and the groups are hashed side by side on
 all cores, largest first: SHA-256 of each tensor, CRC-32 of each record, and of what lies between them, of
 which the file's is combined. The file's own SHA-256 is the one serial lane; it runs on the calling thread,
-and nothing waits for it.
+which afterwards takes groups that no other thread has begun. Where the file was followed while it was written
+(`restoring.following`), `digest_regions` leaves that lane out.
 
 Anything else comes as one stream through two lanes: SHA-256 and CRC-32 of the whole file on the calling
 thread, those of tensors and records on a second one (hashlib and zlib release the interpreter lock). Views
@@ -15,8 +16,8 @@ tensors that are not contiguous once more. Memory is a chunk for each thread.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import heapq
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -26,12 +27,15 @@ from typing import TYPE_CHECKING
 
 from ptbin.cores import hashing_pool, hashing_slot
 from ptbin.crc32 import combine_crc32
-from ptbin.proof.logical import ReadSpan, iter_strided
+from ptbin.proof.regions import FileDigests, RegionLane, StoredTensor, strided_sha256
 
 if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
     from ptbin.stores import RangeReader
 
-__all__ = ["FileDigests", "StoredTensor", "digest_descriptor", "digest_file"]
+__all__ = ["FileDigests", "StoredTensor", "digest_descriptor", "digest_file", "digest_regions"]
 
 CHUNK_NBYTES = 4 << 20
 SMALL_NBYTES = 1 << 20
@@ -40,30 +44,6 @@ MAX_COMBINED = 64
 """Records whose CRC-32s are combined to that of their group: a combination takes as long as 100 KB of
 CRC-32.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Where a tensor lies in a stored file: first byte, shape and stride in elements."""
-
-    offset: int
-    nbytes: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...] | None
-    """None where the tensor is contiguous."""
-    itemsize: int
-    per_unit: int = 1
-
-
-@dataclass(slots=True)
-class FileDigests:
-    """SHA-256 as hexadecimal text, CRC-32 as a number."""
-
-    sha256: str = ""
-    crc32: int = 0
-    records: dict[tuple[int, int], int] = field(default_factory=dict)
-    """(offset, nbytes) to CRC-32."""
-    tensors: dict[StoredTensor, str] = field(default_factory=dict)
 
 
 def digest_file(
@@ -85,7 +65,7 @@ def digest_file(
     found = FileDigests()
     distinct = dict.fromkeys(tensors)
     streamed = [t for t in distinct if t.stride is None]
-    lane = _RegionLane(found, list(dict.fromkeys(records)), streamed)
+    lane = RegionLane(found, list(dict.fromkeys(records)), streamed)
     whole = hashlib.sha256()
     crc = 0
     pool = ThreadPoolExecutor(1) if reader.size > SMALL_NBYTES else None
@@ -109,26 +89,10 @@ def digest_file(
     found.sha256, found.crc32 = whole.hexdigest(), crc
     for tensor in distinct:
         if tensor.stride is not None:
-            found.tensors[tensor] = _strided_sha256(
+            found.tensors[tensor] = strided_sha256(
                 tensor, lambda offset, nbytes: reader.iter_range(offset, nbytes, chunk_nbytes=CHUNK_NBYTES)
             )
     return found
-
-
-def _strided_sha256(tensor: StoredTensor, read: ReadSpan) -> str:
-    assert tensor.stride is not None
-    digest = hashlib.sha256()
-    pieces = iter_strided(
-        read,
-        tensor.offset,
-        tensor.shape,
-        tensor.stride,
-        tensor.itemsize,
-        tensor.per_unit,
-    )
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
 
 
 # -- a file of this machine, on all cores ------------------------------------------------------------
@@ -174,39 +138,81 @@ def digest_descriptor(
     Args:
         read: called with a range that the file did not give whole; to raise what there is to raise.
     """
-    found = FileDigests()
-    distinct = dict.fromkeys(tensors)
-    streamed = [tensor for tensor in distinct if tensor.stride is None]
-    groups = _groups(size, list(dict.fromkeys(records)), streamed)
+    distinct = list(dict.fromkeys(tensors))
+    groups = _groups(size, list(dict.fromkeys(records)), [t for t in distinct if t.stride is None])
     file = _LocalFile(descriptor, read)
     if size <= SMALL_NBYTES:
-        return _digest_small(file, size, groups, list(distinct))
-    pool = hashing_pool()
-    pending: list[Future[None]] = []
-    crcs: dict[int, int] = {}
-    try:
-        largest_first = sorted(groups, key=lambda group: group.start - group.end)
-        pending += [pool.submit(_hash_group, file, group, found, crcs) for group in largest_first]
-        strided = [tensor for tensor in distinct if tensor.stride is not None]
-        pending += [pool.submit(_hash_strided, file, tensor, found) for tensor in strided]
+        return _digest_small(file, size, groups, distinct)
+    with _Lanes(file, groups, distinct) as lanes:
         whole = hashlib.sha256()
         for chunk in file.chunks(0, size):
             with hashing_slot():
                 whole.update(chunk)
             if progress is not None:
                 progress(len(chunk))
-        for task in pending:
-            task.result()
-    except BaseException:
-        file.given_up = True
-        for task in pending:
-            task.cancel()
-        wait(pending)
-        raise
-    found.sha256 = whole.hexdigest()
-    for group in groups:
-        found.crc32 = combine_crc32(found.crc32, crcs[group.start], group.end - group.start)
-    return found
+        lanes.finish()
+    lanes.found.sha256 = whole.hexdigest()
+    return lanes.found
+
+
+def digest_regions(
+    descriptor: int,
+    size: int,
+    records: Iterable[tuple[int, int]],
+    tensors: Iterable[StoredTensor],
+    read: Callable[[int, int], bytes],
+) -> FileDigests:
+    """As `digest_descriptor`, without the SHA-256 of the whole file, which is left empty."""
+    distinct = list(dict.fromkeys(tensors))
+    groups = _groups(size, list(dict.fromkeys(records)), [t for t in distinct if t.stride is None])
+    with _Lanes(_LocalFile(descriptor, read), groups, distinct) as lanes:
+        lanes.finish()
+    return lanes.found
+
+
+class _Lanes:
+    """Groups and tensors that are not contiguous, hashed by the pool and, at the end, the calling thread."""
+
+    def __init__(self, file: _LocalFile, groups: list[_Group], tensors: list[StoredTensor]) -> None:
+        self.found = FileDigests()
+        self._file = file
+        self._groups = groups
+        self._crcs: dict[int, int] = {}
+        largest_first = sorted(groups, key=lambda group: group.start - group.end)
+        work = [
+            functools.partial(_hash_group, file, group, self.found, self._crcs) for group in largest_first
+        ]
+        work += [
+            functools.partial(_hash_strided, file, t, self.found) for t in tensors if t.stride is not None
+        ]
+        self._work = work
+        self._pending: list[Future[None]] = []
+
+    def __enter__(self) -> Self:
+        pool = hashing_pool()
+        self._pending = [pool.submit(task) for task in self._work]
+        return self
+
+    def finish(self) -> None:
+        """Do what no thread has begun yet, wait for the rest, and put the CRC-32s together."""
+        for task, pending in zip(reversed(self._work), reversed(self._pending), strict=True):
+            if pending.cancel():
+                task()
+        for pending in self._pending:
+            if not pending.cancelled():
+                pending.result()
+        for group in self._groups:
+            crc = self._crcs[group.start]
+            self.found.crc32 = combine_crc32(self.found.crc32, crc, group.end - group.start)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._file.given_up = True
+            for pending in self._pending:
+                pending.cancel()
+            wait(self._pending)
 
 
 def _digest_small(
@@ -251,7 +257,7 @@ def _groups(size: int, records: list[tuple[int, int]], tensors: list[StoredTenso
 def _hash_group(file: _LocalFile, group: _Group, found: FileDigests, crcs: dict[int, int]) -> None:
     own = FileDigests()
     tile = group.tile
-    lane = _RegionLane(own, list(dict.fromkeys([*group.records, *tile])), group.tensors)
+    lane = RegionLane(own, list(dict.fromkeys([*group.records, *tile])), group.tensors)
     position = group.start
     for chunk in file.chunks(group.start, group.end - group.start):
         with hashing_slot():
@@ -267,7 +273,7 @@ def _hash_group(file: _LocalFile, group: _Group, found: FileDigests, crcs: dict[
 
 
 def _hash_strided(file: _LocalFile, tensor: StoredTensor, found: FileDigests) -> None:
-    found.tensors[tensor] = _strided_sha256(
+    found.tensors[tensor] = strided_sha256(
         tensor, lambda offset, nbytes: (bytes(chunk) for chunk in file.chunks(offset, nbytes))
     )
 
@@ -298,69 +304,3 @@ class _LocalFile:
                 got = len(piece)
             yield piece[:got]
             offset += got
-
-
-class _Region:
-    """A range being hashed."""
-
-    __slots__ = ("end", "feed", "finish", "start")
-
-    def __init__(
-        self, start: int, nbytes: int, feed: Callable[[memoryview], None], finish: Callable[[], None]
-    ) -> None:
-        self.start = start
-        self.end = start + nbytes
-        self.feed = feed
-        self.finish = finish
-
-
-class _RegionLane:
-    """Feeds every region, overlapping ones included, from chunks in file order."""
-
-    def __init__(
-        self, found: FileDigests, records: list[tuple[int, int]], tensors: list[StoredTensor]
-    ) -> None:
-        regions = [self._record(found, r) for r in records] + [self._tensor(found, t) for t in tensors]
-        self._waiting = sorted(regions, key=lambda r: r.start, reverse=True)
-        self._active: list[tuple[int, int, _Region]] = []
-        self._serial = 0
-
-    @staticmethod
-    def _record(found: FileDigests, record: tuple[int, int]) -> _Region:
-        found.records[record] = 0
-
-        def feed(part: memoryview) -> None:
-            found.records[record] = zlib.crc32(part, found.records[record])
-
-        return _Region(record[0], record[1], feed, lambda: None)
-
-    @staticmethod
-    def _tensor(found: FileDigests, tensor: StoredTensor) -> _Region:
-        digest = hashlib.sha256()
-
-        def finish() -> None:
-            found.tensors[tensor] = digest.hexdigest()
-
-        return _Region(tensor.offset, tensor.nbytes, digest.update, finish)
-
-    def take(self, position: int, chunk: bytes | memoryview) -> None:
-        end = position + len(chunk)
-        view = memoryview(chunk)
-        while self._waiting and self._waiting[-1].start < end:
-            region = self._waiting.pop()
-            self._serial += 1
-            heapq.heappush(self._active, (region.end, self._serial, region))
-        for _, _, region in self._active:
-            first, last = max(region.start - position, 0), min(region.end - position, len(chunk))
-            if first < last:
-                region.feed(view[first:last])
-        while self._active and self._active[0][0] <= end:
-            heapq.heappop(self._active)[2].finish()
-
-    def finish(self) -> None:
-        """Close what the file ended before; its digest covers what there was."""
-        for _, _, region in self._active:
-            region.finish()
-        for region in self._waiting:
-            region.finish()
-        self._active, self._waiting = [], []
