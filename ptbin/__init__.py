@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from ptbin.loading import load
     from ptbin.options import ConvertOptions, Limits
     from ptbin.proof.manifests import Issue, verify
-    from ptbin.restoring import RestoreOptions, restore
+    from ptbin.restoring.options import RestoreOptions
+    from ptbin.restoring.restore import restore
 
 __all__ = [
     "ConvertOptions",
@@ -56,8 +57,8 @@ _HOMES = {
     "Published": "ptbin.conversion",
     "inspect": "ptbin.inspection",
     "load": "ptbin.loading",
-    "RestoreOptions": "ptbin.restoring",
-    "restore": "ptbin.restoring",
+    "RestoreOptions": "ptbin.restoring.options",
+    "restore": "ptbin.restoring.restore",
     "Issue": "ptbin.proof.manifests",
     "verify": "ptbin.proof.manifests",
 }

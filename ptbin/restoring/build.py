@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ptbin.restoring.answering import answer_and_end
 from ptbin.restoring.filling import Filled, empty_tensors, fill, unwrapped
 from ptbin.restoring.fitting import SHOWN, allowed, mismatch_report
 from ptbin.restoring.saving import Example, UnsavableError, UnwritableError, save
@@ -197,7 +197,6 @@ def _example(model: nn.Module, request: dict[str, Any], code: UserCode) -> Examp
 
 
 def main(arguments: list[str]) -> None:
-    answered = Path(arguments[0])
     try:
         answer = _answer(json.load(sys.stdin))
     except (RefusalError, UnsavableError) as refusal:
@@ -206,7 +205,7 @@ def main(arguments: list[str]) -> None:
         answer = {"unwritable": str(error)}
     except Exception:  # noqa: BLE001 - whatever the user's code raises is told to its user
         answer = {"error": error_text(sys.exc_info()[1])}
-    answered.write_text(json.dumps(answer), encoding="utf-8")
+    answer_and_end(arguments[0], answer)
 
 
 if __name__ == "__main__":

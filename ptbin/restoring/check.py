@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ptbin.restoring.answering import answer_and_end
 from ptbin.restoring.saving import Example, run_example, same_outputs
 from ptbin.restoring.snapshot import Contents, error_text
 from ptbin.restoring.user_code import UserCode
@@ -49,12 +49,11 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    answered = Path(arguments[0])
     try:
         answer = _answer(json.load(sys.stdin))
     except Exception:  # noqa: BLE001 - told to the caller, who does not publish the file
         answer = {"error": error_text(sys.exc_info()[1])}
-    answered.write_text(json.dumps(answer), encoding="utf-8")
+    answer_and_end(arguments[0], answer)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptbin.proof.load import iter_loaded_tensors
+from ptbin.proof.loaded import iter_loaded_tensors
 from ptbin.restoring.facts import Fact, Facts
 
 __all__ = [
