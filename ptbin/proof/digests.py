@@ -1,10 +1,10 @@
 """Digests of a stored file and of the tensors in it.
 
 A file on this machine is cut into groups of neighbouring records, and the groups are hashed side by side on
-all cores, largest first: SHA-256 of each tensor, CRC-32 of each record, and of what lies between them, of
-which the file's is combined. The file's own SHA-256 is the one serial lane; it runs on the calling thread,
-which afterwards takes groups that no other thread has begun. Where the file was followed while it was written
-(`restoring.following`), `digest_regions` leaves that lane out.
+all cores: SHA-256 of each tensor, CRC-32 of each record, and of what lies between them, of which the file's
+is combined. The file's own SHA-256 is the one serial lane; its thread then takes groups that no other one has
+begun. A file that is still being written is hashed as it grows (`GrowingFile`), so the copy and its proof
+overlap.
 
 Anything else comes as one stream through two lanes: SHA-256 and CRC-32 of the whole file on the calling
 thread, those of tensors and records on a second one (hashlib and zlib release the interpreter lock). Views
@@ -18,28 +18,35 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ptbin.cores import hashing_pool, hashing_slot
 from ptbin.crc32 import combine_crc32
+from ptbin.proof.local_file import LocalFile
 from ptbin.proof.regions import FileDigests, RegionLane, StoredTensor, strided_sha256
 
 if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
-
     from ptbin.stores import RangeReader
 
-__all__ = ["FileDigests", "StoredTensor", "digest_descriptor", "digest_file", "digest_regions"]
+__all__ = [
+    "FileDigests",
+    "GrowingFile",
+    "StoredTensor",
+    "digest_descriptor",
+    "digest_file",
+    "digest_regions",
+]
 
 CHUNK_NBYTES = 4 << 20
 SMALL_NBYTES = 1 << 20
 GROUP_NBYTES = 16 << 20
+PROGRESS_SECONDS = 0.1
+FOLLOWED_NBYTES = 128 << 20
+"""A group at least this large is hashed while it is still being written, one at a time."""
 MAX_COMBINED = 64
 """Records whose CRC-32s are combined to that of their group: a combination takes as long as 100 KB of
 CRC-32.
@@ -133,26 +140,23 @@ def digest_descriptor(
     progress: Callable[[int], None] | None,
     read: Callable[[int, int], bytes],
 ) -> FileDigests:
-    """As `digest_file`, of an open file of `size` bytes, finished or not.
+    """As `digest_file`, of an open file of `size` bytes.
 
     Args:
         read: called with a range that the file did not give whole; to raise what there is to raise.
     """
-    distinct = list(dict.fromkeys(tensors))
-    groups = _groups(size, list(dict.fromkeys(records)), [t for t in distinct if t.stride is None])
-    file = _LocalFile(descriptor, read)
-    if size <= SMALL_NBYTES:
-        return _digest_small(file, size, groups, distinct)
-    with _Lanes(file, groups, distinct) as lanes:
-        whole = hashlib.sha256()
-        for chunk in file.chunks(0, size):
-            with hashing_slot():
-                whole.update(chunk)
-            if progress is not None:
-                progress(len(chunk))
-        lanes.finish()
-    lanes.found.sha256 = whole.hexdigest()
-    return lanes.found
+    if size > SMALL_NBYTES:
+        file = GrowingFile(descriptor, size, records, tensors, read)
+        try:
+            file.reached(size)
+            return file.finish(progress)
+        except BaseException:
+            file.give_up()
+            raise
+    distinct = dict.fromkeys(tensors)
+    streamed = [tensor for tensor in distinct if tensor.stride is None]
+    groups = _groups(size, list(dict.fromkeys(records)), streamed)
+    return _digest_small(LocalFile(descriptor, read, size), size, groups, list(distinct))
 
 
 def digest_regions(
@@ -163,60 +167,140 @@ def digest_regions(
     read: Callable[[int, int], bytes],
 ) -> FileDigests:
     """As `digest_descriptor`, without the SHA-256 of the whole file, which is left empty."""
-    distinct = list(dict.fromkeys(tensors))
-    groups = _groups(size, list(dict.fromkeys(records)), [t for t in distinct if t.stride is None])
-    with _Lanes(_LocalFile(descriptor, read), groups, distinct) as lanes:
-        lanes.finish()
-    return lanes.found
+    file = GrowingFile(descriptor, size, records, tensors, read)
+    try:
+        file.reached(size)
+        return file.finish(whole=False)
+    except BaseException:
+        file.give_up()
+        raise
 
 
-class _Lanes:
-    """Groups and tensors that are not contiguous, hashed by the pool and, at the end, the calling thread."""
+class GrowingFile:
+    """Digests of an open file of this machine whose first bytes are final while the rest is being written.
 
-    def __init__(self, file: _LocalFile, groups: list[_Group], tensors: list[StoredTensor]) -> None:
-        self.found = FileDigests()
-        self._file = file
-        self._groups = groups
+    `reached` says how far that is, from the thread that writes; `finish` waits for the digests, `give_up` for
+    the threads to let go of the descriptor. One of the two must be called before it is closed.
+
+    Args:
+        size: the bytes that the file will have in the end.
+        follow: hash from now on, on threads of this file besides the pool's; without, from `finish` on.
+        read: called with a range that the file did not give whole; to raise what there is to raise.
+    """
+
+    def __init__(
+        self,
+        descriptor: int,
+        size: int,
+        records: Iterable[tuple[int, int]],
+        tensors: Iterable[StoredTensor],
+        read: Callable[[int, int], bytes],
+        *,
+        follow: bool = False,
+    ) -> None:
+        distinct = dict.fromkeys(tensors)
+        self._size = size
+        self._strided = [tensor for tensor in distinct if tensor.stride is not None]
+        self._groups = _groups(
+            size, list(dict.fromkeys(records)), [tensor for tensor in distinct if tensor.stride is None]
+        )
+        self._file = LocalFile(descriptor, read)
+        self._found = FileDigests()
         self._crcs: dict[int, int] = {}
-        largest_first = sorted(groups, key=lambda group: group.start - group.end)
-        work = [
-            functools.partial(_hash_group, file, group, self.found, self._crcs) for group in largest_first
-        ]
-        work += [
-            functools.partial(_hash_strided, file, t, self.found) for t in tensors if t.stride is not None
-        ]
-        self._work = work
+        self._begun = 0
         self._pending: list[Future[None]] = []
+        self._waiting: list[tuple[Future[None], Callable[[], None]]] = []
+        self._own = ThreadPoolExecutor(2, thread_name_prefix="ptbin-follow") if follow else None
+        self._hashed = 0
+        self._whole = self._own.submit(self._hash_whole) if self._own is not None else None
+        self._followed: Future[None] | None = None
 
-    def __enter__(self) -> Self:
-        pool = hashing_pool()
-        self._pending = [pool.submit(task) for task in self._work]
-        return self
+    def reached(self, position: int) -> None:
+        """The first `position` bytes are what they will be."""
+        self._file.reached(position)
+        ready = []
+        while self._begun < len(self._groups):
+            group = self._groups[self._begun]
+            if group.end <= position:
+                ready.append(group)
+            elif position > group.start and self._may_follow(group):
+                assert self._own is not None
+                self._followed = self._own.submit(self._hash, group)
+                self._pending.append(self._followed)
+            else:
+                break
+            self._begun += 1
+        ready.sort(key=lambda group: group.start - group.end)
+        for group in ready:
+            self._submit(functools.partial(self._hash, group))
 
-    def finish(self) -> None:
-        """Do what no thread has begun yet, wait for the rest, and put the CRC-32s together."""
-        for task, pending in zip(reversed(self._work), reversed(self._pending), strict=True):
+    def _may_follow(self, group: _Group) -> bool:
+        free = self._followed is None or self._followed.done()
+        return self._own is not None and free and group.end - group.start >= FOLLOWED_NBYTES
+
+    def finish(self, progress: Callable[[int], None] | None = None, *, whole: bool = True) -> FileDigests:
+        """The digests, once all of the file has been reached. Raises what reading the file raised."""
+        for tensor in self._strided:
+            self._submit(functools.partial(_hash_strided, self._file, tensor, self._found))
+        sha256 = ""
+        if whole:
+            sha256 = self._hash_whole(progress) if self._whole is None else self._followed_whole(progress)
+        for pending, task in reversed(self._waiting):
             if pending.cancel():
-                task()
+                task()  # no other thread has begun it
         for pending in self._pending:
             if not pending.cancelled():
                 pending.result()
+        if self._own is not None:
+            self._own.shutdown()
+        found = self._found
+        found.sha256 = sha256
         for group in self._groups:
-            crc = self._crcs[group.start]
-            self.found.crc32 = combine_crc32(self.found.crc32, crc, group.end - group.start)
+            found.crc32 = combine_crc32(found.crc32, self._crcs[group.start], group.end - group.start)
+        return found
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            self._file.given_up = True
-            for pending in self._pending:
-                pending.cancel()
-            wait(self._pending)
+    def _submit(self, task: Callable[[], None]) -> None:
+        pending = hashing_pool().submit(task)
+        self._pending.append(pending)
+        self._waiting.append((pending, task))
+
+    def give_up(self) -> None:
+        """Nobody wants the digests any more."""
+        self._file.give_up()
+        for task in self._pending:
+            task.cancel()
+        wait(self._pending)
+        if self._own is not None:
+            self._own.shutdown()
+
+    def _hash(self, group: _Group) -> None:
+        _hash_group(self._file, group, self._found, self._crcs)
+
+    def _followed_whole(self, progress: Callable[[int], None] | None) -> str:
+        assert self._whole is not None
+        told = 0
+        while progress is not None and not self._whole.done():
+            wait([self._whole], PROGRESS_SECONDS)
+            hashed = self._hashed
+            progress(hashed - told)
+            told = hashed
+        if progress is not None:
+            progress(self._size - told)
+        return self._whole.result()
+
+    def _hash_whole(self, progress: Callable[[int], None] | None = None) -> str:
+        whole = hashlib.sha256()
+        for chunk in self._file.chunks(0, self._size):
+            with hashing_slot():
+                whole.update(chunk)
+            self._hashed += len(chunk)
+            if progress is not None:
+                progress(len(chunk))
+        return whole.hexdigest()
 
 
 def _digest_small(
-    file: _LocalFile, size: int, groups: list[_Group], tensors: list[StoredTensor]
+    file: LocalFile, size: int, groups: list[_Group], tensors: list[StoredTensor]
 ) -> FileDigests:
     """On the calling thread alone: threads would take longer to begin."""
     found = FileDigests()
@@ -254,7 +338,7 @@ def _groups(size: int, records: list[tuple[int, int]], tensors: list[StoredTenso
     return groups
 
 
-def _hash_group(file: _LocalFile, group: _Group, found: FileDigests, crcs: dict[int, int]) -> None:
+def _hash_group(file: LocalFile, group: _Group, found: FileDigests, crcs: dict[int, int]) -> None:
     own = FileDigests()
     tile = group.tile
     lane = RegionLane(own, list(dict.fromkeys([*group.records, *tile])), group.tensors)
@@ -272,35 +356,7 @@ def _hash_group(file: _LocalFile, group: _Group, found: FileDigests, crcs: dict[
     found.tensors.update(own.tensors)
 
 
-def _hash_strided(file: _LocalFile, tensor: StoredTensor, found: FileDigests) -> None:
+def _hash_strided(file: LocalFile, tensor: StoredTensor, found: FileDigests) -> None:
     found.tensors[tensor] = strided_sha256(
         tensor, lambda offset, nbytes: (bytes(chunk) for chunk in file.chunks(offset, nbytes))
     )
-
-
-class _LocalFile:
-    """Pieces of an open file, each read into the same buffer: a piece is good until the next one is asked
-    for.
-    """
-
-    def __init__(self, descriptor: int, read: Callable[[int, int], bytes]) -> None:
-        self._descriptor = descriptor
-        self._read = read
-        self.given_up = False
-        """Whether nobody waits for the digests any more; threads that are still at it stop."""
-
-    def chunks(self, offset: int, nbytes: int) -> Iterator[memoryview]:
-        if not nbytes:
-            return
-        buffer = memoryview(bytearray(min(nbytes, CHUNK_NBYTES)))
-        end = offset + nbytes
-        while offset < end:
-            if self.given_up:
-                raise CancelledError
-            piece = buffer[: min(end - offset, CHUNK_NBYTES)]
-            got = os.preadv(self._descriptor, [piece], offset)
-            if not got:
-                piece = memoryview(self._read(offset, len(piece)))
-                got = len(piece)
-            yield piece[:got]
-            offset += got

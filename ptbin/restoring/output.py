@@ -81,7 +81,7 @@ class Output:
         def arrived(position: int) -> None:
             nonlocal reached
             if self._lent:
-                self._writer.reached(position)
+                self._writer.flush_up_to(position)
             if progress is not None:
                 progress(position - reached)
             reached = position
