@@ -18,7 +18,9 @@ from ptbin.stores.parts import Part, Stretch
 __all__ = ["Copied", "copy_file", "same_content"]
 
 Progress = Callable[[int], None]
+Change = Callable[[bytes], bytes]
 CHUNK_NBYTES = 1 << 20
+MAX_CHANGED_NBYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,13 @@ def copy_file(
     source_options: Mapping[str, Any] | None = None,
     dest_options: Mapping[str, Any] | None = None,
     verify: bool = True,
+    change: Change | None = None,
     progress: Progress | None = None,
 ) -> Copied:
     """Copy a file, whole or not at all.
 
     Args:
+        change: makes of a small file's content what is to be stored instead (`sidecars.change_of`).
         expected: the state of the source that was seen; another one is an error.
         verify: read what was streamed back and compare; a store's own copies are compared by their size.
 
@@ -52,6 +56,12 @@ def copy_file(
     source_store, source_path = open_store(source, source_options)
     dest_store, dest_path = open_store(dest, dest_options)
     with source_store.open_reader(source_path, expected=expected) as reader:
+        if change is not None and reader.size <= MAX_CHANGED_NBYTES:
+            content = reader.read(0, reader.size)
+            wanted = change(content)
+            if wanted != content:
+                reader.check_unchanged()
+                return _write_bytes(wanted, dest_store, dest_path, verify=verify)
         try:
             crc32, copied, identity = _write(reader, dest_store, dest_path, progress, copies=True)
         except CopyRefused:
@@ -61,6 +71,14 @@ def copy_file(
         dest_store.delete(dest_path)
         raise VerificationError(f"{dest_store.uri_of(dest_path)}: not what was written; removed")
     return Copied(size, copied, identity or dest_store.stat(dest_path).identity)
+
+
+def _write_bytes(data: bytes, store: Store, path: str, *, verify: bool) -> Copied:
+    identity = store.write_bytes(path, data)
+    if verify and not _arrived(store, path, len(data), zlib.crc32(data), None):
+        store.delete(path)
+        raise VerificationError(f"{store.uri_of(path)}: not what was written; removed")
+    return Copied(len(data), 0, identity or store.stat(path).identity)
 
 
 def _write(
@@ -112,9 +130,13 @@ def same_content(
     *,
     source_options: Mapping[str, Any] | None = None,
     dest_options: Mapping[str, Any] | None = None,
+    change: Change | None = None,
     progress: Progress | None = None,
-) -> Identity | None:
-    """The state of DEST if it holds the same bytes as SOURCE, else None. Reads both where sizes agree."""
+) -> Copied | None:
+    """What is at DEST if it holds what `copy_file` would put there, else None.
+
+    Reads both where sizes agree, or where `change` may have made them differ.
+    """
     source_store, source_path = open_store(source, source_options)
     dest_store, dest_path = open_store(dest, dest_options)
     try:
@@ -122,6 +144,10 @@ def same_content(
     except NotFoundInStoreError:
         return None
     with dest_reader, source_store.open_reader(source_path) as source_reader:
+        if change is not None and max(source_reader.size, dest_reader.size) <= MAX_CHANGED_NBYTES:
+            wanted = change(source_reader.read(0, source_reader.size))
+            same = wanted == dest_reader.read(0, dest_reader.size)
+            return Copied(dest_reader.size, 0, dest_reader.identity) if same else None
         if source_reader.size != dest_reader.size:
             return None
         for offset in range(0, source_reader.size, CHUNK_NBYTES):
@@ -130,4 +156,4 @@ def same_content(
                 return None
             if progress is not None:
                 progress(nbytes)
-        return dest_reader.identity
+        return Copied(dest_reader.size, 0, dest_reader.identity)

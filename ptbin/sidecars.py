@@ -17,7 +17,7 @@ from ptbin.draft import DraftFile
 from ptbin.sources import SourcePlace
 from ptbin.stores import Store
 
-__all__ = ["copy_sidecars", "with_dtype"]
+__all__ = ["change_of", "copy_sidecars", "with_dtype"]
 
 # transformers' and tokenizers' file names (utils/hub.py, tokenization_utils_base.py), and peft's.
 PATTERNS = (
@@ -90,6 +90,25 @@ def copy_sidecars(
             check(name, reader.size, crc)
             writer.commit()
             yield DraftFile(name, reader.size, crc)
+
+
+def change_of(name: str, dtype: str | None) -> Callable[[bytes], bytes] | None:
+    """What a mirror that casts to `dtype` changes in a file of this name; None where it copies it as it is.
+
+    Only the configuration of a model of transformers', and only its element type: there may be others of the
+    name, and no weights next to them.
+    """
+    if name != "config.json" or dtype is None:
+        return None
+
+    def change(config: bytes) -> bytes:
+        changed, _ = with_dtype(config, dtype)
+        if changed == config or _DTYPE.search(config):
+            return changed
+        known = json.loads(config)
+        return changed if "model_type" in known or "architectures" in known else config
+
+    return change
 
 
 def _find(source: SourcePlace) -> dict[str, str]:
