@@ -159,25 +159,17 @@ def test_proof_by_loading(trap: Trap) -> None:
     assert trap.sprung() == []
 
 
-@pytest.mark.parametrize("runner", ["threads", "processes", "dask", "ray"])
-def test_the_workers_of_a_flow(runner: str, trap: Trap, tmp_path: Path) -> None:
-    (tmp_path / "weights").mkdir()
+@pytest.mark.parametrize("runner", ["processes", "dask", "ray"])
+def test_the_workers_of_a_flow(runner: str, trap: Trap) -> None:
+    (trap.folder / "weights").mkdir()
     for number in range(2):
-        torch.save(STATE_DICT, tmp_path / "weights" / f"{number}.pt")
-    words = [
-        "convert",
-        str(tmp_path / "weights"),
-        str(tmp_path / "out"),
-        "--runner",
-        runner,
-        "--verify",
-        "load",
-    ]
+        torch.save(STATE_DICT, trap.folder / "weights" / f"{number}.pt")
+    words = ["convert", "weights", "out", "--runner", runner, "--verify", "load"]
     with tempfile.TemporaryDirectory(prefix="t") as short:  # Ray's sockets lie there, in names of 107 bytes
         trap.plant(Path(short))
         trap.run(PTBIN, *words, temporary=Path(short))
     assert trap.sprung() == []
-    assert len(list((tmp_path / "out").glob("*.bin"))) == 2
+    assert len(list((trap.folder / "out").glob("*.bin"))) == 2
 
 
 def test_the_helpers_of_the_benchmarks(trap: Trap) -> None:
