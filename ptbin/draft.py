@@ -60,8 +60,8 @@ class Draft:
     manifest: dict[str, Any]
     files: tuple[DraftFile, ...]
     limits: Limits
-    replaces: bool = False
-    """Whether the manifest of an earlier output is set aside, to be removed with the new one in place."""
+    claimed: bool = False
+    """Whether there is a claim on the place (`vouching`), to be deleted once the manifest is there."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))

@@ -9,13 +9,14 @@ import fnmatch
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
 from ptbin.draft import DraftFile
 from ptbin.sources import SourcePlace
-from ptbin.stores import Store
+from ptbin.stores import ListedObject
+from ptbin.vouching import Place
 
-__all__ = ["copy_sidecars", "with_dtype"]
+__all__ = ["copy_sidecars", "find_sidecars", "put_text", "with_dtype"]
 
 # transformers' and tokenizers' file names (utils/hub.py, tokenization_utils_base.py), and peft's.
 PATTERNS = (
@@ -47,51 +48,62 @@ MAX_LISTED = 10_000
 CHUNK_NBYTES = 1 << 20
 
 
+def find_sidecars(source: SourcePlace) -> list[ListedObject]:
+    """Those that lie in the source's folder; by their paths, which are plain names."""
+    found = []
+    for listed, item in enumerate(source.store.iter_objects(source.folder)):
+        if listed > MAX_LISTED:
+            break
+        name = item.path
+        if "/" in name or not any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS):
+            continue
+        if name.isprintable() and item.size <= MAX_NBYTES:
+            found.append(item)
+    return found
+
+
 def copy_sidecars(
-    source: SourcePlace,
-    dest: Store,
-    folder: str,
-    check: Callable[[str, int, int], None],
-    *,
-    dtype: str | None,
-    notes: list[str],
+    found: Sequence[ListedObject], source: SourcePlace, at: Place, *, dtype: str | None, notes: list[str]
 ) -> Iterator[DraftFile]:
-    """Copy those that lie in the source's folder to `folder`.
+    """Copy them from the source's folder to the output's.
 
     They go along as they are, but for `config.json` where weights are cast to `dtype`: it says so then.
 
     Args:
-        check: called with name, size and CRC-32 before a file is put in its place; it may refuse.
         notes: for the manifest; what was changed is added.
+
+    Raises:
+        OutputExistsError: another file is at the place of one.
     """
-    for listed, item in enumerate(source.store.iter_objects(source.folder)):
-        if listed > MAX_LISTED:
-            return
-        name = item.path
-        if "/" in name or not any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS):
-            continue
-        if not name.isprintable() or item.size > MAX_NBYTES:
-            continue
+    for name in (item.path for item in found):
         if name == "config.json" and dtype is not None:
-            found = source.store.read_bytes(f"{source.folder}/{name}", limit=MAX_CONFIG_NBYTES)
-            data, note = with_dtype(found, dtype)
-            check(name, len(data), zlib.crc32(data))
-            dest.write_bytes(f"{folder}/{name}", data)
+            data = source.store.read_bytes(f"{source.folder}/{name}", limit=MAX_CONFIG_NBYTES)
+            data, note = with_dtype(data, dtype)
             notes += [note] if note else []
-            yield DraftFile(name, len(data), zlib.crc32(data))
+            yield put_text(at, name, data)
             continue
         crc = 0
         with (
             source.store.open_reader(f"{source.folder}/{name}") as reader,
-            dest.open_writer(f"{folder}/{name}", size_hint=reader.size) as writer,
+            at.store.open_writer(at.path_of(name), size_hint=reader.size) as writer,
         ):
             for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
                 crc = zlib.crc32(piece, crc)
                 writer.write(piece)
             reader.check_unchanged()
-            check(name, reader.size, crc)
+            at.check(name, reader.size, crc)
+            at.withdraw_manifest((name, reader.size, crc))
             writer.commit()
             yield DraftFile(name, reader.size, crc)
+
+
+def put_text(at: Place, name: str, data: bytes) -> DraftFile:
+    """Write a small file next to an output. Raises OutputExistsError as `Place.check`."""
+    crc = zlib.crc32(data)
+    at.check(name, len(data), crc)
+    at.withdraw_manifest((name, len(data), crc))
+    at.store.write_bytes(at.path_of(name), data)
+    return DraftFile(name, len(data), crc)
 
 
 # `torch_dtype` until transformers 4.55, `dtype` since (configuration_utils.py); either is read by both.

@@ -55,8 +55,10 @@ Exit status: 0 all converted or up to date; 1 some were rejected or failed;
 @click.option("--include", multiple=True, metavar="GLOB", help="Only paths that match (repeatable).")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Not those that match (repeatable).")
 @conversion_options
-@click.option("--force", is_flag=True, help="Convert even what is up to date.")
-@click.option("--dry-run", is_flag=True, help="Print what would be done, write nothing.")
+@click.option(
+    "--force", is_flag=True, help="Convert what is up to date too, and replace whatever lies there."
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and what would be replaced.")
 @run_options
 @shared_options
 def convert_command(
@@ -88,10 +90,10 @@ def convert_command(
         if single is not None:
             job = _job_of(single, dest, naming, options)
             current = [job] if _is_current(job, options, shared) else []
-            return _print_plan([] if current else [job], current, [], shared)
+            return _print_plan([] if current else [job], current, [], options, shared)
         rule = catalog.OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout)
         to_do, current, problems, alone = _planned(source, rule, include, exclude, options, shared)
-        return _print_plan(to_do, current, problems, shared, alone)
+        return _print_plan(to_do, current, problems, options, shared, alone)
     if single is not None:
         job = _job_of(single, dest, naming, options)
         summary, lines = _convert_one(job, source, dest, options, shared)
@@ -251,23 +253,29 @@ def _planned(
 def _print_plan(
     to_do: Sequence[Job],
     current: Sequence[Job],
-    collisions: Sequence[Problem],
+    problems: Sequence[Problem],
+    options: ConvertOptions,
     shared: Shared,
     alone: Sequence[Job] = (),
 ) -> int:
+    """What would become of each, with what it would replace."""
+    from ptbin.catalog.marks import iter_marked, look_at_job
+
+    sides = {"source_options": shared.source_options, "dest_options": shared.dest_options}
+    marked = list(iter_marked(to_do, lambda job: look_at_job(job, options, **sides)))
+    problems = [*problems, *(item.problem for item in marked if item.problem is not None)]
+    marked = [item for item in marked if item.problem is None]
     if shared.as_json:
         print_json(
             {
                 "dry_run": True,
-                "convert": [
-                    {"source": job.source_uri, "dest": job.dest_uri, "size": job.source_size} for job in to_do
-                ],
+                "convert": [item.to_json() for item in marked],
                 "up_to_date": [job.source_uri for job in current],
                 "left_alone": [job.source_uri for job in alone],
-                "problems": [problem.to_json() for problem in collisions],
+                "problems": [problem.to_json() for problem in problems],
             }
         )
     else:
-        for line in plan_lines(to_do, current, collisions, alone):
+        for line in plan_lines(marked, current, problems, alone):
             print_line(line)
-    return 1 if collisions else 0
+    return 1 if problems else 0

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptbin.conversion import Progress
 from ptbin.errors import CheckpointError, ModelMismatchError, UsageError, VerificationError
-from ptbin.manifest import hex_crc32, utc_now
+from ptbin.manifest import hex_crc32, identity_text, utc_now
 from ptbin.options import ConvertOptions
 from ptbin.reading.selected import read_selected
 from ptbin.restoring.children import Child, python_path, start_child
@@ -152,8 +152,10 @@ class _Output:
         manifest["bytes_copied_in_store"] = 0
         manifest["verification"] = {"level": "load", "status": "verified", "at": utc_now()}
         self._at.check(name, size, crc)
-        self._at.withdraw_manifest(coming=manifest)
+        self._at.withdraw_manifest((name, size, crc))
         self._writer.commit()
+        if seen := identity_text(self._writer.identity):
+            manifest["verification"]["identities"] = {name: seen}
         if self.descriptor is None:
             _read_back(store, path, sha256)
         manifest["tensors"] = [row | {"file": name} for row in located()]
