@@ -23,7 +23,7 @@ from ptbin.errors import (
     UsageError,
     VerificationError,
 )
-from ptbin.manifest import MANIFEST_SUFFIX, dump_manifest, utc_now
+from ptbin.manifest import MANIFEST_SUFFIX, dump_manifest, identity_text, utc_now
 from ptbin.options import ConvertOptions
 from ptbin.proof.digests import FileDigests
 from ptbin.provenance import STATEMENT_SUFFIX, add_source_digests, dump_statement, statement_of
@@ -334,8 +334,9 @@ class _Writing:
             self.place.withdraw_manifest((plan.name, plan.plan.size, result.crc32))
             writer.expected_crc32 = result.crc32
             writer.commit()
-        if digests is not None and writer.identity is not None:
-            file = replace(file, sha256=digests.sha256, identity=writer.identity.value)
+        file = replace(file, identity=identity_text(writer.identity) or None)
+        if digests is not None and file.identity is not None:
+            file = replace(file, sha256=digests.sha256)
         return result, file, digests
 
     def _proven(self, descriptor: int, file: DraftFile) -> FileDigests:
@@ -399,7 +400,7 @@ def publish(
     store, path = open_store(draft.dest_uri, dest_options)
     manifest = draft.manifest
     proven_by: str | None = None
-    identities: dict[str, str] = {}
+    identities = {file.path: file.identity for file in draft.files if file.identity is not None}
     try:
         if draft.level != "none":
             from ptbin.proof.output import prove_output

@@ -308,7 +308,7 @@ class Place:
 
         The manifest is removed: it must not vouch for another output, not even for an instant.
         """
-        if not self._has_claim and not self._is_free:
+        if not self._has_claim and not self._is_free and self.manifest is None:
             # What a run before this one has claimed and not finished stays claimed.
             self._look_for_claim()
         if self.manifest is not None and not self._has_claim and self._may_vouch(self.manifest):

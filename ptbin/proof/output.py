@@ -138,7 +138,7 @@ def _check_same(reader: RangeReader, file: DraftFile, rows: list[dict[str, Any]]
     _check_size(reader, file)
     if rows and draft.manifest["options"]["format"] != "raw":
         _check_structure(reader, draft, rows)
-    if reader.identity.value != file.identity:
+    if identity_text(reader.identity) != file.identity:
         raise VerificationError(f"{reader.uri}: was written to after it was proven")
 
 
