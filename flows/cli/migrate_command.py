@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.cli.conversion_options import content_options, split_content
+from flows.cli.destination import refuse_one_file
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared, run_options, shared_options, split_options
@@ -81,8 +82,11 @@ def migrate_command(
     carrying_out, shared = split_options(values)
     options = build_options(**wishes)
     refuse_secrets(source, dest)
+    from ptbin.registries import is_registry_uri
     from ptbin.registries.migration import open_both
 
+    if not is_registry_uri(dest):
+        refuse_one_file(dest, shared.dest_options, "migrate")
     here, there = open_both(source, dest, source_layout, layout, shared.source_options, shared.dest_options)
     here.check_readable()
     if dry_run:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from flows.cli.destination import one_file
 from flows.cli.printing import align, print_json, print_line, print_lines_of_error
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared, run_options, shared_options, split_options
@@ -50,7 +50,6 @@ Exit status: 0 all restored; 1 some were rejected (the report says which keys do
 2 the call was wrong, nothing was written; 130 interrupted."""
 
 ONE_OUTPUT = (".pt", ".pth", ".ckpt", ".pt2", ".th")
-_SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
 
 
 def _model_args(_context: click.Context, _param: click.Parameter, value: str | None) -> Any:
@@ -85,7 +84,12 @@ def _model_args(_context: click.Context, _param: click.Parameter, value: str | N
 @click.option("--train", is_flag=True, help="Trace or export in training mode.")
 @click.option("--allow-missing", multiple=True, metavar="GLOB", help="Names the weights need not have.")
 @click.option("--allow-unexpected", multiple=True, metavar="GLOB", help="Names the model need not have.")
-@click.option("--select", metavar="PATH", help="The state dict to take, where SOURCE holds several.")
+@click.option(
+    "--select",
+    multiple=True,
+    metavar="PATH",
+    help="The state dict to take, as `inspect` lists them (repeatable: their union).",
+)
 @click.option("--strip-prefix", metavar="P", help="Take P off all names; auto: module. and _orig_mod.")
 @click.option("--rename", multiple=True, metavar="OLD=NEW", help="Regex replacement on names (repeatable).")
 @click.option("--include", multiple=True, metavar="GLOB", help="Only paths that match (repeatable).")
@@ -167,18 +171,9 @@ def _names_one(dest: str, wishes: dict[str, Any], shared: Shared) -> bool:
     Raises:
         UsageError: a suffix that restore does not write, or that contradicts `--as`.
     """
-    from ptbin.stores import open_store
-
-    store, path = open_store(dest, shared.dest_options)
-    found = _SUFFIX.search(path)
-    if dest.endswith("/") or found is None or store.is_directory(path):
+    suffix = one_file(dest, ONE_OUTPUT, shared.dest_options, elsewhere=(".bin", ".safetensors"))
+    if suffix is None:
         return False
-    suffix = found[0].lower()
-    if suffix in {".bin", ".safetensors"}:
-        raise UsageError(f"DEST ends in {suffix}, which convert makes: ptbin convert SOURCE {dest}")
-    if suffix not in ONE_OUTPUT:
-        known = ", ".join(ONE_OUTPUT)
-        raise UsageError(f"DEST ends in {suffix}: a file ends in {known}; for a directory write {dest}/")
     if suffix == ".pt2":
         if wishes["model"] is None or wishes["save_as"] not in {None, "exported"}:
             raise UsageError("DEST ends in .pt2, an exported program: it needs --model, and --as exported")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.cli.conversion_options import conversion_options, split_wishes
+from flows.cli.destination import refuse_one_file
 from flows.cli.printing import align, print_json, print_line
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared, run_options, shared_options, split_options
@@ -80,6 +81,7 @@ def sync_command(
     refuse_secrets(source, dest, *([backup_dir] if backup_dir else []))
     if max_delete is not None and not delete:
         raise UsageError("--max-delete means nothing without --delete")
+    refuse_one_file(dest, shared.dest_options, "sync")
     from ptbin.catalog.checks import check_mirror
 
     check_mirror(
