@@ -135,6 +135,8 @@ def mapping_lines(plan: Mapping[str, Any]) -> list[str]:
             rows.append(("refuse", what, row["reason"], row["detail"]))
         else:
             notes = [aliases, *row["not_kept"], *row.get("checkpoints", ())]
+            if row.get("replaces"):
+                notes.insert(0, "replaces what ptbin registered there")
             rows.append((row["action"].replace("_", " "), what, where, "; ".join(filter(None, notes))))
     lines = [*align(rows, indent=""), ""] if rows else []
     if plan["not_kept"]:
