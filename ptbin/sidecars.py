@@ -1,15 +1,17 @@
 """Files that belong to a Hugging Face model beside its weights: configuration, tokenizer, chat template.
 
-Chosen by name. Code (`*.py`) stays where it is: a folder that ptbin writes never makes anybody run some.
+Chosen by name, out of the source's folder or the `huggingface/` in it, where verl puts them. Code (`*.py`)
+stays where it is: a folder that ptbin writes never makes anybody run some.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 from ptbin.draft import DraftFile
 from ptbin.sources import SourcePlace
@@ -42,28 +44,32 @@ PATTERNS = (
     "chat_template.jinja",
     "configuration.json",
 )
+HUGGING_FACE_FOLDER = "huggingface"
+"""In a folder of rank files (verl's FSDP checkpoint manager, SkyRL)."""
+
 MAX_NBYTES = 256 << 20
 MAX_CONFIG_NBYTES = 16 << 20
 MAX_LISTED = 10_000
 CHUNK_NBYTES = 1 << 20
 
 
-def find_sidecars(source: SourcePlace) -> list[ListedObject]:
-    """Those that lie in the source's folder; by their paths, which are plain names."""
-    found = []
-    for listed, item in enumerate(source.store.iter_objects(source.folder)):
-        if listed > MAX_LISTED:
-            break
-        name = item.path
+def find_sidecars(source: SourcePlace) -> dict[str, ListedObject]:
+    """By their names those that lie in the source's folder, or in its `huggingface/`.
+
+    What lies next to the weights comes first. A file's path is below the source's folder.
+    """
+    found: dict[str, ListedObject] = {}
+    for item in itertools.islice(source.store.iter_objects(source.folder), MAX_LISTED):
+        name = item.path.removeprefix(f"{HUGGING_FACE_FOLDER}/")
         if "/" in name or not any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS):
             continue
-        if name.isprintable() and item.size <= MAX_NBYTES:
-            found.append(item)
+        if name.isprintable() and item.size <= MAX_NBYTES and (name == item.path or name not in found):
+            found[name] = item
     return found
 
 
 def copy_sidecars(
-    found: Sequence[ListedObject], source: SourcePlace, at: Place, *, dtype: str | None, notes: list[str]
+    found: Mapping[str, ListedObject], source: SourcePlace, at: Place, *, dtype: str | None, notes: list[str]
 ) -> Iterator[DraftFile]:
     """Copy them from the source's folder to the output's.
 
@@ -75,16 +81,16 @@ def copy_sidecars(
     Raises:
         OutputExistsError: another file is at the place of one.
     """
-    for name in (item.path for item in found):
+    for name, item in found.items():
         if name == "config.json" and dtype is not None:
-            data = source.store.read_bytes(f"{source.folder}/{name}", limit=MAX_CONFIG_NBYTES)
+            data = source.store.read_bytes(f"{source.folder}/{item.path}", limit=MAX_CONFIG_NBYTES)
             data, note = with_dtype(data, dtype)
             notes += [note] if note else []
             yield put_text(at, name, data)
             continue
         crc = 0
         with (
-            source.store.open_reader(f"{source.folder}/{name}") as reader,
+            source.store.open_reader(f"{source.folder}/{item.path}") as reader,
             at.store.open_writer(at.path_of(name), size_hint=reader.size) as writer,
         ):
             for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
