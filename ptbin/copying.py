@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ptbin.errors import NotFoundInStoreError, VerificationError
+from ptbin.errors import NotFoundInStoreError, OutputExistsError, VerificationError
+from ptbin.manifest import identity_text
 from ptbin.stores import CopyRefused, Identity, RangeReader, Store, open_store
 from ptbin.stores.parts import Part, Stretch
 
-__all__ = ["Copied", "copy_file", "same_content"]
+__all__ = ["Copied", "copy_file", "find_in_place", "same_content"]
 
 Progress = Callable[[int], None]
 CHUNK_NBYTES = 1 << 20
@@ -39,16 +40,31 @@ def copy_file(
     dest_options: Mapping[str, Any] | None = None,
     verify: bool = True,
     progress: Progress | None = None,
+    may_replace: Callable[[str], bool] | None = None,
 ) -> Copied:
     """Copy a file, whole or not at all.
 
     Args:
         expected: the state of the source that was seen; another one is an error.
+        may_replace: asked whether the file at `dest` may be replaced, by its identity as a text; one that
+            holds the same bytes stays in any case. None: whatever is there is replaced.
         verify: read what was streamed back and compare; a store's own copies are compared by their size.
 
     Raises:
+        OutputExistsError: another file is there.
         SourceChangedError, StorageError: from the stores. VerificationError: it arrived otherwise; removed.
     """
+    if may_replace is not None:
+        same = find_in_place(
+            source,
+            dest,
+            may_replace,
+            source_options=source_options,
+            dest_options=dest_options,
+            progress=progress,
+        )
+        if same is not None:
+            return same
     source_store, source_path = open_store(source, source_options)
     dest_store, dest_path = open_store(dest, dest_options)
     with source_store.open_reader(source_path, expected=expected) as reader:
@@ -61,6 +77,38 @@ def copy_file(
         dest_store.delete(dest_path)
         raise VerificationError(f"{dest_store.uri_of(dest_path)}: not what was written; removed")
     return Copied(size, copied, identity or dest_store.stat(dest_path).identity)
+
+
+def find_in_place(
+    source: str,
+    dest: str,
+    may_replace: Callable[[str], bool],
+    *,
+    source_options: Mapping[str, Any] | None = None,
+    dest_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Copied | None:
+    """What is at DEST already, where it is the same as SOURCE; None where it is to be written.
+
+    Raises:
+        OutputExistsError: another file is there that may not be replaced.
+    """
+    store, path = open_store(dest, dest_options)
+    try:
+        there = store.stat(path)
+    except NotFoundInStoreError:
+        return None
+    if may_replace(identity_text(there.identity)):
+        return None
+    same = same_content(
+        source, dest, source_options=source_options, dest_options=dest_options, progress=progress
+    )
+    if same is None:
+        raise OutputExistsError(
+            f"{store.uri_of(path)}: a file of {there.size} bytes is there that ptbin did not copy; move it "
+            "away, choose another DEST, or replace it with --force"
+        )
+    return Copied(there.size, 0, same)
 
 
 def _write(

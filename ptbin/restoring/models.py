@@ -13,17 +13,21 @@ import hashlib
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptbin.conversion import Progress
 from ptbin.errors import CheckpointError, ModelMismatchError, UsageError, VerificationError
-from ptbin.manifest import hex_crc32, utc_now
+from ptbin.manifest import hex_crc32, identity_text, utc_now
 from ptbin.options import ConvertOptions
+from ptbin.reading.checkpoint import read_checkpoint
+from ptbin.reading.search import find_state_dicts
 from ptbin.reading.selected import read_selected
+from ptbin.reading.selection import select_state_dict
 from ptbin.restoring.children import Child, python_path, start_child
+from ptbin.restoring.fitting import select_hint
 from ptbin.restoring.options import RestoreOptions
 from ptbin.restoring.weights import Weights, open_weights
 from ptbin.sources import SourcePlace, find_source
@@ -152,8 +156,10 @@ class _Output:
         manifest["bytes_copied_in_store"] = 0
         manifest["verification"] = {"level": "load", "status": "verified", "at": utc_now()}
         self._at.check(name, size, crc)
-        self._at.withdraw_manifest(coming=manifest)
+        self._at.withdraw_manifest((name, size, crc))
         self._writer.commit()
+        if seen := identity_text(self._writer.identity):
+            manifest["verification"]["identities"] = {name: seen}
         if self.descriptor is None:
             _read_back(store, path, sha256)
         manifest["tensors"] = [row | {"file": name} for row in located()]
@@ -193,9 +199,26 @@ def _build(
     }
     answer = child.ask(request)
     if "mismatch" in answer:
-        report = "\n".join([f"the weights do not fit {options.model}", *answer["mismatch"]])
-        raise ModelMismatchError(report)
+        lines = [f"the weights do not fit {options.model}", *answer["mismatch"]]
+        raise ModelMismatchError("\n".join([*lines, *_other_choice(place, options, *answer["names"])]))
     return answer
+
+
+def _other_choice(
+    place: SourcePlace, options: RestoreOptions, weights: Sequence[str], model: Sequence[str]
+) -> list[str]:
+    """The state dict of the source that would fit better than the one that was taken, if there is one."""
+    with place.open() as reader:
+        try:
+            checkpoint = read_checkpoint(reader, options.conversion().limits)
+            found = find_state_dicts(checkpoint, options.conversion().limits)
+            names = {
+                candidate.path: [name for name, _ in select_state_dict(checkpoint, candidate.path).entries]
+                for candidate in found.candidates
+            }
+        except CheckpointError:
+            return []
+    return select_hint(names, weights, model)
 
 
 def _check(

@@ -270,6 +270,27 @@ def test_the_report_names_the_option_that_helps(
         _restore(weights, tmp_path / "out.pt", kind, rename=(("^", "trunk."),), allow_missing=("head.*",))
 
 
+def test_the_report_names_the_state_dict_that_fits(nets: Any, tmp_path: Path) -> None:
+    trained = _trained(nets, "norm")
+    raw = {f"other.{name}.raw": value for name, value in trained.state_dict().items()}
+    torch.save({"state_dict": raw, "ema_state_dict": trained.state_dict()}, tmp_path / "two.pt")
+    with pytest.raises(ModelMismatchError) as refused:
+        _restore(str(tmp_path / "two.pt"), tmp_path / "out.pt", "norm")
+    assert "--select ema_state_dict" in str(refused.value)
+    _restore(str(tmp_path / "two.pt"), tmp_path / "out.pt", "norm", select="ema_state_dict")
+    _assert_same_model(torch.load(tmp_path / "out.pt", weights_only=False), trained)
+
+
+def test_several_state_dicts_are_restored_as_one(tmp_path: Path) -> None:
+    parts = {"encoder": {"w": torch.ones(3, 2)}, "decoder": {"w": torch.zeros(2), "b": torch.ones(1)}}
+    torch.save({**parts, "discriminator": {"x": torch.ones(4)}}, tmp_path / "gan.pt")
+    words = ["restore", str(tmp_path / "gan.pt"), str(tmp_path / "out.pt"), "-q"]
+    assert run([*words, "--select", "encoder", "--select", "decoder"]) == 0
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    wanted = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+    assert_same_tensors(found, wanted)
+
+
 def test_rename_by_the_command(nets: Any, tmp_path: Path) -> None:
     trained = _trained(nets, "norm")
     weights = _convert({f"net.{name}": value for name, value in trained.state_dict().items()}, tmp_path)
