@@ -11,14 +11,14 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from ptbin.draft import DraftFile
 from ptbin.sources import SourcePlace
 from ptbin.stores import ListedObject
 from ptbin.vouching import Place
 
-__all__ = ["copy_sidecars", "find_sidecars", "put_text", "with_dtype"]
+__all__ = ["change_of", "copy_sidecars", "find_sidecars", "put_text", "with_dtype"]
 
 # transformers' and tokenizers' file names (utils/hub.py, tokenization_utils_base.py), and peft's.
 PATTERNS = (
@@ -110,6 +110,25 @@ def put_text(at: Place, name: str, data: bytes) -> DraftFile:
     at.withdraw_manifest((name, len(data), crc))
     at.store.write_bytes(at.path_of(name), data)
     return DraftFile(name, len(data), crc)
+
+
+def change_of(name: str, dtype: str | None) -> Callable[[bytes], bytes] | None:
+    """What a mirror that casts to `dtype` changes in a file of this name; None where it copies it as it is.
+
+    Only the configuration of a model of transformers', and only its element type: there may be others of the
+    name, and no weights next to them.
+    """
+    if name != "config.json" or dtype is None:
+        return None
+
+    def change(config: bytes) -> bytes:
+        changed, _ = with_dtype(config, dtype)
+        if changed == config or _DTYPE.search(config):
+            return changed
+        known = json.loads(config)
+        return changed if "model_type" in known or "architectures" in known else config
+
+    return change
 
 
 # `torch_dtype` until transformers 4.55, `dtype` since (configuration_utils.py); either is read by both.

@@ -168,6 +168,7 @@ def _print_plan(
             read_finished(
                 job,
                 work.relative_manifest(job),
+                options,
                 source_options=shared.source_options,
                 dest_options=shared.dest_options,
             )

@@ -16,6 +16,7 @@ from ptbin.conversion import would_replace
 from ptbin.copying import find_in_place
 from ptbin.errors import OutputExistsError, PtbinError
 from ptbin.options import ConvertOptions
+from ptbin.sidecars import change_of
 
 __all__ = ["Marked", "iter_marked", "look_at_job", "may_replace_copy"]
 
@@ -91,6 +92,7 @@ def look_at_job(
         may_replace_copy(job, options) or (lambda _: True),
         source_options=source_options,
         dest_options=dest_options,
+        change=change_of(job.dest_uri.rpartition("/")[2], options.dtype),
     )
     return [job.dest_uri.rpartition("/")[2]] if found is None else []
 

@@ -58,6 +58,11 @@ class WorkList(JobTable):
 
     # -- planning --------------------------------------------------------------------------------
 
+    @property
+    def options(self) -> ConvertOptions:
+        """Of the last plan."""
+        return self._options
+
     def plan(
         self,
         source: str,

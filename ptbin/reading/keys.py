@@ -37,6 +37,9 @@ def keep_writable(state_dict: StateDict, uri: str, search: DataSearch) -> None:
     kept: list[tuple[str, Any]] = []
     done: set[int] = set()
     for name, value in state_dict.entries:
+        if type(value) is TensorRef and not value.attributes:
+            kept.append((name, value))  # as nearly all are
+            continue
         if isinstance(value, Opaque) and not value.has_data:
             state_dict.excluded.append(Excluded(name, "value", value.reason))
             continue
