@@ -22,6 +22,7 @@ from ptbin.errors import (
     UsageError,
     VerificationError,
 )
+from ptbin.installed import require_reader
 from ptbin.manifest import MANIFEST_SUFFIX, dump_manifest, utc_now
 from ptbin.options import ConvertOptions
 from ptbin.proof.digests import FileDigests
@@ -101,6 +102,8 @@ def stage(
         is_free: nothing is there, as a listing has shown; spares a request.
     """
     options = options or ConvertOptions()
+    if options.verify == "load":
+        require_reader(options.format)
     started = time.time()
     place = find_source(source, source_options)
     place.refuse_part(parts=options.parts)
