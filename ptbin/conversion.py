@@ -23,6 +23,7 @@ from ptbin.errors import (
     UsageError,
     VerificationError,
 )
+from ptbin.installed import require_reader
 from ptbin.manifest import MANIFEST_SUFFIX, dump_manifest, identity_text, utc_now
 from ptbin.options import ConvertOptions
 from ptbin.proof.digests import FileDigests
@@ -110,6 +111,8 @@ def stage(
         standing: what a listing has shown at `dest`; spares requests.
     """
     options = options or ConvertOptions()
+    if options.verify == "load":
+        require_reader(options.format)
     started = time.time()
     written: list[Written] = []
     files: list[DraftFile] = []
