@@ -17,15 +17,19 @@ from ptbin.version import __version__
 if TYPE_CHECKING:
     from ptbin import catalog, errors
     from ptbin.conversion import Published, commit, convert, publish, stage
+    from ptbin.differences.diff import diff
+    from ptbin.differences.values import Difference
     from ptbin.draft import Draft
     from ptbin.inspection import inspect
     from ptbin.loading import load
     from ptbin.options import ConvertOptions, Limits
     from ptbin.proof.manifests import Issue, verify
-    from ptbin.restoring import RestoreOptions, restore
+    from ptbin.restoring.options import RestoreOptions
+    from ptbin.restoring.restore import restore
 
 __all__ = [
     "ConvertOptions",
+    "Difference",
     "Draft",
     "Issue",
     "Limits",
@@ -35,6 +39,7 @@ __all__ = [
     "catalog",
     "commit",
     "convert",
+    "diff",
     "errors",
     "inspect",
     "load",
@@ -54,10 +59,12 @@ _HOMES = {
     "commit": "ptbin.conversion",
     "publish": "ptbin.conversion",
     "Published": "ptbin.conversion",
+    "Difference": "ptbin.differences.values",
+    "diff": "ptbin.differences.diff",
     "inspect": "ptbin.inspection",
     "load": "ptbin.loading",
-    "RestoreOptions": "ptbin.restoring",
-    "restore": "ptbin.restoring",
+    "RestoreOptions": "ptbin.restoring.options",
+    "restore": "ptbin.restoring.restore",
     "Issue": "ptbin.proof.manifests",
     "verify": "ptbin.proof.manifests",
 }

@@ -1,8 +1,9 @@
 """The entry point: commands, exit statuses, and how errors look.
 
 0: all done. 1: the run finished, but some checkpoints failed or were rejected. 2: the call itself was
-wrong and nothing was written. 130: interrupted. An error is one line on standard error; a traceback
-appears only with `--log-level debug`.
+wrong and nothing was written. 130: interrupted. `diff` answers as diff(1) does:
+0 equal, 1 different, 2 trouble. An error is one line on standard error; a traceback appears only with
+`--log-level debug`.
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ import traceback
 from collections.abc import Sequence
 
 import click
+from click.shell_completion import shell_complete
 
 from flows.cli.convert_command import convert_command
+from flows.cli.deployments_command import deployments_command
+from flows.cli.diff_command import diff_command
 from flows.cli.inspect_command import inspect_command
 from flows.cli.interrupts import INTERRUPTED_STATUS, Heard, hear_signals
 from flows.cli.migrate_command import migrate_command
 from flows.cli.printing import print_error
 from flows.cli.restore_command import restore_command
+from flows.cli.runs_command import runs_command
 from flows.cli.sync_command import sync_command
 from flows.cli.verify_command import verify_command
 from ptbin.errors import CheckpointError, PtbinError
+from ptbin.installed import missing_line
 from ptbin.version import __version__
 
 __all__ = ["cli", "main"]
@@ -35,11 +41,18 @@ Examples:
   ptbin sync s3://training/runs s3://models/weights
   ptbin migrate mlflow+http://127.0.0.1:5000 s3://models/registry --layout hf
   ptbin verify s3://models/weights
+  ptbin diff old/last.bin new/last.bin
   ptbin restore last.bin last.pt
+  ptbin runs s3://models/weights
 
 \b
 Exit status: 0 all done; 1 some checkpoints failed or were rejected;
-2 the call was wrong, nothing was written; 130 interrupted."""
+2 the call was wrong, nothing was written; 130 interrupted.
+
+\b
+Completion in a shell: eval "$(_PTBIN_COMPLETE=bash_source ptbin)" (or zsh_source, fish_source)."""
+
+COMPLETION_VARIABLE = "_PTBIN_COMPLETE"
 
 
 @click.group(
@@ -52,10 +65,13 @@ def cli() -> None:
 
 cli.add_command(inspect_command)
 cli.add_command(convert_command)
+cli.add_command(diff_command)
 cli.add_command(verify_command)
 cli.add_command(restore_command)
 cli.add_command(sync_command)
 cli.add_command(migrate_command)
+cli.add_command(runs_command)
+cli.add_command(deployments_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
+    if instruction := os.environ.get(COMPLETION_VARIABLE):  # as click's own `main` has it
+        return shell_complete(cli, {}, "ptbin", COMPLETION_VARIABLE, instruction)
     words = list(sys.argv[1:] if arguments is None else arguments)
     heard = Heard()
     try:
@@ -93,6 +111,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         _print_traceback(words)
         print_error(str(error))
         return 1 if isinstance(error, CheckpointError) else 2
+    except ModuleNotFoundError as error:
+        _print_traceback(words)
+        print_error(missing_line(str(error.name), "this command"))
+        return 2
     except Exception as error:  # noqa: BLE001 - the last line of defence: a line, not a traceback
         if heard.interrupted:
             return _interrupted()

@@ -1,9 +1,10 @@
 """Digests of a stored file and of the tensors in it.
 
 A file on this machine is cut into groups of neighbouring records, and the groups are hashed side by side on
-all cores, largest first: SHA-256 of each tensor, CRC-32 of each record, and of what lies between them, of
-which the file's is combined. The file's own SHA-256 is the one serial lane; it runs on the calling thread,
-and nothing waits for it.
+all cores: SHA-256 of each tensor, CRC-32 of each record, and of what lies between them, of which the file's
+is combined. The file's own SHA-256 is the one serial lane; its thread then takes groups that no other one has
+begun. A file that is still being written is hashed as it grows (`GrowingFile`), so the copy and its proof
+overlap.
 
 Anything else comes as one stream through two lanes: SHA-256 and CRC-32 of the whole file on the calling
 thread, those of tensors and records on a second one (hashlib and zlib release the interpreter lock). Views
@@ -15,55 +16,41 @@ tensors that are not contiguous once more. Memory is a chunk for each thread.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import heapq
-import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ptbin.cores import hashing_pool, hashing_slot
 from ptbin.crc32 import combine_crc32
-from ptbin.proof.logical import ReadSpan, iter_strided
+from ptbin.proof.local_file import LocalFile
+from ptbin.proof.regions import FileDigests, RegionLane, StoredTensor, strided_sha256
 
 if TYPE_CHECKING:
     from ptbin.stores import RangeReader
 
-__all__ = ["FileDigests", "StoredTensor", "digest_descriptor", "digest_file"]
+__all__ = [
+    "FileDigests",
+    "GrowingFile",
+    "StoredTensor",
+    "digest_descriptor",
+    "digest_file",
+    "digest_regions",
+]
 
 CHUNK_NBYTES = 4 << 20
 SMALL_NBYTES = 1 << 20
 GROUP_NBYTES = 16 << 20
+PROGRESS_SECONDS = 0.1
+FOLLOWED_NBYTES = 128 << 20
+"""A group at least this large is hashed while it is still being written, one at a time."""
 MAX_COMBINED = 64
 """Records whose CRC-32s are combined to that of their group: a combination takes as long as 100 KB of
 CRC-32.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Where a tensor lies in a stored file: first byte, shape and stride in elements."""
-
-    offset: int
-    nbytes: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...] | None
-    """None where the tensor is contiguous."""
-    itemsize: int
-    per_unit: int = 1
-
-
-@dataclass(slots=True)
-class FileDigests:
-    """SHA-256 as hexadecimal text, CRC-32 as a number."""
-
-    sha256: str = ""
-    crc32: int = 0
-    records: dict[tuple[int, int], int] = field(default_factory=dict)
-    """(offset, nbytes) to CRC-32."""
-    tensors: dict[StoredTensor, str] = field(default_factory=dict)
 
 
 def digest_file(
@@ -85,7 +72,7 @@ def digest_file(
     found = FileDigests()
     distinct = dict.fromkeys(tensors)
     streamed = [t for t in distinct if t.stride is None]
-    lane = _RegionLane(found, list(dict.fromkeys(records)), streamed)
+    lane = RegionLane(found, list(dict.fromkeys(records)), streamed)
     whole = hashlib.sha256()
     crc = 0
     pool = ThreadPoolExecutor(1) if reader.size > SMALL_NBYTES else None
@@ -109,26 +96,10 @@ def digest_file(
     found.sha256, found.crc32 = whole.hexdigest(), crc
     for tensor in distinct:
         if tensor.stride is not None:
-            found.tensors[tensor] = _strided_sha256(
+            found.tensors[tensor] = strided_sha256(
                 tensor, lambda offset, nbytes: reader.iter_range(offset, nbytes, chunk_nbytes=CHUNK_NBYTES)
             )
     return found
-
-
-def _strided_sha256(tensor: StoredTensor, read: ReadSpan) -> str:
-    assert tensor.stride is not None
-    digest = hashlib.sha256()
-    pieces = iter_strided(
-        read,
-        tensor.offset,
-        tensor.shape,
-        tensor.stride,
-        tensor.itemsize,
-        tensor.per_unit,
-    )
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
 
 
 # -- a file of this machine, on all cores ------------------------------------------------------------
@@ -169,48 +140,167 @@ def digest_descriptor(
     progress: Callable[[int], None] | None,
     read: Callable[[int, int], bytes],
 ) -> FileDigests:
-    """As `digest_file`, of an open file of `size` bytes, finished or not.
+    """As `digest_file`, of an open file of `size` bytes.
 
     Args:
         read: called with a range that the file did not give whole; to raise what there is to raise.
     """
-    found = FileDigests()
+    if size > SMALL_NBYTES:
+        file = GrowingFile(descriptor, size, records, tensors, read)
+        try:
+            file.reached(size)
+            return file.finish(progress)
+        except BaseException:
+            file.give_up()
+            raise
     distinct = dict.fromkeys(tensors)
     streamed = [tensor for tensor in distinct if tensor.stride is None]
     groups = _groups(size, list(dict.fromkeys(records)), streamed)
-    file = _LocalFile(descriptor, read)
-    if size <= SMALL_NBYTES:
-        return _digest_small(file, size, groups, list(distinct))
-    pool = hashing_pool()
-    pending: list[Future[None]] = []
-    crcs: dict[int, int] = {}
+    return _digest_small(LocalFile(descriptor, read, size), size, groups, list(distinct))
+
+
+def digest_regions(
+    descriptor: int,
+    size: int,
+    records: Iterable[tuple[int, int]],
+    tensors: Iterable[StoredTensor],
+    read: Callable[[int, int], bytes],
+) -> FileDigests:
+    """As `digest_descriptor`, without the SHA-256 of the whole file, which is left empty."""
+    file = GrowingFile(descriptor, size, records, tensors, read)
     try:
-        largest_first = sorted(groups, key=lambda group: group.start - group.end)
-        pending += [pool.submit(_hash_group, file, group, found, crcs) for group in largest_first]
-        strided = [tensor for tensor in distinct if tensor.stride is not None]
-        pending += [pool.submit(_hash_strided, file, tensor, found) for tensor in strided]
+        file.reached(size)
+        return file.finish(whole=False)
+    except BaseException:
+        file.give_up()
+        raise
+
+
+class GrowingFile:
+    """Digests of an open file of this machine whose first bytes are final while the rest is being written.
+
+    `reached` says how far that is, from the thread that writes; `finish` waits for the digests, `give_up` for
+    the threads to let go of the descriptor. One of the two must be called before it is closed.
+
+    Args:
+        size: the bytes that the file will have in the end.
+        follow: hash from now on, on threads of this file besides the pool's; without, from `finish` on.
+        read: called with a range that the file did not give whole; to raise what there is to raise.
+    """
+
+    def __init__(
+        self,
+        descriptor: int,
+        size: int,
+        records: Iterable[tuple[int, int]],
+        tensors: Iterable[StoredTensor],
+        read: Callable[[int, int], bytes],
+        *,
+        follow: bool = False,
+    ) -> None:
+        distinct = dict.fromkeys(tensors)
+        self._size = size
+        self._strided = [tensor for tensor in distinct if tensor.stride is not None]
+        self._groups = _groups(
+            size, list(dict.fromkeys(records)), [tensor for tensor in distinct if tensor.stride is None]
+        )
+        self._file = LocalFile(descriptor, read)
+        self._found = FileDigests()
+        self._crcs: dict[int, int] = {}
+        self._begun = 0
+        self._pending: list[Future[None]] = []
+        self._waiting: list[tuple[Future[None], Callable[[], None]]] = []
+        self._own = ThreadPoolExecutor(2, thread_name_prefix="ptbin-follow") if follow else None
+        self._hashed = 0
+        self._whole = self._own.submit(self._hash_whole) if self._own is not None else None
+        self._followed: Future[None] | None = None
+
+    def reached(self, position: int) -> None:
+        """The first `position` bytes are what they will be."""
+        self._file.reached(position)
+        ready = []
+        while self._begun < len(self._groups):
+            group = self._groups[self._begun]
+            if group.end <= position:
+                ready.append(group)
+            elif position > group.start and self._may_follow(group):
+                assert self._own is not None
+                self._followed = self._own.submit(self._hash, group)
+                self._pending.append(self._followed)
+            else:
+                break
+            self._begun += 1
+        ready.sort(key=lambda group: group.start - group.end)
+        for group in ready:
+            self._submit(functools.partial(self._hash, group))
+
+    def _may_follow(self, group: _Group) -> bool:
+        free = self._followed is None or self._followed.done()
+        return self._own is not None and free and group.end - group.start >= FOLLOWED_NBYTES
+
+    def finish(self, progress: Callable[[int], None] | None = None, *, whole: bool = True) -> FileDigests:
+        """The digests, once all of the file has been reached. Raises what reading the file raised."""
+        for tensor in self._strided:
+            self._submit(functools.partial(_hash_strided, self._file, tensor, self._found))
+        sha256 = ""
+        if whole:
+            sha256 = self._hash_whole(progress) if self._whole is None else self._followed_whole(progress)
+        for pending, task in reversed(self._waiting):
+            if pending.cancel():
+                task()  # no other thread has begun it
+        for pending in self._pending:
+            if not pending.cancelled():
+                pending.result()
+        if self._own is not None:
+            self._own.shutdown()
+        found = self._found
+        found.sha256 = sha256
+        for group in self._groups:
+            found.crc32 = combine_crc32(found.crc32, self._crcs[group.start], group.end - group.start)
+        return found
+
+    def _submit(self, task: Callable[[], None]) -> None:
+        pending = hashing_pool().submit(task)
+        self._pending.append(pending)
+        self._waiting.append((pending, task))
+
+    def give_up(self) -> None:
+        """Nobody wants the digests any more."""
+        self._file.give_up()
+        for task in self._pending:
+            task.cancel()
+        wait(self._pending)
+        if self._own is not None:
+            self._own.shutdown()
+
+    def _hash(self, group: _Group) -> None:
+        _hash_group(self._file, group, self._found, self._crcs)
+
+    def _followed_whole(self, progress: Callable[[int], None] | None) -> str:
+        assert self._whole is not None
+        told = 0
+        while progress is not None and not self._whole.done():
+            wait([self._whole], PROGRESS_SECONDS)
+            hashed = self._hashed
+            progress(hashed - told)
+            told = hashed
+        if progress is not None:
+            progress(self._size - told)
+        return self._whole.result()
+
+    def _hash_whole(self, progress: Callable[[int], None] | None = None) -> str:
         whole = hashlib.sha256()
-        for chunk in file.chunks(0, size):
+        for chunk in self._file.chunks(0, self._size):
             with hashing_slot():
                 whole.update(chunk)
+            self._hashed += len(chunk)
             if progress is not None:
                 progress(len(chunk))
-        for task in pending:
-            task.result()
-    except BaseException:
-        file.given_up = True
-        for task in pending:
-            task.cancel()
-        wait(pending)
-        raise
-    found.sha256 = whole.hexdigest()
-    for group in groups:
-        found.crc32 = combine_crc32(found.crc32, crcs[group.start], group.end - group.start)
-    return found
+        return whole.hexdigest()
 
 
 def _digest_small(
-    file: _LocalFile, size: int, groups: list[_Group], tensors: list[StoredTensor]
+    file: LocalFile, size: int, groups: list[_Group], tensors: list[StoredTensor]
 ) -> FileDigests:
     """On the calling thread alone: threads would take longer to begin."""
     found = FileDigests()
@@ -248,10 +338,10 @@ def _groups(size: int, records: list[tuple[int, int]], tensors: list[StoredTenso
     return groups
 
 
-def _hash_group(file: _LocalFile, group: _Group, found: FileDigests, crcs: dict[int, int]) -> None:
+def _hash_group(file: LocalFile, group: _Group, found: FileDigests, crcs: dict[int, int]) -> None:
     own = FileDigests()
     tile = group.tile
-    lane = _RegionLane(own, list(dict.fromkeys([*group.records, *tile])), group.tensors)
+    lane = RegionLane(own, list(dict.fromkeys([*group.records, *tile])), group.tensors)
     position = group.start
     for chunk in file.chunks(group.start, group.end - group.start):
         with hashing_slot():
@@ -266,101 +356,7 @@ def _hash_group(file: _LocalFile, group: _Group, found: FileDigests, crcs: dict[
     found.tensors.update(own.tensors)
 
 
-def _hash_strided(file: _LocalFile, tensor: StoredTensor, found: FileDigests) -> None:
-    found.tensors[tensor] = _strided_sha256(
+def _hash_strided(file: LocalFile, tensor: StoredTensor, found: FileDigests) -> None:
+    found.tensors[tensor] = strided_sha256(
         tensor, lambda offset, nbytes: (bytes(chunk) for chunk in file.chunks(offset, nbytes))
     )
-
-
-class _LocalFile:
-    """Pieces of an open file, each read into the same buffer: a piece is good until the next one is asked
-    for.
-    """
-
-    def __init__(self, descriptor: int, read: Callable[[int, int], bytes]) -> None:
-        self._descriptor = descriptor
-        self._read = read
-        self.given_up = False
-        """Whether nobody waits for the digests any more; threads that are still at it stop."""
-
-    def chunks(self, offset: int, nbytes: int) -> Iterator[memoryview]:
-        if not nbytes:
-            return
-        buffer = memoryview(bytearray(min(nbytes, CHUNK_NBYTES)))
-        end = offset + nbytes
-        while offset < end:
-            if self.given_up:
-                raise CancelledError
-            piece = buffer[: min(end - offset, CHUNK_NBYTES)]
-            got = os.preadv(self._descriptor, [piece], offset)
-            if not got:
-                piece = memoryview(self._read(offset, len(piece)))
-                got = len(piece)
-            yield piece[:got]
-            offset += got
-
-
-class _Region:
-    """A range being hashed."""
-
-    __slots__ = ("end", "feed", "finish", "start")
-
-    def __init__(
-        self, start: int, nbytes: int, feed: Callable[[memoryview], None], finish: Callable[[], None]
-    ) -> None:
-        self.start = start
-        self.end = start + nbytes
-        self.feed = feed
-        self.finish = finish
-
-
-class _RegionLane:
-    """Feeds every region, overlapping ones included, from chunks in file order."""
-
-    def __init__(
-        self, found: FileDigests, records: list[tuple[int, int]], tensors: list[StoredTensor]
-    ) -> None:
-        regions = [self._record(found, r) for r in records] + [self._tensor(found, t) for t in tensors]
-        self._waiting = sorted(regions, key=lambda r: r.start, reverse=True)
-        self._active: list[tuple[int, int, _Region]] = []
-        self._serial = 0
-
-    @staticmethod
-    def _record(found: FileDigests, record: tuple[int, int]) -> _Region:
-        found.records[record] = 0
-
-        def feed(part: memoryview) -> None:
-            found.records[record] = zlib.crc32(part, found.records[record])
-
-        return _Region(record[0], record[1], feed, lambda: None)
-
-    @staticmethod
-    def _tensor(found: FileDigests, tensor: StoredTensor) -> _Region:
-        digest = hashlib.sha256()
-
-        def finish() -> None:
-            found.tensors[tensor] = digest.hexdigest()
-
-        return _Region(tensor.offset, tensor.nbytes, digest.update, finish)
-
-    def take(self, position: int, chunk: bytes | memoryview) -> None:
-        end = position + len(chunk)
-        view = memoryview(chunk)
-        while self._waiting and self._waiting[-1].start < end:
-            region = self._waiting.pop()
-            self._serial += 1
-            heapq.heappush(self._active, (region.end, self._serial, region))
-        for _, _, region in self._active:
-            first, last = max(region.start - position, 0), min(region.end - position, len(chunk))
-            if first < last:
-                region.feed(view[first:last])
-        while self._active and self._active[0][0] <= end:
-            heapq.heappop(self._active)[2].finish()
-
-    def finish(self) -> None:
-        """Close what the file ended before; its digest covers what there was."""
-        for _, _, region in self._active:
-            region.finish()
-        for region in self._waiting:
-            region.finish()
-        self._active, self._waiting = [], []

@@ -134,12 +134,17 @@ class LocalWriter(Writer):
     def _moved(self, nbytes: int) -> None:
         self.bytes_written += nbytes
         self._write_back.reached(self._descriptor, self.bytes_written)
+        if self.reached is not None:
+            self.reached(self.bytes_written)
 
     def written(self) -> int | None:
         return self._descriptor
 
     def lend(self) -> int | None:
         return self._descriptor
+
+    def flush_up_to(self, position: int) -> None:
+        self._write_back.reached(self._descriptor, position)
 
     def take_back(self) -> None:
         with mapped_faults("write", self.uri):
