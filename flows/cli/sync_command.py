@@ -11,7 +11,7 @@ import click
 from flows.cli.conversion_options import conversion_options, split_wishes
 from flows.cli.printing import align, print_json, print_line
 from flows.cli.progress import showing_progress
-from flows.cli.shared_options import Shared, run_options, shared_options, split_options
+from flows.cli.shared_options import Shared, judging_options, run_options, shared_options, split_options
 from flows.cli.summary import JSON_KEYS, SYNC_KEYS, conversion_lines, tell_summary
 from flows.units import format_nbytes
 from flows.wishes import build_options, refuse_secrets
@@ -56,6 +56,7 @@ nothing was written; 130 interrupted."""
 @click.option("--dry-run", is_flag=True, help="Print what would be done, write nothing.")
 @conversion_options
 @run_options
+@judging_options
 @shared_options
 def sync_command(
     source: str,
@@ -68,6 +69,7 @@ def sync_command(
     immutable: bool,
     backup_dir: str | None,
     dry_run: bool,
+    min_success: float | None,
     **values: Any,
 ) -> int:
     """Make DEST a mirror of SOURCE: checkpoints as weights, their companions as they are."""
@@ -114,6 +116,7 @@ def sync_command(
             immutable=immutable,
             backup_dir=backup_dir,
             naming=naming,
+            min_success=min_success,
             **carrying_out,
             **wishes,
         )
