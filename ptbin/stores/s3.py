@@ -167,7 +167,7 @@ class S3Store(Store):
         if not key:
             raise NotFoundInStoreError(f"cannot read {uri}: it is a bucket, not an object")
 
-        def get() -> tuple[bytes, Identity]:
+        async def get() -> tuple[bytes, Identity]:
             answers: list[dict[str, Any]] = []
             blocks: list[bytes] = []
 
@@ -175,7 +175,7 @@ class S3Store(Store):
                 answers.append(answer)
                 refuse_too_large(uri, answer["ContentLength"], limit)
 
-            self.client.fetch("read", uri, accept, blocks.append, Bucket=bucket, Key=key)
+            await self.client.fetch("read", uri, accept, blocks.append, Bucket=bucket, Key=key)
             data, size = b"".join(blocks), answers[0]["ContentLength"]
             if len(data) != size:
                 raise StorageError(f"cannot read {uri}: {len(data)} of {size} bytes came", transient=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,13 +67,11 @@ def bucket(moto_s3: S3Endpoint, _blank: bytes) -> Bucket:
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counts: Counter[str] = Counter()
-    lock = threading.Lock()
     send = S3Client.send
 
-    def counted(self: S3Client, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
-        with lock:
-            counts[method] += 1
-        return send(self, method, parameters)
+    async def counted(self: S3Client, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        counts[method] += 1
+        return await send(self, method, parameters)
 
     monkeypatch.setattr(S3Client, "send", counted)
     return counts
