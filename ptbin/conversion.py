@@ -211,7 +211,7 @@ class _Writing:
                 check_copied=check_source and replaces,
             )
             writer.settle()
-            self.reader.check_unchanged()
+            self.reader.confirm()
             file = draft_file(plan, result, writer.bytes_copied)
             descriptor = writer.written() if check_source else None
             digests = self._proven(descriptor, file) if descriptor is not None else None

@@ -193,6 +193,8 @@ class S3Client:
                 body = answer["Body"]
                 try:
                     accept(answer)
+                    # aiohttp's own limit of 64 KiB would stop and start the connection for each.
+                    body.raw_stream.content.set_read_chunk_size(BLOCK_NBYTES)
                     while block := await body.read(BLOCK_NBYTES):
                         waits = consume(block)
                         if waits is not None:

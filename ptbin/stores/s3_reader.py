@@ -10,12 +10,21 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections import deque
+from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import NotFoundInStoreError, SourceChangedError, StorageError
-from ptbin.stores.base import MIB, Identity, Pending, RangeReader, check_range, refuse_other_object
+from ptbin.stores.base import (
+    MIB,
+    Identity,
+    ObjectStat,
+    Pending,
+    RangeReader,
+    check_range,
+    refuse_other_object,
+)
 from ptbin.stores.ranges import Fetch, Piece, plan_fetches
 
 if TYPE_CHECKING:
@@ -25,7 +34,7 @@ if TYPE_CHECKING:
     from ptbin.stores.reader import WriteAt
     from ptbin.stores.s3_client import S3Client
 
-__all__ = ["S3Reader", "etag_of"]
+__all__ = ["S3Reader", "S3Stat", "etag_of"]
 
 SCATTER_NBYTES = 32 * MIB
 """A request of a transfer to a place that takes bytes in any order: nothing is kept, so it may be large."""
@@ -34,51 +43,80 @@ ROOM_BLOCKS = 32
 """Blocks that were received and wait to be written: at most a mebibyte each."""
 
 
+@dataclass(frozen=True, slots=True)
+class S3Stat(ObjectStat):
+    """What the first answer said of an object.
+
+    Attributes:
+        version_id: where its bucket keeps versions.
+        tail: its last bytes; all of them where it is small.
+    """
+
+    version_id: str | None = None
+    tail: bytes = b""
+
+
 def etag_of(answer: Mapping[str, Any]) -> str:
     """The ETag without its quotes; empty where the store gives none."""
     return str(answer.get("ETag") or "").strip('"')
 
 
 class S3Reader(RangeReader):
-    """Made by `S3Store.open_reader`, which has just asked for size, ETag and version id."""
+    """Made by `S3Store.open_reader`, which has just asked for size, ETag, version id and the last bytes."""
 
     gap_nbytes = 256 * 1024
     best_chunk_nbytes = 8 * MIB
     window_nbytes = 32 * MIB
     max_under_way = 16
 
-    def __init__(
-        self,
-        client: S3Client,
-        uri: str,
-        *,
-        bucket: str,
-        key: str,
-        size: int,
-        etag: str,
-        version_id: str | None,
-    ) -> None:
-        super().__init__(uri, size, Identity("etag", etag))
-        self.version_id = version_id
+    def __init__(self, client: S3Client, found: S3Stat, *, bucket: str, key: str) -> None:
+        super().__init__(found.uri, found.size, found.identity)
+        self.version_id = found.version_id
         self._client = client
         self._object = {"Bucket": bucket, "Key": key}
-        self._etag = etag
+        self._etag = etag = found.identity.value
+        self._tail = found.tail
+        self._tail_start = found.size - len(found.tail)
+        self._tail_counted = False
         self._pin: dict[str, str] = {}
         if etag:
             self._pin["IfMatch"] = f'"{etag}"'
-        if version_id is not None:
-            self._pin["VersionId"] = version_id
+        if found.version_id is not None:
+            self._pin["VersionId"] = found.version_id
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether the first answer held all of the object."""
+        return self._tail_start == 0
+
+    def _held(self, offset: int, nbytes: int) -> bytes | None:
+        """A range that came with the first answer; that request is counted once it proves to be of use."""
+        if offset < self._tail_start:
+            return None
+        if not self._tail_counted:
+            self._tail_counted = True
+            self.requests += 1
+            self.bytes_read += len(self._tail)
+        start = offset - self._tail_start
+        return self._tail[start : start + nbytes]
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """As the base says; more than two chunks come as several requests at once."""
         check_range(self.uri, self.size, offset, nbytes)
         if nbytes == 0:
             return b""
+        held = self._held(offset, nbytes)
+        if held is not None:
+            return held
         if nbytes > 2 * self.best_chunk_nbytes:
             return b"".join(self.iter_range(offset, nbytes))
         return b"".join(self.start_fetch(Fetch(offset, nbytes, ()))())
 
     def start_fetch(self, fetch: Fetch) -> Callable[[], list[bytes]]:
+        held = self._held(fetch.offset, fetch.nbytes)
+        if held is not None:
+            return lambda: [held]
+
         async def get() -> list[bytes]:
             blocks: list[bytes] = []
             await self._get(fetch.offset, fetch.nbytes, blocks.append)
@@ -90,6 +128,9 @@ class S3Reader(RangeReader):
         self, ranges: Sequence[tuple[int, int]], targets: Sequence[int], write_at: WriteAt
     ) -> Iterator[tuple[int, int, int]]:
         """As the base says, block by block: the loop receives the next ones while this thread writes."""
+        if self._is_whole:
+            yield from super().scatter(ranges, targets, write_at)
+            return
         for offset, nbytes in ranges:
             check_range(self.uri, self.size, offset, nbytes)
         reached = list(targets)
@@ -181,6 +222,11 @@ class S3Reader(RangeReader):
         if self._etag:
             named["CopySourceIfMatch"] = f'"{self._etag}"'
         return named
+
+    def confirm(self) -> None:
+        """Nothing where one answer held all of it; else as `check_unchanged`, for the sake of copies."""
+        if not self._is_whole:
+            self.check_unchanged()
 
     def check_unchanged(self) -> None:
         """One HEAD of the name, whatever version was read."""

@@ -97,7 +97,8 @@ class StoreContract:
             assert reader.read(0, 10) == b"0123456789"
             assert reader.read(3, 4) == b"3456"
             assert reader.read(9, 1) == b"9"
-            assert (reader.requests, reader.bytes_read) == (3, 15)
+            # A store may have brought all of it along at once.
+            assert (reader.requests, reader.bytes_read) in ((3, 15), (1, 10))
 
     @pytest.mark.parametrize(
         ("offset", "nbytes"), [(0, 11), (10, 1), (11, 0), (-1, 2), (5, -1), (1 << 70, 1)]

@@ -132,7 +132,8 @@ class Sent:
         for method, parameters in self.requests:
             if method == "get_object" and "Range" in parameters:
                 first, last = parameters["Range"].removeprefix("bytes=").split("-")
-                total += int(last) - int(first) + 1
+                # Without a first byte, so many at the end.
+                total += int(last) - int(first) + 1 if first else int(last)
             elif method == "upload_part":
                 total += parameters.get("ContentLength") or len(parameters["Body"])
         return total

@@ -19,6 +19,7 @@ from ptbin.errors import (
     StorageError,
     UsageError,
 )
+from ptbin.sources import find_source
 from ptbin.stores import open_store
 from ptbin.stores.parts import PartRules
 from ptbin.stores.retry import RetryPolicy
@@ -60,7 +61,20 @@ def test_costs_are_what_the_docstrings_say(proxy: FaultyProxy, store: S3Store, b
     assert requests() == [("GET", "")]
     with store.open_reader(f"{bucket}/x") as reader:
         reader.read(2, 3)
-        assert requests() == [("HEAD", ""), ("GET", "bytes=2-4")]
+        assert requests() == [("GET", "bytes=-262144")]
+    store.write_bytes(f"{bucket}/large", CONTENT)
+    requests()
+    with store.open_found(f"{bucket}/large", store.look(f"{bucket}/large")) as reader:
+        reader.read(2, 3)
+        reader.read(reader.size - 9, 9)
+        reader.confirm()
+        assert requests() == [("GET", "bytes=-262144"), ("GET", "bytes=2-4"), ("HEAD", "")]
+    store.write_bytes(f"{bucket}/empty", b"")
+    requests()
+    with store.open_reader(f"{bucket}/empty") as reader:
+        # No range lies in it, so some servers refuse (416).
+        assert requests()[1:] in ([], [("HEAD", "")])
+        assert (reader.size, reader.read(0, 0)) == (0, b"")
     list(store.iter_objects(bucket))
     assert requests() == [("GET", "")]
 
@@ -159,9 +173,9 @@ def test_memory_does_not_grow_with_the_object(moto_s3: S3Endpoint, bucket: str) 
 def test_a_read_outlasts_passing_faults(proxy: FaultyProxy, store: S3Store, bucket: str, kind: Any) -> None:
     store.write_bytes(f"{bucket}/x", CONTENT)
     gets = lambda request: request.method == "GET"  # noqa: E731
-    proxy.faults += [Fault(kind, gets)] * 3
-    proxy.requests.clear()
     with store.open_reader(f"{bucket}/x") as reader:
+        proxy.faults += [Fault(kind, gets)] * 3
+        proxy.requests.clear()
         assert reader.read(5, 1000) == CONTENT[5:1005]
         # aiohttp asks again by itself, once, where a connection was closed.
         assert reader.requests == (2 if kind == "reset" else 4)
@@ -172,12 +186,11 @@ def test_a_read_outlasts_passing_faults(proxy: FaultyProxy, store: S3Store, buck
 @pytest.mark.parametrize("kind", ["503", "reset", "short"])
 def test_attempts_at_reading_are_bounded(proxy: FaultyProxy, store: S3Store, bucket: str, kind: Any) -> None:
     store.write_bytes(f"{bucket}/x", CONTENT)
-    proxy.faults += [Fault(kind, lambda request: request.method == "GET")] * 20
-    with (
-        store.open_reader(f"{bucket}/x") as reader,
-        pytest.raises(StorageError, match=f"s3://{bucket}/x") as caught,
-    ):
-        reader.read(0, 1000)
+    with store.open_reader(f"{bucket}/x") as reader:
+        proxy.faults += [Fault(kind, lambda request: request.method == "GET")] * 20
+        proxy.requests.clear()
+        with pytest.raises(StorageError, match=f"s3://{bucket}/x") as caught:
+            reader.read(0, 1000)
     assert caught.value.transient
     assert proxy.count("GET") == QUICK.attempts * (2 if kind == "reset" else 1)
 
@@ -364,7 +377,7 @@ def test_every_range_is_asked_for_on_condition(proxy: FaultyProxy, store: S3Stor
 
 def test_an_object_that_shrank_is_another_one(moto_s3: S3Endpoint, bucket: str) -> None:
     store = moto_s3.store()
-    store.write_bytes(f"{bucket}/x", b"0123456789")
+    store.write_bytes(f"{bucket}/x", CONTENT)
     with store.open_reader(f"{bucket}/x") as reader:
         store.write_bytes(f"{bucket}/x", b"0")
         with pytest.raises(SourceChangedError):
@@ -373,19 +386,30 @@ def test_an_object_that_shrank_is_another_one(moto_s3: S3Endpoint, bucket: str) 
 
 def test_a_deleted_object_is_another_one(moto_s3: S3Endpoint, bucket: str) -> None:
     store = moto_s3.store()
-    store.write_bytes(f"{bucket}/x", b"0123456789")
+    store.write_bytes(f"{bucket}/x", CONTENT)
     with store.open_reader(f"{bucket}/x") as reader:
         store.delete(f"{bucket}/x")
         with pytest.raises(SourceChangedError, match="deleted"):
             reader.read(5, 5)
 
 
+def test_a_small_object_is_read_in_one_state_whatever_becomes_of_it(moto_s3: S3Endpoint, bucket: str) -> None:
+    store = moto_s3.store()
+    store.write_bytes(f"{bucket}/x", b"0123456789")
+    with store.open_reader(f"{bucket}/x") as reader:
+        store.write_bytes(f"{bucket}/x", b"another one")
+        assert reader.read(5, 5) == b"56789"
+        reader.confirm()
+        with pytest.raises(SourceChangedError):
+            reader.check_unchanged()
+
+
 def test_a_server_that_ignores_conditions_is_found_out(
     store: S3Store, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.write_bytes(f"{bucket}/x", b"old")
+    store.write_bytes(f"{bucket}/x", b"old" * MIB)
     with store.open_reader(f"{bucket}/x") as reader:
-        store.write_bytes(f"{bucket}/x", b"new")
+        store.write_bytes(f"{bucket}/x", b"new" * MIB)
         monkeypatch.setattr(reader, "_pin", {})
         with pytest.raises(SourceChangedError, match="not the object seen first"):
             reader.read(0, 3)
@@ -394,7 +418,7 @@ def test_a_server_that_ignores_conditions_is_found_out(
 def test_a_server_that_ignores_ranges_is_found_out(
     store: S3Store, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.write_bytes(f"{bucket}/x", b"0123456789")
+    store.write_bytes(f"{bucket}/x", CONTENT)
     send = store.client.send
 
     async def without_range(method: str, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -481,6 +505,30 @@ def test_markers_of_folders_are_no_objects(moto_s3: S3Endpoint, bucket: str) -> 
     store = moto_s3.store()
     store.client.call("put_object", "write", "x", Bucket=bucket, Key="folder/", Body=b"")
     assert list(store.iter_objects(bucket)) == []
+
+
+def test_a_key_with_a_slash_at_its_end_that_holds_something_is_listed(
+    moto_s3: S3Endpoint, bucket: str
+) -> None:
+    store = moto_s3.store()
+    store.client.call("put_object", "write", "x", Bucket=bucket, Key="run/x.pt/", Body=bytearray(b"x"))
+    assert [item.path for item in store.iter_objects(bucket)] == ["run/x.pt/"]
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_an_object_and_a_prefix_of_one_name_are_told_apart(
+    server: str, request: pytest.FixtureRequest
+) -> None:
+    endpoint: S3Endpoint = request.getfixturevalue(server)
+    bucket, store = endpoint.make_bucket(), endpoint.store()
+    for key in ("x.pt", "x.pt-", "x.pt/inner.pt", "y.pt", "z-", "z/1"):
+        store.write_bytes(f"{bucket}/{key}", key.encode())
+    store.write_bytes(f"{bucket}/z", b"")  # a marker
+    directories = [
+        key for key in ("x.pt", "x.pt/", "y.pt", "z", "q") if store.is_directory(f"{bucket}/{key}")
+    ]
+    assert directories == ["x.pt/", "z"]
+    assert find_source(f"s3://{bucket}/x.pt", endpoint.storage_options).open().read(0, 4) == b"x.pt"
 
 
 @pytest.mark.parametrize("uri", ["s3://", "s3:///key", "s3:///"])
