@@ -61,16 +61,11 @@ demo-deploy: install browser-packages postgres-packages
 	env -u PYTHONSAFEPATH $(BIN)/python docs/demo/demo_deploy.py demo-deploy-output \
 	  $(if $(SCREENSHOTS),--screenshots $(SCREENSHOTS))
 
-# The engine's tests on two processes, whole files each; those of the flows and deployments, which start servers and
-# watch clocks, one after the other. With PYTEST_ARGS (paths, -k) everything in one process.
-ENGINE_TESTS := tests/ptbin tests/contract tests/laws tests/interop tests/faults tests/tasks tests/test_checkpoints.py
+# On more processes than there are cores, because many tests wait for servers. Whole files each, so that what the
+# tests of a file share is made once. With PYTEST_ARGS (paths, -k) everything in one process.
+TEST_PROCESSES ?= 4
 test: install s3-packages browser-packages postgres-packages
-ifdef PYTEST_ARGS
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
-else
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ENGINE_TESTS)
-	$(BIN)/python -m pytest tests $(addprefix --ignore=,$(ENGINE_TESTS))
-endif
+	$(BIN)/python -m pytest $(if $(PYTEST_ARGS),$(PYTEST_ARGS),-n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder)
 
 test-slow: install s3-packages browser-packages postgres-packages
 	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)

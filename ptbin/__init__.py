@@ -17,6 +17,8 @@ from ptbin.version import __version__
 if TYPE_CHECKING:
     from ptbin import catalog, errors
     from ptbin.conversion import Published, commit, convert, publish, stage
+    from ptbin.differences.diff import diff
+    from ptbin.differences.values import Difference
     from ptbin.draft import Draft
     from ptbin.inspection import inspect
     from ptbin.loading import load
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConvertOptions",
+    "Difference",
     "Draft",
     "Issue",
     "Limits",
@@ -35,6 +38,7 @@ __all__ = [
     "catalog",
     "commit",
     "convert",
+    "diff",
     "errors",
     "inspect",
     "load",
@@ -54,6 +58,8 @@ _HOMES = {
     "commit": "ptbin.conversion",
     "publish": "ptbin.conversion",
     "Published": "ptbin.conversion",
+    "Difference": "ptbin.differences.values",
+    "diff": "ptbin.differences.diff",
     "inspect": "ptbin.inspection",
     "load": "ptbin.loading",
     "RestoreOptions": "ptbin.restoring",

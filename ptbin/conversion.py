@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptbin.draft import Draft, DraftFile
 from ptbin.drafting import Written, draft_file, draft_manifest, stored_of
@@ -36,6 +36,9 @@ from ptbin.stores import CopyRefused, Identity, RangeReader, Store, open_store, 
 from ptbin.ties import tie_equal_tensors
 from ptbin.vouching import ASIDE_SUFFIX, Guard, Place
 from ptbin.writing.outputs import plan_outputs
+
+if TYPE_CHECKING:
+    from ptbin.proof.output import WrittenProof
 
 __all__ = ["Progress", "Published", "commit", "convert", "publish", "stage"]
 
@@ -198,23 +201,31 @@ class _Writing:
         plan = self.plan
         path = f"{self.folder}/{plan.name}"
         with self.store.open_writer(path, size_hint=plan.plan.size, copies=copies) as writer:
-            result = splice(
-                plan.plan,
-                self.reader,
-                writer,
-                self.progress,
-                check_source=check_source,
-                # A local file is proven before it gets its name, which shows a damaged source as well.
-                check_moved=writer.written() is None,
-                # What a store copied is read when the output is proven. Before that only where a good
-                # output stands in its place: a damaged source must not replace it.
-                check_copied=check_source and replaces,
-            )
-            writer.settle()
-            self.reader.confirm()
-            file = draft_file(plan, result, writer.bytes_copied)
             descriptor = writer.written() if check_source else None
-            digests = self._proven(descriptor, file) if descriptor is not None else None
+            proof = self._proof(descriptor) if descriptor is not None else None
+            try:
+                if proof is not None:
+                    writer.reached = proof.reached
+                result = splice(
+                    plan.plan,
+                    self.reader,
+                    writer,
+                    self.progress,
+                    check_source=check_source,
+                    # A local file is proven before it gets its name, which shows a damaged source as well.
+                    check_moved=proof is None,
+                    # What a store copied is read when the output is proven. Before that only where a good
+                    # output stands in its place: a damaged source must not replace it.
+                    check_copied=check_source and replaces,
+                )
+                writer.settle()
+                self.reader.confirm()
+                file = draft_file(plan, result, writer.bytes_copied)
+                digests = self._proven(proof, file) if proof is not None else None
+            except BaseException:
+                if proof is not None:
+                    proof.give_up()
+                raise
             self.place.check(plan.name, plan.plan.size, result.crc32)
             self.place.withdraw_manifest()
             writer.expected_crc32 = result.crc32
@@ -223,12 +234,15 @@ class _Writing:
             file = replace(file, sha256=digests.sha256, identity=writer.identity.value)
         return result, file, digests
 
-    def _proven(self, descriptor: int, file: DraftFile) -> FileDigests:
-        from ptbin.proof.output import prove_written
+    def _proof(self, descriptor: int) -> WrittenProof:
+        from ptbin.proof.output import WrittenProof
 
         tensors = [(planned.name, stored_of(planned)) for planned in self.plan.tensors]
+        return WrittenProof(descriptor, self.plan.plan, tensors, self.store.uri_of(self.place.path))
+
+    def _proven(self, proof: WrittenProof, file: DraftFile) -> FileDigests:
         try:
-            return prove_written(descriptor, file, tensors, self.store.uri_of(self.place.path), self.progress)
+            return proof.finish(file, self.progress)
         except VerificationError:
             # The source's own bytes may be what is wrong: then that is the answer.
             check_copies(self.plan.plan, self.reader)

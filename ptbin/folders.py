@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ptbin.companions import companion_of
-from ptbin.part_names import find_parts, may_be_part, split_place
+from ptbin.part_names import find_parts, is_only_rank, may_be_part, split_place
 from ptbin.stores.joined import joint_identity
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ MODEL_STATES = "mp_rank_00_model_states.pt"
 _MODEL_STATES = re.compile(r"^(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt$")
 
 _OWN_FOLDER = ("torch_dcp", "deepspeed_zero", "deepspeed_experts")
+_MERGED = ("torch_ranks",)
+"""Parts that are put together; a name such as `rank0.pt` is a weaker sign than a folder's index."""
+
 
 # In the order in which transformers and peft look for them.
 _MAIN = (
@@ -57,8 +60,8 @@ class Group:
     """The files of one checkpoint, by path below the listed place.
 
     Attributes:
-        kind: `torch_dcp`, `deepspeed_zero`, `deepspeed_experts`, `sharded`, or `parts` for those that nothing
-            here puts together.
+        kind: `torch_dcp`, `deepspeed_zero`, `deepspeed_experts`, `torch_ranks`, `sharded`, or `parts` for
+            those that nothing here puts together.
         handle: path of the folder (empty for the listed place itself), the index file or the first part.
         folder: path of the folder.
         why: of `parts`, what they are and what to do.
@@ -150,15 +153,28 @@ def _groups_in(folder: str, items: Sequence[ListedObject]) -> list[Group]:
 
 
 def _parts_in(folder: str, items: Sequence[ListedObject], groups: Sequence[Group]) -> list[Group]:
-    """What is left of a folder's files and is one checkpoint only together."""
+    """What is left of a folder's files and is one checkpoint only together.
+
+    The folder names one checkpoint: where several are in it, each is `parts` of its own.
+    """
     cut = len(folder) + 1 if folder else 0
     claimed = {member.path for group in groups for member in group.members}
     left = {item.path[cut:]: item for item in items if item.path not in claimed}
     # An index that names shards of its own vouches for them; the others' index is missing.
+    parts = find_parts(left)
+    whole = [found for found in parts if found.kind]
+    single = len(whole) == 1 and not any(group.kind in _OWN_FOLDER for group in groups)
     found = []
-    for parts in find_parts(left):
-        members = tuple(left[name] for name in parts.members)
-        found.append(Group("parts", members[0].path, folder, members, parts.why))
+    for group in parts:
+        members = tuple(left[name] for name in group.members)
+        if single and group is whole[0]:
+            found.append(Group(group.kind, folder, folder, members))
+            continue
+        why = group.why
+        if group.kind:
+            others = ", ".join(other.members[0] for other in whole if other is not group)
+            why += f"; next to other parts in one folder ({others}), of which each needs a folder of its own"
+        found.append(Group("parts", members[0].path, folder, members, why))
     return found
 
 
@@ -176,7 +192,10 @@ def main_handle(items: Iterable[ListedObject]) -> Group | ListedObject | None:
         return own[0]
     if own:
         return None
-    parts = [group for group in groups if group.kind == "parts"]
+    alone = [item for item in single if is_only_rank(item.path)]
+    if len(alone) == 1 and not groups:
+        return alone[0]
+    parts = [group for group in groups if group.kind == "parts" or group.kind in _MERGED]
     by_name: dict[str, Group | ListedObject] = {group.handle: group for group in groups if group not in parts}
     by_name.update({item.path: item for item in single})
     for name in _MAIN:
@@ -186,9 +205,9 @@ def main_handle(items: Iterable[ListedObject]) -> Group | ListedObject | None:
     if len(whole) == 1 and not parts:
         return whole[0]
     # Parts and nothing that could be meant instead.
-    return (
-        parts[0] if parts and not whole and not any(_may_be_weights(item.path) for item in single) else None
-    )
+    if not parts or whole or any(_may_be_weights(item.path) for item in single):
+        return None
+    return next((group for group in parts if group.kind in _MERGED), parts[0])
 
 
 def _may_be_weights(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""Which files of a folder are parts of one checkpoint that ptbin does not put together. By names alone, pure.
+"""Which files of a folder are parts of one checkpoint. By names alone, pure.
 
 A name is evidence only where it is a known producer's own (`consolidated.01.pth`), or where the files next
 to it count from zero (`x.rank_0.pt`, `x.rank_1.pt`). `epoch_1.pt` next to `epoch_2.pt` is no
@@ -19,9 +19,10 @@ from dataclasses import dataclass
 
 from ptbin.companions import companion_of
 
-__all__ = ["Parts", "find_parts", "may_be_part", "split_place"]
+__all__ = ["Parts", "find_parts", "is_only_rank", "is_rank_name", "may_be_part", "split_place"]
 
 MAX_LISTED_NAMES = 5
+MAX_COUNTED = 100_000
 
 _WEIGHTS = r"\.(?:pt|pth|bin|ckpt|safetensors)"
 
@@ -41,8 +42,9 @@ _OF_WORLD = re.compile(rf"^(?P<stem>.*)world_size_(?P<of>\d+)_rank_(?P<n>\d+)(?P
 _TORCH_SHARD = re.compile(r"^shard-(?P<n>\d{5})-model-\d{5}-of-\d{5}\.safetensors$")
 _HF_SHARD = re.compile(r"^(?P<stem>.+)-(?P<n>\d{5,})-of-(?P<of>\d{5,})(?P<tail>\.(?:bin|safetensors))$")
 _CHUNKS = re.compile(r"^__\d+_\d+\.distcp$")
+_RANK = re.compile(rf"^(?P<stem>(?:.*[._-])?)rank[._-]?(?P<n>\d{{1,5}})(?P<tail>{_WEIGHTS})$")
 _COUNTED = (
-    re.compile(rf"^(?P<stem>(?:.*[._-])?)rank[._-]?(?P<n>\d{{1,5}})(?P<tail>{_WEIGHTS})$"),
+    _RANK,
     re.compile(rf"^(?P<stem>.*)-shard(?P<n>\d{{1,5}})(?P<tail>{_WEIGHTS})$"),
     re.compile(rf"^(?P<stem>.*)-model_part-(?P<n>\d{{1,5}})(?P<tail>(?:-shard\d+)?{_WEIGHTS})$"),
 )
@@ -61,10 +63,18 @@ INDEX_SUFFIX = ".index.json"
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Files that are one checkpoint only together: names as they were given, and why, as half a sentence."""
+    """Files that are one checkpoint only together.
+
+    Attributes:
+        members: names as they were given.
+        why: what they are and what to do, as half a sentence.
+        kind: of the checkpoint that all of them are (`folders.Group`); empty where nothing puts them together
+            or some are missing by their names.
+    """
 
     members: tuple[str, ...]
     why: str
+    kind: str = ""
 
 
 def split_place(path: str) -> tuple[str, str]:
@@ -84,6 +94,17 @@ def may_be_part(name: str) -> bool:
     if companion_of(name) is not None:
         return False
     return "/" in name or any(pattern.match(name) for pattern in _PATTERNS)
+
+
+def is_rank_name(name: str) -> bool:
+    """Whether a file of this name may be one rank's own state dict."""
+    return _OF_WORLD.match(name) is not None or _RANK.match(name) is not None
+
+
+def is_only_rank(name: str) -> bool:
+    """Whether the name says that its file is of a run on one rank: all of a checkpoint."""
+    match = _OF_WORLD.match(name)
+    return match is not None and int(match["of"]) == 1 and companion_of(name) is None
 
 
 def find_parts(names: Iterable[str]) -> list[Parts]:
@@ -122,7 +143,7 @@ def _by(
 
 def _missing(numbers: Collection[int], first: int, count: int) -> str:
     """Which of `count` numbers from `first` on are not there."""
-    missing = [str(n) for n in range(first, first + min(count, 100_000)) if n not in numbers]
+    missing = [str(n) for n in range(first, first + min(count, MAX_COUNTED)) if n not in numbers]
     return f"; not there: {_listed(missing)}" if missing else ""
 
 
@@ -184,14 +205,21 @@ def _of_rank_folders(names: Sequence[str]) -> list[Parts]:
 
 def _of_world(names: Sequence[str]) -> list[Parts]:
     found = []
-    for (_, of, _), group in _by(_OF_WORLD, names, "stem", "of", "tail").items():
-        if int(of) > 1:
-            missing = _missing({int(match["n"]) for match in group.values()}, 0, int(of))
-            found.append(
-                Parts(
-                    tuple(group), f"files of {of} ranks ({_listed(list(group))}{missing}); merge them first"
-                )
+    for (stem, of, tail), group in _by(_OF_WORLD, names, "stem", "of", "tail").items():
+        if (count := int(of)) < 2:
+            continue
+        numbers = {int(match["n"]) for match in group.values()}
+        missing = [n for n in range(min(count, MAX_COUNTED)) if n not in numbers]
+        names_of = [f"{stem}world_size_{of}_rank_{n}{tail}" for n in missing]
+        rest = f"; not there: {_listed(names_of)}" if missing else ""
+        way_out = "fetch the rest" if missing else "convert the folder, which takes all of them"
+        found.append(
+            Parts(
+                tuple(group),
+                f"files of {of} ranks ({_listed(list(group))}{rest}); {way_out}",
+                "" if missing or len(group) != count else "torch_ranks",
             )
+        )
     return found
 
 
@@ -243,11 +271,13 @@ def _counted(names: Sequence[str]) -> list[Parts]:
             numbers = sorted(int(match["n"]) for match in group.values())
             if len(numbers) > 1 and numbers[0] == 0 and not _CONTEST.search(stem):
                 missing = _missing(numbers, 0, numbers[-1] + 1)
+                merged = "convert the folder, which takes all of them" if pattern is _RANK else "merge them"
                 found.append(
                     Parts(
                         tuple(group),
-                        f"files of {len(numbers)} ranks ({_listed(list(group))}{missing}); merge them, or, "
+                        f"files of {len(numbers)} ranks ({_listed(list(group))}{missing}); {merged}, or, "
                         "where each is a whole copy, convert one with --parts",
+                        "torch_ranks" if pattern is _RANK and numbers == list(range(len(numbers))) else "",
                     )
                 )
     return found

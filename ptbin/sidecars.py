@@ -1,11 +1,13 @@
 """Files that belong to a Hugging Face model beside its weights: configuration, tokenizer, chat template.
 
-Chosen by name. Code (`*.py`) stays where it is: a folder that ptbin writes never makes anybody run some.
+Chosen by name, out of the source's folder or the `huggingface/` in it, where verl puts them. Code (`*.py`)
+stays where it is: a folder that ptbin writes never makes anybody run some.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import json
 import re
 import zlib
@@ -41,6 +43,9 @@ PATTERNS = (
     "chat_template.jinja",
     "configuration.json",
 )
+HUGGING_FACE_FOLDER = "huggingface"
+"""In a folder of rank files (verl's FSDP checkpoint manager, SkyRL)."""
+
 MAX_NBYTES = 256 << 20
 MAX_CONFIG_NBYTES = 16 << 20
 MAX_LISTED = 10_000
@@ -56,7 +61,7 @@ def copy_sidecars(
     dtype: str | None,
     notes: list[str],
 ) -> Iterator[DraftFile]:
-    """Copy those that lie in the source's folder to `folder`.
+    """Copy those that lie in the source's folder, or in its `huggingface/`, to `folder`.
 
     They go along as they are, but for `config.json` where weights are cast to `dtype`: it says so then.
 
@@ -64,16 +69,9 @@ def copy_sidecars(
         check: called with name, size and CRC-32 before a file is put in its place; it may refuse.
         notes: for the manifest; what was changed is added.
     """
-    for listed, item in enumerate(source.store.iter_objects(source.folder)):
-        if listed > MAX_LISTED:
-            return
-        name = item.path
-        if "/" in name or not any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS):
-            continue
-        if not name.isprintable() or item.size > MAX_NBYTES:
-            continue
+    for name, path in _find(source).items():
         if name == "config.json" and dtype is not None:
-            found = source.store.read_bytes(f"{source.folder}/{name}", limit=MAX_CONFIG_NBYTES)
+            found = source.store.read_bytes(f"{source.folder}/{path}", limit=MAX_CONFIG_NBYTES)
             data, note = with_dtype(found, dtype)
             check(name, len(data), zlib.crc32(data))
             dest.write_bytes(f"{folder}/{name}", data)
@@ -82,7 +80,7 @@ def copy_sidecars(
             continue
         crc = 0
         with (
-            source.store.open_reader(f"{source.folder}/{name}") as reader,
+            source.store.open_reader(f"{source.folder}/{path}") as reader,
             dest.open_writer(f"{folder}/{name}", size_hint=reader.size) as writer,
         ):
             for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
@@ -92,6 +90,18 @@ def copy_sidecars(
             check(name, reader.size, crc)
             writer.commit()
             yield DraftFile(name, reader.size, crc)
+
+
+def _find(source: SourcePlace) -> dict[str, str]:
+    """Name to path below the source's folder; what lies next to the weights comes first."""
+    found: dict[str, str] = {}
+    for item in itertools.islice(source.store.iter_objects(source.folder), MAX_LISTED):
+        name = item.path.removeprefix(f"{HUGGING_FACE_FOLDER}/")
+        if "/" in name or not any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS):
+            continue
+        if name.isprintable() and item.size <= MAX_NBYTES and (name == item.path or name not in found):
+            found[name] = item.path
+    return found
 
 
 # `torch_dtype` until transformers 4.55, `dtype` since (configuration_utils.py); either is read by both.

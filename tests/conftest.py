@@ -6,6 +6,8 @@ The factories themselves are in `tests.checkpoints`. Fixtures of one room live i
 from __future__ import annotations
 
 import os
+import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +28,10 @@ os.environ.update(
 for _name in [name for name in os.environ if name.startswith("AWS_")]:
     del os.environ[_name]
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+# A shell starts jobs in the background with SIGINT ignored, and so would be every process that a test starts:
+# Prefect's worker, which sends itself SIGINT when SIGTERM comes, would never end.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from tests.checkpoints import FACTORIES, Checkpoint  # noqa: E402 - the settings above come first
 
@@ -36,3 +42,15 @@ def make_checkpoint(tmp_path: Path) -> Callable[[str], Checkpoint]:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     return lambda name: FACTORIES[name].make(folder)
+
+
+# What a test that starts servers or processes weighs against one that does not, in seconds as measured.
+SECONDS_BY_FOLDER = {"deployments": 20.0, "flows": 3.0, "faults": 1.0, "interop": 1.0}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: pytest-xdist gives whole files to its processes, in this order (see Makefile)."""
+    weights = Counter[Path]()
+    for item in items:
+        weights[item.path] += SECONDS_BY_FOLDER.get(item.path.parent.name, 0.3)  # type: ignore[assignment]
+    items.sort(key=lambda item: -weights[item.path])

@@ -1,8 +1,9 @@
 """The entry point: commands, exit statuses, and how errors look.
 
 0: all done. 1: the run finished, but some checkpoints failed or were rejected. 2: the call itself was
-wrong and nothing was written. 130: interrupted. An error is one line on standard error; a traceback
-appears only with `--log-level debug`.
+wrong and nothing was written. 130: interrupted. `diff` answers as diff(1) does:
+0 equal, 1 different, 2 trouble. An error is one line on standard error; a traceback appears only with
+`--log-level debug`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import traceback
 from collections.abc import Sequence
 
 import click
+from click.shell_completion import shell_complete
 
 from flows.cli.convert_command import convert_command
+from flows.cli.diff_command import diff_command
 from flows.cli.inspect_command import inspect_command
 from flows.cli.interrupts import INTERRUPTED_STATUS, Heard, hear_signals
 from flows.cli.migrate_command import migrate_command
@@ -35,11 +38,17 @@ Examples:
   ptbin sync s3://training/runs s3://models/weights
   ptbin migrate mlflow+http://127.0.0.1:5000 s3://models/registry --layout hf
   ptbin verify s3://models/weights
+  ptbin diff old/last.bin new/last.bin
   ptbin restore last.bin last.pt
 
 \b
 Exit status: 0 all done; 1 some checkpoints failed or were rejected;
-2 the call was wrong, nothing was written; 130 interrupted."""
+2 the call was wrong, nothing was written; 130 interrupted.
+
+\b
+Completion in a shell: eval "$(_PTBIN_COMPLETE=bash_source ptbin)" (or zsh_source, fish_source)."""
+
+COMPLETION_VARIABLE = "_PTBIN_COMPLETE"
 
 
 @click.group(
@@ -52,6 +61,7 @@ def cli() -> None:
 
 cli.add_command(inspect_command)
 cli.add_command(convert_command)
+cli.add_command(diff_command)
 cli.add_command(verify_command)
 cli.add_command(restore_command)
 cli.add_command(sync_command)
@@ -65,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
+    if instruction := os.environ.get(COMPLETION_VARIABLE):  # as click's own `main` has it
+        return shell_complete(cli, {}, "ptbin", COMPLETION_VARIABLE, instruction)
     words = list(sys.argv[1:] if arguments is None else arguments)
     heard = Heard()
     try:

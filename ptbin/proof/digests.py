@@ -1,9 +1,9 @@
 """Digests of a stored file and of the tensors in it.
 
 A file on this machine is cut into groups of neighbouring records, and the groups are hashed side by side on
-all cores, largest first: SHA-256 of each tensor, CRC-32 of each record, and of what lies between them, of
-which the file's is combined. The file's own SHA-256 is the one serial lane; it runs on the calling thread,
-and nothing waits for it.
+all cores: SHA-256 of each tensor, CRC-32 of each record, and of what lies between them, of which the file's
+is combined. The file's own SHA-256 is the one serial lane; nothing waits for it. A file that is still being
+written is hashed as it grows (`GrowingFile`), so the copy and its proof overlap.
 
 Anything else comes as one stream through two lanes: SHA-256 and CRC-32 of the whole file on the calling
 thread, those of tensors and records on a second one (hashlib and zlib release the interpreter lock). Views
@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
@@ -31,11 +32,17 @@ from ptbin.proof.logical import ReadSpan, iter_strided
 if TYPE_CHECKING:
     from ptbin.stores import RangeReader
 
-__all__ = ["FileDigests", "StoredTensor", "digest_descriptor", "digest_file"]
+__all__ = ["FileDigests", "GrowingFile", "StoredTensor", "digest_descriptor", "digest_file"]
 
 CHUNK_NBYTES = 4 << 20
+BUFFER_NBYTES = 2 << 20
+"""What is read of a local file at once: little enough to lie in a core's cache while it is hashed."""
+MAX_BUFFERS = 32
 SMALL_NBYTES = 1 << 20
 GROUP_NBYTES = 16 << 20
+PROGRESS_SECONDS = 0.1
+FOLLOWED_NBYTES = 128 << 20
+"""A group at least this large is hashed while it is still being written, one at a time."""
 MAX_COMBINED = 64
 """Records whose CRC-32s are combined to that of their group: a combination takes as long as 100 KB of
 CRC-32.
@@ -169,44 +176,136 @@ def digest_descriptor(
     progress: Callable[[int], None] | None,
     read: Callable[[int, int], bytes],
 ) -> FileDigests:
-    """As `digest_file`, of an open file of `size` bytes, finished or not.
+    """As `digest_file`, of an open file of `size` bytes.
 
     Args:
         read: called with a range that the file did not give whole; to raise what there is to raise.
     """
-    found = FileDigests()
+    if size > SMALL_NBYTES:
+        file = GrowingFile(descriptor, size, records, tensors, read)
+        try:
+            file.reached(size)
+            return file.finish(progress)
+        except BaseException:
+            file.give_up()
+            raise
     distinct = dict.fromkeys(tensors)
     streamed = [tensor for tensor in distinct if tensor.stride is None]
     groups = _groups(size, list(dict.fromkeys(records)), streamed)
-    file = _LocalFile(descriptor, read)
-    if size <= SMALL_NBYTES:
-        return _digest_small(file, size, groups, list(distinct))
-    pool = hashing_pool()
-    pending: list[Future[None]] = []
-    crcs: dict[int, int] = {}
-    try:
-        largest_first = sorted(groups, key=lambda group: group.start - group.end)
-        pending += [pool.submit(_hash_group, file, group, found, crcs) for group in largest_first]
-        strided = [tensor for tensor in distinct if tensor.stride is not None]
-        pending += [pool.submit(_hash_strided, file, tensor, found) for tensor in strided]
+    return _digest_small(_LocalFile(descriptor, read, size), size, groups, list(distinct))
+
+
+class GrowingFile:
+    """Digests of an open file of this machine whose first bytes are final while the rest is being written.
+
+    `reached` says how far that is, from the thread that writes; `finish` waits for the digests, `give_up` for
+    the threads to let go of the descriptor. One of the two must be called before it is closed.
+
+    Args:
+        size: the bytes that the file will have in the end.
+        follow: hash from now on, on threads of this file besides the pool's; without, from `finish` on.
+        read: called with a range that the file did not give whole; to raise what there is to raise.
+    """
+
+    def __init__(
+        self,
+        descriptor: int,
+        size: int,
+        records: Iterable[tuple[int, int]],
+        tensors: Iterable[StoredTensor],
+        read: Callable[[int, int], bytes],
+        *,
+        follow: bool = False,
+    ) -> None:
+        distinct = dict.fromkeys(tensors)
+        self._size = size
+        self._strided = [tensor for tensor in distinct if tensor.stride is not None]
+        self._groups = _groups(
+            size, list(dict.fromkeys(records)), [tensor for tensor in distinct if tensor.stride is None]
+        )
+        self._file = _LocalFile(descriptor, read)
+        self._found = FileDigests()
+        self._crcs: dict[int, int] = {}
+        self._begun = 0
+        self._pending: list[Future[None]] = []
+        self._own = ThreadPoolExecutor(2, thread_name_prefix="ptbin-follow") if follow else None
+        self._hashed = 0
+        self._whole = self._own.submit(self._hash_whole) if self._own is not None else None
+        self._followed: Future[None] | None = None
+
+    def reached(self, position: int) -> None:
+        """The first `position` bytes are what they will be."""
+        self._file.reached(position)
+        ready = []
+        while self._begun < len(self._groups):
+            group = self._groups[self._begun]
+            if group.end <= position:
+                ready.append(group)
+            elif position > group.start and self._may_follow(group):
+                assert self._own is not None
+                self._followed = self._own.submit(self._hash, group)
+                self._pending.append(self._followed)
+            else:
+                break
+            self._begun += 1
+        ready.sort(key=lambda group: group.start - group.end)
+        pool = hashing_pool() if ready else None
+        for group in ready:
+            assert pool is not None
+            self._pending.append(pool.submit(self._hash, group))
+
+    def _may_follow(self, group: _Group) -> bool:
+        free = self._followed is None or self._followed.done()
+        return self._own is not None and free and group.end - group.start >= FOLLOWED_NBYTES
+
+    def finish(self, progress: Callable[[int], None] | None = None) -> FileDigests:
+        """The digests, once all of the file has been reached. Raises what reading the file raised."""
+        pool = hashing_pool()
+        self._pending += [pool.submit(_hash_strided, self._file, t, self._found) for t in self._strided]
+        sha256 = self._hash_whole(progress) if self._whole is None else self._followed_whole(progress)
+        for task in self._pending:
+            task.result()
+        if self._own is not None:
+            self._own.shutdown()
+        found = self._found
+        found.sha256 = sha256
+        for group in self._groups:
+            found.crc32 = combine_crc32(found.crc32, self._crcs[group.start], group.end - group.start)
+        return found
+
+    def give_up(self) -> None:
+        """Nobody wants the digests any more."""
+        self._file.give_up()
+        for task in self._pending:
+            task.cancel()
+        wait(self._pending)
+        if self._own is not None:
+            self._own.shutdown()
+
+    def _hash(self, group: _Group) -> None:
+        _hash_group(self._file, group, self._found, self._crcs)
+
+    def _followed_whole(self, progress: Callable[[int], None] | None) -> str:
+        assert self._whole is not None
+        told = 0
+        while progress is not None and not self._whole.done():
+            wait([self._whole], PROGRESS_SECONDS)
+            hashed = self._hashed
+            progress(hashed - told)
+            told = hashed
+        if progress is not None:
+            progress(self._size - told)
+        return self._whole.result()
+
+    def _hash_whole(self, progress: Callable[[int], None] | None = None) -> str:
         whole = hashlib.sha256()
-        for chunk in file.chunks(0, size):
+        for chunk in self._file.chunks(0, self._size):
             with hashing_slot():
                 whole.update(chunk)
+            self._hashed += len(chunk)
             if progress is not None:
                 progress(len(chunk))
-        for task in pending:
-            task.result()
-    except BaseException:
-        file.given_up = True
-        for task in pending:
-            task.cancel()
-        wait(pending)
-        raise
-    found.sha256 = whole.hexdigest()
-    for group in groups:
-        found.crc32 = combine_crc32(found.crc32, crcs[group.start], group.end - group.start)
-    return found
+        return whole.hexdigest()
 
 
 def _digest_small(
@@ -272,32 +371,70 @@ def _hash_strided(file: _LocalFile, tensor: StoredTensor, found: FileDigests) ->
     )
 
 
+_buffers: list[bytearray] = []
+"""Buffers that no thread uses at the moment. A fresh one costs a page fault for every 4 KiB, for which all
+threads of a process queue.
+"""
+
+
+def _buffer(nbytes: int) -> bytearray:
+    if nbytes < BUFFER_NBYTES:
+        return bytearray(nbytes)
+    try:
+        return _buffers.pop()
+    except IndexError:
+        return bytearray(BUFFER_NBYTES)
+
+
 class _LocalFile:
     """Pieces of an open file, each read into the same buffer: a piece is good until the next one is asked
-    for.
+    for. Asking for one that is not written yet waits for it.
     """
 
-    def __init__(self, descriptor: int, read: Callable[[int, int], bytes]) -> None:
+    def __init__(self, descriptor: int, read: Callable[[int, int], bytes], final: int = 0) -> None:
         self._descriptor = descriptor
         self._read = read
-        self.given_up = False
-        """Whether nobody waits for the digests any more; threads that are still at it stop."""
+        self._final = final
+        self._given_up = False
+        self._changed = threading.Condition()
+
+    def reached(self, position: int) -> None:
+        with self._changed:
+            self._final = position
+            self._changed.notify_all()
+
+    def give_up(self) -> None:
+        """Threads that are still at it stop."""
+        with self._changed:
+            self._given_up = True
+            self._changed.notify_all()
+
+    def _wait_for(self, end: int) -> None:
+        if self._final < end or self._given_up:
+            with self._changed:
+                self._changed.wait_for(lambda: self._final >= end or self._given_up)
+            if self._given_up:
+                raise CancelledError
 
     def chunks(self, offset: int, nbytes: int) -> Iterator[memoryview]:
         if not nbytes:
             return
-        buffer = memoryview(bytearray(min(nbytes, CHUNK_NBYTES)))
+        buffer = _buffer(nbytes)
+        view = memoryview(buffer)
         end = offset + nbytes
-        while offset < end:
-            if self.given_up:
-                raise CancelledError
-            piece = buffer[: min(end - offset, CHUNK_NBYTES)]
-            got = os.preadv(self._descriptor, [piece], offset)
-            if not got:
-                piece = memoryview(self._read(offset, len(piece)))
-                got = len(piece)
-            yield piece[:got]
-            offset += got
+        try:
+            while offset < end:
+                piece = view[: min(end - offset, len(view))]
+                self._wait_for(offset + len(piece))
+                got = os.preadv(self._descriptor, [piece], offset)
+                if not got:
+                    piece = memoryview(self._read(offset, len(piece)))
+                    got = len(piece)
+                yield piece[:got]
+                offset += got
+        finally:
+            if len(buffer) == BUFFER_NBYTES and len(_buffers) < MAX_BUFFERS:
+                _buffers.append(buffer)
 
 
 class _Region:

@@ -25,7 +25,14 @@ from ptbin.dtypes import BY_NAME
 from ptbin.errors import CheckpointError, ChecksumMismatchError, VerificationError
 from ptbin.folders import INDEX_SUFFIX
 from ptbin.manifest import hex_crc32
-from ptbin.proof.digests import FileDigests, StoredTensor, digest_descriptor, digest_file
+from ptbin.proof.digests import (
+    FOLLOWED_NBYTES,
+    FileDigests,
+    GrowingFile,
+    StoredTensor,
+    digest_descriptor,
+    digest_file,
+)
 from ptbin.reading.checkpoint import read_checkpoint
 from ptbin.reading.selection import select_state_dict
 from ptbin.reading.verdicts import judge_programs
@@ -34,9 +41,10 @@ from ptbin.tensors import ByteRange, TensorRef
 
 if TYPE_CHECKING:
     from ptbin.draft import Draft, DraftFile
+    from ptbin.segments import Plan
     from ptbin.stores import RangeReader, Store
 
-__all__ = ["READ_BACK", "STORE_CHECKSUM", "prove_output", "stored_tensor"]
+__all__ = ["READ_BACK", "STORE_CHECKSUM", "WrittenProof", "prove_output", "stored_tensor"]
 
 READ_BACK = "read back"
 STORE_CHECKSUM = "store checksum"
@@ -85,30 +93,64 @@ def prove_output(
     return proven_by
 
 
-def prove_written(
-    descriptor: int,
-    file: DraftFile,
-    tensors: Sequence[tuple[str, StoredTensor]],
-    uri: str,
-    progress: Callable[[int], None] | None = None,
-) -> FileDigests:
-    """Prove a local file before it gets its name: its bytes, read back, are what the source states.
+class WrittenProof:
+    """Proof of a local file that has no name yet: its bytes, read back, are what the source states.
 
-    Raises:
-        VerificationError: with the first difference found.
+    Large files are read back while they are being written. Either `finish` or `give_up` must be called
+    before the descriptor is closed.
+
+    Args:
+        plan: the file's bytes, with the place of each record.
+        tensors: names, and where they lie in it.
     """
-    size = os.fstat(descriptor).st_size
-    if size != file.size:
-        raise VerificationError(f"{uri}: {size} bytes are there, {file.size} were written")
 
-    def ended(offset: int, nbytes: int) -> bytes:
-        raise VerificationError(f"{uri}: ends before byte {offset + nbytes}, {size} were there before")
+    def __init__(
+        self, descriptor: int, plan: Plan, tensors: Sequence[tuple[str, StoredTensor]], uri: str
+    ) -> None:
+        self._descriptor = descriptor
+        self._tensors = tensors
+        self._uri = uri
+        self._records = [(record.offset, record.nbytes) for record in plan.records]
+        self._growing: GrowingFile | None = None
+        if plan.size >= FOLLOWED_NBYTES:
+            self._growing = GrowingFile(
+                descriptor, plan.size, self._records, self._places, self._refuse_end, follow=True
+            )
 
-    records = [(record.offset, record.nbytes) for record in file.records]
-    places = [place for _, place in tensors]
-    digests = digest_descriptor(descriptor, size, records, places, progress, ended)
-    _compare(uri, file, [(name, place.offset) for name, place in tensors], digests, VerificationError)
-    return digests
+    @property
+    def _places(self) -> list[StoredTensor]:
+        return [place for _, place in self._tensors]
+
+    def _refuse_end(self, offset: int, nbytes: int) -> bytes:
+        raise VerificationError(f"{self._uri}: ends before byte {offset + nbytes}, more were written")
+
+    def reached(self, position: int) -> None:
+        """The first `position` bytes are written."""
+        if self._growing is not None:
+            self._growing.reached(position)
+
+    def finish(self, file: DraftFile, progress: Callable[[int], None] | None = None) -> FileDigests:
+        """The digests of the file, which is what `file` says.
+
+        Raises:
+            VerificationError: with the first difference found.
+        """
+        size = os.fstat(self._descriptor).st_size
+        if size != file.size:
+            raise VerificationError(f"{self._uri}: {size} bytes are there, {file.size} were written")
+        if self._growing is not None:
+            digests = self._growing.finish(progress)
+        else:
+            digests = digest_descriptor(
+                self._descriptor, size, self._records, self._places, progress, self._refuse_end
+            )
+        tensors = [(name, place.offset) for name, place in self._tensors]
+        _compare(self._uri, file, tensors, digests, VerificationError)
+        return digests
+
+    def give_up(self) -> None:
+        if self._growing is not None:
+            self._growing.give_up()
 
 
 def _prove_by_store(

@@ -23,6 +23,7 @@ from ptbin.errors import (
     PtbinError,
     UnsupportedFormatError,
 )
+from ptbin.merging.replicas import Replicas
 from ptbin.options import Limits
 from ptbin.reading.collector import collector_paused
 from ptbin.reading.pickle_machine import PickleProgram
@@ -65,6 +66,7 @@ class Checkpoint:
         other_members: name and size of what lies beside the checkpoints of an archive and is none itself.
         roles: path to role, where the container itself says what lies there (`reading.roles`).
         excluded: what its reader passed over and knows the role of.
+        replicas: copies on other ranks that must be equal, with the storage that the first one went into.
         search: answers whether a record holds data, and remembers.
         unnamed: records that could hold tensors and that no pickle names: (name, offset, bytes in the file).
     """
@@ -85,6 +87,7 @@ class Checkpoint:
     roles: dict[str, str] = field(default_factory=dict)
     excluded: list[Excluded] = field(default_factory=list)
     unnamed: list[tuple[str, int, int]] = field(default_factory=list)
+    replicas: list[tuple[Storage, Replicas]] = field(default_factory=list)
     search: DataSearch = field(init=False)
 
     def __post_init__(self) -> None:

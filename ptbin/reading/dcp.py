@@ -21,10 +21,9 @@ import dataclasses
 import math
 import re
 import struct
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, product
+from itertools import islice
 from typing import Any
 
 from ptbin.dtypes import DType, dtype_by_name
@@ -35,6 +34,7 @@ from ptbin.errors import (
     UnsupportedFormatError,
 )
 from ptbin.folders import DCP_METADATA, LIGHTNING_METADATA
+from ptbin.merging.coverage import prove_cover, split_dimensions
 from ptbin.nodes import DictNode, Global, Instance, Opaque, iter_nodes
 from ptbin.options import Limits
 from ptbin.reading.checkpoint import Checkpoint, Opening, read_opened
@@ -67,9 +67,6 @@ MAX_PATH = 64
 """Steps of a path to an entry; `state_dict.MAX_DEPTH` looks no deeper than half of it."""
 
 MAX_NAME = 1 << 16
-
-MAX_SPLIT_DIMENSIONS = 6
-"""Dimensions that a tensor is cut along; meshes have up to five, and a box has 2^n corners to check."""
 
 _METADATA_CLASSES = "torch.distributed.checkpoint.metadata."
 # An optimizer's or a scheduler's entry, flattened: told by what it holds, because a module of a model
@@ -280,7 +277,7 @@ class _Index:
             if 0 not in shape:
                 boxes[start, shape] = None
         ordered = sorted(boxes)
-        _refuse_uneven(f"{self.uri}: the chunks of {entry.name[:200]!r}", entry.shape, ordered)
+        prove_cover(f"{self.uri}: the chunks of {entry.name[:200]!r}", entry.shape, ordered)
         chunks = []
         for start, shape in ordered:
             span = spans.get((entry.name, start))
@@ -330,42 +327,6 @@ def _dtype_of(properties: Any) -> DType | None:
     if isinstance(state, DictNode):
         first = state.get("dtype")
     return dtype_by_name(first.name) if isinstance(first, Global) and first.module == "torch" else None
-
-
-def _split_dimensions(
-    shape: tuple[int, ...], boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
-) -> list[int]:
-    """The dimensions that some box does not span."""
-    return [d for d, size in enumerate(shape) if any(extent[d] != size for _, extent in boxes)]
-
-
-def _refuse_uneven(
-    what: str, shape: tuple[int, ...], boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
-) -> None:
-    """Refuse boxes that do not fill the shape exactly once; linear in the boxes.
-
-    The number of boxes over each element is 1 everywhere exactly where the signed corners of all boxes add
-    up to those of the whole: both are the mixed differences, along every dimension, of that number.
-
-    Raises:
-        CorruptArchiveError: an overlap or a gap. LimitExceededError: cut along too many dimensions.
-    """
-    if 0 in shape:
-        return
-    split = _split_dimensions(shape, boxes)
-    if len(split) > MAX_SPLIT_DIMENSIONS:
-        raise LimitExceededError(f"{what}: cut along {len(split)} dimensions, at most {MAX_SPLIT_DIMENSIONS}")
-    corners: Counter[tuple[int, ...]] = Counter()
-    whole = ((0,) * len(shape), shape)
-    for sign, (start, extent) in ((-1, whole), *((1, box) for box in boxes)):
-        for ends in product((0, 1), repeat=len(split)):
-            corner = tuple(start[d] + end * extent[d] for d, end in zip(split, ends, strict=True))
-            corners[corner] += sign * (-1) ** sum(ends)
-    if any(corners.values()):
-        total = sum(math.prod(extent) for _, extent in boxes)
-        raise CorruptArchiveError(
-            f"{what} overlap or leave gaps: they hold {total} elements, the tensor {math.prod(shape)}"
-        )
 
 
 # -- the chunks' own archives ----------------------------------------------------------------------------
@@ -582,7 +543,7 @@ def _register(storages: dict[str, Storage], key: str, storage: Storage) -> Stora
 
 def _joined(entry: _Entry, pieces: list[TensorRef]) -> Joined | None:
     """The chunks one behind the other, where they are the whole's own order; their order is row-major."""
-    split = _split_dimensions(entry.shape, [(chunk.start, chunk.shape) for chunk in entry.chunks])
+    split = split_dimensions(entry.shape, [(chunk.start, chunk.shape) for chunk in entry.chunks])
     if len(split) != 1 or math.prod(entry.shape[: split[0]]) != 1:
         return None
     places = [t.storage.place for t in pieces if t.contiguous and t.storage_offset == 0]

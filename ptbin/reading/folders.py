@@ -13,6 +13,7 @@ from ptbin.errors import CorruptArchiveError, OutputCollisionError, UnsupportedF
 from ptbin.folders import DCP_METADATA, INDEX_SUFFIX
 from ptbin.nodes import DictNode
 from ptbin.options import Limits
+from ptbin.part_names import is_rank_name
 from ptbin.reading.checkpoint import Checkpoint, Opening, read_opened
 from ptbin.reading.source import SourceFile
 from ptbin.sources import parse_index
@@ -41,6 +42,10 @@ def read_folder(reader: JoinedReader, limits: Limits) -> Checkpoint:
 
         return read_deepspeed_experts(reader, limits)
     index = next((name for name in reader.names if name.endswith(INDEX_SUFFIX)), None)
+    if index is None and is_rank_name(reader.names[0]):
+        from ptbin.reading.rank_files import read_rank_files
+
+        return read_rank_files(reader, limits)
     if index is None:
         raise UnsupportedFormatError(f"{reader.uri}: a folder of no known kind")
     return _read_indexed(reader, index, limits)

@@ -35,6 +35,8 @@ _RENAMED = {
 
 _TENSOR_CLASSES = frozenset(name.removesuffix("Storage") + "Tensor" for name in BY_STORAGE_CLASS)
 
+_PLACEMENTS = frozenset("Shard _StridedShard Replicate Partial _Partial".split())
+
 _SAFE_NAMES: dict[str, frozenset[str]] = {
     "builtins": frozenset(
         "dict list tuple set frozenset int float complex bool "
@@ -78,6 +80,21 @@ _SAFE_NAMES: dict[str, frozenset[str]] = {
     ),
     "torch.serialization": frozenset(["_get_layout"]),
     "torch.layout": frozenset(["torch.strided", "torch.sparse_coo", "torch.sparse_csr"]),
+    # What says where the piece of a distributed tensor lies; records without behaviour.
+    "torch.distributed.tensor": frozenset(["DTensor"]),
+    "torch.distributed.tensor._api": frozenset(["DTensor"]),
+    "torch.distributed._tensor.api": frozenset(["DTensor"]),
+    "torch.distributed.tensor._dtensor_spec": frozenset(["DTensorSpec", "TensorMeta", "ShardOrderEntry"]),
+    "torch.distributed._tensor.placement_types": _PLACEMENTS | {"DTensorSpec", "TensorMeta"},
+    "torch.distributed.tensor.placement_types": _PLACEMENTS,
+    "torch.distributed.device_mesh": frozenset(["DeviceMesh"]),
+    "torch.distributed._mesh_layout": frozenset(["_MeshLayout", "_FlatLayout"]),
+    "torch.distributed._shard.sharded_tensor.api": frozenset(["ShardedTensor"]),
+    "torch.distributed._shard.sharded_tensor.shard": frozenset(["Shard"]),
+    "torch.distributed._shard.metadata": frozenset(["ShardMetadata"]),
+    "torch.distributed._shard.sharding_spec.chunk_sharding_spec": frozenset(["ChunkShardingSpec"]),
+    "torch.distributed._shard.sharding_spec.api": frozenset(["EnumerableShardingSpec"]),
+    "torch.distributed.remote_device": frozenset(["_remote_device"]),
     # What `.metadata` of torch.distributed.checkpoint consists of; records without behaviour.
     "torch.distributed.checkpoint.metadata": frozenset(
         [
@@ -93,7 +110,7 @@ _SAFE_NAMES: dict[str, frozenset[str]] = {
     ),
     "torch.distributed.checkpoint.filesystem": frozenset(["_StorageInfo"]),
     "torch.distributed._shard.sharded_tensor.metadata": frozenset(
-        ["MEM_FORMAT_ENCODING", "TensorProperties"]
+        ["MEM_FORMAT_ENCODING", "TensorProperties", "ShardedTensorMetadata"]
     ),
     "torch.nn.parameter": frozenset(["Parameter", "Buffer", "UninitializedParameter", "UninitializedBuffer"]),
     "torch._tensor": frozenset(["_rebuild_from_type", "_rebuild_from_type_v2"]),

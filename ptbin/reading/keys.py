@@ -20,7 +20,7 @@ from ptbin.reading.tree import DataSearch, iter_data
 from ptbin.state_dict import Excluded, StateDict
 from ptbin.tensors import SparseTensor, TensorRef
 
-__all__ = ["drop_entries", "keep_writable", "rename_entries"]
+__all__ = ["drop_entries", "keep_writable", "new_names", "rename_entries"]
 
 MAX_VALUE_DEPTH = 32
 
@@ -189,7 +189,7 @@ def rename_entries(state_dict: StateDict, options: ConvertOptions, uri: str) -> 
     """
     entries = state_dict.entries
     old = [name for name, _ in entries]
-    new = _renamed(old, options)
+    new = new_names(old, options)
     clashes = [name for name, count in Counter(new).items() if count > 1]
     if clashes:
         first = min(clashes)
@@ -201,7 +201,8 @@ def rename_entries(state_dict: StateDict, options: ConvertOptions, uri: str) -> 
         state_dict.metadata = _renamed_metadata(state_dict.metadata, old, options)
 
 
-def _renamed(names: list[str], options: ConvertOptions) -> list[str]:
+def new_names(names: list[str], options: ConvertOptions) -> list[str]:
+    """The names under `strip_prefix` and `rename`."""
     if options.strip_prefix == "auto":
         names = wrapper_prefixes(names)
     elif options.strip_prefix:
@@ -218,7 +219,7 @@ def _renamed_metadata(metadata: DictNode, names: list[str], options: ConvertOpti
     """`_metadata` is keyed by module path: follow each path through the names of the tensors below it."""
     renamed = DictNode(metadata.kind)
     moved: dict[str, str] = {}
-    for old, new in zip(names, _renamed(names, options), strict=True):
+    for old, new in zip(names, new_names(names, options), strict=True):
         # Every module path above this tensor, if what stands below it kept its name.
         cut = old.rfind(".")
         while cut >= 0:

@@ -54,7 +54,14 @@ MAX_DEPTH = 4
 WRAPPER_GLOBAL = tuple(WRAPPER.rsplit(".", 1))
 SHARDING_INFO = "DCP_SHARDING_INFO"
 MAX_SHARDING_NBYTES = 64 << 20
-_WHOLE_CONTAINERS = ("torch_dcp", "deepspeed_zero", "deepspeed_experts", "raw", "torch_export")
+_WHOLE_CONTAINERS = (
+    "torch_dcp",
+    "deepspeed_zero",
+    "deepspeed_experts",
+    "torch_ranks",
+    "raw",
+    "torch_export",
+)
 
 
 def find_part(checkpoint: Checkpoint) -> str | None:

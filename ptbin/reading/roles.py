@@ -37,6 +37,7 @@ REASONS = {
     "averaged_copy": "an averaged copy of the selected weights",
     "raw_copy": "the raw weights; their averaged copy is selected",
     "precision_copy": "the same weights in another precision",
+    "replica": "what another rank holds as well; of the selected tensors every copy was found equal",
     "same_weights": "the selected weights once more",
     "hyperparameters": "hyperparameters or arguments of the training run",
     "metrics": "metrics, losses or counters",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ptbin.errors import AmbiguousStateDictError, CorruptArchiveError, NoStateDictError, UnsafePickleError
+from ptbin.merging.replicas import refuse_unequal
 from ptbin.options import ConvertOptions
 from ptbin.reading.accounting import Accounting, account
 from ptbin.reading.checkpoint import Checkpoint, read_checkpoint
@@ -20,7 +21,7 @@ from ptbin.reading.search import Findings, find_state_dicts
 from ptbin.reading.selection import WAYS_OUT, select_state_dicts
 from ptbin.reading.source import RandomReader
 from ptbin.reading.verdicts import SafetyReport, judge_programs, refuse_unsafe_fragment
-from ptbin.state_dict import Excluded, StateDict
+from ptbin.state_dict import Excluded, StateDict, storages_of
 
 __all__ = ["Selected", "read_selected", "refuse_unsafe", "select_from"]
 
@@ -106,6 +107,7 @@ def read_selected(reader: RandomReader, options: ConvertOptions) -> Selected:
         UnsafePickleError: verdict `unsafe`, unless `options.on_unsafe` is `extract`.
         NoStateDictError, AmbiguousStateDictError: nothing to take, or no way to tell what.
         UnsupportedTensorError: something in it that cannot be kept.
+        IncompleteCheckpointError: parts are missing, or copies of the selected tensors differ.
     """
     try:
         checkpoint = read_checkpoint(reader, options.limits)
@@ -115,7 +117,12 @@ def read_selected(reader: RandomReader, options: ConvertOptions) -> Selected:
         raise
     safety = judge_programs(checkpoint.programs)
     refuse_unsafe(safety, options, reader.uri)
-    return select_from(checkpoint, safety, options)
+    selected = select_from(checkpoint, safety, options)
+    if checkpoint.replicas:
+        entries = [entry for state_dict in selected.state_dicts for entry in state_dict.entries]
+        taken = storages_of(entries)
+        refuse_unequal(reader, (group for storage, group in checkpoint.replicas if id(storage) in taken))
+    return selected
 
 
 def select_from(

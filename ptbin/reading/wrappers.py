@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptbin.nodes import DictNode, Global, Instance, Opaque
+from ptbin.reading.meshes import attributes_of, grid_of
 from ptbin.tensors import TensorRef
 
 __all__ = ["WRAPPER", "Piece", "local_tensor", "piece_of", "placement_of", "read_wrapper"]
@@ -65,12 +66,13 @@ def piece_of(node: Any) -> Piece | None:
     args, state = node.contents
     local = local_tensor(node)
     if node.kind == SHARDED_TENSOR:
-        metadata = _attributes(state[1]) if isinstance(state, tuple) and len(state) > 1 else DictNode()
+        metadata = attributes_of(state[1]) if isinstance(state, tuple) and len(state) > 1 else DictNode()
         shards = metadata.get("shards_metadata")
         ranks = len(shards) if isinstance(shards, (list, tuple)) else None
         return Piece(node.kind, ranks, ranks == 1 and _is_of_size(local, metadata.get("size")))
-    spec = _attributes(_attributes(state).get("_spec"))
-    ranks, placements = _mesh_size(spec.get("mesh")), spec.get("placements")
+    spec = attributes_of(attributes_of(state).get("_spec"))
+    grid, placements = grid_of(spec.get("mesh")), spec.get("placements")
+    ranks = math.prod(grid.shape) if grid is not None else None
     found = placements if isinstance(placements, (tuple, list)) else ()
     names = [p.class_path.rpartition(".")[2] if isinstance(p, Instance) else "?" for p in found]
     exact = bool(names) and (
@@ -88,52 +90,15 @@ def local_tensor(node: Opaque) -> TensorRef | None:
     """This rank's own tensor, where it is a single one."""
     _, state = node.contents
     if node.kind == DTENSOR:
-        local = _attributes(state).get("_local_tensor")
+        local = attributes_of(state).get("_local_tensor")
     else:
         shards = state[0] if isinstance(state, tuple) and state else None
         if not isinstance(shards, (list, tuple)) or len(shards) != 1:
             return None
-        local = _attributes(shards[0]).get("tensor")
+        local = attributes_of(shards[0]).get("tensor")
     return local if isinstance(local, TensorRef) else None
 
 
 def placement_of(state: Any) -> Any:
     """What a distributed tensor's state holds besides data: its mesh and placements."""
-    return _attributes(state).get("_spec")
-
-
-def _attributes(value: Any) -> DictNode:
-    """Of a record or a state: `(None, mapping)` is how classes with slots are pickled (copyreg)."""
-    state = value.state if isinstance(value, Instance) else value
-    if isinstance(state, tuple) and len(state) == 2:
-        state = next((part for part in state if isinstance(part, DictNode)), None)
-    return state if isinstance(state, DictNode) else DictNode()
-
-
-def _mesh_size(mesh: Any) -> int | None:
-    """Processes of a DeviceMesh, or of the slice that this is: `_layout` in newer torch, `mesh` before."""
-    attributes = _attributes(mesh)
-    layout = _attributes(attributes.get("_layout"))
-    axes = layout.get("axes")
-    shapes: list[Any] = []
-    if isinstance(axes, (tuple, list)):
-        shapes = [_attributes(axis).get("shape") for axis in axes]
-    elif layout.get("shape") is not None:
-        shapes = [layout.get("shape")]
-    if shapes:
-        return _product(shapes)
-    for name in ("mesh", "_mesh", "_rank_map"):
-        tensor = attributes.get(name)
-        if isinstance(tensor, TensorRef):
-            return math.prod(tensor.shape)
-    return None
-
-
-def _product(value: Any) -> int | None:
-    """Of all whole numbers in nested tuples."""
-    if type(value) is int:
-        return value if 0 < value < 1 << 32 else None
-    if not isinstance(value, (tuple, list)) or len(value) > 64:
-        return None
-    found = [_product(item) for item in value]
-    return None if None in found else math.prod(n for n in found if n is not None)
+    return attributes_of(state).get("_spec")

@@ -186,9 +186,9 @@ class _Streams:
             assert owner == self._next
             crc = combine_crc32(crc, part_crc, nbytes)
             left -= nbytes
+            self._writer.advance(nbytes)
             report(nbytes)
         self._next += 1
-        self._writer.advance(piece.nbytes)
         return crc
 
     def _chunks_of(self, piece: Copy) -> Iterator[bytes]:

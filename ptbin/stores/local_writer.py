@@ -134,6 +134,8 @@ class LocalWriter(Writer):
     def _moved(self, nbytes: int) -> None:
         self.bytes_written += nbytes
         self._write_back.reached(self._descriptor, self.bytes_written)
+        if self.reached is not None:
+            self.reached(self.bytes_written)
 
     def written(self) -> int | None:
         return self._descriptor

@@ -9,7 +9,7 @@ from ptbin.errors import StorageError
 from ptbin.stores.parts import Part, Stretch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -34,6 +34,9 @@ class Writer(ABC):
     """Known after `lay_out`: the store will compare the CRC-32 of what it keeps with `expected_crc32`."""
     identity: Identity | None = None
     """What was published, once `commit` returned; None where the store does not say it of its own accord."""
+
+    reached: Callable[[int], None] | None = None
+    """Called with the number of bytes that are in place, by writers whose `written` gives a descriptor."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri

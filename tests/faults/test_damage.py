@@ -6,13 +6,14 @@ out is torch's.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
 import torch
 
 import ptbin
-from ptbin.errors import PtbinError
+from ptbin.errors import ChecksumMismatchError, PtbinError
 from tests.bits import same_bits
 
 
@@ -71,6 +72,29 @@ def test_every_flipped_byte_of_a_zip_checkpoint(part: int, tmp_path: Path) -> No
             assert list(outcome) == list(wanted), position
             assert_right_weights(outcome, wanted, f"byte {position} ^ {mask:#04x}")
     assert refused > 0
+
+
+@pytest.mark.parametrize("position", [100_000, 1_500_000, 3_900_000])
+def test_damage_found_while_the_copy_is_under_way_leaves_the_good_output(
+    position: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with files of gigabytes, which are read back as they are written."""
+    monkeypatch.setattr("ptbin.proof.output.FOLLOWED_NBYTES", 1)
+    monkeypatch.setattr("ptbin.proof.digests.FOLLOWED_NBYTES", 1)
+    source, output = tmp_path / "s.pt", tmp_path / "o.bin"
+    torch.save({"a": torch.arange(500_000), "b": torch.ones(1000)}, source)
+    manifest = ptbin.convert(str(source), str(output))
+    good = output.read_bytes()
+    (digest,) = [one["sha256"] for one in manifest["outputs"]]
+    assert digest == hashlib.sha256(good).hexdigest()
+    damaged = bytearray(source.read_bytes())
+    damaged[position] ^= 1
+    source.write_bytes(damaged)
+    with pytest.raises(ChecksumMismatchError):
+        ptbin.convert(str(source), str(output))
+    assert output.read_bytes() == good
+    assert ptbin.verify(f"{output}.manifest.json") == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.bin", "o.bin.manifest.json", "s.pt"]
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])

@@ -7,6 +7,7 @@ takes some seconds once, and its database can be read afterwards.
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -17,14 +18,22 @@ from typing import Any
 import pytest
 
 from flows.orchestrator import Orchestrator, orchestrator
+from tests.servers.prefect_home import prefect_template
 
 
 @pytest.fixture(scope="session")
-def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database of Prefect's server."""
+    return prefect_template(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def prefect_home(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Prefect's home for all of the session, in this process and in those it starts."""
     from prefect.context import refresh_global_settings_context
 
     home = tmp_path_factory.mktemp("prefect")
+    shutil.copyfile(template, home / "prefect.db")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_HOME", str(home))
         patch.delenv("PREFECT_API_URL", raising=False)
@@ -99,16 +108,25 @@ COMMAND = "from flows.cli import main; main()"
 
 
 @pytest.fixture
-def ptbin(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def home(template: Path, tmp_path: Path) -> Path:
+    """Prefect's home of the commands that a test runs."""
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copyfile(template, home / "prefect.db")
+    return home
+
+
+@pytest.fixture
+def ptbin(home: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command line as a process of its own, in the test's folder."""
 
     def run(
-        *words: str | Path, code: str = COMMAND, home: Path | None = None, **environment: str
+        *words: str | Path, code: str = COMMAND, home: Path = home, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command_of(words, code),
             cwd=tmp_path,
-            env=environment_of(home or tmp_path / "home", environment),
+            env=environment_of(home, environment),
             capture_output=True,
             text=True,
             timeout=200,
@@ -118,15 +136,15 @@ def ptbin(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture
-def ptbin_started(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def ptbin_started(home: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start the command line and leave it running; what still runs at the end of the test is killed."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*words: str | Path, code: str = COMMAND, home: Path | None = None) -> subprocess.Popen[str]:
+    def start(*words: str | Path, code: str = COMMAND) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             command_of(words, code),
             cwd=tmp_path,
-            env=environment_of(home or tmp_path / "home", {}),
+            env=environment_of(home, {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -84,12 +84,13 @@ def test_small_commands_import_nothing_heavy(
 def test_a_whole_run_leaves_a_complete_history_and_no_chatter(
     ptbin: Run, source: Path, tmp_path: Path
 ) -> None:
-    done = ptbin("convert", source, "out", "--json", home=tmp_path / "home")
+    fresh = tmp_path / "fresh"  # its server makes its own database
+    done = ptbin("convert", source, "out", "--json", home=fresh)
     assert done.returncode == 1
     summary = json.loads(done.stdout)
     assert (summary["converted"], summary["rejected"], summary["failed"]) == (12, 4, 0)
     assert all(line.startswith("ptbin: ") for line in done.stderr.splitlines()), done.stderr
-    connection = sqlite3.connect(tmp_path / "home" / "prefect.db")
+    connection = sqlite3.connect(fresh / "prefect.db")
     ((flow_run, state),) = connection.execute("select id, state_type from flow_run").fetchall()
     assert state == "FAILED"
     kinds: dict[str, int] = dict(
@@ -108,12 +109,11 @@ def test_a_whole_run_leaves_a_complete_history_and_no_chatter(
 
 
 def test_bulk_conversion_and_verification_by_status(ptbin: Run, good_source: Path, tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    first = ptbin("convert", good_source, "out", home=home)
+    first = ptbin("convert", good_source, "out")
     assert first.returncode == 0, first.stderr
     assert "converted   6" in first.stdout
     (tmp_path / "out" / "0.bin.manifest.json").unlink()
-    second = ptbin("verify", "out", home=home, PREFECT_LOGGING_LEVEL="INFO")
+    second = ptbin("verify", "out", PREFECT_LOGGING_LEVEL="INFO")
     assert second.returncode == 1
     assert "no_manifest" in second.stdout
 
@@ -121,12 +121,13 @@ def test_bulk_conversion_and_verification_by_status(ptbin: Run, good_source: Pat
 def test_a_running_server_is_used_where_one_is_named(
     ptbin: Run, good_source: Path, tmp_path: Path, server: Orchestrator, database: Database
 ) -> None:
-    done = ptbin("convert", good_source, "out", "--json", "-q", PREFECT_API_URL=server.api_url)
+    unused = tmp_path / "unused"
+    done = ptbin("convert", good_source, "out", "--json", "-q", home=unused, PREFECT_API_URL=server.api_url)
     assert done.returncode == 0, done.stderr
     record = next((tmp_path / "out" / "_ptbin" / "runs").glob("*/run.json"))
     flow_run = json.loads(record.read_text())["prefect_flow_run_id"]
     assert database(f"select state_type from flow_run where id = '{flow_run}'") == [("COMPLETED",)]
-    assert not (tmp_path / "home" / "prefect.db").exists()
+    assert not (unused / "prefect.db").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -146,7 +147,7 @@ def test_an_interrupted_conversion_of_one_file_leaves_nothing(
 def test_an_interrupted_run_is_recorded_as_crashed_and_leaves_no_server(
     ptbin_started: Start, good_source: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    process = ptbin_started("convert", good_source, "out", code=SLOW, home=tmp_path / "home")
+    process = ptbin_started("convert", good_source, "out", code=SLOW)
     wait_for((tmp_path / "staging").exists, 120)
     children = children_of(process.pid)
     assert children
@@ -164,7 +165,7 @@ def test_an_interrupted_run_is_recorded_as_crashed_and_leaves_no_server(
 def test_a_killed_run_leaves_no_server_behind(
     ptbin_started: Start, good_source: Path, tmp_path: Path
 ) -> None:
-    process = ptbin_started("convert", good_source, "out", code=SLOW, home=tmp_path / "home")
+    process = ptbin_started("convert", good_source, "out", code=SLOW)
     wait_for((tmp_path / "staging").exists, 120)
     children = children_of(process.pid)
     os.kill(process.pid, signal.SIGKILL)

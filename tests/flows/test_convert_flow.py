@@ -148,14 +148,16 @@ def test_a_proof_is_tried_again_without_writing_again(
 def test_a_task_run_that_dies_fails_its_own_batch(
     good_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = tasks.converting._stage
-
-    def stage(live: Any, job: Any, options: Any) -> Any:
-        if job.path == "2.pt":
+    class Dies:
+        def to_json(self) -> str:
             raise MemoryError("in the task itself")
-        return real(live, job, options)
 
-    monkeypatch.setattr(tasks.converting, "_stage", stage)
+    real = ptbin.stage
+
+    def stage(source: str, *arguments: Any, **keywords: Any) -> Any:
+        return Dies() if source.endswith("2.pt") else real(source, *arguments, **keywords)
+
+    monkeypatch.setattr(ptbin, "stage", stage)
     state, summary = run(good_source, tmp_path / "out")
     assert state.message == "converted 5, up to date 0, rejected 0, failed 1"
     assert summary["problems"][0]["reason"] == "internal_error"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,20 @@ from flows.convert import convert
 from flows.orchestrator import Orchestrator
 from flows.run_record import new_run_id
 from flows.sync import sync
-from ptbin.catalog.worklist import WorkList
 from ptbin.errors import UsageError
-from tasks.live import LiveRun, find_live_run, open_live_run
+from ptbin.stores.local import LocalStore
+from tasks.live import Listener, LiveRun, find_live_run, open_live_run
+from tests.fakes import FaultyStore, SlowStore, registered
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 pytestmark = pytest.mark.usefixtures("server")
 
 
-def run(flow: Any, source: Path, dest: Path, **parameters: Any) -> tuple[Any, dict[str, Any]]:
-    with open_live_run(LiveRun(new_run_id())) as live:
+def run(
+    flow: Any, source: str | Path, dest: Path, given: LiveRun | None = None, **parameters: Any
+) -> tuple[Any, dict[str, Any]]:
+    with open_live_run(given or LiveRun(new_run_id())) as live:
         state = flow(source=str(source), dest=str(dest), run_id=live.run_id, return_state=True, **parameters)
     return state, live.summary
 
@@ -53,31 +55,24 @@ def test_a_deadline_that_passes_while_listing_is_told_in_a_line_and_a_document(
 
 
 @pytest.mark.parametrize("flow", [convert, sync])
-def test_a_lease_lost_while_listing_fails_the_run(
-    good_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flow: Any
-) -> None:
-    really = WorkList.plan
-
-    def plan(self: WorkList, *arguments: Any, tick: Callable[[], object], **options: Any) -> Any:
-        tick.__self__.stop("the lease is lost")  # type: ignore[attr-defined]
-        return really(self, *arguments, tick=tick, **options)
-
-    monkeypatch.setattr(WorkList, "plan", plan)
-    state, summary = run(flow, good_source, tmp_path / "out")
+def test_a_lease_lost_while_listing_fails_the_run(good_source: Path, tmp_path: Path, flow: Any) -> None:
+    live = LiveRun(new_run_id())
+    store = FaultyStore(LocalStore(), {"list": [lambda: live.stop("the lease is lost")]})
+    with registered("losing", store):
+        state, summary = run(flow, f"losing://{good_source}", tmp_path / "out", live)
+    assert store.struck["list"] == 1
     assert state.is_failed()
     assert "the lease is lost; nothing was begun" in state.message
     assert "message" not in summary
     assert not list((tmp_path / "out" / "_ptbin" / "leases").iterdir())
 
 
-def test_a_fault_of_ours_is_accounted_for_as_well(
-    good_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(self: Any, *_: Any) -> None:
-        raise RuntimeError("no such thing")
+def test_a_fault_of_ours_is_accounted_for_as_well(good_source: Path, tmp_path: Path) -> None:
+    class Broken(Listener):
+        def planned(self, files: int, nbytes: int, up_to_date: int) -> None:
+            raise RuntimeError("no such thing")
 
-    monkeypatch.setattr(conversion.Conversion, "_collect", fail)
-    state, summary = run(convert, good_source, tmp_path / "out")
+    state, summary = run(convert, good_source, tmp_path / "out", LiveRun(new_run_id(), listener=Broken()))
     assert state.is_failed()
     assert summary["problems"][0]["reason"] == "internal_error"
     assert record_of(tmp_path / "out")["not_tried"] == 6
@@ -108,20 +103,12 @@ def test_what_is_up_to_date_is_counted_in_an_interrupted_run(
     assert live.summary["up_to_date"] == 6
 
 
-def test_the_seconds_of_a_run_include_its_listing(
-    good_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    really = WorkList.plan
-
-    def plan(self: WorkList, *arguments: Any, **options: Any) -> Any:
-        time.sleep(1.5)
-        return really(self, *arguments, **options)
-
-    monkeypatch.setattr(WorkList, "plan", plan)
-    with open_live_run(LiveRun(new_run_id())) as live:
-        live.began -= 1000  # opened long before: a server was started meanwhile
-        convert(source=str(good_source), dest=str(tmp_path / "out"), run_id=live.run_id, return_state=True)
-    assert 1.5 < live.summary["seconds"] < 100
+def test_the_seconds_of_a_run_include_its_listing(good_source: Path, tmp_path: Path) -> None:
+    live = LiveRun(new_run_id())
+    live.began -= 1000  # opened long before: a server was started meanwhile
+    with registered("slowly", SlowStore(LocalStore(), 1.5, ["list"])):
+        _, summary = run(convert, f"slowly://{good_source}", tmp_path / "out", live)
+    assert 1.5 < summary["seconds"] < 900
 
 
 @pytest.mark.parametrize("run_id", ["../../../esc", "a/b", "..", "a\nb", "x" * 101])

@@ -461,12 +461,12 @@ def test_distant_stores_bridge_gaps(tmp_path: Path) -> None:
 
 def test_many_chunks_take_linear_time() -> None:
     """A grid of 90,000 boxes; comparing each pair would take hours."""
-    from ptbin.reading.dcp import _refuse_uneven
+    from ptbin.merging.coverage import prove_cover
 
     boxes = [((i, j), (1, 1)) for i in range(300) for j in range(300)]
-    _refuse_uneven("chunks", (300, 300), boxes)
+    prove_cover("chunks", (300, 300), boxes)
     with pytest.raises(CorruptArchiveError, match="overlap or leave gaps"):
-        _refuse_uneven("chunks", (300, 300), [*boxes[:-1], boxes[0]])
+        prove_cover("chunks", (300, 300), [*boxes[:-1], boxes[0]])
 
 
 # -- lies -------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptbin.proof.digests import GROUP_NBYTES, StoredTensor, digest_descriptor
+from ptbin.proof.digests import GROUP_NBYTES, GrowingFile, StoredTensor, digest_descriptor
 
 MIB = 1 << 20
 
@@ -82,3 +83,55 @@ def test_an_interrupt_ends_all_of_it(data: bytes, descriptor: int) -> None:
 def test_what_the_file_does_not_give_is_an_error(data: bytes, descriptor: int) -> None:
     with pytest.raises(AssertionError, match="gave nothing"):
         digest_descriptor(descriptor, len(data) + MIB, [(0, len(data))], [], None, ended)
+
+
+# -- while the file is being written -----------------------------------------------------------------
+
+
+@pytest.fixture(params=[1, 1 << 40], ids=["large groups followed", "groups when they are there"])
+def follows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ptbin.proof.digests.FOLLOWED_NBYTES", request.param)
+
+
+@pytest.fixture
+def growing(tmp_path: Path) -> Iterator[int]:
+    opened = os.open(tmp_path / "growing", os.O_RDWR | os.O_CREAT)
+    yield opened
+    os.close(opened)
+
+
+@pytest.mark.usefixtures("follows")
+@pytest.mark.parametrize("step", [777_777, 16 * MIB, 1 << 40])
+def test_a_file_is_hashed_while_it_grows(step: int, data: bytes, growing: int) -> None:
+    records = cut(len(data), 9, 3)
+    rows = StoredTensor(4096, 8 * 500 * 300, (500, 300), (1, 500), 8)
+    tensors = [plain(*record) for record in records] + [plain(0, len(data))]
+    file = GrowingFile(growing, len(data), records, [*tensors, rows], ended, follow=True)
+    for start in range(0, len(data), step):
+        file.reached(start + os.pwrite(growing, data[start : start + step], start))
+    told: list[int] = []
+    found = file.finish(told.append)
+    assert sum(told) == len(data)
+    whole = digest_descriptor(growing, len(data), records, [*tensors, rows], None, ended)
+    assert (found.sha256, found.crc32) == (hashlib.sha256(data).hexdigest(), zlib.crc32(data))
+    assert (found.records, found.tensors) == (whole.records, whole.tensors)
+
+
+@pytest.mark.usefixtures("follows")
+def test_one_that_is_never_finished_lets_go_of_the_descriptor(data: bytes, growing: int) -> None:
+    threads = set(threading.enumerate())
+    file = GrowingFile(growing, len(data), cut(len(data), 9, 3), [], ended, follow=True)
+    os.pwrite(growing, data[: 20 * MIB], 0)
+    file.reached(20 * MIB)
+    file.give_up()
+    left = {thread for thread in set(threading.enumerate()) - threads if "ptbin-follow" in thread.name}
+    assert not left
+
+
+@pytest.mark.usefixtures("follows")
+def test_a_fault_while_it_grows_is_told_at_the_end(data: bytes, growing: int) -> None:
+    file = GrowingFile(growing, len(data), [], [], ended, follow=True)
+    file.reached(len(data))  # although nothing is there
+    with pytest.raises(AssertionError, match="gave nothing"):
+        file.finish()
+    file.give_up()

@@ -53,10 +53,24 @@ def test_a_summand_is_not_the_whole_though_it_has_its_size(made: Path, tmp_path:
         ptbin.convert(str(made / "partial" / "state.pt"), str(tmp_path / "x.bin"))
 
 
+@pytest.mark.parametrize("name", ["dtensors", "sharded_tensors"])
+def test_the_folder_of_all_ranks_is_whole(made: Path, tmp_path: Path, name: str) -> None:
+    expected = {**full_tensors(), "plain": torch.arange(3.0)}
+    if name == "sharded_tensors":
+        expected = torch.load(made / "fsdp1_model.pt", weights_only=True)
+    ptbin.convert(str(made / name), str(tmp_path / "x.bin"), ConvertOptions(verify="load"))
+    assert_same_tensors(torch.load(tmp_path / "x.bin", weights_only=True), expected)
+
+
+def test_a_shard_that_no_file_has_is_missed(made: Path, tmp_path: Path) -> None:
+    for rank in range(2):
+        shutil.copy(made / "sharded_tensors" / "rank0.pt", tmp_path / f"rank{rank}.pt")
+    with pytest.raises(IncompleteCheckpointError, match=r"1 of 2 shards of .* are in none of 2 files"):
+        ptbin.convert(str(tmp_path), str(tmp_path / "x.bin"))
+
+
 @pytest.mark.parametrize("name", ["dtensors", "sharded_tensors", "safetensors"])
-def test_the_folder_is_incomplete_and_its_files_are(made: Path, tmp_path: Path, name: str) -> None:
-    with pytest.raises(IncompleteCheckpointError, match="parts of one checkpoint"):
-        ptbin.convert(str(made / name), str(tmp_path / "x.bin"))
+def test_each_file_of_a_folder_is_incomplete(made: Path, tmp_path: Path, name: str) -> None:
     files = [path for path in (made / name).iterdir() if path.suffix in (".pt", ".safetensors")]
     assert len(files) == 2
     for path in files:

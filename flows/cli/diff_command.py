@@ -1,0 +1,223 @@
+"""`ptbin diff`: which tensors of two checkpoints, outputs or manifests differ, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from flows.cli.printing import align, print_error, print_json, print_line
+from flows.cli.shared_options import Shared, shared_options
+from flows.units import format_nbytes
+from flows.wishes import parse_renames
+from ptbin.errors import PtbinError, UsageError
+from ptbin.stores import public_uri
+
+if TYPE_CHECKING:
+    from ptbin import ConvertOptions, Difference
+    from ptbin.differences.values import SideFacts, TensorDifference, TensorFacts
+
+__all__ = ["diff_command"]
+
+SHOWN_ROWS = 20
+
+EPILOG = """\b
+Examples:
+  ptbin diff run1/last.ckpt weights/last.bin
+  ptbin diff old.bin.manifest.json new.bin.manifest.json
+  ptbin diff s3://models/a.safetensors b.pt --rtol 1e-5 --atol 1e-8
+  ptbin diff ddp.ckpt plain.pt --strip-prefix auto --json | jq .counts
+
+A and B are files, indices of shards, folders that are one checkpoint, or manifests. Two manifests are
+compared by their digests, and no weight is read. --source-options are for A, and for B as well where
+there are no --dest-options.
+
+\b
+Exit status: 0 equal; 1 different; 2 the call was wrong, or one of the two cannot be read."""
+
+
+class _Uri(click.ParamType[str]):
+    """A path or URI; shells complete it as a file."""
+
+    name = "uri"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        del ctx, param
+        return [CompletionItem(incomplete, type="file")]
+
+
+@click.command("diff", epilog=EPILOG)
+@click.argument("a", type=_Uri())
+@click.argument("b", type=_Uri())
+@click.option("--select", multiple=True, metavar="PATH", help="The state dict to take, on both sides.")
+@click.option("--select-a", multiple=True, metavar="PATH", help="The same, of A alone.")
+@click.option("--select-b", multiple=True, metavar="PATH", help="The same, of B alone.")
+@click.option("--flatten", is_flag=True, help="One state dict of nested ones, names joined by dots.")
+@click.option("--parts", is_flag=True, help="Compare one part of a checkpoint (a rank's file, a shard).")
+@click.option("--strip-prefix", metavar="P", help="Take P off all names; auto: module. and _orig_mod.")
+@click.option("--rename", multiple=True, metavar="OLD=NEW", help="Regex replacement on names (repeatable).")
+@click.option("--drop", multiple=True, metavar="REGEX", help="Leave out names that match (repeatable).")
+@click.option("--rtol", type=float, default=0.0, metavar="X", help="Equal is |A - B| <= ATOL + RTOL * |B|.")
+@click.option("--atol", type=float, default=0.0, metavar="X", help="See --rtol. Without both: equal bits.")
+@click.option("--ignore-dtype", is_flag=True, help="Equal values of two types are equal.")
+@click.option("--ignore-ties", is_flag=True, help="Which names share memory does not matter.")
+@click.option(
+    "--on-unsafe",
+    type=click.Choice(["reject", "extract"]),
+    default="reject",
+    show_default=True,
+    help="Pickles that can only be meant to run code: refuse, or compare the weights (running nothing).",
+)
+@click.option(
+    "--all", "show_all", is_flag=True, help=f"Print every row, not the first {SHOWN_ROWS} of each kind."
+)
+@shared_options
+def diff_command(a: str, b: str, rtol: float, atol: float, show_all: bool, **values: Any) -> int:
+    """Say which tensors of A and B differ, and how far."""
+    names = ("as_json", "quiet", "log_level", "log_format", "source_options", "dest_options")
+    shared = Shared(**{name: values.pop(name) for name in names})
+    import ptbin
+
+    try:
+        options_a, options_b = _options(values)
+        found = ptbin.diff(
+            a,
+            b,
+            options=options_a,
+            options_b=options_b,
+            rtol=rtol,
+            atol=atol,
+            check_dtype=not values["ignore_dtype"],
+            check_ties=not values["ignore_ties"],
+            storage_options=shared.source_options,
+            storage_options_b=shared.dest_options or None,
+        )
+    except PtbinError as error:
+        if shared.as_json:
+            report = {"a": public_uri(a), "b": public_uri(b), "reason": error.reason, "detail": str(error)}
+            print_json(report)
+        print_error(f"{error.reason}: {error}")
+        return 2
+    if shared.as_json:
+        print_json(found.to_json())
+    elif not shared.quiet:
+        _print(found, None if show_all else SHOWN_ROWS)
+    return 0 if found.equal else 1
+
+
+def _options(values: dict[str, Any]) -> tuple[ConvertOptions, ConvertOptions]:
+    from ptbin import ConvertOptions
+
+    both = ConvertOptions(
+        select=values["select"] or None,
+        flatten=values["flatten"],
+        parts=values["parts"],
+        strip_prefix=values["strip_prefix"],
+        rename=parse_renames(values["rename"]),
+        drop=values["drop"],
+        on_unsafe=values["on_unsafe"],
+    )
+    if values["select"] and (values["select_a"] or values["select_b"]):
+        raise UsageError("--select is for both sides; give it, or --select-a and --select-b")
+    return (
+        both.replace(select=values["select_a"] or both.select),
+        both.replace(select=values["select_b"] or both.select),
+    )
+
+
+def _print(found: Difference, limit: int | None) -> None:
+    print_line(_verdict(found))
+    for line in align([_side_row("A", found.a), _side_row("B", found.b)]):
+        print_line(line)
+    print_line(f"  {_how(found)}")
+    for note in found.notes:
+        print_line(f"  note: {note}")
+    _print_section("only in A", [_only_row(tensor) for tensor in found.only_in_a], limit)
+    _print_section("only in B", [_only_row(tensor) for tensor in found.only_in_b], limit)
+    _print_section("different", [_tensor_row(tensor) for tensor in found.different], limit)
+    close = [tensor for tensor in found.tensors if tensor.within_tolerance]
+    _print_section("within the tolerance", [_tensor_row(tensor) for tensor in close], limit)
+    _print_section("share memory only in A", [(" = ".join(names),) for names in found.ties_only_in_a], limit)
+    _print_section("share memory only in B", [(" = ".join(names),) for names in found.ties_only_in_b], limit)
+
+
+def _verdict(found: Difference) -> str:
+    close = sum(tensor.within_tolerance for tensor in found.tensors)
+    within = f", {close} of them within the tolerance" if close else ""
+    if found.equal:
+        ties = "; ties differ, which was not asked" if found.ties_differ else ""
+        return f"equal: {_count(found.common)}{within}{ties}"
+    parts = [
+        f"{len(found.different)} of {_count(found.common)} differ" if found.different else "",
+        f"{len(found.only_in_a)} only in A" if found.only_in_a else "",
+        f"{len(found.only_in_b)} only in B" if found.only_in_b else "",
+        "ties differ" if found.ties_differ and found.ties_count else "",
+    ]
+    if not found.different:
+        parts.insert(0, f"{_count(found.common)} equal{within}" if found.common else "no name in common")
+    return f"different: {', '.join(part for part in parts if part)}"
+
+
+def _count(tensors: int) -> str:
+    return f"{tensors} tensor{'' if tensors == 1 else 's'}"
+
+
+def _side_row(letter: str, side: SideFacts) -> tuple[str, ...]:
+    return letter, side.uri, side.container, _count(side.tensors), format_nbytes(side.nbytes)
+
+
+def _how(found: Difference) -> str:
+    tolerance = f" with rtol {found.rtol:g} and atol {found.atol:g}" if found.rtol or found.atol else ""
+    if not found.weight_bytes_read:
+        return "compared by digests, names, shapes and types; no weight was read" + tolerance
+    digests = f"{found.by_digest} by digests, " if found.by_digest else ""
+    return f"compared {digests}by {format_nbytes(found.weight_bytes_read)} of weights{tolerance}"
+
+
+def _only_row(tensor: TensorFacts) -> tuple[str, ...]:
+    return tensor.name, tensor.dtype, _shape(tensor.shape)
+
+
+def _tensor_row(tensor: TensorDifference) -> tuple[str, ...]:
+    a, b, numbers = tensor.a, tensor.b, tensor.numbers
+    dtype = a.dtype if a.dtype == b.dtype else f"{a.dtype} -> {b.dtype}"
+    shape = _shape(a.shape) if a.shape == b.shape else f"{_shape(a.shape)} -> {_shape(b.shape)}"
+    if numbers is None:
+        return tensor.name, dtype, shape, ", ".join(tensor.what), "", "", ""
+    where = f" at {list(numbers.index)}" if numbers.index else ""
+    said = f"{numbers.different} of {numbers.elements} differ"
+    if numbers.non_finite:
+        said += f", {numbers.non_finite} of them infinite or NaN"
+    if "quantizer" in tensor.what:
+        said = f"quantizer, {said}"
+    return (
+        tensor.name,
+        dtype,
+        shape,
+        f"max abs {_number(numbers.max_abs)}{where}",
+        f"max rel {_number(numbers.max_rel)}",
+        f"cosine {_number(numbers.cosine, digits=9)}",
+        said,
+    )
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _print_section(title: str, rows: list[tuple[str, ...]], limit: int | None) -> None:
+    if not rows:
+        return
+    print_line(f"{title} ({len(rows)})")
+    for line in align(rows[:limit]):
+        print_line(line)
+    if limit is not None and len(rows) > limit:
+        print_line(f"  ... and {len(rows) - limit} more; --all or --json lists them all")

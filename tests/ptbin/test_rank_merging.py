@@ -1,0 +1,353 @@
+"""The files of all ranks become what `full_tensor()` gives; what is wrong stops it and is named."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import ptbin
+from ptbin import ConvertOptions, catalog
+from ptbin.errors import (
+    CheckpointError,
+    CorruptArchiveError,
+    IncompleteCheckpointError,
+    UnsupportedTensorError,
+)
+from ptbin.options import OutputFormat
+from ptbin.reading.meshes import Placement, runs_of
+from tests.bits import assert_same_tensors
+from tests.checkpoints.meshes import make_meshes
+from tests.checkpoints.old_meshes import Cut, save_as_torch_2_3
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+KINDS = ("flat", "hsdp", "fsdp_tp", "uneven_tp", "slice", "stages")
+WORLD = 4
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four real ranks."""
+    return make_meshes(tmp_path_factory.mktemp("meshes"), WORLD)
+
+
+@contextmanager
+def _as_rank(rank: int, world: int) -> Iterator[None]:
+    """A process group whose other ranks are only claimed: cutting tensors needs no word of theirs."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _cut(
+    folder: Path,
+    grid: tuple[int, ...],
+    tensors: dict[str, tuple[torch.Tensor, list[Any]]],
+    name: str = "model_world_size_{world}_rank_{rank}.pt",
+    **beside: Any,
+) -> Path:
+    """Every rank's file of tensors that are placed so on a mesh of `grid`."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    folder.mkdir(exist_ok=True, parents=True)
+    world = torch.Size(grid).numel()
+    for rank in range(world):
+        with _as_rank(rank, world):
+            mesh = init_device_mesh("cpu", grid)
+            state = {
+                k: distribute_tensor(v, mesh, how, src_data_rank=None) for k, (v, how) in tensors.items()
+            }
+            torch.save({**state, **beside}, folder / name.format(world=world, rank=rank))
+    return folder
+
+
+def _converted(source: Path, tmp_path: Path, **options: Any) -> dict[str, torch.Tensor]:
+    ptbin.convert(str(source), str(tmp_path / "whole.bin"), ConvertOptions(**options))
+    found: dict[str, torch.Tensor] = torch.load(tmp_path / "whole.bin", weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_become_what_full_tensor_gives(made: Path, tmp_path: Path, kind: str) -> None:
+    manifest = ptbin.convert(str(made / kind), str(tmp_path / "whole.bin"), ConvertOptions(verify="load"))
+    whole = torch.load(tmp_path / "whole.bin", weights_only=True)
+    assert_same_tensors(whole, torch.load(made / f"{kind}.ref.pt", weights_only=True))
+    assert manifest["source"]["container"] == "torch_ranks"
+    assert len(manifest["source"]["files"]) == WORLD
+    assert set(manifest["accounting"]["left_out"]) <= {"replica", "index_table", "unviewed"}
+    assert ptbin.verify(str(tmp_path / "whole.bin.manifest.json")) == []
+
+
+@pytest.mark.parametrize("format_name", ["safetensors", "raw"])
+def test_other_formats_and_a_cast_hold_the_same(
+    made: Path, tmp_path: Path, format_name: OutputFormat
+) -> None:
+    from safetensors.torch import load_file
+
+    dest = tmp_path / ("x.safetensors" if format_name == "safetensors" else "x.bin")
+    ptbin.convert(str(made / "fsdp_tp"), str(dest), ConvertOptions(format=format_name, dtype="bfloat16"))
+    expected = torch.load(made / "fsdp_tp.ref.pt", weights_only=True)
+    with ptbin.load(str(dest), strip_prefix=None) as weights:
+        assert {name: weights.shape(name) for name in weights} == {
+            k: tuple(v.shape) for k, v in expected.items()
+        }
+    if format_name == "safetensors":
+        assert_same_tensors(load_file(dest), {k: v.bfloat16() for k, v in expected.items()})
+
+
+def test_sixty_four_ranks_of_three_mesh_dimensions(tmp_path: Path) -> None:
+    from torch.distributed.tensor import Replicate, Shard
+
+    tensors: dict[str, tuple[torch.Tensor, list[Any]]] = {
+        "a": (torch.randn(67, 3), [Replicate(), Shard(0), Shard(0)]),
+        "b": (torch.randn(5, 70), [Shard(1), Replicate(), Shard(0)]),
+        "c": (torch.randn(3, 17, 9), [Shard(2), Shard(1), Shard(0)]),
+    }
+    folder = _cut(tmp_path / "ranks", (4, 4, 4), tensors)
+    assert_same_tensors(_converted(folder, tmp_path), {k: v for k, (v, _) in tensors.items()})
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_any_tensor_cut_by_any_mesh_comes_together_again(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    from torch.distributed.tensor import Replicate, Shard
+
+    grid = tuple(data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3).filter(lambda g: max(g) > 1)))
+    shape = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
+    how = [
+        Replicate() if dim is None else Shard(dim)
+        for dim in (data.draw(st.none() | st.integers(0, len(shape) - 1)) for _ in grid)
+    ]
+    value = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
+    folder = tmp_path_factory.mktemp("cut")
+    _cut(folder / "ranks", grid, {"w": (value, how)})
+    assert_same_tensors(_converted(folder / "ranks", folder), {"w": value})
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    size=st.integers(0, 40),
+    grid=st.lists(st.integers(1, 4), min_size=2, max_size=3),
+    strided=st.booleans(),
+)
+def test_a_dimension_cut_along_all_of_a_mesh_is_in_each_rank_once(
+    size: int, grid: list[int], strided: bool
+) -> None:
+    factor = torch.Size(grid[1:]).numel()
+    placements = [Placement(0, factor), *(Placement(0) for _ in grid[1:])]
+    seen = [0] * size
+    for coordinate in itertools.product(*map(range, grid)):
+        found = runs_of((size,), tuple(grid), coordinate, placements, {}, strided=strided)
+        assert found is not None
+        for first, count in found[0]:
+            for index in range(first, first + count):
+                seen[index] += 1
+    assert seen == [1] * size
+
+
+def test_files_of_torch_2_3_become_whole(tmp_path: Path) -> None:
+    whole = torch.randn(11, 3)
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    for rank, coordinate in enumerate(itertools.product(range(2), range(2))):
+        piece = whole.chunk(2)[coordinate[1]].clone()
+        cut = Cut(piece, (11, 3), (2, 2), coordinate, (None, 0))
+        save_as_torch_2_3(folder / f"model_rank_{rank}.pt", {"w": cut, "plain": torch.ones(2)})
+    assert_same_tensors(_converted(folder, tmp_path), {"w": whole, "plain": torch.ones(2)})
+    report = ptbin.inspect(str(folder))
+    assert (report["verdict"], report["container"]) == ("safe", "torch_ranks")
+
+
+def test_summands_are_refused(tmp_path: Path) -> None:
+    for rank in range(2):
+        cut = Cut(torch.ones(4), (4,), (2,), (rank,), ("sum",))
+        save_as_torch_2_3(tmp_path / f"model_rank_{rank}.pt", {"w": cut})
+    with pytest.raises(UnsupportedTensorError, match="a summand of the whole"):
+        ptbin.convert(str(tmp_path), str(tmp_path / "x.bin"))
+
+
+def test_tied_tensors_stay_tied(tmp_path: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    weight = torch.randn(8, 2)
+    for rank in range(2):
+        with _as_rank(rank, 2):
+            piece = distribute_tensor(weight, init_device_mesh("cpu", (2,)), [Shard(0)], src_data_rank=None)
+            torch.save({"embed": piece, "head": piece}, tmp_path / f"rank{rank}.pt")
+    whole = _converted(tmp_path, tmp_path)
+    assert_same_tensors(whole, {"embed": weight, "head": weight})
+    assert whole["embed"].data_ptr() == whole["head"].data_ptr()
+
+
+def test_the_model_is_taken_out_of_a_trainers_state(tmp_path: Path) -> None:
+    from torch.distributed.tensor import Shard
+
+    tensors = {"w.weight": (torch.randn(6, 2), [Shard(0)])}
+    _cut(tmp_path / "a", (2,), tensors)
+    (tmp_path / "in").mkdir()
+    for rank in range(2):
+        state = torch.load(tmp_path / "a" / f"model_world_size_2_rank_{rank}.pt", weights_only=False)
+        moments = {"state": {0: {"exp_avg": state["w.weight"]}}, "param_groups": [{"lr": 0.1}]}
+        content = {"model": state, "optimizer": moments, "step": 3, "rng": torch.full((5056,), rank).byte()}
+        torch.save(content, tmp_path / "in" / f"state_rank_{rank}.pt")
+    manifest = ptbin.convert(str(tmp_path / "in"), str(tmp_path / "whole.bin"))
+    assert_same_tensors(
+        torch.load(tmp_path / "whole.bin", weights_only=True), {"w.weight": tensors["w.weight"][0]}
+    )
+    assert manifest["selected"] == "model"
+
+
+# -- what is one checkpoint ------------------------------------------------------------------------------
+
+
+def test_a_bulk_run_finds_the_folder_and_leaves_its_companions_alone(made: Path, tmp_path: Path) -> None:
+    actor = tmp_path / "in" / "global_step_10" / "actor"
+    shutil.copytree(made / "flat", actor)
+    for rank in range(WORLD):
+        torch.save({"state": {}}, actor / f"optim_world_size_{WORLD}_rank_{rank}.pt")
+        torch.save({"lr_scheduler": {}}, actor / f"extra_state_world_size_{WORLD}_rank_{rank}.pt")
+    (actor / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 2, "world_size": WORLD}))
+    found = [item.path for item in catalog.find_checkpoints(str(tmp_path / "in")) if item.certain]
+    assert [path for path in found if "optim_" not in path and "extra_" not in path] == [
+        "global_step_10/actor"
+    ]
+
+
+def test_layout_hf_takes_the_folder_of_configuration_along(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "flat", tmp_path / "in")
+    (tmp_path / "in" / "huggingface").mkdir()
+    (tmp_path / "in" / "huggingface" / "config.json").write_text('{"torch_dtype": "float32"}')
+    (tmp_path / "in" / "huggingface" / "evil.py").write_text("raise SystemExit")
+    (tmp_path / "out").mkdir()
+    dest = str(tmp_path / "out" / "pytorch_model.bin")
+    ptbin.convert(str(tmp_path / "in"), dest, ConvertOptions(layout="hf"))
+    assert (tmp_path / "out" / "config.json").read_text() == '{"torch_dtype": "float32"}'
+    assert not (tmp_path / "out" / "evil.py").exists()
+
+
+def test_a_run_on_one_rank_is_its_only_file(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "model_world_size_1_rank_0.pt")
+    assert_same_tensors(_converted(tmp_path, tmp_path), {"w": torch.ones(2)})
+
+
+# -- what is refused -----------------------------------------------------------------------------------
+
+
+def _edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    state = torch.load(path, weights_only=False)
+    change(state)
+    torch.save(state, path)
+
+
+def _without_last(folder: Path) -> None:
+    (folder / "model_world_size_4_rank_3.pt").unlink()
+
+
+def _renamed(folder: Path) -> None:
+    """As many files as there should be, one of them twice."""
+    shutil.copy(folder / "model_world_size_4_rank_1.pt", folder / "model_world_size_4_rank_2.pt")
+
+
+def _truncated(folder: Path) -> None:
+    path = folder / "model_world_size_4_rank_1.pt"
+    path.write_bytes(path.read_bytes()[:-400])
+
+
+def _unequal(folder: Path) -> None:
+    _edit(folder / "model_world_size_4_rank_2.pt", lambda state: state.update(plain=torch.tensor([0, 1, 3])))
+
+
+def _other_step(folder: Path) -> None:
+    for rank in range(WORLD):
+        step = 20 if rank == 2 else 10
+        _edit(folder / f"model_world_size_4_rank_{rank}.pt", functools.partial(dict.update, step=step))
+
+
+def _other_names(folder: Path) -> None:
+    _edit(folder / "model_world_size_4_rank_2.pt", lambda state: state.pop("even"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "names"),
+    [
+        (_without_last, "model_world_size_4_rank_3.pt"),
+        (_renamed, "plain"),
+        (_truncated, "model_world_size_4_rank_1.pt"),
+        (_unequal, "model_world_size_4_rank_2.pt"),
+        (_other_step, "model_world_size_4_rank_2.pt says step 20"),
+        (_other_names, "pieces of 3"),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_refused(
+    made: Path, tmp_path: Path, damage: Callable[[Path], None], names: str
+) -> None:
+    shutil.copytree(made / "flat", tmp_path / "in")
+    damage(tmp_path / "in")
+    with pytest.raises((IncompleteCheckpointError, CorruptArchiveError)) as caught:
+        ptbin.convert(str(tmp_path / "in"), str(tmp_path / "x.bin"))
+    if damage is not _renamed:
+        assert names in str(caught.value)
+    assert not (tmp_path / "x.bin").exists()
+
+
+def test_a_missing_stage_of_a_pipeline_is_missed(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for rank in range(2):
+        shutil.copy(
+            made / "stages" / f"model_world_size_4_rank_{rank}.pt", tmp_path / "in" / f"rank{rank}.pt"
+        )
+    with pytest.raises(IncompleteCheckpointError, match=r"saved on 4 ranks.*rank2.pt, rank3.pt"):
+        ptbin.convert(str(tmp_path / "in"), str(tmp_path / "x.bin"))
+
+
+def test_replicas_of_a_piece_must_be_equal(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "hsdp", tmp_path / "in")
+
+    def change(state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            state["w"].to_local()[0, 0] += 1
+
+    with _as_rank(3, 4):
+        _edit(tmp_path / "in" / "model_world_size_4_rank_3.pt", change)
+    with pytest.raises(
+        IncompleteCheckpointError, match=r"'w' should be the same in .*rank_1.pt and .*rank_3.pt"
+    ):
+        ptbin.convert(str(tmp_path / "in"), str(tmp_path / "x.bin"))
+
+
+def test_files_in_which_nothing_is_distributed_are_not_guessed_at(tmp_path: Path) -> None:
+    """Equal pieces of a tensor look like copies of it."""
+    for rank in range(2):
+        torch.save({"norm.weight": torch.ones(4)}, tmp_path / f"model_rank_{rank}.pt")
+    with pytest.raises(IncompleteCheckpointError, match="nothing in them says"):
+        ptbin.convert(str(tmp_path), str(tmp_path / "x.bin"))
+
+
+def test_two_sets_of_ranks_in_one_folder_are_refused(made: Path, tmp_path: Path) -> None:
+    for kind in ("flat", "hsdp"):
+        for rank in range(WORLD):
+            shutil.copy(
+                made / kind / f"model_world_size_4_rank_{rank}.pt", tmp_path / f"{kind}_rank_{rank}.pt"
+            )
+    with pytest.raises(CheckpointError, match="folder of its own"):
+        ptbin.convert(str(tmp_path), str(tmp_path / "x.bin"))
