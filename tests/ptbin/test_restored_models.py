@@ -23,7 +23,7 @@ from ptbin.restoring.snapshot import digests_of, mapped_views, other_tensors, ti
 from ptbin.restoring.weights import open_weights
 from tests.bits import assert_same_tensors, same_bits
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("warm_children")]
 
 NETS = Path(__file__).parent.parent / "nets"
 
