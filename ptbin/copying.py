@@ -79,7 +79,7 @@ def _write(
                 if progress is not None:
                     progress(part.nbytes)
                 continue
-            for piece in reader.iter_range(part.start, part.nbytes, chunk_nbytes=CHUNK_NBYTES):
+            for piece in reader.iter_range(part.start, part.nbytes):
                 crc32 = zlib.crc32(piece, crc32) if crc32 is not None else None
                 writer.write(piece)
                 if progress is not None:
@@ -101,7 +101,7 @@ def _arrived(store: Store, path: str, size: int, crc32: int | None, progress: Pr
     with store.open_reader(path) as reader:
         if reader.size != size:
             return False
-        for piece in reader.iter_range(0, size, chunk_nbytes=CHUNK_NBYTES):
+        for piece in reader.iter_range(0, size):
             found = zlib.crc32(piece, found)
             if progress is not None:
                 progress(0)
