@@ -101,6 +101,7 @@ class Migrating(Conversion):
     """A run whose jobs are versions: moved by any worker, registered in order."""
 
     artifact_key = "ptbin-migrate"
+    keeps_ledger = False
 
     def __init__(
         self,
@@ -366,6 +367,7 @@ def migrate(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     tie_by_value: bool = False,
+    recipe: str | None = None,
     parts: bool = False,
     on_unsafe: OnUnsafe = "reject",
     verify: VerifyLevel = "checksum",
@@ -395,6 +397,7 @@ def migrate(
         dtype=dtype,
         max_shard_size=max_shard_size,
         tie_by_value=tie_by_value,
+        recipe=recipe,
         parts=parts,
         on_unsafe=on_unsafe,
         verify=verify,

@@ -7,6 +7,7 @@ not put there. What is written over or deleted goes to the backup place first, i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ from flows.fanout import Work, unexamined
 from flows.parameters import described
 from flows.run_record import new_run_id
 from flows.runners import RunnerName
+from flows.selection import Selection
 from flows.tally import LISTED, Tally
 from flows.wishes import MAX_WORKERS, build_options, parse_duration, refuse_secrets
 from ptbin.catalog import Job, OutputRule, Problem
@@ -43,6 +45,10 @@ __all__ = ["MirrorSettings", "Synchronization", "sync"]
 FILES_PER_BATCH = 200
 MIRROR_BATCHES = 80
 """Of comparisons, conversions and copies each; with backups and deletions about 500 task runs at most."""
+
+
+INDEX_SECONDS = 10.0
+"""How often the index of finished work is written while files are copied: only it vouches for copies."""
 
 
 class MirrorSettings:
@@ -96,6 +102,7 @@ class Synchronization(Conversion):
     ) -> None:
         super().__init__(run, options, tally, fail_fast)
         self.mirror = mirror
+        self.indexed = time.monotonic()
 
     def run(self) -> None:
         if self.mirror.checksum:
@@ -217,6 +224,9 @@ class Synchronization(Conversion):
                 yield from (self._copy(part, retry, lost + 1) for part in halves(jobs))
                 return
             _, again = self._collect(jobs, state, retry)
+            if time.monotonic() > self.indexed + INDEX_SECONDS:
+                self.indexed = time.monotonic()
+                self._write_index()
             if again:
                 yield self._copy(again, retry + 1)
 
@@ -253,7 +263,7 @@ class Synchronization(Conversion):
         tally.kept = len(changed)
         if not gone:
             return
-        if not tally.succeeded:
+        if not tally.is_clean:  # what is known, and still fails, has its outputs planned: they stay
             self.logger.warning(
                 "%d outputs are gone from SOURCE; nothing is deleted: there were problems", len(gone)
             )
@@ -351,16 +361,19 @@ def sync(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     tie_by_value: bool = False,
+    recipe: str | None = None,
     parts: bool = False,
     on_unsafe: OnUnsafe = "reject",
     verify: VerifyLevel = "checksum",
     provenance: bool = False,
+    force: bool = False,
     fail_fast: bool = False,
     runner: RunnerName = "threads",
     runner_address: str | None = None,
     workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] | None = None,
     max_requests: Annotated[int, Field(ge=1)] = DEFAULT_REQUESTS,
     deadline: str | float | None = None,
+    min_success: Annotated[float, Field(gt=0, le=1)] | None = None,
     source_options: str | None = None,
     dest_options: str | None = None,
     run_id: str | None = None,
@@ -381,6 +394,7 @@ def sync(
         dtype=dtype,
         max_shard_size=max_shard_size,
         tie_by_value=tie_by_value,
+        recipe=recipe,
         parts=parts,
         on_unsafe=on_unsafe,
         verify=verify,
@@ -427,5 +441,9 @@ def sync(
             )
             if not problems and not work_of(live).count():
                 raise UsageError(f"nothing to mirror below SOURCE: {source}")
-            tally = MirrorTally(live.run_id, source, dest, kind="sync")
-            return Synchronization(run, options, tally, fail_fast, mirror).carry_out(problems)
+            tally = MirrorTally(live.run_id, source, dest, kind="sync", min_success=min_success)
+            # What is up to date stays; what is done replaces whatever lies there.
+            forced = options.replace(force=force)
+            mirroring = Synchronization(run, forced, tally, fail_fast, mirror)
+            mirroring.selection = Selection(exclude=tuple(exclude), copied=tuple(include))
+            return mirroring.carry_out(problems)

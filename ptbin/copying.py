@@ -11,15 +11,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ptbin.errors import NotFoundInStoreError, VerificationError
+from ptbin.errors import NotFoundInStoreError, OutputExistsError, VerificationError
+from ptbin.manifest import identity_text
 from ptbin.stores import CopyRefused, Identity, RangeReader, Store, open_store
 from ptbin.stores.parts import Part, Stretch
 
-__all__ = ["Copied", "copy_file", "same_content"]
+__all__ = ["Copied", "copy_file", "find_in_place", "same_content"]
 
 Progress = Callable[[int], None]
 Change = Callable[[bytes], bytes]
 CHUNK_NBYTES = 1 << 20
+SMALL_NBYTES = 256 * 1024
 MAX_CHANGED_NBYTES = 16 << 20
 
 
@@ -42,17 +44,33 @@ def copy_file(
     verify: bool = True,
     change: Change | None = None,
     progress: Progress | None = None,
+    may_replace: Callable[[str], bool] | None = None,
 ) -> Copied:
     """Copy a file, whole or not at all.
 
     Args:
         change: makes of a small file's content what is to be stored instead (`sidecars.change_of`).
         expected: the state of the source that was seen; another one is an error.
+        may_replace: asked whether the file at `dest` may be replaced, by its identity as a text; one that
+            holds the same bytes stays in any case. None: whatever is there is replaced.
         verify: read what was streamed back and compare; a store's own copies are compared by their size.
 
     Raises:
+        OutputExistsError: another file is there.
         SourceChangedError, StorageError: from the stores. VerificationError: it arrived otherwise; removed.
     """
+    if may_replace is not None:
+        same = find_in_place(
+            source,
+            dest,
+            may_replace,
+            source_options=source_options,
+            dest_options=dest_options,
+            change=change,
+            progress=progress,
+        )
+        if same is not None:
+            return same
     source_store, source_path = open_store(source, source_options)
     dest_store, dest_path = open_store(dest, dest_options)
     with source_store.open_reader(source_path, expected=expected) as reader:
@@ -71,6 +89,44 @@ def copy_file(
         dest_store.delete(dest_path)
         raise VerificationError(f"{dest_store.uri_of(dest_path)}: not what was written; removed")
     return Copied(size, copied, identity or dest_store.stat(dest_path).identity)
+
+
+def find_in_place(
+    source: str,
+    dest: str,
+    may_replace: Callable[[str], bool],
+    *,
+    source_options: Mapping[str, Any] | None = None,
+    dest_options: Mapping[str, Any] | None = None,
+    change: Change | None = None,
+    progress: Progress | None = None,
+) -> Copied | None:
+    """What is at DEST already, where it is the same as SOURCE; None where it is to be written.
+
+    Raises:
+        OutputExistsError: another file is there that may not be replaced.
+    """
+    store, path = open_store(dest, dest_options)
+    try:
+        there = store.stat(path)
+    except NotFoundInStoreError:
+        return None
+    if may_replace(identity_text(there.identity)):
+        return None
+    same = same_content(
+        source,
+        dest,
+        source_options=source_options,
+        dest_options=dest_options,
+        change=change,
+        progress=progress,
+    )
+    if same is None:
+        raise OutputExistsError(
+            f"{store.uri_of(path)}: a file of {there.size} bytes is there that ptbin did not copy; move it "
+            "away, choose another DEST, or replace it with --force"
+        )
+    return same
 
 
 def _write_bytes(data: bytes, store: Store, path: str, *, verify: bool) -> Copied:
@@ -96,13 +152,13 @@ def _write(
                 if progress is not None:
                     progress(part.nbytes)
                 continue
-            for piece in reader.iter_range(part.start, part.nbytes, chunk_nbytes=CHUNK_NBYTES):
+            for piece in reader.iter_range(part.start, part.nbytes):
                 crc32 = zlib.crc32(piece, crc32) if crc32 is not None else None
                 writer.write(piece)
                 if progress is not None:
                     progress(len(piece))
         writer.settle()
-        reader.check_unchanged()
+        reader.confirm()
         writer.commit()
         return crc32, writer.bytes_copied, writer.identity
 
@@ -110,14 +166,15 @@ def _write(
 def _arrived(store: Store, path: str, size: int, crc32: int | None, progress: Progress | None) -> bool:
     if crc32 is None:
         return store.stat(path).size == size
-    stated = store.crc32_of(path)
+    # To ask for a checksum takes as long as to read a small file.
+    stated = store.crc32_of(path) if size > SMALL_NBYTES else None
     if stated is not None:
         return stated == crc32
     found = 0
     with store.open_reader(path) as reader:
         if reader.size != size:
             return False
-        for piece in reader.iter_range(0, size, chunk_nbytes=CHUNK_NBYTES):
+        for piece in reader.iter_range(0, size):
             found = zlib.crc32(piece, found)
             if progress is not None:
                 progress(0)

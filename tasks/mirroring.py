@@ -10,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from ptbin.catalog import Job
 from ptbin.catalog.finished import row_of_copy
+from ptbin.catalog.marks import may_replace_copy
 from ptbin.catalog.mirroring import Gone, is_reached_plainly, iter_gone
 from ptbin.comparing import find_unchanged, release_companions
 from ptbin.copying import Copied, copy_file, same_content
@@ -107,6 +108,7 @@ def _copy(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
                 verify=options.verify != "none",
                 change=_change_of(job, options),
                 progress=live.moved,
+                may_replace=may_replace_copy(job, options),
             )
     except Exception as error:  # noqa: BLE001 - what is wrong with one must not stop the others
         return outcome_of_error(job.path, error)

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from flows.cli.interrupts import INTERRUPTED_STATUS
 from flows.cli.printing import align, print_error, print_json, print_line
 from flows.units import format_nbytes, left_out_words, short_detail
+from ptbin.errors import OutputExistsError
 
 if TYPE_CHECKING:
     from flows.cli.shared_options import Shared
     from flows.tally import Entry
     from ptbin.catalog import Job, Problem
+    from ptbin.catalog.marks import Marked
 
 __all__ = [
     "JSON_KEYS",
@@ -22,16 +24,19 @@ __all__ = [
     "conversion_lines",
     "initial_lines",
     "mapping_lines",
+    "marked_row",
     "migration_lines",
     "plan_lines",
+    "refused_row",
     "single_lines",
     "tell_summary",
     "verification_lines",
 ]
 
 JSON_KEYS = (
-    "run_id", "source", "dest", "converted", "up_to_date", "rejected", "failed", "left_alone",
-    "source_bytes", "read_bytes", "written_bytes", "left_out", "seconds", "manifests", "problems",
+    "run_id", "source", "dest", "converted", "up_to_date", "rejected", "failed", "known", "new", "resolved",
+    "left_alone", "source_bytes", "read_bytes", "written_bytes", "left_out", "seconds", "manifests",
+    "problems", "known_problems", "resolved_problems",
 )  # fmt: skip
 """The `--json` summary of `convert`, in this order."""
 
@@ -63,6 +68,8 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
         ("rejected", str(summary["rejected"]), ""),
         ("failed", str(summary["failed"]), ""),
     ]
+    if summary["known"]:
+        rows.append(("known", str(summary["known"]), "failures that are acknowledged"))
     if summary["left_alone"]:
         rows.append(("left alone", str(summary["left_alone"]), LEFT_ALONE))
     if "copied" in summary:
@@ -76,6 +83,10 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
         lines += ["", "nothing to do: DEST is in step" if not summary["problems"] else "nothing was changed"]
     if summary["problems"]:
         lines += ["", *_problem_lines(summary["problems"])]
+    if summary["known_problems"]:
+        lines += ["", "known:", *_problem_lines(summary["known_problems"])]
+    if summary["resolved"]:
+        lines += ["", f"{summary['resolved']} that failed before no longer do"]
     lines += ["", f"{summary['seconds']:.1f} s, run {summary['run_id']}"]
     if summary.get("record"):
         lines.append(f"run record and report: {summary['record']}")
@@ -131,6 +142,8 @@ def mapping_lines(plan: Mapping[str, Any]) -> list[str]:
             rows.append(("refuse", what, row["reason"], row["detail"]))
         else:
             notes = [aliases, *row["not_kept"], *row.get("checkpoints", ())]
+            if row.get("replaces"):
+                notes.insert(0, "replaces what ptbin registered there")
             rows.append((row["action"].replace("_", " "), what, where, "; ".join(filter(None, notes))))
     lines = [*align(rows, indent=""), ""] if rows else []
     if plan["not_kept"]:
@@ -172,17 +185,33 @@ def initial_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def plan_lines(
-    to_do: Sequence[Job], up_to_date: Sequence[Job], collisions: Sequence[Problem], alone: Sequence[Job] = ()
+    to_do: Sequence[Marked], up_to_date: Sequence[Job], problems: Sequence[Problem], alone: Sequence[Job] = ()
 ) -> list[str]:
     """What a run would do, one checkpoint a line."""
-    rows = [("convert", format_nbytes(job.source_size), f"{job.path} -> {job.dest_uri}") for job in to_do]
+    rows = [marked_row("convert", item) for item in to_do]
     rows += [("up to date", format_nbytes(job.source_size), job.path) for job in up_to_date]
     rows += [("leave alone", format_nbytes(job.source_size), job.path) for job in alone]
-    rows += [("reject", problem.reason, problem.source) for problem in collisions]
-    total = format_nbytes(sum(job.source_size for job in to_do))
-    counts = f"would convert {len(to_do)} ({total}), up to date {len(up_to_date)}, rejected {len(collisions)}"
+    rows += [refused_row(problem) for problem in problems]
+    total = format_nbytes(sum(item.job.source_size for item in to_do))
+    replaced = sum(1 for item in to_do if item.replaces)
+    counts = f"would convert {len(to_do)} ({total}), "
+    counts += f"of them replace {replaced}, " if replaced else ""
+    counts += f"up to date {len(up_to_date)}, rejected {len(problems)}"
     counts += f", left alone {len(alone)}" if alone else ""
     return [*align(rows, indent=""), "", f"{counts}; nothing was written"]
+
+
+def marked_row(what: str, item: Marked) -> tuple[str, str, str]:
+    """A line of a dry run: what would be done, and which files it would replace."""
+    replaced = f" (replaces {', '.join(item.replaces)})" if item.replaces else ""
+    job = item.job
+    return (what, format_nbytes(job.source_size), f"{job.path} -> {job.dest_uri}{replaced}")
+
+
+def refused_row(problem: Problem) -> tuple[str, str, str]:
+    """A line of a dry run: a source that would not be converted; where a file is in the way, which one."""
+    in_the_way = problem.reason == OutputExistsError.reason
+    return ("reject", problem.reason, problem.detail if in_the_way else problem.source)
 
 
 def tell_summary(
@@ -215,10 +244,21 @@ def verification_lines(summary: Mapping[str, Any]) -> list[str]:
 
 def _problem_lines(problems: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = [
-        (str(problem["reason"]), str(problem["source"]), short_detail(problem["source"], problem["detail"]))
+        (
+            str(problem["reason"]),
+            f"{problem['source']}{_since(problem)}",
+            short_detail(problem["source"], problem["detail"]),
+        )
         for problem in problems[:SHOWN_PROBLEMS]
     ]
     lines = [line for row in rows for line in (f"{row[0]}: {row[1]}", f"    {row[2]}")]
     if len(problems) > SHOWN_PROBLEMS:
         lines.append(f"... and {len(problems) - SHOWN_PROBLEMS} more, in the run record")
     return lines
+
+
+def _since(problem: Mapping[str, Any]) -> str:
+    """Of a failure that was there before, since when; of a known one, what is known."""
+    if problem.get("because"):
+        return f" (since {problem['since'][:10]}; {problem['because']})"
+    return f" (since {problem['since'][:10]})" if problem.get("novelty") == "old" else ""

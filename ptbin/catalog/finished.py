@@ -22,14 +22,15 @@ from ptbin.catalog.finding import OWN_FOLDER
 from ptbin.catalog.jobs import Job
 from ptbin.copying import Copied, same_content
 from ptbin.errors import NotFoundInStoreError, StorageError, VerificationError
-from ptbin.manifest import MANIFEST_SUFFIX, parse_manifest
+from ptbin.manifest import MANIFEST_SUFFIX, identity_text, parse_manifest
 from ptbin.options import ConvertOptions
 from ptbin.sidecars import change_of
-from ptbin.stores import Identity, Store, open_store
+from ptbin.stores import Store, open_store
 
 __all__ = [
     "INDEX_FOLDER",
     "FinishedRow",
+    "identity_text",
     "is_up_to_date",
     "iter_segment",
     "job_digest",
@@ -101,11 +102,6 @@ class FinishedRow:
     def is_enough(self, options: ConvertOptions) -> bool:
         """Whether its proof is at least the one asked for."""
         return LEVELS.index(self.level) >= LEVELS.index(options.verify)
-
-
-def identity_text(identity: Identity | None) -> str:
-    """Empty where the store names none; such objects are never recognised."""
-    return f"{identity.kind}:{identity.value}" if identity is not None and identity.value else ""
 
 
 def job_digest(uri: str, size: int, identity: Mapping[str, str] | None, fingerprint: str) -> str:

@@ -22,12 +22,12 @@ from ptbin.catalog.finished import (
     SEGMENT_SUFFIX,
     FinishedRow,
     digest_of,
-    identity_text,
     iter_segment,
 )
 from ptbin.catalog.jobs import Found, Job, Problem
 from ptbin.catalog.jobtable import CURRENT, PAGE, TO_ASK, TO_DO, JobTable
 from ptbin.catalog.mirroring import is_doubtful, is_sidecar
+from ptbin.catalog.named import NamedFiles
 from ptbin.catalog.planning import OutputRule
 from ptbin.errors import (
     LimitExceededError,
@@ -36,9 +36,10 @@ from ptbin.errors import (
     VerificationError,
 )
 from ptbin.folders import INDEX_SUFFIX
-from ptbin.manifest import MANIFEST_SUFFIX, parse_manifest
+from ptbin.manifest import MANIFEST_SUFFIX, identity_text, parse_manifest
 from ptbin.options import ConvertOptions
 from ptbin.stores import ListedObject, open_store
+from ptbin.vouching import ASIDE_SUFFIX, CLAIM_TARGET_SUFFIX
 
 __all__ = ["WorkList"]
 
@@ -55,6 +56,8 @@ class WorkList(JobTable):
         self._dest_options = dest_options
         self._options = ConvertOptions()
         self._source_options: Mapping[str, Any] | None = None
+        self.own_files: set[str] | None = None
+        """Paths below DEST of the files in `_ptbin` itself; None where DEST was not listed."""
 
     # -- planning --------------------------------------------------------------------------------
 
@@ -75,12 +78,13 @@ class WorkList(JobTable):
         tick: Callable[[], object] = lambda: None,
         copies: Callable[[ListedObject], bool] | None = None,
         distrust: bool = False,
+        named: NamedFiles | None = None,
     ) -> list[Problem]:
         """Fill the list; what cannot be done at all. `tick` is called now and then, and may raise.
 
-        With `options.force` nothing is up to date, and DEST is not looked at; with `distrust` it is looked
-        at, and everything is to be done that is not compared by its content. `copies` says which files go
-        along as they are.
+        With `options.force` nothing is up to date; with `distrust` everything is to be done that is not
+        compared by its content. `copies` says which files go along as they are, `named` which files alone are
+        looked at.
 
         Raises:
             NotFoundInStoreError, StorageError: from the stores.
@@ -89,8 +93,7 @@ class WorkList(JobTable):
             self._clear()
             self.rule = rule
             self._options, self._source_options = options, source_options
-            if not options.force:
-                self._read_dest(tick)
+            self._read_dest(tick)
             others: list[ListedObject] = []
             broken: list[str] = []
             found = find_checkpoints(
@@ -102,16 +105,34 @@ class WorkList(JobTable):
                 other=others.append,
                 broken=broken.append if copies is not None else None,
                 parts=options.parts,
+                named=named,
             )
             problems = self._add(found, others, tick)
             problems += [_broken_link(link) for link in broken]
             problems += settle_collisions(self, self._options)
-            if not options.force:
-                nothing = "NOT EXISTS (SELECT 1 FROM stored WHERE stored.path = jobs.output)"
-                self.db.execute(f"UPDATE jobs SET is_free = 1 WHERE {nothing}")  # noqa: S608 - our own
+            self._find_free_places()
             if not options.force and not distrust:
                 self._look_up(options, tick)
             return problems
+
+    def _find_free_places(self) -> None:
+        """Mark the jobs of which DEST's listing shows that no file of theirs lies there, by its name."""
+        # In Unicode a point follows a dash, a slash a point, a nought a slash: each range is all the names
+        # that begin with a text and the first of the two.
+        ranges = [("output", "output || '/'")]
+        if self._options.max_shard_size is not None:
+            ranges.append(("stem(output) || '-'", "stem(output) || '.'"))
+        if self._options.layout == "hf":  # companions go into the same folder
+            ranges.append(("folder(output) || '/'", "folder(output) || '0'"))
+        free = [
+            f"NOT EXISTS (SELECT 1 FROM stored WHERE path >= {first} AND path < {last})"  # noqa: S608
+            for first, last in ranges
+        ]
+        if self._options.layout == "hf":
+            free.append("output LIKE '%/%'")
+        self.db.create_function("stem", 1, lambda path: path.rpartition(".")[0], deterministic=True)
+        self.db.create_function("folder", 1, lambda path: path.rpartition("/")[0], deterministic=True)
+        self.db.execute(f"UPDATE jobs SET alone = 1 WHERE {' AND '.join(free)}")  # noqa: S608 - our own
 
     def _clear(self) -> None:
         for table in ("stored", "finished", "segments", "jobs", "sidecars"):
@@ -119,6 +140,7 @@ class WorkList(JobTable):
 
     def _read_dest(self, tick: Callable[[], object]) -> None:
         store, path = open_store(self.dest, self._dest_options)
+        self.own_files = set()
         self.db.execute("BEGIN")
         for number, item in enumerate(store.iter_objects(path)):
             if number % PAGE == 0:
@@ -128,6 +150,8 @@ class WorkList(JobTable):
                 self.db.execute("INSERT OR REPLACE INTO stored VALUES (?, ?, ?)", row)
             elif item.path.startswith(f"{INDEX_FOLDER}/") and item.path.endswith(SEGMENT_SUFFIX):
                 self.db.execute("INSERT OR REPLACE INTO segments VALUES (?)", (item.path,))
+            elif item.path.count("/") == 1:
+                self.own_files.add(item.path)
         self.db.execute("COMMIT")
         for (segment,) in self.db.execute("SELECT path FROM segments ORDER BY path").fetchall():
             tick()
@@ -266,7 +290,8 @@ class WorkList(JobTable):
         return all(self._size_of(folder + name) == size for name, size in row.outputs)
 
     def _size_of(self, path: str) -> int | None:
-        found = self.db.execute("SELECT size FROM stored WHERE path = ?", (path,)).fetchone()
+        with self.lock:
+            found = self.db.execute("SELECT size FROM stored WHERE path = ?", (path,)).fetchone()
         return None if found is None else int(found[0])
 
     # -- what was planned ------------------------------------------------------------------------
@@ -274,6 +299,11 @@ class WorkList(JobTable):
     def relative_manifest(self, job: Job) -> str:
         """Path below DEST of the job's manifest; of a copy, its own, for that has none."""
         return self.rule.relative(job) + ("" if job.copies else MANIFEST_SUFFIX)
+
+    def was_made(self, job: Job) -> bool:
+        """Whether DEST's listing shows what a run made of the job: its manifest, or the copy itself."""
+        with self.lock:
+            return self._size_of(self.relative_manifest(job)) is not None
 
     def answer(
         self, jobs: Sequence[Job], rows: Iterable[FinishedRow], options: ConvertOptions
@@ -330,7 +360,15 @@ class WorkList(JobTable):
             StorageError: the store failed.
         """
         store, path = open_store(self.dest, self._dest_options)
-        return store.discard_unfinished(path, self.is_planned)
+        return store.discard_unfinished(path, self._is_unfinished)
+
+    def _is_unfinished(self, path: str) -> bool:
+        """Whether what was to go to `path` is a planned output, or a claim that a manifest has overtaken."""
+        if path.endswith(ASIDE_SUFFIX):
+            return self.is_planned(path.removesuffix(ASIDE_SUFFIX))  # a claim that was being written
+        if path.endswith(CLAIM_TARGET_SUFFIX):
+            return self._size_of(path.removesuffix(CLAIM_TARGET_SUFFIX) + MANIFEST_SUFFIX) is not None
+        return self.is_planned(path)
 
     # -- what was there before -------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptbin.dtypes import DType
 from ptbin.errors import UsageError, VerificationError
+from ptbin.installed import require_reader
 from ptbin.options import ConvertOptions
 from ptbin.proof.loaded import iter_loaded_tensors
 from ptbin.proof.logical import iter_logical_bytes
@@ -141,10 +142,9 @@ def open_output(store: Store, path: str, manifest: Mapping[str, Any]) -> Iterato
 
 
 def _safetensors(local: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise UsageError("--verify load of safetensors needs the package safetensors") from error
+    require_reader("safetensors")
+    from safetensors.torch import load_file
+
     loaded = load_file(local)
     return {row["name"]: loaded[row.get("shares_with", row["name"])] for row in rows}
 
@@ -178,10 +178,9 @@ def _local_copy(store: Store, path: str) -> Iterator[Path]:
 @contextlib.contextmanager
 def open_with_torch(store: Store, path: str) -> Iterator[Any]:
     """The output as `torch.load(weights_only=True, mmap=True)` sees it; remote ones by a temporary file."""
-    try:
-        import torch
-    except ImportError as error:
-        raise UsageError("--verify load needs torch, which is not installed here") from error
+    require_reader("torch")
+    import torch
+
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < (2, 10):
         raise UsageError(f"--verify load needs torch 2.10 or later, found {torch.__version__}")

@@ -282,6 +282,7 @@ def _convert(
         dest_options=dest_options,
         run_id=run_id,
         progress=progress,
+        guard=None,  # the registry has seen to it that the place is this version's
     )
     draft.manifest["registry"] = dict(annotations)
     published = publish(draft, source_options=source_options, dest_options=dest_options, progress=progress)

@@ -53,7 +53,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     ):
         if missing and request["model"] == "transformers":
             report.append("transformers would give the missing ones random values")
-        return {"mismatch": report}
+        return {"mismatch": report, "names": [list(weights), list(target.state_dict())]}
     if empty := empty_tensors(target):
         names = ", ".join(empty[:SHOWN])
         raise RefusalError(

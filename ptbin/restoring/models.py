@@ -10,14 +10,18 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ptbin.conversion import Progress
-from ptbin.errors import ModelMismatchError, UsageError, VerificationError
+from ptbin.errors import CheckpointError, ModelMismatchError, UsageError, VerificationError
+from ptbin.reading.checkpoint import read_checkpoint
+from ptbin.reading.search import find_state_dicts
+from ptbin.reading.selection import select_state_dict
 from ptbin.restoring.children import Child, python_path, start_child
 from ptbin.restoring.facts import Fact, Facts, View, view_of
+from ptbin.restoring.fitting import select_hint
 from ptbin.restoring.options import RestoreOptions
 from ptbin.restoring.output import Output
 from ptbin.restoring.weights import Weights, open_weights
@@ -113,9 +117,26 @@ def _build(
     }
     answer = child.ask(request)
     if "mismatch" in answer:
-        report = "\n".join([f"the weights do not fit {options.model}", *answer["mismatch"]])
-        raise ModelMismatchError(report)
+        lines = [f"the weights do not fit {options.model}", *answer["mismatch"]]
+        raise ModelMismatchError("\n".join([*lines, *_other_choice(place, options, *answer["names"])]))
     return answer
+
+
+def _other_choice(
+    place: SourcePlace, options: RestoreOptions, weights: Sequence[str], model: Sequence[str]
+) -> list[str]:
+    """The state dict of the source that would fit better than the one that was taken, if there is one."""
+    with place.open() as reader:
+        try:
+            checkpoint = read_checkpoint(reader, options.conversion().limits)
+            found = find_state_dicts(checkpoint, options.conversion().limits)
+            names = {
+                candidate.path: [name for name, _ in select_state_dict(checkpoint, candidate.path).entries]
+                for candidate in found.candidates
+            }
+        except CheckpointError:
+            return []
+    return select_hint(names, weights, model)
 
 
 def _check(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptbin.conversion import Progress
 from ptbin.errors import CheckpointError, VerificationError
-from ptbin.manifest import hex_crc32, utc_now
+from ptbin.manifest import hex_crc32, identity_text, utc_now
 from ptbin.options import ConvertOptions
 from ptbin.proof.digests import digest_regions
 from ptbin.proof.regions import FileDigests, StoredTensor, sha256_of_tensor
@@ -223,8 +223,10 @@ class Output:
         manifest["bytes_copied_in_store"] = 0
         manifest["verification"] = {"level": "load", "status": "verified", "at": utc_now()}
         self._at.check(self._name, size, crc32)
-        self._at.withdraw_manifest(coming=manifest)
+        self._at.withdraw_manifest((self._name, size, crc32))
         self._writer.commit()
+        if seen := identity_text(self._writer.identity):
+            manifest["verification"]["identities"] = {self._name: seen}
         if not self._lent:
             _read_back(store, path, sha256)
         manifest["tensors"] = tensors

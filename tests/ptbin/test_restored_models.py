@@ -23,7 +23,7 @@ from ptbin.restoring.snapshot import Contents, mapped_views, other_tensors, ties
 from ptbin.restoring.weights import open_weights
 from tests.bits import assert_same_tensors, same_bits
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("warm_children")]
 
 NETS = Path(__file__).parent.parent / "nets"
 
@@ -274,6 +274,27 @@ def test_the_report_names_the_option_that_helps(
         _assert_same_model(torch.load(tmp_path / "out.pt", weights_only=False), trained)
     else:
         _restore(weights, tmp_path / "out.pt", kind, rename=(("^", "trunk."),), allow_missing=("head.*",))
+
+
+def test_the_report_names_the_state_dict_that_fits(nets: Any, tmp_path: Path) -> None:
+    trained = _trained(nets, "norm")
+    raw = {f"other.{name}.raw": value for name, value in trained.state_dict().items()}
+    torch.save({"discriminator": raw, "generator": trained.state_dict()}, tmp_path / "two.pt")
+    with pytest.raises(ModelMismatchError) as refused:
+        _restore(str(tmp_path / "two.pt"), tmp_path / "out.pt", "norm", select="discriminator")
+    assert "--select generator" in str(refused.value)
+    _restore(str(tmp_path / "two.pt"), tmp_path / "out.pt", "norm", select="generator")
+    _assert_same_model(torch.load(tmp_path / "out.pt", weights_only=False), trained)
+
+
+def test_several_state_dicts_are_restored_as_one(tmp_path: Path) -> None:
+    parts = {"encoder": {"w": torch.ones(3, 2)}, "decoder": {"w": torch.zeros(2), "b": torch.ones(1)}}
+    torch.save({**parts, "discriminator": {"x": torch.ones(4)}}, tmp_path / "gan.pt")
+    words = ["restore", str(tmp_path / "gan.pt"), str(tmp_path / "out.pt"), "-q"]
+    assert run([*words, "--select", "encoder", "--select", "decoder"]) == 0
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    wanted = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+    assert_same_tensors(found, wanted)
 
 
 def test_rename_by_the_command(nets: Any, tmp_path: Path) -> None:
