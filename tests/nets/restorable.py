@@ -125,6 +125,35 @@ def hooked() -> nn.Module:
     return Hooked()
 
 
+def _twice(module: nn.Module, keys: Any) -> None:
+    del keys
+    module.weight.data.mul_(2)  # type: ignore[operator, union-attr]
+
+
+def doubling() -> nn.Module:
+    """Changes the weights that it was given, in their memory."""
+    model = nn.Linear(4, 2)
+    model.register_load_state_dict_post_hook(_twice)  # type: ignore[no-untyped-call]
+    return model
+
+
+class Halved(nn.Module):
+    """Its parameters are views of one tensor of the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.zeros(2, 4)), nn.Parameter(torch.zeros(2, 4))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if (both := state_dict.pop(f"{prefix}both", None)) is not None:
+            state_dict[f"{prefix}first"], state_dict[f"{prefix}second"] = both.chunk(2)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def halved() -> nn.Module:
+    return Halved()
+
+
 class Extra(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -380,6 +380,31 @@ def test_weights_are_not_hashed_while_their_memory_is_the_files(nets: Any, tmp_p
     assert isinstance(found["0.weight"][2], str)
 
 
+@pytest.mark.parametrize("checked", [True, False], ids=["with CRC-32s", "without"])
+@pytest.mark.parametrize(
+    ("kind", "values", "changed"),
+    [
+        ("doubling", {"weight": torch.arange(8.0).view(2, 4), "bias": torch.ones(2)}, ["weight"]),
+        ("halved", {"both": torch.arange(16.0).view(4, 4)}, ["both"]),
+    ],
+)
+def test_what_loading_changes_is_told(
+    kind: str, values: Any, changed: list[str], checked: bool, nets: Any, tmp_path: Path
+) -> None:
+    """Neither is a record of the source any more, by which it could be compared."""
+    torch.serialization.set_crc32_options(checked)
+    try:
+        torch.save(values, tmp_path / "weights.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    manifest = _restore(str(tmp_path / "weights.pt"), tmp_path / "out.pt", kind)
+    wanted = getattr(nets, kind)()
+    wanted.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    found = torch.load(tmp_path / "out.pt", weights_only=False)
+    assert_same_tensors(_tensors(found.state_dict()), _tensors(wanted.state_dict()))
+    assert manifest["restored"]["changed"] == changed
+
+
 @pytest.mark.parametrize("form", ["raw", "safetensors"])
 def test_other_formats_and_stores(form: Any, nets: Any, tmp_path: Path) -> None:
     trained = _trained(nets, "norm")
