@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flows.units import format_nbytes, short_detail
+from flows.units import format_nbytes, format_seconds, short_detail
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -92,7 +92,7 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("read", format_nbytes(record["read_bytes"]), "from the stores, proof included"),
         (
             "time",
-            _duration(seconds),
+            format_seconds(seconds),
             f"{format_nbytes(before / seconds)} of sources a second" if seconds else "",
         ),
     ]
@@ -102,14 +102,6 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         if record.get(key):
             facts.append((words, f"{record[key]:,}", "files of the destination"))
     return facts
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def _bars(checkpoints: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import posixpath
 import re
 import uuid
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from flows.report import render_report
@@ -23,6 +23,10 @@ from flows.tally import Entry, Tally
 from ptbin.errors import UsageError
 
 __all__ = ["check_run_id", "new_run_id", "record_files", "record_folder", "sha256sums"]
+
+
+LISTS = ("initial", "problems", "versions", "manifests")
+"""Of a summary, what grows with the number of checkpoints."""
 
 
 def new_run_id() -> str:
@@ -53,23 +57,35 @@ def record_folder(dest: str, run_id: str) -> str:
 
 
 def record_files(
-    tally: Tally, summary: Mapping[str, Any], *, options: Mapping[str, Any], flow_run_id: str | None
+    tally: Tally,
+    summary: Mapping[str, Any],
+    *,
+    options: Mapping[str, Any],
+    flow_run_id: str | None,
+    ended: datetime | None = None,
 ) -> dict[str, bytes]:
     """Name and content of each file, in the order to write them.
 
-    No checksum list where nothing was converted: `sha256sum -c` calls an empty one an error.
+    In `run.json` the lists come last, however long they are: `ptbin.history.records` reads only what is in
+    front of them. No checksum list where nothing was converted: `sha256sum -c` calls an empty one an error.
     """
+    ended = ended or datetime.now(UTC)
+    began = ended - timedelta(seconds=summary["seconds"])
     record = {
         "schema_version": 1,
         "kind": tally.kind,
-        **summary,
+        **{name: value for name, value in summary.items() if name not in LISTS},
+        "began": began.isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "ended": ended.isoformat(timespec="seconds").replace("+00:00", "Z"),
         "message": tally.message(),
+        "succeeded": tally.succeeded,
         "interrupted": tally.interrupted,
         "not_checkpoints": tally.count("not_a_checkpoint"),
         "not_tried": tally.count("not_tried"),
         "not_listed": tally.not_listed,
-        "options": dict(options),
         "prefect_flow_run_id": flow_run_id,
+        "options": dict(options),
+        **{name: summary[name] for name in LISTS if name in summary},
         "checkpoints": [_entry_json(entry) for entry in _in_order(tally.entries)],
     }
     files = {}

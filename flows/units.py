@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["format_nbytes", "left_out_words", "short_detail"]
+__all__ = ["format_nbytes", "format_seconds", "left_out_words", "short_detail"]
 
 
 def format_nbytes(nbytes: float) -> str:
@@ -17,6 +17,15 @@ def format_nbytes(nbytes: float) -> str:
             break
     digits = 2 if nbytes < 9.995 else 1 if nbytes < 99.95 else 0
     return f"{nbytes:.{digits}f} {unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration in two units at most: `12.3 s`, `4 min 5 s`, `2 h 10 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def left_out_words(left_out: Mapping[str, int]) -> str:

@@ -24,6 +24,7 @@ from flows.cli.interrupts import INTERRUPTED_STATUS, Heard, hear_signals
 from flows.cli.migrate_command import migrate_command
 from flows.cli.printing import print_error
 from flows.cli.restore_command import restore_command
+from flows.cli.runs_command import runs_command
 from flows.cli.sync_command import sync_command
 from flows.cli.verify_command import verify_command
 from ptbin.errors import CheckpointError, PtbinError
@@ -42,6 +43,7 @@ Examples:
   ptbin verify s3://models/weights
   ptbin diff old/last.bin new/last.bin
   ptbin restore last.bin last.pt
+  ptbin runs s3://models/weights
 
 \b
 Exit status: 0 all done; 1 some checkpoints failed or were rejected;
@@ -68,6 +70,7 @@ cli.add_command(verify_command)
 cli.add_command(restore_command)
 cli.add_command(sync_command)
 cli.add_command(migrate_command)
+cli.add_command(runs_command)
 cli.add_command(deployments_command)
 
 
