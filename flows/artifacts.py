@@ -113,12 +113,13 @@ class Artifacts:
 
 
 def conversion_rows(entries: Iterable[Entry]) -> list[dict[str, Any]]:
-    """One row per checkpoint: problems first, then by path."""
-    ordered = sorted(entries, key=lambda entry: (not entry.reason, entry.path))
+    """One row per checkpoint: new problems first, then the others, then by path."""
+    ordered = sorted(entries, key=lambda entry: (entry.novelty != "new", not entry.reason, entry.path))
     return [
         {
             "checkpoint": entry.path,
             "outcome": entry.outcome.replace("_", " "),
+            "since": "new" if entry.novelty == "new" else entry.since[:10],
             "reason": entry.reason,
             "detail": short_detail(entry.path, entry.detail),
             "source size": format_nbytes(entry.nbytes),

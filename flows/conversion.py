@@ -23,7 +23,9 @@ from flows.artifacts import Artifacts, conversion_rows
 from flows.batches import cut, iter_batches
 from flows.fanout import Work, fan_out, unexamined
 from flows.orchestrator import ABSENT_SECONDS, await_server
+from flows.remembering import close_ledger, open_ledger
 from flows.run_record import record_files, record_folder
+from flows.selection import Selection
 from flows.signals import INTERRUPTS
 from flows.tally import Tally
 from flows.units import format_nbytes
@@ -36,7 +38,7 @@ from tasks.converting import convert_and_verify_batch, convert_batch, verify_bat
 from tasks.listing import discard_unfinished, find_up_to_date, work_of
 from tasks.live import Interrupted, Settled
 from tasks.outcomes import Outcome, one_line
-from tasks.recording import merge_index, write_index, write_run_record
+from tasks.recording import merge_index, write_index, write_ledger, write_run_record
 from tasks.retrying import RETRIES, retry_delay
 
 __all__ = ["Conversion", "halves"]
@@ -77,6 +79,9 @@ class Conversion:
     """One run: submits batches, turns final states into outcomes, keeps the tally."""
 
     artifact_key = "ptbin-convert"
+    keeps_ledger = True
+    """Whether what failed is remembered from run to run."""
+    selection = Selection()
 
     def __init__(self, run: Running, options: ConvertOptions, tally: Tally, fail_fast: bool) -> None:
         self.running = run
@@ -97,9 +102,8 @@ class Conversion:
 
     def refuse(self, collisions: Sequence[Problem]) -> None:
         """Several sources of one output: none of them is converted."""
-        self.tally.add_collisions(collisions)
-        for problem in collisions:
-            self._announce(problem.source, "rejected", problem.reason, problem.detail)
+        for problem, entry in zip(collisions, self.tally.add_collisions(collisions), strict=True):
+            self._announce(problem.source, entry.outcome, problem.reason, problem.detail)
 
     def carry_out(self, problems: Sequence[Problem]) -> State[Any]:
         """The whole run from here on; `problems` is what the listing refused.
@@ -107,6 +111,7 @@ class Conversion:
         Whatever is raised on the way is raised again once the run has accounted for itself; a deadline that
         passes is no more than a reason to end.
         """
+        self._open_ledger()
         self.refuse(problems)
         try:
             self._clean_up()
@@ -126,6 +131,31 @@ class Conversion:
             self._end_early()
             raise
         return self.finish()
+
+    def _open_ledger(self) -> None:
+        """What earlier runs failed at. Where that cannot be read, nothing is known, and the run fails."""
+        if not self.keeps_ledger:
+            return
+        live = self.live
+        try:
+            open_ledger(
+                self.tally, self.work, source_options=live.source_options, dest_options=live.dest_options
+            )
+        except PtbinError as error:
+            self.keeps_ledger = False
+            self.tally.run_problems.append(Problem(self.tally.dest, error.reason, one_line(str(error))))
+
+    def _close_ledger(self) -> None:
+        if not self.keeps_ledger:
+            return
+        rows = close_ledger(self.tally, self.work, self.selection, self.settled_paths)
+        if rows is None:
+            return
+        self.task_runs += 1
+        try:
+            _record(write_ledger, self.live.run_id, self.tally.dest, rows)
+        except StorageError as error:
+            self.logger.warning("what was not converted: %s", one_line(str(error)))
 
     def _end_early(self) -> None:
         self.running.stop()
@@ -257,12 +287,19 @@ class Conversion:
         tally = self.tally
         if reason := self.live.stop_reason:
             tally.run_problems.append(Problem(tally.dest, "run_stopped", reason))
+        self._close_ledger()
         seconds = time.monotonic() - self.live.began
         flow_run_id = current_flow_run_id()
         summary = tally.summary(seconds)
         options = self.options.to_json() | {"verify": self.options.verify}
         folder = record_folder(tally.place, tally.run_id)
-        files = record_files(tally, summary, options=options, flow_run_id=flow_run_id)
+        files = record_files(
+            tally,
+            summary,
+            options=options,
+            flow_run_id=flow_run_id,
+            selection=self.selection.to_json(self.work.rule) if self.keeps_ledger else None,
+        )
         try:
             _record(write_run_record, self.live.run_id, folder, files)
         except StorageError as error:
@@ -385,7 +422,7 @@ class Conversion:
     def _settle(self, job: Job, outcome: Outcome) -> None:
         """One checkpoint has its final outcome."""
         self.settled_paths.add(job.path)
-        self.tally.add(job, outcome)
+        kind = self.tally.add(job, outcome).outcome
         facts = outcome.converted
         if facts is not None and facts.index_row is not None:
             self._remember([replace(facts.index_row, manifest=self.work.relative_manifest(job))])
@@ -394,7 +431,7 @@ class Conversion:
         self.live.listener.settled(
             Settled(
                 job.path,
-                outcome.kind,
+                kind,
                 job.source_size,
                 outcome.reason,
                 outcome.detail,
@@ -404,7 +441,7 @@ class Conversion:
             )
         )
         if outcome.reason:
-            self.logger.warning("%s %s: %s: %s", outcome.kind, job.path, outcome.reason, outcome.detail)
+            self.logger.warning("%s %s: %s: %s", kind, job.path, outcome.reason, outcome.detail)
         elif len(self.settled_paths) <= LOGGED:
             written = f", {format_nbytes(facts.written_nbytes)} written" if facts is not None else ""
             size = format_nbytes(job.source_size)

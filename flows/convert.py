@@ -24,10 +24,12 @@ from flows.fanout import unexamined
 from flows.parameters import described
 from flows.run_record import new_run_id
 from flows.runners import RunnerName
+from flows.selection import Selection, named_files
 from flows.tally import Tally
 from flows.wishes import MAX_WORKERS, build_options, parse_duration, refuse_secrets
 from ptbin import catalog
 from ptbin.catalog import OutputRule
+from ptbin.catalog.globs import root_of
 from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
 from ptbin.errors import UsageError
 from ptbin.options import Layout, Naming, OnUnsafe, OutputFormat, VerifyLevel
@@ -68,12 +70,15 @@ def convert(
     verify: VerifyLevel = "checksum",
     provenance: bool = False,
     force: bool = False,
+    files_from: str | Sequence[str] | None = None,
+    retry_failed: str | None = None,
     fail_fast: bool = False,
     runner: RunnerName = "threads",
     runner_address: str | None = None,
     workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] | None = None,
     max_requests: Annotated[int, Field(ge=1)] = DEFAULT_REQUESTS,
     deadline: str | float | None = None,
+    min_success: Annotated[float, Field(gt=0, le=1)] | None = None,
     source_options: str | None = None,
     dest_options: str | None = None,
     run_id: str | None = None,
@@ -81,7 +86,8 @@ def convert(
     """Convert every checkpoint below `source` into `dest`.
 
     `source_options` and `dest_options` name where storage options lie (`block:NAME`, `env:NAME`); `rename`
-    takes `OLD=NEW`. Ends Completed, or Failed where a checkpoint was rejected or failed.
+    takes `OLD=NEW`. Ends Completed, or Failed where a checkpoint was rejected or failed that nobody
+    acknowledged.
     """
     options = build_options(
         format=format,
@@ -114,12 +120,29 @@ def convert(
     )
     with join_run(run_id or new_run_id(), source_options, dest_options) as live:
         catalog.check_call(source, dest, source_options=live.source_options, dest_options=live.dest_options)
+        named = named_files(
+            dest,
+            root_of(source, live.source_options),
+            files_from=files_from,
+            retry_failed=retry_failed,
+            include=include,
+            dest_options=live.dest_options,
+        )
         with running(live, dest, settings) as run:
             rule = OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout)
             problems = list_checkpoints(
-                live.run_id, source, unexamined(rule), unexamined(options), list(include), list(exclude)
+                live.run_id,
+                source,
+                unexamined(rule),
+                unexamined(options),
+                list(include),
+                list(exclude),
+                named=unexamined(named),
+                must_exist=retry_failed is None,
             )
-            if not problems and not work_of(live).count():
+            if named is None and not problems and not work_of(live).count():
                 raise UsageError(f"no checkpoints to convert below SOURCE: {source}")
-            conversion = Conversion(run, options, Tally(live.run_id, source, dest), fail_fast)
+            tally = Tally(live.run_id, source, dest, min_success=min_success)
+            conversion = Conversion(run, options, tally, fail_fast)
+            conversion.selection = Selection(tuple(include), tuple(exclude), is_listed=named is not None)
             return conversion.carry_out(problems)

@@ -101,6 +101,7 @@ class Migrating(Conversion):
     """A run whose jobs are versions: moved by any worker, registered in order."""
 
     artifact_key = "ptbin-migrate"
+    keeps_ledger = False
 
     def __init__(
         self,

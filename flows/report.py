@@ -23,6 +23,7 @@ LARGEST = 12
 OUTCOMES = {
     "failed": "failed",
     "rejected": "rejected",
+    "known": "known failure",
     "not_tried": "not tried",
     "converted": "converted",
     "copied": "copied",
@@ -70,6 +71,7 @@ def _counts(record: Mapping[str, Any]) -> list[tuple[str, str, int]]:
     found = {
         "failed": record["failed"],
         "rejected": record["rejected"],
+        "known": record.get("known", 0),
         "not_tried": record.get("not_tried", 0),
         "converted": record["converted"],
         "copied": record.get("copied", 0),
@@ -145,12 +147,19 @@ def _bar(name: str, share: Mapping[str, int], width: float) -> dict[str, Any]:
     return {"name": name, "nbytes": total, "width": max(100 * width, 2), "parts": parts}
 
 
+def _words(row: Mapping[str, Any]) -> str:
+    words = OUTCOMES.get(row["outcome"], row["outcome"])
+    if row.get("novelty") == "new":
+        return f"new: {words}"
+    return f"{words} since {row['since'][:10]}" if row.get("since") else words
+
+
 def _is_warning(row: Mapping[str, Any]) -> bool:
     return row.get("verdict") == "unsafe" or row.get("reason") == "unsafe_pickle"
 
 
 def _rows(checkpoints: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Problems first, then by path."""
+    """New problems first, then the others, then by path."""
     order = list(OUTCOMES)
     rows = []
     for row in checkpoints:
@@ -159,7 +168,8 @@ def _rows(checkpoints: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             {
                 "path": row["path"],
                 "outcome": row["outcome"],
-                "words": OUTCOMES.get(row["outcome"], row["outcome"]),
+                "words": _words(row),
+                "is_new": row.get("novelty") == "new",
                 "size": row["size"],
                 "written": written,
                 "seconds": row.get("seconds", 0.0),
@@ -170,4 +180,7 @@ def _rows(checkpoints: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     rank = {name: number for number, name in enumerate(order)}
-    return sorted(rows, key=lambda row: (not row["reason"], rank.get(row["outcome"], 99), row["path"]))
+    return sorted(
+        rows,
+        key=lambda row: (not row["is_new"], not row["reason"], rank.get(row["outcome"], 99), row["path"]),
+    )

@@ -14,6 +14,7 @@ import json
 import posixpath
 import re
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -25,7 +26,7 @@ from ptbin.errors import UsageError
 __all__ = ["check_run_id", "new_run_id", "record_files", "record_folder", "sha256sums"]
 
 
-LISTS = ("initial", "problems", "versions", "manifests")
+LISTS = ("initial", "problems", "known_problems", "resolved_problems", "versions", "manifests")
 """Of a summary, what grows with the number of checkpoints."""
 
 
@@ -62,6 +63,7 @@ def record_files(
     *,
     options: Mapping[str, Any],
     flow_run_id: str | None,
+    selection: Mapping[str, Any] | None = None,
     ended: datetime | None = None,
 ) -> dict[str, bytes]:
     """Name and content of each file, in the order to write them.
@@ -83,8 +85,11 @@ def record_files(
         "not_checkpoints": tally.count("not_a_checkpoint"),
         "not_tried": tally.count("not_tried"),
         "not_listed": tally.not_listed,
+        "by_reason": _by_reason(tally.entries),
+        "oldest_unconverted": _oldest_unconverted(tally),
         "prefect_flow_run_id": flow_run_id,
         "options": dict(options),
+        "selection": dict(selection) if selection is not None else None,
         **{name: summary[name] for name in LISTS if name in summary},
         "checkpoints": [_entry_json(entry) for entry in _in_order(tally.entries)],
     }
@@ -118,6 +123,22 @@ def _checksum_line(path: str, digest: str) -> str:
     return f"{marker}{digest}  {escaped}\n"
 
 
+def _by_reason(entries: Iterable[Entry]) -> dict[str, dict[str, int]]:
+    """How many ended in each outcome for each reason."""
+    found: dict[str, Counter[str]] = {}
+    for entry in entries:
+        if entry.reason:
+            found.setdefault(entry.outcome, Counter())[entry.reason] += 1
+    return {outcome: dict(sorted(reasons.items())) for outcome, reasons in sorted(found.items())}
+
+
+def _oldest_unconverted(tally: Tally) -> dict[str, str] | None:
+    """Of what fails, known or not: where it is, and since when it waits (`Unconverted.waits_since`)."""
+    rows = [row for row in tally.ledger.found.values() if row.is_failure]
+    oldest = min(rows, key=lambda row: row.waits_since, default=None)
+    return {"path": oldest.path, "since": oldest.waits_since} if oldest is not None else None
+
+
 def _in_order(entries: Iterable[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda entry: entry.path)
 
@@ -133,6 +154,10 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
         row["seconds"] = round(entry.seconds, 3)
     if entry.reason:
         row |= {"reason": entry.reason, "detail": entry.detail}
+        if entry.novelty:
+            row |= {"novelty": entry.novelty, "since": entry.since}
+        if entry.because:
+            row["because"] = entry.because
     elif entry.outcome == "left_alone":
         row["detail"] = entry.detail
     if entry.converted is not None:

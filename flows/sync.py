@@ -25,6 +25,7 @@ from flows.fanout import Work, unexamined
 from flows.parameters import described
 from flows.run_record import new_run_id
 from flows.runners import RunnerName
+from flows.selection import Selection
 from flows.tally import LISTED, Tally
 from flows.wishes import MAX_WORKERS, build_options, parse_duration, refuse_secrets
 from ptbin.catalog import Job, OutputRule, Problem
@@ -262,7 +263,7 @@ class Synchronization(Conversion):
         tally.kept = len(changed)
         if not gone:
             return
-        if not tally.succeeded:
+        if not tally.is_clean:  # what is known, and still fails, has its outputs planned: they stay
             self.logger.warning(
                 "%d outputs are gone from SOURCE; nothing is deleted: there were problems", len(gone)
             )
@@ -372,6 +373,7 @@ def sync(
     workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] | None = None,
     max_requests: Annotated[int, Field(ge=1)] = DEFAULT_REQUESTS,
     deadline: str | float | None = None,
+    min_success: Annotated[float, Field(gt=0, le=1)] | None = None,
     source_options: str | None = None,
     dest_options: str | None = None,
     run_id: str | None = None,
@@ -439,7 +441,9 @@ def sync(
             )
             if not problems and not work_of(live).count():
                 raise UsageError(f"nothing to mirror below SOURCE: {source}")
-            tally = MirrorTally(live.run_id, source, dest, kind="sync")
+            tally = MirrorTally(live.run_id, source, dest, kind="sync", min_success=min_success)
             # What is up to date stays; what is done replaces whatever lies there.
             forced = options.replace(force=force)
-            return Synchronization(run, forced, tally, fail_fast, mirror).carry_out(problems)
+            mirroring = Synchronization(run, forced, tally, fail_fast, mirror)
+            mirroring.selection = Selection(exclude=tuple(exclude), copied=tuple(include))
+            return mirroring.carry_out(problems)

@@ -1,19 +1,23 @@
 """What a conversion run has come to so far: outcomes in, counts, message and summary out. Pure.
 
 Every checkpoint that was planned ends in exactly one of: converted, up to date, rejected (its own
-fault), failed (anybody else's), not a checkpoint (content that its place had suggested), left alone (what
-training leaves next to weights: optimizers, schedulers, ...), not tried (the run was told to stop at the
-first problem).
+fault), failed (anybody else's), known (either of the two, and acknowledged), not a checkpoint (content that
+its place had suggested), left alone (what training leaves next to weights: optimizers, schedulers, ...), not
+tried (the run was told to stop at the first problem). The ledger (`ptbin.history.failures`) says what of it
+is new.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ptbin.catalog import Job, Problem
+from ptbin.catalog.finished import identity_text
+from ptbin.companions import is_companion
+from ptbin.history.failures import Ledger
 from tasks.outcomes import Converted, Outcome
 
 __all__ = ["Entry", "Tally"]
@@ -33,6 +37,18 @@ class Entry:
     detail: str = ""
     converted: Converted | None = None
     seconds: float = 0.0
+    novelty: str = ""
+    """Of a failure: `new`, `old` or `known`."""
+    since: str = ""
+    """Of a failure: when a run first found it like this."""
+    because: str = ""
+    """Of a known one: what its acknowledgement says, and until when it holds."""
+
+    def problem(self) -> dict[str, str]:
+        """As a row of the summary."""
+        row = {"source": self.source, "reason": self.reason, "detail": self.detail}
+        row |= {"novelty": self.novelty, "since": self.since}
+        return row | ({"because": self.because} if self.because else {})
 
 
 @dataclass(slots=True)
@@ -54,6 +70,10 @@ class Tally:
     """Of DEST's own files: `deleted`, `backed_up`."""
     kept: int = 0
     """Outputs that are gone from SOURCE and were not deleted."""
+    ledger: Ledger = field(default_factory=Ledger)
+    """What earlier runs failed at, and what of it is acknowledged."""
+    min_success: float | None = None
+    """The run succeeds if that share of its checkpoints does; None: all of them."""
     run_problems: list[Problem] = field(default_factory=list)
     """Problems of the run itself, such as a run record that could not be written."""
 
@@ -61,8 +81,8 @@ class Tally:
     def place(self) -> str:
         return self.home or self.dest
 
-    def add(self, job: Job, outcome: Outcome) -> None:
-        self._append(
+    def add(self, job: Job, outcome: Outcome) -> Entry:
+        return self._append(
             Entry(
                 job.path,
                 job.source_uri,
@@ -72,7 +92,8 @@ class Tally:
                 outcome.detail,
                 outcome.converted,
                 outcome.seconds,
-            )
+            ),
+            identity_text(job.identity),
         )
 
     def add_all(self, jobs: Iterable[Job], outcome: str) -> None:
@@ -82,13 +103,33 @@ class Tally:
                 self.entries.append(Entry(job.path, job.source_uri, job.source_size, outcome))
             self.counts[outcome] += 1
 
-    def add_collisions(self, problems: Iterable[Problem]) -> None:
-        for problem in problems:
+    def add_collisions(self, problems: Iterable[Problem]) -> list[Entry]:
+        return [
             self._append(Entry(problem.source, problem.source, 0, "rejected", problem.reason, problem.detail))
+            for problem in problems
+        ]
 
-    def _append(self, entry: Entry) -> None:
+    def _append(self, entry: Entry, state: str = "") -> Entry:
+        entry = self._judged(entry, state)
         self.entries.append(entry)
         self.counts[entry.outcome] += 1
+        return entry
+
+    def _judged(self, entry: Entry, state: str) -> Entry:
+        """A failure with what the ledger says of it; a known one has an outcome of its own."""
+        failed = entry.outcome in {"rejected", "failed"}
+        if entry.outcome not in {"rejected", "failed", "not_a_checkpoint", "left_alone"}:
+            return entry
+        if entry.outcome == "left_alone" and is_companion(entry.path):
+            return entry  # by its name alone: no run reads it to find that out
+        row = self.ledger.note(entry.source, entry.path, state, entry.outcome, entry.reason, entry.detail)
+        if not failed:
+            return entry
+        novelty = self.ledger.novelty(row)
+        entry = replace(entry, novelty=novelty, since=row.since)
+        if (known := self.ledger.acknowledgement(row)) is None:
+            return entry
+        return replace(entry, outcome="known", because=f"{known.because} (until {known.until})")
 
     def count(self, outcome: str) -> int:
         return self.counts[outcome]
@@ -100,9 +141,26 @@ class Tally:
         return {outcome: n - listed[outcome] for outcome, n in self.counts.items() if n > listed[outcome]}
 
     @property
+    def is_clean(self) -> bool:
+        """Whether nothing went wrong but what is known."""
+        return self._is_complete and not self.has_problems
+
+    @property
     def succeeded(self) -> bool:
-        bad = self.count("rejected") + self.count("failed") + self.count("not_tried")
-        return bad == 0 and not self.run_problems and not self.interrupted
+        """Whether the run counts as one that went well: it is clean, or enough of it is (`min_success`)."""
+        enough = self.min_success is not None and self.success_share >= self.min_success
+        return self.is_clean or (self._is_complete and enough)
+
+    @property
+    def _is_complete(self) -> bool:
+        return not (self.count("not_tried") or self.run_problems or self.interrupted)
+
+    @property
+    def success_share(self) -> float:
+        """Of the checkpoints that were converted, copied, up to date or failed; known ones aside."""
+        bad = self.count("rejected") + self.count("failed")
+        good = self.count("converted") + self.count("copied") + self.count("up_to_date")
+        return good / (good + bad) if good + bad else 1.0
 
     @property
     def has_problems(self) -> bool:
@@ -110,10 +168,16 @@ class Tally:
 
     @property
     def problems(self) -> list[Entry]:
+        """What makes a run fail, new failures first."""
         return sorted(
             (entry for entry in self.entries if entry.outcome in {"rejected", "failed"}),
-            key=lambda entry: entry.path,
+            key=lambda entry: (entry.novelty != "new", entry.path),
         )
+
+    @property
+    def known(self) -> list[Entry]:
+        """Failures that are acknowledged."""
+        return sorted((e for e in self.entries if e.outcome == "known"), key=lambda entry: entry.path)
 
     def message(self) -> str:
         """The counts as one sentence, for the flow run's state."""
@@ -128,6 +192,8 @@ class Tally:
             parts += [f"{name.replace('_', ' ')} {n}" for name, n in sorted(self.files.items())]
             if self.kept:
                 parts.append(f"gone from SOURCE and kept {self.kept}")
+        if known := self.count("known"):
+            parts.append(f"known failures {known}")
         if skipped := self.count("not_a_checkpoint"):
             parts.append(f"not checkpoints {skipped}")
         if alone := self.count("left_alone"):
@@ -135,6 +201,8 @@ class Tally:
         if left := self.count("not_tried"):
             parts.append(f"not tried {left}")
         parts.extend(f"{problem.reason}: {problem.detail}" for problem in self.run_problems)
+        if self.succeeded and not self.is_clean:
+            parts.append(f"{self.success_share:.2%} went well, of {self.min_success:.2%} asked for")
         return ("interrupted: " if self.interrupted else "") + ", ".join(parts)
 
     def summary(self, seconds: float) -> dict[str, Any]:
@@ -157,6 +225,9 @@ class Tally:
             "up_to_date": self.count("up_to_date"),
             "rejected": self.count("rejected"),
             "failed": self.count("failed"),
+            "known": self.count("known"),
+            "new": sum(entry.novelty == "new" for entry in self.problems),
+            "resolved": len(self.ledger.resolved),
             "left_alone": self.count("left_alone"),
             "source_bytes": sum(entry.nbytes for entry, _ in done),
             "read_bytes": sum(facts.read_nbytes for _, facts in done),
@@ -176,12 +247,14 @@ class Tally:
                 else {}
             ),
             "manifests": sorted(facts.manifest_uri for _, facts in done if facts.manifest_uri),
-            "problems": [
-                {"source": entry.source, "reason": entry.reason, "detail": entry.detail}
-                for entry in self.problems
-            ]
+            "problems": [entry.problem() for entry in self.problems]
             + [
                 {"source": problem.source, "reason": problem.reason, "detail": problem.detail}
                 for problem in self.run_problems
+            ],
+            "known_problems": [entry.problem() for entry in self.known],
+            "resolved_problems": [
+                {"source": row.source, "reason": row.reason, "since": row.since}
+                for row in self.ledger.resolved[:LISTED]
             ],
         }

@@ -16,6 +16,7 @@ from ptbin import catalog
 from ptbin.catalog import Job, OutputRule, Problem
 from ptbin.catalog.finished import FinishedRow, read_finished
 from ptbin.catalog.mirroring import copied_along
+from ptbin.catalog.named import NamedFiles
 from ptbin.catalog.worklist import WorkList
 from ptbin.errors import PtbinError
 from ptbin.options import ConvertOptions
@@ -51,15 +52,19 @@ def list_checkpoints(
     exclude: Sequence[str],
     *,
     distrust: bool = False,
+    named: Sequence[str] | None = None,
+    must_exist: bool = True,
 ) -> list[Problem]:
     """Fill the run's work list with every checkpoint below `source`; what cannot be converted at all.
 
     DEST is listed as well, and what its index of finished work knows is settled without a request each. With
-    `distrust` nothing is taken for up to date.
+    `distrust` nothing is taken for up to date. `named` are the paths below `source` that alone are looked at;
+    where they `must_exist`, those that are not there are problems.
     """
     live = find_live_run(run_id)
+    files = NamedFiles(named) if named is not None else None
     with limit_requests(live.requests):
-        return work_of(live).plan(
+        problems = work_of(live).plan(
             source,
             rule,
             options,
@@ -68,7 +73,9 @@ def list_checkpoints(
             source_options=live.source_options,
             tick=live.tick,
             distrust=distrust,
+            named=files,
         )
+    return problems + (files.missing(source) if files is not None and must_exist else [])
 
 
 @task(

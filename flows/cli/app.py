@@ -16,15 +16,18 @@ from collections.abc import Sequence
 import click
 from click.shell_completion import shell_complete
 
+from flows.cli.acknowledge_command import acknowledge_command
 from flows.cli.convert_command import convert_command
 from flows.cli.deployments_command import deployments_command
 from flows.cli.diff_command import diff_command
 from flows.cli.inspect_command import inspect_command
 from flows.cli.interrupts import INTERRUPTED_STATUS, Heard, hear_signals
+from flows.cli.metrics_command import metrics_command
 from flows.cli.migrate_command import migrate_command
 from flows.cli.printing import print_error
 from flows.cli.restore_command import restore_command
 from flows.cli.runs_command import runs_command
+from flows.cli.status_command import status_command
 from flows.cli.sync_command import sync_command
 from flows.cli.verify_command import verify_command
 from ptbin.errors import CheckpointError, PtbinError
@@ -43,7 +46,10 @@ Examples:
   ptbin verify s3://models/weights
   ptbin diff old/last.bin new/last.bin
   ptbin restore last.bin last.pt
+  ptbin status s3://training/runs s3://models/weights
   ptbin runs s3://models/weights
+  ptbin metrics s3://models/weights --textfile /var/lib/node_exporter/ptbin.prom
+  ptbin acknowledge weights/ run3/cut.pt --reason 'known, issue 412' --until 2026-12-31
 
 \b
 Exit status: 0 all done; 1 some checkpoints failed or were rejected;
@@ -72,6 +78,9 @@ cli.add_command(sync_command)
 cli.add_command(migrate_command)
 cli.add_command(runs_command)
 cli.add_command(deployments_command)
+cli.add_command(status_command)
+cli.add_command(acknowledge_command)
+cli.add_command(metrics_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,9 +12,10 @@ import click
 
 from flows.cli.conversion_options import conversion_options, split_wishes
 from flows.cli.destination import one_file
+from flows.cli.listing_options import RetryingCommand, holding_list, listing_options, named_paths
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import Problems, showing_progress
-from flows.cli.shared_options import Shared, run_options, shared_options, split_options
+from flows.cli.shared_options import Shared, judging_options, run_options, shared_options, split_options
 from flows.cli.summary import JSON_KEYS, conversion_lines, plan_lines, single_lines, tell_summary
 from flows.wishes import build_options, refuse_secrets
 from ptbin.errors import StorageError, UsageError
@@ -39,6 +40,8 @@ Examples:
   ptbin convert runs/step-900 model.safetensors --format safetensors --dtype bfloat16
   ptbin convert checkpoints/ hub/ --layout hf --max-shard-size 5GB
   ptbin convert in.pt s3://models/in.bin --dest-options @minio.json
+  ptbin convert s3://training/runs s3://models/weights --retry-failed
+  ls -t checkpoints | head | ptbin convert checkpoints/ weights/ --files-from -
 
 SOURCE and DEST are local paths or any fsspec URL. One checkpoint goes to DEST if that ends in .bin, else
 into DEST. Everything else (a directory, a prefix, a quoted glob) is converted below DEST through Prefect:
@@ -50,7 +53,7 @@ Exit status: 0 all converted or up to date; 1 some were rejected or failed;
 2 the call was wrong, nothing was written; 130 interrupted."""
 
 
-@click.command("convert", epilog=EPILOG)
+@click.command("convert", epilog=EPILOG, cls=RetryingCommand)
 @click.argument("source")
 @click.argument("dest")
 @click.option("--include", multiple=True, metavar="GLOB", help="Only paths that match (repeatable).")
@@ -60,7 +63,9 @@ Exit status: 0 all converted or up to date; 1 some were rejected or failed;
     "--force", is_flag=True, help="Convert what is up to date too, and replace whatever lies there."
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and what would be replaced.")
+@listing_options
 @run_options
+@judging_options
 @shared_options
 def convert_command(
     source: str,
@@ -69,9 +74,13 @@ def convert_command(
     exclude: Sequence[str],
     force: bool,
     dry_run: bool,
+    min_success: float | None,
+    files_from: str | None,
+    retry_failed: str | None,
     **values: Any,
 ) -> int:
     """Convert SOURCE, one checkpoint or a whole store of them, into DEST."""
+    files_from = click.get_current_context().with_resource(holding_list(files_from))
     naming, wishes = split_wishes(values)
     carrying_out, shared = split_options(values)
     wishes["force"] = force
@@ -88,13 +97,21 @@ def convert_command(
         writes=not dry_run,
     )
     single = _single_checkpoint(source, dest, names_one, shared)
+    listing = {"files_from": files_from, "retry_failed": retry_failed}
+    if single is not None and any(value is not None for value in listing.values()):
+        raise UsageError(
+            f"SOURCE is one file, of which --files-from and --retry-failed cannot choose: {source}"
+        )
+    named = named_paths(source, dest, **listing, include=include, shared=shared) if single is None else None
     if dry_run:
         if single is not None:
             job = _job_of(single, dest, names_one, naming, options)
             current = [job] if _is_current(job, options, shared) else []
             return _print_plan([] if current else [job], current, [], options, shared)
         rule = catalog.OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout)
-        to_do, current, problems, alone = _planned(source, rule, include, exclude, options, shared)
+        to_do, current, problems, alone = _planned(
+            source, rule, include, exclude, options, shared, named, must_exist=retry_failed is None
+        )
         return _print_plan(to_do, current, problems, options, shared, alone)
     if single is not None:
         job = _job_of(single, dest, names_one, naming, options)
@@ -117,6 +134,8 @@ def convert_command(
                 include=list(include),
                 exclude=list(exclude),
                 naming=naming,
+                min_success=min_success,
+                **listing,
                 **carrying_out,
                 **wishes,
             )
@@ -246,19 +265,32 @@ def _planned(
     exclude: Sequence[str],
     options: ConvertOptions,
     shared: Shared,
+    named: Sequence[str] | None,
+    *,
+    must_exist: bool,
 ) -> tuple[list[Job], list[Job], list[Problem], list[Job]]:
     """What a run would convert, pass over, refuse, and (by their names) leave alone."""
     from contextlib import closing
 
     from ptbin.catalog.finished import read_finished
+    from ptbin.catalog.named import NamedFiles
     from ptbin.catalog.worklist import WorkList
     from ptbin.companions import is_companion
 
+    files = NamedFiles(named) if named is not None else None
     with closing(WorkList(rule.dest, dest_options=shared.dest_options)) as work:
         problems = work.plan(
-            source, rule, options, include=include, exclude=exclude, source_options=shared.source_options
+            source,
+            rule,
+            options,
+            include=include,
+            exclude=exclude,
+            source_options=shared.source_options,
+            named=files,
         )
-        if not problems and not work.count():
+        if files is not None and must_exist:
+            problems += files.missing(source)
+        if files is None and not problems and not work.count():
             raise UsageError("no checkpoints to convert below SOURCE")
         asked = list(work.iter_to_ask())
         rows = [

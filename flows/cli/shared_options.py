@@ -13,7 +13,7 @@ import click
 
 from flows.wishes import MAX_WORKERS, parse_duration
 
-__all__ = ["Shared", "run_options", "runner_options", "shared_options", "split_options"]
+__all__ = ["Shared", "judging_options", "run_options", "runner_options", "shared_options", "split_options"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 LOG_LEVELS = ["debug", "info", "warning", "error"]
@@ -151,6 +151,16 @@ def run_options(function: Command) -> Command:
     for decorator in reversed(decorators):
         function = decorator(function)
     return function
+
+
+def judging_options(function: Command) -> Command:
+    """When a run of many files counts as one that went well."""
+    return click.option(
+        "--min-success",
+        type=click.FloatRange(0, 1, min_open=True),
+        metavar="SHARE",
+        help="Exit with 0 if that share of the checkpoints succeeds (0.99); acknowledged failures aside.",
+    )(function)
 
 
 def split_options(values: dict[str, Any]) -> tuple[dict[str, Any], Shared]:

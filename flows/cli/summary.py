@@ -34,8 +34,9 @@ __all__ = [
 ]
 
 JSON_KEYS = (
-    "run_id", "source", "dest", "converted", "up_to_date", "rejected", "failed", "left_alone",
-    "source_bytes", "read_bytes", "written_bytes", "left_out", "seconds", "manifests", "problems",
+    "run_id", "source", "dest", "converted", "up_to_date", "rejected", "failed", "known", "new", "resolved",
+    "left_alone", "source_bytes", "read_bytes", "written_bytes", "left_out", "seconds", "manifests",
+    "problems", "known_problems", "resolved_problems",
 )  # fmt: skip
 """The `--json` summary of `convert`, in this order."""
 
@@ -67,6 +68,8 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
         ("rejected", str(summary["rejected"]), ""),
         ("failed", str(summary["failed"]), ""),
     ]
+    if summary["known"]:
+        rows.append(("known", str(summary["known"]), "failures that are acknowledged"))
     if summary["left_alone"]:
         rows.append(("left alone", str(summary["left_alone"]), LEFT_ALONE))
     if "copied" in summary:
@@ -80,6 +83,10 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
         lines += ["", "nothing to do: DEST is in step" if not summary["problems"] else "nothing was changed"]
     if summary["problems"]:
         lines += ["", *_problem_lines(summary["problems"])]
+    if summary["known_problems"]:
+        lines += ["", "known:", *_problem_lines(summary["known_problems"])]
+    if summary["resolved"]:
+        lines += ["", f"{summary['resolved']} that failed before no longer do"]
     lines += ["", f"{summary['seconds']:.1f} s, run {summary['run_id']}"]
     if summary.get("record"):
         lines.append(f"run record and report: {summary['record']}")
@@ -237,10 +244,21 @@ def verification_lines(summary: Mapping[str, Any]) -> list[str]:
 
 def _problem_lines(problems: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = [
-        (str(problem["reason"]), str(problem["source"]), short_detail(problem["source"], problem["detail"]))
+        (
+            str(problem["reason"]),
+            f"{problem['source']}{_since(problem)}",
+            short_detail(problem["source"], problem["detail"]),
+        )
         for problem in problems[:SHOWN_PROBLEMS]
     ]
     lines = [line for row in rows for line in (f"{row[0]}: {row[1]}", f"    {row[2]}")]
     if len(problems) > SHOWN_PROBLEMS:
         lines.append(f"... and {len(problems) - SHOWN_PROBLEMS} more, in the run record")
     return lines
+
+
+def _since(problem: Mapping[str, Any]) -> str:
+    """Of a failure that was there before, since when; of a known one, what is known."""
+    if problem.get("because"):
+        return f" (since {problem['since'][:10]}; {problem['because']})"
+    return f" (since {problem['since'][:10]})" if problem.get("novelty") == "old" else ""

@@ -12,7 +12,7 @@ from flows.cli.conversion_options import conversion_options, split_wishes
 from flows.cli.destination import refuse_one_file
 from flows.cli.printing import align, print_json, print_line
 from flows.cli.progress import showing_progress
-from flows.cli.shared_options import Shared, run_options, shared_options, split_options
+from flows.cli.shared_options import Shared, judging_options, run_options, shared_options, split_options
 from flows.cli.summary import JSON_KEYS, SYNC_KEYS, conversion_lines, tell_summary
 from flows.units import format_nbytes
 from flows.wishes import build_options, refuse_secrets
@@ -58,6 +58,7 @@ nothing was written; 130 interrupted."""
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and what would be replaced.")
 @conversion_options
 @run_options
+@judging_options
 @shared_options
 def sync_command(
     source: str,
@@ -71,6 +72,7 @@ def sync_command(
     backup_dir: str | None,
     force: bool,
     dry_run: bool,
+    min_success: float | None,
     **values: Any,
 ) -> int:
     """Make DEST a mirror of SOURCE: checkpoints as weights, their companions as they are."""
@@ -119,6 +121,7 @@ def sync_command(
             backup_dir=backup_dir,
             force=force,
             naming=naming,
+            min_success=min_success,
             **carrying_out,
             **wishes,
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 from ptbin.catalog.globs import matches, split_glob
 from ptbin.catalog.jobs import Found
+from ptbin.catalog.named import NamedFiles
 from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, OTHER_SUFFIXES, OUTPUT_SUFFIXES, suffix_of
 from ptbin.errors import NotFoundInStoreError, VerificationError
 from ptbin.folders import Group, Grouping, is_folder_part
@@ -51,6 +52,7 @@ def find_checkpoints(
     other: Callable[[ListedObject], object] = lambda _: None,
     broken: Callable[[str], object] | None = None,
     parts: bool = False,
+    named: NamedFiles | None = None,
 ) -> Iterator[Found]:
     """Candidates at or below SOURCE: one file, a directory or prefix, or a glob.
 
@@ -59,6 +61,7 @@ def find_checkpoints(
         exclude: globs that take candidates away.
         is_other: says of a file that belongs to no group whether it is handed to `other` and is no candidate.
         parts: each part of a checkpoint that ptbin does not put together is a candidate; else all are one.
+        named: where given, only what it names is a candidate, whatever `include` says.
         broken: told of each symbolic link that leads nowhere, unless `exclude` takes it away.
 
     Raises:
@@ -67,7 +70,9 @@ def find_checkpoints(
     root, pattern = split_glob(source, storage_options)
     store, path = open_store(root, storage_options)
     if pattern is None and not store.is_directory(path):
-        yield find_one(source, storage_options=storage_options)
+        one = find_one(source, storage_options=storage_options)
+        if named is None or named.takes(one.path):
+            yield one
         return
 
     def tell(link: str) -> None:
@@ -88,10 +93,14 @@ def find_checkpoints(
                 if is_other(found) and not any(matches(found.path, glob) for glob in exclude):
                     other(found)
                     continue
-                certain = _is_candidate(found, include, exclude)
+                if named is not None and not named.takes(found.path):
+                    continue
+                certain = _is_candidate(found, include if named is None else ("**",), exclude)
                 if certain is not None:
                     yield Found(found.path, found.uri, found.size, found.identity, certain)
-        elif _is_wanted(found, pattern, include, exclude):
+        elif named is not None and not named.takes(found.handle, *(part.path for part in found.members)):
+            continue
+        elif _is_wanted(found, pattern, include if named is None else (), exclude):
             uri = store.uri_of(f"{path.rstrip('/')}/{found.handle}" if found.handle else path)
             name = found.handle or path.rstrip("/").rpartition("/")[2]
             yield Found(name, uri, found.size, found.identity, True)

@@ -11,7 +11,7 @@ from typing import Any
 from ptbin.errors import StorageError
 from ptbin.stores import open_store
 
-__all__ = ["matches", "split_glob"]
+__all__ = ["matches", "root_of", "split_glob"]
 
 _GLOB = re.compile(r"[*?\[]")
 
@@ -77,3 +77,9 @@ def split_glob(source: str, storage_options: Mapping[str, Any] | None) -> tuple[
     pattern = "/".join(parts)
     # A leading slash anchors the pattern at the listing's root, as a shell's glob is.
     return root, f"/{pattern}"
+
+
+def root_of(source: str, storage_options: Mapping[str, Any] | None) -> str:
+    """URI of the place that paths below SOURCE are relative to: the same however SOURCE is written."""
+    store, path = open_store(split_glob(source, storage_options)[0], storage_options)
+    return store.uri_of(path)

@@ -122,6 +122,13 @@ class JobTable:
         """Those with a manifest that the index does not know; `answer` settles them."""
         return (job for _, job in self.select("state = ?", (TO_ASK,)))
 
+    def states_of(self, uri: str) -> set[int]:
+        """The states of the jobs of a source; empty where there is none."""
+        with self.lock:
+            self.db.execute("CREATE INDEX IF NOT EXISTS uris ON jobs (uri)")
+            found = self.db.execute("SELECT DISTINCT state FROM jobs WHERE uri = ?", (uri,)).fetchall()
+        return {state for (state,) in found}
+
     def refuse(self, job: Job) -> None:
         """Leave a job alone after all."""
         self._set_state(job, REFUSED)

@@ -27,6 +27,7 @@ from ptbin.catalog.finished import (
 from ptbin.catalog.jobs import Found, Job, Problem
 from ptbin.catalog.jobtable import CURRENT, PAGE, TO_ASK, TO_DO, JobTable
 from ptbin.catalog.mirroring import is_doubtful, is_sidecar
+from ptbin.catalog.named import NamedFiles
 from ptbin.catalog.planning import OutputRule
 from ptbin.errors import (
     LimitExceededError,
@@ -55,6 +56,8 @@ class WorkList(JobTable):
         self._dest_options = dest_options
         self._options = ConvertOptions()
         self._source_options: Mapping[str, Any] | None = None
+        self.own_files: set[str] | None = None
+        """Paths below DEST of the files in `_ptbin` itself; None where DEST was not listed."""
 
     # -- planning --------------------------------------------------------------------------------
 
@@ -75,11 +78,13 @@ class WorkList(JobTable):
         tick: Callable[[], object] = lambda: None,
         copies: Callable[[ListedObject], bool] | None = None,
         distrust: bool = False,
+        named: NamedFiles | None = None,
     ) -> list[Problem]:
         """Fill the list; what cannot be done at all. `tick` is called now and then, and may raise.
 
         With `options.force` nothing is up to date; with `distrust` everything is to be done that is not
-        compared by its content. `copies` says which files go along as they are.
+        compared by its content. `copies` says which files go along as they are, `named` which files alone are
+        looked at.
 
         Raises:
             NotFoundInStoreError, StorageError: from the stores.
@@ -100,6 +105,7 @@ class WorkList(JobTable):
                 other=others.append,
                 broken=broken.append if copies is not None else None,
                 parts=options.parts,
+                named=named,
             )
             problems = self._add(found, others, tick)
             problems += [_broken_link(link) for link in broken]
@@ -134,6 +140,7 @@ class WorkList(JobTable):
 
     def _read_dest(self, tick: Callable[[], object]) -> None:
         store, path = open_store(self.dest, self._dest_options)
+        self.own_files = set()
         self.db.execute("BEGIN")
         for number, item in enumerate(store.iter_objects(path)):
             if number % PAGE == 0:
@@ -143,6 +150,8 @@ class WorkList(JobTable):
                 self.db.execute("INSERT OR REPLACE INTO stored VALUES (?, ?, ?)", row)
             elif item.path.startswith(f"{INDEX_FOLDER}/") and item.path.endswith(SEGMENT_SUFFIX):
                 self.db.execute("INSERT OR REPLACE INTO segments VALUES (?)", (item.path,))
+            elif item.path.count("/") == 1:
+                self.own_files.add(item.path)
         self.db.execute("COMMIT")
         for (segment,) in self.db.execute("SELECT path FROM segments ORDER BY path").fetchall():
             tick()
@@ -290,6 +299,11 @@ class WorkList(JobTable):
     def relative_manifest(self, job: Job) -> str:
         """Path below DEST of the job's manifest; of a copy, its own, for that has none."""
         return self.rule.relative(job) + ("" if job.copies else MANIFEST_SUFFIX)
+
+    def was_made(self, job: Job) -> bool:
+        """Whether DEST's listing shows what a run made of the job: its manifest, or the copy itself."""
+        with self.lock:
+            return self._size_of(self.relative_manifest(job)) is not None
 
     def answer(
         self, jobs: Sequence[Job], rows: Iterable[FinishedRow], options: ConvertOptions

@@ -1,0 +1,63 @@
+"""`ptbin acknowledge`: say of failures that they are known, until a day; no Prefect, no server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+
+from flows.cli.printing import print_json, print_line
+from flows.cli.shared_options import Shared, shared_options
+from ptbin.errors import UsageError
+from ptbin.stores import public_uri
+
+__all__ = ["acknowledge_command"]
+
+EPILOG = """\b
+Examples:
+  ptbin acknowledge weights/ run3/cut.pt --reason 'truncated, trained again' --until 2026-12-31
+  ptbin acknowledge s3://models/weights a.pt b.pt --reason 'issue 412' --until 2027-01-15
+
+PATH is a checkpoint that failed in an earlier run, relative to SOURCE, or its URI. Until that day (UTC) a run
+still tries it, and no longer fails because of it, as long as neither the file nor the reason of the failure
+changes. The list lies in DEST/_ptbin/known.json; delete an entry there to take it back.
+
+\b
+Exit status: 0 acknowledged; 2 the call was wrong, or nothing fails at a PATH: nothing was written."""
+
+
+@click.command("acknowledge", epilog=EPILOG)
+@click.argument("dest")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("--reason", required=True, metavar="TEXT", help="Why it is no longer news; reports show it.")
+@click.option(
+    "--until", required=True, type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="The last day it holds."
+)
+@shared_options
+def acknowledge_command(
+    dest: str, paths: Sequence[str], reason: str, until: datetime, **shared_values: Any
+) -> int:
+    """Say that the failures of PATHs in DEST are known: no reason for a run to fail."""
+    shared = Shared(**shared_values)
+    from ptbin.history.failures import acknowledge
+
+    today = datetime.now(UTC).date()
+    if until.date() < today:
+        raise UsageError(f"--until {until:%Y-%m-%d} is over; today is {today} (UTC)")
+    failures = acknowledge(
+        dest,
+        paths,
+        because=" ".join(reason.split()),
+        until=f"{until:%Y-%m-%d}",
+        today=today,
+        dest_options=shared.dest_options,
+    )
+    if shared.as_json:
+        known = [{"path": row.path, "source": row.source, "reason": row.reason} for row in failures]
+        print_json({"dest": public_uri(dest), "until": f"{until:%Y-%m-%d}", "known": known})
+    elif not shared.quiet:
+        for row in failures:
+            print_line(f"known until {until:%Y-%m-%d}: {row.path}: {row.reason} since {row.since[:10]}")
+    return 0

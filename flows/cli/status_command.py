@@ -1,0 +1,131 @@
+"""`ptbin status`: what is due and what fails, found out without a run; no Prefect, no server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flows.cli.conversion_options import conversion_options, split_wishes
+from flows.cli.printing import align, print_json, print_line
+from flows.cli.shared_options import Shared, shared_options
+from flows.wishes import build_options
+from ptbin.stores import public_uri
+
+if TYPE_CHECKING:
+    from ptbin.history.status import Question, Status
+
+__all__ = ["status_command"]
+
+SHOWN_ROWS = 20
+KINDS = ("new", "changed", "failed", "refused", "known", "orphaned")
+WORDS = {"up_to_date": "up to date", "left_alone": "left alone", "not_checkpoints": "not checkpoints"}
+MEANINGS = {
+    "new": "not converted yet",
+    "changed": "the source, or the options, since they were converted",
+    "failed": "as the last run left them; tried again by each run",
+    "refused": "the listing alone refuses them",
+    "known": "failures that are acknowledged",
+    "orphaned": "outputs whose source is gone; `sync --delete` removes them",
+}
+
+EPILOG = """\b
+Examples:
+  ptbin status checkpoints/ weights/
+  ptbin status s3://training/runs s3://models/weights --json | jq .counts
+  ptbin status checkpoints/ weights/ --format safetensors
+
+Lists both sides as a run does, writes nothing and reads no checkpoint. Without options of a conversion it
+asks for what the last recorded run from SOURCE was asked for; with any of them, or --sync, the options given
+are all that count.
+
+\b
+Exit status: 0 all in step; 1 something is new, changed, fails or is refused, and is not acknowledged;
+2 the call was wrong."""
+
+
+@click.command("status", epilog=EPILOG)
+@click.argument("source")
+@click.argument("dest")
+@click.option("--include", multiple=True, metavar="GLOB", help="As of convert or, with --sync, of sync.")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="As of convert or sync.")
+@click.option("--sync", "mirrors", is_flag=True, help="DEST is a mirror: other files count, too.")
+@conversion_options
+@shared_options
+def status_command(
+    source: str, dest: str, include: Sequence[str], exclude: Sequence[str], mirrors: bool, **values: Any
+) -> int:
+    """Say how far DEST is in step with SOURCE: what is new, changed, failed, left over."""
+    naming, wishes = split_wishes(values)
+    shared = Shared(**values)
+    options = build_options(**wishes)
+    from ptbin.history.status import Question, question_of_last_run, status_of
+
+    places: dict[str, Any] = {"source_options": shared.source_options, "dest_options": shared.dest_options}
+    question = Question(
+        options, naming, tuple(include), tuple(exclude), copied=tuple(include) if mirrors else None
+    )
+    if not _is_asked(("include", "exclude", "mirrors", "naming", "output_format", *wishes)):
+        question = question_of_last_run(source, dest, **places) or question
+    status = status_of(source, dest, question, **places)
+    if shared.as_json:
+        print_json(_to_json(source, dest, question, status))
+    elif not shared.quiet:
+        for line in _lines(question, status):
+            print_line(line)
+    return 0 if status.is_in_step else 1
+
+
+def _is_asked(names: Sequence[str]) -> bool:
+    """Whether the command line names any of these options."""
+    context = click.get_current_context()
+    sources = (context.get_parameter_source(name) for name in names if name in context.params)
+    return any(source is not None and source.name != "DEFAULT" for source in sources)
+
+
+def _to_json(source: str, dest: str, question: Question, status: Status) -> dict[str, Any]:
+    return {
+        "source": public_uri(source),
+        "dest": public_uri(dest),
+        "as_run": question.run,
+        "in_step": status.is_in_step,
+        "counts": status.counts,
+        "oldest_unconverted": status.oldest,
+        **{kind: status.listed.get(kind, []) for kind in KINDS},
+    }
+
+
+def _lines(question: Question, status: Status) -> list[str]:
+    rows = [
+        (WORDS.get(kind, kind), f"{count:,}", MEANINGS.get(kind, "") if count else "")
+        for kind, count in status.counts.items()
+        if count or kind in ("up_to_date", "new", "changed", "failed")
+    ]
+    lines = align(rows, right=[1], indent="")
+    for kind in KINDS:
+        listed = status.listed.get(kind, [])
+        if not listed:
+            continue
+        lines += ["", f"{kind}:", *(f"  {_row(row)}" for row in listed[:SHOWN_ROWS])]
+        if status.counts[kind] > SHOWN_ROWS:
+            lines.append(f"  ... and {status.counts[kind] - SHOWN_ROWS:,} more")
+    if status.oldest is not None:
+        lines += ["", f"oldest unconverted: {status.oldest['path']}, since {_day(status.oldest['since'])}"]
+    lines += ["", "all in step" if status.is_in_step else "not in step"]
+    return [*lines, f"asked as run {question.run} was"] if question.run else lines
+
+
+def _row(row: dict[str, str]) -> str:
+    text = row["path"]
+    if row.get("written"):
+        text += f", written {_day(row['written'])}"
+    if row.get("reason"):
+        text += f": {row['reason']}"
+    if row.get("since"):
+        text += f" since {_day(row['since'])}"
+    return text + (f" (until {row['until']}: {row['because']})" if row.get("because") else "")
+
+
+def _day(moment: str) -> str:
+    return moment.replace("T", " ").removesuffix(":00Z").removesuffix("Z")

@@ -1,0 +1,89 @@
+"""Which of the files below SOURCE a run looks at, as its parameters say and its record tells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ptbin.catalog import OutputRule
+from ptbin.catalog.globs import matches
+from ptbin.catalog.named import parse_lines
+from ptbin.errors import UsageError
+from ptbin.history.failures import read_unconverted
+from ptbin.history.records import read_rows
+from ptbin.stores import open_store
+
+__all__ = ["LAST", "Selection", "named_files"]
+
+LAST = "last"
+"""Of `--retry-failed`: all that fails as the last run which looked at it left it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Everything, unless globs or a list of files say less.
+
+    Attributes:
+        include: of `convert`, globs of what alone is looked at.
+        copied: of `sync`, globs of files that go along as they are.
+        is_listed: only named files are looked at (`--files-from`, `--retry-failed`).
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    copied: tuple[str, ...] = ()
+    is_listed: bool = False
+
+    def takes(self, path: str) -> bool:
+        """Whether the run would have come upon a file at `path` below SOURCE, if it were there."""
+        if self.is_listed or any(matches(path, glob) for glob in self.exclude):
+            return False
+        return not self.include or any(matches(path, glob) for glob in self.include)
+
+    def to_json(self, rule: OutputRule) -> dict[str, Any]:
+        """For the run record, with how outputs are called: what `ptbin status` asks about."""
+        return {
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "copied": list(self.copied),
+            "is_listed": self.is_listed,
+            "naming": rule.naming,
+            "layout": rule.layout,
+        }
+
+
+def named_files(
+    dest: str,
+    root: str,
+    *,
+    files_from: str | Sequence[str] | None,
+    retry_failed: str | None,
+    include: Sequence[str],
+    dest_options: Mapping[str, Any] | None = None,
+) -> list[str] | None:
+    """Paths below SOURCE that a run is to look at alone; None: it looks at everything.
+
+    Args:
+        root: URI of SOURCE.
+        files_from: the paths themselves, or the path or URI of a file with one a line.
+        retry_failed: the id of a run of which what failed is tried again, or `LAST`.
+
+    Raises:
+        UsageError: parameters that contradict each other, no such run, or a file that cannot be read.
+    """
+    if files_from is None and retry_failed is None:
+        return None
+    if include or (files_from is not None and retry_failed is not None):
+        raise UsageError("only one of --include, --files-from and --retry-failed can say what to look at")
+    if isinstance(files_from, str):
+        store, path = open_store(files_from)
+        return parse_lines(store.read_bytes(path))
+    if files_from is not None:
+        return list(files_from)
+    if retry_failed == LAST:
+        rows = read_unconverted(dest, dest_options=dest_options)
+        return [row.path for row in rows if row.is_failure and row.root == root]
+    found = read_rows(dest, str(retry_failed), storage_options=dest_options)
+    failed = [row["path"] for row in found if row.get("outcome") in ("rejected", "failed", "known")]
+    return [path.removeprefix(f"{root.rstrip('/')}/") for path in failed]

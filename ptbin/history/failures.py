@@ -1,0 +1,374 @@
+"""What runs looked at and did not convert, since when, and what of it is acknowledged.
+
+`DEST/_ptbin/unconverted.jsonl` has a line for each file that the last run which looked at it did not convert:
+failures with their reason, and files that turned out to be no checkpoints. It is written anew at a run's end;
+the lease on DEST keeps two runs from doing so at once. `DEST/_ptbin/known.json` has what people acknowledged
+(`ptbin acknowledge`); runs only read it.
+
+A failure is *known* if it is acknowledged in this state and with this reason, *old* if it was there before,
+else *new*; so a source that changed is new. States are told apart by the source's identity in the listing
+(ETag, or time and size). If one of these files is lost, that costs dates and never a weight.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, date, datetime
+from typing import Any, Literal
+
+from ptbin.catalog.finding import OWN_FOLDER
+from ptbin.errors import NotFoundInStoreError, UsageError, VerificationError
+from ptbin.stores import open_store
+
+__all__ = [
+    "Acknowledgement",
+    "Ledger",
+    "Novelty",
+    "Unconverted",
+    "acknowledge",
+    "read_known",
+    "read_ledger",
+    "read_unconverted",
+    "utc_text",
+    "write_known",
+    "write_unconverted",
+    "written_at",
+]
+
+UNCONVERTED = f"{OWN_FOLDER}/unconverted.jsonl"
+KNOWN = f"{OWN_FOLDER}/known.json"
+FAILURES = ("rejected", "failed")
+MAX_LINE_NBYTES = 1 << 20
+"""Longer lines are damage."""
+
+Novelty = Literal["new", "old", "known"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unconverted:
+    """One file below a SOURCE that was not converted when a run last looked at it.
+
+    Attributes:
+        source: its URI, which it is known by.
+        path: below SOURCE.
+        root: URI of SOURCE.
+        state: identity in SOURCE's listing, as `kind:value`; empty where there is none.
+        outcome: `rejected`, `failed`, `not_a_checkpoint` or `left_alone`.
+        since: when a run first found it in this state with this reason; UTC, ISO 8601.
+        run: the id of that run.
+    """
+
+    source: str
+    path: str
+    root: str
+    state: str
+    outcome: str
+    reason: str = ""
+    detail: str = ""
+    since: str = ""
+    run: str = ""
+
+    @property
+    def is_failure(self) -> bool:
+        return self.outcome in FAILURES
+
+    @property
+    def waits_since(self) -> str:
+        """When this state of the source was written, where its identity tells; else `since`."""
+        return written_at(self.state) or self.since
+
+    def is_same(self, other: Unconverted) -> bool:
+        """Whether both are one state of a file, with one reason."""
+        return (self.state, self.reason, self.is_failure) == (other.state, other.reason, other.is_failure)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Unconverted:
+        """Raises ValueError where `data` is not a row."""
+        if not isinstance(data, dict) or not all(isinstance(value, str) for value in data.values()):
+            raise ValueError("not a row")
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise ValueError("not a row") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledgement:
+    """A failure that someone knows of: until then it does not make a run fail.
+
+    Attributes:
+        path: of the checkpoint below SOURCE, or its URI.
+        because: what people are told.
+        until: the last day (UTC) on which it holds, as `YYYY-MM-DD`.
+        state: of the checkpoint; None, where written by hand: whatever its state is.
+        reason: the reason code; None, where written by hand: any reason.
+        at: when it was acknowledged.
+    """
+
+    path: str
+    because: str
+    until: str
+    state: str | None = None
+    reason: str | None = None
+    at: str = ""
+
+    def covers(self, failure: Unconverted, today: date) -> bool:
+        return (
+            self.path in (failure.path, failure.source)
+            and self.state in (None, failure.state)
+            and self.reason in (None, failure.reason)
+            and not self.is_expired(today)
+        )
+
+    def is_expired(self, today: date) -> bool:
+        return date.fromisoformat(self.until) < today
+
+    @classmethod
+    def from_json(cls, data: Any) -> Acknowledgement:
+        """Raises ValueError where something is missing or of the wrong kind, TypeError for unknown fields."""
+        if not isinstance(data, dict):
+            raise ValueError(f"{data!r} is not an object with path, because and until")
+        for name in ("path", "because", "until"):
+            if not isinstance(data.get(name), str):
+                raise ValueError(f"{data!r} has no text {name}")
+        date.fromisoformat(data["until"])
+        return cls(**data)
+
+
+@dataclass(slots=True)
+class Ledger:
+    """One run's view: what was not converted before, what is acknowledged, and what this run adds.
+
+    Attributes:
+        before: by source URI.
+        root: URI of this run's SOURCE.
+        resolved: failures that this run no longer finds; `close` fills it.
+    """
+
+    run_id: str = ""
+    root: str = ""
+    before: Mapping[str, Unconverted] = field(default_factory=dict)
+    known: Sequence[Acknowledgement] = ()
+    now: datetime = field(default_factory=lambda: datetime.now(UTC))
+    found: dict[str, Unconverted] = field(default_factory=dict)
+    resolved: list[Unconverted] = field(default_factory=list)
+    _by_path: dict[str, list[Acknowledgement]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for item in self.known:
+            self._by_path.setdefault(item.path, []).append(item)
+
+    def note(
+        self, source: str, path: str, state: str, outcome: str, reason: str = "", detail: str = ""
+    ) -> Unconverted:
+        """Take in what was not converted; with the date since which that is so."""
+        if path == source:  # problems of the listing name nothing but the URI
+            path = source.removeprefix(f"{self.root.rstrip('/')}/")
+        row = Unconverted(
+            source, path, self.root, state, outcome, reason, detail, utc_text(self.now), self.run_id
+        )
+        if (earlier := self.before.get(source)) is not None and earlier.is_same(row):
+            row = replace(row, since=earlier.since, run=earlier.run)
+        self.found[source] = row
+        return row
+
+    def novelty(self, row: Unconverted) -> Novelty:
+        """Whether a failure is known, old or new."""
+        if self.acknowledgement(row) is not None:
+            return "known"
+        earlier = self.before.get(row.source)
+        return "old" if earlier is not None and earlier.is_same(row) else "new"
+
+    def acknowledgement(self, row: Unconverted) -> Acknowledgement | None:
+        """What acknowledges a failure today."""
+        candidates = [*self._by_path.get(row.path, ()), *self._by_path.get(row.source, ())]
+        return next((item for item in candidates if item.covers(row, self.now.date())), None)
+
+    def close(self, is_settled: Callable[[Unconverted], bool]) -> list[Unconverted]:
+        """At the run's end: every row to be stored. Of the earlier ones that this run did not come upon
+        again, those stay of which `is_settled` is false; failures among the others are `resolved`.
+        """
+        kept = []
+        for source, row in self.before.items():
+            if source in self.found:
+                if row.is_failure and not self.found[source].is_failure:
+                    self.resolved.append(row)
+            elif not is_settled(row):
+                kept.append(row)
+            elif row.is_failure:
+                self.resolved.append(row)
+        return [*kept, *self.found.values()]
+
+
+def written_at(state: str) -> str:
+    """When a file in that state was written, by its identity of kind `mtime`; empty where it has another.
+
+    Such an identity is `<nanoseconds or ISO time>-<size>` (`stores.values.Identity`).
+    """
+    kind, _, value = state.partition(":")
+    text = value.rpartition("-")[0]
+    if kind != "mtime" or not text:
+        return ""
+    try:
+        if text.isdecimal():
+            return utc_text(datetime.fromtimestamp(int(text) / 1e9, UTC))
+        return utc_text(datetime.fromisoformat(text))
+    except (ValueError, OverflowError, OSError):
+        return ""
+
+
+def utc_text(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+# -- the two files -------------------------------------------------------------------------------
+
+
+def read_ledger(
+    dest: str,
+    *,
+    run_id: str = "",
+    root: str = "",
+    now: datetime | None = None,
+    there: Collection[str] | None = None,
+    dest_options: Mapping[str, Any] | None = None,
+) -> Ledger:
+    """What a run on DEST has to know; two reads, none of a file that a listing (`there`) shows is not there.
+
+    Raises:
+        VerificationError: `known.json` is damaged.
+        StorageError: the store failed.
+    """
+    before: dict[str, Unconverted] = {}
+    known: list[Acknowledgement] = []
+    if there is None or UNCONVERTED in there:
+        before = {row.source: row for row in read_unconverted(dest, dest_options=dest_options)}
+    if there is None or KNOWN in there:
+        known = read_known(dest, dest_options=dest_options)
+    return Ledger(run_id, root, before, known, now or datetime.now(UTC))
+
+
+def read_unconverted(dest: str, *, dest_options: Mapping[str, Any] | None = None) -> Iterator[Unconverted]:
+    """The rows, as far as they can be read: a damaged line is passed over. Memory: a block.
+
+    Raises:
+        StorageError: the store failed otherwise than by having no such file.
+    """
+    store, path = open_store(f"{dest.rstrip('/')}/{UNCONVERTED}", dest_options)
+    rest = b""
+    try:
+        with store.open_reader(path) as reader:
+            for block in reader.iter_range(0, reader.size):
+                *lines, rest = (rest + bytes(block)).split(b"\n")
+                for line in lines:
+                    if (row := _row(line)) is not None:
+                        yield row
+                if len(rest) > MAX_LINE_NBYTES:
+                    return
+    except NotFoundInStoreError:
+        return
+
+
+def _row(line: bytes) -> Unconverted | None:
+    try:
+        return Unconverted.from_json(json.loads(line))
+    except (ValueError, RecursionError):
+        return None
+
+
+def write_unconverted(
+    dest: str, rows: Iterable[Unconverted], *, dest_options: Mapping[str, Any] | None = None
+) -> None:
+    """Put the rows in the place of all that were stored. For whoever holds the lease on DEST.
+
+    Raises:
+        StorageError: the store failed; what was stored before is still there.
+    """
+    store, path = open_store(f"{dest.rstrip('/')}/{UNCONVERTED}", dest_options)
+    with store.open_writer(path, copies=False) as writer:
+        for row in rows:
+            facts = {name: value for name, value in asdict(row).items() if value}
+            line = {"state": "", **facts}
+            writer.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        writer.commit()
+
+
+def read_known(dest: str, *, dest_options: Mapping[str, Any] | None = None) -> list[Acknowledgement]:
+    """Everything acknowledged, expired or not; nothing where there is no such file.
+
+    Raises:
+        VerificationError: the file is damaged, or was edited into something else.
+        StorageError: the store failed.
+    """
+    store, path = open_store(f"{dest.rstrip('/')}/{KNOWN}", dest_options)
+    try:
+        data = store.read_bytes(path)
+    except NotFoundInStoreError:
+        return []
+    try:
+        return [Acknowledgement.from_json(item) for item in json.loads(data)["known"]]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        where = store.uri_of(path)
+        raise VerificationError(
+            f"{where} is not a list of acknowledged failures: {error}; mend it"
+        ) from error
+
+
+def write_known(
+    dest: str, known: Iterable[Acknowledgement], *, dest_options: Mapping[str, Any] | None = None
+) -> None:
+    """Put these in the place of all that were stored. Of two writers at once, the last one's stay."""
+    rows = [
+        {name: value for name, value in asdict(item).items() if value is not None}
+        for item in sorted(known, key=lambda item: item.path)
+    ]
+    store, path = open_store(f"{dest.rstrip('/')}/{KNOWN}", dest_options)
+    text = json.dumps({"schema_version": 1, "known": rows}, indent=2, ensure_ascii=False)
+    store.write_bytes(path, text.encode() + b"\n")
+
+
+def acknowledge(
+    dest: str,
+    paths: Sequence[str],
+    *,
+    because: str,
+    until: str,
+    today: date,
+    dest_options: Mapping[str, Any] | None = None,
+) -> list[Unconverted]:
+    """Acknowledge what fails at `paths` (below SOURCE, or URIs) in DEST; the failures that are covered now.
+
+    Expired acknowledgements are dropped, and of the same path earlier ones.
+
+    Raises:
+        UsageError: nothing fails at one of them; nothing is written then.
+        VerificationError, StorageError: as `read_known`.
+    """
+    wanted = set(paths)
+    failures = [
+        row
+        for row in read_unconverted(dest, dest_options=dest_options)
+        if row.is_failure and not wanted.isdisjoint((row.path, row.source))
+    ]
+    if missing := wanted.difference(*((row.path, row.source) for row in failures)):
+        raise UsageError(
+            f"nothing fails at {', '.join(sorted(missing))} below {dest}, as far as its runs have recorded; "
+            "`ptbin status SOURCE DEST` lists what does"
+        )
+    at = utc_text(datetime.now(UTC))
+    named = {name for row in failures for name in (row.path, row.source)}
+    kept = [
+        item
+        for item in read_known(dest, dest_options=dest_options)
+        if item.path not in named and not item.is_expired(today)
+    ]
+    added = [
+        Acknowledgement(
+            row.path if row.path in wanted else row.source, because, until, row.state, row.reason, at
+        )
+        for row in failures
+    ]
+    write_known(dest, [*kept, *added], dest_options=dest_options)
+    return failures

@@ -1,0 +1,249 @@
+"""How far DEST is in step with SOURCE, without a run: what is due, what fails since when, what is left over.
+
+Uses the plan of a run (`catalog.worklist`): the same two listings, the same index of finished work, the same
+question to each manifest that the index does not know. What failed comes from `history.failures`.
+Nothing is written, no checkpoint is read. Memory: the first `MAX_LISTED` of each kind, and what fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from itertools import islice
+from typing import Any
+
+from ptbin.catalog import Job, OutputRule, Problem
+from ptbin.catalog.finished import identity_text, read_finished
+from ptbin.catalog.globs import root_of, split_glob
+from ptbin.catalog.mirroring import alone, copied_along, iter_gone
+from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
+from ptbin.catalog.worklist import WorkList
+from ptbin.companions import is_companion
+from ptbin.errors import PtbinError, UsageError
+from ptbin.history.failures import Ledger, Unconverted, read_ledger, written_at
+from ptbin.history.records import iter_runs
+from ptbin.options import ConvertOptions
+from ptbin.stores import open_store
+
+__all__ = ["Question", "Status", "question_of_last_run", "status_of"]
+
+MAX_LISTED = 1000
+ASKED_AT_ONCE = 500
+RECORDS_READ = 20
+"""How far back the options of the last run on SOURCE are looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What DEST is to hold: the options of the run that would make it so.
+
+    Attributes:
+        copied: of a mirror, the globs of what else is copied; None for a conversion.
+        run: the id of the run whose options these are; empty where the caller gave them.
+    """
+
+    options: ConvertOptions = field(default_factory=ConvertOptions)
+    naming: Any = "replace"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    copied: tuple[str, ...] | None = None
+    run: str = ""
+
+
+@dataclass(slots=True)
+class Status:
+    """What was found. Lists hold the first `MAX_LISTED` of what is counted.
+
+    Attributes:
+        counts: by kind. `new`: never converted; `changed`: converted from another state or by other options;
+            `failed`, `refused`: as the last run left them, and nothing has changed; `known`: those of them
+            that are acknowledged; `orphaned`: outputs whose source is gone.
+        listed: by kind, one JSON-able row each.
+        oldest: of what is not converted, the path and since when it waits, where that is known.
+    """
+
+    run: str = ""
+    counts: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(
+            (
+                *("up_to_date", "new", "changed", "failed", "refused", "known"),
+                *("orphaned", "left_alone", "not_checkpoints"),
+            ),
+            0,
+        )
+    )
+    listed: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    oldest: dict[str, str] | None = None
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whether nothing is due and nothing fails but what is known."""
+        return not any(self.counts[kind] for kind in ("new", "changed", "failed", "refused"))
+
+    def add(self, kind: str, **row: str) -> None:
+        self.counts[kind] += 1
+        rows = self.listed.setdefault(kind, [])
+        if len(rows) < MAX_LISTED:
+            rows.append({name: value for name, value in row.items() if value})
+
+    def waits(self, path: str, since: str) -> None:
+        if since and (self.oldest is None or since < self.oldest["since"]):
+            self.oldest = {"path": path, "since": since}
+
+
+def question_of_last_run(
+    source: str,
+    dest: str,
+    *,
+    source_options: Mapping[str, Any] | None = None,
+    dest_options: Mapping[str, Any] | None = None,
+) -> Question | None:
+    """What the newest recorded run from SOURCE was asked for; None where there is none among the last ones.
+
+    Runs that looked at named files alone say how, and are passed over for what they looked at.
+    """
+    store, path = open_store(dest, dest_options)
+    if not store.is_directory(path):
+        return None
+    root = root_of(source, source_options)
+    for run in iter_runs(dest, last=RECORDS_READ, storage_options=dest_options):
+        selection = run.mapping("selection")
+        if run.text("kind") not in ("convert", "sync") or not selection or selection.get("is_listed"):
+            continue
+        try:
+            if root_of(run.text("source"), source_options) != root:
+                continue
+            options = ConvertOptions.from_json(run.mapping("options"))
+            return Question(
+                options.replace(layout=selection["layout"]),
+                selection["naming"],
+                tuple(selection["include"]),
+                tuple(selection["exclude"]),
+                tuple(selection["copied"]) if run.text("kind") == "sync" else None,
+                run.run_id,
+            )
+        except (PtbinError, LookupError, TypeError, ValueError):
+            continue  # written by another version, or by hand
+    return None
+
+
+def status_of(
+    source: str,
+    dest: str,
+    question: Question,
+    *,
+    now: datetime | None = None,
+    source_options: Mapping[str, Any] | None = None,
+    dest_options: Mapping[str, Any] | None = None,
+) -> Status:
+    """Compare the two.
+
+    Raises:
+        UsageError: there is nothing below SOURCE that could be converted.
+        VerificationError: the list of what is acknowledged is damaged.
+        StorageError: a store failed, or SOURCE does not exist.
+    """
+    options = question.options
+    rule = OutputRule(dest, question.naming, OUTPUT_SUFFIXES[options.format], options.layout)
+    mirrors = question.copied is not None
+    if mirrors:
+        options = alone(options)
+    with closing(WorkList(dest, dest_options=dest_options)) as work:
+        problems = work.plan(
+            source,
+            rule,
+            options,
+            include=() if mirrors else question.include,
+            exclude=question.exclude,
+            source_options=source_options,
+            copies=copied_along(question.copied or ()) if mirrors else None,
+        )
+        if not problems and not work.count():
+            raise UsageError(f"nothing to convert below SOURCE: {source}")
+        _ask(work, options, source_options, dest_options)
+        ledger = read_ledger(
+            dest,
+            root=root_of(source, source_options),
+            now=now,
+            there=work.own_files,
+            dest_options=dest_options,
+        )
+        status = Status(question.run)
+        status.counts["up_to_date"] = work.count_current()
+        status.counts["left_alone"] = sum(1 for _ in work.iter_left_alone())
+        for job in work.iter_to_do():
+            _place(status, work, ledger, job)
+        for problem in problems:
+            _refuse(status, ledger, problem)
+        if not question.include and _is_whole_place(source, source_options):
+            for gone in iter_gone(
+                work,
+                source,
+                exclude=question.exclude,
+                source_options=source_options,
+                dest_options=dest_options,
+            ):
+                status.add("orphaned", path=gone.output)
+    return status
+
+
+def _ask(
+    work: WorkList,
+    options: ConvertOptions,
+    source_options: Mapping[str, Any] | None,
+    dest_options: Mapping[str, Any] | None,
+) -> None:
+    """Settle what the index of finished work does not know: a read each."""
+    left: Iterator[Job] = work.iter_to_ask()
+    while jobs := list(islice(left, ASKED_AT_ONCE)):
+        rows = []
+        for job in jobs:
+            path = work.relative_manifest(job)
+            row = read_finished(job, path, source_options=source_options, dest_options=dest_options)
+            rows += [row] if row is not None else []
+        work.answer(jobs, rows, options)
+
+
+def _place(status: Status, work: WorkList, ledger: Ledger, job: Job) -> None:
+    """Count one checkpoint or file that a run would work on."""
+    state = identity_text(job.identity)
+    row = ledger.before.get(job.source_uri)
+    if row is not None and row.state == state:
+        if row.is_failure:
+            _add_failure(status, ledger, row, "failed")
+        else:
+            status.counts["left_alone" if row.outcome == "left_alone" else "not_checkpoints"] += 1
+        return
+    if not job.copies and is_companion(job.path):
+        status.counts["left_alone"] += 1
+        return
+    written = written_at(state)
+    status.add("changed" if work.was_made(job) else "new", path=job.path, written=written)
+    status.waits(job.path, written)
+
+
+def _refuse(status: Status, ledger: Ledger, problem: Problem) -> None:
+    """Count what the listing refuses: collisions, unsafe names, broken links."""
+    row = ledger.before.get(problem.source)
+    if row is None or row.reason != problem.reason:
+        path = problem.source.removeprefix(f"{ledger.root.rstrip('/')}/")
+        row = Unconverted(problem.source, path, ledger.root, "", "rejected", problem.reason, problem.detail)
+    _add_failure(status, ledger, replace(row, detail=problem.detail), "refused")
+
+
+def _add_failure(status: Status, ledger: Ledger, row: Unconverted, kind: str) -> None:
+    facts = {"path": row.path, "reason": row.reason, "detail": row.detail, "since": row.since}
+    if (known := ledger.acknowledgement(row)) is not None:
+        status.add("known", **facts, because=known.because, until=known.until)
+    else:
+        status.add(kind, **facts)
+        status.waits(row.path, row.waits_since)
+
+
+def _is_whole_place(source: str, source_options: Mapping[str, Any] | None) -> bool:
+    """Whether SOURCE is a folder or prefix: of a file or a glob nobody can say what is gone."""
+    root, pattern = split_glob(source, source_options)
+    store, path = open_store(root, source_options)
+    return pattern is None and store.is_directory(path)

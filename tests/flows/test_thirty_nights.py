@@ -1,0 +1,233 @@
+"""Thirty nights: files are added, changed, broken, mended, deleted and acknowledged, and the history says so.
+
+Each night does what a flow does, by its plan, tally, ledger and record, on a calendar of its own, with no
+server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from prometheus_client.parser import text_string_to_metric_families as parse_prometheus
+
+import ptbin
+from flows.cli import app
+from flows.remembering import close_ledger, open_ledger
+from flows.run_record import record_files, record_folder
+from flows.selection import Selection
+from flows.tally import Tally
+from ptbin.catalog import OutputRule
+from ptbin.catalog.finished import write_segment
+from ptbin.catalog.worklist import WorkList
+from ptbin.errors import CheckpointError, NotACheckpointError
+from ptbin.history.failures import Ledger, acknowledge, write_unconverted
+from ptbin.history.metrics import render_metrics
+from ptbin.history.records import iter_runs
+from ptbin.history.status import Question, Status, question_of_last_run, status_of
+from ptbin.options import ConvertOptions
+from ptbin.stores import open_store
+from tasks.outcomes import Converted, Outcome, outcome_of_error
+
+FIRST = datetime(2026, 11, 1, 2, 0, tzinfo=UTC)
+OPTIONS = ConvertOptions()
+
+
+class Store:
+    """A SOURCE that people work on by day, and what the nights make of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.source, self.dest = folder / "in", folder / "out"
+        self.source.mkdir()
+        torch.save({"state_dict": {"w": torch.arange(8.0)}}, folder / "x.pt")
+        self.good = (folder / "x.pt").read_bytes()
+        self.number = 0
+
+    @property
+    def now(self) -> datetime:
+        return FIRST + timedelta(days=self.number - 1)
+
+    def put(self, name: str, *, broken: bool = False) -> None:
+        path = self.source / name
+        path.write_bytes(self.good[:-40] if broken else self.good)
+        written = (self.now + timedelta(hours=10)).timestamp()  # by day, before the coming night
+        os.utime(path, (written, written))
+
+    def night(self) -> dict[str, Any]:
+        """One run; its summary."""
+        self.number += 1
+        run_id = f"{self.now:%Y%m%dT%H%M%SZ}-{self.number:08x}"
+        tally = Tally(run_id, str(self.source), str(self.dest), ledger=Ledger(now=self.now))
+        rule = OutputRule(str(self.dest))
+        with contextlib.closing(WorkList(str(self.dest))) as work:
+            problems = work.plan(str(self.source), rule, OPTIONS)
+            open_ledger(tally, work)
+            tally.add_collisions(problems)
+            tally.add_all(work.iter_current(), "up_to_date")
+            jobs = list(work.iter_to_do())
+            rows = []
+            for job in jobs:
+                facts = tally.add(job, self.outcome(job, run_id)).converted
+                if facts is not None and facts.index_row is not None:
+                    rows.append(replace(facts.index_row, manifest=work.relative_manifest(job)))
+            write_segment(str(self.dest), run_id, rows)
+            left = close_ledger(tally, work, Selection(), {job.path for job in jobs})
+            write_unconverted(str(self.dest), left or [])
+        summary = tally.summary(60.0)
+        files = record_files(
+            tally,
+            summary,
+            options=OPTIONS.to_json() | {"verify": "checksum"},
+            flow_run_id=None,
+            selection=Selection().to_json(rule),
+            ended=self.now + timedelta(minutes=1),
+        )
+        store, folder = open_store(record_folder(str(self.dest), run_id))
+        for name, data in files.items():
+            store.write_bytes(f"{folder}/{name}", data)
+        return summary | {"succeeded": tally.succeeded, "page": files["report.html"].decode()}
+
+    def outcome(self, job: ptbin.catalog.Job, run_id: str) -> Outcome:
+        try:
+            published = ptbin.publish(ptbin.stage(job.source_uri, job.dest_uri, run_id=run_id))
+        except NotACheckpointError as error:
+            return outcome_of_error(job.path, error) if job.certain else Outcome(job.path, "not_a_checkpoint")
+        except CheckpointError as error:
+            return outcome_of_error(job.path, error)
+        uri = job.dest_uri + ".manifest.json"
+        facts = Converted.from_manifest(published.manifest, uri, published.identity)
+        return Outcome(job.path, "converted", converted=facts)
+
+    def acknowledge(self, name: str, days: int) -> None:
+        until = (self.now + timedelta(days=days)).date()
+        acknowledge(str(self.dest), [name], because="we know", until=f"{until}", today=self.now.date())
+
+    def status(self) -> Status:
+        """As of the coming afternoon."""
+        question = question_of_last_run(str(self.source), str(self.dest)) or Question()
+        return status_of(str(self.source), str(self.dest), question, now=self.now + timedelta(hours=12))
+
+    def metrics(self) -> dict[tuple[str, ...], float]:
+        """By name, outcome and reason."""
+        text = render_metrics("out", iter_runs(str(self.dest)), self.now + timedelta(minutes=2))
+        samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+        same = [s for family in parse_prometheus(text) for s in family.samples]
+        assert [(s.name, s.labels, s.value) for s in samples] == [(s.name, s.labels, s.value) for s in same]
+        return {
+            (s.name.removeprefix("ptbin_"), *filter(None, map(s.labels.get, ("outcome", "reason")))): s.value
+            for s in samples
+        }
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+def brief(summary: dict[str, Any]) -> dict[str, Any]:
+    keys = ("converted", "up_to_date", "rejected", "known", "new", "resolved", "succeeded")
+    return {key: summary[key] for key in keys if summary[key]}
+
+
+def test_thirty_nights(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    store.put("a.pt")
+    store.put("b.pt")
+    assert store.status().counts["new"] == 2
+    assert brief(store.night()) == {"converted": 2, "succeeded": True}  # 1
+    assert brief(store.night()) == {"up_to_date": 2, "succeeded": True}  # 2
+    assert store.status().is_in_step
+
+    # A file comes in broken, and is new one night and old the next.
+    store.put("cut.pt", broken=True)
+    assert [row["path"] for row in store.status().listed["new"]] == ["cut.pt"]
+    third = store.night()
+    assert brief(third) == {"up_to_date": 2, "rejected": 1, "new": 1}
+    assert "new: rejected" in third["page"]
+    fourth = store.night()
+    assert brief(fourth) == {"up_to_date": 2, "rejected": 1}
+    assert fourth["problems"][0]["since"] == "2026-11-03T02:00:00Z"
+    assert "rejected since 2026-11-03" in fourth["page"]
+    status = store.status()
+    assert (status.counts["failed"], status.counts["new"], status.is_in_step) == (1, 0, False)
+    assert status.listed["failed"][0]["since"] == "2026-11-03T02:00:00Z"
+    assert status.oldest == {"path": "cut.pt", "since": "2026-11-02T12:00:00Z"}
+    assert store.metrics()["checkpoints", "rejected", "corrupt_archive"] == 1
+    assert store.metrics()["new_failures",] == 0
+    second = (FIRST + timedelta(days=1, minutes=1)).timestamp()
+    assert store.metrics()["last_success_timestamp_seconds",] == second
+
+    # Acknowledged for three days: green, then red again.
+    store.acknowledge("cut.pt", 3)
+    for _ in range(3):  # 5, 6, 7
+        night = store.night()
+        assert brief(night) == {"up_to_date": 2, "known": 1, "succeeded": True}
+        assert night["known_problems"][0]["because"] == "we know (until 2026-11-07)"
+        assert store.metrics()["checkpoints", "known", "corrupt_archive"] == 1
+        assert store.metrics()["last_run_success",] == 1
+    assert brief(store.night()) == {"up_to_date": 2, "rejected": 1}  # 8: expired, and nothing new
+    store.acknowledge("cut.pt", 100)
+    assert store.status().is_in_step
+    assert brief(store.night())["known"] == 1  # 9
+
+    # Changed and still broken: tried by itself, and new. Then mended.
+    store.put("cut.pt", broken=True)
+    assert [row["path"] for row in store.status().listed["new"]] == ["cut.pt"]
+    assert brief(store.night()) == {"up_to_date": 2, "rejected": 1, "new": 1}  # 10
+    assert store.status().listed["failed"][0]["since"] == "2026-11-10T02:00:00Z"
+    store.put("cut.pt")
+    eleventh = store.night()
+    assert brief(eleventh) == {"converted": 1, "up_to_date": 2, "resolved": 1, "succeeded": True}
+    assert eleventh["resolved_problems"][0]["reason"] == "corrupt_archive"
+    assert store.metrics()["resolved_failures",] == 1
+
+    # What was good goes bad, beside what is new; new ones are told first.
+    store.put("a.pt", broken=True)
+    assert [row["path"] for row in store.status().listed["changed"]] == ["a.pt"]
+    assert brief(store.night())["new"] == 1  # 12
+    store.put("z.pt", broken=True)
+    thirteenth = store.night()
+    assert [(Path(row["source"]).name, row["novelty"]) for row in thirteenth["problems"]] == [
+        ("z.pt", "new"),
+        ("a.pt", "old"),
+    ]
+    # One is deleted, the other's failure stays.
+    (store.source / "z.pt").unlink()
+    assert brief(store.night()) == {"up_to_date": 2, "rejected": 1, "resolved": 1}  # 14
+    store.put("a.pt")
+    assert brief(store.night())["resolved"] == 1  # 15
+
+    # Two that would share an output; a source that goes leaves its output behind.
+    store.put("b.ckpt")
+    assert store.status().counts["refused"] == 2
+    assert brief(store.night()) == {"up_to_date": 2, "rejected": 2, "new": 2}  # 16
+    store.acknowledge("b.ckpt", 30)
+    store.acknowledge("b.pt", 30)
+    assert brief(store.night()) == {"up_to_date": 2, "known": 2, "succeeded": True}  # 17
+    (store.source / "b.ckpt").unlink()
+    (store.source / "cut.pt").unlink()
+    assert [row["path"] for row in store.status().listed["orphaned"]] == ["cut.bin"]
+    assert brief(store.night()) == {"up_to_date": 2, "resolved": 2, "succeeded": True}  # 18
+
+    # Text that no name promises to be a checkpoint is looked at once and is due no more.
+    store.put("notes.xyz", broken=True)
+    (store.source / "notes.xyz").write_text("no checkpoint")
+    assert store.status().counts["new"] == 1
+    assert store.night()["succeeded"]  # 19
+    assert (store.status().is_in_step, store.status().counts["not_checkpoints"]) == (True, 1)
+    for _ in range(11):  # 20 to 30
+        assert brief(store.night()) == {"up_to_date": 2, "succeeded": True}
+
+    assert app.run(["runs", str(store.dest), "--last", "40", "--json"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [run["began"][:10] for run in runs] == [f"2026-11-{day:02}" for day in range(30, 0, -1)]
+    red = [int(run["began"][8:10]) for run in reversed(runs) if not run["succeeded"]]
+    assert red == [3, 4, 8, 10, 12, 13, 14, 16]
+    assert [run["known"] for run in reversed(runs)][4:9] == [1, 1, 1, 0, 1]
