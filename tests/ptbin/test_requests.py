@@ -65,7 +65,7 @@ def _copy(source: str, dest: str, options: dict[str, Any]) -> None:
 
 # Reads; writes; all else. Of a checkpoint of 26 MiB.
 TRANSFERS: list[tuple[str, str, str, str, Go, tuple[int, int, int]]] = [
-    # The source, whole, and the proof; the claim on the place, the output, the manifest; the claim again.
+    # The source and the proof; a claim on the place, the output, the manifest; the end of the claim.
     ("a small checkpoint, S3 to S3", "small", "s3", "s3", _convert, (2, 3, 1)),
     ("a small checkpoint, S3 to local", "small", "s3", "local", _convert, (1, 0, 0)),
     ("a small checkpoint, local to S3", "small", "local", "s3", _convert, (1, 3, 1)),
