@@ -20,7 +20,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .peers
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
-SOURCES := $(shell find ptbin tasks flows -type f ! -name '*.pyc')
+SOURCES := $(shell find ptbin tasks flows deployments -type f ! -name '*.pyc')
 
 # The packages lie in the top folder, where Python would find them before the installed ones. -P (here by
 # its variable, so that child processes inherit it) takes the working directory off sys.path.
@@ -29,7 +29,7 @@ export PYTHONSAFEPATH := 1
 
 .PHONY: install demo test test-slow check bench bench-peers s3-server s3-packages browser-packages postgres-packages demo-deploy clean
 
-install: $(VENV)/.installed
+install: $(VENV)/.requirements $(VENV)/.installed
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -37,10 +37,18 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# Everything but ptbin itself: anew only when the requirements change. hatchling first, so that the build
-# of our own wheel takes the pinned one and not whatever is newest.
-$(VENV)/.requirements: $(VENV)/.created pyproject.toml constraints.txt
+# Two of the rules below install into the same environment.
+.NOTPARALLEL:
+
+# What ptbin itself needs, which is all that `make demo` installs: anew only when the requirements change.
+# hatchling first, so that the build of our own wheel takes the pinned one and not whatever is newest.
+$(VENV)/.base: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP) install $(PIP_ARGS) --constraint constraints.txt hatchling
+	$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation .
+	@touch $@
+
+# What the tests and checks need on top: other people's writers and readers, servers, linters.
+$(VENV)/.requirements: $(VENV)/.base
 	$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation '.[dev,interop,dask,ray,deployments,mlflow,hub,signing]'
 	@# DeepSpeed comes as source; its setup imports torch, and files beside it (hence no -P). Without it the
 	@# tests on real ZeRO folders are skipped.
@@ -48,11 +56,11 @@ $(VENV)/.requirements: $(VENV)/.created pyproject.toml constraints.txt
 	@touch $@
 
 # Not editable: what is tested is what a user gets.
-$(VENV)/.installed: $(VENV)/.requirements $(SOURCES) README.md
+$(VENV)/.installed: $(VENV)/.base $(SOURCES) README.md
 	$(PIP) install --no-deps --no-build-isolation --force-reinstall .
 	@touch $@
 
-demo: install
+demo: $(VENV)/.installed
 	env -u PYTHONSAFEPATH $(BIN)/python docs/demo/demo.py demo-output
 
 # The same on a Prefect server with a worker, as an operator runs it; pictures of the UI go to

@@ -31,6 +31,7 @@ DESCRIPTIONS = {
     "dtype": "Cast floating-point tensors to this type, such as float16 or bfloat16.",
     "max_shard_size": "Cut larger outputs into shards: 5GB, 500MiB, ...",
     "parts": "Take single parts of checkpoints (rank files, shards) as they are; the manifest says so.",
+    "recipe": "How parts make a whole and how tensors are named and cut: a shipped recipe's name, or JSON.",
     "tie_by_value": "Store equal matrices once, as tied.",
     "on_unsafe": "Pickles that can only be meant to run code: reject, or extract the weights all the same.",
     "verify": "Proof before an output counts: none, checksum (read it back), load (also open it with torch).",

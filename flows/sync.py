@@ -7,6 +7,7 @@ not put there. What is written over or deleted goes to the backup place first, i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -44,6 +45,10 @@ __all__ = ["MirrorSettings", "Synchronization", "sync"]
 FILES_PER_BATCH = 200
 MIRROR_BATCHES = 80
 """Of comparisons, conversions and copies each; with backups and deletions about 500 task runs at most."""
+
+
+INDEX_SECONDS = 10.0
+"""How often the index of finished work is written while files are copied: only it vouches for copies."""
 
 
 class MirrorSettings:
@@ -97,6 +102,7 @@ class Synchronization(Conversion):
     ) -> None:
         super().__init__(run, options, tally, fail_fast)
         self.mirror = mirror
+        self.indexed = time.monotonic()
 
     def run(self) -> None:
         if self.mirror.checksum:
@@ -218,6 +224,9 @@ class Synchronization(Conversion):
                 yield from (self._copy(part, retry, lost + 1) for part in halves(jobs))
                 return
             _, again = self._collect(jobs, state, retry)
+            if time.monotonic() > self.indexed + INDEX_SECONDS:
+                self.indexed = time.monotonic()
+                self._write_index()
             if again:
                 yield self._copy(again, retry + 1)
 
@@ -352,10 +361,12 @@ def sync(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     tie_by_value: bool = False,
+    recipe: str | None = None,
     parts: bool = False,
     on_unsafe: OnUnsafe = "reject",
     verify: VerifyLevel = "checksum",
     provenance: bool = False,
+    force: bool = False,
     fail_fast: bool = False,
     runner: RunnerName = "threads",
     runner_address: str | None = None,
@@ -383,6 +394,7 @@ def sync(
         dtype=dtype,
         max_shard_size=max_shard_size,
         tie_by_value=tie_by_value,
+        recipe=recipe,
         parts=parts,
         on_unsafe=on_unsafe,
         verify=verify,
@@ -430,6 +442,8 @@ def sync(
             if not problems and not work_of(live).count():
                 raise UsageError(f"nothing to mirror below SOURCE: {source}")
             tally = MirrorTally(live.run_id, source, dest, kind="sync", min_success=min_success)
-            mirroring = Synchronization(run, options, tally, fail_fast, mirror)
+            # What is up to date stays; what is done replaces whatever lies there.
+            forced = options.replace(force=force)
+            mirroring = Synchronization(run, forced, tally, fail_fast, mirror)
             mirroring.selection = Selection(exclude=tuple(exclude), copied=tuple(include))
             return mirroring.carry_out(problems)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ptbin.errors import UsageError
+from ptbin.installed import require_reader
 from ptbin.options import ConvertOptions
 from ptbin.stores import public_uri
 
@@ -70,8 +71,10 @@ def build_options(
     """`ConvertOptions` with `rename` written as `OLD=NEW`, sizes with units, one path to select or several.
 
     Raises:
-        UsageError: an unknown value, a rename without `=`, a size that is none.
+        UsageError: an unknown value, a rename without `=`, a size that is none, torch wanted and not there.
     """
+    if others.get("verify") == "load":
+        require_reader(others.get("format", "torch"))
     limit = parse_size(max_shard_size) if max_shard_size is not None else None
     paths = select if isinstance(select, str) or select is None else tuple(select)
     pairs = parse_renames(rename)

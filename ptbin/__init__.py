@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from ptbin.loading import load
     from ptbin.options import ConvertOptions, Limits
     from ptbin.proof.manifests import Issue, verify
-    from ptbin.restoring import RestoreOptions, restore
+    from ptbin.restoring.options import RestoreOptions
+    from ptbin.restoring.restore import restore
 
 __all__ = [
     "ConvertOptions",
@@ -62,8 +63,8 @@ _HOMES = {
     "diff": "ptbin.differences.diff",
     "inspect": "ptbin.inspection",
     "load": "ptbin.loading",
-    "RestoreOptions": "ptbin.restoring",
-    "restore": "ptbin.restoring",
+    "RestoreOptions": "ptbin.restoring.options",
+    "restore": "ptbin.restoring.restore",
     "Issue": "ptbin.proof.manifests",
     "verify": "ptbin.proof.manifests",
 }

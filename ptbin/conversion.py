@@ -7,10 +7,11 @@ both. Killed at any instant, what remains is either nothing, an output without a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,25 +23,35 @@ from ptbin.errors import (
     UsageError,
     VerificationError,
 )
-from ptbin.manifest import MANIFEST_SUFFIX, dump_manifest, utc_now
+from ptbin.installed import require_reader
+from ptbin.manifest import MANIFEST_SUFFIX, dump_manifest, identity_text, utc_now
 from ptbin.options import ConvertOptions
 from ptbin.proof.digests import FileDigests
 from ptbin.provenance import STATEMENT_SUFFIX, add_source_digests, dump_statement, statement_of
 from ptbin.reading.checkpoint import one_clear_error
-from ptbin.reading.selected import read_selected
+from ptbin.reading.selected import Selected, read_selected
 from ptbin.segments import FilePlan
-from ptbin.sidecars import copy_sidecars
-from ptbin.sources import find_source
+from ptbin.sidecars import copy_sidecars, find_sidecars, put_text
+from ptbin.sources import SourcePlace, find_source
 from ptbin.splice import SpliceResult, check_copies, splice
-from ptbin.stores import CopyRefused, Identity, RangeReader, Store, open_store, public_uri
+from ptbin.stores import (
+    CopyRefused,
+    Identity,
+    ListedObject,
+    RangeReader,
+    Store,
+    Writer,
+    open_store,
+    public_uri,
+)
 from ptbin.ties import tie_equal_tensors
-from ptbin.vouching import ASIDE_SUFFIX, Guard, Place
-from ptbin.writing.outputs import plan_outputs
+from ptbin.vouching import Guard, Place, Standing, claim_of, claim_path, is_restored
+from ptbin.writing.outputs import OutputPlan, plan_outputs
 
 if TYPE_CHECKING:
     from ptbin.proof.output import WrittenProof
 
-__all__ = ["Progress", "Published", "commit", "convert", "publish", "stage"]
+__all__ = ["Progress", "Published", "commit", "convert", "publish", "stage", "would_replace"]
 
 Progress = Callable[[int], None]
 
@@ -77,7 +88,6 @@ def convert(
         dest_options=dest_options,
         run_id=run_id,
         progress=progress,
-        guard="any",
     )
     return commit(draft, source_options=source_options, dest_options=dest_options, progress=progress)
 
@@ -91,25 +101,135 @@ def stage(
     dest_options: Mapping[str, Any] | None = None,
     run_id: str | None = None,
     progress: Progress | None = None,
-    guard: Guard | None = None,
-    is_free: bool = False,
+    guard: Guard | None = "any",
+    standing: Standing | None = None,
 ) -> Draft:
     """Write the output, without its manifest. Arguments and errors as `convert`.
 
     Args:
         guard: which manifests vouch for what is there already (`vouching`); None: it is replaced.
-        is_free: nothing is there, as a listing has shown; spares a request.
+        standing: what a listing has shown at `dest`; spares requests.
     """
     options = options or ConvertOptions()
+    if options.verify == "load":
+        require_reader(options.format)
     started = time.time()
-    place = find_source(source, source_options)
-    place.refuse_part(parts=options.parts)
-    dest_store, dest_path = open_store(dest, dest_options)
-    if place.store.uri_of(place.path) == dest_store.uri_of(dest_path):
-        raise UsageError(f"{public_uri(source)}: source and destination are the same file")
-    folder, _, name = dest_path.rstrip("/").rpartition("/")
     written: list[Written] = []
     files: list[DraftFile] = []
+    notes: list[str] = []
+    with _prepared(
+        source,
+        dest,
+        options,
+        guard,
+        standing,
+        source_options=source_options,
+        dest_options=dest_options,
+    ) as made:
+        reader, at, output = made.reader, made.at, made.output
+        obsolete = _outputs_of_before(at.manifest, made.name)
+        for plan in output.files:
+            writing = _Writing(plan, reader, at, progress)
+            result, file, digests = writing.run(
+                check_source=options.verify != "none", replaces=at.manifest is not None, notes=notes
+            )
+            written.append((plan, result, digests))
+            files.append(file)
+        files += [put_text(at, name, data) for name, data in output.texts]
+        files += copy_sidecars(made.sidecars, made.place, at, dtype=options.dtype, notes=notes)
+        manifest = draft_manifest(reader, made.selected, output, written, files)
+        if part := made.place.incomplete or made.selected.checkpoint.part:
+            manifest["part"] = part
+        if options.provenance:
+            add_source_digests(manifest["source"], made.place, reader, progress)
+            manifest["provenance"] = made.name + STATEMENT_SUFFIX
+            obsolete.discard(manifest["provenance"])
+        bytes_read = reader.bytes_read
+    for name in sorted(obsolete - {file.path for file in files}):
+        if made.vouches_for(name):
+            at.store.delete(at.path_of(name))
+        else:
+            notes.append(f"{name} of the output before this one stays: it has other content by now")
+    manifest["run_id"] = run_id or os.urandom(6).hex()
+    manifest["started_at"] = _iso(started)
+    manifest["finished_at"] = utc_now()
+    manifest["bytes_read"] = bytes_read
+    manifest["bytes_written"] = sum(file.size for file in files)
+    manifest["bytes_copied_in_store"] = sum(file.copied_nbytes for file in files)
+    if notes:
+        manifest["notes"] = notes
+    return Draft(source, dest, options.verify, manifest, tuple(files), options.limits, claimed=at.has_claim)
+
+
+def would_replace(
+    source: str,
+    dest: str,
+    options: ConvertOptions | None = None,
+    *,
+    source_options: Mapping[str, Any] | None = None,
+    dest_options: Mapping[str, Any] | None = None,
+    guard: Guard | None = "any",
+    standing: Standing | None = None,
+) -> list[str]:
+    """Names of the files at `dest` that `stage` would replace, found as it finds them. Writes nothing.
+
+    Reads the source's index, and its weights where a file that nothing vouches for may hold them already.
+
+    Raises:
+        OutputExistsError: it would refuse to. CheckpointError: it would refuse the source.
+    """
+    options = options or ConvertOptions()
+    with _prepared(
+        source,
+        dest,
+        options,
+        guard,
+        standing,
+        source_options=source_options,
+        dest_options=dest_options,
+    ) as made:
+        for plan in made.output.files:
+            if made.at.replaced.get(plan.name):
+                with _Nowhere(plan.name) as writer:
+                    result = splice(plan.plan, made.reader, writer, None)
+                made.at.check(plan.name, plan.plan.size, result.crc32)
+        return sorted(made.at.replaced)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A conversion before its first byte is written: all that it takes, and a place that may be had."""
+
+    place: SourcePlace
+    reader: RangeReader
+    selected: Selected
+    output: OutputPlan
+    sidecars: dict[str, ListedObject]
+    at: Place
+    name: str
+
+    def vouches_for(self, name: str) -> bool:
+        """Whether a file that the earlier manifest speaks of is there as it was written."""
+        return name == self.name + STATEMENT_SUFFIX or self.at.vouches_for(name)
+
+
+@contextlib.contextmanager
+def _prepared(
+    source: str,
+    dest: str,
+    options: ConvertOptions,
+    guard: Guard | None,
+    standing: Standing | None,
+    *,
+    source_options: Mapping[str, Any] | None,
+    dest_options: Mapping[str, Any] | None,
+) -> Iterator[_Prepared]:
+    """Read the source's index, plan the output, and look at every place that it takes."""
+    place = find_source(source, source_options)
+    place.refuse_part(parts=options.parts)
+    store, path = open_store(dest, dest_options)
+    _refuse_same_file(place, store, path, source)
+    name = path.rstrip("/").rpartition("/")[2]
     with place.open() as reader:
         try:
             with one_clear_error(reader.uri):
@@ -121,54 +241,53 @@ def stage(
                 output = plan_outputs(
                     selected.state_dicts, options, name, archive_root=selected.checkpoint.archive_root
                 )
-            if options.split:
-                # A listing speaks of the names that were planned; another split may have taken one since.
-                is_free = False
-            place_at = Place(dest_store, dest_path, None if options.force else guard, is_free=is_free)
-            obsolete = _outputs_of_before(place_at.manifest, name)
+            # A listing speaks of the names that were planned; another split may have taken one since.
+            known = standing if not options.split else None
+            at = Place(
+                store,
+                path,
+                None if options.force else guard,
+                standing=known,
+                restores=guard == "restored",
+            )
+            sidecars = find_sidecars(place) if options.layout == "hf" else {}
             for plan in output.files:
-                place_at.check(plan.name, plan.plan.size)
-            check_source = options.verify != "none"
-            notes: list[str] = []
-            for plan in output.files:
-                writing = _Writing(plan, reader, dest_store, folder, place_at, progress)
-                result, file, digests = writing.run(
-                    check_source=check_source, replaces=bool(obsolete), notes=notes
-                )
-                written.append((plan, result, digests))
-                files.append(file)
+                at.check(plan.name, plan.plan.size)
+            for text_name, data in output.texts:
+                at.check(text_name, len(data), zlib.crc32(data))
+            for sidecar, item in sidecars.items():
+                if sidecar != "config.json" or options.dtype is None:  # which then gets another size
+                    at.check(sidecar, item.size)
+            if options.provenance:
+                at.check_statement()
+            yield _Prepared(place, reader, selected, output, sidecars, at, name)
         except CheckpointError:
             # An object that was replaced meanwhile looks damaged; say which of the two it is.
             reader.check_unchanged()
             raise
-        for text_name, data in output.texts:
-            place_at.check(text_name, len(data), zlib.crc32(data))
-            dest_store.write_bytes(f"{folder}/{text_name}", data)
-            files.append(DraftFile(text_name, len(data), zlib.crc32(data)))
-        if options.layout == "hf":
-            files.extend(
-                copy_sidecars(place, dest_store, folder, place_at.check, dtype=options.dtype, notes=notes)
-            )
-        manifest = draft_manifest(reader, selected, output, written, files)
-        if part := place.incomplete or selected.checkpoint.part:
-            manifest["part"] = part
-        if options.provenance:
-            add_source_digests(manifest["source"], place, reader, progress)
-            manifest["provenance"] = name + STATEMENT_SUFFIX
-        bytes_read = reader.bytes_read
-    for path in obsolete - {file.path for file in files}:
-        dest_store.delete(f"{folder}/{path}")
-    manifest["run_id"] = run_id or os.urandom(6).hex()
-    manifest["started_at"] = _iso(started)
-    manifest["finished_at"] = utc_now()
-    manifest["bytes_read"] = bytes_read
-    manifest["bytes_written"] = sum(file.size for file in files)
-    manifest["bytes_copied_in_store"] = sum(file.copied_nbytes for file in files)
-    if notes:
-        manifest["notes"] = notes
-    return Draft(
-        source, dest, options.verify, manifest, tuple(files), options.limits, replaces=place_at.has_aside
-    )
+
+
+def _refuse_same_file(place: SourcePlace, store: Store, path: str, source: str) -> None:
+    uris = place.store.uri_of(place.path), store.uri_of(path)
+    if place.store.protocol == store.protocol == "file":
+        # By whatever links their folders are reached.
+        uris = (
+            os.path.realpath(place.path),
+            os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)),
+        )
+    if uris[0] == uris[1]:
+        raise UsageError(f"{public_uri(source)}: source and destination are the same file")
+
+
+class _Nowhere(Writer):
+    """Takes an output and keeps nothing of it."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.bytes_written += len(data)
+
+    def _publish(self) -> None: ...
+
+    def _discard(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +296,6 @@ class _Writing:
 
     plan: FilePlan
     reader: RangeReader
-    store: Store
-    folder: str
     place: Place
     progress: Progress | None
 
@@ -199,8 +316,9 @@ class _Writing:
         self, check_source: bool, replaces: bool, *, copies: bool
     ) -> tuple[SpliceResult, DraftFile, FileDigests | None]:
         plan = self.plan
-        path = f"{self.folder}/{plan.name}"
-        with self.store.open_writer(path, size_hint=plan.plan.size, copies=copies) as writer:
+        store = self.place.store
+        path = self.place.path_of(plan.name)
+        with store.open_writer(path, size_hint=plan.plan.size, copies=copies) as writer:
             descriptor = writer.written() if check_source else None
             proof = self._proof(descriptor) if descriptor is not None else None
             try:
@@ -227,18 +345,19 @@ class _Writing:
                     proof.give_up()
                 raise
             self.place.check(plan.name, plan.plan.size, result.crc32)
-            self.place.withdraw_manifest()
+            self.place.withdraw_manifest((plan.name, plan.plan.size, result.crc32))
             writer.expected_crc32 = result.crc32
             writer.commit()
-        if digests is not None and writer.identity is not None:
-            file = replace(file, sha256=digests.sha256, identity=writer.identity.value)
+        file = replace(file, identity=identity_text(writer.identity) or None)
+        if digests is not None and file.identity is not None:
+            file = replace(file, sha256=digests.sha256)
         return result, file, digests
 
     def _proof(self, descriptor: int) -> WrittenProof:
         from ptbin.proof.output import WrittenProof
 
         tensors = [(planned.name, stored_of(planned)) for planned in self.plan.tensors]
-        return WrittenProof(descriptor, self.plan.plan, tensors, self.store.uri_of(self.place.path))
+        return WrittenProof(descriptor, self.plan.plan, tensors, self.place.store.uri_of(self.place.path))
 
     def _proven(self, proof: WrittenProof, file: DraftFile) -> FileDigests:
         try:
@@ -296,17 +415,20 @@ def publish(
     store, path = open_store(draft.dest_uri, dest_options)
     manifest = draft.manifest
     proven_by: str | None = None
+    identities = {file.path: file.identity for file in draft.files if file.identity is not None}
     try:
         if draft.level != "none":
             from ptbin.proof.output import prove_output
 
-            proven_by = prove_output(draft, store, path, source_options=source_options, progress=progress)
+            proven_by = prove_output(
+                draft, store, path, source_options=source_options, progress=progress, identities=identities
+            )
     except (VerificationError, ChecksumMismatchError):
         folder = path.rpartition("/")[0]
         for file in draft.files:
             store.delete(f"{folder}/{file.path}")
-        if draft.replaces:
-            store.delete(path + ASIDE_SUFFIX)
+        if draft.claimed:
+            store.delete(claim_path(path))
         raise
     manifest["verification"] = {
         "level": draft.level,
@@ -315,11 +437,17 @@ def publish(
     }
     if proven_by is not None:
         manifest["verification"]["proven_by"] = proven_by
+    if identities:
+        manifest["verification"]["identities"] = identities
     if "provenance" in manifest:
-        store.write_bytes(path + STATEMENT_SUFFIX, dump_statement(statement_of(manifest)))
+        statement = dump_statement(statement_of(manifest))
+        files = [(file.path, file.size, file.crc32) for file in draft.files]
+        files.append((manifest["provenance"], len(statement), zlib.crc32(statement)))
+        store.write_bytes(claim_path(path), claim_of(files, restored=is_restored(manifest)))
+        store.write_bytes(path + STATEMENT_SUFFIX, statement)
     identity = store.write_bytes(path + MANIFEST_SUFFIX, dump_manifest(manifest))
-    if draft.replaces:
-        store.delete(path + ASIDE_SUFFIX)
+    if draft.claimed:
+        store.delete(claim_path(path))
     return Published(manifest, identity or store.stat(path + MANIFEST_SUFFIX).identity)
 
 

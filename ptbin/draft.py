@@ -32,7 +32,8 @@ class DraftFile:
         records: every storage in it; none in a file without weights (an index, a tokenizer).
         copied_nbytes: of the file, that the store copied by itself.
         sha256: of the whole file, where it was proven before it got its name; then the manifest has the
-            tensors' digests, too, and `identity` says which state of the file that was.
+            tensors' digests, too.
+        identity: which state of the file was stored (`manifest.identity_text`), where the store says it.
     """
 
     path: str
@@ -60,8 +61,8 @@ class Draft:
     manifest: dict[str, Any]
     files: tuple[DraftFile, ...]
     limits: Limits
-    replaces: bool = False
-    """Whether the manifest of an earlier output is set aside, to be removed with the new one in place."""
+    claimed: bool = False
+    """Whether there is a claim on the place (`vouching`), to be deleted once the manifest is there."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))

@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ptbin.companions import companion_of
-from ptbin.part_names import find_parts, is_only_rank, may_be_part, split_place
+from ptbin.part_names import (
+    META_PARAMETERS,
+    find_parts,
+    is_meta_name,
+    is_only_rank,
+    may_be_part,
+    split_place,
+)
 from ptbin.stores.joined import joint_identity
 
 if TYPE_CHECKING:
@@ -40,7 +47,7 @@ MODEL_STATES = "mp_rank_00_model_states.pt"
 _MODEL_STATES = re.compile(r"^(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt$")
 
 _OWN_FOLDER = ("torch_dcp", "deepspeed_zero", "deepspeed_experts")
-_MERGED = ("torch_ranks",)
+_MERGED = ("torch_ranks", "meta_parts")
 """Parts that are put together; a name such as `rank0.pt` is a weaker sign than a folder's index."""
 
 
@@ -60,7 +67,8 @@ class Group:
     """The files of one checkpoint, by path below the listed place.
 
     Attributes:
-        kind: `torch_dcp`, `deepspeed_zero`, `deepspeed_experts`, `torch_ranks`, `sharded`, or `parts` for
+        kind: `torch_dcp`, `deepspeed_zero`, `deepspeed_experts`, `torch_ranks`, `meta_parts`,
+            `sharded`, or `parts` for
             those that nothing here puts together.
         handle: path of the folder (empty for the listed place itself), the index file or the first part.
         folder: path of the folder.
@@ -87,7 +95,7 @@ class Group:
 def is_folder_part(name: str) -> bool:
     """Whether a file of this name (by `split_place`) may be part of a checkpoint of several files."""
     suffixes = (".distcp", INDEX_SUFFIX, "_states.pt", ".bin", ".safetensors")
-    if name in (DCP_METADATA, LIGHTNING_METADATA, COMMON_STATE) or name.endswith(suffixes):
+    if name in (DCP_METADATA, LIGHTNING_METADATA, COMMON_STATE, META_PARAMETERS) or name.endswith(suffixes):
         return True
     return may_be_part(name)
 
@@ -192,8 +200,11 @@ def main_handle(items: Iterable[ListedObject]) -> Group | ListedObject | None:
         return own[0]
     if own:
         return None
-    alone = [item for item in single if is_only_rank(item.path)]
+    alone = [item for item in single if is_only_rank(item.path) or is_meta_name(item.path)]
     if len(alone) == 1 and not groups:
+        parameters = [item for item in single if item.path == META_PARAMETERS]
+        if is_meta_name(alone[0].path) and parameters:
+            return Group("meta_parts", "", "", (*alone, *parameters))
         return alone[0]
     parts = [group for group in groups if group.kind == "parts" or group.kind in _MERGED]
     by_name: dict[str, Group | ListedObject] = {group.handle: group for group in groups if group not in parts}

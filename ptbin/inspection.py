@@ -16,7 +16,8 @@ from ptbin.reading.selected import Selected, refuse_unsafe, select_from
 from ptbin.reading.selection import why_chosen
 from ptbin.reading.verdicts import judge_programs, refuse_unsafe_fragment
 from ptbin.sources import find_source
-from ptbin.state_dict import tensors_of
+from ptbin.state_dict import StateDict, tensors_of
+from ptbin.tensors import Joined, TensorRef, Tiled
 
 __all__ = ["inspect"]
 
@@ -36,7 +37,8 @@ def inspect(
 
     Returns:
         `uri`, `container`, `size`, `selected` (path or None), `why`, `reason` and `detail` where nothing
-        would be converted, `state_dicts`, `tensors` of the selected one, `accounting` and `left_out` as a
+        would be converted, `state_dicts`, `tensors` of the selected one (`made_of` where a recipe names and
+        cuts them anew, `pieces` where they lie in several), `accounting` and `left_out` as a
         manifest has them, `globals`, `findings`, `verdict`.
 
     Raises:
@@ -48,7 +50,7 @@ def inspect(
     place = find_source(uri, storage_options)
     with place.open() as reader, one_clear_error(reader.uri):
         try:
-            checkpoint = read_checkpoint(reader, options.limits)
+            checkpoint = read_checkpoint(reader, options.limits, options.recipe)
         except CorruptArchiveError as error:
             refuse_unsafe_fragment(error, reader.uri)
             raise
@@ -103,11 +105,28 @@ def _why(selected: Selected | None) -> str | None:
     return why_chosen(chosen, selected.findings, selected.checkpoint.preferred)
 
 
+def _plan_of(label: str, tensor: TensorRef, state_dict: StateDict) -> dict[str, Any]:
+    """What the tensor is made of, where it is made: names in the source, and how many pieces are read."""
+    found: dict[str, Any] = {}
+    if label in state_dict.made_of:
+        found["made_of"] = list(state_dict.made_of[label])
+    place = tensor.storage.place
+    if isinstance(place, (Joined, Tiled)):
+        found["pieces"] = len(place.parts if isinstance(place, Joined) else place.tiles)
+    return found
+
+
 def _tensors(selected: Selected | None) -> list[dict[str, Any]]:
     if selected is None:
         return []
     return [
-        {"name": label, "dtype": tensor.dtype.name, "shape": list(tensor.shape), "nbytes": tensor.nbytes}
+        {
+            "name": label,
+            "dtype": tensor.dtype.name,
+            "shape": list(tensor.shape),
+            "nbytes": tensor.nbytes,
+            **_plan_of(label, tensor, state_dict),
+        }
         for state_dict in selected.state_dicts
         for name, value in state_dict.entries
         for label, tensor in tensors_of(name, value)

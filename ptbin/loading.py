@@ -164,8 +164,6 @@ class Weights(Mapping[str, "NDArray[Any]"]):
 
     def _mapped(self, tensor: TensorRef, dtype: Any, whole: RangeReader) -> NDArray[Any] | None:
         """A view of the mapped file; None where the bytes do not lie there as they are needed."""
-        import numpy
-
         place = tensor.storage.place
         plain = isinstance(place, ByteRange) and not tensor.storage.big_endian and not tensor.flags
         if not plain or not tensor.numel or not whole.is_local:
@@ -179,8 +177,9 @@ class Weights(Mapping[str, "NDArray[Any]"]):
         mapping = self._maps.get(reader.uri)
         if mapping is None:
             mapping = self._maps[reader.uri] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-        steps = tuple(step * tensor.dtype.itemsize for step in tensor.stride)
-        return numpy.ndarray(tensor.shape, dtype, mapping, offset, steps)
+        steps = _byte_steps(tensor.stride, tensor.dtype.itemsize)
+        array: NDArray[Any] = _array_type()(tensor.shape, dtype, mapping, offset, steps)
+        return array
 
     def _read(self, tensor: TensorRef, dtype: Any, reader: RangeReader) -> NDArray[Any]:
         import numpy
@@ -199,6 +198,18 @@ def _numpy_dtype(name: str, tensor: TensorRef) -> Any:
     if dtype.numpy_name is None or tensor.quantizer is not None:
         raise UnsupportedTensorError(f"{name!r} is {dtype.name}, which NumPy has no type for")
     return _numpy_type(dtype.name, dtype.numpy_name)
+
+
+@functools.cache
+def _array_type() -> Any:
+    import numpy  # only where an array is asked for
+
+    return numpy.ndarray
+
+
+@functools.lru_cache(4096)
+def _byte_steps(stride: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    return tuple(step * itemsize for step in stride)
 
 
 @functools.cache

@@ -12,15 +12,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import VerificationError
+
+if TYPE_CHECKING:
+    from ptbin.stores import Identity
 
 __all__ = [
     "MANIFEST_SUFFIX",
     "SCHEMA_VERSION",
     "dump_manifest",
     "hex_crc32",
+    "identity_text",
     "manifest_uri",
     "parse_manifest",
     "utc_now",
@@ -53,6 +57,11 @@ def manifest_uri(output_uri: str) -> str:
 def utc_now() -> str:
     """Now, as ISO 8601 in UTC with whole seconds."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def identity_text(identity: Identity | None) -> str:
+    """An object's state as one text; empty where the store names none: such are never recognised."""
+    return f"{identity.kind}:{identity.value}" if identity is not None and identity.value else ""
 
 
 def hex_crc32(value: int) -> str:

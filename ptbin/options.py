@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 from ptbin.dtypes import CAST_NAMES
 from ptbin.errors import UsageError
+from ptbin.merging.shipped import find_recipe
 
 __all__ = ["ConvertOptions", "Layout", "Limits", "Naming", "OnUnsafe", "OutputFormat", "VerifyLevel"]
 
@@ -88,6 +89,8 @@ class ConvertOptions:
     """`hf`: under the names transformers looks for, with configuration and tokenizer files copied along."""
     tie_by_value: bool = False
     """Store matrices once that are equal bit for bit, as if they had been tied in the source."""
+    recipe: str | None = None
+    """How parts make a whole and how tensors are named, cut and joined: a shipped recipe's name, or JSON."""
     parts: bool = False
     """Take one part of a checkpoint (a rank's file, a shard) as it is, knowing that it is not all of it."""
     on_unsafe: OnUnsafe = "reject"
@@ -121,6 +124,8 @@ class ConvertOptions:
             raise UsageError("provenance states digests of what is stored, which --verify none does not read")
         if self.layout == "hf" and self.format == "raw":
             raise UsageError("layout hf has no place for format raw, which transformers does not read")
+        if self.recipe is not None:
+            find_recipe(self.recipe)
         if self.split and self.flatten:
             raise UsageError("split gives each state dict an output of its own, flatten makes one of all")
         for pattern in (*self.drop, *(old for old, _ in self.rename)):
@@ -148,6 +153,7 @@ class ConvertOptions:
                 ("max_shard_size", None),
                 ("layout", "mirror"),
                 ("tie_by_value", False),
+                ("recipe", None),
                 ("parts", False),
                 ("flatten", False),
                 ("split", False),

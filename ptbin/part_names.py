@@ -19,7 +19,16 @@ from dataclasses import dataclass
 
 from ptbin.companions import companion_of
 
-__all__ = ["Parts", "find_parts", "is_only_rank", "is_rank_name", "may_be_part", "split_place"]
+__all__ = [
+    "META_PARAMETERS",
+    "Parts",
+    "find_parts",
+    "is_meta_name",
+    "is_only_rank",
+    "is_rank_name",
+    "may_be_part",
+    "split_place",
+]
 
 MAX_LISTED_NAMES = 5
 MAX_COUNTED = 100_000
@@ -59,6 +68,8 @@ _PATTERNS = (
 )
 
 INDEX_SUFFIX = ".index.json"
+META_PARAMETERS = "params.json"
+"""Of the model that Meta's parts are of: its width, its heads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +112,11 @@ def is_rank_name(name: str) -> bool:
     return _OF_WORLD.match(name) is not None or _RANK.match(name) is not None
 
 
+def is_meta_name(name: str) -> bool:
+    """Whether a file of this name is one of Meta's parts."""
+    return _META.match(name) is not None
+
+
 def is_only_rank(name: str) -> bool:
     """Whether the name says that its file is of a run on one rank: all of a checkpoint."""
     match = _OF_WORLD.match(name)
@@ -113,7 +129,7 @@ def find_parts(names: Iterable[str]) -> list[Parts]:
     known = frozenset(everything)
     mine = sorted(name for name in everything if may_be_part(name))
     found = [
-        *_of_meta(mine),
+        *_of_meta(mine, known),
         *_of_deepspeed(mine),
         *_of_rank_folders(mine),
         *_of_world(mine),
@@ -147,18 +163,21 @@ def _missing(numbers: Collection[int], first: int, count: int) -> str:
     return f"; not there: {_listed(missing)}" if missing else ""
 
 
-def _of_meta(names: Sequence[str]) -> list[Parts]:
+def _of_meta(names: Sequence[str], known: Collection[str]) -> list[Parts]:
     found = []
     for group in _by(_META, names, "tail").values():
         numbers = {int(match["n"]) for match in group.values()}
         if len(numbers) > 1 or max(numbers) > 0:
             count = max(numbers) + 1
+            missing = _missing(numbers, 0, count)
+            way_out = "fetch the rest" if missing else "convert the folder, which takes all of them"
+            beside = (META_PARAMETERS,) if META_PARAMETERS in known else ()
             found.append(
                 Parts(
-                    tuple(group),
-                    f"Meta's tensor-parallel parts, {count} or more ({_listed(list(group))}"
-                    f"{_missing(numbers, 0, count)}); merge them with transformers' "
-                    "convert_llama_weights_to_hf.py",
+                    (*group, *beside),
+                    f"Meta's tensor-parallel parts, {count} or more ({_listed(list(group))}{missing}); "
+                    f"{way_out}",
+                    "" if missing else "meta_parts",
                 )
             )
     return found

@@ -11,13 +11,14 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from ptbin.draft import DraftFile
 from ptbin.sources import SourcePlace
-from ptbin.stores import Store
+from ptbin.stores import ListedObject
+from ptbin.vouching import Place
 
-__all__ = ["copy_sidecars", "with_dtype"]
+__all__ = ["change_of", "copy_sidecars", "find_sidecars", "put_text", "with_dtype"]
 
 # transformers' and tokenizers' file names (utils/hub.py, tokenization_utils_base.py), and peft's.
 PATTERNS = (
@@ -52,56 +53,82 @@ MAX_LISTED = 10_000
 CHUNK_NBYTES = 1 << 20
 
 
-def copy_sidecars(
-    source: SourcePlace,
-    dest: Store,
-    folder: str,
-    check: Callable[[str, int, int], None],
-    *,
-    dtype: str | None,
-    notes: list[str],
-) -> Iterator[DraftFile]:
-    """Copy those that lie in the source's folder, or in its `huggingface/`, to `folder`.
+def find_sidecars(source: SourcePlace) -> dict[str, ListedObject]:
+    """By their names those that lie in the source's folder, or in its `huggingface/`.
 
-    They go along as they are, but for `config.json` where weights are cast to `dtype`: it says so then.
-
-    Args:
-        check: called with name, size and CRC-32 before a file is put in its place; it may refuse.
-        notes: for the manifest; what was changed is added.
+    What lies next to the weights comes first. A file's path is below the source's folder.
     """
-    for name, path in _find(source).items():
-        if name == "config.json" and dtype is not None:
-            found = source.store.read_bytes(f"{source.folder}/{path}", limit=MAX_CONFIG_NBYTES)
-            data, note = with_dtype(found, dtype)
-            check(name, len(data), zlib.crc32(data))
-            dest.write_bytes(f"{folder}/{name}", data)
-            notes += [note] if note else []
-            yield DraftFile(name, len(data), zlib.crc32(data))
-            continue
-        crc = 0
-        with (
-            source.store.open_reader(f"{source.folder}/{path}") as reader,
-            dest.open_writer(f"{folder}/{name}", size_hint=reader.size) as writer,
-        ):
-            for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
-                crc = zlib.crc32(piece, crc)
-                writer.write(piece)
-            reader.check_unchanged()
-            check(name, reader.size, crc)
-            writer.commit()
-            yield DraftFile(name, reader.size, crc)
-
-
-def _find(source: SourcePlace) -> dict[str, str]:
-    """Name to path below the source's folder; what lies next to the weights comes first."""
-    found: dict[str, str] = {}
+    found: dict[str, ListedObject] = {}
     for item in itertools.islice(source.store.iter_objects(source.folder), MAX_LISTED):
         name = item.path.removeprefix(f"{HUGGING_FACE_FOLDER}/")
         if "/" in name or not any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS):
             continue
         if name.isprintable() and item.size <= MAX_NBYTES and (name == item.path or name not in found):
-            found[name] = item.path
+            found[name] = item
     return found
+
+
+def copy_sidecars(
+    found: Mapping[str, ListedObject], source: SourcePlace, at: Place, *, dtype: str | None, notes: list[str]
+) -> Iterator[DraftFile]:
+    """Copy them from the source's folder to the output's.
+
+    They go along as they are, but for `config.json` where weights are cast to `dtype`: it says so then.
+
+    Args:
+        notes: for the manifest; what was changed is added.
+
+    Raises:
+        OutputExistsError: another file is at the place of one.
+    """
+    for name, item in found.items():
+        if name == "config.json" and dtype is not None:
+            data = source.store.read_bytes(f"{source.folder}/{item.path}", limit=MAX_CONFIG_NBYTES)
+            data, note = with_dtype(data, dtype)
+            notes += [note] if note else []
+            yield put_text(at, name, data)
+            continue
+        crc = 0
+        with (
+            source.store.open_reader(f"{source.folder}/{item.path}") as reader,
+            at.store.open_writer(at.path_of(name), size_hint=reader.size) as writer,
+        ):
+            for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
+                crc = zlib.crc32(piece, crc)
+                writer.write(piece)
+            reader.check_unchanged()
+            at.check(name, reader.size, crc)
+            at.withdraw_manifest((name, reader.size, crc))
+            writer.commit()
+            yield DraftFile(name, reader.size, crc)
+
+
+def put_text(at: Place, name: str, data: bytes) -> DraftFile:
+    """Write a small file next to an output. Raises OutputExistsError as `Place.check`."""
+    crc = zlib.crc32(data)
+    at.check(name, len(data), crc)
+    at.withdraw_manifest((name, len(data), crc))
+    at.store.write_bytes(at.path_of(name), data)
+    return DraftFile(name, len(data), crc)
+
+
+def change_of(name: str, dtype: str | None) -> Callable[[bytes], bytes] | None:
+    """What a mirror that casts to `dtype` changes in a file of this name; None where it copies it as it is.
+
+    Only the configuration of a model of transformers', and only its element type: there may be others of the
+    name, and no weights next to them.
+    """
+    if name != "config.json" or dtype is None:
+        return None
+
+    def change(config: bytes) -> bytes:
+        changed, _ = with_dtype(config, dtype)
+        if changed == config or _DTYPE.search(config):
+            return changed
+        known = json.loads(config)
+        return changed if "model_type" in known or "architectures" in known else config
+
+    return change
 
 
 # `torch_dtype` until transformers 4.55, `dtype` since (configuration_utils.py); either is read by both.

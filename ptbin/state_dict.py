@@ -54,6 +54,7 @@ class StateDict:
         metadata: the mapping torch keeps as `_metadata`, if any.
         excluded: what lies inside and is not taken.
         source_names: output name to the name in the source, where they differ.
+        made_of: output name to names in the source, where a recipe made it.
         nodes: identities of the records it was made of, which nothing else needs to account for.
     """
 
@@ -65,6 +66,7 @@ class StateDict:
     excluded: list[Excluded] = field(default_factory=list)
     source_names: dict[str, str] = field(default_factory=dict)
     nodes: frozenset[int] = frozenset()
+    made_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def tensors_of(name: str, value: Any) -> list[tuple[str, TensorRef]]:

@@ -85,6 +85,7 @@ def _stage(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
                 dest_options=live.dest_options,
                 run_id=live.run_id,
                 progress=live.moved,
+                standing=job.standing,
             )
     except NotACheckpointError as error:
         # Only its place made it a candidate: a directory holds other things too.

@@ -147,6 +147,7 @@ def find_up_to_date(run_id: str, label: str, jobs: Sequence[Job]) -> list[Finish
                 row = read_finished(
                     job,
                     work.relative_manifest(job),
+                    work.options,
                     source_options=live.source_options,
                     dest_options=live.dest_options,
                 )

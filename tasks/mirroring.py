@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ptbin.catalog import Job
 from ptbin.catalog.finished import row_of_copy
+from ptbin.catalog.marks import may_replace_copy
 from ptbin.catalog.mirroring import Gone, is_reached_plainly, iter_gone
 from ptbin.comparing import find_unchanged, release_companions
-from ptbin.copying import copy_file, same_content
+from ptbin.copying import Copied, copy_file, same_content
 from ptbin.errors import NotFoundInStoreError
 from ptbin.manifest import manifest_uri
 from ptbin.options import ConvertOptions
-from ptbin.stores import Identity, open_store
+from ptbin.sidecars import change_of
+from ptbin.stores import open_store
 from ptbin.stores.limits import limit_requests
 from tasks.live import Interrupted, LiveRun, Ticket, enter_run, find_live_run
 from tasks.outcomes import Converted, Outcome, outcome_of_error
@@ -43,7 +46,7 @@ def _compare(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
     try:
         with limit_requests(live.requests):
             if job.copies:
-                return _compare_copy(live, job)
+                return _compare_copy(live, job, options)
             same = find_unchanged(
                 job.source_uri,
                 job.dest_uri,
@@ -60,17 +63,23 @@ def _compare(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
     return Outcome(job.path, "up_to_date", converted=converted)
 
 
-def _compare_copy(live: LiveRun, job: Job) -> Outcome:
-    identity = same_content(
+def _compare_copy(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
+    same = same_content(
         job.source_uri,
         job.dest_uri,
         source_options=live.source_options,
         dest_options=live.dest_options,
+        change=_change_of(job, options),
         progress=live.moved,
     )
-    if identity is None:
+    if same is None:
         return Outcome(job.path, "changed")
-    return Outcome(job.path, "up_to_date", converted=_copied(job, 0, 0, identity))
+    facts = replace(_copied(job, same, options), read_nbytes=0, written_nbytes=0, copied_nbytes=0)
+    return Outcome(job.path, "up_to_date", converted=facts)
+
+
+def _change_of(job: Job, options: ConvertOptions) -> Callable[[bytes], bytes] | None:
+    return change_of(job.dest_uri.rpartition("/")[2], options.dtype)
 
 
 @task(
@@ -80,7 +89,7 @@ def _compare_copy(live: LiveRun, job: Job) -> Outcome:
     persist_result=False,
 )
 def copy_batch(ticket: Ticket, label: str, jobs: Sequence[Job], options: ConvertOptions) -> list[Outcome]:
-    """Copy each file as it is."""
+    """Copy each file as it is, but for what a cast makes wrong in it (`sidecars.change_of`)."""
     del label
     live = enter_run(ticket)
     return each(jobs, lambda job: _copy(live, job, options))
@@ -97,23 +106,24 @@ def _copy(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
                 source_options=live.source_options,
                 dest_options=live.dest_options,
                 verify=options.verify != "none",
+                change=_change_of(job, options),
                 progress=live.moved,
+                may_replace=may_replace_copy(job, options),
             )
     except Exception as error:  # noqa: BLE001 - what is wrong with one must not stop the others
         return outcome_of_error(job.path, error)
-    facts = _copied(job, copied.size, copied.copied_nbytes, copied.identity)
-    return Outcome(job.path, "copied", converted=facts)
+    return Outcome(job.path, "copied", converted=_copied(job, copied, options))
 
 
-def _copied(job: Job, nbytes: int, in_store: int, identity: Identity) -> Converted:
+def _copied(job: Job, copied: Copied, options: ConvertOptions) -> Converted:
     return Converted(
         manifest_uri="",
         outputs=(),
         tensors=0,
-        read_nbytes=nbytes - in_store,
-        written_nbytes=nbytes,
-        copied_nbytes=in_store,
-        index_row=row_of_copy(job, "", identity),
+        read_nbytes=copied.size - copied.copied_nbytes,
+        written_nbytes=copied.size,
+        copied_nbytes=copied.copied_nbytes,
+        index_row=row_of_copy(job, "", copied, options),
     )
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from ptbin.catalog.finished import FinishedRow, identity_text, row_of
+from ptbin.catalog.finished import FinishedRow, row_of
 from ptbin.errors import CheckpointError, OutputCollisionError, PtbinError
+from ptbin.manifest import identity_text
 from ptbin.stores import Identity
 from tasks.retrying import is_transient
 

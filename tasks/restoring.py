@@ -45,7 +45,7 @@ def _restore(live: LiveRun, job: Job, options: RestoreOptions) -> Outcome:
                 dest_options=live.dest_options,
                 run_id=live.run_id,
                 progress=live.moved,
-                is_free=job.is_free,
+                standing=job.standing,
             )
     except NotACheckpointError as error:
         # Only its place made it a candidate: a directory holds other things too.

@@ -18,6 +18,7 @@ from click.shell_completion import shell_complete
 
 from flows.cli.acknowledge_command import acknowledge_command
 from flows.cli.convert_command import convert_command
+from flows.cli.deployments_command import deployments_command
 from flows.cli.diff_command import diff_command
 from flows.cli.inspect_command import inspect_command
 from flows.cli.interrupts import INTERRUPTED_STATUS, Heard, hear_signals
@@ -30,6 +31,7 @@ from flows.cli.status_command import status_command
 from flows.cli.sync_command import sync_command
 from flows.cli.verify_command import verify_command
 from ptbin.errors import CheckpointError, PtbinError
+from ptbin.installed import missing_line
 from ptbin.version import __version__
 
 __all__ = ["cli", "main"]
@@ -78,6 +80,7 @@ cli.add_command(runs_command)
 cli.add_command(status_command)
 cli.add_command(acknowledge_command)
 cli.add_command(metrics_command)
+cli.add_command(deployments_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -117,6 +120,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         _print_traceback(words)
         print_error(str(error))
         return 1 if isinstance(error, CheckpointError) else 2
+    except ModuleNotFoundError as error:
+        _print_traceback(words)
+        print_error(missing_line(str(error.name), "this command"))
+        return 2
     except Exception as error:  # noqa: BLE001 - the last line of defence: a line, not a traceback
         if heard.interrupted:
             return _interrupted()

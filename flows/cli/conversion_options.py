@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,7 +10,7 @@ import click
 
 from ptbin.dtypes import CAST_NAMES
 
-__all__ = ["content_options", "conversion_options", "split_content", "split_wishes"]
+__all__ = ["content_options", "conversion_options", "recipe_option", "split_content", "split_wishes"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -60,6 +61,7 @@ def content_options(function: Command) -> Command:
             "--max-shard-size", metavar="SIZE", help="Cut larger outputs into shards: 5GB, 500MiB, ..."
         ),
         click.option("--tie-by-value", is_flag=True, help="Store equal matrices once, as tied."),
+        recipe_option(),
         click.option(
             "--parts", is_flag=True, help="Take one part of a checkpoint (a rank's file, a shard) as it is."
         ),
@@ -105,8 +107,36 @@ def content_options(function: Command) -> Command:
     return function
 
 
+MAX_RECIPE_NBYTES = 1 << 20
+
+
+def recipe_option() -> Callable[[Any], Any]:
+    """`--recipe`: a file's content, or the name of a shipped one."""
+    return click.option(
+        "--recipe",
+        metavar="NAME|FILE",
+        callback=_recipe,
+        help="Other names and cuts: llama-hf, moe-fuse, moe-split, ..., or a file (docs/parts.md).",
+    )
+
+
+def _recipe(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    del context, option
+    if value is None or not os.path.isfile(value):
+        return value
+    with open(value, encoding="utf-8") as file:
+        try:
+            text = file.read(MAX_RECIPE_NBYTES + 1)
+        except UnicodeDecodeError as error:
+            raise click.BadParameter(f"{value} is not UTF-8 text") from error
+    if not text.lstrip().startswith("{"):
+        raise click.BadParameter(f"{value} is not a JSON object")
+    return text
+
+
 _CONTENT = (
-    *("dtype", "max_shard_size", "tie_by_value", "parts", "select", "flatten", "split", "strip_prefix"),
+    *("dtype", "max_shard_size", "tie_by_value", "recipe", "parts"),
+    *("select", "flatten", "split", "strip_prefix"),
     *("rename", "drop"),
     *("on_unsafe", "verify", "provenance"),
 )

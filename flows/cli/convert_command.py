@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.cli.conversion_options import conversion_options, split_wishes
+from flows.cli.destination import one_file
 from flows.cli.listing_options import RetryingCommand, holding_list, listing_options, named_paths
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import Problems, showing_progress
@@ -58,8 +59,10 @@ Exit status: 0 all converted or up to date; 1 some were rejected or failed;
 @click.option("--include", multiple=True, metavar="GLOB", help="Only paths that match (repeatable).")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Not those that match (repeatable).")
 @conversion_options
-@click.option("--force", is_flag=True, help="Convert even what is up to date.")
-@click.option("--dry-run", is_flag=True, help="Print what would be done, write nothing.")
+@click.option(
+    "--force", is_flag=True, help="Convert what is up to date too, and replace whatever lies there."
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and what would be replaced.")
 @listing_options
 @run_options
 @judging_options
@@ -81,6 +84,7 @@ def convert_command(
     naming, wishes = split_wishes(values)
     carrying_out, shared = split_options(values)
     wishes["force"] = force
+    names_one = _names_one(dest, wishes, shared)
     options = build_options(**wishes)
     from ptbin import catalog
     from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
@@ -92,7 +96,7 @@ def convert_command(
         dest_options=shared.dest_options,
         writes=not dry_run,
     )
-    single = _single_checkpoint(source, dest, shared)
+    single = _single_checkpoint(source, dest, names_one, shared)
     listing = {"files_from": files_from, "retry_failed": retry_failed}
     if single is not None and any(value is not None for value in listing.values()):
         raise UsageError(
@@ -101,16 +105,16 @@ def convert_command(
     named = named_paths(source, dest, **listing, include=include, shared=shared) if single is None else None
     if dry_run:
         if single is not None:
-            job = _job_of(single, dest, naming, options)
+            job = _job_of(single, dest, names_one, naming, options)
             current = [job] if _is_current(job, options, shared) else []
-            return _print_plan([] if current else [job], current, [], shared)
+            return _print_plan([] if current else [job], current, [], options, shared)
         rule = catalog.OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout)
         to_do, current, problems, alone = _planned(
             source, rule, include, exclude, options, shared, named, must_exist=retry_failed is None
         )
-        return _print_plan(to_do, current, problems, shared, alone)
+        return _print_plan(to_do, current, problems, options, shared, alone)
     if single is not None:
-        job = _job_of(single, dest, naming, options)
+        job = _job_of(single, dest, names_one, naming, options)
         summary, lines = _convert_one(job, source, dest, options, shared)
     else:
         refuse_secrets(source, dest)
@@ -139,13 +143,33 @@ def convert_command(
     return tell_summary(summary, JSON_KEYS, lines, shared)
 
 
-def _single_checkpoint(source: str, dest: str, shared: Shared) -> Found | None:
+def _names_one(dest: str, wishes: dict[str, Any], shared: Shared) -> bool:
+    """Whether DEST is the name of one output; where it is, its suffix settles a format that was left open.
+
+    Raises:
+        UsageError: a suffix that convert does not write, or that contradicts `--format`.
+    """
+    suffix = one_file(dest, ONE_OUTPUT, shared.dest_options)
+    if suffix is None:
+        return False
+    formats = ["safetensors"] if suffix == ".safetensors" else ["torch", "raw"]
+    if wishes["format"] not in formats:
+        asked = click.get_current_context().get_parameter_source("output_format")
+        if asked is not None and asked.name != "DEFAULT":
+            raise UsageError(
+                f"DEST ends in {suffix}, which --format {wishes['format']} is not called: leave --format "
+                "out, or name another DEST"
+            )
+        wishes["format"] = formats[0]
+    return True
+
+
+def _single_checkpoint(source: str, dest: str, names_one: bool, shared: Shared) -> Found | None:
     """SOURCE if it is one object, None if it is a place that holds some."""
     from ptbin import catalog
     from ptbin.stores import open_store
 
     store, path = open_store(source, shared.source_options)
-    names_one = dest.endswith(ONE_OUTPUT)
     if names_one or not store.is_directory(path):
         try:
             return catalog.find_one(source, storage_options=shared.source_options)
@@ -159,10 +183,10 @@ def _single_checkpoint(source: str, dest: str, shared: Shared) -> Found | None:
     return None
 
 
-def _job_of(found: Found, dest: str, naming: Any, options: ConvertOptions) -> Job:
+def _job_of(found: Found, dest: str, names_one: bool, naming: Any, options: ConvertOptions) -> Job:
     from ptbin import catalog
 
-    if dest.endswith(ONE_OUTPUT):
+    if names_one:
         return catalog.Job(found.uri, found.size, dest, found.path, found.certain, found.identity)
     jobs, problems = catalog.plan_outputs(
         [found], dest, naming=naming, format=options.format, layout=options.layout
@@ -283,23 +307,29 @@ def _planned(
 def _print_plan(
     to_do: Sequence[Job],
     current: Sequence[Job],
-    collisions: Sequence[Problem],
+    problems: Sequence[Problem],
+    options: ConvertOptions,
     shared: Shared,
     alone: Sequence[Job] = (),
 ) -> int:
+    """What would become of each, with what it would replace."""
+    from ptbin.catalog.marks import iter_marked, look_at_job
+
+    sides = {"source_options": shared.source_options, "dest_options": shared.dest_options}
+    marked = list(iter_marked(to_do, lambda job: look_at_job(job, options, **sides)))
+    problems = [*problems, *(item.problem for item in marked if item.problem is not None)]
+    marked = [item for item in marked if item.problem is None]
     if shared.as_json:
         print_json(
             {
                 "dry_run": True,
-                "convert": [
-                    {"source": job.source_uri, "dest": job.dest_uri, "size": job.source_size} for job in to_do
-                ],
+                "convert": [item.to_json() for item in marked],
                 "up_to_date": [job.source_uri for job in current],
                 "left_alone": [job.source_uri for job in alone],
-                "problems": [problem.to_json() for problem in collisions],
+                "problems": [problem.to_json() for problem in problems],
             }
         )
     else:
-        for line in plan_lines(to_do, current, collisions, alone):
+        for line in plan_lines(marked, current, problems, alone):
             print_line(line)
-    return 1 if collisions else 0
+    return 1 if problems else 0

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from flows.cli.conversion_options import recipe_option
 from flows.cli.printing import align, print_error, print_json, print_line
 from flows.cli.shared_options import Shared, shared_options
 from flows.units import format_nbytes, left_out_words
@@ -28,14 +29,17 @@ Reads only the index, a few kilobytes of any file, and runs nothing of what is i
 @click.option("--select", multiple=True, metavar="PATH", help="As `convert` would be asked for (repeatable).")
 @click.option("--flatten", is_flag=True, help="As `convert` would be asked for.")
 @click.option("--split", is_flag=True, help="As `convert` would be asked for.")
+@recipe_option()
 @shared_options
-def inspect_command(uri: str, select: tuple[str, ...], flatten: bool, split: bool, **shared: Any) -> int:
+def inspect_command(
+    uri: str, select: tuple[str, ...], flatten: bool, split: bool, recipe: str | None, **shared: Any
+) -> int:
     """Describe the checkpoint at URI: container, state dicts, tensors, and the globals its pickle names."""
     options = Shared(**shared)
     import ptbin
 
     try:
-        wanted = ptbin.ConvertOptions(select=select or None, flatten=flatten, split=split)
+        wanted = ptbin.ConvertOptions(select=select or None, flatten=flatten, split=split, recipe=recipe)
         report = ptbin.inspect(uri, storage_options=options.source_options, options=wanted)
     except CheckpointError as error:
         if options.as_json:
@@ -82,6 +86,7 @@ def _print_report(report: dict[str, Any]) -> None:
                 row["dtype"],
                 "x".join(map(str, row["shape"])) or "scalar",
                 format_nbytes(row["nbytes"]),
+                _made_of(row),
             )
             for row in report["tensors"]
         ],
@@ -91,6 +96,14 @@ def _print_report(report: dict[str, Any]) -> None:
         [(f"{row['module']}.{row['name']}", row["verdict"]) for row in report["globals"]],
     )
     _print_section("findings", [(finding,) for finding in report.get("findings", [])])
+
+
+def _made_of(row: dict[str, Any]) -> str:
+    """The plan of one tensor: its sources and the pieces that it is put together from."""
+    names = row.get("made_of", [])
+    sources = f"from {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "") if names else ""
+    pieces = f"{row['pieces']} pieces" if "pieces" in row else ""
+    return ", ".join(filter(None, (sources, pieces)))
 
 
 def _taken(accounting: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.cli.conversion_options import content_options, split_content
+from flows.cli.destination import refuse_one_file
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared, run_options, shared_options, split_options
@@ -16,7 +17,7 @@ from flows.wishes import build_options, refuse_secrets
 
 if TYPE_CHECKING:
     from ptbin.options import ConvertOptions
-    from ptbin.registries import Registry, Step
+    from ptbin.registries import Model, Registry, Step
 
 __all__ = ["migrate_command"]
 
@@ -81,8 +82,11 @@ def migrate_command(
     carrying_out, shared = split_options(values)
     options = build_options(**wishes)
     refuse_secrets(source, dest)
+    from ptbin.registries import is_registry_uri
     from ptbin.registries.migration import open_both
 
+    if not is_registry_uri(dest):
+        refuse_one_file(dest, shared.dest_options, "migrate")
     here, there = open_both(source, dest, source_layout, layout, shared.source_options, shared.dest_options)
     here.check_readable()
     if dry_run:
@@ -122,7 +126,11 @@ def _print_mapping(
     from ptbin.registries.migration import prepare
 
     plan = prepare(here, there, include, exclude, versions, options)
-    rows = [_row(here, there, step, options, shared) for step in plan.steps()]
+    rows = [
+        _row(here, there, step, model.existing, options, shared)
+        for model in plan.models
+        for step in model.steps
+    ]
     document: dict[str, Any] = {
         "dry_run": True,
         "source": here.uri,
@@ -159,7 +167,12 @@ def _print_mapping(
 
 
 def _row(
-    here: Registry, there: Registry, step: Step, options: ConvertOptions, shared: Shared
+    here: Registry,
+    there: Registry,
+    step: Step,
+    existing: Model,
+    options: ConvertOptions,
+    shared: Shared,
 ) -> dict[str, Any]:
     from ptbin.errors import PtbinError
     from ptbin.registries.transfer import NoCheckpointError, examine, scratch
@@ -168,6 +181,7 @@ def _row(
     if step.action != "migrate":
         return row
     try:
+        there.check_place(existing, step.version, step.dest_version)
         folder = here.folder(step.version)
         with scratch({**shared.source_options, **folder.options}) as (source_options,):
             contents = examine(folder, there.style, options, source_options)
@@ -183,6 +197,7 @@ def _row(
         }
     return {
         **row,
+        "replaces": any(old.version == step.dest_version for old in existing.versions),
         "checkpoints": [path for path, *_ in contents.checkpoints],
         "files": len(contents.others),
     } | ({"left_behind": list(contents.left)} if contents.left else {})

@@ -12,6 +12,7 @@ from flows.cli.progress import Problems
 from flows.cli.shared_options import Shared
 from flows.wishes import refuse_runner_secrets
 from ptbin.errors import PtbinError
+from ptbin.installed import require
 from tasks.live import LiveRun, open_live_run
 
 __all__ = ["run_flow"]
@@ -26,6 +27,8 @@ def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **param
             later has a summary all the same, with `interrupted` set. Prefect has recorded it as crashed.
     """
     refuse_runner_secrets(parameters.get("runner_address"))
+    require("prefect", "more than one checkpoint at a time")
+    require("jinja2", "the report of a run")
     if shared.log_level in {"debug", "info"}:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", shared.log_level.upper())
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", shared.log_level.upper())

@@ -18,6 +18,7 @@ from typing import Any
 from flows.cli.printing import print_error, printable
 from flows.cli.shared_options import Shared
 from flows.units import format_nbytes, short_detail
+from ptbin.installed import is_installed
 from tasks.live import Listener, Settled
 
 __all__ = ["BarProgress", "JsonLines", "PlainProgress", "Problems", "showing_progress"]
@@ -183,7 +184,7 @@ def showing_progress(shared: Shared) -> Iterator[Problems]:
         yield JsonLines()
     elif shared.quiet:
         yield Problems()
-    elif shared.live_bar:
+    elif shared.live_bar and is_installed("rich"):
         with _rich_progress() as progress:
             yield BarProgress(progress, each=each)
     else:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from flows.cli.destination import one_file
 from flows.cli.printing import align, print_json, print_line, print_lines_of_error
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared, run_options, shared_options, split_options
@@ -18,10 +18,10 @@ from flows.cli.summary import (
     JSON_KEYS,
     conversion_lines,
     initial_lines,
+    marked_row,
     single_lines,
     tell_summary,
 )
-from flows.units import format_nbytes
 from flows.wishes import parse_renames, refuse_secrets
 from ptbin.errors import CheckpointError, StorageError, UsageError, VerificationError
 
@@ -50,7 +50,6 @@ Exit status: 0 all restored; 1 some were rejected (the report says which keys do
 2 the call was wrong, nothing was written; 130 interrupted."""
 
 ONE_OUTPUT = (".pt", ".pth", ".ckpt", ".pt2", ".th")
-_SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
 
 
 def _model_args(_context: click.Context, _param: click.Parameter, value: str | None) -> Any:
@@ -85,7 +84,12 @@ def _model_args(_context: click.Context, _param: click.Parameter, value: str | N
 @click.option("--train", is_flag=True, help="Trace or export in training mode.")
 @click.option("--allow-missing", multiple=True, metavar="GLOB", help="Names the weights need not have.")
 @click.option("--allow-unexpected", multiple=True, metavar="GLOB", help="Names the model need not have.")
-@click.option("--select", metavar="PATH", help="The state dict to take, where SOURCE holds several.")
+@click.option(
+    "--select",
+    multiple=True,
+    metavar="PATH",
+    help="The state dict to take, as `inspect` lists them (repeatable: their union).",
+)
 @click.option("--strip-prefix", metavar="P", help="Take P off all names; auto: module. and _orig_mod.")
 @click.option("--rename", multiple=True, metavar="OLD=NEW", help="Regex replacement on names (repeatable).")
 @click.option("--include", multiple=True, metavar="GLOB", help="Only paths that match (repeatable).")
@@ -167,18 +171,9 @@ def _names_one(dest: str, wishes: dict[str, Any], shared: Shared) -> bool:
     Raises:
         UsageError: a suffix that restore does not write, or that contradicts `--as`.
     """
-    from ptbin.stores import open_store
-
-    store, path = open_store(dest, shared.dest_options)
-    found = _SUFFIX.search(path)
-    if dest.endswith("/") or found is None or store.is_directory(path):
+    suffix = one_file(dest, ONE_OUTPUT, shared.dest_options, elsewhere=(".bin", ".safetensors"))
+    if suffix is None:
         return False
-    suffix = found[0].lower()
-    if suffix in {".bin", ".safetensors"}:
-        raise UsageError(f"DEST ends in {suffix}, which convert makes: ptbin convert SOURCE {dest}")
-    if suffix not in ONE_OUTPUT:
-        known = ", ".join(ONE_OUTPUT)
-        raise UsageError(f"DEST ends in {suffix}: a file ends in {known}; for a directory write {dest}/")
     if suffix == ".pt2":
         if wishes["model"] is None or wishes["save_as"] not in {None, "exported"}:
             raise UsageError("DEST ends in .pt2, an exported program: it needs --model, and --as exported")
@@ -246,52 +241,57 @@ def _planned(
 def _print_plan(planned: Sequence[Job | Problem], options: RestoreOptions, shared: Shared) -> int:
     """What would become of each; a manifest is read for each output that is there."""
     from ptbin import catalog
+    from ptbin.catalog.marks import iter_marked
     from ptbin.restoring.restore import would_replace
 
-    rows: list[tuple[str, str, str]] = []
-    to_do: list[dict[str, Any]] = []
-    current: list[str] = []
-    problems: list[Problem] = []
-    for item in planned:
-        if isinstance(item, catalog.Problem):
-            problems.append(item)
-            continue
-        if (
-            options.model is None
-            and not item.is_free
-            and catalog.is_up_to_date(item, options.conversion(), dest_options=shared.dest_options)
-        ):
-            current.append(item.source_uri)
-            rows.append(("up to date", "", item.path))
-            continue
-        try:
-            replaces = would_replace(item.dest_uri, options, shared.dest_options, is_free=item.is_free)
-        except CheckpointError as error:
-            problems.append(catalog.Problem(item.source_uri, error.reason, str(error)))
-            continue
-        rows.append(
-            (
-                "replace" if replaces else "restore",
-                format_nbytes(item.source_size),
-                f"{item.path} -> {item.dest_uri}",
-            )
+    problems = [item for item in planned if isinstance(item, catalog.Problem)]
+    jobs = [item for item in planned if not isinstance(item, catalog.Problem)]
+    current = [job for job in jobs if _is_current(job, options, shared)]
+    marked = list(
+        iter_marked(
+            (job for job in jobs if job not in current),
+            lambda job: would_replace(
+                job.source_uri,
+                job.dest_uri,
+                options,
+                source_options=shared.source_options,
+                dest_options=shared.dest_options,
+                standing=job.standing,
+            ),
         )
-        to_do.append(
-            {"source": item.source_uri, "dest": item.dest_uri, "size": item.source_size, "replaces": replaces}
-        )
+    )
+    problems += [item.problem for item in marked if item.problem is not None]
+    marked = [item for item in marked if item.problem is None]
     if shared.as_json:
-        told = [problem.to_json() for problem in problems]
-        print_json({"dry_run": True, "restore": to_do, "up_to_date": current, "problems": told})
+        print_json(
+            {
+                "dry_run": True,
+                "restore": [item.to_json() for item in marked],
+                "up_to_date": [job.source_uri for job in current],
+                "problems": [problem.to_json() for problem in problems],
+            }
+        )
     else:
+        rows = [("up to date", "", job.path) for job in current]
+        rows += [marked_row("replace" if item.replaces else "restore", item) for item in marked]
         rows += [("refuse", problem.reason, problem.detail) for problem in problems]
-        replaced = sum(row["replaces"] for row in to_do)
+        replaced = sum(1 for item in marked if item.replaces)
         counts = (
-            f"would restore {len(to_do)}, of them replace {replaced}, up to date {len(current)}, "
+            f"would restore {len(marked)}, of them replace {replaced}, up to date {len(current)}, "
             f"refused {len(problems)}; nothing was written"
         )
         for line in [*align(rows, indent=""), "", counts]:
             print_line(line)
     return 1 if problems else 0
+
+
+def _is_current(job: Job, options: RestoreOptions, shared: Shared) -> bool:
+    """Whether nothing is to be done. What a model's code made is never up to date: it may have changed."""
+    import ptbin
+
+    if options.model is not None or (job.standing is not None and job.standing.size is None):
+        return False
+    return ptbin.catalog.is_up_to_date(job, options.conversion(), dest_options=shared.dest_options)
 
 
 def _restore_one(
@@ -312,11 +312,7 @@ def _restore_one(
     with showing_progress(shared) as listener:
         listener.planned(1, job.source_size, 0)
         try:
-            if (
-                options.model is None
-                and not options.force
-                and ptbin.catalog.is_up_to_date(job, options.conversion(), dest_options=shared.dest_options)
-            ):
+            if _is_current(job, options, shared):
                 tally.add_all([job], "up_to_date")
             else:
                 manifest = ptbin.restore(

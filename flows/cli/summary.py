@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from flows.cli.interrupts import INTERRUPTED_STATUS
 from flows.cli.printing import align, print_error, print_json, print_line
 from flows.units import format_nbytes, left_out_words, short_detail
+from ptbin.errors import OutputExistsError
 
 if TYPE_CHECKING:
     from flows.cli.shared_options import Shared
     from flows.tally import Entry
     from ptbin.catalog import Job, Problem
+    from ptbin.catalog.marks import Marked
 
 __all__ = [
     "JSON_KEYS",
@@ -22,8 +24,10 @@ __all__ = [
     "conversion_lines",
     "initial_lines",
     "mapping_lines",
+    "marked_row",
     "migration_lines",
     "plan_lines",
+    "refused_row",
     "single_lines",
     "tell_summary",
     "verification_lines",
@@ -138,6 +142,8 @@ def mapping_lines(plan: Mapping[str, Any]) -> list[str]:
             rows.append(("refuse", what, row["reason"], row["detail"]))
         else:
             notes = [aliases, *row["not_kept"], *row.get("checkpoints", ())]
+            if row.get("replaces"):
+                notes.insert(0, "replaces what ptbin registered there")
             rows.append((row["action"].replace("_", " "), what, where, "; ".join(filter(None, notes))))
     lines = [*align(rows, indent=""), ""] if rows else []
     if plan["not_kept"]:
@@ -179,17 +185,33 @@ def initial_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def plan_lines(
-    to_do: Sequence[Job], up_to_date: Sequence[Job], collisions: Sequence[Problem], alone: Sequence[Job] = ()
+    to_do: Sequence[Marked], up_to_date: Sequence[Job], problems: Sequence[Problem], alone: Sequence[Job] = ()
 ) -> list[str]:
     """What a run would do, one checkpoint a line."""
-    rows = [("convert", format_nbytes(job.source_size), f"{job.path} -> {job.dest_uri}") for job in to_do]
+    rows = [marked_row("convert", item) for item in to_do]
     rows += [("up to date", format_nbytes(job.source_size), job.path) for job in up_to_date]
     rows += [("leave alone", format_nbytes(job.source_size), job.path) for job in alone]
-    rows += [("reject", problem.reason, problem.source) for problem in collisions]
-    total = format_nbytes(sum(job.source_size for job in to_do))
-    counts = f"would convert {len(to_do)} ({total}), up to date {len(up_to_date)}, rejected {len(collisions)}"
+    rows += [refused_row(problem) for problem in problems]
+    total = format_nbytes(sum(item.job.source_size for item in to_do))
+    replaced = sum(1 for item in to_do if item.replaces)
+    counts = f"would convert {len(to_do)} ({total}), "
+    counts += f"of them replace {replaced}, " if replaced else ""
+    counts += f"up to date {len(up_to_date)}, rejected {len(problems)}"
     counts += f", left alone {len(alone)}" if alone else ""
     return [*align(rows, indent=""), "", f"{counts}; nothing was written"]
+
+
+def marked_row(what: str, item: Marked) -> tuple[str, str, str]:
+    """A line of a dry run: what would be done, and which files it would replace."""
+    replaced = f" (replaces {', '.join(item.replaces)})" if item.replaces else ""
+    job = item.job
+    return (what, format_nbytes(job.source_size), f"{job.path} -> {job.dest_uri}{replaced}")
+
+
+def refused_row(problem: Problem) -> tuple[str, str, str]:
+    """A line of a dry run: a source that would not be converted; where a file is in the way, which one."""
+    in_the_way = problem.reason == OutputExistsError.reason
+    return ("reject", problem.reason, problem.detail if in_the_way else problem.source)
 
 
 def tell_summary(

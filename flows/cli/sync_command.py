@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.cli.conversion_options import conversion_options, split_wishes
+from flows.cli.destination import refuse_one_file
 from flows.cli.printing import align, print_json, print_line
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared, judging_options, run_options, shared_options, split_options
 from flows.cli.summary import JSON_KEYS, SYNC_KEYS, conversion_lines, tell_summary
 from flows.units import format_nbytes
 from flows.wishes import build_options, refuse_secrets
-from ptbin.errors import UsageError
+from ptbin.errors import OutputExistsError, UsageError
 
 if TYPE_CHECKING:
     from ptbin.options import ConvertOptions
@@ -53,7 +54,8 @@ nothing was written; 130 interrupted."""
 @click.option("--checksum", is_flag=True, help="Compare by content; times and ETags are not believed.")
 @click.option("--immutable", is_flag=True, help="Never change what is there; what differs is a failure.")
 @click.option("--backup-dir", metavar="PLACE", help="First copy there what is written over or deleted.")
-@click.option("--dry-run", is_flag=True, help="Print what would be done, write nothing.")
+@click.option("--force", is_flag=True, help="Replace files in the way that ptbin did not make.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and what would be replaced.")
 @conversion_options
 @run_options
 @judging_options
@@ -68,6 +70,7 @@ def sync_command(
     checksum: bool,
     immutable: bool,
     backup_dir: str | None,
+    force: bool,
     dry_run: bool,
     min_success: float | None,
     **values: Any,
@@ -80,6 +83,7 @@ def sync_command(
     refuse_secrets(source, dest, *([backup_dir] if backup_dir else []))
     if max_delete is not None and not delete:
         raise UsageError("--max-delete means nothing without --delete")
+    refuse_one_file(dest, shared.dest_options, "sync")
     from ptbin.catalog.checks import check_mirror
 
     check_mirror(
@@ -95,7 +99,7 @@ def sync_command(
         return _print_plan(
             source, dest, include, exclude, naming, options, shared,
             delete=delete, max_delete=max_delete, checksum=checksum, immutable=immutable,
-            backs_up=backup_dir is not None,
+            backs_up=backup_dir is not None, force=force,
         )  # fmt: skip
     from flows.cli.on_prefect import run_flow
     from flows.run_record import new_run_id
@@ -115,6 +119,7 @@ def sync_command(
             checksum=checksum,
             immutable=immutable,
             backup_dir=backup_dir,
+            force=force,
             naming=naming,
             min_success=min_success,
             **carrying_out,
@@ -137,10 +142,12 @@ def _print_plan(
     checksum: bool,
     immutable: bool,
     backs_up: bool,
+    force: bool,
 ) -> int:
     """What a run would do, found as a run finds it; nothing is written, not even a lease."""
     from ptbin.catalog import OutputRule
     from ptbin.catalog.finished import read_finished
+    from ptbin.catalog.marks import iter_marked, look_at_job
     from ptbin.catalog.mirroring import alone, copied_along, excess, iter_gone
     from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
     from ptbin.catalog.worklist import WorkList
@@ -164,6 +171,7 @@ def _print_plan(
             read_finished(
                 job,
                 work.relative_manifest(job),
+                options,
                 source_options=shared.source_options,
                 dest_options=shared.dest_options,
             )
@@ -192,6 +200,12 @@ def _print_plan(
             )
         current = work.count_current()
     refused = [job for job in jobs if immutable and changed[job.dest_uri]]
+    forced = options.replace(force=force)
+    sides = {"source_options": shared.source_options, "dest_options": shared.dest_options}
+    kept = [job for job in jobs if job not in refused]
+    marked = list(iter_marked(kept, lambda job: look_at_job(job, forced, **sides)))
+    problems += [item.problem for item in marked if item.problem is not None]
+    marked = [item for item in marked if item.problem is None]
     told = [problem.to_json() for problem in problems]
     told += [{"source": job.source_uri, "reason": "immutable", "detail": job.dest_uri} for job in refused]
     gone = [item for item in found if not item.kept]
@@ -199,11 +213,11 @@ def _print_plan(
         told.append({"source": dest, "reason": "max_delete", "detail": too_many})
     # As a run does: with a problem nothing is deleted.
     deleted = [] if told else list(dict.fromkeys(path for item in gone for path in item.files))
-    saved = sorted({path for job in jobs if job not in refused for path in changed[job.dest_uri]}) + deleted
+    saved = sorted({path for item in marked for path in changed[item.job.dest_uri]}) + deleted
     plan: dict[str, Any] = {
         "dry_run": True,
-        "convert": [_line(job) for job in jobs if not job.copies and job not in refused],
-        "copy": [_line(job) for job in jobs if job.copies and job not in refused],
+        "convert": [item.to_json() for item in marked if not item.job.copies],
+        "copy": [item.to_json() for item in marked if item.job.copies],
         "up_to_date": current,
         "delete": deleted,
         "keep": [item.output for item in found if item.kept or told],
@@ -219,20 +233,23 @@ def _print_plan(
     return 1 if plan["problems"] else 0
 
 
-def _line(job: Any) -> dict[str, Any]:
-    return {"source": job.source_uri, "dest": job.dest_uri, "size": job.source_size}
-
-
 def _plan_lines(plan: dict[str, Any], *, compares: bool) -> list[str]:
     rows = [
-        (what, format_nbytes(item["size"]), f"{item['source']} -> {item['dest']}")
+        (what, format_nbytes(item["size"]), f"{item['source']} -> {item['dest']}{_replaced(item)}")
         for what in ("convert", "copy")
         for item in plan[what]
     ]
     rows += [
         (what.replace("_", " "), "", path) for what in ("back_up", "delete", "keep") for path in plan[what]
     ]
-    rows += [("refuse", item["reason"], item["source"]) for item in plan["problems"]]
+    rows += [
+        (
+            "refuse",
+            item["reason"],
+            item["detail"] if item["reason"] == OutputExistsError.reason else item["source"],
+        )
+        for item in plan["problems"]
+    ]
     counts = ", ".join(
         f"{name} {len(plan[key])}"
         for name, key in (("convert", "convert"), ("copy", "copy"), ("delete", "delete"))
@@ -244,3 +261,7 @@ def _plan_lines(plan: dict[str, Any], *, compares: bool) -> list[str]:
     if compares:
         lines.append("--checksum compares by content only when it runs: it may find less or more to do")
     return lines
+
+
+def _replaced(item: dict[str, Any]) -> str:
+    return f" (replaces {', '.join(item['replaced'])})" if item["replaced"] else ""

@@ -20,15 +20,17 @@ from typing import Any
 
 from ptbin.catalog.finding import OWN_FOLDER
 from ptbin.catalog.jobs import Job
-from ptbin.copying import same_content
+from ptbin.copying import Copied, same_content
 from ptbin.errors import NotFoundInStoreError, StorageError, VerificationError
-from ptbin.manifest import MANIFEST_SUFFIX, parse_manifest
+from ptbin.manifest import MANIFEST_SUFFIX, identity_text, parse_manifest
 from ptbin.options import ConvertOptions
-from ptbin.stores import Identity, Store, open_store
+from ptbin.sidecars import change_of
+from ptbin.stores import Store, open_store
 
 __all__ = [
     "INDEX_FOLDER",
     "FinishedRow",
+    "identity_text",
     "is_up_to_date",
     "iter_segment",
     "job_digest",
@@ -102,11 +104,6 @@ class FinishedRow:
         return LEVELS.index(self.level) >= LEVELS.index(options.verify)
 
 
-def identity_text(identity: Identity | None) -> str:
-    """Empty where the store names none; such objects are never recognised."""
-    return f"{identity.kind}:{identity.value}" if identity is not None and identity.value else ""
-
-
 def job_digest(uri: str, size: int, identity: Mapping[str, str] | None, fingerprint: str) -> str:
     """One text for a state of a source and the options it is converted with."""
     facts = json.dumps([uri, size, identity, fingerprint], sort_keys=True, ensure_ascii=True)
@@ -114,7 +111,16 @@ def job_digest(uri: str, size: int, identity: Mapping[str, str] | None, fingerpr
 
 
 def digest_of(job: Job, options: ConvertOptions) -> str:
-    return _digest(job, "copy" if job.copies else options.fingerprint())
+    return _digest(job, _copy_fingerprint(job, options) if job.copies else options.fingerprint())
+
+
+def _copy_fingerprint(job: Job, options: ConvertOptions) -> str:
+    """A copy depends on options only where they change it."""
+    return "copy" if change_of(_name_of(job), options.dtype) is None else f"copy {options.dtype}"
+
+
+def _name_of(job: Job) -> str:
+    return job.dest_uri.rpartition("/")[2]
 
 
 def _digest(job: Job, fingerprint: str) -> str:
@@ -122,12 +128,13 @@ def _digest(job: Job, fingerprint: str) -> str:
     return job_digest(job.source_uri, job.source_size, identity, fingerprint)
 
 
-def row_of_copy(job: Job, path: str, identity: Identity) -> FinishedRow | None:
-    """The row of a file that was copied to `path` below DEST and is in that state there."""
-    if job.identity is None or not identity_text(identity):
+def row_of_copy(job: Job, path: str, copied: Copied, options: ConvertOptions) -> FinishedRow | None:
+    """The row of a file that was copied to `path` below DEST."""
+    if job.identity is None or not identity_text(copied.identity):
         return None
-    own = ((job.dest_uri.rpartition("/")[2], job.source_size),)
-    return FinishedRow(path, identity_text(identity), _digest(job, "copy"), "load", own, job.source_uri)
+    digest = digest_of(job, options)
+    own = ((_name_of(job), copied.size),)
+    return FinishedRow(path, identity_text(copied.identity), digest, "load", own, job.source_uri)
 
 
 def row_of(manifest: Mapping[str, Any], path: str, identity: str) -> FinishedRow | None:
@@ -150,6 +157,7 @@ def row_of(manifest: Mapping[str, Any], path: str, identity: str) -> FinishedRow
 def read_finished(
     job: Job,
     path: str,
+    options: ConvertOptions | None = None,
     *,
     source_options: Mapping[str, Any] | None = None,
     dest_options: Mapping[str, Any] | None = None,
@@ -162,10 +170,15 @@ def read_finished(
         StorageError: the store failed in another way than by having no such file.
     """
     if job.copies:
+        options = options or ConvertOptions()
         same = same_content(
-            job.source_uri, job.dest_uri, source_options=source_options, dest_options=dest_options
+            job.source_uri,
+            job.dest_uri,
+            source_options=source_options,
+            dest_options=dest_options,
+            change=change_of(_name_of(job), options.dtype),
         )
-        return row_of_copy(job, path, same) if same is not None else None
+        return row_of_copy(job, path, same, options) if same is not None else None
     store, place = open_store(job.dest_uri + MANIFEST_SUFFIX, dest_options)
     try:
         data, identity = store.read_identified(place)

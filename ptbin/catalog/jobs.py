@@ -8,6 +8,7 @@ from typing import Any
 
 from ptbin.errors import CheckpointError
 from ptbin.stores import Identity
+from ptbin.vouching import Standing
 
 __all__ = ["Found", "Job", "Problem", "is_rejection", "problem_of"]
 
@@ -35,12 +36,13 @@ class Job:
     identity: Identity | None
     copies: bool = False
     """The file itself goes along, as it is (a mirror's other files)."""
-    is_free: bool = False
-    """A listing of DEST has shown that nothing lies at `dest_uri`."""
+    standing: Standing | None = None
+    """What a listing of DEST has shown at `dest_uri`; None: it was not listed."""
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
         data["identity"] = self.identity.to_json() if self.identity is not None else None
+        data.pop("standing")  # true for one run
         return data
 
     @classmethod

@@ -15,6 +15,7 @@ from typing import Any
 from ptbin.catalog.jobs import Job
 from ptbin.catalog.planning import OutputRule
 from ptbin.stores import Identity
+from ptbin.vouching import Standing
 
 __all__ = ["CURRENT", "LEFT_ALONE", "PAGE", "REFUSED", "TO_ASK", "TO_DO", "JobTable"]
 
@@ -28,7 +29,7 @@ CREATE TABLE finished (manifest TEXT, digest TEXT, row TEXT, PRIMARY KEY (manife
 CREATE TABLE sidecars (folder TEXT, job INTEGER);
 CREATE TABLE segments (path TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE jobs (id INTEGER PRIMARY KEY, place TEXT, output TEXT, path TEXT, uri TEXT, size INTEGER,
-    kind TEXT, value TEXT, certain INTEGER, copies INTEGER, state INTEGER, is_free INTEGER DEFAULT 0);
+    kind TEXT, value TEXT, certain INTEGER, copies INTEGER, state INTEGER, alone INTEGER DEFAULT 0);
 """
 
 
@@ -54,7 +55,9 @@ class JobTable:
     def select(self, where: str, values: tuple[Any, ...], order: str = "id") -> Iterator[tuple[int, Job]]:
         """Jobs with their numbers, a page at a time: the list may change between two pages."""
         query = (
-            "SELECT id, output, path, uri, size, kind, value, certain, copies, is_free FROM jobs "  # noqa: S608 - our own
+            "SELECT id, output, path, uri, size, kind, value, certain, copies, alone, "  # noqa: S608 - our own
+            "(SELECT stored.size || ' ' || stored.identity FROM stored WHERE stored.path = output), "
+            "copies AND EXISTS (SELECT 1 FROM finished WHERE manifest = output) FROM jobs "
             f"WHERE {where} ORDER BY {order}"
         )
         with self.lock:
@@ -64,12 +67,21 @@ class JobTable:
                 page = cursor.fetchmany(PAGE)
             if not page:
                 return
-            for number, output, path, uri, size, kind, value, certain, copies, is_free in page:
+            for number, output, path, uri, size, kind, value, certain, copies, alone, there, known in page:
                 identity = Identity(kind, value) if kind is not None else None
                 place = f"{self.rule.base}/{output}"
                 yield (
                     number,
-                    Job(uri, size, place, path, bool(certain), identity, bool(copies), bool(is_free)),
+                    Job(
+                        uri,
+                        size,
+                        place,
+                        path,
+                        bool(certain),
+                        identity,
+                        bool(copies),
+                        _standing(there, alone, known),
+                    ),
                 )
 
     def count(self) -> int:
@@ -131,3 +143,10 @@ class JobTable:
                 "UPDATE jobs SET state = ? WHERE place = ? AND path = ?",
                 (state, self.rule.place_of(job), job.path),
             )
+
+
+def _standing(there: str | None, alone: int, known: int) -> Standing:
+    if there is None:
+        return Standing(None, alone=bool(alone))
+    size, _, identity = there.partition(" ")
+    return Standing(int(size), identity, is_known_copy=bool(known))

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from ptbin.catalog.checks import real_place
 from ptbin.catalog.finding import SHARD_NUMBER, split_bases
-from ptbin.catalog.finished import identity_text
 from ptbin.catalog.globs import matches
 from ptbin.catalog.planning import relative_output
 from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, OTHER_SUFFIXES, suffix_of
 from ptbin.errors import LimitExceededError, NotFoundInStoreError, VerificationError
 from ptbin.folders import INDEX_SUFFIX
-from ptbin.manifest import MANIFEST_SUFFIX, parse_manifest
+from ptbin.manifest import MANIFEST_SUFFIX, identity_text, parse_manifest
 from ptbin.options import ConvertOptions
 from ptbin.provenance import STATEMENT_SUFFIX, dump_statement, statement_of
 from ptbin.sidecars import PATTERNS

@@ -22,7 +22,6 @@ from ptbin.catalog.finished import (
     SEGMENT_SUFFIX,
     FinishedRow,
     digest_of,
-    identity_text,
     iter_segment,
 )
 from ptbin.catalog.jobs import Found, Job, Problem
@@ -37,9 +36,10 @@ from ptbin.errors import (
     VerificationError,
 )
 from ptbin.folders import INDEX_SUFFIX
-from ptbin.manifest import MANIFEST_SUFFIX, parse_manifest
+from ptbin.manifest import MANIFEST_SUFFIX, identity_text, parse_manifest
 from ptbin.options import ConvertOptions
 from ptbin.stores import ListedObject, open_store
+from ptbin.vouching import ASIDE_SUFFIX, CLAIM_TARGET_SUFFIX
 
 __all__ = ["WorkList"]
 
@@ -61,6 +61,11 @@ class WorkList(JobTable):
 
     # -- planning --------------------------------------------------------------------------------
 
+    @property
+    def options(self) -> ConvertOptions:
+        """Of the last plan."""
+        return self._options
+
     def plan(
         self,
         source: str,
@@ -77,9 +82,9 @@ class WorkList(JobTable):
     ) -> list[Problem]:
         """Fill the list; what cannot be done at all. `tick` is called now and then, and may raise.
 
-        With `options.force` nothing is up to date, and DEST is not looked at; with `distrust` it is looked
-        at, and everything is to be done that is not compared by its content. `copies` says which files go
-        along as they are, `named` which files alone are looked at.
+        With `options.force` nothing is up to date; with `distrust` everything is to be done that is not
+        compared by its content. `copies` says which files go along as they are, `named` which alone are
+        looked at.
 
         Raises:
             NotFoundInStoreError, StorageError: from the stores.
@@ -88,8 +93,7 @@ class WorkList(JobTable):
             self._clear()
             self.rule = rule
             self._options, self._source_options = options, source_options
-            if not options.force:
-                self._read_dest(tick)
+            self._read_dest(tick)
             others: list[ListedObject] = []
             broken: list[str] = []
             found = find_checkpoints(
@@ -106,12 +110,29 @@ class WorkList(JobTable):
             problems = self._add(found, others, tick)
             problems += [_broken_link(link) for link in broken]
             problems += settle_collisions(self, self._options)
-            if not options.force:
-                nothing = "NOT EXISTS (SELECT 1 FROM stored WHERE stored.path = jobs.output)"
-                self.db.execute(f"UPDATE jobs SET is_free = 1 WHERE {nothing}")  # noqa: S608 - our own
+            self._find_free_places()
             if not options.force and not distrust:
                 self._look_up(options, tick)
             return problems
+
+    def _find_free_places(self) -> None:
+        """Mark the jobs of which DEST's listing shows that no file of theirs lies there, by its name."""
+        # In Unicode a point follows a dash, a slash a point, a nought a slash: each range is all the names
+        # that begin with a text and the first of the two.
+        ranges = [("output", "output || '/'")]
+        if self._options.max_shard_size is not None:
+            ranges.append(("stem(output) || '-'", "stem(output) || '.'"))
+        if self._options.layout == "hf":  # companions go into the same folder
+            ranges.append(("folder(output) || '/'", "folder(output) || '0'"))
+        free = [
+            f"NOT EXISTS (SELECT 1 FROM stored WHERE path >= {first} AND path < {last})"  # noqa: S608
+            for first, last in ranges
+        ]
+        if self._options.layout == "hf":
+            free.append("output LIKE '%/%'")
+        self.db.create_function("stem", 1, lambda path: path.rpartition(".")[0], deterministic=True)
+        self.db.create_function("folder", 1, lambda path: path.rpartition("/")[0], deterministic=True)
+        self.db.execute(f"UPDATE jobs SET alone = 1 WHERE {' AND '.join(free)}")  # noqa: S608 - our own
 
     def _clear(self) -> None:
         for table in ("stored", "finished", "segments", "jobs", "sidecars"):
@@ -269,7 +290,8 @@ class WorkList(JobTable):
         return all(self._size_of(folder + name) == size for name, size in row.outputs)
 
     def _size_of(self, path: str) -> int | None:
-        found = self.db.execute("SELECT size FROM stored WHERE path = ?", (path,)).fetchone()
+        with self.lock:
+            found = self.db.execute("SELECT size FROM stored WHERE path = ?", (path,)).fetchone()
         return None if found is None else int(found[0])
 
     # -- what was planned ------------------------------------------------------------------------
@@ -338,7 +360,15 @@ class WorkList(JobTable):
             StorageError: the store failed.
         """
         store, path = open_store(self.dest, self._dest_options)
-        return store.discard_unfinished(path, self.is_planned)
+        return store.discard_unfinished(path, self._is_unfinished)
+
+    def _is_unfinished(self, path: str) -> bool:
+        """Whether what was to go to `path` is a planned output, or a claim that a manifest has overtaken."""
+        if path.endswith(ASIDE_SUFFIX):
+            return self.is_planned(path.removesuffix(ASIDE_SUFFIX))  # a claim that was being written
+        if path.endswith(CLAIM_TARGET_SUFFIX):
+            return self._size_of(path.removesuffix(CLAIM_TARGET_SUFFIX) + MANIFEST_SUFFIX) is not None
+        return self.is_planned(path)
 
     # -- what was there before -------------------------------------------------------------------
 

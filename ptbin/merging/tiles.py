@@ -83,6 +83,7 @@ def whole_tensor(
     *,
     final: tuple[int, ...] | None = None,
     known: dict[object, Storage] | None = None,
+    apart: bool = False,
 ) -> TensorRef:
     """The tensor that the boxes fill, over a storage of its own, or over the only box's where that is all.
 
@@ -91,6 +92,7 @@ def whole_tensor(
         key: name of the new storage.
         shape: the space that boxes are given in.
         final: the tensor's own shape where it differs: as many elements, in the same order.
+        apart: a view of a part gets a storage of its own.
         known: storages made before, by what they are made of: tensors that are tied in all files stay tied.
 
     Raises:
@@ -102,7 +104,7 @@ def whole_tensor(
     assert math.prod(own) == math.prod(shape)
     if 0 in shape:
         return TensorRef(Storage(key, 0, InMemory(b"")), dtype, own, dense_strides(own))
-    if len(boxes) == 1 and own == shape:
+    if len(boxes) == 1 and own == shape and (not apart or _is_all(boxes[0])):
         tensor = boxes[0].part.tensor
         return TensorRef(tensor.storage, dtype, own, boxes[0].stride, tensor.storage_offset + boxes[0].offset)
     made_of = (shape, *((id(b.part.tensor.storage), *_layout(b)) for b in boxes))
@@ -116,6 +118,12 @@ def whole_tensor(
     if known is not None:
         known[made_of] = storage
     return TensorRef(storage, dtype, own, dense_strides(own))
+
+
+def _is_all(box: Box) -> bool:
+    """Whether the box is its part as it lies."""
+    tensor = box.part.tensor
+    return (box.offset, box.shape, box.stride) == (0, tensor.shape, tensor.stride)
 
 
 def _layout(box: Box) -> tuple[object, ...]:

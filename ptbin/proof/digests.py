@@ -2,8 +2,9 @@
 
 A file on this machine is cut into groups of neighbouring records, and the groups are hashed side by side on
 all cores: SHA-256 of each tensor, CRC-32 of each record, and of what lies between them, of which the file's
-is combined. The file's own SHA-256 is the one serial lane; nothing waits for it. A file that is still being
-written is hashed as it grows (`GrowingFile`), so the copy and its proof overlap.
+is combined. The file's own SHA-256 is the one serial lane; its thread then takes groups that no other one has
+begun. A file that is still being written is hashed as it grows (`GrowingFile`), so the copy and its proof
+overlap.
 
 Anything else comes as one stream through two lanes: SHA-256 and CRC-32 of the whole file on the calling
 thread, those of tensors and records on a second one (hashlib and zlib release the interpreter lock). Views
@@ -15,29 +16,32 @@ tensors that are not contiguous once more. Memory is a chunk for each thread.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import heapq
-import os
-import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ptbin.cores import hashing_pool, hashing_slot
 from ptbin.crc32 import combine_crc32
-from ptbin.proof.logical import ReadSpan, iter_strided
+from ptbin.proof.local_file import LocalFile
+from ptbin.proof.regions import FileDigests, RegionLane, StoredTensor, strided_sha256
 
 if TYPE_CHECKING:
     from ptbin.stores import RangeReader
 
-__all__ = ["FileDigests", "GrowingFile", "StoredTensor", "digest_descriptor", "digest_file"]
+__all__ = [
+    "FileDigests",
+    "GrowingFile",
+    "StoredTensor",
+    "digest_descriptor",
+    "digest_file",
+    "digest_regions",
+]
 
 CHUNK_NBYTES = 4 << 20
-BUFFER_NBYTES = 2 << 20
-"""What is read of a local file at once: little enough to lie in a core's cache while it is hashed."""
-MAX_BUFFERS = 32
 SMALL_NBYTES = 1 << 20
 GROUP_NBYTES = 16 << 20
 PROGRESS_SECONDS = 0.1
@@ -47,30 +51,6 @@ MAX_COMBINED = 64
 """Records whose CRC-32s are combined to that of their group: a combination takes as long as 100 KB of
 CRC-32.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Where a tensor lies in a stored file: first byte, shape and stride in elements."""
-
-    offset: int
-    nbytes: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...] | None
-    """None where the tensor is contiguous."""
-    itemsize: int
-    per_unit: int = 1
-
-
-@dataclass(slots=True)
-class FileDigests:
-    """SHA-256 as hexadecimal text, CRC-32 as a number."""
-
-    sha256: str = ""
-    crc32: int = 0
-    records: dict[tuple[int, int], int] = field(default_factory=dict)
-    """(offset, nbytes) to CRC-32."""
-    tensors: dict[StoredTensor, str] = field(default_factory=dict)
 
 
 def digest_file(
@@ -92,7 +72,7 @@ def digest_file(
     found = FileDigests()
     distinct = dict.fromkeys(tensors)
     streamed = [t for t in distinct if t.stride is None]
-    lane = _RegionLane(found, list(dict.fromkeys(records)), streamed)
+    lane = RegionLane(found, list(dict.fromkeys(records)), streamed)
     whole = hashlib.sha256()
     crc = 0
     pool = ThreadPoolExecutor(1) if reader.size > SMALL_NBYTES else None
@@ -116,26 +96,10 @@ def digest_file(
     found.sha256, found.crc32 = whole.hexdigest(), crc
     for tensor in distinct:
         if tensor.stride is not None:
-            found.tensors[tensor] = _strided_sha256(
+            found.tensors[tensor] = strided_sha256(
                 tensor, lambda offset, nbytes: reader.iter_range(offset, nbytes, chunk_nbytes=CHUNK_NBYTES)
             )
     return found
-
-
-def _strided_sha256(tensor: StoredTensor, read: ReadSpan) -> str:
-    assert tensor.stride is not None
-    digest = hashlib.sha256()
-    pieces = iter_strided(
-        read,
-        tensor.offset,
-        tensor.shape,
-        tensor.stride,
-        tensor.itemsize,
-        tensor.per_unit,
-    )
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
 
 
 # -- a file of this machine, on all cores ------------------------------------------------------------
@@ -192,7 +156,24 @@ def digest_descriptor(
     distinct = dict.fromkeys(tensors)
     streamed = [tensor for tensor in distinct if tensor.stride is None]
     groups = _groups(size, list(dict.fromkeys(records)), streamed)
-    return _digest_small(_LocalFile(descriptor, read, size), size, groups, list(distinct))
+    return _digest_small(LocalFile(descriptor, read, size), size, groups, list(distinct))
+
+
+def digest_regions(
+    descriptor: int,
+    size: int,
+    records: Iterable[tuple[int, int]],
+    tensors: Iterable[StoredTensor],
+    read: Callable[[int, int], bytes],
+) -> FileDigests:
+    """As `digest_descriptor`, without the SHA-256 of the whole file, which is left empty."""
+    file = GrowingFile(descriptor, size, records, tensors, read)
+    try:
+        file.reached(size)
+        return file.finish(whole=False)
+    except BaseException:
+        file.give_up()
+        raise
 
 
 class GrowingFile:
@@ -223,11 +204,12 @@ class GrowingFile:
         self._groups = _groups(
             size, list(dict.fromkeys(records)), [tensor for tensor in distinct if tensor.stride is None]
         )
-        self._file = _LocalFile(descriptor, read)
+        self._file = LocalFile(descriptor, read)
         self._found = FileDigests()
         self._crcs: dict[int, int] = {}
         self._begun = 0
         self._pending: list[Future[None]] = []
+        self._waiting: list[tuple[Future[None], Callable[[], None]]] = []
         self._own = ThreadPoolExecutor(2, thread_name_prefix="ptbin-follow") if follow else None
         self._hashed = 0
         self._whole = self._own.submit(self._hash_whole) if self._own is not None else None
@@ -249,22 +231,26 @@ class GrowingFile:
                 break
             self._begun += 1
         ready.sort(key=lambda group: group.start - group.end)
-        pool = hashing_pool() if ready else None
         for group in ready:
-            assert pool is not None
-            self._pending.append(pool.submit(self._hash, group))
+            self._submit(functools.partial(self._hash, group))
 
     def _may_follow(self, group: _Group) -> bool:
         free = self._followed is None or self._followed.done()
         return self._own is not None and free and group.end - group.start >= FOLLOWED_NBYTES
 
-    def finish(self, progress: Callable[[int], None] | None = None) -> FileDigests:
+    def finish(self, progress: Callable[[int], None] | None = None, *, whole: bool = True) -> FileDigests:
         """The digests, once all of the file has been reached. Raises what reading the file raised."""
-        pool = hashing_pool()
-        self._pending += [pool.submit(_hash_strided, self._file, t, self._found) for t in self._strided]
-        sha256 = self._hash_whole(progress) if self._whole is None else self._followed_whole(progress)
-        for task in self._pending:
-            task.result()
+        for tensor in self._strided:
+            self._submit(functools.partial(_hash_strided, self._file, tensor, self._found))
+        sha256 = ""
+        if whole:
+            sha256 = self._hash_whole(progress) if self._whole is None else self._followed_whole(progress)
+        for pending, task in reversed(self._waiting):
+            if pending.cancel():
+                task()  # no other thread has begun it
+        for pending in self._pending:
+            if not pending.cancelled():
+                pending.result()
         if self._own is not None:
             self._own.shutdown()
         found = self._found
@@ -272,6 +258,11 @@ class GrowingFile:
         for group in self._groups:
             found.crc32 = combine_crc32(found.crc32, self._crcs[group.start], group.end - group.start)
         return found
+
+    def _submit(self, task: Callable[[], None]) -> None:
+        pending = hashing_pool().submit(task)
+        self._pending.append(pending)
+        self._waiting.append((pending, task))
 
     def give_up(self) -> None:
         """Nobody wants the digests any more."""
@@ -309,7 +300,7 @@ class GrowingFile:
 
 
 def _digest_small(
-    file: _LocalFile, size: int, groups: list[_Group], tensors: list[StoredTensor]
+    file: LocalFile, size: int, groups: list[_Group], tensors: list[StoredTensor]
 ) -> FileDigests:
     """On the calling thread alone: threads would take longer to begin."""
     found = FileDigests()
@@ -347,10 +338,10 @@ def _groups(size: int, records: list[tuple[int, int]], tensors: list[StoredTenso
     return groups
 
 
-def _hash_group(file: _LocalFile, group: _Group, found: FileDigests, crcs: dict[int, int]) -> None:
+def _hash_group(file: LocalFile, group: _Group, found: FileDigests, crcs: dict[int, int]) -> None:
     own = FileDigests()
     tile = group.tile
-    lane = _RegionLane(own, list(dict.fromkeys([*group.records, *tile])), group.tensors)
+    lane = RegionLane(own, list(dict.fromkeys([*group.records, *tile])), group.tensors)
     position = group.start
     for chunk in file.chunks(group.start, group.end - group.start):
         with hashing_slot():
@@ -365,139 +356,7 @@ def _hash_group(file: _LocalFile, group: _Group, found: FileDigests, crcs: dict[
     found.tensors.update(own.tensors)
 
 
-def _hash_strided(file: _LocalFile, tensor: StoredTensor, found: FileDigests) -> None:
-    found.tensors[tensor] = _strided_sha256(
+def _hash_strided(file: LocalFile, tensor: StoredTensor, found: FileDigests) -> None:
+    found.tensors[tensor] = strided_sha256(
         tensor, lambda offset, nbytes: (bytes(chunk) for chunk in file.chunks(offset, nbytes))
     )
-
-
-_buffers: list[bytearray] = []
-"""Buffers that no thread uses at the moment. A fresh one costs a page fault for every 4 KiB, for which all
-threads of a process queue.
-"""
-
-
-def _buffer(nbytes: int) -> bytearray:
-    if nbytes < BUFFER_NBYTES:
-        return bytearray(nbytes)
-    try:
-        return _buffers.pop()
-    except IndexError:
-        return bytearray(BUFFER_NBYTES)
-
-
-class _LocalFile:
-    """Pieces of an open file, each read into the same buffer: a piece is good until the next one is asked
-    for. Asking for one that is not written yet waits for it.
-    """
-
-    def __init__(self, descriptor: int, read: Callable[[int, int], bytes], final: int = 0) -> None:
-        self._descriptor = descriptor
-        self._read = read
-        self._final = final
-        self._given_up = False
-        self._changed = threading.Condition()
-
-    def reached(self, position: int) -> None:
-        with self._changed:
-            self._final = position
-            self._changed.notify_all()
-
-    def give_up(self) -> None:
-        """Threads that are still at it stop."""
-        with self._changed:
-            self._given_up = True
-            self._changed.notify_all()
-
-    def _wait_for(self, end: int) -> None:
-        if self._final < end or self._given_up:
-            with self._changed:
-                self._changed.wait_for(lambda: self._final >= end or self._given_up)
-            if self._given_up:
-                raise CancelledError
-
-    def chunks(self, offset: int, nbytes: int) -> Iterator[memoryview]:
-        if not nbytes:
-            return
-        buffer = _buffer(nbytes)
-        view = memoryview(buffer)
-        end = offset + nbytes
-        try:
-            while offset < end:
-                piece = view[: min(end - offset, len(view))]
-                self._wait_for(offset + len(piece))
-                got = os.preadv(self._descriptor, [piece], offset)
-                if not got:
-                    piece = memoryview(self._read(offset, len(piece)))
-                    got = len(piece)
-                yield piece[:got]
-                offset += got
-        finally:
-            if len(buffer) == BUFFER_NBYTES and len(_buffers) < MAX_BUFFERS:
-                _buffers.append(buffer)
-
-
-class _Region:
-    """A range being hashed."""
-
-    __slots__ = ("end", "feed", "finish", "start")
-
-    def __init__(
-        self, start: int, nbytes: int, feed: Callable[[memoryview], None], finish: Callable[[], None]
-    ) -> None:
-        self.start = start
-        self.end = start + nbytes
-        self.feed = feed
-        self.finish = finish
-
-
-class _RegionLane:
-    """Feeds every region, overlapping ones included, from chunks in file order."""
-
-    def __init__(
-        self, found: FileDigests, records: list[tuple[int, int]], tensors: list[StoredTensor]
-    ) -> None:
-        regions = [self._record(found, r) for r in records] + [self._tensor(found, t) for t in tensors]
-        self._waiting = sorted(regions, key=lambda r: r.start, reverse=True)
-        self._active: list[tuple[int, int, _Region]] = []
-        self._serial = 0
-
-    @staticmethod
-    def _record(found: FileDigests, record: tuple[int, int]) -> _Region:
-        found.records[record] = 0
-
-        def feed(part: memoryview) -> None:
-            found.records[record] = zlib.crc32(part, found.records[record])
-
-        return _Region(record[0], record[1], feed, lambda: None)
-
-    @staticmethod
-    def _tensor(found: FileDigests, tensor: StoredTensor) -> _Region:
-        digest = hashlib.sha256()
-
-        def finish() -> None:
-            found.tensors[tensor] = digest.hexdigest()
-
-        return _Region(tensor.offset, tensor.nbytes, digest.update, finish)
-
-    def take(self, position: int, chunk: bytes | memoryview) -> None:
-        end = position + len(chunk)
-        view = memoryview(chunk)
-        while self._waiting and self._waiting[-1].start < end:
-            region = self._waiting.pop()
-            self._serial += 1
-            heapq.heappush(self._active, (region.end, self._serial, region))
-        for _, _, region in self._active:
-            first, last = max(region.start - position, 0), min(region.end - position, len(chunk))
-            if first < last:
-                region.feed(view[first:last])
-        while self._active and self._active[0][0] <= end:
-            heapq.heappop(self._active)[2].finish()
-
-    def finish(self) -> None:
-        """Close what the file ended before; its digest covers what there was."""
-        for _, _, region in self._active:
-            region.finish()
-        for region in self._waiting:
-            region.finish()
-        self._active, self._waiting = [], []

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from ptbin.dtypes import DType
 from ptbin.errors import UsageError, VerificationError
+from ptbin.installed import require_reader
 from ptbin.options import ConvertOptions
+from ptbin.proof.loaded import iter_loaded_tensors
 from ptbin.proof.logical import iter_logical_bytes
 from ptbin.reading.selected import read_selected
 from ptbin.sources import open_source
-from ptbin.state_dict import key_label, tensors_of
+from ptbin.state_dict import tensors_of
 from ptbin.stores import Identity
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.[^.]+$)")
 
-__all__ = ["iter_loaded_tensors", "open_output", "open_with_torch", "prove_by_loading", "rows_by_state_dict"]
+__all__ = ["open_output", "open_with_torch", "prove_by_loading", "rows_by_state_dict"]
 
 
 def prove_by_loading(
@@ -140,10 +142,9 @@ def open_output(store: Store, path: str, manifest: Mapping[str, Any]) -> Iterato
 
 
 def _safetensors(local: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise UsageError("--verify load of safetensors needs the package safetensors") from error
+    require_reader("safetensors")
+    from safetensors.torch import load_file
+
     loaded = load_file(local)
     return {row["name"]: loaded[row.get("shares_with", row["name"])] for row in rows}
 
@@ -177,10 +178,9 @@ def _local_copy(store: Store, path: str) -> Iterator[Path]:
 @contextlib.contextmanager
 def open_with_torch(store: Store, path: str) -> Iterator[Any]:
     """The output as `torch.load(weights_only=True, mmap=True)` sees it; remote ones by a temporary file."""
-    try:
-        import torch
-    except ImportError as error:
-        raise UsageError("--verify load needs torch, which is not installed here") from error
+    require_reader("torch")
+    import torch
+
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < (2, 10):
         raise UsageError(f"--verify load needs torch 2.10 or later, found {torch.__version__}")
@@ -190,51 +190,6 @@ def open_with_torch(store: Store, path: str) -> Iterator[Any]:
         except Exception as error:
             raise VerificationError(f"{store.uri_of(path)}: torch cannot load it: {error}") from error
         yield loaded
-
-
-def iter_loaded_tensors(loaded: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(name, plain tensor) pairs, named and ordered as `state_dict.tensors_of` does."""
-    import torch
-
-    for entry, root in loaded.items():
-        seen: set[int] = set()
-        stack: list[tuple[str, Any]] = [(str(entry), root)]
-        while stack:
-            name, value = stack.pop()
-            if isinstance(value, torch.Tensor):
-                yield from _parts(name, value)
-                continue
-            if id(value) in seen:
-                continue  # containers may share parts without end; each is walked once
-            seen.add(id(value))
-            if isinstance(value, Mapping):
-                stack.extend(reversed([(f"{name}.{key_label(key)}", v) for key, v in value.items()]))
-            elif isinstance(value, (list, tuple)):
-                stack.extend(reversed([(f"{name}.{index}", v) for index, v in enumerate(value)]))
-
-
-def _parts(name: str, tensor: Any) -> Iterator[tuple[str, Any]]:
-    import torch
-
-    if tensor.layout is torch.sparse_coo:
-        yield f"{name}#indices", tensor._indices()  # noqa: SLF001 - indices() refuses uncoalesced tensors
-        yield f"{name}#values", tensor._values()  # noqa: SLF001 - as above
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        yield f"{name}#crow_indices", tensor.crow_indices()
-        yield f"{name}#col_indices", tensor.col_indices()
-        yield f"{name}#values", tensor.values()
-    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        yield f"{name}#ccol_indices", tensor.ccol_indices()
-        yield f"{name}#row_indices", tensor.row_indices()
-        yield f"{name}#values", tensor.values()
-    else:
-        yield name, tensor
-        if tensor.is_quantized and tensor.qscheme() in (
-            torch.per_channel_affine,
-            torch.per_channel_affine_float_qparams,
-        ):
-            yield f"{name}#scales", tensor.q_per_channel_scales()
-            yield f"{name}#zero_points", tensor.q_per_channel_zero_points()
 
 
 def _compare(

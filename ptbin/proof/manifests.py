@@ -188,7 +188,8 @@ def _verify_statement(store: Store, path: str, manifest: dict[str, Any]) -> Iter
 
 
 def _verify_by_loading(store: Store, path: str, manifest: dict[str, Any]) -> Iterable[Issue]:
-    from ptbin.proof.load import iter_loaded_tensors, open_output, rows_by_state_dict
+    from ptbin.proof.load import open_output, rows_by_state_dict
+    from ptbin.proof.loaded import iter_loaded_tensors
 
     for rows in rows_by_state_dict(manifest):
         try:

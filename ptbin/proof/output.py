@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from ptbin.dtypes import BY_NAME
 from ptbin.errors import CheckpointError, ChecksumMismatchError, VerificationError
 from ptbin.folders import INDEX_SUFFIX
-from ptbin.manifest import hex_crc32
+from ptbin.manifest import hex_crc32, identity_text
 from ptbin.proof.digests import (
     FOLLOWED_NBYTES,
     FileDigests,
@@ -61,8 +61,12 @@ def prove_output(
     *,
     source_options: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
+    identities: dict[str, str] | None = None,
 ) -> str:
     """Prove the output of `draft` and fill its manifest's digests in; return what proved it.
+
+    Args:
+        identities: gets, by its name, which state of each file was proven.
 
     Raises:
         VerificationError: with the first difference found.
@@ -73,6 +77,8 @@ def prove_output(
     for file, output in zip(draft.files, draft.manifest["outputs"], strict=True):
         rows = [row for row in draft.manifest["tensors"] if row["file"] == file.path]
         with store.open_reader(f"{folder}/{file.path}") as reader:
+            if identities is not None and (seen := identity_text(reader.identity)):
+                identities[file.path] = seen
             if file.sha256 is not None:
                 _check_same(reader, file, rows, draft)
                 continue
@@ -174,7 +180,7 @@ def _check_same(reader: RangeReader, file: DraftFile, rows: list[dict[str, Any]]
     _check_size(reader, file)
     if rows and draft.manifest["options"]["format"] != "raw":
         _check_structure(reader, draft, rows)
-    if reader.identity.value != file.identity:
+    if identity_text(reader.identity) != file.identity:
         raise VerificationError(f"{reader.uri}: was written to after it was proven")
 
 

@@ -8,12 +8,13 @@ the container holds. Each byte belongs to its first claimant, so the parts add u
 construction; what only the last round claims is unaccounted. Works on what every container's reader gives;
 knows no container.
 
-Costs: a sort of the claims, three machine words a claim; no I/O.
+Costs: a sort of the claims, some 120 bytes a claim; no I/O.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -166,10 +167,14 @@ class _Claims:
         self._starts = array("q")
         self._ends = array("q")
         self._owners = array("q")
+        self._claimed: dict[int, int] = {}
 
     def add(self, owner: int, intervals: Iterable[tuple[int, int]]) -> None:
+        """Owners in ascending order."""
         for start, end in intervals:
-            if end > start:
+            # What was claimed before just so is lost to this owner: a storage behind its only view, mostly.
+            if end > start and self._claimed.get(start) != end:
+                self._claimed.setdefault(start, end)
                 self._starts.append(start)
                 self._ends.append(end)
                 self._owners.append(owner)
@@ -179,6 +184,10 @@ class _Claims:
         shares = [0] * owners
         starts, ends = self._starts, self._ends
         order = sorted(range(len(starts)), key=starts.__getitem__)
+        if all(ends[one] <= starts[other] for one, other in itertools.pairwise(order)):
+            for index in order:
+                shares[self._owners[index]] += ends[index] - starts[index]
+            return shares
         active: list[tuple[int, int]] = []
         position = starts[order[0]] if order else 0
         for index in order:

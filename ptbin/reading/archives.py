@@ -85,7 +85,7 @@ class _InZip:
         return self.member.method != STORED
 
     def locate(self) -> int:
-        located = self.directory.locate(dataclasses.replace(self.member, data_offset=None))
+        located = self.directory.locate(self.member._replace(data_offset=None))
         assert located.data_offset is not None
         return located.data_offset
 

@@ -112,6 +112,8 @@ def _shapes(found: StateDict) -> dict[str, tuple[int, ...]]:
 def copies_inside(found: StateDict) -> StateDict | None:
     """The averaged copy that a flat state dict holds beside the raw weights, if it holds one."""
     tensors = {name: value for name, value in found.entries if isinstance(value, TensorRef)}
+    if not any(name.startswith(_PREFIXES) for name in tensors):
+        return None
     for prefix in _PREFIXES:
         copied = {
             name: value

@@ -66,6 +66,7 @@ class Checkpoint:
         other_members: name and size of what lies beside the checkpoints of an archive and is none itself.
         roles: path to role, where the container itself says what lies there (`reading.roles`).
         excluded: what its reader passed over and knows the role of.
+        facts: numbers that it states of the model, by name, for recipes (`n_heads`).
         replicas: copies on other ranks that must be equal, with the storage that the first one went into.
         search: answers whether a record holds data, and remembers.
         unnamed: records that could hold tensors and that no pickle names: (name, offset, bytes in the file).
@@ -87,6 +88,7 @@ class Checkpoint:
     roles: dict[str, str] = field(default_factory=dict)
     excluded: list[Excluded] = field(default_factory=list)
     unnamed: list[tuple[str, int, int]] = field(default_factory=list)
+    facts: dict[str, int] = field(default_factory=dict)
     replicas: list[tuple[Storage, Replicas]] = field(default_factory=list)
     search: DataSearch = field(init=False)
 
@@ -165,8 +167,13 @@ class MemoryReader:
         return self._data[offset : offset + nbytes]
 
 
-def read_checkpoint(reader: RandomReader, limits: Limits | None = None) -> Checkpoint:
-    """Recognise and index one file.
+def read_checkpoint(
+    reader: RandomReader, limits: Limits | None = None, recipe: str | None = None
+) -> Checkpoint:
+    """Recognise and index one file, or several that are one checkpoint.
+
+    Args:
+        recipe: `ConvertOptions.recipe`, for parts that do not say how they make a whole.
 
     Raises:
         NotACheckpointError: no container of any kind.
@@ -177,7 +184,7 @@ def read_checkpoint(reader: RandomReader, limits: Limits | None = None) -> Check
     if isinstance(reader, JoinedReader):
         from ptbin.reading.folders import read_folder
 
-        return read_folder(reader, limits)
+        return read_folder(reader, limits, recipe)
     return read_opened(Opening(SourceFile(reader), limits))
 
 

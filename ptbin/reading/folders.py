@@ -13,7 +13,7 @@ from ptbin.errors import CorruptArchiveError, OutputCollisionError, UnsupportedF
 from ptbin.folders import DCP_METADATA, INDEX_SUFFIX
 from ptbin.nodes import DictNode
 from ptbin.options import Limits
-from ptbin.part_names import is_rank_name
+from ptbin.part_names import is_meta_name, is_rank_name
 from ptbin.reading.checkpoint import Checkpoint, Opening, read_opened
 from ptbin.reading.source import SourceFile
 from ptbin.sources import parse_index
@@ -23,8 +23,8 @@ from ptbin.tensors import ByteRange, Deflated, InMemory, Joined, Place, Storage,
 __all__ = ["move_place", "read_folder", "read_part"]
 
 
-def read_folder(reader: JoinedReader, limits: Limits) -> Checkpoint:
-    """Index a checkpoint of several files.
+def read_folder(reader: JoinedReader, limits: Limits, recipe: str | None = None) -> Checkpoint:
+    """Index a checkpoint of several files; `recipe` says how parts make a whole that do not say.
 
     Raises:
         CorruptArchiveError: the files contradict each other. UnsupportedFormatError: no kind ptbin knows.
@@ -42,6 +42,10 @@ def read_folder(reader: JoinedReader, limits: Limits) -> Checkpoint:
 
         return read_deepspeed_experts(reader, limits)
     index = next((name for name in reader.names if name.endswith(INDEX_SUFFIX)), None)
+    if is_meta_name(reader.names[0]):
+        from ptbin.reading.meta_parts import read_meta_parts
+
+        return read_meta_parts(reader, limits, recipe)
     if index is None and is_rank_name(reader.names[0]):
         from ptbin.reading.rank_files import read_rank_files
 

@@ -37,6 +37,9 @@ def keep_writable(state_dict: StateDict, uri: str, search: DataSearch) -> None:
     kept: list[tuple[str, Any]] = []
     done: set[int] = set()
     for name, value in state_dict.entries:
+        if type(value) is TensorRef and not value.attributes:
+            kept.append((name, value))  # as nearly all are
+            continue
         if isinstance(value, Opaque) and not value.has_data:
             state_dict.excluded.append(Excluded(name, "value", value.reason))
             continue
@@ -195,9 +198,12 @@ def rename_entries(state_dict: StateDict, options: ConvertOptions, uri: str) -> 
         first = min(clashes)
         sources = [o for o, n in zip(old, new, strict=True) if n == first]
         raise OutputCollisionError(f"{uri}: {' and '.join(map(repr, sources))} would both be named {first!r}")
-    state_dict.source_names = {n: o for o, n in zip(old, new, strict=True) if n != o}
+    before = state_dict.source_names
+    state_dict.source_names = {
+        n: before.get(o, o) for o, n in zip(old, new, strict=True) if before.get(o, o) != n
+    }
     state_dict.entries = [(n, value) for n, (_, value) in zip(new, entries, strict=True)]
-    if state_dict.metadata is not None and state_dict.source_names:
+    if state_dict.metadata is not None and old != new:
         state_dict.metadata = _renamed_metadata(state_dict.metadata, old, options)
 
 

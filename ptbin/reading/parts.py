@@ -59,6 +59,7 @@ _WHOLE_CONTAINERS = (
     "deepspeed_zero",
     "deepspeed_experts",
     "torch_ranks",
+    "meta_parts",
     "raw",
     "torch_export",
 )

@@ -64,15 +64,31 @@ def _binint1(m: Machine) -> None:
 
 
 def _long_binget(m: Machine) -> None:
-    m.stack.append(m.memo[_UINT32.unpack(m.take(4))[0]])
+    m.stack.append(m.memo[_uint32(m)])
 
 
 def _long_binput(m: Machine) -> None:
-    m.memo[_UINT32.unpack(m.take(4))[0]] = m.stack[-1]
+    m.memo[_uint32(m)] = m.stack[-1]
+
+
+def _uint32(m: Machine) -> int:
+    pos = m.pos
+    end = pos + 4
+    if end > m.size:
+        m.take(4)  # raises
+    m.pos = end
+    number: int = _UINT32.unpack_from(m.data, pos)[0]
+    return number
 
 
 def _binunicode(m: Machine) -> None:
-    m.stack.append(_decode(m.take(_UINT32.unpack(m.take(4))[0])))
+    nbytes = _uint32(m)
+    start = m.pos
+    end = start + nbytes
+    if end > m.size:
+        m.take(nbytes)  # raises
+    m.pos = end
+    m.stack.append(m.data[start:end].decode("utf-8", "surrogatepass"))
 
 
 def _mark(m: Machine) -> None:

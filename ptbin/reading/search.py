@@ -35,7 +35,7 @@ from ptbin.reading.tree import (
     named_children,
     names_below,
 )
-from ptbin.state_dict import StateDict, storages_of, tensors_of
+from ptbin.state_dict import StateDict, tensors_of
 from ptbin.tensors import SparseTensor, TensorRef
 
 __all__ = [
@@ -179,8 +179,9 @@ def _averaged_copies(checkpoint: Checkpoint, candidates: list[Candidate]) -> lis
 
 
 def _measured(state_dict: StateDict, beside: bool, role: str | None) -> Candidate:
-    count = sum(len(tensors_of(name, value)) for name, value in state_dict.entries)
-    nbytes = sum(storage.nbytes for storage in storages_of(state_dict.entries).values())
+    tensors = [tensor for name, value in state_dict.entries for _, tensor in tensors_of(name, value)]
+    count, storages = len(tensors), {id(tensor.storage): tensor.storage for tensor in tensors}
+    nbytes = sum(storage.nbytes for storage in storages.values())
     return Candidate(state_dict.path, state_dict, count, nbytes, beside, role)
 
 
@@ -241,7 +242,11 @@ def _strict_mapping(
         if any(_is_tensor(value) for key, value in mapping.pairs if type(key) is not str):
             return TurnedDown(path, "its keys are not names")
         return None
-    roles = {role_of_leaf(key, value, None) for key, value in tensors.items()}
+    roles: set[str | None] = set()
+    for key, value in tensors.items():
+        roles.add(role_of_leaf(key, value, None))
+        if None in roles:
+            break  # a weight, which settles it
     is_main = name is None or name in PRIMARY_NAMES
     tables = roles == {"index_table"}
     whole = is_main and (tables or len(tensors) == len(mapping.pairs))

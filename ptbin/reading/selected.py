@@ -17,6 +17,7 @@ from ptbin.reading.keys import drop_entries, keep_writable, rename_entries
 from ptbin.reading.leftovers import role_of_leftover
 from ptbin.reading.outside import left_outside
 from ptbin.reading.parts import refuse_part, take_part
+from ptbin.reading.recipe_steps import apply_recipe
 from ptbin.reading.search import Findings, find_state_dicts
 from ptbin.reading.selection import WAYS_OUT, select_state_dicts
 from ptbin.reading.source import RandomReader
@@ -110,7 +111,7 @@ def read_selected(reader: RandomReader, options: ConvertOptions) -> Selected:
         IncompleteCheckpointError: parts are missing, or copies of the selected tensors differ.
     """
     try:
-        checkpoint = read_checkpoint(reader, options.limits)
+        checkpoint = read_checkpoint(reader, options.limits, options.recipe)
     except CorruptArchiveError as error:
         if options.on_unsafe == "reject":
             refuse_unsafe_fragment(error, reader.uri)
@@ -145,6 +146,8 @@ def select_from(
     for state_dict in state_dicts:
         drop_entries(state_dict, options, checkpoint.uri)
         keep_writable(state_dict, checkpoint.uri, checkpoint.search)
+        if options.recipe is not None:
+            apply_recipe(state_dict, options.recipe, checkpoint)
     selected = Selected(checkpoint, safety, state_dicts, findings, options)
     for state_dict in state_dicts:
         rename_entries(state_dict, options, checkpoint.uri)

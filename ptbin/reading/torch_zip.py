@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ptbin.dtypes import DType
 from ptbin.errors import CorruptArchiveError, LimitExceededError
 from ptbin.nodes import Global
 from ptbin.reading.checkpoint import Checkpoint, Opening
@@ -54,18 +55,21 @@ def read_torch_zip(opening: Opening, directory: ZipDirectory) -> Checkpoint:
     big_endian = _is_big_endian(directory, root)
     storages: dict[str, Storage] = {}
     classes: dict[str, str] = {}
+    dtypes: dict[Global, DType] = {}
     folder = "data"
 
     def persistent(pid: Any) -> TypedStorage:
         cls, key, numel = _storage_id(pid)
-        dtype = storage_dtype(cls)
+        dtype = dtypes.get(cls) if type(cls) is Global else None
+        if dtype is None:
+            dtype = dtypes[cls] = storage_dtype(cls)
         nbytes = numel * dtype.itemsize
-        known = storages.get(f"{folder}/{key}")
+        path = f"{folder}/{key}"
+        known = storages.get(path)
         if known is None:
-            known = storages[f"{folder}/{key}"] = Storage(
-                key, nbytes, _place(opening, directory, f"{root}/{folder}/{key}", nbytes), big_endian
-            )
-        if classes.setdefault(f"{folder}/{key}", dtype.name) != dtype.name:
+            place = _place(opening, directory, f"{root}/{path}", nbytes)
+            known = storages[path] = Storage(key, nbytes, place, big_endian)
+        if classes.setdefault(path, dtype.name) != dtype.name:
             # torch loads such a storage with the first type and reads every tensor through it
             raise CorruptArchiveError(f"{opening.file.uri}: storage {key!r} is given two element types")
         if known.nbytes != nbytes:
@@ -193,8 +197,9 @@ def _place(opening: Opening, directory: ZipDirectory, name: str, nbytes: int) ->
         raise CorruptArchiveError(
             f"{uri}: member {name!r} has {member.nbytes} bytes, the pickle says {nbytes}"
         )
-    member = directory.locate(member)
-    assert member.data_offset is not None
+    if member.data_offset is None:
+        member = directory.locate(member)
+        assert member.data_offset is not None
     crc = directory.crc32_of(member)
     if member.method == DEFLATED:
         if member.nbytes > opening.limits.inflate_ratio * member.compressed_nbytes + 64:

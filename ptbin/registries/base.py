@@ -178,6 +178,14 @@ class Registry(ABC):
         Nothing that is registered is touched before `register`.
         """
 
+    def check_place(self, model: Model, version: Version, dest_version: str) -> None:
+        """Find out whether `place` would find files there of somebody else; for dry runs too. Writes nothing.
+
+        Raises:
+            OutputExistsError: it would.
+        """
+        del model, version, dest_version
+
     @abstractmethod
     def abandon(self, place: Place) -> None:
         """Give the place up: the version is not to be."""

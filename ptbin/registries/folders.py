@@ -17,7 +17,7 @@ from typing import Any
 from ptbin.catalog.mirroring import COMPANIONS
 from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, suffix_of
 from ptbin.copying import copy_file
-from ptbin.errors import NotFoundInStoreError, OutputCollisionError, VerificationError
+from ptbin.errors import NotFoundInStoreError, OutputExistsError, VerificationError
 from ptbin.manifest import MANIFEST_SUFFIX
 from ptbin.registries.base import Folder, Name, Place, Registration, Registry, RegistryError
 from ptbin.registries.layouts import Layout
@@ -228,18 +228,25 @@ class FolderRegistry(Registry):
             return Place(staging, dest_version, final)
         place = Place(final, dest_version)
         claim = {"model": version.model, "version": version.version, "fingerprint": fingerprint}
+        self.check_place(model, version, dest_version)
         if not self._is_empty(path):
-            found = self._read_claim(path)
-            if (found.get("model"), found.get("version")) != (version.model, version.version):
-                raise OutputCollisionError(
-                    f"{place.folder.uri} holds files that do not come from {version.uri}"
-                )
-            if found == claim:
+            if self._read_claim(path) == claim:
                 return place
             # What was begun is of another state: none of it may stay beside what comes now.
             self._empty(path)
         self._store.write_bytes(f"{path}/{CLAIM}", json.dumps(claim).encode())
         return place
+
+    def check_place(self, model: Model, version: Version, dest_version: str) -> None:
+        path = f"{self._root}/{self.layout.folder(version.model, dest_version)}"
+        if any(old.version == dest_version for old in model.versions) or self._is_empty(path):
+            return
+        found = self._read_claim(path)
+        if (found.get("model"), found.get("version")) != (version.model, version.version):
+            raise OutputExistsError(
+                f"{self._store.uri_of(path)} holds files that are not of {version.uri}; move them away, "
+                "or choose another DEST or --layout"
+            )
 
     def _read_claim(self, path: str) -> dict[str, Any]:
         """Empty where there is none that can be read."""

@@ -31,7 +31,7 @@ from ptbin.reading.selected import read_selected
 from ptbin.registries.base import Folder
 from ptbin.registries.layouts import Style
 from ptbin.registries.record import OWN_FILES, is_plain_path
-from ptbin.sidecars import PATTERNS
+from ptbin.sidecars import PATTERNS, change_of
 from ptbin.sources import find_source
 from ptbin.stores import open_store
 
@@ -213,6 +213,7 @@ def transfer(
             source_options=source_options,
             dest_options=dest_options,
             verify=options.verify != "none",
+            change=change_of(output.rpartition("/")[2], options.dtype),
             progress=progress,
         )
     return done
@@ -281,6 +282,7 @@ def _convert(
         dest_options=dest_options,
         run_id=run_id,
         progress=progress,
+        guard=None,  # the registry has seen to it that the place is this version's
     )
     draft.manifest["registry"] = dict(annotations)
     published = publish(draft, source_options=source_options, dest_options=dest_options, progress=progress)

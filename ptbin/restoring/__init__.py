@@ -2,10 +2,6 @@
 
 `build` and `check` are run as processes of their own, isolated, and import torch and, named by the caller,
 foreign code; `filling`, `saving`, `snapshot`, `fitting` and `user_code` are parts of these two. The other
-modules run in the caller's process and import neither. Nothing of a checkpoint's own code runs anywhere.
+modules run in the caller's process and import neither. Nothing of a checkpoint's own code runs anywhere. This
+module imports nothing, so that the processes begin soon.
 """
-
-from ptbin.restoring.options import RestoreOptions
-from ptbin.restoring.restore import restore
-
-__all__ = ["RestoreOptions", "restore"]

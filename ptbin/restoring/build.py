@@ -10,24 +10,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ptbin.restoring.answering import answer_and_end
 from ptbin.restoring.filling import Filled, empty_tensors, fill, unwrapped
 from ptbin.restoring.fitting import SHOWN, allowed, mismatch_report
 from ptbin.restoring.saving import Example, UnsavableError, UnwritableError, save
-from ptbin.restoring.snapshot import (
-    digests_of,
-    error_text,
-    facts_of_model,
-    facts_of_values,
-    mapped_views,
-    own_tensors,
-    ties_of,
-)
+from ptbin.restoring.snapshot import Contents, error_text, mapped_views, own_tensors, ties_of
 from ptbin.restoring.user_code import UserCode
 
 
@@ -61,21 +53,23 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     ):
         if missing and request["model"] == "transformers":
             report.append("transformers would give the missing ones random values")
-        return {"mismatch": report}
+        return {"mismatch": report, "names": [list(weights), list(target.state_dict())]}
     if empty := empty_tensors(target):
         names = ", ".join(empty[:SHOWN])
         raise RefusalError(
             f"built on the meta device, and nothing fills {names}: the weights do not have them; "
             "let the callable build the model on the CPU"
         )
-    known: dict[Any, str] = {}
-    given = digests_of(weights, known)
-    facts = facts_of_model(target, known)
-    whole = facts_of_model(model, known) if model is not target else facts
-    state = facts_of_values(own_tensors(target), known)
-    written = facts_of_values(model.state_dict(), known) if request["as"] == "state-dict" else {}
-    # ptbin's reader finds a wrapped model under the names that it has inside of its wrapper.
-    inner = facts_of_values(own_tensors(unwrapped(model, {})), known)
+    # A program is run before it is saved, and may change what it maps: there the weights are hashed.
+    runs = request["as"] in {"torchscript", "exported"}
+    contents = Contents(None if runs else request["weights"])
+    views = mapped_views(weights, request["weights"])
+    others = {name: value for name, value in weights.items() if name not in views}
+    given = contents.of_values(others) | views
+    facts = contents.of_model(target)
+    whole = contents.of_model(model) if model is not target else facts
+    state = contents.of_values(own_tensors(target)) if runs else {}
+    written = contents.of_values(model.state_dict()) if request["as"] == "state-dict" else {}
     example = _example(target, request, code)
     outputs = save(
         model if request["as"] in {"module", "state-dict"} else target,
@@ -84,25 +78,20 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         example,
         train=request["train"],
     )
-    if request["as"] in {"torchscript", "exported"} and facts_of_model(target) != facts:
+    if runs and Contents().of_model(target) != facts:
         raise RefusalError(f"--as {request['as']}: running the model on the example changed its weights")
     if outputs is not None and example is not None:
         torch.save({"args": example.args, "kwargs": example.kwargs, "outputs": outputs}, request["expected"])
     return {
         "given": given,
-        "views": mapped_views(weights, request["weights"]),
         "state": state,
-        "inner": inner,
         "written": written,
         "ties": ties_of(target),
         "facts": whole if request["as"] == "module" else facts,
+        "loaded": {name: facts[name] for name in given if name in facts and name not in filled.unexpected},
+        "lost": [name for name in given if name not in facts and name not in filled.unexpected],
         "initial": [name for name in filled.missing if name not in missing],
         "unused": [name for name in filled.unexpected if name not in unexpected],
-        "changed": [
-            name
-            for name, digest in given.items()
-            if name not in filled.unexpected and facts.get(name, "").rpartition(" ")[2] != digest
-        ],
         "has_outputs": outputs is not None,
         "folders": code.folders,
         "modules": code.loaded(),
@@ -208,7 +197,6 @@ def _example(model: nn.Module, request: dict[str, Any], code: UserCode) -> Examp
 
 
 def main(arguments: list[str]) -> None:
-    answered = Path(arguments[0])
     try:
         answer = _answer(json.load(sys.stdin))
     except (RefusalError, UnsavableError) as refusal:
@@ -217,7 +205,7 @@ def main(arguments: list[str]) -> None:
         answer = {"unwritable": str(error)}
     except Exception:  # noqa: BLE001 - whatever the user's code raises is told to its user
         answer = {"error": error_text(sys.exc_info()[1])}
-    answered.write_text(json.dumps(answer), encoding="utf-8")
+    answer_and_end(arguments[0], answer)
 
 
 if __name__ == "__main__":

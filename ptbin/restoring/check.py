@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ptbin.restoring.answering import answer_and_end
 from ptbin.restoring.saving import Example, run_example, same_outputs
-from ptbin.restoring.snapshot import error_text, facts_of_model, facts_of_values
+from ptbin.restoring.snapshot import Contents, error_text
 from ptbin.restoring.user_code import UserCode
 
 __all__ = ["main"]
@@ -24,19 +24,20 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     path, form = request["file"], request["as"]
     runnable: Any = None
     if form == "state-dict":
-        facts = facts_of_values(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        facts = Contents(path).of_values(values)
     else:
         UserCode(request["folders"], request["modules"]).install()
         if form == "module":
             # A file that `build` has just written into a private place, of classes that the caller named.
             runnable = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-            facts = facts_of_model(runnable)
+            facts = Contents(path).of_model(runnable)
         elif form == "torchscript":
             runnable = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
-            facts = facts_of_values(runnable.state_dict())
+            facts = Contents().of_values(runnable.state_dict())
         else:
             program = torch.export.load(path)
-            facts = facts_of_values(program.state_dict)
+            facts = Contents().of_values(program.state_dict)
             runnable = program.module()
     answer: dict[str, Any] = {"facts": facts}
     if request["expected"] is not None and runnable is not None:
@@ -48,12 +49,11 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    answered = Path(arguments[0])
     try:
         answer = _answer(json.load(sys.stdin))
     except Exception:  # noqa: BLE001 - told to the caller, who does not publish the file
         answer = {"error": error_text(sys.exc_info()[1])}
-    answered.write_text(json.dumps(answer), encoding="utf-8")
+    answer_and_end(arguments[0], answer)
 
 
 if __name__ == "__main__":

@@ -18,19 +18,24 @@ from pathlib import Path
 from typing import Any
 
 from ptbin.errors import StorageError, UsageError
+from ptbin.installed import missing_line
 
 __all__ = ["Child", "python_path", "start_child"]
 
 SHOWN_LINES = 12
 
 _BEGIN = """
-import importlib.util, runpy, sys
-package, module, fallback = sys.argv[1], sys.argv[2], [p for p in sys.argv[3].split("\\n") if p]
-del sys.argv[1:4]
+import importlib.util, json, runpy, sys
+package, module, missing, fallback = *sys.argv[1:4], [p for p in sys.argv[4].split("\\n") if p]
+del sys.argv[1:5]
 if importlib.util.find_spec("ptbin") is None:
     sys.path.append(package)
 if importlib.util.find_spec("torch") is None:
     sys.path.extend(fallback)
+if importlib.util.find_spec("torch") is None:
+    with open(sys.argv[1], "w") as answer:
+        answer.write(json.dumps({"error": missing}))
+    sys.exit(1)
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 """What the isolated interpreter runs. ptbin's own folder counts where ptbin is not installed (PYTHONPATH)."""
@@ -44,7 +49,8 @@ class Child:
     def __init__(self, module: str, doing: str, folder: Path, pass_fds: tuple[int, ...]) -> None:
         self._doing = doing
         self._answered, self._said = folder / "answer.json", folder / "output.txt"
-        begin = ["-c", _BEGIN, _PACKAGE_FOLDER, module, "\n".join(python_path())]
+        missing = missing_line("torch", "--model")
+        begin = ["-c", _BEGIN, _PACKAGE_FOLDER, module, missing, "\n".join(python_path())]
         # Its standard output is not ours: user code may print.
         with self._said.open("wb") as log:
             self._process = subprocess.Popen(

@@ -7,7 +7,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["allowed", "mismatch_report"]
+__all__ = ["allowed", "mismatch_report", "select_hint"]
 
 SHOWN = 20
 Shapes = Mapping[str, tuple[int, ...] | None]
@@ -99,6 +99,18 @@ def _hint(weights: list[str], model: list[str]) -> str:
         if (count := len(put & set(model))) > best:
             best, advice = count, f"--rename '^={prefix}'"
     return f"with {advice} {best} of the model's {len(model)} names fit, without it {fits}" if advice else ""
+
+
+def select_hint(
+    candidates: Mapping[str, Sequence[str]], weights: Sequence[str], model: Sequence[str]
+) -> list[str]:
+    """A line that names the state dict of the source of which more names fit; none where none would."""
+    fits = len(set(weights) & set(model))
+    counts = {path: len(set(names) & set(model)) for path, names in candidates.items()}
+    best = max(counts, key=lambda path: counts[path], default=None)
+    if best is None or counts[best] <= fits:
+        return []
+    return [f"with --select {best} {counts[best]} of the model's {len(model)} names fit, without it {fits}"]
 
 
 def _prefixes(names: list[str]) -> list[str]:

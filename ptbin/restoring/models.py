@@ -1,46 +1,36 @@
 """Weights into a model and the model into a file: what happens around the processes that run foreign code.
 
 One process builds, loads and saves; a fresh one loads the file, and says what is in it. Every tensor must be
-what it was in the model, and the weights must have been what the source holds. A local output is written in
-its place, without a name, and gets the name when it is proven; for another store it is written to the
-temporary folder and sent from there.
+what it was in the model, and the weights must have been what the source holds. Both map their file, and tell
+where a tensor lies in it instead of hashing it: this process compares the two files (`_compare`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import tempfile
-import zlib
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ptbin.conversion import Progress
 from ptbin.errors import CheckpointError, ModelMismatchError, UsageError, VerificationError
-from ptbin.manifest import hex_crc32, utc_now
-from ptbin.options import ConvertOptions
-from ptbin.reading.selected import read_selected
+from ptbin.reading.checkpoint import read_checkpoint
+from ptbin.reading.search import find_state_dicts
+from ptbin.reading.selection import select_state_dict
 from ptbin.restoring.children import Child, python_path, start_child
+from ptbin.restoring.facts import Fact, Facts, View, view_of
+from ptbin.restoring.fitting import select_hint
 from ptbin.restoring.options import RestoreOptions
+from ptbin.restoring.output import Output
 from ptbin.restoring.weights import Weights, open_weights
 from ptbin.sources import SourcePlace, find_source
-from ptbin.state_dict import tensors_of
-from ptbin.stores import Writer
-from ptbin.tensors import ByteRange, TensorRef
 from ptbin.vouching import Place
-
-if TYPE_CHECKING:
-    from ptbin.stores import Store
 
 __all__ = ["restore_model"]
 
-CHUNK_NBYTES = 4 << 20
 NAMED = 5
-_KINDS = {"exported": ".pt2"}
-"""Suffixes that torch asks for."""
 
 
 def restore_model(
@@ -61,7 +51,7 @@ def restore_model(
                 source, options, folder, source_options=source_options, run_id=run_id, progress=progress
             )
         )
-        out = stack.enter_context(_Output.begin(at, folder, options))
+        out = stack.enter_context(Output.begin(at, folder, options, progress))
         # Both at once: the second imports torch while the first one builds the model.
         building = stack.enter_context(
             start_child("ptbin.restoring.build", f"model {options.model}", pass_fds=out.passed)
@@ -71,97 +61,31 @@ def restore_model(
         )
         answer = _build(building, place, weights, out, options, folder)
         out.begin_hashing(stack)
-        _check(checking, out, options, answer, folder)
-        weights.compare(answer["given"], answer["views"])
+        weights.check_given(answer["given"])
+        found = _check(checking, out, options, answer, folder)
+        out.wait()
+        _compare(_wanted(answer, found, options), found, weights, out)
+        changed = answer["lost"] + [
+            name for name, fact in answer["loaded"].items() if not _is_source(name, fact, weights)
+        ]
+        weights.read_rest()
         manifest = weights.manifest
         manifest["options"] = manifest["options"] | {"restore": options.to_json()}
         manifest["options_fingerprint"] = options.fingerprint()
         # It counts the weights that went in; the rows are of what ptbin finds in the file that torch made.
         manifest.pop("accounting", None)
-        manifest["restored"] = {key: answer[key] for key in ("initial", "unused", "changed")}
-        out.publish(manifest, lambda: _located(at.store, at.path, answer["inner"] | answer["facts"], weights))
+        manifest["restored"] = {
+            "initial": answer["initial"],
+            "unused": answer["unused"],
+            "changed": [name for name in answer["given"] if name in set(changed)],
+        }
+        manifest["tensors"] = out.rows(weights.source_names)
+        out.publish(manifest)
     return manifest
 
 
-class _Output:
-    """The file under way: where the child processes write and read it, and how it gets to its place."""
-
-    def __init__(self, at: Place, writer: Writer, link: Path, descriptor: int | None) -> None:
-        self._at, self._writer = at, writer
-        self.link = link
-        """The path by which children reach it."""
-        self.descriptor = descriptor
-        self._sha256: Future[str] | None = None
-        self._crc32: Future[int] | None = None
-
-    @classmethod
-    @contextlib.contextmanager
-    def begin(cls, at: Place, folder: Path, options: RestoreOptions) -> Iterator[_Output]:
-        # torch calls an archive's top folder after the file it writes to: one name, whatever DEST is called.
-        link = folder / ("restored" + _KINDS.get(options.form, ".pt"))
-        with at.store.open_writer(at.path, copies=False) as writer:
-            descriptor = writer.lend()
-            if descriptor is not None:
-                link.symlink_to(f"/proc/self/fd/{descriptor}")
-            yield cls(at, writer, link, descriptor)
-
-    @property
-    def passed(self) -> tuple[int, ...]:
-        """Descriptors that a child needs."""
-        return () if self.descriptor is None else (self.descriptor,)
-
-    def begin_hashing(self, stack: contextlib.ExitStack) -> None:
-        """Hash the whole file, which is written by now, on threads that `stack` ends."""
-        pool = stack.enter_context(ThreadPoolExecutor(2))
-
-        def sha256() -> str:
-            digest = hashlib.sha256()
-            for piece in self._pieces():
-                digest.update(piece)
-            return digest.hexdigest()
-
-        def crc32() -> int:
-            crc = 0
-            for piece in self._pieces():
-                crc = zlib.crc32(piece, crc)
-            return crc
-
-        self._sha256, self._crc32 = pool.submit(sha256), pool.submit(crc32)
-
-    def _pieces(self) -> Iterator[bytes]:
-        with self.link.open("rb") as file:
-            while piece := file.read(CHUNK_NBYTES):
-                yield piece
-
-    def publish(self, manifest: dict[str, Any], located: Any) -> None:
-        """Give the file its place, its manifest last."""
-        store, path = self._at.store, self._at.path
-        name = path.rpartition("/")[2]
-        assert self._sha256 is not None
-        assert self._crc32 is not None
-        sha256, crc, size = self._sha256.result(), self._crc32.result(), self.link.stat().st_size
-        if self.descriptor is not None:
-            self._writer.take_back()
-        else:
-            for piece in self._pieces():
-                self._writer.write(piece)
-        manifest["outputs"] = [{"path": name, "size": size, "sha256": sha256, "crc32": hex_crc32(crc)}]
-        manifest["tensors"] = []
-        manifest["finished_at"] = utc_now()
-        manifest["bytes_written"] = size
-        manifest["bytes_copied_in_store"] = 0
-        manifest["verification"] = {"level": "load", "status": "verified", "at": utc_now()}
-        self._at.check(name, size, crc)
-        self._at.withdraw_manifest(coming=manifest)
-        self._writer.commit()
-        if self.descriptor is None:
-            _read_back(store, path, sha256)
-        manifest["tensors"] = [row | {"file": name} for row in located()]
-        self._at.write_manifest(manifest)
-
-
 def _build(
-    child: Child, place: SourcePlace, weights: Weights, out: _Output, options: RestoreOptions, folder: Path
+    child: Child, place: SourcePlace, weights: Weights, out: Output, options: RestoreOptions, folder: Path
 ) -> dict[str, Any]:
     """Let the child build, load and save.
 
@@ -193,18 +117,35 @@ def _build(
     }
     answer = child.ask(request)
     if "mismatch" in answer:
-        report = "\n".join([f"the weights do not fit {options.model}", *answer["mismatch"]])
-        raise ModelMismatchError(report)
+        lines = [f"the weights do not fit {options.model}", *answer["mismatch"]]
+        raise ModelMismatchError("\n".join([*lines, *_other_choice(place, options, *answer["names"])]))
     return answer
 
 
+def _other_choice(
+    place: SourcePlace, options: RestoreOptions, weights: Sequence[str], model: Sequence[str]
+) -> list[str]:
+    """The state dict of the source that would fit better than the one that was taken, if there is one."""
+    with place.open() as reader:
+        try:
+            checkpoint = read_checkpoint(reader, options.conversion().limits)
+            found = find_state_dicts(checkpoint, options.conversion().limits)
+            names = {
+                candidate.path: [name for name, _ in select_state_dict(checkpoint, candidate.path).entries]
+                for candidate in found.candidates
+            }
+        except CheckpointError:
+            return []
+    return select_hint(names, weights, model)
+
+
 def _check(
-    child: Child, out: _Output, options: RestoreOptions, built: Mapping[str, Any], folder: Path
-) -> None:
-    """A fresh process loads the file; every tensor of the model must be in it, bit for bit.
+    child: Child, out: Output, options: RestoreOptions, built: Mapping[str, Any], folder: Path
+) -> Facts:
+    """A fresh process loads the file, answers the example's inputs as the model did, and says what is in it.
 
     Raises:
-        VerificationError: it cannot be loaded, a tensor differs, or the example's outputs do.
+        VerificationError: it cannot be loaded, or the example's outputs differ.
     """
     request = {
         "file": str(out.link),
@@ -217,59 +158,59 @@ def _check(
         answer = child.ask(request)
     except UsageError as error:
         raise VerificationError(str(error)) from error
-    wanted: dict[str, str] = built["facts"]
-    found: dict[str, str] = answer["facts"]
-    if options.form != "module":
-        ties = [set(names) for names in built["ties"]]
-        wanted = built["state"] if options.form != "state-dict" else built["written"]
-        if options.form == "exported":  # a tied tensor is kept under one of its names
-            tied = {name for names in ties for name in names if names & found.keys()}
-            wanted = {name: text for name, text in wanted.items() if name in found or name not in tied}
-    wrong = [label for label in wanted if found.get(label) != wanted[label]]
-    if wrong:
-        names = ", ".join(wrong[:NAMED]) + (f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else "")
-        raise VerificationError(f"the restored file, loaded again, differs from the model in {names}")
     if answer.get("same_outputs") is False:
         raise VerificationError(
             "the restored file, loaded again, answers the example inputs differently from the model"
         )
+    facts: Facts = answer["facts"]
+    return facts
 
 
-def _located(store: Store, path: str, facts: Mapping[str, str], weights: Weights) -> list[dict[str, Any]]:
-    """Rows of the manifest for the tensors, where ptbin's own reader finds them in the restored file."""
-    try:
-        with store.open_reader(path) as reader:
-            state_dict = read_selected(reader, ConvertOptions(on_unsafe="extract")).state_dict
-    except CheckpointError:
-        return []
-    rows = []
-    for name, value in state_dict.entries:
-        for label, tensor in tensors_of(name, value):
-            digest = facts.get(label, "").rpartition(" ")[2]
-            if not digest or not isinstance(tensor.storage.place, ByteRange):
-                continue
-            row = {
-                "name": label,
-                "source_name": weights.source_names.get(label, label),
-                "dtype": tensor.dtype.name,
-                "shape": list(tensor.shape),
-                "nbytes": tensor.nbytes,
-                "sha256": digest,
-                "offset": tensor.storage.place.offset + tensor.span[0],
-            }
-            rows.append(row | _stride(tensor))
-    return rows
+def _wanted(built: Mapping[str, Any], found: Facts, options: RestoreOptions) -> Facts:
+    """What must be in the file: everything of a module, of other forms what they keep."""
+    wanted: Facts = built[{"module": "facts", "state-dict": "written"}.get(options.form, "state")]
+    if options.form != "exported":
+        return wanted
+    # a tied tensor is kept under one of its names
+    ties = [set(names) for names in built["ties"]]
+    tied = {name for names in ties for name in names if names & found.keys()}
+    return {name: fact for name, fact in wanted.items() if name in found or name not in tied}
 
 
-def _stride(tensor: TensorRef) -> dict[str, Any]:
-    return {} if tensor.contiguous else {"stride": list(tensor.stride)}
+def _compare(wanted: Facts, found: Facts, weights: Weights, out: Output) -> None:
+    """Every tensor of the model is in the file, bit for bit.
+
+    A tensor that is a record of the source in the model, and a record of the file in the fresh process, is
+    compared by what the source states as CRC-32 and what the file has; any other by SHA-256.
+
+    Raises:
+        VerificationError: with the names of those that differ.
+    """
+    wrong = [label for label, fact in wanted.items() if not _is_same(fact, found.get(label), weights, out)]
+    if wrong:
+        names = ", ".join(wrong[:NAMED]) + (f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else "")
+        raise VerificationError(f"the restored file, loaded again, differs from the model in {names}")
 
 
-def _read_back(store: Store, path: str, wanted: str) -> None:
-    digest = hashlib.sha256()
-    with store.open_reader(path) as reader:
-        for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
-            digest.update(piece)
-    if digest.hexdigest() != wanted:
-        store.delete(path)
-        raise VerificationError(f"{store.uri_of(path)}: what is stored is not what was written")
+def _is_same(wanted: Fact, found: Fact | None, weights: Weights, out: Output) -> bool:
+    if found is None or list(wanted[:2]) != list(found[:2]):
+        return False
+    own, copy = view_of(wanted), view_of(found)
+    if own is not None and copy is not None:
+        stated, had = weights.crc32_at(own.offset), out.crc32_at(copy.offset)
+        same_place = (own.storage_offset, own.stride) == (copy.storage_offset, copy.stride)
+        if stated is not None and stated == had and same_place:
+            weights.mark_proven(own.offset)
+            return True
+    given = wanted[2] if own is None else weights.sha256_of(own)
+    return bool(given == (found[2] if copy is None else out.sha256_of(copy)))
+
+
+def _is_source(name: str, fact: Fact, weights: Weights) -> bool:
+    """Whether a tensor of the model is what the weights have under its name."""
+    tensor, view = weights.tensors[name], view_of(fact)
+    if view is not None and view == View.of_tensor(tensor):
+        return True
+    if fact[0].partition(" ")[0] != tensor.dtype.name:
+        return False
+    return weights.sha256_of_name(name) == (fact[2] if view is None else weights.sha256_of(view))

@@ -43,7 +43,7 @@ class RestoreOptions:
     """Globs of names that the weights need not have."""
     allow_unexpected: tuple[str, ...] = ()
     """Globs of names that the model need not have."""
-    select: str | None = None
+    select: str | tuple[str, ...] | None = None
     """As `ConvertOptions` has it; `strip_prefix` and `rename` too."""
     strip_prefix: str | None = None
     rename: tuple[tuple[str, str], ...] = ()
@@ -59,7 +59,8 @@ class RestoreOptions:
             raise UsageError(f"model: {self.model!r} is not of the form MODULE:CALLABLE")
         if self.train and self.form not in {"torchscript", "exported"}:
             raise UsageError("--train is for --as torchscript and --as exported: a module keeps its own mode")
-        self.conversion()  # its own checks
+        # Its own checks; one path is one path, however it was given.
+        object.__setattr__(self, "select", self.conversion().select)
 
     @property
     def form(self) -> SaveAs:

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptbin.conversion import Progress, commit, stage
-from ptbin.errors import NotFoundInStoreError, UsageError
+from ptbin.conversion import would_replace as conversion_would_replace
+from ptbin.errors import UsageError
 from ptbin.restoring.models import restore_model
 from ptbin.restoring.options import RestoreOptions
 from ptbin.stores import open_store
-from ptbin.vouching import Place
+from ptbin.vouching import Place, Standing
 
 __all__ = ["restore", "would_replace"]
 
@@ -29,14 +30,14 @@ def restore(
     dest_options: Mapping[str, Any] | None = None,
     run_id: str | None = None,
     progress: Progress | None = None,
-    is_free: bool = False,
+    standing: Standing | None = None,
 ) -> dict[str, Any]:
     """Restore one set of weights and return the manifest of the restored file.
 
     Args:
         source: `.bin` of format torch or raw, safetensors, an index of shards, or a folder.
         dest: the `.pt`; its manifest goes beside it.
-        is_free: nothing is at `dest`, as a listing has shown; spares a request.
+        standing: what a listing has shown at `dest`; spares requests.
 
     Raises:
         OutputExistsError: a file is there that no manifest of `restore` vouches for, without `options.force`.
@@ -56,40 +57,49 @@ def restore(
             run_id=run_id,
             progress=progress,
             guard="restored",
-            is_free=is_free,
+            standing=standing,
         )
         draft.manifest["options"]["restore"] = options.to_json()
         return commit(draft, source_options=source_options, dest_options=dest_options, progress=progress)
-    at = _place_of(dest, options, dest_options, is_free=is_free)
+    at = _place_of(dest, options, dest_options, standing)
     at.check_vouched()
     return restore_model(source, at, options, source_options=source_options, run_id=run_id, progress=progress)
 
 
 def would_replace(
+    source: str,
     dest: str,
     options: RestoreOptions,
-    dest_options: Mapping[str, Any] | None = None,
     *,
-    is_free: bool = False,
-) -> bool:
-    """Whether `restore` would replace a file at `dest`; for dry runs. Writes nothing.
+    source_options: Mapping[str, Any] | None = None,
+    dest_options: Mapping[str, Any] | None = None,
+    standing: Standing | None = None,
+) -> list[str]:
+    """Names of the files at `dest` that `restore` would replace, found as it finds them. Writes nothing.
 
     Raises:
-        OutputExistsError: it would refuse to.
+        OutputExistsError: it would refuse to. CheckpointError: it would refuse the source.
     """
-    if is_free:
-        return False
-    at = _place_of(dest, options, dest_options)
+    if options.model is None:
+        return conversion_would_replace(
+            source,
+            dest,
+            options.conversion(),
+            source_options=source_options,
+            dest_options=dest_options,
+            guard="restored",
+            standing=standing,
+        )
+    at = _place_of(dest, options, dest_options, standing)
     at.check_vouched()
-    try:
-        at.store.stat(at.path)
-    except NotFoundInStoreError:
-        return False
-    return True
+    return sorted(at.replaced)
 
 
 def _place_of(
-    dest: str, options: RestoreOptions, dest_options: Mapping[str, Any] | None, *, is_free: bool = False
+    dest: str,
+    options: RestoreOptions,
+    dest_options: Mapping[str, Any] | None,
+    standing: Standing | None,
 ) -> Place:
     store, path = open_store(dest, dest_options)
-    return Place(store, path, None if options.force else "restored", is_free=is_free)
+    return Place(store, path, None if options.force else "restored", standing=standing, restores=True)

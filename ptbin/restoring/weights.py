@@ -1,31 +1,33 @@
 """The weights as the building process gets them: an archive on this machine that torch may map.
 
-A local archive of torch's whose top is the state dict is mapped where it lies: nothing is copied, and its
-bytes are proven here while the other process builds the model. Anything else (remote, sharded, another
-format, renamed) is converted into a temporary archive first.
+A local archive of torch's whose top is the state dict is mapped where it lies: nothing is copied. Anything
+else (remote, sharded, another format, renamed) is converted into a temporary archive first. Either way the
+archive's index says where each tensor lies and which CRC-32 its record has; its bytes are read only where the
+restored file does not prove them (`Weights.read_rest`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import zlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ptbin.conversion import Progress, convert
 from ptbin.drafting import draft_manifest
 from ptbin.errors import ChecksumMismatchError, VerificationError
 from ptbin.manifest import utc_now
-from ptbin.proof.logical import iter_logical_bytes
+from ptbin.options import ConvertOptions
+from ptbin.proof.regions import StoredTensor, sha256_of_tensor
 from ptbin.reading.checkpoint import one_clear_error
 from ptbin.reading.selected import Selected, read_selected
+from ptbin.restoring.facts import Facts, View, view_of
 from ptbin.restoring.options import RestoreOptions
 from ptbin.sources import find_source
 from ptbin.state_dict import tensors_of
+from ptbin.stores import open_store
 from ptbin.tensors import ByteRange, TensorRef
 from ptbin.writing.outputs import OutputPlan
 
@@ -44,77 +46,94 @@ class Weights:
     archive: what torch is to map.
     manifest: what a manifest says of the source and the selection; no outputs and no tensors.
     source_names: name of each tensor to its name in the source.
+    tensors: as ptbin's own reader finds them in the archive.
     """
 
     archive: str
     manifest: dict[str, Any]
     source_names: dict[str, str]
-    _proof: _Proof
+    tensors: dict[str, TensorRef]
+    _reader: RangeReader
+    _known: dict[StoredTensor, str] = field(default_factory=dict)
+    _records: dict[int, ByteRange] = field(default_factory=dict)
+    _proven: set[int] = field(default_factory=set)
 
-    def compare(self, given: Mapping[str, str], views: Mapping[str, list[Any]]) -> None:
+    def __post_init__(self) -> None:
+        for tensor in self.tensors.values():
+            if isinstance(place := tensor.storage.place, ByteRange):
+                self._records[place.offset] = place
+
+    def check_given(self, given: Facts) -> None:
         """Hold what the building process had against the source.
-
-        Args:
-            given: SHA-256 of each tensor as that process saw it.
-            views: what each is of the archive, where it is mapped (`snapshot.mapped_views`).
 
         Raises:
             VerificationError: torch saw other weights than ptbin read.
-            ChecksumMismatchError: a record is not what the archive states.
-            SourceChangedError: the archive was replaced meanwhile.
         """
-        wrong = self._proof.differing(given, views)
+        wrong = [name for name, fact in given.items() if not self._is_given(name, fact)]
         if wrong:
             names = ", ".join(wrong[:NAMED])
             raise VerificationError(f"torch loads other weights than the source holds: {names}")
 
+    def _is_given(self, name: str, fact: Any) -> bool:
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            return False
+        own, view = View.of_tensor(tensor), view_of(fact)
+        if own is not None and own == view:
+            return True
+        if (fact[0].partition(" ")[0], list(fact[1])) != (tensor.dtype.name, list(tensor.shape)):
+            return False
+        return self.sha256_of_name(name) == (fact[2] if view is None else self.sha256_of(view))
 
-class _Proof(Protocol):
-    def differing(self, given: Mapping[str, str], views: Mapping[str, list[Any]]) -> list[str]:
-        """Names of tensors that are not the source's."""
+    def crc32_at(self, offset: int) -> tuple[int, int | None] | None:
+        """Size and CRC-32, as the archive states it, of the record whose bytes begin at `offset`."""
+        record = self._records.get(offset)
+        return None if record is None else (record.nbytes, record.crc32)
 
+    def mark_proven(self, offset: int) -> None:
+        """The record at `offset` is what the archive states, as its copy has shown."""
+        self._proven.add(offset)
 
-@dataclass(slots=True)
-class _Converted:
-    """Of a temporary archive: the conversion has proven it and knows its digests."""
+    def sha256_of(self, view: View) -> str:
+        """Of a part of the archive, read now."""
+        return self._sha256(view.stored())
 
-    digests: dict[str, str]
+    def sha256_of_name(self, name: str) -> str:
+        tensor = self.tensors[name]
+        place = tensor.storage.place
+        assert isinstance(place, ByteRange)
+        dtype = tensor.dtype
+        first, stride = place.offset + tensor.span[0], None if tensor.contiguous else tensor.stride
+        stored = StoredTensor(first, tensor.nbytes, tensor.shape, stride, dtype.itemsize, dtype.per_unit)
+        return self._sha256(stored)
 
-    def differing(self, given: Mapping[str, str], views: Mapping[str, list[Any]]) -> list[str]:
-        del views
-        wrong = [name for name, digest in self.digests.items() if given.get(name, digest) != digest]
-        return wrong + [name for name in given if name not in self.digests]
+    def _sha256(self, stored: StoredTensor) -> str:
+        if stored not in self._known:
+            self._known[stored] = sha256_of_tensor(stored, self._iter_range)
+        return self._known[stored]
 
+    def _iter_range(self, offset: int, nbytes: int) -> Iterator[bytes]:
+        return self._reader.iter_range(offset, nbytes, chunk_nbytes=CHUNK_NBYTES)
 
-@dataclass(slots=True)
-class _Mapped:
-    """Of an archive mapped where it lies: its records hold by their CRC-32s, and torch mapped these ranges.
+    def read_rest(self) -> None:
+        """Read every record that is not proven yet, against its CRC-32.
 
-    So each byte is read once here, and no second SHA-256 is made of it. A tensor of which the other process
-    cannot say what it is of the file is hashed.
-    """
-
-    tensors: dict[str, TensorRef]
-    reader: RangeReader
-    read: Future[None]
-
-    def differing(self, given: Mapping[str, str], views: Mapping[str, list[Any]]) -> list[str]:
-        self.read.result()
-        wrong = [name for name in given if name not in self.tensors]
-        for name, tensor in self.tensors.items():
-            place = tensor.storage.place
-            assert isinstance(place, ByteRange)
-            own = [
-                place.offset,
-                tensor.storage_offset,
-                list(tensor.shape),
-                list(tensor.stride),
-                tensor.dtype.name,
-            ]
-            if name in given and views.get(name) != own and given[name] != _sha256(tensor, self.reader):
-                wrong.append(name)
-        self.reader.check_unchanged()
-        return wrong
+        Raises:
+            ChecksumMismatchError: one is not what the archive states.
+            SourceChangedError: the archive was replaced meanwhile.
+        """
+        for offset, record in self._records.items():
+            if offset in self._proven or record.crc32 is None:
+                continue
+            crc = 0
+            for piece in self._iter_range(offset, record.nbytes):
+                crc = zlib.crc32(piece, crc)
+            if crc != record.crc32:
+                raise ChecksumMismatchError(
+                    f"{self._reader.uri}: {record.member} has CRC-32 {crc:08x}, the archive states "
+                    f"{record.crc32:08x}; the file is damaged"
+                )
+        self._reader.check_unchanged()
 
 
 @contextlib.contextmanager
@@ -131,32 +150,35 @@ def open_weights(
     place = find_source(source, source_options)
     conversion = options.conversion()
     place.refuse_part(parts=conversion.parts)
-    with place.open() as reader, ThreadPoolExecutor(1) as pool:
+    with place.open() as reader:
         if reader.is_local and reader.fileno() is not None:
             with one_clear_error(reader.uri):
                 selected = read_selected(reader, conversion)
             if _is_mappable(selected):
-                nothing = OutputPlan(())
-                manifest = draft_manifest(reader, selected, nothing, (), ())
+                manifest = draft_manifest(reader, selected, OutputPlan(()), (), ())
                 if run_id is not None:
                     manifest["run_id"] = run_id
                 manifest["started_at"] = utc_now()
                 manifest["bytes_read"] = reader.size
-                tensors = {
-                    label: tensor
-                    for name, value in selected.state_dict.entries
-                    for label, tensor in tensors_of(name, value)
-                }
-                read = pool.submit(_read_records, list(tensors.values()), reader, progress)
-                yield Weights(place.path, manifest, {}, _Mapped(tensors, reader, read))
+                yield Weights(place.path, manifest, {}, _tensors(selected), reader)
                 return
     archive = str(folder / "weights.bin")
     manifest = convert(
         source, archive, conversion, source_options=source_options, run_id=run_id, progress=progress
     )
-    rows = manifest["tensors"]
-    digests = {row["name"]: row["sha256"] for row in rows}
-    yield Weights(archive, manifest, {row["name"]: row["source_name"] for row in rows}, _Converted(digests))
+    source_names = {row["name"]: row["source_name"] for row in manifest["tensors"]}
+    store, path = open_store(archive)
+    with store.open_reader(path) as reader:
+        tensors = _tensors(read_selected(reader, ConvertOptions(select=".")))
+        yield Weights(archive, manifest, source_names, tensors, reader)
+
+
+def _tensors(selected: Selected) -> dict[str, TensorRef]:
+    return {
+        label: tensor
+        for name, value in selected.state_dict.entries
+        for label, tensor in tensors_of(name, value)
+    }
 
 
 def _is_mappable(selected: Selected) -> bool:
@@ -178,32 +200,3 @@ def _is_mappable(selected: Selected) -> bool:
             for _, tensor in tensors_of(name, value)
         )
     )
-
-
-def _read_records(tensors: list[TensorRef], reader: RangeReader, progress: Progress | None) -> None:
-    """Read every record once, against its CRC-32.
-
-    Raises:
-        ChecksumMismatchError: one is not what the archive states.
-    """
-    storages = {id(tensor.storage): tensor.storage for tensor in tensors}
-    for storage in storages.values():
-        place = storage.place
-        assert isinstance(place, ByteRange)
-        crc = 0
-        for piece in reader.iter_range(place.offset, place.nbytes, chunk_nbytes=CHUNK_NBYTES):
-            crc = zlib.crc32(piece, crc)
-            if progress is not None:
-                progress(len(piece))
-        if place.crc32 is not None and crc != place.crc32:
-            raise ChecksumMismatchError(
-                f"{reader.uri}: {place.member} has CRC-32 {crc:08x}, the archive states {place.crc32:08x}; "
-                "the file is damaged"
-            )
-
-
-def _sha256(tensor: TensorRef, reader: RangeReader) -> str:
-    digest = hashlib.sha256()
-    for piece in iter_logical_bytes(tensor, reader):
-        digest.update(piece)
-    return digest.hexdigest()

@@ -14,6 +14,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import UsageError
+from ptbin.installed import require
 from ptbin.stores.base import (
     PARTIAL_SUFFIX,
     CopyRefused,
@@ -73,6 +74,7 @@ def open_store(uri: str, storage_options: Mapping[str, Any] | None = None) -> tu
     if protocol in ("file", "local"):
         return _open_local(uri[match.end() :] if match else uri)
     if protocol in ("s3", "s3a"):
+        require("s3fs", f"{protocol}://")
         from ptbin.stores.s3 import open_s3
 
         return open_s3(uri, options)

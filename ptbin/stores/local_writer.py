@@ -143,6 +143,9 @@ class LocalWriter(Writer):
     def lend(self) -> int | None:
         return self._descriptor
 
+    def flush_up_to(self, position: int) -> None:
+        self._write_back.reached(self._descriptor, position)
+
     def take_back(self) -> None:
         with mapped_faults("write", self.uri):
             self.bytes_written = os.fstat(self._descriptor).st_size

@@ -108,6 +108,9 @@ class Writer(ABC):
         """
         return None
 
+    def flush_up_to(self, position: int) -> None:  # noqa: B027 - most writers have nothing to do then
+        """The other process has written as far as `position`, as seen from outside."""
+
     def take_back(self) -> None:
         """What was written by the descriptor that `lend` gave is the output."""
         raise NotImplementedError

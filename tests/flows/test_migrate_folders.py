@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from flows.cli.app import run as command
 from flows.migrate import migrate
 from flows.orchestrator import Orchestrator
 from flows.run_record import new_run_id
@@ -206,6 +207,29 @@ def test_a_second_source_does_not_write_over_the_first(tmp_path: Path) -> None:
     assert outcomes(summary) == {"net/1": "rejected", "net/2": "migrated"}
     assert summary["problems"][0]["reason"] == "output_collision"
     assert weight(tmp_path / "dest/net/1/model.bin") == 1.0
+
+
+def test_files_of_somebody_else_stay_and_the_dry_run_says_so(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "a/net/1/model.pt", 1.0)
+    put(tmp_path / "a/net/2/model.pt", 2.0)
+    (tmp_path / "dest/net/1").mkdir(parents=True)
+    (tmp_path / "dest/net/1/model.bin").write_bytes(b"mine")
+    capfd.readouterr()
+    assert command(["migrate", str(tmp_path / "a"), str(tmp_path / "dest"), "--dry-run", "--json"]) == 1
+    planned = json.loads(capfd.readouterr().out)
+    summary = run(tmp_path / "a", tmp_path / "dest")
+    for found in (planned, summary):
+        (problem,) = found["problems"]
+        assert problem["reason"] == "output_exists"
+        assert "choose another DEST" in problem["detail"]
+    assert outcomes(summary) == {"net/1": "rejected", "net/2": "migrated"}
+    assert (tmp_path / "dest/net/1/model.bin").read_bytes() == b"mine"
+    put(tmp_path / "a/net/2/model.pt", 3.0)
+    command(["migrate", str(tmp_path / "a"), str(tmp_path / "dest"), "--dry-run", "--json"])
+    rows = {row["version"]: row.get("replaces") for row in json.loads(capfd.readouterr().out)["versions"]}
+    assert rows == {"1": None, "2": True}
 
 
 def test_files_of_a_model_write_over_no_version_and_bring_no_pickle(tmp_path: Path) -> None:

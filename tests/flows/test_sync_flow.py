@@ -125,6 +125,19 @@ def test_a_mirror_has_weights_and_companions_and_the_second_run_does_nothing(mir
     assert mirror.summary["written_bytes"] == 0
 
 
+@pytest.mark.parametrize("mirror", ["files"], indirect=True)
+def test_configurations_say_what_the_cast_weights_are(mirror: Mirror) -> None:
+    mirror.put("bert/config.json", b'{"layers": 2, "torch_dtype": "float32"}')
+    assert mirror.sync(dtype="float16") == {"converted": 2, "copied": 3}
+    assert mirror.read("bert/config.json") == b'{"layers": 2, "torch_dtype": "float16"}'
+    assert mirror.sync(dtype="float16") == {"up_to_date": 5}
+    mirror.forget()
+    assert mirror.sync(dtype="float16") == {"up_to_date": 5}
+    assert mirror.sync(dtype="float16", checksum=True) == {"up_to_date": 5}
+    assert mirror.sync() == {"converted": 2, "copied": 1, "up_to_date": 2}
+    assert mirror.read("bert/config.json") == b'{"layers": 2, "torch_dtype": "float32"}'
+
+
 def test_include_adds_files_and_exclude_takes_away(mirror: Mirror) -> None:
     assert mirror.sync(include=["**/*.png"], exclude=["bert/**"]) == {"converted": 1, "copied": 2}
     assert mirror.files() == {

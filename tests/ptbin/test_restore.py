@@ -22,7 +22,7 @@ from ptbin import ConvertOptions, RestoreOptions
 from ptbin.errors import ModelMismatchError, UsageError
 from tests.bits import assert_same_tensors, same_bits
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("warm_children")]
 
 NETS = textwrap.dedent(
     """

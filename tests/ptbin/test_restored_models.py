@@ -19,11 +19,11 @@ import ptbin
 from flows.cli.app import run
 from ptbin import ConvertOptions, RestoreOptions
 from ptbin.errors import ModelMismatchError, UsageError, VerificationError
-from ptbin.restoring.snapshot import digests_of, mapped_views, other_tensors, ties_of
+from ptbin.restoring.snapshot import Contents, mapped_views, other_tensors, ties_of
 from ptbin.restoring.weights import open_weights
 from tests.bits import assert_same_tensors, same_bits
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("warm_children")]
 
 NETS = Path(__file__).parent.parent / "nets"
 
@@ -270,6 +270,27 @@ def test_the_report_names_the_option_that_helps(
         _restore(weights, tmp_path / "out.pt", kind, rename=(("^", "trunk."),), allow_missing=("head.*",))
 
 
+def test_the_report_names_the_state_dict_that_fits(nets: Any, tmp_path: Path) -> None:
+    trained = _trained(nets, "norm")
+    raw = {f"other.{name}.raw": value for name, value in trained.state_dict().items()}
+    torch.save({"state_dict": raw, "ema_state_dict": trained.state_dict()}, tmp_path / "two.pt")
+    with pytest.raises(ModelMismatchError) as refused:
+        _restore(str(tmp_path / "two.pt"), tmp_path / "out.pt", "norm")
+    assert "--select ema_state_dict" in str(refused.value)
+    _restore(str(tmp_path / "two.pt"), tmp_path / "out.pt", "norm", select="ema_state_dict")
+    _assert_same_model(torch.load(tmp_path / "out.pt", weights_only=False), trained)
+
+
+def test_several_state_dicts_are_restored_as_one(tmp_path: Path) -> None:
+    parts = {"encoder": {"w": torch.ones(3, 2)}, "decoder": {"w": torch.zeros(2), "b": torch.ones(1)}}
+    torch.save({**parts, "discriminator": {"x": torch.ones(4)}}, tmp_path / "gan.pt")
+    words = ["restore", str(tmp_path / "gan.pt"), str(tmp_path / "out.pt"), "-q"]
+    assert run([*words, "--select", "encoder", "--select", "decoder"]) == 0
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    wanted = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+    assert_same_tensors(found, wanted)
+
+
 def test_rename_by_the_command(nets: Any, tmp_path: Path) -> None:
     trained = _trained(nets, "norm")
     weights = _convert({f"net.{name}": value for name, value in trained.state_dict().items()}, tmp_path)
@@ -327,17 +348,30 @@ def test_a_damaged_source_is_not_restored(nets: Any, tmp_path: Path) -> None:
 def test_what_torch_maps_is_held_against_what_ptbin_read(nets: Any, tmp_path: Path) -> None:
     weights = _convert(_trained(nets, "norm"), tmp_path)
     loaded = torch.load(weights, weights_only=True, mmap=True)
-    given, views = digests_of(loaded), mapped_views(loaded, weights)
-    assert views.keys() == loaded.keys()
+    hashed, given = Contents().of_values(loaded), mapped_views(loaded, weights)
+    assert given.keys() == loaded.keys() == hashed.keys()
     with open_weights(weights, RestoreOptions(), tmp_path) as opened:
         assert opened.archive == weights  # in its place, no copy
-        opened.compare(given, views)
-        elsewhere = {**views, "0.weight": [views["0.weight"][0] + 64, *views["0.weight"][1:]]}
-        opened.compare(given, elsewhere)  # not where it was expected, so it was hashed: the same bytes
-        with pytest.raises(VerificationError, match=r"0\.weight"):
-            opened.compare({**given, "0.weight": given["0.bias"]}, elsewhere)
+        opened.check_given(given)
+        opened.check_given(hashed)  # not known where it lies, so it was hashed: the same bytes
+        offset, *view = given["0.weight"][2]
+        for wrong in ([offset + 64, *view], hashed["0.bias"][2]):
+            with pytest.raises(VerificationError, match=r"0\.weight"):
+                opened.check_given({**given, "0.weight": [*given["0.weight"][:2], wrong]})
         with pytest.raises(VerificationError, match="more"):
-            opened.compare({**given, "more": given["0.bias"]}, views)
+            opened.check_given({**given, "more": given["0.bias"]})
+
+
+def test_weights_are_not_hashed_while_their_memory_is_the_files(nets: Any, tmp_path: Path) -> None:
+    weights = _convert(_trained(nets, "norm"), tmp_path)
+    loaded = torch.load(weights, weights_only=True, mmap=True)
+    hashed = Contents().of_values(loaded)
+    assert Contents(weights).of_values(loaded) == mapped_views(loaded, weights)
+    loaded["0.weight"].neg_()
+    found = Contents(weights).of_values(loaded)
+    assert found["0.bias"] == hashed["0.bias"]
+    assert found["0.weight"] != hashed["0.weight"]
+    assert isinstance(found["0.weight"][2], str)
 
 
 @pytest.mark.parametrize("form", ["raw", "safetensors"])

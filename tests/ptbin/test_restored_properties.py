@@ -19,7 +19,7 @@ from ptbin import RestoreOptions
 from ptbin.restoring.snapshot import other_tensors, ties_of
 from tests.bits import assert_same_tensors, same_bits
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("warm_children")]
 
 NETS = Path(__file__).parent.parent / "nets"
 PARAMETRIZED = {"weight_norm", "orthogonal"}

@@ -10,7 +10,8 @@ import torch
 
 import ptbin
 from ptbin import ConvertOptions
-from ptbin.sidecars import with_dtype
+from ptbin.copying import copy_file, same_content
+from ptbin.sidecars import change_of, with_dtype
 
 
 @pytest.mark.parametrize(
@@ -59,3 +60,29 @@ def test_a_cast_model_loads_in_the_type_of_its_weights(tmp_path: Path) -> None:
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     assert ptbin.verify(str(tmp_path / "out" / "pytorch_model.bin.manifest.json")) == []
+
+
+@pytest.mark.parametrize("text", ['{"layers": 2}', "[]", "not json"])
+def test_a_mirror_leaves_other_configurations_alone(text: str, tmp_path: Path) -> None:
+    """Files of that name belong to many things; those of transformers say what they are."""
+    change = change_of("config.json", "float16")
+    assert change is not None
+    assert change(text.encode()) == text.encode()
+    assert json.loads(change(b'{"model_type": "bert"}'))["torch_dtype"] == "float16"
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("config.json", None), ("tokenizer.json", "float16")])
+def test_a_mirror_copies_everything_else_as_it_is(name: str, dtype: str | None) -> None:
+    assert change_of(name, dtype) is None
+
+
+def test_a_changed_copy_is_compared_by_what_it_would_be(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"dtype": "float32"}')
+    source, dest = str(tmp_path / "config.json"), str(tmp_path / "out" / "config.json")
+    change = change_of("config.json", "float16")
+    copied = copy_file(source, dest, change=change)
+    assert (tmp_path / "out" / "config.json").read_text() == '{"dtype": "float16"}'
+    assert copied.size == len('{"dtype": "float16"}')
+    assert same_content(source, dest, change=change) == copied
+    assert same_content(source, dest) is None
+    assert same_content(source, dest, change=change_of("config.json", "bfloat16")) is None

@@ -1,0 +1,47 @@
+"""The console script `ptbin`, and `python -m ptbin`: find the command line of this installation, call it.
+
+`flows` and `tasks` are names that other projects have too. Where Python finds another project's first (by
+PYTHONPATH, or in the working folder of `python -m ptbin`), the answer is one line and exit status 2. The
+command line is imported by name, because the engine must not depend on it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+__all__ = ["find_taken_name", "main"]
+
+HOME = Path(__file__).resolve().parent.parent
+"""The folder that holds `ptbin`, and next to it `flows` and `tasks`."""
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    problem = find_taken_name()
+    if problem is not None:
+        sys.stderr.write(f"ptbin: error: {problem}\n")
+        sys.exit(2)
+    importlib.import_module("flows.cli").main()
+
+
+def find_taken_name() -> str | None:
+    """What stands in the way of importing ptbin's own `flows` and `tasks`, in one line; None: nothing."""
+    for name in ("flows", "tasks"):
+        spec = importlib.util.find_spec(name)
+        own = HOME / name / "__init__.py"
+        if not own.is_file():
+            return f"{own} is missing: install ptbin again"
+        found = None if spec is None or spec.origin is None else Path(spec.origin).resolve()
+        if found != own:
+            return (
+                f"Python finds another module {name} before ptbin's: {found}; take its folder off "
+                "PYTHONPATH, or install ptbin into its own environment and call the `ptbin` of that one"
+            )
+    return None
+
+
+if __name__ == "__main__":
+    main()

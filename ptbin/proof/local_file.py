@@ -1,0 +1,78 @@
+"""Pieces of an open file of this machine, for several threads that hash it while it may still grow."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+
+__all__ = ["LocalFile"]
+
+BUFFER_NBYTES = 2 << 20
+"""What is read of a local file at once: little enough to lie in a core's cache while it is hashed."""
+MAX_BUFFERS = 32
+_buffers: list[bytearray] = []
+"""Buffers that no thread uses at the moment. A fresh one costs a page fault for every 4 KiB, for which all
+threads of a process queue.
+"""
+
+
+def _buffer(nbytes: int) -> bytearray:
+    if nbytes < BUFFER_NBYTES:
+        return bytearray(nbytes)
+    try:
+        return _buffers.pop()
+    except IndexError:
+        return bytearray(BUFFER_NBYTES)
+
+
+class LocalFile:
+    """Pieces of an open file, each read into the same buffer: a piece is good until the next one is asked
+    for. Asking for one that is not written yet waits for it.
+    """
+
+    def __init__(self, descriptor: int, read: Callable[[int, int], bytes], final: int = 0) -> None:
+        self._descriptor = descriptor
+        self._read = read
+        self._final = final
+        self._given_up = False
+        self._changed = threading.Condition()
+
+    def reached(self, position: int) -> None:
+        with self._changed:
+            self._final = position
+            self._changed.notify_all()
+
+    def give_up(self) -> None:
+        """Threads that are still at it stop."""
+        with self._changed:
+            self._given_up = True
+            self._changed.notify_all()
+
+    def _wait_for(self, end: int) -> None:
+        if self._final < end or self._given_up:
+            with self._changed:
+                self._changed.wait_for(lambda: self._final >= end or self._given_up)
+            if self._given_up:
+                raise CancelledError
+
+    def chunks(self, offset: int, nbytes: int) -> Iterator[memoryview]:
+        if not nbytes:
+            return
+        buffer = _buffer(nbytes)
+        view = memoryview(buffer)
+        end = offset + nbytes
+        try:
+            while offset < end:
+                piece = view[: min(end - offset, len(view))]
+                self._wait_for(offset + len(piece))
+                got = os.preadv(self._descriptor, [piece], offset)
+                if not got:
+                    piece = memoryview(self._read(offset, len(piece)))
+                    got = len(piece)
+                yield piece[:got]
+                offset += got
+        finally:
+            if len(buffer) == BUFFER_NBYTES and len(_buffers) < MAX_BUFFERS:
+                _buffers.append(buffer)

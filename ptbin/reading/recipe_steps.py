@@ -1,0 +1,53 @@
+"""A recipe applied to the state dict that was selected: the same weights under other names, cut otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ptbin.errors import CorruptArchiveError, ModelMismatchError, UsageError
+from ptbin.merging.planner import plan_recipe
+from ptbin.merging.shipped import find_recipe
+from ptbin.reading.checkpoint import Checkpoint
+from ptbin.state_dict import Excluded, StateDict
+from ptbin.tensors import TensorRef
+
+__all__ = ["apply_recipe"]
+
+
+def apply_recipe(state_dict: StateDict, text: str, checkpoint: Checkpoint) -> None:
+    """Let the entries be what the recipe makes of them; what is no tensor stays as it is.
+
+    Raises:
+        ModelMismatchError: a rule does not fit, no rule names a tensor, elements would be used twice or not
+            at all.
+        IncompleteCheckpointError: a source is missing.
+    """
+    recipe = find_recipe(text)
+    if not recipe.rules:
+        return  # it only says how parts make a whole
+    tensors = {name: value for name, value in state_dict.entries if isinstance(value, TensorRef)}
+    try:
+        planned = plan_recipe(recipe, tensors, checkpoint.facts, checkpoint.uri)
+    except (UsageError, CorruptArchiveError) as error:
+        # The recipe is well formed and the file sound: they are not for each other.
+        raise ModelMismatchError(f"{checkpoint.uri}: {error}") from error
+    left = dict(planned.left_out)
+    first: dict[str, list[tuple[str, Any]]] = {}
+    sources: dict[str, str] = {}
+    for name, (tensor, names) in planned.tensors.items():
+        first.setdefault(names[0], []).append((name, tensor))
+        if name in planned.renamed:
+            sources[name] = names[0]
+    kept = set(planned.kept)
+    entries: list[tuple[str, Any]] = []
+    for name, value in state_dict.entries:
+        entries.extend(first.get(name, []))
+        if name not in tensors or name in kept:
+            entries.append((name, value))
+        if name in left:
+            reason = f"left out by recipe {recipe.name}"
+            state_dict.excluded.append(Excluded(name, left[name], reason, value))
+    state_dict.entries = entries
+    state_dict.source_names = sources
+    state_dict.made_of = {name: names for name, (_, names) in planned.tensors.items()}
+    state_dict.metadata = None  # versions of modules that are called otherwise now

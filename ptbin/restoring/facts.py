@@ -1,0 +1,72 @@
+"""What processes tell each other of tensors: type, shape and content, as JSON.
+
+The content is a SHA-256, or the place in a mapped file that the tensor's memory still equals: then it was not
+hashed, and the process that reads the file can compare it. Pure; knows no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ptbin.dtypes import BY_NAME
+from ptbin.proof.regions import StoredTensor
+from ptbin.tensors import ByteRange, TensorRef
+
+__all__ = ["Fact", "Facts", "View", "view_of"]
+
+Fact = Sequence[Any]
+"""(type, shape, content): content is hexadecimal text, or (offset, storage offset, stride) as in `View`. How
+the type is quantized, and lazy operations (`conj`, `neg`), stand behind its name.
+"""
+Facts = dict[str, Fact]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A tensor in a file.
+
+    Attributes:
+        offset: where its storage begins, in bytes.
+        storage_offset, stride: in elements.
+    """
+
+    offset: int
+    storage_offset: int
+    stride: tuple[int, ...]
+    dtype: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of_tensor(cls, tensor: TensorRef) -> View | None:
+        """None where it does not lie in a file as plain bytes of this machine's order."""
+        place = tensor.storage.place
+        if not isinstance(place, ByteRange) or tensor.storage.big_endian:
+            return None
+        return cls(place.offset, tensor.storage_offset, tensor.stride, tensor.dtype.name, tensor.shape)
+
+    def stored(self) -> StoredTensor:
+        """The same for `proof.digests`."""
+        dtype = BY_NAME[self.dtype]
+        expected, contiguous = 1, True
+        for size, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            contiguous = contiguous and (size == 1 or step == expected)
+            expected *= size
+        return StoredTensor(
+            self.offset + self.storage_offset // dtype.per_unit * dtype.itemsize,
+            dtype.nbytes_of(expected),
+            self.shape,
+            None if contiguous else self.stride,
+            dtype.itemsize,
+            dtype.per_unit,
+        )
+
+
+def view_of(fact: Fact) -> View | None:
+    """Where it lies; None where it was hashed."""
+    dtype, shape, content = fact
+    if isinstance(content, str):
+        return None
+    offset, storage_offset, stride = content
+    return View(offset, storage_offset, tuple(stride), dtype.partition(" ")[0], tuple(shape))
