@@ -337,7 +337,7 @@ class _Writing:
                     check_copied=check_source and replaces,
                 )
                 writer.settle()
-                self.reader.check_unchanged()
+                self.reader.confirm()
                 file = draft_file(plan, result, writer.bytes_copied)
                 digests = self._proven(proof, file) if proof is not None else None
             except BaseException:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ptbin.errors import (
@@ -22,7 +22,7 @@ from ptbin.errors import (
 )
 from ptbin.folders import INDEX_SUFFIX, Group, main_handle
 from ptbin.part_names import find_parts, may_be_part, split_place
-from ptbin.stores import Identity, ListedObject, RangeReader, Store, open_store
+from ptbin.stores import Identity, ListedObject, ObjectStat, RangeReader, Store, open_store
 from ptbin.stores.base import refuse_other_object
 from ptbin.stores.joined import JoinedReader, joint_identity
 
@@ -44,6 +44,7 @@ class SourcePlace:
         path: of the file, of the index file, or of the folder.
         parts: the files of a folder checkpoint, paths relative to `folder`; empty for one file.
         folder: path of the folder that holds `parts`, or that a file lies in.
+        found: of one file, what its store said of it.
         incomplete: why this is not all of a checkpoint, by its names; empty where they do not say so.
     """
 
@@ -52,6 +53,7 @@ class SourcePlace:
     folder: str
     parts: tuple[ListedObject, ...] = ()
     incomplete: str = ""
+    found: ObjectStat | None = field(default=None, repr=False)
 
     @property
     def size(self) -> int:
@@ -82,7 +84,11 @@ class SourcePlace:
         """
         self.refuse_part(parts=True)
         if not self.parts:
-            return self.store.open_reader(self.path, expected=expected)
+            if self.found is None:
+                return self.store.open_reader(self.path, expected=expected)
+            if expected is not None:
+                refuse_other_object(self.found.uri, self.found.identity, expected)
+            return self.store.open_found(self.path, self.found)
         reader = JoinedReader(self.store, self.folder, self.parts, uri=self.store.uri_of(self.path))
         if expected is not None:
             refuse_other_object(reader.uri, reader.identity, expected)
@@ -107,11 +113,14 @@ def find_source(uri: str, storage_options: Mapping[str, Any] | None = None) -> S
     path = path.rstrip("/") or path
     if path.endswith(INDEX_SUFFIX):
         return _indexed(store, path)
-    if not store.is_directory(path):
+    file = _look(store, path)
+    if file is not None:
         index = path + INDEX_SUFFIX
-        if path.endswith(".bin") and _is_raw(store, path, index):
+        if path.endswith(".bin") and _is_raw(store, path, file, index):
             return _indexed(store, index)
-        return SourcePlace(store, path, path.rpartition("/")[0], incomplete=_why_part(store, path))
+        return SourcePlace(
+            store, path, path.rpartition("/")[0], incomplete=_why_part(store, path), found=file
+        )
     listed = itertools.islice(store.iter_objects(path), MAX_LISTED)
     direct = [item for item in listed if not split_place(item.path)[0]]
     found = main_handle(direct)
@@ -130,6 +139,24 @@ def find_source(uri: str, storage_options: Mapping[str, Any] | None = None) -> S
         return _indexed(store, f"{path}/{found.handle}")
     why = f"parts of one checkpoint: {found.why}" if found.kind == "parts" else ""
     return SourcePlace(store, path, path, _ordered(found), why)
+
+
+def _look(store: Store, path: str) -> ObjectStat | None:
+    """The file at `path`; None where there is a folder.
+
+    A file that holds nothing and has a folder beside it of the same name only marks that (some writers to
+    object stores leave those).
+
+    Raises:
+        NotFoundInStoreError: there is neither.
+    """
+    try:
+        found = store.look(path)
+    except NotFoundInStoreError:
+        if store.is_directory(path):
+            return None
+        raise
+    return found if found.size or not store.is_directory(path) else None
 
 
 def _why_part(store: Store, path: str) -> str:
@@ -154,10 +181,10 @@ def _is_plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and "/" not in name and "\\" not in name and name.isprintable()
 
 
-def _is_raw(store: Store, path: str, index: str) -> bool:
+def _is_raw(store: Store, path: str, found: ObjectStat, index: str) -> bool:
     """Whether an index of ours vouches for a file that does not look like a torch file."""
     try:
-        with store.open_reader(path) as reader:
+        with store.open_found(path, found) as reader:
             if reader.read(0, min(4, reader.size)).startswith(_PLAIN_HEADS):
                 return False
         return parse_index(store.read_bytes(index, limit=MAX_INDEX_NBYTES), index).get("tensors") is not None

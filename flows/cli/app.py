@@ -77,10 +77,10 @@ cli.add_command(restore_command)
 cli.add_command(sync_command)
 cli.add_command(migrate_command)
 cli.add_command(runs_command)
+cli.add_command(deployments_command)
 cli.add_command(status_command)
 cli.add_command(acknowledge_command)
 cli.add_command(metrics_command)
-cli.add_command(deployments_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -169,8 +169,9 @@ def is_in_own_folder(path: str) -> bool:
 
 def _is_candidate(item: ListedObject, include: Sequence[str], exclude: Sequence[str]) -> bool | None:
     """True: by its name a checkpoint. False: its content must tell. None: passed over."""
-    name = item.path.rpartition("/")[2]
-    if not name or any(matches(item.path, glob) for glob in exclude):
+    # A slash at the end, of a key that holds something, does not hide it: that is refused by name later.
+    name = item.path.rstrip("/").rpartition("/")[2]
+    if any(matches(item.path, glob) for glob in exclude):
         return None
     if include:
         return True if any(matches(item.path, glob) for glob in include) else None

@@ -83,7 +83,7 @@ class WorkList(JobTable):
         """Fill the list; what cannot be done at all. `tick` is called now and then, and may raise.
 
         With `options.force` nothing is up to date; with `distrust` everything is to be done that is not
-        compared by its content. `copies` says which files go along as they are, `named` which alone are
+        compared by its content. `copies` says which files go along as they are, `named` which files alone are
         looked at.
 
         Raises:

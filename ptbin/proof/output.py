@@ -205,7 +205,7 @@ def _prove_file(
     places = [stored_tensor(row, file.size) for row in rows]
     digests = digest_file(reader, [(r.offset, r.nbytes) for r in file.records], places, progress)
     _compare(reader.uri, file, [(row["name"], row["offset"]) for row in rows], digests, wrong)
-    reader.check_unchanged()
+    reader.confirm()
     for row, place in zip(rows, places, strict=True):
         row["sha256"] = digests.tensors[place]
     return digests.sha256

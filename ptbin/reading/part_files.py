@@ -91,6 +91,7 @@ class PartFiles:
             storage.place = move_place(storage.place, part.base)
             self.storages[f"{name}/{key}"] = storage
         for program in inner.programs:
+            program.root = None  # the caller keeps of it what it needs
             # Those that say something to judge which no earlier one said: many files are alike.
             if not program.globals.keys() <= self._globals or program.oddities or program.calls:
                 self._globals.update(program.globals)

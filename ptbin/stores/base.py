@@ -79,6 +79,14 @@ class Store(ABC):
     def open_reader(self, path: str, *, expected: Identity | None = None) -> RangeReader:
         """Pin the object. Raises SourceChangedError where its identity is not `expected`."""
 
+    def look(self, path: str) -> ObjectStat:
+        """As `stat`, of an object that is about to be read: its store may bring some of it along."""
+        return self.stat(path)
+
+    def open_found(self, path: str, found: ObjectStat) -> RangeReader:
+        """A reader of what `look` has found, by no more requests than are needed for that."""
+        return self.open_reader(path, expected=found.identity)
+
     @abstractmethod
     def open_writer(self, path: str, *, size_hint: int | None = None, copies: bool = True) -> Writer:
         """Begin an output; `size_hint` (bytes to come) lets a store choose its part size.

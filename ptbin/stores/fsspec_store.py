@@ -62,6 +62,7 @@ IDENTITY_KEYS: tuple[tuple[str, IdentityKind], ...] = (
     ("md5Hash", "checksum"),
     ("md5", "checksum"),
     ("checksum", "checksum"),
+    ("CRC", "checksum"),  # a member of a zip archive
     ("uid", "uid"),
     ("mtime", "mtime"),
     ("last_modified", "mtime"),
@@ -112,6 +113,18 @@ def open_fsspec(uri: str, options: Mapping[str, Any]) -> tuple[Store, str]:
 T = TypeVar("T")
 
 
+def _split_chain(uri: str) -> tuple[str, str, str]:
+    """What stands before, in and behind the link of a chained URL that paths belong to.
+
+    Of `simplecache::zip://a/x.pt::s3://bucket/runs.zip` that is `zip://a/x.pt`: the first with a path.
+    """
+    links = uri.split("::")
+    own = next((at for at, link in enumerate(links) if "://" in link), len(links) - 1)
+    before = "".join(f"{link}::" for link in links[:own])
+    behind = "".join(f"::{link}" for link in links[own + 1 :])
+    return before, links[own], behind
+
+
 class FsspecStore(Store):
     """The filesystem behind one URI; connected at the first use, and again after a fork."""
 
@@ -122,9 +135,12 @@ class FsspecStore(Store):
         self.retry = retry or RetryPolicy()
         self._uri = uri
         self._options = dict(options)
-        bare = uri.rstrip("/")
+        before, own, self._behind = _split_chain(uri)
+        self.written_protocol = own.partition("://")[0].lower() if "://" in own else "file"
+        """Of the filesystem that outputs go to, below those that only cache."""
+        bare = own.rstrip("/")
         # "sftp://host/dir" holds the path "/dir": what stands before it turns a path into a URI again.
-        self._prefix = public_uri(bare[: len(bare) - len(path)]) if path and bare.endswith(path) else None
+        self._prefix = before + bare[: len(bare) - len(path)] if path and bare.endswith(path) else None
         self._connected: tuple[int, Any] | None = None
 
     @property
@@ -145,8 +161,8 @@ class FsspecStore(Store):
 
     def uri_of(self, path: str) -> str:
         if self._prefix is None:
-            return public_uri(str(self.fs.unstrip_protocol(path)))
-        return public_uri(self._prefix + path)
+            return public_uri(str(self.fs.unstrip_protocol(path)) + self._behind)
+        return public_uri(self._prefix + path + self._behind)
 
     def _info(self, path: str) -> dict[str, Any]:
         def ask() -> dict[str, Any]:
@@ -242,13 +258,19 @@ class FsspecStore(Store):
         return count
 
     def check_writable(self, path: str) -> None:
-        """Write and delete an empty object whose name no listing shows: there is no cheaper sure way."""
-        probe = f"{path.rstrip('/')}/.check.{os.urandom(6).hex()}{PARTIAL_SUFFIX}"
+        """Write and delete an empty object whose name no listing shows: there is no cheaper sure way.
+
+        Where directories are real, in the nearest one that exists.
+        """
+        folder = path.rstrip("/")
         with contextlib.suppress(StorageError):
             if self._info(path).get("type") == "file":
-                probe = _partial_name(path)
+                folder = folder.rpartition("/")[0]
+        if self.written_protocol not in PUBLISH_ON_CLOSE:
+            while folder.strip("/") and not self.is_directory(folder):
+                folder = folder.rpartition("/")[0]
+        probe = f"{folder}/.check.{os.urandom(6).hex()}{PARTIAL_SUFFIX}"
         with mapped_faults("write to", self.uri_of(path)):
-            _make_parents(self, probe)
             self.fs.pipe_file(probe, b"")
             self.fs.rm_file(probe)
 
@@ -260,7 +282,7 @@ def _partial_name(path: str) -> str:
 
 def _make_parents(store: FsspecStore, path: str) -> None:
     """Where directories are real; object stores and `memory` have none to make."""
-    if store.protocol not in PUBLISH_ON_CLOSE and store.protocol != "memory":
+    if store.written_protocol not in PUBLISH_ON_CLOSE and store.written_protocol != "memory":
         store.fs.makedirs(path.rpartition("/")[0] or "/", exist_ok=True)
 
 
@@ -349,7 +371,7 @@ class FsspecWriter(Writer):
         super().__init__(store.uri_of(path))
         self._store = store
         self._final = path
-        self._in_place = store.protocol in PUBLISH_ON_CLOSE
+        self._in_place = store.written_protocol in PUBLISH_ON_CLOSE
         self._path = path if self._in_place else _partial_name(path)
         self._file: Any = None
         with mapped_faults("write", self.uri):

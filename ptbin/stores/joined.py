@@ -169,6 +169,10 @@ class JoinedReader(RangeReader):
         for index in sorted(self._used):
             self.reader_of(index).check_unchanged()
 
+    def confirm(self) -> None:
+        for index in sorted(self._used):
+            self.reader_of(index).confirm()
+
     def close(self) -> None:
         for reader in self._open.values():
             self._retire(reader)

@@ -2,7 +2,8 @@
 
 A slot is held while a request is on the wire, body included, never while a retry waits. The process's limit
 is what sockets and a server's patience allow; a run's own is a promise to the store's other users, and is
-carried by the context, so that engine calls need no argument for it.
+carried by the context, so that engine calls need no argument for it. Requests wait for their slots on the
+event loop that makes them, fsspec's: no thread is held up.
 
     with limit_requests(RequestLimit(16)):
         ptbin.convert(...)
@@ -10,14 +11,14 @@ carried by the context, so that engine calls need no argument for it.
 
 from __future__ import annotations
 
+import asyncio
 import os
-import threading
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
 
 __all__ = ["PROCESS_REQUESTS", "RequestLimit", "limit_requests", "process_limit", "request_slot"]
 
@@ -25,41 +26,38 @@ PROCESS_REQUESTS = 64
 
 
 class RequestLimit:
-    """At most `count` requests at once among all threads that share this; `peak` is the most there were."""
+    """At most `count` requests at once among all that share this; `peak` is the most there were.
+
+    Belongs to one event loop at a time: in a forked process all slots are free again.
+    """
 
     def __init__(self, count: int) -> None:
         if count < 1:
             raise ValueError(f"{count} requests at once: nothing could be asked")
         self.count = count
         self.peak = 0
-        self._slots = threading.Semaphore(count)
-        self._lock = threading.Lock()
+        self._renew()
+
+    def _renew(self) -> None:
+        self._process = os.getpid()
+        self._slots = asyncio.Semaphore(self.count)
         self._used = 0
 
-    @contextmanager
-    def slot(self) -> Iterator[None]:
-        with self._slots:
-            with self._lock:
-                self._used += 1
-                self.peak = max(self.peak, self._used)
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        if self._process != os.getpid():
+            self._renew()
+        async with self._slots:
+            self._used += 1
+            self.peak = max(self.peak, self._used)
             try:
                 yield
             finally:
-                with self._lock:
-                    self._used -= 1
+                self._used -= 1
 
 
 _process = RequestLimit(PROCESS_REQUESTS)
 _of_run: ContextVar[RequestLimit | None] = ContextVar("ptbin_request_limit", default=None)
-
-
-def _renew_after_fork() -> None:
-    # Slots that threads of the parent held would never come back.
-    global _process  # noqa: PLW0603 - one process, one limit
-    _process = RequestLimit(PROCESS_REQUESTS)
-
-
-os.register_at_fork(after_in_child=_renew_after_fork)
 
 
 def process_limit() -> RequestLimit:
@@ -69,7 +67,7 @@ def process_limit() -> RequestLimit:
 
 @contextmanager
 def limit_requests(limit: RequestLimit | None) -> Iterator[None]:
-    """Requests of this context, and of threads that the stores start for it, stay within `limit` as well."""
+    """Requests that this context makes stay within `limit` as well."""
     token = _of_run.set(limit)
     try:
         yield
@@ -77,13 +75,13 @@ def limit_requests(limit: RequestLimit | None) -> Iterator[None]:
         _of_run.reset(token)
 
 
-@contextmanager
-def request_slot() -> Iterator[None]:
+@asynccontextmanager
+async def request_slot() -> AsyncIterator[None]:
     """Wait for a free slot, hold it for one request."""
     limit = _of_run.get()
     if limit is None:
-        with _process.slot():
+        async with _process.slot():
             yield
         return
-    with limit.slot(), _process.slot():
+    async with limit.slot(), _process.slot():
         yield

@@ -1,9 +1,10 @@
 """Amazon S3 and what speaks its protocol (Ceph, MinIO, R2, ...).
 
-Owns requests for objects and listings and their costs: `stat` one HEAD, `read_bytes` one GET, a listing
-one request for a thousand keys with the next page under way, reading one HEAD and then ranges (see
-`s3_reader`), writing one PUT or a multipart upload (see `s3_writer`). Nothing is cached: two calls
-see two states of the store.
+Owns requests for objects and listings and their costs: `stat` one HEAD; `look` one GET, which brings the last
+`TAIL_NBYTES` along; `read_bytes` one GET; a listing one request for a thousand keys with the next pages under
+way (see `s3_listing`); reading `look` and then ranges (see `s3_reader`), so one request for a small object;
+writing one PUT or a multipart upload (see `s3_writer`). Nothing is cached: two calls see two states of the
+store.
 
 An object's identity is its ETag, in listings and in `stat` alike, so that a rerun recognises what it
 has done from the listing alone; a versioned bucket's version id pins a reader in addition.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import AccessDeniedError, NotFoundInStoreError, PtbinError, StorageError, UsageError
@@ -30,7 +32,7 @@ from ptbin.stores.base import (
 )
 from ptbin.stores.s3_client import S3Client
 from ptbin.stores.s3_listing import iter_entries
-from ptbin.stores.s3_reader import S3Reader, etag_of
+from ptbin.stores.s3_reader import S3Reader, S3Stat, etag_of
 from ptbin.stores.s3_writer import S3Writer
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = ["S3Store", "open_s3"]
 
+TAIL_NBYTES = 256 * 1024
+"""A request costs about as much as these bytes."""
 _SCHEMES = ("s3://", "s3a://")
 
 
@@ -88,12 +92,28 @@ class S3Store(Store):
             return  # allowed to use objects, not to ask for the bucket
 
     def is_directory(self, path: str) -> bool:
-        """Raises NotFoundInStoreError where not even the bucket exists."""
-        bucket, prefix = self._prefix(path)
+        """One listing of one key, two where keys lie between that of an object and the prefix of its name.
+
+        Where both are there, an object and keys below its name, the path with a slash at its end is the
+        prefix, and without one the object, unless that is an empty marker.
+
+        Raises:
+            NotFoundInStoreError: not even the bucket exists.
+        """
+        bucket, key = self.client.split(path)
+        if key and not key.endswith("/"):
+            first = self._first(path, bucket, key)
+            if first is None or (first["Key"] == key and first["Size"]):
+                return False
+            if first["Key"].startswith(f"{key}/"):
+                return True
+        return self._first(path, *self._prefix(path)) is not None
+
+    def _first(self, path: str, bucket: str, prefix: str) -> dict[str, Any] | None:
         answer = self.client.call(
             "list_objects_v2", "list", self.uri_of(path), Bucket=bucket, Prefix=prefix, MaxKeys=1
         )
-        return bool(answer.get("Contents"))
+        return next(iter(answer.get("Contents", ())), None)
 
     def _prefix(self, path: str) -> tuple[str, str]:
         bucket, key = self.client.split(path)
@@ -105,29 +125,70 @@ class S3Store(Store):
         for key, size, etag in iter_entries(
             self.client, self.uri_of(path), bucket, prefix, page_keys=self.page_keys
         ):
-            if key.endswith("/") or is_partial_name(key):  # "folders" of web consoles; our own probes
+            if is_partial_name(key):
+                continue
+            if not size and key.endswith("/"):  # the "folders" of web consoles
                 continue
             uri = self.uri_of(f"{bucket}/{key}")
             yield ListedObject(key[len(prefix) :], uri, size, Identity("etag", etag))
 
-    def open_reader(self, path: str, *, expected: Identity | None = None) -> S3Reader:
-        answer = self._head(path)
-        uri = self.uri_of(path)
-        etag = etag_of(answer)
-        if expected is not None:
-            refuse_other_object(uri, Identity("etag", etag), expected)
+    def look(self, path: str) -> S3Stat:
+        """One GET, which brings the last `TAIL_NBYTES` along: a whole small object, a large archive's index.
+
+        A second request (HEAD) where the object is empty, or the server ignores ranges.
+        """
         bucket, key = self.client.split(path)
+        uri = self.uri_of(path)
+        if not key:
+            raise NotFoundInStoreError(f"cannot read {uri}: it is a bucket, not an object")
+        try:
+            answer, tail = self.client.repeated(partial(self._get_tail, uri, bucket, key))
+        except NotFoundInStoreError:
+            raise
+        except StorageError as error:
+            if error.transient or isinstance(error, AccessDeniedError):
+                raise
+            answer, tail = self._head(path), b""
         version = answer.get("VersionId")
-        return S3Reader(
-            self.client,
+        return S3Stat(
             uri,
-            bucket=bucket,
-            key=key,
-            size=answer["ContentLength"],
-            etag=etag,
+            _size_of(answer),
+            Identity("etag", etag_of(answer)),
             # "null" names whatever was last written while versioning was off: it pins nothing.
-            version_id=None if version in (None, "null") else version,
+            None if version in (None, "null") else version,
+            tail,
         )
+
+    async def _get_tail(self, uri: str, bucket: str, key: str) -> tuple[dict[str, Any], bytes]:
+        answers: list[dict[str, Any]] = []
+        blocks: list[bytes] = []
+
+        def accept(answer: dict[str, Any]) -> None:
+            answers.append(answer)
+            if answer["ContentLength"] > TAIL_NBYTES:
+                raise StorageError(f"cannot read {uri}: the server ignores ranges")
+
+        await self.client.fetch(
+            "read", uri, accept, blocks.append, Bucket=bucket, Key=key, Range=f"bytes=-{TAIL_NBYTES}"
+        )
+        tail = b"".join(blocks)
+        if len(tail) != answers[0]["ContentLength"]:
+            came = f"{len(tail)} of {answers[0]['ContentLength']} bytes came"
+            raise StorageError(f"cannot read {uri}: {came}", transient=True)
+        return answers[0], tail
+
+    def open_reader(self, path: str, *, expected: Identity | None = None) -> S3Reader:
+        """By `look`."""
+        found = self.look(path)
+        if expected is not None:
+            refuse_other_object(found.uri, found.identity, expected)
+        return self.open_found(path, found)
+
+    def open_found(self, path: str, found: ObjectStat) -> S3Reader:
+        """No request."""
+        assert isinstance(found, S3Stat)
+        bucket, key = self.client.split(path)
+        return S3Reader(self.client, found, bucket=bucket, key=key)
 
     def open_writer(self, path: str, *, size_hint: int | None = None, copies: bool = True) -> S3Writer:
         bucket, key = self.client.split(path)
@@ -167,7 +228,7 @@ class S3Store(Store):
         if not key:
             raise NotFoundInStoreError(f"cannot read {uri}: it is a bucket, not an object")
 
-        def get() -> tuple[bytes, Identity]:
+        async def get() -> tuple[bytes, Identity]:
             answers: list[dict[str, Any]] = []
             blocks: list[bytes] = []
 
@@ -175,7 +236,7 @@ class S3Store(Store):
                 answers.append(answer)
                 refuse_too_large(uri, answer["ContentLength"], limit)
 
-            self.client.fetch("read", uri, accept, blocks.append, Bucket=bucket, Key=key)
+            await self.client.fetch("read", uri, accept, blocks.append, Bucket=bucket, Key=key)
             data, size = b"".join(blocks), answers[0]["ContentLength"]
             if len(data) != size:
                 raise StorageError(f"cannot read {uri}: {len(data)} of {size} bytes came", transient=True)
@@ -229,3 +290,9 @@ class S3Store(Store):
                 Key=probe,
                 UploadId=answer["UploadId"],
             )
+
+
+def _size_of(answer: Mapping[str, Any]) -> int:
+    """Of the whole object, where the answer may hold a range of it ("bytes 5-9/10", RFC 9110, 14.4)."""
+    _, _, size = str(answer.get("ContentRange") or "").rpartition("/")
+    return int(size) if size.isdecimal() else int(answer["ContentLength"])

@@ -1,42 +1,45 @@
-"""One S3 client for each set of options and process, used from ordinary threads.
+"""Calls to S3 through s3fs: one `S3FileSystem` for each set of options and process.
 
-Owns the making of the client (botocore's; `s3_options` says with what), and the one place where an S3 call is
-made, limited, repeated and its failure translated. Knows no reading or writing. Several requests at once are
-threads of one pool: measured against the same server, botocore in threads moves 1.1 to 1.7 times what
-aiobotocore's event loop does and starts in a third of the time (docs/transfers.md).
+Owns the making of that filesystem, and the one place where an S3 call is made, limited, repeated and its
+failure translated. Knows no reading or writing. Calls are coroutines on the filesystem's own event loop, in
+fsspec's thread; `call` waits for one, `start` does not. s3fs's file API is not used: its client
+(`_call_s3`, `get_s3`) moves more bytes, and takes conditions, parts and checksums (docs/transfers.md).
 
-botocore's own retries are switched off (unless options ask for them): two layers multiply the attempts, and
-botocore does not repeat answers whose body breaks off.
+Repetitions of botocore and s3fs are off (unless options ask for botocore's): layers multiply the attempts,
+and neither repeats answers whose body breaks off. Two things remain below ours: aiohttp sends a request once
+more where the connection it had kept was closed meanwhile, and s3fs waits 0.1 s before it reports a timeout.
 """
 
 from __future__ import annotations
 
-import contextvars
+import asyncio
 import os
 import re
 import threading
-from concurrent.futures import Future
 from functools import partial
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import UsageError
 from ptbin.stores.faults import mapped_faults
-from ptbin.stores.limits import PROCESS_REQUESTS, request_slot
-from ptbin.stores.retry import RetryPolicy, call_with_retries
+from ptbin.stores.limits import request_slot
+from ptbin.stores.retry import RetryPolicy, call_with_retries_async
 from ptbin.stores.s3_options import read_options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping
+    from concurrent.futures import Future
     from typing import TypeVar
 
     T = TypeVar("T")
 
-__all__ = ["S3Client"]
+__all__ = ["S3Client", "wait_for"]
 
 BLOCK_NBYTES = 1 << 20
-"""Bodies are read by such blocks, which stay in cache, and in memory that was used before. Read at
-once, bodies of 8 MiB took twice the time, most of it the kernel's, for fresh pages."""
+"""Bodies are read by at most so much, into memory that was used before. Read at once, bodies of 8 MiB took
+twice the time, most of it the kernel's, for fresh pages."""
+
+BUFFER_NBYTES = 256 * 1024
+"""So much of a body is received ahead of who reads it."""
 
 # arn:aws:s3:<region>:<account>:accesspoint/<name>/<key>, of an Outpost or Object Lambda likewise; s3fs allows
 # a colon for each of these slashes.
@@ -47,64 +50,33 @@ _ACCESS_POINT = re.compile(
 )
 
 
-class _Pool:
-    """Threads that requests run on, as many as there is work for, up to a limit.
-
-    Unlike those of `ThreadPoolExecutor` they do not keep the process alive: a run that is interrupted ends,
-    though a server may leave some of its requests without an answer for minutes.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
-        self._threads = 0
-        self._waiting = 0  # work that no thread has taken yet, less idle threads
-
-    def submit(self, work: Callable[[], T]) -> Future[T]:
-        future: Future[T] = Future()
-        self._work.put((future, work))
-        with self._lock:
-            self._waiting += 1
-            if self._waiting > 0 and self._threads < self._limit:
-                self._threads += 1
-                self._waiting -= 1
-                name = f"ptbin-s3-{self._threads}"
-                threading.Thread(target=self._run, name=name, daemon=True).start()
-        return future
-
-    def _run(self) -> None:
-        while True:
-            future, work = self._work.get()
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(work())
-                except BaseException as error:  # noqa: BLE001 - it is for whoever waits
-                    future.set_exception(error)
-            del future, work
-            with self._lock:
-                self._waiting -= 1
-
-
 class _Process:
-    """What belongs to this process: clients by their options, and the threads that requests run on."""
+    """What belongs to this process: filesystems by their options."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.clients: dict[str, Any] = {}
-        self.pool = _Pool(PROCESS_REQUESTS)
+        self.filesystems: dict[str, Any] = {}
 
 
 _process = _Process()
 
 
 def _forget_after_fork() -> None:
-    # Sockets, threads and a lock that another thread held belong to the parent.
-    global _process  # noqa: PLW0603 - one process, one set of clients
+    # Sockets, the loop's thread and a lock that another thread held belong to the parent.
+    global _process  # noqa: PLW0603 - one process, one set of filesystems
     _process = _Process()
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+def wait_for(future: Future[T]) -> T:
+    """The result; where waiting is interrupted, the work ends as well."""
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
 
 
 class S3Client:
@@ -117,83 +89,132 @@ class S3Client:
         self._key = repr(sorted((name, repr(value)) for name, value in options.items()))
 
     @property
-    def boto(self) -> Any:
-        """The botocore client of this process, shared by all with the same options."""
-        with _process.lock:
-            if self._key not in _process.clients:
-                _process.clients[self._key] = self._connect()
-            return _process.clients[self._key]
+    def fs(self) -> Any:
+        """The connected `S3FileSystem` of this process, shared by all with the same options."""
+        process = _process
+        found = process.filesystems.get(self._key)
+        if found is None:
+            with process.lock:
+                found = process.filesystems.get(self._key)
+                if found is None:
+                    found = process.filesystems[self._key] = self._connect()
+        return found
 
     def _connect(self) -> Any:
-        import botocore.session
-        from botocore import UNSIGNED
-        from botocore.config import Config
         from botocore.exceptions import BotoCoreError
+        from s3fs import S3FileSystem
 
-        config = dict(self.options.config)
-        if self.options.anonymous:
-            config["signature_version"] = UNSIGNED
         try:
-            session = botocore.session.Session(profile=self.options.profile)
-            return session.create_client("s3", config=Config(**config), **self.options.client)
-        except (TypeError, ValueError, BotoCoreError) as error:
+            fs = S3FileSystem(**self.options.s3fs)
+            fs.retries = 1
+            fs.connect()
+        except (TypeError, ValueError, KeyError, AttributeError, BotoCoreError) as error:
             # Not its text: some of these quote the options.
-            raise UsageError("the storage options for S3 are not what s3fs takes") from error
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            named = f": {unknown[1]}" if unknown else ""
+            raise UsageError(f"the storage options for S3 are not what s3fs takes{named}") from error
+        return fs
+
+    @property
+    def endpoint_url(self) -> str:
+        """Where requests go, whether options, environment or a file say so."""
+        return str(self.fs.s3.meta.endpoint_url)
+
+    @property
+    def equal_parts(self) -> bool:
+        """Whether the store wants every part of an upload but the last to have one size."""
+        return self.options.wants_equal_parts(self.endpoint_url)
+
+    @property
+    def streams_bodies(self) -> bool:
+        """Whether bodies may be sent block by block: nothing has to be computed from them before."""
+        config = self.fs.s3.meta.config
+        return (
+            not (config.s3 or {}).get("payload_signing_enabled")
+            and config.request_checksum_calculation == "when_required"
+        )
 
     def reaches_same_store(self, other: S3Client) -> bool:
         """Whether both talk to one endpoint (their credentials may differ)."""
-        return bool(self.boto.meta.endpoint_url == other.boto.meta.endpoint_url)
+        return self.endpoint_url == other.endpoint_url
 
-    def start(self, work: Callable[[], T]) -> Future[T]:
-        """Run `work` on a thread of the pool; returns at once. The limits of this context go along."""
-        return _process.pool.submit(partial(contextvars.copy_context().run, work))
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Where calls are made: fsspec's, in a thread of its own."""
+        loop: asyncio.AbstractEventLoop = self.fs.loop
+        return loop
+
+    def start(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
+        """Run `work` on the filesystem's loop; returns at once. The limits of this context go along.
+
+        Raises:
+            RuntimeError: called on that very loop, where waiting for the result would last for ever.
+        """
+        loop = self.loop
+        if asyncio._get_running_loop() is loop:  # noqa: SLF001 - as get_running_loop, which raises for none
+            raise RuntimeError("a store is asked to wait on fsspec's event loop: call it from another thread")
+        return asyncio.run_coroutine_threadsafe(work(), loop)
 
     def call(self, method: str, doing: str, uri: str, **parameters: Any) -> dict[str, Any]:
         """One S3 call, repeated where that may help."""
-        return self.repeated(lambda: self.attempt(method, doing, uri, **parameters))
+        return self.repeated(partial(self.attempt, method, doing, uri, **parameters))
 
-    def repeated(self, operation: Callable[[], T]) -> T:
-        return call_with_retries(operation, self.retry)
+    async def acall(self, method: str, doing: str, uri: str, **parameters: Any) -> dict[str, Any]:
+        """As `call`, on the loop."""
+        return await self.arepeated(partial(self.attempt, method, doing, uri, **parameters))
 
-    def attempt(self, method: str, doing: str, uri: str, **parameters: Any) -> dict[str, Any]:
+    def repeated(self, operation: Callable[[], Awaitable[T]]) -> T:
+        """Wait for `operation`, again where that may help."""
+        return wait_for(self.start(partial(self.arepeated, operation)))
+
+    async def arepeated(self, operation: Callable[[], Awaitable[T]]) -> T:
+        """As `repeated`, on the loop."""
+        return await call_with_retries_async(operation, self.retry)
+
+    async def attempt(self, method: str, doing: str, uri: str, **parameters: Any) -> dict[str, Any]:
         """One S3 call, tried once; `doing` and `uri` are for the message."""
-        with request_slot(), mapped_faults(doing, uri):
-            return self.send(method, parameters)
+        async with request_slot():
+            with mapped_faults(doing, uri):
+                return await self.send(method, parameters)
 
-    def fetch(
+    async def fetch(
         self,
         doing: str,
         uri: str,
         accept: Callable[[dict[str, Any]], None],
-        consume: Callable[[bytes], None],
+        consume: Callable[[bytes], Awaitable[None] | None],
         **parameters: Any,
     ) -> None:
-        """One GET, tried once; its body goes to `consume` in blocks.
+        """One GET, tried once; its body goes to `consume` in blocks, which holds it up where it awaits.
 
         `accept` looks at the answer before its body is read, and raises to refuse it; the connection is
         then cut, or else goes back to the pool.
         """
-        with request_slot(), mapped_faults(doing, uri):
-            answer = self.send("get_object", parameters)
-            body = answer["Body"]
-            try:
-                accept(answer)
-                while block := body.read(BLOCK_NBYTES):
-                    consume(block)
-            finally:
-                body.close()
+        async with request_slot():
+            with mapped_faults(doing, uri):
+                answer = await self.send("get_object", parameters)
+                body = answer["Body"]
+                try:
+                    accept(answer)
+                    # Above aiohttp's own limit of 64 KiB, at which it stops the connection until it is read.
+                    body.raw_stream.content.set_read_chunk_size(BUFFER_NBYTES)
+                    while block := await body.read(BLOCK_NBYTES):
+                        waits = consume(block)
+                        if waits is not None:
+                            await waits
+                finally:
+                    body.close()
 
-    def send(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    async def send(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
         """One request; every one passes here. Raises what botocore raises."""
-        boto = self.boto
-        if self.options.each_request:
-            operation = boto.meta.service_model.operation_model(boto.meta.method_to_api_mapping[method])
-            taken = operation.input_shape.members
-            parameters = {
-                **{name: value for name, value in self.options.each_request.items() if name in taken},
-                **parameters,
-            }
-        answer: dict[str, Any] = getattr(boto, method)(**parameters)
+        try:
+            answer: dict[str, Any] = await self.fs._call_s3(method, **parameters)  # noqa: SLF001 - see above
+        except OSError as error:
+            # s3fs translates into errno; botocore's own says more.
+            cause = error.__cause__
+            if cause is not None and isinstance(getattr(cause, "response", None), dict):
+                raise cause from None
+            raise
         return answer
 
     def split(self, path: str) -> tuple[str, str]:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ptbin.stores.s3_client import wait_for
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from concurrent.futures import Future
@@ -54,13 +56,13 @@ class _Listing:
         if page_keys is not None:
             self._asked["MaxKeys"] = page_keys
 
-    def _ask(self, **more: Any) -> dict[str, Any]:
-        return self._client.call("list_objects_v2", "list", self._uri, **(self._asked | more))
+    async def _ask(self, **more: Any) -> dict[str, Any]:
+        return await self._client.acall("list_objects_v2", "list", self._uri, **(self._asked | more))
 
-    def page(self, at: _Range) -> list[Entry]:
+    async def page(self, at: _Range) -> list[Entry]:
         """The range's next page, cut off at its end."""
         where = {"ContinuationToken": at.token} if at.token else {"StartAfter": at.after} if at.after else {}
-        answer = self._ask(**where)
+        answer = await self._ask(**where)
         entries = [
             (entry["Key"], entry["Size"], str(entry.get("ETag") or "").strip('"'))
             for entry in answer.get("Contents", ())
@@ -72,16 +74,16 @@ class _Listing:
             at.finished = True
         return entries
 
-    def pages(self, at: _Range) -> list[list[Entry]]:
+    async def pages(self, at: _Range) -> list[list[Entry]]:
         """The next few pages, one behind the other."""
         found: list[list[Entry]] = []
         while not at.finished and len(found) < PAGES:
-            found.append(self.page(at))
+            found.append(await self.page(at))
         return found
 
-    def folders(self, prefix: str) -> list[str]:
+    async def folders(self, prefix: str) -> list[str]:
         """The first thousand common prefixes below, each with its slash."""
-        answer = self._ask(Prefix=prefix, Delimiter="/")
+        answer = await self._ask(Prefix=prefix, Delimiter="/")
         return [item["Prefix"] for item in answer.get("CommonPrefixes", ())]
 
     def boundaries(self) -> list[str]:
@@ -92,8 +94,10 @@ class _Listing:
         while level and left > 0 and len(found) < ENOUGH:
             asked, level = level[:left], []
             left -= len(asked)
-            for future in [self._client.start(partial(self.folders, prefix)) for prefix in asked]:
-                level.extend(future.result())
+            surveys = [self._client.start(partial(self.folders, prefix)) for prefix in asked]
+            for survey in surveys:
+                prefixes = wait_for(survey)
+                level += prefixes
             found.update(level)
         ordered = sorted(found, key=str.encode)
         step = -(-len(ordered) // RANGES) or 1
@@ -101,7 +105,7 @@ class _Listing:
 
     def run(self) -> Iterator[Entry]:
         first = _Range(None, None)
-        entries = self.page(first)
+        entries = wait_for(self._client.start(partial(self.page, first)))
         yield from entries
         if first.finished:
             return
@@ -123,7 +127,7 @@ class _Listing:
                     self._go_on(active[-1])
                 head = active[0]
                 assert head.under_way is not None
-                pages = head.under_way.result()
+                pages = wait_for(head.under_way)
                 if head.finished:
                     active.popleft()
                 else:
@@ -136,7 +140,7 @@ class _Listing:
                     one.under_way.cancel()
 
     def _go_on(self, at: _Range) -> None:
-        at.under_way = self._client.start(lambda: self.pages(at))
+        at.under_way = self._client.start(partial(self.pages, at))
 
 
 def _before(key: str, other: str) -> bool:

@@ -7,29 +7,53 @@ reading keeps `window_nbytes` under way or waiting to be consumed: 32 MiB of mem
 
 from __future__ import annotations
 
-import threading
+import asyncio
 import zlib
 from collections import deque
-from concurrent.futures import wait
+from dataclasses import dataclass
 from functools import partial
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import NotFoundInStoreError, SourceChangedError, StorageError
-from ptbin.stores.base import MIB, Identity, Pending, RangeReader, check_range, refuse_other_object
+from ptbin.stores.base import (
+    MIB,
+    Identity,
+    ObjectStat,
+    Pending,
+    RangeReader,
+    check_range,
+    refuse_other_object,
+)
 from ptbin.stores.ranges import Fetch, Piece, plan_fetches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
     from concurrent.futures import Future
 
     from ptbin.stores.reader import WriteAt
     from ptbin.stores.s3_client import S3Client
 
-__all__ = ["S3Reader", "etag_of"]
+__all__ = ["S3Reader", "S3Stat", "etag_of"]
 
 SCATTER_NBYTES = 32 * MIB
 """A request of a transfer to a place that takes bytes in any order: nothing is kept, so it may be large."""
 SCATTERS = 6
+ROOM_BLOCKS = 32
+"""Blocks that were received and wait to be written: at most a mebibyte each."""
+
+
+@dataclass(frozen=True, slots=True)
+class S3Stat(ObjectStat):
+    """What the first answer said of an object.
+
+    Attributes:
+        version_id: where its bucket keeps versions.
+        tail: its last bytes; all of them where it is small.
+    """
+
+    version_id: str | None = None
+    tail: bytes = b""
 
 
 def etag_of(answer: Mapping[str, Any]) -> str:
@@ -38,49 +62,64 @@ def etag_of(answer: Mapping[str, Any]) -> str:
 
 
 class S3Reader(RangeReader):
-    """Made by `S3Store.open_reader`, which has just asked for size, ETag and version id."""
+    """Made by `S3Store.open_reader`, which has just asked for size, ETag, version id and the last bytes."""
 
     gap_nbytes = 256 * 1024
     best_chunk_nbytes = 8 * MIB
     window_nbytes = 32 * MIB
     max_under_way = 16
 
-    def __init__(
-        self,
-        client: S3Client,
-        uri: str,
-        *,
-        bucket: str,
-        key: str,
-        size: int,
-        etag: str,
-        version_id: str | None,
-    ) -> None:
-        super().__init__(uri, size, Identity("etag", etag))
-        self.version_id = version_id
+    def __init__(self, client: S3Client, found: S3Stat, *, bucket: str, key: str) -> None:
+        super().__init__(found.uri, found.size, found.identity)
+        self.version_id = found.version_id
         self._client = client
         self._object = {"Bucket": bucket, "Key": key}
-        self._etag = etag
-        self._counting = threading.Lock()
+        self._etag = etag = found.identity.value
+        self._tail = found.tail
+        self._tail_start = found.size - len(found.tail)
+        self._tail_counted = False
         self._pin: dict[str, str] = {}
         if etag:
             self._pin["IfMatch"] = f'"{etag}"'
-        if version_id is not None:
-            self._pin["VersionId"] = version_id
+        if found.version_id is not None:
+            self._pin["VersionId"] = found.version_id
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether the first answer held all of the object."""
+        return self._tail_start == 0
+
+    def _held(self, offset: int, nbytes: int) -> bytes | None:
+        """A range that came with the first answer; that request is counted once it proves to be of use."""
+        if offset < self._tail_start:
+            return None
+        if not self._tail_counted:
+            self._tail_counted = True
+            self.requests += 1
+            self.bytes_read += len(self._tail)
+        start = offset - self._tail_start
+        return self._tail[start : start + nbytes]
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """As the base says; more than two chunks come as several requests at once."""
         check_range(self.uri, self.size, offset, nbytes)
         if nbytes == 0:
             return b""
+        held = self._held(offset, nbytes)
+        if held is not None:
+            return held
         if nbytes > 2 * self.best_chunk_nbytes:
             return b"".join(self.iter_range(offset, nbytes))
         return b"".join(self.start_fetch(Fetch(offset, nbytes, ()))())
 
     def start_fetch(self, fetch: Fetch) -> Callable[[], list[bytes]]:
-        def get() -> list[bytes]:
+        held = self._held(fetch.offset, fetch.nbytes)
+        if held is not None:
+            return lambda: [held]
+
+        async def get() -> list[bytes]:
             blocks: list[bytes] = []
-            self._get(fetch.offset, fetch.nbytes, blocks.append)
+            await self._get(fetch.offset, fetch.nbytes, blocks.append)
             return blocks
 
         return Pending(self._client.start(get))
@@ -88,58 +127,61 @@ class S3Reader(RangeReader):
     def scatter(
         self, ranges: Sequence[tuple[int, int]], targets: Sequence[int], write_at: WriteAt
     ) -> Iterator[tuple[int, int, int]]:
-        """As the base says, each block written by the thread that has received it: memory is their blocks."""
+        """As the base says, block by block: the loop receives the next ones while this thread writes."""
+        if self._is_whole:
+            yield from super().scatter(ranges, targets, write_at)
+            return
         for offset, nbytes in ranges:
             check_range(self.uri, self.size, offset, nbytes)
         reached = list(targets)
-        waiting: deque[tuple[_Scattering, Future[None]]] = deque()
+        fetches = plan_fetches(ranges, chunk_nbytes=SCATTER_NBYTES, gap_nbytes=self.gap_nbytes)
+        arrived = _Arrivals(self._client.loop)
+        under_way: deque[_Scattering] = deque()
         try:
-            for fetch in plan_fetches(ranges, chunk_nbytes=SCATTER_NBYTES, gap_nbytes=self.gap_nbytes):
-                if len(waiting) >= SCATTERS:
-                    yield from _arrived(*waiting.popleft())
+            for fetch in fetches:
+                if len(under_way) >= SCATTERS:
+                    yield from arrived.all_of(under_way[0])
+                    under_way.popleft()
                 scattering = _Scattering(fetch, reached, write_at)
-                work = partial(self._get, fetch.offset, fetch.nbytes, scattering.consume, scattering.check)
-                waiting.append((scattering, self._client.start(work)))
-            while waiting:
-                yield from _arrived(*waiting.popleft())
+                under_way.append(scattering)
+                get = partial(self._get, fetch.offset, fetch.nbytes, partial(arrived.put, scattering))
+                scattering.future = self._client.start(get)
+                scattering.future.add_done_callback(partial(arrived.end, scattering))
+            while under_way:
+                yield from arrived.all_of(under_way[0])
+                under_way.popleft()
         finally:
-            for scattering, future in waiting:
-                scattering.stopped = True
-                future.cancel()
-            wait([future for _, future in waiting])
+            for scattering in under_way:
+                if scattering.future is not None:
+                    scattering.future.cancel()
 
-    def _get(
-        self,
-        offset: int,
-        nbytes: int,
-        consume: Callable[[bytes], None],
-        check: Callable[[], None] = lambda: None,
+    async def _get(
+        self, offset: int, nbytes: int, consume: Callable[[bytes], Awaitable[None] | None]
     ) -> None:
-        """A range, block by block; what breaks off is taken up where it broke off, unless `check` raises."""
+        """A range, block by block; what breaks off is taken up where it broke off."""
         done = 0
 
-        def count(block: bytes) -> None:
+        def count(block: bytes) -> Awaitable[None] | None:
             nonlocal done
             done += len(block)
-            with self._counting:
-                self.bytes_read += len(block)
-            consume(block)
+            self.bytes_read += len(block)
+            return consume(block)
 
-        def attempt() -> None:
-            check()
+        async def attempt() -> None:
             if done < nbytes:
-                self._get_once(offset + done, nbytes - done, count)
+                await self._get_once(offset + done, nbytes - done, count)
             if done != nbytes:
                 raise StorageError(
                     f"cannot read {self.uri}: {done} of {nbytes} bytes came at offset {offset}",
                     transient=True,
                 )
 
-        self._client.repeated(attempt)
+        await self._client.arepeated(attempt)
 
-    def _get_once(self, offset: int, nbytes: int, consume: Callable[[bytes], None]) -> None:
-        with self._counting:
-            self.requests += 1
+    async def _get_once(
+        self, offset: int, nbytes: int, consume: Callable[[bytes], Awaitable[None] | None]
+    ) -> None:
+        self.requests += 1
 
         def accept(answer: dict[str, Any]) -> None:
             if etag_of(answer) == self._etag and answer["ContentLength"] == nbytes:
@@ -152,7 +194,7 @@ class S3Reader(RangeReader):
 
         last = offset + nbytes - 1  # inclusive (RFC 9110, 14.1.2)
         try:
-            self._client.fetch(
+            await self._client.fetch(
                 "read", self.uri, accept, consume, **self._object, **self._pin, Range=f"bytes={offset}-{last}"
             )
         except NotFoundInStoreError as error:
@@ -181,6 +223,11 @@ class S3Reader(RangeReader):
             named["CopySourceIfMatch"] = f'"{self._etag}"'
         return named
 
+    def confirm(self) -> None:
+        """Nothing where one answer held all of it; else as `check_unchanged`, for the sake of copies."""
+        if not self._is_whole:
+            self.check_unchanged()
+
     def check_unchanged(self) -> None:
         """One HEAD of the name, whatever version was read."""
         try:
@@ -194,7 +241,8 @@ class _Scattering:
     """One fetch on its way to where its ranges are to be; `reached` are the ranges' next targets."""
 
     def __init__(self, fetch: Fetch, reached: list[int], write_at: WriteAt) -> None:
-        self.stopped = False
+        self.future: Future[None] | None = None
+        self.finished = False
         self.jobs: list[tuple[Piece, int]] = []
         for piece in fetch.pieces:
             self.jobs.append((piece, reached[piece.index]))
@@ -204,12 +252,7 @@ class _Scattering:
         self._position = 0
         self._job = 0
 
-    def check(self) -> None:
-        if self.stopped:
-            raise StorageError("nobody waits for it any more")
-
     def consume(self, block: bytes) -> None:
-        self.check()
         view = memoryview(block)
         begin, end = self._position, self._position + len(block)
         while self._job < len(self.jobs):
@@ -225,7 +268,31 @@ class _Scattering:
         self._position = end
 
 
-def _arrived(scattering: _Scattering, future: Future[None]) -> Iterator[tuple[int, int, int]]:
-    future.result()
-    for (piece, _), crc32 in zip(scattering.jobs, scattering.crc32, strict=True):
-        yield piece.index, crc32, piece.stop - piece.start
+class _Arrivals:
+    """Blocks on their way from the loop, which receives them, to the thread that writes them."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._room = asyncio.Semaphore(ROOM_BLOCKS)
+        self._queue: SimpleQueue[tuple[_Scattering, bytes | None]] = SimpleQueue()
+
+    async def put(self, scattering: _Scattering, block: bytes) -> None:
+        await self._room.acquire()
+        self._queue.put((scattering, block))
+
+    def end(self, scattering: _Scattering, _: Future[None]) -> None:
+        self._queue.put((scattering, None))
+
+    def all_of(self, awaited: _Scattering) -> Iterator[tuple[int, int, int]]:
+        """Write what comes until all of `awaited` has come; its ranges, as `scatter` yields them."""
+        while not awaited.finished:
+            scattering, block = self._queue.get()
+            if block is not None:
+                scattering.consume(block)
+                self._loop.call_soon_threadsafe(self._room.release)
+                continue
+            assert scattering.future is not None
+            scattering.future.result()
+            scattering.finished = True
+        for (piece, _), crc32 in zip(awaited.jobs, awaited.crc32, strict=True):
+            yield piece.index, crc32, piece.stop - piece.start

@@ -12,13 +12,12 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import time
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import CancelledError, wait
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import (
@@ -33,7 +32,7 @@ from ptbin.stores.parts import Part, PartRules, Stretch, plan_parts
 from ptbin.stores.s3_reader import S3Reader, etag_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable
     from concurrent.futures import Future
 
     from ptbin.stores.base import RangeReader
@@ -46,8 +45,8 @@ UNKNOWN_SIZE_PART_NBYTES = 32 * MIB
 """Where no size is foretold: room for 312 GiB."""
 UPLOADS = 4
 COPIES = 8
-CLOCK_STEP_S = 2.0
-"""S3 states times in whole seconds."""
+BODY_BLOCK_NBYTES = 256 * 1024
+"""Bodies go to the socket by so much at a time, as fast as it takes them."""
 ABORT_WAIT_S = 15.0
 """So long parts under way may hold up an abort: a server that hangs must not hold up the end of a run."""
 LEAST_COPIED_NBYTES = 8 * MIB
@@ -83,11 +82,8 @@ class S3Writer(Writer):
         self._part_nbytes = part_nbytes_for(size_hint)
         self._sizes: deque[int] = deque()  # of the parts to be uploaded, where they were laid out
         self._filling = bytearray()
-        self._filled = 0
         self._upload_id: str | None = None
         self._beginning: Future[str] | None = None
-        self._lost_creates = 0
-        self._creating_s = 0.0
         self._sent: list[_Sent] = []
         self._under_way: deque[tuple[bool, Future[_Sent]]] = deque()
 
@@ -96,13 +92,10 @@ class S3Writer(Writer):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         rest = memoryview(data).cast("B")
         while rest:
-            if self._filled == self._part_nbytes:  # only now is it certain that more follows
+            if len(self._filling) == self._part_nbytes:  # only now is it certain that more follows
                 self._send_part()
-            if not self._filling:
-                self._filling = bytearray(self._part_nbytes)
-            taken = rest[: self._part_nbytes - self._filled]
-            self._filling[self._filled : self._filled + len(taken)] = taken
-            self._filled += len(taken)
+            taken = rest[: self._part_nbytes - len(self._filling)]
+            self._filling += taken
             self.bytes_written += len(taken)
             rest = rest[len(taken) :]
 
@@ -111,13 +104,11 @@ class S3Writer(Writer):
         part = self._taken()
         if self._sizes:
             self._part_nbytes = self._sizes.popleft()
-        self._submit(UPLOADS, lambda: self._upload_part(number, part), copied=False)
+        self._submit(UPLOADS, partial(self._upload_part, number, part), copied=False)
 
     def _taken(self) -> bytearray:
         """What has been gathered so far, which is then forgotten here."""
         part, self._filling = self._filling, bytearray()
-        del part[self._filled :]
-        self._filled = 0
         return part
 
     def _next_number(self) -> int:
@@ -130,87 +121,49 @@ class S3Writer(Writer):
         self._begin()
         return number
 
-    def _submit(self, most: int, work: Callable[[], _Sent], *, copied: bool) -> None:
+    def _submit(self, most: int, work: Callable[[], Awaitable[_Sent]], *, copied: bool) -> None:
         """Start a part; wait before for the oldest ones while too many of its kind are under way."""
         while sum(kind is copied for kind, _ in self._under_way) >= most:
             self._collect()
 
-        def unless_aborted() -> _Sent:
+        async def unless_aborted() -> _Sent:
             if not self._open:
                 raise StorageError(f"the upload of {self.uri} was given up")
-            return work()
+            return await work()
 
-        self._under_way.append((copied, self._client.start(lambda: self._client.repeated(unless_aborted))))
+        future = self._client.start(partial(self._client.arepeated, unless_aborted))
+        self._under_way.append((copied, future))
 
     def _collect(self) -> None:
-        _, future = self._under_way.popleft()
-        self._sent.append(future.result())
+        # Stays in the row until it is known: an interrupted wait leaves it to `abort`.
+        self._sent.append(self._under_way[0][1].result())
+        self._under_way.popleft()
 
     def _begin(self) -> None:
         if self._beginning is None:
-            # On another thread: an interrupt here must not lose an upload that the store has begun.
+            # Goes on where this wait is interrupted: an upload that the store has begun must not be lost.
             self._beginning = self._client.start(self._create_upload)
         self._upload_id = self._beginning.result()
 
-    def _create_upload(self) -> str:
+    async def _create_upload(self) -> str:
         """Begin the upload; with copies in it, ask the store to keep a CRC-32 of the whole object."""
-        started = time.monotonic()
+        begin = partial(self._client.acall, "create_multipart_upload", "write", self.uri, **self._object)
         asked: dict[str, str] = {}
         if self._moves:
             asked = {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"}
         try:
-            answer = self._create(asked)
+            answer = await begin(**asked)
         except StorageError as error:
             if not asked or error.transient or isinstance(error, (AccessDeniedError, NotFoundInStoreError)):
                 raise
-            answer = self._create({})
-        if self._lost_creates:
-            self._creating_s = time.monotonic() - started
+            answer = await begin()
         # A store that knows nothing of checksums drops the wish without a word.
         self.checks_crc32 = bool(asked) and answer.get("ChecksumAlgorithm") == "CRC32"
         return str(answer["UploadId"])
 
-    def _create(self, asked: Mapping[str, str]) -> dict[str, Any]:
-        def once() -> dict[str, Any]:
-            try:
-                return self._client.attempt(
-                    "create_multipart_upload", "write", self.uri, **self._object, **asked
-                )
-            except StorageError as error:
-                self._lost_creates += error.transient
-                raise
-
-        return self._client.repeated(once)
-
-    def _abort_lost(self, own: str) -> None:
-        """Abort uploads that were begun here without our hearing of it: the answer was lost on its way.
-
-        They are known by their key, by having been begun within the time that our attempts took, and by
-        having no part. Another writer to the same key that has not sent its first part by now could be hit;
-        it would fail and try again, and nothing be stored wrongly.
-        """
-        found = self._client.call(
-            "list_multipart_uploads",
-            "write",
-            self.uri,
-            Bucket=self._object["Bucket"],
-            Prefix=self._object["Key"],
-        ).get("Uploads", ())
-        begun = {item["UploadId"]: item["Initiated"] for item in found if item["Key"] == self._object["Key"]}
-        if own not in begun:
-            return
-        latest = begun.pop(own)
-        earliest = latest - timedelta(seconds=self._creating_s + CLOCK_STEP_S)
-        for upload_id, initiated in begun.items():
-            named = {**self._object, "UploadId": upload_id}
-            if earliest <= initiated <= latest and not self._client.call(
-                "list_parts", "write", self.uri, **named, MaxParts=1
-            ).get("Parts"):
-                self._client.call("abort_multipart_upload", "abort the upload of", self.uri, **named)
-
-    def _upload_part(self, number: int, part: bytearray) -> _Sent:
+    async def _upload_part(self, number: int, part: bytearray) -> _Sent:
         checksum = {"ChecksumCRC32": _base64(zlib.crc32(part))} if self.checks_crc32 else {}
-        answer = self._client.attempt(
+        answer = await self._client.attempt(
             "upload_part",
             "write",
             self.uri,
@@ -218,9 +171,15 @@ class S3Writer(Writer):
             **checksum,
             UploadId=self._upload_id,
             PartNumber=number,
-            Body=part,
+            **self._body(part),
         )
         return _Sent(str(answer["ETag"]), checksum.get("ChecksumCRC32"))
+
+    def _body(self, data: bytearray) -> dict[str, Any]:
+        """As arguments of a call. Not `bytes`: botocore makes a file of those, which is read in a thread."""
+        if len(data) <= BODY_BLOCK_NBYTES or not self._client.streams_bodies:
+            return {"Body": data}
+        return {"Body": _Blocks(data), "ContentLength": len(data)}
 
     # -- bytes that the store has --------------------------------------------------------------
 
@@ -249,7 +208,7 @@ class S3Writer(Writer):
         return parts
 
     def _rules(self) -> PartRules:
-        return PartRules(equal=self._client.options.equal_parts)
+        return PartRules(equal=self._client.equal_parts)
 
     def copy_from(self, reader: RangeReader, offset: int, nbytes: int) -> bool:
         """One part, copied by the store; between parts only, as `lay_out` has cut them."""
@@ -257,18 +216,20 @@ class S3Writer(Writer):
             return False
         if not isinstance(reader, S3Reader) or reader.server_side_store is None:
             raise CopyRefused(f"{reader.uri}: not every store takes a copy's source of that name")
-        if self._filled:
-            assert self._filled == self._part_nbytes, "a copied part begins where a part ends"
+        if self._filling:
+            assert len(self._filling) == self._part_nbytes, "a copied part begins where a part ends"
             self._send_part()
         number = self._next_number()
-        self._submit(COPIES, lambda: self._copy_part(number, reader.copy_source, offset, nbytes), copied=True)
+        self._submit(
+            COPIES, partial(self._copy_part, number, reader.copy_source, offset, nbytes), copied=True
+        )
         self.bytes_written += nbytes
         self.bytes_copied += nbytes
         return True
 
-    def _copy_part(self, number: int, source: dict[str, Any], offset: int, nbytes: int) -> _Sent:
+    async def _copy_part(self, number: int, source: dict[str, Any], offset: int, nbytes: int) -> _Sent:
         try:
-            answer = self._client.attempt(
+            answer = await self._client.attempt(
                 "upload_part_copy",
                 "write",
                 self.uri,
@@ -299,15 +260,18 @@ class S3Writer(Writer):
     def _publish(self) -> None:
         if self._upload_id is None:
             body = self._taken()
-            answer = self._client.call("put_object", "write", self.uri, **self._object, Body=body)
+
+            async def put() -> dict[str, Any]:
+                return await self._client.attempt(
+                    "put_object", "write", self.uri, **self._object, **self._body(body)
+                )
+
+            answer = self._client.repeated(put)
             self.identity = Identity("etag", etag_of(answer)) if etag_of(answer) else None
             return
-        if self._filled:
+        if self._filling:
             self._send_part()
         self.settle()
-        if self._lost_creates:
-            with contextlib.suppress(PtbinError):
-                self._abort_lost(self._upload_id)
         self._complete(self._upload_id)
 
     def _complete(self, upload_id: str) -> None:
@@ -356,18 +320,14 @@ class S3Writer(Writer):
         self._taken()
         futures = [future for _, future in self._under_way]
         self._under_way.clear()
-        for future in futures:
-            future.cancel()
         # A part that arrives after the abort would stay behind, unseen and paid for.
-        wait(futures, timeout=ABORT_WAIT_S)
+        for future in wait(futures, timeout=ABORT_WAIT_S).not_done:
+            future.cancel()
         if self._beginning is None:
             return
         beginning, self._beginning = self._beginning, None
         with contextlib.suppress(PtbinError, CancelledError):
             upload_id = beginning.result()
-            if self._lost_creates:
-                with contextlib.suppress(PtbinError):
-                    self._abort_lost(upload_id)
             self._client.call(
                 "abort_multipart_upload",
                 "abort the upload of",
@@ -375,6 +335,25 @@ class S3Writer(Writer):
                 **self._object,
                 UploadId=upload_id,
             )
+
+
+class _Blocks:
+    """A body that is sent block by block, as the socket takes it; made anew for each attempt.
+
+    A file would be read in a thread, 64 KiB at a time: half as fast. Bytes in one piece would be copied into
+    the connection's buffer, whole.
+    """
+
+    def __init__(self, data: bytearray) -> None:
+        self._data = memoryview(data)
+
+    def read(self) -> bytes:
+        """What botocore takes for the mark of a body; it is never called."""
+        raise NotImplementedError
+
+    async def __aiter__(self) -> AsyncIterator[memoryview]:
+        for start in range(0, len(self._data), BODY_BLOCK_NBYTES):
+            yield self._data[start : start + BODY_BLOCK_NBYTES]
 
 
 def _base64(crc32: int) -> str:

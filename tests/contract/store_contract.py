@@ -97,7 +97,8 @@ class StoreContract:
             assert reader.read(0, 10) == b"0123456789"
             assert reader.read(3, 4) == b"3456"
             assert reader.read(9, 1) == b"9"
-            assert (reader.requests, reader.bytes_read) == (3, 15)
+            # A store may have brought all of it along at once.
+            assert (reader.requests, reader.bytes_read) in ((3, 15), (1, 10))
 
     @pytest.mark.parametrize(
         ("offset", "nbytes"), [(0, 11), (10, 1), (11, 0), (-1, 2), (5, -1), (1 << 70, 1)]
@@ -147,7 +148,9 @@ class StoreContract:
         place.store.write_bytes(place.path("x"), LARGE)
         with place.store.open_reader(place.path("x")) as reader:
             pieces = reader.iter_range(0, len(LARGE), chunk_nbytes=MIB)
-            assert next(pieces) == LARGE[:MIB]
+            first = next(pieces)
+            assert first
+            assert first == LARGE[: len(first)]
             pieces.close()  # type: ignore[attr-defined]  # a generator, as all of them are
             assert reader.read(5, 5) == LARGE[5:10]
 

@@ -38,6 +38,14 @@ class TestMemory(StoreContract):
         return Place(*open_store(f"memory://{os.urandom(6).hex()}"), pins_every_read=False)
 
 
+class TestCached(StoreContract):
+    """A chained URL: a filesystem before another one."""
+
+    @pytest.fixture
+    def place(self) -> Place:
+        return Place(*open_store(f"simplecache::memory://{os.urandom(6).hex()}/x"), pins_every_read=False)
+
+
 class TestWrapped(StoreContract):
     """The fakes must not bend what they wrap."""
 

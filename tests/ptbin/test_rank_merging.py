@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import itertools
 import json
 import shutil
@@ -30,6 +31,7 @@ from ptbin.reading.meshes import Placement, runs_of
 from tests.bits import assert_same_tensors
 from tests.checkpoints.meshes import make_meshes
 from tests.checkpoints.old_meshes import Cut, save_as_torch_2_3
+from tests.servers.endpoint import S3Endpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -351,3 +353,30 @@ def test_two_sets_of_ranks_in_one_folder_are_refused(made: Path, tmp_path: Path)
             )
     with pytest.raises(CheckpointError, match="folder of its own"):
         ptbin.convert(str(tmp_path), str(tmp_path / "x.bin"))
+
+
+def test_ranks_in_a_bucket_become_whole_there(tmp_path: Path, moto_s3: S3Endpoint) -> None:
+    """Long pieces are copied inside the store, the rest passes through."""
+    bucket = moto_s3.make_bucket()
+    big = torch.arange(4 * 1024 * 1024, dtype=torch.float32).reshape(2048, 2048)
+    small = torch.randn(3, 6)
+    for rank in range(2):
+        path = tmp_path / f"model_world_size_2_rank_{rank}.pt"
+        cuts = {"w": (big, 0), "v": (small, 1)}
+        save_as_torch_2_3(
+            path,
+            {
+                name: Cut(value.chunk(2, dim)[rank].clone(), tuple(value.shape), (2,), (rank,), (dim,))
+                for name, (value, dim) in cuts.items()
+            },
+        )
+        moto_s3.store().write_bytes(f"{bucket}/in/actor/{path.name}", path.read_bytes())
+    source, dest = f"s3://{bucket}/in", f"s3://{bucket}/out/actor.bin"
+    options = moto_s3.storage_options
+    found = [item.path for item in catalog.find_checkpoints(source, storage_options=options)]
+    assert found == ["actor"]
+    manifest = ptbin.convert(f"{source}/actor", dest, source_options=options, dest_options=options)
+    data = moto_s3.store().read_bytes(f"{bucket}/out/actor.bin")
+    whole = torch.load(io.BytesIO(data), weights_only=True)
+    assert_same_tensors(whole, {"w": big, "v": small})
+    assert manifest["bytes_copied_in_store"] >= big.nbytes // 2

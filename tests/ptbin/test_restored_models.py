@@ -273,11 +273,11 @@ def test_the_report_names_the_option_that_helps(
 def test_the_report_names_the_state_dict_that_fits(nets: Any, tmp_path: Path) -> None:
     trained = _trained(nets, "norm")
     raw = {f"other.{name}.raw": value for name, value in trained.state_dict().items()}
-    torch.save({"state_dict": raw, "ema_state_dict": trained.state_dict()}, tmp_path / "two.pt")
+    torch.save({"discriminator": raw, "generator": trained.state_dict()}, tmp_path / "two.pt")
     with pytest.raises(ModelMismatchError) as refused:
-        _restore(str(tmp_path / "two.pt"), tmp_path / "out.pt", "norm")
-    assert "--select ema_state_dict" in str(refused.value)
-    _restore(str(tmp_path / "two.pt"), tmp_path / "out.pt", "norm", select="ema_state_dict")
+        _restore(str(tmp_path / "two.pt"), tmp_path / "out.pt", "norm", select="discriminator")
+    assert "--select generator" in str(refused.value)
+    _restore(str(tmp_path / "two.pt"), tmp_path / "out.pt", "norm", select="generator")
     _assert_same_model(torch.load(tmp_path / "out.pt", weights_only=False), trained)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from ptbin.stores.retry import RetryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.servers.endpoint import S3Endpoint
 
@@ -163,6 +165,24 @@ def test_uris_and_paths_turn_into_each_other(uri: str, path: str, public: str) -
     assert found == path
     assert store.uri_of(found) == public
     assert store.uri_of(path + "/more") == public + "/more"
+
+
+@pytest.mark.parametrize("chain", ["zip://runs::{}", "zip://runs/::file://{}", "simplecache::zip://runs::{}"])
+def test_what_lies_in_an_archive_is_listed_and_opened_by_its_chained_url(tmp_path: Path, chain: str) -> None:
+    archive = tmp_path / "x.zip"
+    with zipfile.ZipFile(archive, "w") as writing:
+        writing.writestr("runs/a.pt", b"0123")
+        writing.writestr("runs/deep/b.pt", b"01234")
+    store, path = open_store(chain.format(archive))
+    found = list(store.iter_objects(path))
+    assert [item.path for item in found] == ["a.pt", "deep/b.pt"]
+    for item in found:
+        assert item.identity is not None
+        assert item.identity.kind == "checksum"
+        again, its_path = open_store(item.uri)
+        assert again.read_bytes(its_path) == b"01234"[: item.size]
+    with pytest.raises(StorageError, match="cannot write to"):
+        store.check_writable(path)
 
 
 def test_an_unknown_protocol_is_a_usage_error() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+import asyncio
+import os
 from typing import Any
 
 import pytest
@@ -25,19 +26,16 @@ def test_a_run_keeps_within_its_own_limit(moto_s3: S3Endpoint, monkeypatch: pyte
     content = bytes(range(256)) * 16 * 4096
     store.write_bytes(f"{bucket}/x", content)
     at_once, most = 0, 0
-    lock = threading.Lock()
     send = S3Client.send
 
-    def counted(self: S3Client, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    async def counted(self: S3Client, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
         nonlocal at_once, most
-        with lock:
-            at_once += 1
-            most = max(most, at_once)
+        at_once += 1
+        most = max(most, at_once)
         try:
-            return send(self, method, parameters)
+            return await send(self, method, parameters)
         finally:
-            with lock:
-                at_once -= 1
+            at_once -= 1
 
     monkeypatch.setattr(S3Client, "send", counted)
     limit = RequestLimit(2)
@@ -49,6 +47,30 @@ def test_a_run_keeps_within_its_own_limit(moto_s3: S3Endpoint, monkeypatch: pyte
 
 
 def test_the_process_has_one_as_well() -> None:
-    before = process_limit().peak
-    with request_slot(), request_slot():
-        assert process_limit().peak >= max(before, 2)
+    async def take_two() -> None:
+        async with request_slot(), request_slot():
+            assert process_limit().peak >= 2
+
+    asyncio.run(take_two())
+
+
+def test_slots_that_were_held_are_free_in_a_forked_process() -> None:
+    limit = RequestLimit(1)
+
+    async def take() -> None:
+        async with limit.slot():
+            pass
+
+    async def fork_while_held() -> int:
+        async with limit.slot():
+            return os.fork()
+
+    child = asyncio.run(fork_while_held())
+    if child == 0:
+        status = 1
+        try:
+            asyncio.run(asyncio.wait_for(take(), 10))
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from fsspec.asyn import get_loop
 
 from ptbin.stores.s3_client import S3Client
 from ptbin.stores.s3_listing import RANGES, SURVEYS, iter_entries
@@ -22,7 +24,12 @@ class Fake(S3Client):
         self.keys = sorted(keys, key=str.encode)
         self.requests: list[dict[str, Any]] = []
 
-    def send(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        loop: asyncio.AbstractEventLoop = get_loop()
+        return loop
+
+    async def send(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
         assert method == "list_objects_v2"
         self.requests.append(parameters)
         prefix, most = parameters["Prefix"], parameters.get("MaxKeys", PAGE)

@@ -1,0 +1,105 @@
+"""What each kind of transfer asks of S3, counted: none may come to ask more without a word."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ptbin
+from ptbin.copying import copy_file
+from ptbin.options import ConvertOptions
+from ptbin.stores.s3_client import S3Client
+from tests.servers.endpoint import S3Endpoint
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    send = S3Client.send
+
+    async def counted(self: S3Client, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        counts[method] += 1
+        return await send(self, method, parameters)
+
+    monkeypatch.setattr(S3Client, "send", counted)
+    return counts
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("requests")
+    made = {}
+    for name, width in (("small", 30), ("large", 2600)):
+        made[name] = folder / f"{name}.pt"
+        torch.save({"a.weight": torch.randn(width, width), "b.weight": torch.randn(width)}, made[name])
+    return made
+
+
+Go = Callable[[str, str, dict[str, Any]], object]
+
+
+def _convert(source: str, dest: str, options: dict[str, Any]) -> None:
+    free = ptbin.stage(source, dest, ConvertOptions(), source_options=options, dest_options=options)
+    ptbin.publish(free, source_options=options, dest_options=options)
+
+
+def _copy(source: str, dest: str, options: dict[str, Any]) -> None:
+    copy_file(source, dest, source_options=options, dest_options=options)
+
+
+# Reads; writes; all else. Of a checkpoint of 26 MiB.
+TRANSFERS: list[tuple[str, str, str, str, Go, tuple[int, int, int]]] = [
+    # The source, whole; the earlier manifest, which is not there; the output; the proof; the manifest.
+    ("a small checkpoint, S3 to S3", "small", "s3", "s3", _convert, (3, 2, 1)),
+    ("a small checkpoint, S3 to local", "small", "s3", "local", _convert, (1, 0, 0)),
+    ("a small checkpoint, local to S3", "small", "local", "s3", _convert, (2, 2, 1)),
+    ("a small file, S3 to S3", "small", "s3", "s3", _copy, (2, 1, 0)),
+    ("a small file, S3 to local", "small", "s3", "local", _copy, (1, 0, 0)),
+    ("a small file, local to S3", "small", "local", "s3", _copy, (1, 1, 0)),
+    # The end with the index, the pickle, the weights; the state of the source when all was read.
+    ("a large checkpoint, S3 to local", "large", "s3", "local", _convert, (3, 0, 1)),
+    # The proof reads by 4 MiB.
+    ("a large checkpoint, local to S3", "large", "local", "s3", _convert, (10, 5, 4)),
+    # Put together inside the store: copied parts are neither read nor written here.
+    ("a large checkpoint, S3 to S3", "large", "s3", "s3", _convert, (6, 3, 7)),
+    ("a large file, S3 to S3", "large", "s3", "s3", _copy, (1, 0, 6)),
+    ("a large file, S3 to local", "large", "s3", "local", _copy, (5, 0, 1)),
+    ("a large file, local to S3", "large", "local", "s3", _copy, (5, 4, 4)),
+]
+
+
+@pytest.mark.parametrize(
+    ("size", "begin", "end", "go", "most"),
+    [row[1:] for row in TRANSFERS],
+    ids=[row[0] for row in TRANSFERS],
+)
+def test_no_transfer_asks_more_than_it_needs(
+    moto_s3: S3Endpoint,
+    sent: Counter[str],
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    size: str,
+    begin: str,
+    end: str,
+    go: Go,
+    most: tuple[int, int, int],
+) -> None:
+    bucket = moto_s3.make_bucket()
+    moto_s3.store().write_bytes(f"{bucket}/in/x.pt", checkpoints[size].read_bytes())
+    source = f"s3://{bucket}/in/x.pt" if begin == "s3" else str(checkpoints[size])
+    dest = f"s3://{bucket}/out/x.bin" if end == "s3" else str(tmp_path / "x.bin")
+    sent.clear()
+    go(source, dest, moto_s3.storage_options)
+    reads = sent["get_object"]
+    writes = sent["put_object"] + sent["upload_part"]
+    others = sent.total() - reads - writes
+    assert reads <= most[0], dict(sent)
+    assert writes <= most[1], dict(sent)
+    assert others <= most[2], dict(sent)
