@@ -38,6 +38,7 @@ def _script(text: str) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.starts_processes
 @pytest.mark.parametrize("page", PAGES)
 def test_a_pages_commands_do_what_it_says(page: str, tmp_path: Path) -> None:
     if not (SCRIPTS / "ptbin").exists():
