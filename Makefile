@@ -8,6 +8,7 @@
 #   make bench       whole-process measurements; writes docs/benchmarks*.md (about 12 GB of disk, BENCH_DIR;
 #                    16 GB of memory for the part on S3)
 #   make test-slow   the suite with its slow part (archives beyond 4 GiB, every kill, automations)
+#   make docs        the documentation as a site, in site/ (installs MkDocs; no test needs it)
 #   make s3-server   run a throw-away S3 server on loopback until Ctrl-C; says where it listens
 #   make clean       remove .venv and everything that the commands above made
 #
@@ -28,7 +29,7 @@ SOURCES := $(shell find ptbin tasks flows deployments -type f ! -name '*.pyc')
 # demo and bench do without: -P would hide a script's own neighbours too.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install demo test test-quick test-slow check bench bench-peers s3-server s3-packages browser-packages postgres-packages demo-deploy clean
+.PHONY: install demo docs test test-quick test-slow check bench bench-peers s3-server s3-packages browser-packages postgres-packages demo-deploy clean
 
 install: $(VENV)/.requirements $(VENV)/.installed
 
@@ -153,6 +154,16 @@ browser-packages:
 	  echo "no chromium, and not root: the tests of the report in a browser will be skipped"; \
 	fi
 
+# The site, with the references made from the command line's own help and the docstrings. What is installed is
+# what they are made from.
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+	@echo "site/index.html"
+
 clean:
-	rm -rf $(VENV) $(PEERS) demo-output demo-deploy-output benchmarks/work build dist .mypy_cache .ruff_cache .pytest_cache \
+	rm -rf $(VENV) $(PEERS) site demo-output demo-deploy-output benchmarks/work build dist .mypy_cache .ruff_cache .pytest_cache \
 	  .hypothesis .import_linter_cache

@@ -7,6 +7,7 @@ they lie (`tasks.credentials`).
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -141,6 +142,7 @@ def running(live: LiveRun, dest: str | None, settings: RunSettings) -> Iterator[
             max(1, settings.max_requests // runner.width) if runner.is_remote else settings.max_requests,
             lease.uri if lease is not None else None,
             goes_out=runner.is_remote,
+            folder=os.getcwd() if runner.begins_elsewhere else None,
         )
         run = Running(live, runner, ticket, lease)
         if settings.deadline is not None:

@@ -12,6 +12,7 @@ import functools
 import importlib
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -50,6 +51,11 @@ class Runner:
     def is_remote(self) -> bool:
         """Whether batches are worked on in other processes."""
         return self._make is not None
+
+    @property
+    def begins_elsewhere(self) -> bool:
+        """Whether its processes begin in a working folder of their own, which they may leave."""
+        return self.name == "ray"
 
     @property
     def batch_count(self) -> int:
@@ -105,18 +111,19 @@ def open_runner(name: RunnerName, address: str | None, workers: int | None) -> I
     if name == "threads":
         yield Runner(name, workers or DEFAULT_WORKERS, None)
         return
-    if name == "processes":
-        width = workers or DEFAULT_WORKERS
-        runner = Runner(name, width, lambda: _processes(width))
-    elif name == "dask":
-        runner = _dask(address, workers)
-    else:
-        runner = _ray(address, workers)
-    try:
-        runner._runner()  # noqa: SLF001 - opened here, so that what is wrong with it is known before any work
-        yield runner
-    finally:
-        runner.close()
+    with tempfile.TemporaryDirectory(prefix="ptbin-") as empty:
+        if name == "processes":
+            width = workers or DEFAULT_WORKERS
+            runner = Runner(name, width, lambda: _processes(width))
+        elif name == "dask":
+            runner = _dask(address, workers)
+        else:
+            runner = _ray(address, workers, empty)
+        try:
+            runner._runner()  # noqa: SLF001 - opened here, so that what is wrong with it is known before any work
+            yield runner
+        finally:
+            runner.close()
 
 
 # -- processes ---------------------------------------------------------------------------------------
@@ -182,15 +189,17 @@ def _dask(address: str | None, workers: int | None) -> Runner:
     return Runner("dask", width, lambda: prefect_dask.DaskTaskRunner(address=address))
 
 
-def _ray(address: str | None, workers: int | None) -> Runner:
+def _ray(address: str | None, workers: int | None, empty: str) -> Runner:
     # Ray asks a host on the internet for its usage statistics otherwise.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     prefect_ray = _import("prefect_ray", "ray")
     ray = _import("ray", "ray")
     width = workers or DEFAULT_WORKERS
     quiet = {"logging_level": "error", "log_to_driver": False, "configure_logging": False}
+    # Ray's workers import from the working folder of whoever starts them, unless they are given another one.
+    elsewhere = {"runtime_env": {"working_dir": empty}}
     if address is None:
-        options = quiet | {"num_cpus": width, "include_dashboard": False}
+        options = quiet | elsewhere | {"num_cpus": width, "include_dashboard": False}
         return Runner("ray", width, lambda: prefect_ray.RayTaskRunner(init_kwargs=options))
     try:
         ray.init(address, **quiet)
@@ -199,4 +208,5 @@ def _ray(address: str | None, workers: int | None) -> Runner:
         raise UsageError(f"no Ray cluster answers at {address}: {error}") from error
     finally:
         ray.shutdown()
-    return Runner("ray", width, lambda: prefect_ray.RayTaskRunner(address=address, init_kwargs=quiet))
+    options = quiet | elsewhere
+    return Runner("ray", width, lambda: prefect_ray.RayTaskRunner(address=address, init_kwargs=options))

@@ -9,6 +9,7 @@ tasks of that run in its process, and which hears from the run's lease on DEST w
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -78,6 +79,8 @@ class Ticket:
     """URI of the run's lease on DEST."""
     goes_out: bool = False
     """Whether it is for other processes; else the run must be open where the task is."""
+    folder: str | None = None
+    """Working folder that relative places mean, for processes that begin in another one."""
 
 
 @dataclass(slots=True, eq=False)
@@ -168,6 +171,9 @@ def enter_run(ticket: Ticket) -> LiveRun:
     with _lock:
         if (live := _runs.get(ticket.run_id)) is not None:
             return live
+        if ticket.folder is not None:
+            with contextlib.suppress(OSError):  # another machine may not have it
+                os.chdir(ticket.folder)
         live = LiveRun(ticket.run_id, ticket.source.load(), ticket.dest.load())
         if ticket.requests is not None:
             live.requests = RequestLimit(ticket.requests)

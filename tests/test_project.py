@@ -62,6 +62,31 @@ def test_version_is_said_once_and_truly() -> None:
         assert metadata.version("ptbin") == ptbin.__version__
 
 
+def test_version_is_that_of_the_changelogs_first_heading() -> None:
+    heading = re.search(r"^## \[(.*?)\] - (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heading is not None
+    assert heading[1] == ptbin.__version__
+    assert re.fullmatch(r"unreleased|\d{4}-\d\d-\d\d", heading[2])
+
+
+def test_every_page_is_in_the_sites_navigation() -> None:
+    named = set(re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert named == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_hooks_and_workflow_run_what_make_runs() -> None:
+    yaml = pytest.importorskip("yaml")
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    makefile = (ROOT / "Makefile").read_text()
+    tools = {hook["entry"].split()[0].removeprefix(".venv/") for hook in hooks}
+    assert tools == {"bin/ruff", "bin/mypy", "bin/lint-imports"}
+    assert all(tool.replace("bin/", "$(BIN)/") in makefile for tool in tools)
+    steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["steps"]
+    commands = {step["run"].removeprefix("make ") for step in steps if "run" in step}
+    assert commands == {"check", "test", "docs"}
+    assert all(re.search(rf"^{command}:", makefile, re.MULTILINE) for command in commands)
+
+
 @pytest.mark.starts_processes
 def test_importing_ptbin_imports_nothing_heavy() -> None:
     loaded = _python(

@@ -79,7 +79,7 @@ def restore_model(
             "unused": answer["unused"],
             "changed": [name for name in answer["given"] if name in set(changed)],
         }
-        manifest["tensors"] = out.rows(weights.source_names)
+        manifest["tensors"] = out.rows(weights.source_names, found)
         out.publish(manifest)
     return manifest
 

@@ -21,9 +21,11 @@ from ptbin.manifest import hex_crc32, identity_text, utc_now
 from ptbin.options import ConvertOptions
 from ptbin.proof.digests import digest_regions
 from ptbin.proof.regions import FileDigests, StoredTensor, sha256_of_tensor
-from ptbin.reading.checkpoint import one_clear_error
-from ptbin.reading.selected import read_selected
-from ptbin.restoring.facts import View
+from ptbin.reading.checkpoint import one_clear_error, read_checkpoint
+from ptbin.reading.selected import select_from
+from ptbin.reading.tree import iter_data
+from ptbin.reading.verdicts import judge_programs
+from ptbin.restoring.facts import Facts, View, view_of
 from ptbin.restoring.following import FollowedFile, sha256_of
 from ptbin.restoring.options import RestoreOptions
 from ptbin.state_dict import tensors_of
@@ -51,7 +53,8 @@ class Output:
         self._descriptor = descriptor
         self._followed: FollowedFile | None = None
         self._hashing: Future[None] | None = None
-        self._tensors: list[tuple[str, TensorRef, StoredTensor]] = []
+        self._tensors: list[tuple[str, TensorRef]] = []
+        self._nameless: list[TensorRef] = []
         self._digests = FileDigests()
         self._crc32s: dict[int, tuple[int, int]] = {}
 
@@ -109,18 +112,22 @@ class Output:
         records: dict[tuple[int, int], int | None] = {}
         # What ptbin does not read in it has no rows; its tensors are compared all the same.
         with contextlib.suppress(CheckpointError), one_clear_error(_Stored.uri):
-            stored = _Stored(self._descriptor, self.size)
-            selected = read_selected(stored, ConvertOptions(on_unsafe="extract"))
-            for storage in selected.checkpoint.storages.values():
+            options = ConvertOptions(on_unsafe="extract")
+            checkpoint = read_checkpoint(_Stored(self._descriptor, self.size), options.limits)
+            for storage in checkpoint.storages.values():
                 if isinstance(storage.place, ByteRange) and storage.nbytes:
                     records[storage.place.offset, storage.nbytes] = storage.place.crc32
+            self._nameless = [data for data in iter_data(checkpoint.root) if isinstance(data, TensorRef)]
+            selected = select_from(checkpoint, judge_programs(checkpoint.programs), options)
             self._tensors = [
-                (label, tensor, stored_place(tensor))
+                (label, tensor)
                 for name, value in selected.state_dict.entries
                 for label, tensor in tensors_of(name, value)
                 if isinstance(tensor.storage.place, ByteRange)
             ]
-        places = [place for _, _, place in self._tensors]
+            self._nameless = []
+        self._nameless = [t for t in self._nameless if isinstance(t.storage.place, ByteRange)]
+        places = [stored_place(tensor) for tensor in (*(t for _, t in self._tensors), *self._nameless)]
         self._digests = digest_regions(self._descriptor, self.size, records, places, _ended)
         for (offset, nbytes), stated in records.items():
             found = self._digests.records[offset, nbytes]
@@ -150,26 +157,46 @@ class Output:
             self._digests.tensors[place] = sha256_of_tensor(place, self._pieces)
         return self._digests.tensors[place]
 
-    def rows(self, source_names: Mapping[str, str]) -> list[dict[str, Any]]:
-        """Of the manifest, for the tensors that ptbin's own reader finds in the file."""
+    def rows(self, source_names: Mapping[str, str], facts: Facts) -> list[dict[str, Any]]:
+        """Of the manifest, for the tensors that ptbin's own reader finds in the file.
+
+        Where it finds them without names, as in quantized layers, which only their own code takes apart,
+        `facts` have the names: what a fresh process has found under each.
+        """
+        named = self._tensors or self._named(facts)
+        return [self._row(label, tensor, source_names.get(label, label)) for label, tensor in named]
+
+    def _named(self, facts: Facts) -> list[tuple[str, TensorRef]]:
+        by_content: dict[tuple[Any, ...], TensorRef] = {}
+        for tensor in self._nameless:
+            sha256 = self._digests.tensors[stored_place(tensor)]
+            by_content.setdefault((tensor.dtype.name, tensor.shape, sha256), tensor)
         found = []
-        for label, tensor, place in self._tensors:
-            row: dict[str, Any] = {
-                "name": label,
-                "source_name": source_names.get(label, label),
-                "dtype": tensor.dtype.name,
-                "shape": list(tensor.shape),
-                "nbytes": tensor.nbytes,
-                "file": self._name,
-                "offset": place.offset,
-                "sha256": self._digests.tensors[place],
-            }
-            if place.stride is not None:
-                row["stride"] = list(place.stride)
-            if tensor.flags:
-                row["lazy"] = list(tensor.flags)
-            found.append(row)
+        for label, fact in facts.items():
+            view = view_of(fact)
+            sha256 = fact[2] if view is None else self.sha256_of(view)
+            known = by_content.get((fact[0].partition(" ")[0], tuple(fact[1]), sha256))
+            if known is not None and not label.endswith((" (buffer)", " (attribute)")):
+                found.append((label, known))
         return found
+
+    def _row(self, label: str, tensor: TensorRef, source_name: str) -> dict[str, Any]:
+        place = stored_place(tensor)
+        row: dict[str, Any] = {
+            "name": label,
+            "source_name": source_name,
+            "dtype": tensor.dtype.name,
+            "shape": list(tensor.shape),
+            "nbytes": tensor.nbytes,
+            "file": self._name,
+            "offset": place.offset,
+            "sha256": self._digests.tensors[place],
+        }
+        if place.stride is not None:
+            row["stride"] = list(place.stride)
+        if tensor.flags:
+            row["lazy"] = list(tensor.flags)
+        return row
 
     @property
     def _name(self) -> str:

@@ -216,7 +216,13 @@ def test_weight_norm_into_parametrizations(nets: Any, tmp_path: Path) -> None:
 def test_a_quantized_target(nets: Any, tmp_path: Path) -> None:
     """Its packed weights are no tensors to a state dict's reader, and go along as values."""
     trained = nets.quantized()
-    _restore(_convert({"model": trained.state_dict()}, tmp_path), tmp_path / "out.pt", "quantized")
+    weights = _convert({"model": trained.state_dict()}, tmp_path)
+    manifest = _restore(weights, tmp_path / "out.pt", "quantized")
+    given = json.loads(Path(f"{weights}.manifest.json").read_text())["tensors"]
+    rows = [{row["name"]: [row[key] for key in ("dtype", "shape", "sha256")] for row in found}
+            for found in (given, manifest["tensors"])]  # fmt: skip
+    assert rows[0].items() >= rows[1].items()
+    assert {row["dtype"] for row in manifest["tensors"]} == {"float32", "qint8"}
     found = torch.load(tmp_path / "out.pt", weights_only=False)
     assert same_bits(_answer(found, nets.tokens()), _answer(trained, nets.tokens()))
 
