@@ -3,10 +3,12 @@
 #   make demo        train small models, convert them through the Prefect flow, look at the results
 #   make demo-deploy a server, a worker and a schedule on loopback; pictures of the UI
 #   make test        the test suite, against the installed packages
+#   make test-quick  a minute of it: no servers, no processes
 #   make check       ruff, mypy, import rules
 #   make bench       whole-process measurements; writes docs/benchmarks*.md (about 12 GB of disk, BENCH_DIR;
 #                    16 GB of memory for the part on S3)
 #   make test-slow   the suite with its slow part (archives beyond 4 GiB, every kill, automations)
+#   make docs        the documentation as a site, in site/ (installs MkDocs; no test needs it)
 #   make s3-server   run a throw-away S3 server on loopback until Ctrl-C; says where it listens
 #   make clean       remove .venv and everything that the commands above made
 #
@@ -27,7 +29,7 @@ SOURCES := $(shell find ptbin tasks flows deployments -type f ! -name '*.pyc')
 # demo and bench do without: -P would hide a script's own neighbours too.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install demo test test-slow check bench bench-peers s3-server s3-packages browser-packages postgres-packages demo-deploy clean
+.PHONY: install demo docs test test-quick test-slow check bench bench-peers s3-server s3-packages browser-packages postgres-packages demo-deploy clean
 
 install: $(VENV)/.requirements $(VENV)/.installed
 
@@ -74,6 +76,10 @@ demo-deploy: install browser-packages postgres-packages
 TEST_PROCESSES ?= 4
 test: install s3-packages browser-packages postgres-packages
 	$(BIN)/python -m pytest $(if $(PYTEST_ARGS),$(PYTEST_ARGS),-n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder)
+
+# What starts neither a server nor a process: the loop while working on the engine.
+test-quick: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not starts_processes and not starts_servers" $(PYTEST_ARGS)
 
 test-slow: install s3-packages browser-packages postgres-packages
 	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
@@ -148,6 +154,16 @@ browser-packages:
 	  echo "no chromium, and not root: the tests of the report in a browser will be skipped"; \
 	fi
 
+# The site, with the references made from the command line's own help and the docstrings. What is installed is
+# what they are made from.
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+	@echo "site/index.html"
+
 clean:
-	rm -rf $(VENV) $(PEERS) demo-output demo-deploy-output benchmarks/work build dist .mypy_cache .ruff_cache .pytest_cache \
+	rm -rf $(VENV) $(PEERS) site demo-output demo-deploy-output benchmarks/work build dist .mypy_cache .ruff_cache .pytest_cache \
 	  .hypothesis .import_linter_cache

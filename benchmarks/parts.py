@@ -2,9 +2,10 @@
 
     python -m benchmarks.parts FOLDER [--ranks 8] [--mib 128] [--rounds 3]
 
-Makes the files of all ranks of an FSDP2 run below FOLDER, then times in turn, the page cache warm: `cat` of all files
-into one and `sha256sum` of that; `ptbin convert` of the folder, proven and with its manifest; a script that
-loads every rank's file, concatenates and saves. Prints medians in seconds and each child's peak memory.
+Makes the files of all ranks of an FSDP2 run below FOLDER, then times in turn, the page cache warm: `cat` of
+all files into one and `sha256sum` of that; `ptbin convert` of the folder, proven and with its manifest; a
+script that loads every rank's file, concatenates and saves. Prints medians in seconds and each child's peak
+memory.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def convert(
         provenance=provenance,
         force=force,
     )
-    refuse_secrets(source, dest)
+    refuse_secrets(source, dest, *([files_from] if isinstance(files_from, str) else []))
     settings = RunSettings(
         runner,
         runner_address,

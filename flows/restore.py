@@ -21,6 +21,7 @@ from flows.fanout import Work, unexamined
 from flows.parameters import described
 from flows.run_record import new_run_id
 from flows.runners import RunnerName
+from flows.selection import Selection
 from flows.tally import Tally
 from flows.wishes import MAX_WORKERS, parse_duration, parse_renames, refuse_secrets
 from ptbin import RestoreOptions, catalog
@@ -143,4 +144,6 @@ def restore(
             if not problems and not work_of(live).count():
                 raise UsageError(f"no weights to restore below SOURCE: {source}")
             tally = Tally(live.run_id, source, dest, kind="restore")
-            return Restoration(run, options, tally, fail_fast).carry_out(problems)
+            restoration = Restoration(run, options, tally, fail_fast)
+            restoration.selection = Selection(tuple(include), tuple(exclude))
+            return restoration.carry_out(problems)

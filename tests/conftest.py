@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections import Counter
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -33,6 +33,7 @@ os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from tests import starting  # noqa: E402 - as below
 from tests.checkpoints import FACTORIES, Checkpoint  # noqa: E402 - the settings above come first
 
 
@@ -44,13 +45,27 @@ def make_checkpoint(tmp_path: Path) -> Callable[[str], Checkpoint]:
     return lambda name: FACTORIES[name].make(folder)
 
 
-# What a test that starts servers or processes weighs against one that does not, in seconds as measured.
-SECONDS_BY_FOLDER = {"deployments": 20.0, "flows": 3.0, "faults": 1.0, "interop": 1.0}
+SECONDS = {starting.SERVERS: 3.0, starting.PROCESSES: 3.0}
+"""What a test with a marker takes, about; one without: 0.1 s."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if f"not {starting.PROCESSES}" in config.option.markexpr:
+        starting.watch()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first: pytest-xdist gives whole files to its processes, in this order (see Makefile)."""
-    weights = Counter[Path]()
+    seconds: defaultdict[Path, float] = defaultdict(float)
     for item in items:
-        weights[item.path] += SECONDS_BY_FOLDER.get(item.path.parent.name, 0.3)  # type: ignore[assignment]
-    items.sort(key=lambda item: -weights[item.path])
+        starting.mark(item)
+        marked = [SECONDS[name] for name in SECONDS if item.get_closest_marker(name)]
+        seconds[item.path] += max(marked, default=0.1)
+    # The deployments wait for heartbeats, minutes in all.
+    items.sort(key=lambda item: (item.path.parent.name != "deployments", -seconds[item.path]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    with starting.only_where_marked(item):
+        return (yield)

@@ -114,6 +114,7 @@ for path in json.load(sys.stdin):
 """
 
 
+@pytest.mark.starts_processes
 def test_every_canary_fires_when_unpickled(tmp_path: Path) -> None:
     made = [
         factory.make(tmp_path) for factory in factories(room="hostile") if factory.name.startswith("canary_")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.documented import prepare_documented_files
+from tests.servers.prefect_home import prefect_template
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -38,18 +40,23 @@ def _script(text: str) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.starts_servers
 @pytest.mark.parametrize("page", PAGES)
-def test_a_pages_commands_do_what_it_says(page: str, tmp_path: Path) -> None:
+def test_a_pages_commands_do_what_it_says(
+    page: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     if not (SCRIPTS / "ptbin").exists():
         pytest.skip("ptbin is not installed in this environment")
     folder = tmp_path / "folder"
     folder.mkdir()
-    if page != "tutorial.md":
+    home = tmp_path / "home"
+    (home / ".prefect").mkdir(parents=True)
+    if page == "tutorial.md":  # it starts Prefect's server, as a newcomer without any settings does
+        shutil.copy(prefect_template(tmp_path_factory), home / ".prefect" / "prefect.db")
+    else:
         prepare_documented_files(folder)
         (folder / "weights").mkdir()
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
-    home = tmp_path / "home"
-    home.mkdir()
     done = subprocess.run(
         ["bash", "-c", _script((DOCS / page).read_text(encoding="utf-8"))],
         cwd=folder,

@@ -16,14 +16,17 @@ import pytest
 import ptbin
 from tests.checkpoints import FACTORIES
 
+pytestmark = pytest.mark.starts_processes
+
 ROOT = Path(__file__).parent.parent
 SITE = Path(sysconfig.get_path("purelib"))
 SMALL = ("click", "fsspec", "ml_dtypes", "numpy", "numpy.libs", "ptbin", "tasks", "flows")
 """Enough for everything that needs neither torch nor Prefect."""
 
-installed_run = pytest.mark.skipif(
-    not (SITE / "ptbin").is_dir(), reason="ptbin is not installed in this environment"
-)
+pytestmark = [
+    pytest.mark.starts_processes,
+    pytest.mark.skipif(not (SITE / "ptbin").is_dir(), reason="ptbin is not installed in this environment"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,6 @@ def _run(python: Path, words: str, cwd: Path, **environment: str) -> subprocess.
     )
 
 
-@installed_run
 def test_one_checkpoint_needs_neither_torch_nor_prefect(small_python: Path, workplace: Path) -> None:
     for words in (
         "inspect last.ckpt",
@@ -78,7 +80,6 @@ def test_one_checkpoint_needs_neither_torch_nor_prefect(small_python: Path, work
     subprocess.run([str(small_python), "-P", "-c", code], cwd=workplace, check=True, timeout=60)
 
 
-@installed_run
 @pytest.mark.parametrize(
     ("words", "package"),
     [
@@ -102,7 +103,6 @@ def test_what_needs_a_missing_package_says_so_and_writes_nothing(
     assert sorted(workplace.rglob("*")) == before
 
 
-@installed_run
 def test_a_terminal_without_rich_gets_plain_lines(small_python: Path, workplace: Path) -> None:
     ours, theirs = pty.openpty()
     command = [str(small_python), "-P", "-m", "ptbin", "convert", "last.ckpt", "b.bin"]
@@ -120,7 +120,6 @@ def test_a_terminal_without_rich_gets_plain_lines(small_python: Path, workplace:
     assert b"9 tensors" in done.stdout
 
 
-@installed_run
 @pytest.mark.parametrize("taken", ["flows/__init__.py", "tasks.py"])
 def test_another_projects_modules_of_our_names_are_explained(workplace: Path, taken: str) -> None:
     file = workplace / "project" / taken
@@ -133,7 +132,6 @@ def test_another_projects_modules_of_our_names_are_explained(workplace: Path, ta
     assert str(file) in line
 
 
-@installed_run
 def test_deployments_are_written_out_and_edits_are_kept(tmp_path: Path) -> None:
     folder = tmp_path / "deployments"
     assert _run(Path(sys.executable), "deployments", tmp_path).returncode == 0

@@ -31,6 +31,7 @@ def _python(code: str, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.starts_processes
 @installed_run
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_suite_tests_what_is_installed(package: str) -> None:
@@ -38,6 +39,7 @@ def test_the_suite_tests_what_is_installed(package: str) -> None:
     assert ROOT not in where.parents or ".venv" in where.parts
 
 
+@pytest.mark.starts_processes
 @installed_run
 def test_installed_files_are_those_of_the_tree() -> None:
     """A stale installation would make every other test a statement about the past."""
@@ -60,6 +62,32 @@ def test_version_is_said_once_and_truly() -> None:
         assert metadata.version("ptbin") == ptbin.__version__
 
 
+def test_version_is_that_of_the_changelogs_first_heading() -> None:
+    heading = re.search(r"^## \[(.*?)\] - (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heading is not None
+    assert heading[1] == ptbin.__version__
+    assert re.fullmatch(r"unreleased|\d{4}-\d\d-\d\d", heading[2])
+
+
+def test_every_page_is_in_the_sites_navigation() -> None:
+    named = set(re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert named == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_hooks_and_workflow_run_what_make_runs() -> None:
+    yaml = pytest.importorskip("yaml")
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    makefile = (ROOT / "Makefile").read_text()
+    tools = {hook["entry"].split()[0].removeprefix(".venv/") for hook in hooks}
+    assert tools == {"bin/ruff", "bin/mypy", "bin/lint-imports"}
+    assert all(tool.replace("bin/", "$(BIN)/") in makefile for tool in tools)
+    steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["steps"]
+    commands = {step["run"].removeprefix("make ") for step in steps if "run" in step}
+    assert commands == {"check", "test", "docs"}
+    assert all(re.search(rf"^{command}:", makefile, re.MULTILINE) for command in commands)
+
+
+@pytest.mark.starts_processes
 def test_importing_ptbin_imports_nothing_heavy() -> None:
     loaded = _python(
         "import ptbin, sys; ptbin.convert, ptbin.inspect, ptbin.verify; print(*sys.modules)"
@@ -87,6 +115,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("*.whl"))
 
 
+@pytest.mark.starts_processes
 def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
@@ -94,6 +123,7 @@ def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
 
 
+@pytest.mark.starts_processes
 def test_wheel_offers_the_command(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         entries = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
@@ -113,6 +143,7 @@ def _tracked_texts() -> dict[str, str]:
     return texts
 
 
+@pytest.mark.starts_processes
 def test_no_secrets_and_no_places_of_one_machine_in_the_tree() -> None:
     patterns = {
         "an AWS access key": r"\b(AKIA|ASIA)[0-9A-Z]{16}\b",

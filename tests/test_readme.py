@@ -33,6 +33,7 @@ def workplace(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.starts_processes
 @pytest.mark.parametrize("line", _block("sh").splitlines())
 def test_commands(line: str, workplace: Path) -> None:
     command = Path(sysconfig.get_path("scripts")) / "ptbin"
@@ -47,6 +48,7 @@ def test_commands(line: str, workplace: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.starts_processes
 def test_python(workplace: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _block("python")], cwd=workplace, capture_output=True, text=True, timeout=120

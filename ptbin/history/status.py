@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any
 
 from ptbin.catalog import Job, OutputRule, Problem
-from ptbin.catalog.finished import identity_text, read_finished
+from ptbin.catalog.finished import read_finished
 from ptbin.catalog.globs import root_of, split_glob
 from ptbin.catalog.mirroring import alone, copied_along, iter_gone
 from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
@@ -24,6 +24,7 @@ from ptbin.companions import is_companion
 from ptbin.errors import PtbinError, UsageError
 from ptbin.history.failures import Ledger, Unconverted, read_ledger, written_at
 from ptbin.history.records import iter_runs
+from ptbin.manifest import identity_text
 from ptbin.options import ConvertOptions
 from ptbin.stores import open_store
 

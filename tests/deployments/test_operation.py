@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -21,7 +22,7 @@ import yaml
 
 from tests.servers.prefect_stack import FINAL, ROOT, PrefectStack, postgres_programs, prefect_stack, wait_for
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 # Conversions that take a while and note which checkpoint they work on, in every process of the worker's.
 SLOW = """
@@ -142,7 +143,7 @@ def test_a_schedule_fires_and_the_run_leaves_its_artifacts(
     try:
         ended = wait_for(
             lambda: [r for r in stack.runs() if r["id"] not in before and r["state"]["type"] == "COMPLETED"],
-            90,
+            180,
             "a scheduled run",
         )
     finally:
@@ -164,7 +165,7 @@ def test_a_killed_worker_s_run_is_marked_crashed_and_finished_by_the_next(
     try:
         first = stack.start_worker("first")
         run = stack.run("convert/convert-nightly", **places, workers=2)
-        wait_for(lambda: finished(places) > 3, 90, "some outputs")
+        wait_for(lambda: finished(places) > 3, 180, "some outputs")
         stack.kill(first)  # the worker and the flow's process, at once
         done = finished(places)
         assert done < COUNT
@@ -187,7 +188,7 @@ def test_a_killed_worker_s_run_is_marked_crashed_and_finished_by_the_next(
 def test_a_killed_server_is_no_loss(stack: PrefectStack, places: dict[str, str], notes: Path) -> None:
     worker = stack.start_worker("lonely")  # after `notes`: it hands on its environment
     run = stack.run("convert/convert-nightly", **places, workers=2)
-    wait_for(lambda: finished(places) > 3, 90, "some outputs")
+    wait_for(lambda: finished(places) > 3, 180, "some outputs")
     assert stack.server is not None
     stack.kill(stack.server)
     done = finished(places)
@@ -212,12 +213,13 @@ def test_a_worker_that_is_told_to_end_lets_its_runs_end_well(
 ) -> None:
     worker = stack.start_worker("told")
     run = stack.run("convert/convert-nightly", **places, workers=2)
-    wait_for(lambda: finished(places) > 3, 90, "some outputs")
+    wait_for(lambda: finished(places) > 3, 180, "some outputs")
     started = stack.running_in(worker)
     for pid in [worker.pid, *(started if everything else [])]:  # systemd: KillMode=control-group
-        os.kill(pid, signal.SIGTERM)
-    worker.wait(60)
-    state = stack.wait_for_end(run, 60)
+        with contextlib.suppress(ProcessLookupError):  # some are gone within a second
+            os.kill(pid, signal.SIGTERM)
+    worker.wait(120)
+    state = stack.wait_for_end(run)
     assert state["type"] == "CRASHED"
     wait_for(lambda: not any(map(is_alive, started)), 30, "the end of its processes")
     (record,) = (Path(places["dest"]) / "_ptbin" / "runs").glob("*/run.json")
@@ -233,10 +235,10 @@ def test_a_run_outlives_a_worker_that_is_killed(
 ) -> None:
     worker = stack.start_worker("killed")
     run = stack.run("convert/convert-nightly", **places, workers=2)
-    wait_for(lambda: finished(places) > 3, 90, "some outputs")
+    wait_for(lambda: finished(places) > 3, 180, "some outputs")
     worker.kill()
-    worker.wait(60)
-    state = stack.wait_for_end(run, 60)
+    worker.wait(120)
+    state = stack.wait_for_end(run)
     assert state["message"].startswith(f"converted {COUNT}, ")  # though nobody reads its log any more
 
 
@@ -249,10 +251,10 @@ def test_a_worker_s_container_ends_after_its_runs_have(
     words.remove("--with-healthcheck")  # a port that may be taken here
     first = stack.start_process("first", [sys.executable, *words])
     run = stack.run("convert/convert-nightly", **places, workers=2)
-    wait_for(lambda: finished(places) > 3, 90, "some outputs")
+    wait_for(lambda: finished(places) > 3, 180, "some outputs")
     started = stack.running_in(first)
     first.terminate()
-    first.wait(60)
+    first.wait(120)
     assert not any(map(is_alive, started))
     assert stack.state(run)["type"] == "CRASHED"
     (record,) = (Path(places["dest"]) / "_ptbin" / "runs").glob("*/run.json")
@@ -267,7 +269,7 @@ def test_a_drained_worker_has_finished_its_run(
     try:
         old = stack.start_worker("old")
         run = stack.run("convert/convert-nightly", **places)
-        wait_for(lambda: finished(places) > 0, 90, "an output")
+        wait_for(lambda: finished(places) > 0, 180, "an output")
         drain = [sys.executable, str(ROOT / "deployments" / "drain.py"), "ptbin-process", "--timeout", "2m"]
         draining = stack.start_process("drain", drain)
         wait_for(lambda: stack.ask("/work_pools/ptbin-process", method="GET")["is_paused"], 60, "the pause")

@@ -60,6 +60,7 @@ def test_every_parameter_of_every_flow_is_described(name: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_base_job_templates_are_what_their_workers_take(kind: str) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
     from prefect.workers.process import ProcessJobConfiguration
 
     template = json.loads((FOLDER / "work-pools" / f"{kind}.json").read_text())
@@ -72,7 +73,9 @@ def test_base_job_templates_are_what_their_workers_take(kind: str) -> None:
         configuration = pytest.importorskip("prefect_docker.worker").DockerWorkerJobConfiguration
     else:
         configuration = pytest.importorskip("prefect_kubernetes.worker").KubernetesWorkerJobConfiguration
-    made = asyncio.run(configuration.from_template_and_values(template, {}))
+    # Nothing is asked of a server, but Prefect would start one where none is named.
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        made = asyncio.run(configuration.from_template_and_values(template, {}))
     if kind == "docker":
         assert (made.image, made.auto_remove, made.privileged) == ("ptbin:latest", True, False)
     if kind == "kubernetes":
@@ -163,6 +166,7 @@ def test_a_drained_pool_is_one_in_which_nothing_runs_twice_in_a_row(monkeypatch:
     assert len(asked) == len(answers)
 
 
+@pytest.mark.starts_processes
 def test_the_dockerfile_passes_hadolint_and_is_not_root() -> None:
     program = Path(sys.executable).with_name("hadolint")
     if not program.exists() and shutil.which("hadolint") is None:

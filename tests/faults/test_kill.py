@@ -28,6 +28,8 @@ from ptbin.stores import open_store
 from tests.checkpoints.dtypes import random_bits
 from tests.servers.endpoint import S3Endpoint
 
+pytestmark = pytest.mark.starts_processes
+
 ROOT = Path(ptbin.__file__).parents[1]
 
 # Python starts once; each conversion runs in a fork of it, which is what gets killed.

@@ -18,7 +18,7 @@ import ptbin
 from ptbin import RestoreOptions
 from ptbin.errors import StorageError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.starts_processes]
 
 ROOT = Path(ptbin.__file__).parents[1]
 NETS = "from torch import nn\ndef net(): return nn.Linear(200, 200)\n"

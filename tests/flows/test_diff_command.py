@@ -76,6 +76,7 @@ def test_json_is_one_document_also_of_a_failure(pair: tuple[Path, Path], capsys:
     assert (status, json.loads(text)["reason"]) == (2, "storage_error")
 
 
+@pytest.mark.starts_processes
 def test_neither_torch_nor_prefect_is_imported(pair: tuple[Path, Path]) -> None:
     script = (
         "import sys; from flows.cli.app import run; status = run(sys.argv[1:]); "

@@ -62,6 +62,7 @@ def test_a_run_whose_record_could_not_be_written_has_not_succeeded() -> None:
     ]
 
 
+@pytest.mark.starts_processes
 @pytest.mark.parametrize("name", ["plain", "with space", "back\\slash", "new\nline", "ümlaut", "a/b/deep"])
 def test_sha256sum_accepts_the_checksum_list(tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"

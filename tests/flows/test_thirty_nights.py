@@ -35,7 +35,9 @@ from ptbin.history.records import iter_runs
 from ptbin.history.status import Question, Status, question_of_last_run, status_of
 from ptbin.options import ConvertOptions
 from ptbin.stores import open_store
+from ptbin.stores.local import LocalStore
 from tasks.outcomes import Converted, Outcome, outcome_of_error
+from tests.fakes import CountingStore, registered
 
 FIRST = datetime(2026, 11, 1, 2, 0, tzinfo=UTC)
 OPTIONS = ConvertOptions()
@@ -231,3 +233,40 @@ def test_thirty_nights(store: Store, capsys: pytest.CaptureFixture[str]) -> None
     red = [int(run["began"][8:10]) for run in reversed(runs) if not run["succeeded"]]
     assert red == [3, 4, 8, 10, 12, 13, 14, 16]
     assert [run["known"] for run in reversed(runs)][4:9] == [1, 1, 1, 0, 1]
+
+
+def test_status_costs_a_listing_and_the_index_and_lists_no_more_than_it_shows(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(6):
+        store.put(f"{number}.pt")
+    store.put("cut.pt", broken=True)
+    store.night()
+    for number in range(5):
+        store.put(f"later{number}.pt")
+    monkeypatch.setattr("ptbin.history.status.MAX_LISTED", 2)
+    with registered("counting", CountingStore(LocalStore())) as counting:
+        status = status_of(str(store.source), f"counting://{store.dest}", Question(), now=store.now)
+    assert (status.counts["up_to_date"], status.counts["new"], status.counts["failed"]) == (6, 5, 1)
+    assert len(status.listed["new"]) == 2
+    assert counting.count("list") == 1
+    assert counting.count("open") == 2  # the index, and what failed: not one manifest
+    assert counting.count("stat") == 0
+
+
+def test_the_command_asks_what_the_last_run_was_asked(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*words: str) -> tuple[int, Any]:
+        status = app.run(["status", str(store.source), str(store.dest), "--json", *words])
+        return status, json.loads(capsys.readouterr().out)
+
+    store.put("a.pt")
+    assert told()[0] == 1
+    summary = store.night()
+    status, found = told()
+    assert (status, found["as_run"], found["in_step"]) == (0, summary["run_id"], True)
+    status, found = told("--dtype", "float16")
+    assert (status, found["as_run"], found["counts"]["changed"]) == (1, "", 1)
+    assert found["changed"][0]["path"] == "a.pt"
+    assert app.run(["status", str(store.source / "nowhere"), str(store.dest)]) == 2

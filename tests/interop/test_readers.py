@@ -43,6 +43,7 @@ def test_torch_and_zip_tools_read_every_output(factory: Factory, tmp_path: Path)
         assert archive.testzip() is None
 
 
+@pytest.mark.starts_processes
 @pytest.mark.skipif(shutil.which("unzip") is None, reason="no unzip here")
 @pytest.mark.parametrize(
     "name", ["training_dict_with_adam", "tied", "legacy_of_torch_0_3", "only_empty_tensors"]

@@ -75,11 +75,13 @@ def _answer_in_a_process_of_its_own(title: str, folder: Path) -> torch.Tensor:
     return torch.tensor(json.loads(done.stdout.rsplit("answer ", 1)[1]))
 
 
+@pytest.mark.starts_processes
 @pytest.mark.skipif(find_spec("jax") is None, reason="no JAX here")
 def test_jax(network: nn.Sequential, tmp_path: Path) -> None:
     torch.testing.assert_close(_answer_in_a_process_of_its_own("JAX", tmp_path), _wanted(network))
 
 
+@pytest.mark.starts_processes
 @pytest.mark.skipif(find_spec("ai_edge_litert") is None, reason="no TensorFlow Lite here")
 def test_tensorflow_lite(network: nn.Sequential, tmp_path: Path) -> None:
     answer = _answer_in_a_process_of_its_own("TensorFlow and TensorFlow Lite", tmp_path)

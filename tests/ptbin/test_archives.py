@@ -163,6 +163,7 @@ def test_a_checkpoint_among_too_many_files_is_not_passed_over() -> None:
 COMMAND = re.compile(r"`([^`]+)`")
 
 
+@pytest.mark.starts_processes
 @pytest.mark.parametrize(
     ("name", "unpacked"),
     [
@@ -189,6 +190,7 @@ def test_the_command_in_the_refusal_works(name: str, unpacked: str, tmp_path: Pa
     assert torch.load(tmp_path / "o.bin")
 
 
+@pytest.mark.starts_processes
 def test_a_name_with_quotes_and_line_breaks_stays_one_word_of_the_command(tmp_path: Path) -> None:
     name = "a'; touch fired\n#.pt"
     path = tmp_path / "x.zip"

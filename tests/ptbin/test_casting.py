@@ -187,6 +187,7 @@ def test_overflow_is_counted_over_all_pieces_without_warnings() -> None:
     assert tally.overflowed == 1 + (4 + 0 + 5) * BLOCK
 
 
+@pytest.mark.starts_processes
 def test_neither_torch_nor_numpy_is_imported_before_it_is_needed() -> None:
     code = (
         "import sys, ptbin.splice.casting as c; from ptbin.dtypes import BY_NAME as b\n"

@@ -50,6 +50,8 @@ from ptbin.tensors import ByteRange, InMemory, Joined, TensorRef, Tiled
 from tests.bits import assert_same_tensors
 from tests.checkpoints.distributed import full_tensors, make_distributed, save_alone
 
+pytestmark = pytest.mark.starts_processes
+
 # What the processes write, and the path of the model in it.
 FOLDERS = {
     "app": "app.model",

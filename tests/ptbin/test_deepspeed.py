@@ -155,6 +155,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 REAL = (*VARIANTS, "stage2_of_three", "stage3_subgroups_of_three")
 
 
+@pytest.mark.starts_processes
 @pytest.mark.parametrize("variant", REAL)
 def test_is_what_zero_to_fp32_finds(trained: Mapping[str, Path], variant: str) -> None:
     tag = trained[variant]
@@ -168,6 +169,7 @@ def test_is_what_zero_to_fp32_finds(trained: Mapping[str, Path], variant: str) -
     assert judge_programs(checkpoint.programs).verdict == "unknown"
 
 
+@pytest.mark.starts_processes
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if "stage3" not in name])
 def test_masters_round_to_the_weights_that_were_trained(trained: Mapping[str, Path], variant: str) -> None:
     """A second oracle: rounded to 16 bits, every master is the module's own parameter."""
@@ -181,17 +183,20 @@ def test_masters_round_to_the_weights_that_were_trained(trained: Mapping[str, Pa
     assert_same_tensors(module, loaded["module"])
 
 
+@pytest.mark.starts_processes
 @pytest.mark.parametrize("variant", REAL)
 def test_ties_stay_ties(trained: Mapping[str, Path], variant: str) -> None:
     fp32 = read(trained[variant]).root.get("fp32").by_name()
     assert fp32["head.weight"] is fp32["embedding.weight"]
 
 
+@pytest.mark.starts_processes
 @pytest.mark.parametrize("variant", ["stage3", "stage3_subgroups"])
 def test_stage_3_offers_no_module(trained: Mapping[str, Path], variant: str) -> None:
     assert read(trained[variant]).root.get("module") is None
 
 
+@pytest.mark.starts_processes
 @pytest.mark.parametrize("variant", REAL)
 def test_converts(trained: Mapping[str, Path], variant: str, tmp_path: Path) -> None:
     tag = trained[variant]
@@ -202,6 +207,7 @@ def test_converts(trained: Mapping[str, Path], variant: str, tmp_path: Path) -> 
     assert_same_tensors(torch.load(tmp_path / "x.bin", weights_only=True), expected)
 
 
+@pytest.mark.starts_processes
 def test_module_can_be_selected(trained: Mapping[str, Path], tmp_path: Path) -> None:
     tag = trained["stage2"]
     ptbin.convert(str(tag), str(tmp_path / "x.bin"), ptbin.ConvertOptions(select="module"))
@@ -221,6 +227,7 @@ def test_layout_by_hand(tmp_path: Path, stage: int, world_size: int) -> None:
     assert (checkpoint.root.get("module") is None) == (stage == 3)
 
 
+@pytest.mark.starts_processes
 def test_layout_by_hand_is_deepspeeds(tmp_path: Path) -> None:
     """What the hand-made folders mean is not only our own opinion."""
     needs_deepspeed()

@@ -98,6 +98,7 @@ def test_experts_next_to_zero_partitions_are_refused(tmp_path: Path) -> None:
         ptbin.convert(str(tmp_path / "run"), str(tmp_path / "x.bin"))
 
 
+@pytest.mark.starts_processes
 @pytest.mark.slow
 def test_what_deepspeed_saves_is_what_its_ranks_hold(tmp_path: Path) -> None:
     folder, expected = train(tmp_path)

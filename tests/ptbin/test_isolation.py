@@ -20,6 +20,8 @@ import torch
 import ptbin
 from tests.bits import assert_same_tensors
 
+pytestmark = pytest.mark.starts_processes
+
 PTBIN = Path(sysconfig.get_path("scripts")) / "ptbin"
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 STATE_DICT = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}

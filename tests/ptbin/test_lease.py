@@ -98,6 +98,7 @@ def test_of_many_that_begin_at_once_one_gets_it(place: Place) -> None:
         lease.release()
 
 
+@pytest.mark.starts_processes
 def test_a_process_of_this_machine_that_is_gone_holds_nothing(place: Place) -> None:
     code = "import sys\nfrom ptbin.catalog.lease import Holder\n"
     code += "sys.stdout.buffer.write(Holder.here('dead').to_bytes())"

@@ -63,6 +63,7 @@ def test_only_what_is_asked_for_is_read(source: str) -> None:
     fsspec.filesystem("memory").rm("loading", recursive=True)
 
 
+@pytest.mark.starts_processes
 def test_no_framework_is_imported(source: str, tmp_path: Path) -> None:
     ptbin.convert(source, str(tmp_path / "x.bin"))
     script = (
@@ -89,12 +90,14 @@ def _in_another_process(pickled: bytes, folder: Path) -> subprocess.CompletedPro
     return subprocess.run(command, input=pickled, capture_output=True, cwd=folder, timeout=120)
 
 
+@pytest.mark.starts_processes
 def test_pickled_weights_open_their_own_file_again(source: str, tmp_path: Path) -> None:
     with ptbin.load(source, names=["w9", "w7"]) as weights:
         pickled = pickle.dumps(weights)
     assert _in_another_process(pickled, tmp_path).stdout.split(None, 1) == [b"7.0", b"['w9', 'w7']\n"]
 
 
+@pytest.mark.starts_processes
 @pytest.mark.parametrize("sharded", [False, True])
 def test_pickled_weights_refuse_another_state_of_the_file(sharded: bool, source: str, tmp_path: Path) -> None:
     ptbin.convert(source, str(tmp_path / "x.bin"), ConvertOptions(**(SHARDED if sharded else {})))

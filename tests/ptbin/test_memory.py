@@ -21,6 +21,8 @@ import ptbin
 from tests.bits import same_bits
 from tests.checkpoints.dtypes import random_bits
 
+pytestmark = pytest.mark.starts_processes
+
 ROOT = Path(ptbin.__file__).parents[1]
 MIB = 1 << 20
 SMALL, LARGE = 40 * MIB, 240 * MIB

@@ -14,7 +14,7 @@ from ptbin.errors import CheckpointError, IncompleteCheckpointError
 from tests.bits import assert_same_tensors
 from tests.checkpoints.rank_files import full_tensors, make_rank_files
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.starts_processes]
 
 
 @pytest.fixture(scope="module")

@@ -86,6 +86,7 @@ def _converted(source: Path, tmp_path: Path, **options: Any) -> dict[str, torch.
     return found
 
 
+@pytest.mark.starts_processes
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_become_what_full_tensor_gives(made: Path, tmp_path: Path, kind: str) -> None:
     manifest = ptbin.convert(str(made / kind), str(tmp_path / "whole.bin"), ConvertOptions(verify="load"))
@@ -97,6 +98,7 @@ def test_ranks_become_what_full_tensor_gives(made: Path, tmp_path: Path, kind: s
     assert ptbin.verify(str(tmp_path / "whole.bin.manifest.json")) == []
 
 
+@pytest.mark.starts_processes
 @pytest.mark.parametrize("format_name", ["safetensors", "raw"])
 def test_other_formats_and_a_cast_hold_the_same(
     made: Path, tmp_path: Path, format_name: OutputFormat
@@ -222,6 +224,7 @@ def test_the_model_is_taken_out_of_a_trainers_state(tmp_path: Path) -> None:
 # -- what is one checkpoint ------------------------------------------------------------------------------
 
 
+@pytest.mark.starts_processes
 def test_a_bulk_run_finds_the_folder_and_leaves_its_companions_alone(made: Path, tmp_path: Path) -> None:
     actor = tmp_path / "in" / "global_step_10" / "actor"
     shutil.copytree(made / "flat", actor)
@@ -235,6 +238,7 @@ def test_a_bulk_run_finds_the_folder_and_leaves_its_companions_alone(made: Path,
     ]
 
 
+@pytest.mark.starts_processes
 def test_layout_hf_takes_the_folder_of_configuration_along(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "flat", tmp_path / "in")
     (tmp_path / "in" / "huggingface").mkdir()
@@ -289,6 +293,7 @@ def _other_names(folder: Path) -> None:
     _edit(folder / "model_world_size_4_rank_2.pt", lambda state: state.pop("even"))
 
 
+@pytest.mark.starts_processes
 @pytest.mark.parametrize(
     ("damage", "names"),
     [
@@ -312,6 +317,7 @@ def test_a_folder_that_is_not_whole_is_refused(
     assert not (tmp_path / "x.bin").exists()
 
 
+@pytest.mark.starts_processes
 def test_a_missing_stage_of_a_pipeline_is_missed(made: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for rank in range(2):
@@ -322,6 +328,7 @@ def test_a_missing_stage_of_a_pipeline_is_missed(made: Path, tmp_path: Path) -> 
         ptbin.convert(str(tmp_path / "in"), str(tmp_path / "x.bin"))
 
 
+@pytest.mark.starts_processes
 def test_replicas_of_a_piece_must_be_equal(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "hsdp", tmp_path / "in")
 
@@ -345,6 +352,7 @@ def test_files_in_which_nothing_is_distributed_are_not_guessed_at(tmp_path: Path
         ptbin.convert(str(tmp_path), str(tmp_path / "x.bin"))
 
 
+@pytest.mark.starts_processes
 def test_two_sets_of_ranks_in_one_folder_are_refused(made: Path, tmp_path: Path) -> None:
     for kind in ("flat", "hsdp"):
         for rank in range(WORLD):

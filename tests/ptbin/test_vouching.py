@@ -22,7 +22,7 @@ from ptbin.stores import open_store
 from ptbin.vouching import ASIDE_SUFFIX
 from tests.servers.endpoint import S3Endpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("warm_children")]
 
 STATE_DICT = {"weight": torch.arange(600.0).reshape(20, 30), "bias": torch.ones(20)}
 NETS = "from torch import nn\ndef linear(): return nn.Linear(30, 20)\n"

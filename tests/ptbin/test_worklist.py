@@ -247,6 +247,7 @@ print(json.dumps([work.count_current(), work.to_do()[0], int(peak)]))
 """
 
 
+@pytest.mark.starts_processes
 def test_memory_stays_flat_however_many_there_are(tmp_path: Path) -> None:
     """Both listings, the index, and the answer for each: 20,000 and 100,000 checkpoints."""
     peaks = []

@@ -22,7 +22,7 @@ from typing import Any
 __all__ = ["MlflowServer", "run_mlflow", "run_script"]
 
 SCRIPTS = Path(__file__).with_name("mlflow_scripts")
-START_SECONDS = 90
+START_SECONDS = 240
 
 
 @dataclass

@@ -23,7 +23,7 @@ from typing import Any
 __all__ = ["FINAL", "PrefectStack", "postgres_programs", "prefect_stack", "wait_for"]
 
 ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 90
+START_SECONDS = 240
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 

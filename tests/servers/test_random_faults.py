@@ -131,6 +131,7 @@ def test_a_cut_connection_is_seen_as_one(target: str) -> None:
     assert counts.cut_requests + counts.cut_answers == 12
 
 
+@pytest.mark.starts_processes
 def test_as_a_process_it_prints_its_url_and_its_counts(target: str) -> None:
     argv = [
         sys.executable,

@@ -125,6 +125,7 @@ def test_links_are_followed_but_not_in_circles(store: LocalStore, tmp_path: Path
     assert [found.path for found in store.iter_objects(str(tmp_path))] == ["a/x", "b/x", "link"]
 
 
+@pytest.mark.starts_processes
 def test_a_deep_tree_is_listed(store: LocalStore, tmp_path: Path) -> None:
     directory = os.open(tmp_path, os.O_RDONLY)
     for _ in range(1200):  # deeper than Python's recursion limit; each path shorter than PATH_MAX
@@ -224,6 +225,7 @@ with store.open_writer(path) as writer:
 """
 
 
+@pytest.mark.starts_processes
 def test_a_killed_writer_leaves_no_output(tmp_path: Path) -> None:
     target = tmp_path / "x.bin"
     process = subprocess.Popen(
@@ -254,6 +256,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.starts_processes
 def test_a_full_disk_is_a_storage_error_and_leaves_nothing(
     store: LocalStore, tmp_path: Path, small_disk: Path
 ) -> None:
@@ -277,6 +280,7 @@ def test_a_full_disk_is_a_storage_error_and_leaves_nothing(
         writer.commit()
 
 
+@pytest.mark.starts_processes
 def test_a_copy_between_filesystems_arrives(store: LocalStore, tmp_path: Path, small_disk: Path) -> None:
     content = os.urandom(MIB)
     (tmp_path / "source").write_bytes(content)
@@ -289,6 +293,7 @@ def test_a_copy_between_filesystems_arrives(store: LocalStore, tmp_path: Path, s
     assert (small_disk / "x").read_bytes() == content[1:]
 
 
+@pytest.mark.starts_processes
 def test_a_read_only_place_is_refused_early(store: LocalStore, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(AccessDeniedError, match="read-only"):
@@ -437,6 +442,7 @@ def test_every_spelling_of_a_local_path(tmp_path: Path, monkeypatch: pytest.Monk
         assert path == store.uri_of(path) == f"{tmp_path}/x/y"
 
 
+@pytest.mark.starts_processes
 def test_the_local_path_loads_nothing_heavy(tmp_path: Path) -> None:
     code = (
         "import sys\n"

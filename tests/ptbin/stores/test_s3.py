@@ -577,6 +577,7 @@ listener.accept()
 """
 
 
+@pytest.mark.starts_processes
 def test_requests_without_an_answer_do_not_keep_the_process_alive() -> None:
     subprocess.run([sys.executable, "-c", HANGING], check=True, timeout=30)
 
