@@ -45,7 +45,7 @@ from ptbin.stores import (
     public_uri,
 )
 from ptbin.ties import tie_equal_tensors
-from ptbin.vouching import Guard, Place, Standing, claim_of, claim_path, is_restored
+from ptbin.vouching import Guard, Place, Standing, claim_of, claim_path, end_claim, is_restored
 from ptbin.writing.outputs import OutputPlan, plan_outputs
 
 if TYPE_CHECKING:
@@ -428,7 +428,7 @@ def publish(
         for file in draft.files:
             store.delete(f"{folder}/{file.path}")
         if draft.claimed:
-            store.delete(claim_path(path))
+            end_claim(store, path)
         raise
     manifest["verification"] = {
         "level": draft.level,
@@ -447,7 +447,7 @@ def publish(
         store.write_bytes(path + STATEMENT_SUFFIX, statement)
     identity = store.write_bytes(path + MANIFEST_SUFFIX, dump_manifest(manifest))
     if draft.claimed:
-        store.delete(claim_path(path))
+        end_claim(store, path)
     return Published(manifest, identity or store.stat(path + MANIFEST_SUFFIX).identity)
 
 

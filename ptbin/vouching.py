@@ -17,6 +17,7 @@ of the manifest, and one stat for each file to be written that the listing does 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,7 +26,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ptbin.errors import LimitExceededError, NotFoundInStoreError, OutputExistsError, VerificationError
+from ptbin.errors import (
+    LimitExceededError,
+    NotFoundInStoreError,
+    OutputExistsError,
+    StorageError,
+    VerificationError,
+)
 from ptbin.manifest import MANIFEST_SUFFIX, dump_manifest, hex_crc32, identity_text, parse_manifest
 from ptbin.provenance import STATEMENT_SUFFIX, dump_statement, statement_of
 from ptbin.stores import PARTIAL_SUFFIX, Store
@@ -38,6 +45,7 @@ __all__ = [
     "Standing",
     "claim_of",
     "claim_path",
+    "end_claim",
     "is_restored",
 ]
 
@@ -63,6 +71,15 @@ def claim_path(path: str) -> str:
     if len(name.encode("utf-8", "surrogateescape")) + len(ASIDE_SUFFIX) > NAME_MAX:
         name = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
     return f"{folder}{slash}{name}{ASIDE_SUFFIX}"
+
+
+def end_claim(store: Store, path: str) -> None:
+    """Delete the claim of the output at `path`, once its manifest is there or its files are gone.
+
+    One that stays behind is hidden and harms nobody: a store's fault is passed over.
+    """
+    with contextlib.suppress(StorageError):
+        store.delete(claim_path(path))
 
 
 def is_restored(manifest: Mapping[str, Any]) -> bool:
@@ -327,7 +344,7 @@ class Place:
         """Publish the new output: its manifest, and then the end of the claim."""
         self.store.write_bytes(self.path + MANIFEST_SUFFIX, dump_manifest(manifest))
         if self._has_claim:
-            self.store.delete(claim_path(self.path))
+            end_claim(self.store, self.path)
 
     @property
     def has_claim(self) -> bool:

@@ -16,8 +16,6 @@ import pytest
 import ptbin
 from tests.checkpoints import FACTORIES
 
-pytestmark = pytest.mark.starts_processes
-
 ROOT = Path(__file__).parent.parent
 SITE = Path(sysconfig.get_path("purelib"))
 SMALL = ("click", "fsspec", "ml_dtypes", "numpy", "numpy.libs", "ptbin", "tasks", "flows")

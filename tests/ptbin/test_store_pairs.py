@@ -322,9 +322,8 @@ _FULL = StorageError(os.strerror(errno.ENOSPC))
         {"write": [_FULL]},
         {"write": [None, _FULL]},
         {"commit": [_FULL]},
-        {"delete": [_FULL]},
     ],
-    ids=["create", "first write", "second write", "commit", "delete of the old manifest"],
+    ids=["create", "first write", "second write", "commit"],
 )
 @pytest.mark.parametrize("kind", ["local", "s3"])
 def test_a_destination_that_fails_keeps_nothing_half_written(
@@ -344,6 +343,20 @@ def test_a_destination_that_fails_keeps_nothing_half_written(
     # and the rerun goes on from there
     ptbin.convert(str(tmp_path / "model.pt"), f"{dest.folder}/model.bin", dest_options=dest.options)
     assert dest.names() == ["model.bin", "model.bin.manifest.json"]
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_an_output_is_done_although_the_claim_of_its_place_cannot_be_deleted(
+    tmp_path: Path, request: pytest.FixtureRequest, kind: str
+) -> None:
+    dest = _place(kind, request)
+    _checkpoint_of(tmp_path, MIB)
+    inner, path = open_store(f"{dest.folder}/model.bin", dest.options)
+    store = FaultyStore(inner, {"delete": [_FULL]})
+    with registered("faulty", store):
+        ptbin.convert(str(tmp_path / "model.pt"), f"faulty://{path}")
+    assert sum(store.struck.values()) == 1
+    assert ptbin.verify(f"{dest.folder}/model.bin.manifest.json", storage_options=dest.options) == []
 
 
 @pytest.mark.parametrize("schedule", [{"write": [None, _FULL]}, {"commit": [_FULL]}], ids=["write", "commit"])
@@ -378,8 +391,9 @@ def test_an_output_damaged_while_it_was_stored_is_taken_away(tmp_path: Path) -> 
         data[len(data) // 2] ^= 1
         output.write_bytes(data)
 
-    # the first reader of the destination's store looks for an earlier manifest, the second is the proof's
-    store = FaultyStore(LocalStore(), {"open": [None, damage]})
+    # The first two readers of the destination's store look for an earlier manifest and for a claim, the
+    # third is the proof's.
+    store = FaultyStore(LocalStore(), {"open": [None, None, damage]})
     with registered("faulty", store), pytest.raises(ptbin.errors.VerificationError):
         ptbin.convert(str(tmp_path / "model.pt"), f"faulty://{output}")
     assert store.struck["open"] == 1
