@@ -43,7 +43,7 @@ class Warm:
         stderr: IO[bytes],
         pass_fds: Sequence[int],
     ) -> _Forked:
-        python, isolated, _, _, _, module, _, answered = words
+        python, isolated, _, _, _, module, *_, answered = words
         assert (python, isolated, stdin, stderr) == (sys.executable, "-I", self.PIPE, stdout)
         return _Forked(self._address, module, answered, stdout.fileno(), pass_fds)
 
