@@ -414,4 +414,4 @@ def test_a_mistake_costs_one_line(
         done = ptbin("migrate", *words)
         assert (done.returncode, said in done.stderr) == (2, True), done.stderr
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert sorted(os.listdir(tmp_path)) == ["good"]
+    assert sorted(os.listdir(tmp_path)) == ["good", "home"]

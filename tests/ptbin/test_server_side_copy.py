@@ -439,7 +439,7 @@ class _FarStore(LocalStore):
         return self.readers[-1]
 
     def open_writer(self, path: str, *, size_hint: int | None = None, copies: bool = True) -> Any:
-        if path.endswith(".manifest.json"):
+        if not path.endswith(".bin"):  # the manifest, and the claim before it
             return super().open_writer(path, size_hint=size_hint)
         self.writers.append(_FarWriter(path))
         return self.writers[-1]
