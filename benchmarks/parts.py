@@ -69,14 +69,16 @@ def main() -> None:
     asked = parser.parse_args()
     ranks = asked.folder / "ranks"
     ranks.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, "-c", MAKE, str(ranks), str(asked.ranks), str(asked.mib)], check=True)
+    subprocess.run(
+        [sys.executable, "-I", "-c", MAKE, str(ranks), str(asked.ranks), str(asked.mib)], check=True
+    )
     files = sorted(str(path) for path in ranks.iterdir())
     out = str(asked.folder / "whole.bin")
     ptbin = str(Path(sys.executable).with_name("ptbin"))
     commands = {
         "cat + sha256sum": ["sh", "-c", f"cat {' '.join(files)} > {out} && sha256sum {out}"],
         "ptbin convert": [ptbin, "convert", str(ranks), out, "--force", "--quiet"],
-        "torch, ten lines": [sys.executable, "-c", PEER, out, *files],
+        "torch, ten lines": [sys.executable, "-I", "-c", PEER, out, *files],
     }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for _ in range(asked.rounds):
