@@ -31,7 +31,7 @@ def stage(source, dest, *arguments, progress, **options):
     with open(os.environ["PTBIN_TEST_NOTES"], "a") as notes:
         notes.write(f"{os.getpid()} {source}\\n")
     deadline = time.monotonic() + float(os.environ["PTBIN_TEST_SECONDS"])
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline or os.path.exists(os.environ["PTBIN_TEST_NOTES"] + ".hold"):
         time.sleep(0.02)
         progress(0)
     return really(source, dest, *arguments, progress=progress, **options)
@@ -267,10 +267,13 @@ def test_a_runner_that_is_not_there_is_a_mistake_of_the_call(
 def test_a_second_run_on_the_destination_is_refused_while_the_first_works(
     many: Path, notes: Path, tmp_path: Path, start: Start
 ) -> None:
+    hold = notes.with_name(notes.name + ".hold")
+    hold.touch()  # the first works until the second has been answered, however long that takes
     first = start("convert", many, tmp_path / "out", "--json")
     wait_for(notes.read_text)
     second = start("convert", many, tmp_path / "out")
     _, err = second.communicate(timeout=100)
+    hold.unlink()
     assert second.returncode == 2
     assert "is at work there" in err
     assert summary_of(first)["converted"] == 40
