@@ -281,7 +281,12 @@ def _role_of_mapping(node: DictNode) -> str | None:
     tensors = [(key, v) for key, v in names.items() if isinstance(v, (TensorRef, SparseTensor))]
     if _is_random_state(tensors) and not _holds_more(names, frozenset(key for key, _ in tensors)):
         return "random_state"
-    if _TELLING_ENTRIES & keys and not _holds_more(names, _OPTIMIZER_ENTRIES | _BESIDE_GROUPS):
+    if (
+        _TELLING_ENTRIES & keys
+        and not _holds_more(names, _OPTIMIZER_ENTRIES | _BESIDE_GROUPS)
+        # a module with one number for a weight may have a buffer of that name
+        and not looks_like_weights([key for key, _ in tensors])
+    ):
         return "optimizer"
     if _is_optimizer_state(node):
         return "optimizer"

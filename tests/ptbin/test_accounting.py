@@ -58,6 +58,13 @@ def test_such_a_model_is_never_left_out_beside_another(tmp_path: Path) -> None:
         converted(saved({"model": parts, "main": layer(3)}, tmp_path))
 
 
+def test_flattening_keeps_a_model_of_single_numbers_with_such_a_buffer(tmp_path: Path) -> None:
+    small = {"weight": torch.randn(1), "exp_avg": torch.randn(3, 4), "version": 3}
+    path = saved({"checkpoint": {"model": layer(), "state_dict": small}}, tmp_path)
+    _, found = converted(path, flatten=True)
+    assert {"checkpoint.state_dict.weight", "checkpoint.state_dict.exp_avg"} <= found.keys()
+
+
 def test_an_unknown_optimizers_entries_are_known_by_their_names(tmp_path: Path) -> None:
     """SOAP keeps lists of preconditioners beside Adam's moments; here without `param_groups`."""
     entry = {
