@@ -7,15 +7,14 @@ goes wrong with one version becomes its outcome and the batch goes on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ptbin.catalog import Job
-from ptbin.copying import copy_file, same_content
-from ptbin.manifest import manifest_uri
+from ptbin.manifests.manifest import manifest_uri
 from ptbin.options import ConvertOptions
 from ptbin.registries import Folder, Migration, Model, ModelPlan, Registration, Registry, Step, Version
 from ptbin.registries.migration import open_both, prepare
@@ -28,16 +27,16 @@ from ptbin.registries.transfer import (
     scratch,
     transfer,
 )
+from ptbin.stores.copying import copy_file, same_content
 from ptbin.stores.limits import limit_requests
 from tasks.live import LiveRun, Ticket, enter_run, find_live_run
-from tasks.outcomes import Converted, Outcome, outcome_of_error
+from tasks.outcomes import Converted, Outcome, Written, outcome_of_error
 from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, is_transient, worth_retrying
 from tasks.stepping import each
 
 __all__ = [
     "Registries",
     "VersionJob",
-    "Written",
     "plan_versions",
     "register_batch",
     "transfer_batch",
@@ -100,30 +99,6 @@ class VersionJob(Job):
         assert self.model is not None
         assert self.existing is not None
         return self.step, self.model, self.existing
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """The files of one version, there and proven, not yet known: what registering it takes.
-
-    Attributes:
-        parts: (path in the source's version, facts, size of the source) of each checkpoint.
-        fresh: those that this run converted.
-        copied: how many other files went along.
-        files: paths of all of it.
-        left: paths of files that stay behind.
-    """
-
-    version: Version
-    token: str
-    manifests: tuple[str, ...]
-    parts: tuple[tuple[str, Converted, int], ...] = ()
-    fresh: frozenset[str] = field(default_factory=frozenset)
-    copied: int = 0
-    files: tuple[str, ...] = ()
-    left: tuple[str, ...] = ()
-    dest_version: str = ""
-    """What the version is called now."""
 
 
 @task(

@@ -9,16 +9,16 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ptbin.catalog import Job
+from ptbin.catalog.comparing import find_unchanged, release_companions
 from ptbin.catalog.finished import row_of_copy
 from ptbin.catalog.marks import may_replace_copy
 from ptbin.catalog.mirroring import Gone, is_reached_plainly, iter_gone
-from ptbin.comparing import find_unchanged, release_companions
-from ptbin.copying import Copied, copy_file, same_content
 from ptbin.errors import NotFoundInStoreError
-from ptbin.manifest import manifest_uri
+from ptbin.manifests.manifest import manifest_uri
 from ptbin.options import ConvertOptions
-from ptbin.sidecars import change_of
+from ptbin.sources.sidecars import change_of
 from ptbin.stores import open_store
+from ptbin.stores.copying import Copied, copy_file, same_content
 from ptbin.stores.limits import limit_requests
 from tasks.live import Interrupted, LiveRun, Ticket, enter_run, find_live_run
 from tasks.outcomes import Converted, Outcome, outcome_of_error

@@ -14,17 +14,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ptbin.catalog.mirroring import COMPANIONS
+from ptbin.catalog.companions import COMPANIONS
 from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, suffix_of
-from ptbin.copying import copy_file
 from ptbin.errors import NotFoundInStoreError, OutputExistsError, VerificationError
-from ptbin.manifest import MANIFEST_SUFFIX
+from ptbin.manifests.manifest import MANIFEST_SUFFIX
 from ptbin.registries.base import Folder, Name, Place, Registration, Registry, RegistryError
 from ptbin.registries.layouts import Layout
 from ptbin.registries.record import CLAIM, OWN_FILES, RECORD, ModelRecord, VersionRecord, is_plain_path
 from ptbin.registries.values import Model, Origin, Version, natural_order
-from ptbin.sidecars import PATTERNS
+from ptbin.sources.sidecars import PATTERNS
 from ptbin.stores import ListedObject, open_store, public_uri
+from ptbin.stores.copying import copy_file
 from ptbin.stores.local import LocalStore
 
 __all__ = ["ONLY_VERSION", "FolderRegistry"]

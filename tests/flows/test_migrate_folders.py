@@ -15,7 +15,7 @@ import torch
 
 from flows.cli.app import run as command
 from flows.migrate import migrate
-from flows.orchestrator import Orchestrator
+from flows.prefect.orchestrator import Orchestrator
 from flows.run_record import new_run_id
 from flows.verify import verify
 from ptbin.registries import Layout

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from flows.orchestrator import Orchestrator
+from flows.prefect.orchestrator import Orchestrator
 from flows.run_record import new_run_id
 from flows.sync import sync
 from ptbin.errors import UsageError

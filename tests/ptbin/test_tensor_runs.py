@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 import ptbin
 from ptbin.errors import PtbinError
-from ptbin.nodes import DictNode, Global, Instance
 from ptbin.options import Limits
-from ptbin.reading import pickle_machine, tensor_runs
-from ptbin.reading.pickle_machine import run_pickle
+from ptbin.reading.pickle import machine as pickle_machine
+from ptbin.reading.pickle import tensor_runs
+from ptbin.reading.pickle.interpreter import run_pickle
+from ptbin.values.nodes import DictNode, Global, Instance
 
 
 class _Never:
