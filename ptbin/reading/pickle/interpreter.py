@@ -24,7 +24,7 @@ from ptbin.errors import CorruptArchiveError, LimitExceededError, PtbinError
 from ptbin.options import Limits
 from ptbin.reading.pickle.machine import Machine, PickleProgram, PickleTruncatedError, Reducer, SetState
 from ptbin.reading.pickle.opcodes import DISPATCH
-from ptbin.reading.pickle.tensor_runs import TENSOR_RUN, run_tensor
+from ptbin.reading.pickle.tensor_runs import TENSOR_RUN, run_named, run_tensor
 
 __all__ = ["run_pickle"]
 
@@ -105,6 +105,7 @@ def _run(machine: Machine) -> PickleProgram:
                     done = run_tensor(machine, run, budget - count)
                     if done:
                         count += done - 1
+                        count += run_named(machine, budget - count)
                         continue
                 machine.stack.append(machine.memo[argument])
             else:
