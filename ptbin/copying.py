@@ -23,6 +23,7 @@ Change = Callable[[bytes], bytes]
 CHUNK_NBYTES = 1 << 20
 SMALL_NBYTES = 256 * 1024
 MAX_CHANGED_NBYTES = 16 << 20
+FORCE = "move it away, choose another DEST, or replace it with --force"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ def copy_file(
     change: Change | None = None,
     progress: Progress | None = None,
     may_replace: Callable[[str], bool] | None = None,
+    advice: str = FORCE,
 ) -> Copied:
     """Copy a file, whole or not at all.
 
@@ -53,6 +55,7 @@ def copy_file(
         expected: the state of the source that was seen; another one is an error.
         may_replace: asked whether the file at `dest` may be replaced, by its identity as a text; one that
             holds the same bytes stays in any case. None: whatever is there is replaced.
+        advice: what to do about a file that may not be, for the message.
         verify: read what was streamed back and compare; a store's own copies are compared by their size.
 
     Raises:
@@ -68,6 +71,7 @@ def copy_file(
             dest_options=dest_options,
             change=change,
             progress=progress,
+            advice=advice,
         )
         if same is not None:
             return same
@@ -100,6 +104,7 @@ def find_in_place(
     dest_options: Mapping[str, Any] | None = None,
     change: Change | None = None,
     progress: Progress | None = None,
+    advice: str = FORCE,
 ) -> Copied | None:
     """What is at DEST already, where it is the same as SOURCE; None where it is to be written.
 
@@ -123,8 +128,7 @@ def find_in_place(
     )
     if same is None:
         raise OutputExistsError(
-            f"{store.uri_of(path)}: a file of {there.size} bytes is there that ptbin did not copy; move it "
-            "away, choose another DEST, or replace it with --force"
+            f"{store.uri_of(path)}: a file of {there.size} bytes is there that ptbin did not copy; {advice}"
         )
     return same
 
