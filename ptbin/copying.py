@@ -28,11 +28,15 @@ FORCE = "move it away, choose another DEST, or replace it with --force"
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """Size in bytes, how many of them a store copied by itself, what is stored now."""
+    """Size in bytes, how many of them a store copied by itself, what is stored now.
+
+    `changed`: not what the source holds, but what `change` made of it.
+    """
 
     size: int
     copied_nbytes: int
     identity: Identity
+    changed: bool = False
 
 
 def copy_file(
@@ -138,7 +142,7 @@ def _write_bytes(data: bytes, store: Store, path: str, *, verify: bool) -> Copie
     if verify and not _arrived(store, path, len(data), zlib.crc32(data), None):
         store.delete(path)
         raise VerificationError(f"{store.uri_of(path)}: not what was written; removed")
-    return Copied(len(data), 0, identity or store.stat(path).identity)
+    return Copied(len(data), 0, identity or store.stat(path).identity, changed=True)
 
 
 def _write(
