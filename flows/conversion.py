@@ -446,7 +446,8 @@ class Conversion:
             written = f", {format_nbytes(facts.written_nbytes)} written" if facts is not None else ""
             size = format_nbytes(job.source_size)
             what = outcome.kind.replace("_", " ")
-            self.lines.append(f"{what} {job.path} ({size}{written}) in {outcome.seconds:.2f} s")
+            changed = f"; {outcome.detail}" if outcome.kind == "copied" and outcome.detail else ""
+            self.lines.append(f"{what} {job.path} ({size}{written}) in {outcome.seconds:.2f} s{changed}")
 
     def _log_lines(self) -> None:
         """A line per checkpoint, a record per batch: each record costs the server and this process time."""

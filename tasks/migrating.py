@@ -6,7 +6,7 @@ goes wrong with one version becomes its outcome and the batch goes on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,13 @@ from ptbin.catalog import Job
 from ptbin.manifests.manifest import manifest_uri
 from ptbin.options import ConvertOptions
 from ptbin.registries import Folder, Migration, Model, ModelPlan, Registration, Registry, Step, Version
-from ptbin.registries.migration import open_both, prepare
+from ptbin.registries.migration import (
+    ADVICE,
+    brought_before,
+    open_both,
+    prepare,
+    refuse_files_of_others,
+)
 from ptbin.registries.planning import Versions
 from ptbin.registries.transfer import (
     NoCheckpointError,
@@ -27,7 +33,8 @@ from ptbin.registries.transfer import (
     scratch,
     transfer,
 )
-from ptbin.stores.copying import copy_file, same_content
+from ptbin.stores import identity_text
+from ptbin.stores.copying import copy_file
 from ptbin.stores.limits import limit_requests
 from tasks.live import LiveRun, Ticket, enter_run, find_live_run
 from tasks.outcomes import Converted, Outcome, Written, outcome_of_error
@@ -166,6 +173,7 @@ def _transfer(
     style = dest.style
     with scratch({**live.source_options, **folder.options}) as (source_options,):
         contents = examine(folder, style, options, source_options)
+        refuse_files_of_others(dest, version.model, job.beside, live.source_options, live.dest_options)
         place = dest.place(existing, version, step.dest_version, step.fingerprint)
         try:
             with scratch({**live.dest_options, **place.folder.options}) as (dest_options,):
@@ -261,8 +269,9 @@ def _register(
 ) -> list[str]:
     first, _ = pairs[0]
     _, model, _ = first.parts
+    brought: dict[str, str] = {}
     if first.beside and (folder := dest.model_folder(model.name)) is not None:
-        _bring_along(live, first.beside, folder)
+        brought = _bring_along(live, first.beside, folder, dest.known_files(model.name))
     ready = [
         Registration(
             facts.version,
@@ -277,17 +286,33 @@ def _register(
         )
         for job, facts in pairs
     ]
-    return dest.register(model, ready)
+    names = dest.register(model, ready)
+    if brought:
+        dest.remember_files(model.name, brought)
+    return names
 
 
-def _bring_along(live: LiveRun, files: Sequence[tuple[str, str]], folder: Folder) -> None:
-    """Files of the model: those that are there with the same content already are not copied again."""
-    options = {**live.dest_options, **folder.options}
+def _bring_along(
+    live: LiveRun, files: Sequence[tuple[str, str]], folder: Folder, known: Mapping[str, str]
+) -> dict[str, str]:
+    """Copy files of the model; what each is now, by its path. One that holds the same already stays.
+
+    Raises:
+        OutputExistsError: another file is at the place of one, and no migration brought it.
+    """
+    brought = {}
     for uri, path in files:
-        target = f"{folder.uri.rstrip('/')}/{path}"
-        sides: dict[str, Any] = {"source_options": live.source_options, "dest_options": options}
-        if same_content(uri, target, **sides) is None:
-            copy_file(uri, target, **sides, progress=live.moved)
+        copied = copy_file(
+            uri,
+            f"{folder.uri.rstrip('/')}/{path}",
+            source_options=live.source_options,
+            dest_options={**live.dest_options, **folder.options},
+            progress=live.moved,
+            may_replace=brought_before(known, path),
+            advice=ADVICE,
+        )
+        brought[path] = identity_text(copied.identity)
+    return brought
 
 
 @task(

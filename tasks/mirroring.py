@@ -112,7 +112,9 @@ def _copy(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
             )
     except Exception as error:  # noqa: BLE001 - what is wrong with one must not stop the others
         return outcome_of_error(job.path, error)
-    return Outcome(job.path, "copied", converted=_copied(job, copied, options))
+    # No manifest tells of a copy: the run's record does.
+    detail = f"changed: its element type is {options.dtype} now" if copied.changed else ""
+    return Outcome(job.path, "copied", detail=detail, converted=_copied(job, copied, options))
 
 
 def _copied(job: Job, copied: Copied, options: ConvertOptions) -> Converted:

@@ -22,15 +22,20 @@ Change = Callable[[bytes], bytes]
 CHUNK_NBYTES = 1 << 20
 SMALL_NBYTES = 256 * 1024
 MAX_CHANGED_NBYTES = 16 << 20
+FORCE = "move it away, choose another DEST, or replace it with --force"
 
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """Size in bytes, how many of them a store copied by itself, what is stored now."""
+    """Size in bytes, how many of them a store copied by itself, what is stored now.
+
+    `changed`: not what the source holds, but what `change` made of it.
+    """
 
     size: int
     copied_nbytes: int
     identity: Identity
+    changed: bool = False
 
 
 def copy_file(
@@ -44,6 +49,7 @@ def copy_file(
     change: Change | None = None,
     progress: Progress | None = None,
     may_replace: Callable[[str], bool] | None = None,
+    advice: str = FORCE,
 ) -> Copied:
     """Copy a file, whole or not at all.
 
@@ -52,6 +58,7 @@ def copy_file(
         expected: the state of the source that was seen; another one is an error.
         may_replace: asked whether the file at `dest` may be replaced, by its identity as a text; one that
             holds the same bytes stays in any case. None: whatever is there is replaced.
+        advice: what to do about a file that may not be, for the message.
         verify: read what was streamed back and compare; a store's own copies are compared by their size.
 
     Raises:
@@ -67,6 +74,7 @@ def copy_file(
             dest_options=dest_options,
             change=change,
             progress=progress,
+            advice=advice,
         )
         if same is not None:
             return same
@@ -99,6 +107,7 @@ def find_in_place(
     dest_options: Mapping[str, Any] | None = None,
     change: Change | None = None,
     progress: Progress | None = None,
+    advice: str = FORCE,
 ) -> Copied | None:
     """What is at DEST already, where it is the same as SOURCE; None where it is to be written.
 
@@ -122,8 +131,7 @@ def find_in_place(
     )
     if same is None:
         raise OutputExistsError(
-            f"{store.uri_of(path)}: a file of {there.size} bytes is there that ptbin did not copy; move it "
-            "away, choose another DEST, or replace it with --force"
+            f"{store.uri_of(path)}: a file of {there.size} bytes is there that ptbin did not copy; {advice}"
         )
     return same
 
@@ -133,7 +141,7 @@ def _write_bytes(data: bytes, store: Store, path: str, *, verify: bool) -> Copie
     if verify and not _arrived(store, path, len(data), zlib.crc32(data), None):
         store.delete(path)
         raise VerificationError(f"{store.uri_of(path)}: not what was written; removed")
-    return Copied(len(data), 0, identity or store.stat(path).identity)
+    return Copied(len(data), 0, identity or store.stat(path).identity, changed=True)
 
 
 def _write(

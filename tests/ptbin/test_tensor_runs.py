@@ -105,8 +105,7 @@ def test_the_runs_of_torch_are_found() -> None:
     """Else the rest of this module compares the machine with itself."""
     # All but the first ones of a kind, which bring names, and one that asks for a gradient.
     assert len(tensor_runs.TENSOR_RUN.findall(PICKLE)) >= 99
-    # With their names, all but those behind the memo's first 256 entries, and those whose names are not
-    # of printable ASCII.
+    # With their names, but for the first ones and for names that are not of printable ASCII.
     assert len(tensor_runs.NAMED_RUN.findall(PICKLE)) >= 55
 
 
