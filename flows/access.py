@@ -10,13 +10,15 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+from flows.options import DEFAULT_REQUESTS
 from flows.prefect.signals import hold_signals
 from flows.run_record import check_run_id
 from flows.runners import Runner, RunnerName, open_runner
-from flows.wishes import refuse_runner_secrets
+from flows.wishes import parse_duration, refuse_runner_secrets
 from ptbin.catalog.lease import Lease, acquire_lease
 from ptbin.catalog.worklist import WorkList
 from ptbin.errors import PtbinError
@@ -25,7 +27,6 @@ from tasks.credentials import Credentials, load_options
 from tasks.live import Interrupted, LiveRun, Ticket, find_live_run, is_open, open_live_run
 
 __all__ = [
-    "DEFAULT_REQUESTS",
     "RunSettings",
     "RunStoppedError",
     "Running",
@@ -33,9 +34,6 @@ __all__ = [
     "join_run",
     "running",
 ]
-
-DEFAULT_REQUESTS = 64
-"""What all tasks of a run may have under way together, unless it is asked for otherwise."""
 
 
 class RunStoppedError(PtbinError):
@@ -57,9 +55,21 @@ class RunSettings:
     source_options: str | None = None
     dest_options: str | None = None
 
+    @classmethod
+    def of(cls, asked: Mapping[str, Any]) -> RunSettings:
+        """Out of a flow's parameters, which may have others as well.
+
+        Raises:
+            UsageError: a deadline that is not a duration.
+        """
+        found = {entry.name: asked[entry.name] for entry in fields(cls) if entry.name in asked}
+        if found.get("deadline") is not None:
+            found["deadline"] = parse_duration(found["deadline"])
+        return cls(**found)
+
 
 @contextlib.contextmanager
-def join_run(run_id: str, source_options: str | None, dest_options: str | None) -> Iterator[LiveRun]:
+def join_run(run_id: str, settings: RunSettings) -> Iterator[LiveRun]:
     """The run that the caller opened in this process, or else a new one with the options referred to.
 
     Raises:
@@ -73,7 +83,7 @@ def join_run(run_id: str, source_options: str | None, dest_options: str | None) 
         if is_open(run_id):
             live = find_live_run(run_id)
         else:
-            live = LiveRun(run_id, load_options(source_options), load_options(dest_options))
+            live = LiveRun(run_id, load_options(settings.source_options), load_options(settings.dest_options))
             stack.enter_context(open_live_run(live))
         live.began = time.monotonic()  # not when the command line opened it, to start a server first
         live.summary["flow_run_id"] = current_flow_run_id()

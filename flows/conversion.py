@@ -1,32 +1,30 @@
 """A conversion under way, inside the convert flow: batches out, final states in, outcomes into the tally.
 
-A batch that was written is proven next, before new batches begin. What a store may do better later comes
-back in a batch of its own, at most `RETRIES` times, after a growing delay. A batch whose process was lost is
-halved and tried again, so that one checkpoint which takes its process along fails alone. An interrupted run
-still accounts for what it did.
+A batch that was written is proven next, before new batches begin; `flows.stages` has the rules for what is
+lost or fails on the way. An interrupted run still accounts for what it did.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from prefect import Task, get_run_logger
 from prefect.client.schemas.objects import State
-from prefect.futures import PrefectFuture
 from prefect.states import Completed, Failed
 
 from flows.access import Running, current_flow_run_id
 from flows.artifacts import Artifacts, conversion_rows
-from flows.batches import cut, iter_batches
-from flows.fanout import Work, fan_out, unexamined
+from flows.batches import MAX_BATCHES, cut, iter_batches
+from flows.fanout import quote
 from flows.prefect.orchestrator import ABSENT_SECONDS, await_server
 from flows.prefect.signals import INTERRUPTS
 from flows.remembering import close_ledger, open_ledger
 from flows.run_record import record_files, record_folder
 from flows.selection import Selection
+from flows.stages import Stage, Stages, count_of
 from flows.tally import Tally
 from flows.units import format_nbytes
 from ptbin.catalog import Job, Problem
@@ -37,14 +35,11 @@ from ptbin.sources.companions import companion_of
 from tasks.converting import convert_and_verify_batch, convert_batch, verify_batch
 from tasks.listing import discard_unfinished, find_up_to_date, work_of
 from tasks.live import Interrupted, Settled
-from tasks.outcomes import Outcome, one_line
+from tasks.outcomes import Outcome, Staged, one_line
 from tasks.recording import merge_index, write_index, write_ledger, write_run_record
-from tasks.retrying import RETRIES, retry_delay
 
-__all__ = ["Conversion", "halves"]
+__all__ = ["Conversion"]
 
-LOST_TRIES = 3
-"""So often a checkpoint is alone in a batch whose process is lost before it is given up."""
 LOGGED = 1000
 """So many checkpoints have a line of their own in the flow run's log on the server."""
 SEGMENT_ROWS = 5_000
@@ -57,22 +52,14 @@ ASKING_WIDTH = 8
 """At least so many ask what is up to date: that is waiting for small answers, not work."""
 
 
-Item = TypeVar("Item")
-
-
 def _record(task: Task[..., None], run_id: str, place: str, *values: Any) -> None:
     """Have a task write the run's own files; write them here, where Prefect cannot have it run."""
     try:
-        task(run_id, place, *map(unexamined, values))
+        task(run_id, place, *map(quote, values))
     except PtbinError:
         raise
     except Exception:  # noqa: BLE001 - whatever Prefect's client comes to
         task.fn(run_id, place, *values)
-
-
-def halves(items: Sequence[Item]) -> list[Sequence[Item]]:
-    middle = (len(items) + 1) // 2
-    return [part for part in (items[:middle], items[middle:]) if part]
 
 
 class Conversion:
@@ -88,7 +75,6 @@ class Conversion:
         self.live = run.live
         self.runner = run.runner
         self.work = work_of(run.live)
-        self.settled_paths: set[str] = set()
         self.lines: list[str] = []
         self.index_rows: list[FinishedRow] = []
         self.segments = 0
@@ -98,7 +84,8 @@ class Conversion:
         self.logger = get_run_logger()
         self.progress = Artifacts(self.artifact_key, self.logger)
         self.counted_current = False
-        self.task_runs = 1  # the listing
+        self.stages = Stages(run, self.logger, self._keeps_on)
+        self.stages.task_runs = 1  # the listing
 
     def refuse(self, collisions: Sequence[Problem]) -> None:
         """Several sources of one output: none of them is converted."""
@@ -148,10 +135,10 @@ class Conversion:
     def _close_ledger(self) -> None:
         if not self.keeps_ledger:
             return
-        rows = close_ledger(self.tally, self.work, self.selection, self.settled_paths)
+        rows = close_ledger(self.tally, self.work, self.selection, self.stages.settled)
         if rows is None:
             return
-        self.task_runs += 1
+        self.stages.task_runs += 1
         try:
             _record(write_ledger, self.live.run_id, self.tally.dest, rows)
         except StorageError as error:
@@ -166,7 +153,7 @@ class Conversion:
         """After a run that was killed: nobody else will remove what it had under way."""
         if self.running.lease is None or not self.running.lease.follows_dead:
             return
-        self.task_runs += 1
+        self.stages.task_runs += 1
         try:
             if count := discard_unfinished(self.live.run_id):
                 self.logger.info("removed %d unfinished outputs of a run that was killed", count)
@@ -175,27 +162,17 @@ class Conversion:
 
     def drop_up_to_date(self) -> None:
         """Ask the manifests that the index of finished work does not know; those reads are fanned out."""
-
-        def ask(part: Sequence[Job]) -> Work:
-            label = f"{len(part)} outputs"
-
-            def hear(state: State[Any]) -> Iterable[Work]:
-                rows = state.result() if state.is_completed() else []
-                self._remember(self.work.answer(part, rows, self.options))
-                return ()
-
-            return Work(lambda: find_up_to_date.submit(self.live.run_id, label, unexamined(part)), hear)
-
+        asking = Stage(find_up_to_date, "up to date?", {}, self._answer, count_of("outputs"), here=True)
         parts = cut(
             self.work.iter_to_ask(), self.work.count_to_ask(), ASKING_COUNT, max_batches=ASKING_BATCHES
         )
-        self.task_runs += fan_out(
-            map(ask, parts),
-            width=max(self.runner.width, ASKING_WIDTH),
-            keep_on=self._keeps_on,
-            stop=self.running.stop,
-            check=self.live.check,
-        )
+        stages = Stages(self.running, self.logger, self._keeps_on)
+        stages.carry_out((asking, parts), width=max(self.runner.width, ASKING_WIDTH))
+        self.stages.task_runs += stages.task_runs
+
+    def _answer(self, asked: Sequence[tuple[Job, Outcome]]) -> None:
+        rows = [row for _, outcome in asked if (row := _row_of(outcome)) is not None]
+        self._remember(self.work.answer([job for job, _ in asked], rows, self.options))
 
     def _keeps_on(self) -> bool:
         return not self.running.is_stopping and not (self.fail_fast and self.tally.has_problems)
@@ -210,37 +187,42 @@ class Conversion:
             "%d checkpoints (%s) to convert, %d up to date", count, format_nbytes(nbytes), up_to_date
         )
         self.progress.begin(count)
-        self._fan_out(self._batches())
+        self.stages.carry_out(*self._parts())
         self._account_for_the_rest()
 
-    def _batches(self) -> Iterable[Work]:
-        """What the run is made of, at first."""
-        count, nbytes = self.work.to_do()
-        for batch in iter_batches(
-            self.work.iter_to_do(),
+    def _parts(self) -> Sequence[tuple[Stage, Iterable[Sequence[Job]]]]:
+        """What the run is made of: stages, and the batches that go through them."""
+        return [(self._making(), self._batches(MAX_BATCHES))]
+
+    def _making(self) -> Stage:
+        """How an output is made: written, then proven; both at once where a task run is dear."""
+        values = {"options": self.options}
+        if self.runner.is_remote:
+            return Stage(
+                convert_and_verify_batch, "convert and verify", values, self._settle_all, self._label
+            )
+        write = Stage(convert_batch, "convert", values, self._settle_all, self._label)
+        prove = Stage(verify_batch, "verify", {}, self._settle_all, self._label)
+        return write >> prove
+
+    def _batches(self, max_batches: int, *, copies: bool | None = None) -> Iterable[Sequence[Job]]:
+        count, nbytes = self.work.to_do(copies=copies)
+        return iter_batches(
+            self.work.iter_to_do(copies=copies),
             count,
             nbytes,
             nbytes=lambda job: job.source_size,
             workers=self.runner.width,
+            max_batches=max_batches,
             most=self.runner.batch_count,
             per_worker=self.runner.batches_per_worker,
-        ):
-            yield self._convert(batch)
-
-    def _fan_out(self, work: Iterable[Work]) -> None:
-        self.task_runs += fan_out(
-            work,
-            width=self.runner.width,
-            keep_on=self._keeps_on,
-            stop=self.running.stop,
-            check=self.live.check,
         )
 
     def _account_for_the_rest(self) -> None:
         """What the run did not come to is told as well."""
         self._count_current()
-        if len(self.settled_paths) < self.work.to_do()[0]:
-            left = (job for job in self.work.iter_to_do() if job.path not in self.settled_paths)
+        if len(self.stages.settled) < self.work.to_do()[0]:
+            left = (job for job in self.work.iter_to_do() if job.path not in self.stages.settled)
             self.tally.add_all(left, "not_tried")
         self.tally.add_all(self.work.iter_to_ask(), "not_tried")  # some, where the asking was cut short
 
@@ -263,7 +245,7 @@ class Conversion:
         if not rows:
             return
         self.segments += 1
-        self.task_runs += 1
+        self.stages.task_runs += 1
         name = f"{self.tally.run_id}-{self.segments:04d}"
         try:
             _record(write_index, self.live.run_id, self.tally.dest, name, rows)
@@ -273,7 +255,7 @@ class Conversion:
     def _merge_index(self) -> None:
         if len(self.work.segments()) < MERGED_SEGMENTS:
             return
-        self.task_runs += 1
+        self.stages.task_runs += 1
         try:
             _record(merge_index, self.live.run_id, self.tally.dest, f"{self.tally.run_id}-merged")
         except StorageError as error:
@@ -314,7 +296,7 @@ class Conversion:
             record=folder,
             succeeded=tally.succeeded,
             interrupted=tally.interrupted,
-            task_runs=self.task_runs + 1,  # the run record
+            task_runs=self.stages.task_runs + 1,  # the run record
         )
         self._show(f"**{message}** in {seconds:.1f} s", folder)
         return (Completed if tally.succeeded else Failed)(message=message)
@@ -337,91 +319,14 @@ class Conversion:
         )
         self.progress.end()
 
-    def _submit(self, task: Task[..., Any], *, label: str, **values: Any) -> PrefectFuture[Any]:
-        return self.runner.submit(task, ticket=self.running.ticket, label=label, **values)
-
-    def _convert(self, jobs: Sequence[Job], retry: int = 0, lost: int = 0) -> Work:
-        label = self._label(jobs, retry)
-
-        def submit() -> PrefectFuture[Any]:
-            task = convert_and_verify_batch if self.runner.is_remote else convert_batch
-            return self._submit(task, label=label, jobs=jobs, options=self.options)
-
-        def then(state: State[Any]) -> Iterable[Work]:
-            if self._was_lost(jobs, state, lost):
-                yield from (self._convert(part, retry, lost + 1) for part in halves(jobs))
-                return
-            staged, again = self._collect(jobs, state, retry)
-            if again:
-                yield self._convert(again, retry + 1)
-            if staged:
-                by_path = {job.path: job for job in jobs}
-                yield self._verify([(by_path[outcome.path], outcome) for outcome in staged])
-
-        return Work(submit, then, delay=retry_delay(retry) if retry else 0.0)
-
-    def _verify(self, staged: Sequence[tuple[Job, Outcome]], retry: int = 0, lost: int = 0) -> Work:
-        jobs = [job for job, _ in staged]
-        label = self._label(jobs, retry)
-
-        def submit() -> PrefectFuture[Any]:
-            drafts = [outcome.draft or "" for _, outcome in staged]
-            return self._submit(verify_batch, label=label, jobs=jobs, drafts=drafts)
-
-        def then(state: State[Any]) -> Iterable[Work]:
-            if self._was_lost(jobs, state, lost):
-                yield from (self._verify(part, retry, lost + 1) for part in halves(staged))
-                return
-            before = {outcome.path: outcome.seconds for _, outcome in staged}
-            _, again = self._collect(jobs, state, retry, before)
-            if again:
-                paths = {job.path for job in again}
-                yield self._verify([pair for pair in staged if pair[0].path in paths], retry + 1)
-
-        return Work(submit, then, urgent=True, delay=retry_delay(retry) if retry else 0.0)
-
-    def _was_lost(self, jobs: Sequence[Job], state: State[Any], lost: int) -> bool:
-        """Whether the batch is to be tried again because the process that worked on it is no more."""
-        if not self.runner.is_remote or not state.is_crashed() or self.running.is_stopping:
-            return False
-        if len(jobs) == 1 and lost >= LOST_TRIES:
-            return False
-        self.logger.warning("%s: %s; trying again", self._label(jobs, 0), state.message)
-        return True
-
-    def _collect(
-        self,
-        jobs: Sequence[Job],
-        state: State[Any],
-        retry: int,
-        seconds_before: Mapping[str, float] | None = None,
-    ) -> tuple[list[Outcome], list[Job]]:
-        """Settle what is final; return what is to be proven and what is to be tried again."""
-        if state.is_completed():
-            outcomes: list[Outcome] = state.result()
-        elif self.running.is_stopping:
-            outcomes = [Outcome(job.path, "not_tried") for job in jobs]
-        else:
-            detail = one_line(f"the task run ended {state.name}: {state.message}")
-            reason = "worker_lost" if self.runner.is_remote and state.is_crashed() else "internal_error"
-            outcomes = [Outcome(job.path, "failed", reason, detail) for job in jobs]
-        staged, again = [], []
-        for job, outcome in zip(jobs, outcomes, strict=True):
-            if outcome.kind == "staged":
-                staged.append(outcome)
-            elif outcome.transient and retry < RETRIES:
-                again.append(job)
-                self.logger.info("%s will be tried again: %s", job.path, outcome.detail)
-            else:
-                seconds = outcome.seconds + (seconds_before or {}).get(job.path, 0.0)
-                self._settle(job, replace(outcome, seconds=seconds))
+    def _settle_all(self, final: Sequence[tuple[Job, Outcome]]) -> None:
+        for job, outcome in final:
+            self._settle(job, outcome)
         self._log_lines()
-        self.progress.update(len(self.settled_paths), self.tally.message())
-        return staged, again
+        self.progress.update(len(self.stages.settled), self.tally.message())
 
     def _settle(self, job: Job, outcome: Outcome) -> None:
         """One checkpoint has its final outcome."""
-        self.settled_paths.add(job.path)
         kind = self.tally.add(job, outcome).outcome
         facts = outcome.converted
         if facts is not None and facts.index_row is not None:
@@ -442,7 +347,7 @@ class Conversion:
         )
         if outcome.reason:
             self.logger.warning("%s %s: %s: %s", kind, job.path, outcome.reason, outcome.detail)
-        elif len(self.settled_paths) <= LOGGED:
+        elif len(self.stages.settled) <= LOGGED:
             written = f", {format_nbytes(facts.written_nbytes)} written" if facts is not None else ""
             size = format_nbytes(job.source_size)
             what = outcome.kind.replace("_", " ")
@@ -459,8 +364,11 @@ class Conversion:
         self.live.listener.settled(Settled(path, kind, reason=reason, detail=detail))
         self.logger.warning("%s %s: %s: %s", kind, path, reason, detail)
 
-    def _label(self, jobs: Sequence[Job], retry: int) -> str:
-        nbytes = format_nbytes(sum(job.source_size for job in jobs))
-        again = f", retry {retry}" if retry else ""
+    def _label(self, jobs: Sequence[Job | Staged]) -> str:
+        nbytes = sum(job.item.source_size if isinstance(job, Staged) else job.source_size for job in jobs)
         what = jobs[0].path if len(jobs) == 1 else f"{len(jobs)} checkpoints"
-        return f"{what} ({nbytes}{again})"
+        return f"{what} ({format_nbytes(nbytes)})"
+
+
+def _row_of(outcome: Outcome) -> FinishedRow | None:
+    return outcome.converted.index_row if outcome.converted is not None else None

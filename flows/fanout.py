@@ -19,9 +19,9 @@ from typing import Any, TypeVar, cast
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.states import Crashed
-from prefect.utilities.annotations import quote
+from prefect.utilities.annotations import quote as prefect_quote
 
-__all__ = ["Work", "fan_out", "unexamined"]
+__all__ = ["Work", "fan_out", "quote"]
 
 Value = TypeVar("Value")
 
@@ -138,6 +138,6 @@ def _final_state(future: PrefectFuture[Any]) -> State[Any]:
     return state if state.is_final() else Crashed(message="its worker was lost")
 
 
-def unexamined(value: Value) -> Value:
-    """Hand a parameter to a task without Prefect walking through it for futures; the task gets the value."""
-    return cast("Value", quote(value))
+def quote(value: Value) -> Value:
+    """Prefect's `quote`: the parameter is not walked through for futures. To mypy it stays what it is."""
+    return cast("Value", prefect_quote(value))

@@ -10,41 +10,39 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, cast
+from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
-from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
-from pydantic import Field
 
-from flows.access import DEFAULT_REQUESTS, Running, RunSettings, join_run, running
+from flows.access import Running, RunSettings, join_run, running
 from flows.batches import cut, iter_batches
-from flows.conversion import Conversion, halves
-from flows.fanout import Work, unexamined
-from flows.parameters import described
+from flows.conversion import Conversion
+from flows.fanout import quote
+from flows.forms import PLACES, takes
+from flows.options import CONTENT, MIGRATE, chosen
 from flows.run_record import new_run_id
-from flows.runners import RunnerName
+from flows.stages import Stage, Stages
 from flows.tally import Entry, Tally
-from flows.wishes import MAX_WORKERS, build_options, parse_duration, refuse_secrets
+from flows.wishes import MAX_WORKERS, build_options, refuse_secrets
 from ptbin.catalog import Job, Problem
 from ptbin.errors import UsageError
-from ptbin.options import ConvertOptions, OnUnsafe, OutputFormat, VerifyLevel
-from ptbin.registries import Migration, wanted_names
-from ptbin.registries.planning import Versions
+from ptbin.options import ConvertOptions
+from ptbin.registries import Migration, ModelPlan, wanted_names
 from ptbin.registries.transfer import is_of_training
 from ptbin.registries.values import natural_order
 from tasks.live import Settled
 from tasks.migrating import (
     Registries,
     VersionJob,
+    model_of,
     plan_versions,
     register_batch,
     transfer_batch,
     update_models,
 )
-from tasks.outcomes import Outcome, Written
-from tasks.retrying import retry_delay
+from tasks.outcomes import Outcome, Staged
 
 __all__ = ["Migrating", "MigrationTally", "loss_lines", "migrate"]
 
@@ -122,16 +120,9 @@ class Migrating(Conversion):
             if step.action == "migrate"
         ]
         self.rows = {step.version.path: step.to_json() for step in plan.steps()}
-        self.waiting: dict[str, list[VersionJob]] = {}
-        """By model, the versions that are not settled yet, in order."""
-        for job in self.jobs:
-            self.waiting.setdefault(job.parts[1].name, []).append(job)
-        for waiting in self.waiting.values():
-            # Where the destination counts, what was passed over earlier comes behind what keeps its number.
-            waiting.sort(key=lambda job: natural_order(job.parts[0].dest_version))
-        self.written: dict[str, Written] = {}
-        self.seconds: dict[str, float] = {}
-        self.registering: set[str] = set()
+        # Where the destination counts, what was passed over earlier comes behind what keeps its number.
+        in_order = sorted(self.jobs, key=lambda job: natural_order(job.parts[0].dest_version))
+        self.stages.expect(model_of, in_order)
 
     def drop_up_to_date(self) -> None:
         """The plan knows."""
@@ -163,12 +154,19 @@ class Migrating(Conversion):
         for plan in self.plan.models:
             if plan.problem and not plan.steps:
                 self.tally.run_problems.append(Problem(plan.model.name, "registry_error", plan.problem))
-        self._fan_out(self._batches())
+        self.stages.carry_out(*self._parts())
         self._update()
         self._account_for_the_rest()
 
-    def _batches(self) -> Iterable[Work]:
-        for batch in iter_batches(
+    def _parts(self) -> Sequence[tuple[Stage, Iterable[Sequence[Job]]]]:
+        sides = {"registries": self.registries}
+        transfer = Stage(
+            transfer_batch, "transfer", {**sides, "options": self.options}, self._settle_all, self._label
+        )
+        register = Stage(
+            register_batch, "register", sides, self._settle_all, self._label, splits=False, key=model_of
+        )
+        batches = iter_batches(
             self.jobs,
             len(self.jobs),
             0,
@@ -177,70 +175,8 @@ class Migrating(Conversion):
             max_batches=TRANSFERS,
             most=VERSIONS_PER_BATCH,
             per_worker=self.runner.batches_per_worker,
-        ):
-            yield self._transfer(batch)
-
-    def _transfer(self, jobs: Sequence[VersionJob], retry: int = 0, lost: int = 0) -> Work:
-        label = self._label(jobs, retry)
-
-        def submit() -> PrefectFuture[Any]:
-            return self._submit(
-                transfer_batch, label=label, jobs=jobs, registries=self.registries, options=self.options
-            )
-
-        def then(state: State[Any]) -> Iterable[Work]:
-            if self._was_lost(jobs, state, lost):
-                yield from (self._transfer(part, retry, lost + 1) for part in halves(jobs))
-                return
-            staged, again = self._collect(jobs, state, retry)
-            for outcome in staged:
-                assert outcome.written is not None
-                self.written[outcome.path] = outcome.written
-                self.seconds[outcome.path] = outcome.seconds
-            if again:
-                yield self._transfer(cast("list[VersionJob]", again), retry + 1)
-            yield from self._register_ready()
-
-        return Work(submit, then, delay=retry_delay(retry) if retry else 0.0)
-
-    def _register_ready(self) -> Iterable[Work]:
-        """Of each model that nobody registers just now, the versions before which none is missing."""
-        ready: list[VersionJob] = []
-        for model, jobs in self.waiting.items():
-            if model in self.registering:
-                continue
-            while jobs and (jobs[0].path in self.written or jobs[0].path in self.settled_paths):
-                job = jobs.pop(0)
-                if job.path in self.written:
-                    ready.append(job)
-                    self.registering.add(model)
-        if ready:
-            yield self._register(ready)
-
-    def _register(self, jobs: Sequence[VersionJob], retry: int = 0, lost: int = 0) -> Work:
-        label = self._label(jobs, retry)
-
-        def submit() -> PrefectFuture[Any]:
-            return self._submit(
-                register_batch,
-                label=label,
-                jobs=jobs,
-                written=[self.written[job.path] for job in jobs],
-                registries=self.registries,
-            )
-
-        def then(state: State[Any]) -> Iterable[Work]:
-            if self._was_lost(jobs, state, lost):
-                yield self._register(jobs, retry, lost + 1)
-                return
-            _, again = self._collect(jobs, state, retry, self.seconds)
-            self.registering -= {job.parts[1].name for job in jobs}
-            if again:
-                self.registering |= {job.parts[1].name for job in cast("list[VersionJob]", again)}
-                yield self._register(cast("list[VersionJob]", again), retry + 1)
-            yield from self._register_ready()
-
-        return Work(submit, then, urgent=True, delay=retry_delay(retry) if retry else 0.0)
+        )
+        return [(transfer >> register, batches)]
 
     def _update(self) -> None:
         """Metadata that differs of what is registered already: an alias that has moved, say."""
@@ -248,28 +184,24 @@ class Migrating(Conversion):
         if not plans or not self._keeps_on():
             return
 
-        def work(part: list[Any]) -> Work:
-            def then(state: State[Any]) -> Iterable[Work]:
-                if not state.is_completed():
-                    detail = f"the task run ended {state.name}: {state.message}"
-                    problems = [{"source": self.tally.dest, "reason": "internal_error", "detail": detail}]
-                else:
-                    problems = state.result()
-                self.versions.updated += len(part) - len(problems)
-                self.tally.run_problems += [Problem.from_json(problem) for problem in problems]
-                return ()
+        def settle(final: Sequence[tuple[ModelPlan, Outcome]]) -> None:
+            for plan, outcome in final:
+                if outcome.kind == "updated":
+                    self.versions.updated += 1
+                elif outcome.reason:
+                    self.tally.run_problems.append(Problem(plan.path, outcome.reason, outcome.detail))
 
-            label = part[0].model.name if len(part) == 1 else f"{len(part)} models"
-            return Work(
-                lambda: self._submit(update_models, label=label, plans=part, registries=self.registries), then
-            )
+        def label(part: Sequence[ModelPlan]) -> str:
+            return part[0].path if len(part) == 1 else f"{len(part)} models"
 
-        self._fan_out(work(part) for part in cut(plans, len(plans), MODELS_PER_UPDATE, max_batches=UPDATES))
+        stage = Stage(update_models, "update", {"registries": self.registries}, settle, label)
+        stages = Stages(self.running, self.logger, self._keeps_on)
+        stages.carry_out((stage, cut(plans, len(plans), MODELS_PER_UPDATE, max_batches=UPDATES)))
+        self.stages.task_runs += stages.task_runs
 
     # -- accounting -----------------------------------------------------------------------------------
 
     def _settle(self, job: Job, outcome: Outcome) -> None:
-        self.settled_paths.add(job.path)
         self._close(job.path, job.source_uri, outcome)
         facts = outcome.written
         read = written = nbytes = 0
@@ -325,9 +257,8 @@ class Migrating(Conversion):
         order = {step.version.path: index for index, step in enumerate(self.plan.steps())}
         self.versions.versions.sort(key=lambda row: order[f"{row['model']}/{row['version']}"])
 
-    def _label(self, jobs: Sequence[Job], retry: int) -> str:
-        what = jobs[0].path if len(jobs) == 1 else f"{len(jobs)} versions"
-        return f"{what}, retry {retry}" if retry else what
+    def _label(self, jobs: Sequence[Job | Staged]) -> str:
+        return jobs[0].path if len(jobs) == 1 else f"{len(jobs)} versions"
 
 
 def loss_lines(plan: Migration) -> list[str]:
@@ -346,74 +277,18 @@ def loss_lines(plan: Migration) -> list[str]:
     task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
     persist_result=False,
 )
-@described
-def migrate(
-    source: str,
-    dest: str,
-    *,
-    layout: str | None = None,
-    source_layout: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    versions: Versions = "all",
-    format: OutputFormat = "torch",  # noqa: A002 - the name on the command line and in manifests
-    select: str | Sequence[str] | None = None,
-    flatten: bool = False,
-    split: bool = False,
-    strip_prefix: str | None = None,
-    rename: Sequence[str] = (),
-    drop: Sequence[str] = (),
-    dtype: str | None = None,
-    max_shard_size: str | int | None = None,
-    tie_by_value: bool = False,
-    recipe: str | None = None,
-    parts: bool = False,
-    on_unsafe: OnUnsafe = "reject",
-    verify: VerifyLevel = "checksum",
-    provenance: bool = False,
-    fail_fast: bool = False,
-    runner: RunnerName = "threads",
-    runner_address: str | None = None,
-    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] | None = None,
-    max_requests: Annotated[int, Field(ge=1)] = DEFAULT_REQUESTS,
-    deadline: str | float | None = None,
-    source_options: str | None = None,
-    dest_options: str | None = None,
-    run_id: str | None = None,
-) -> State[Any]:
+@takes(PLACES, MIGRATE)
+def migrate(source: str, dest: str, **asked: Any) -> State[Any]:
     """Bring the models of the registry `source` into the registry `dest`, as weights.
 
     Ends Completed, or Failed where a version was rejected or failed.
     """
-    options = build_options(
-        format=format,
-        rename=rename,
-        drop=drop,
-        select=select,
-        flatten=flatten,
-        split=split,
-        strip_prefix=strip_prefix,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        tie_by_value=tie_by_value,
-        recipe=recipe,
-        parts=parts,
-        on_unsafe=on_unsafe,
-        verify=verify,
-        provenance=provenance,
-    )
+    options = build_options(chosen(CONTENT, asked))
+    include, exclude = list(asked["include"]), list(asked["exclude"])
     refuse_secrets(source, dest)
-    settings = RunSettings(
-        runner,
-        runner_address,
-        workers,
-        max_requests,
-        parse_duration(deadline) if deadline is not None else None,
-        source_options,
-        dest_options,
-    )
-    registries = Registries(source, dest, source_layout, layout)
-    with join_run(run_id or new_run_id(), source_options, dest_options) as live:
+    settings = RunSettings.of(asked)
+    registries = Registries(source, dest, asked["source_layout"], asked["layout"])
+    with join_run(asked["run_id"] or new_run_id(), settings) as live:
         here, there = registries.open(live)
         here.check_readable()
         there.check_writable()
@@ -424,11 +299,11 @@ def migrate(
         with running(live, home, settings) as run:
             plan = plan_versions(
                 live.run_id,
-                unexamined(registries),
-                list(include),
-                list(exclude),
-                versions,
-                unexamined(options),
+                quote(registries),
+                include,
+                exclude,
+                asked["versions"],
+                quote(options),
             )
             tally = MigrationTally(live.run_id, source, dest, home=home)
-            return Migrating(run, options, tally, fail_fast, registries, plan).carry_out([])
+            return Migrating(run, options, tally, asked["fail_fast"], registries, plan).carry_out([])

@@ -23,7 +23,7 @@ from prefect.futures import PrefectFuture
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 
 from flows.batches import BATCH_COUNT, BATCHES_PER_WORKER
-from flows.fanout import unexamined
+from flows.fanout import quote
 from flows.wishes import MAX_WORKERS, refuse_runner_secrets
 from ptbin.errors import UsageError
 from tasks.live import stop_all
@@ -70,12 +70,16 @@ class Runner:
     def submit(self, task: Task[..., Any], **parameters: Any) -> PrefectFuture[Any]:
         """One task run on its way; a pool that lost a process is opened anew."""
         if self._make is None:
-            plain = {name: unexamined(value) for name, value in parameters.items()}
-            return cast("PrefectFuture[Any]", task.submit(**plain))
+            return self.submit_here(task, **parameters)
         # The other runners do not all take `quote` off again; a batch is small enough to be walked through.
         if _is_broken(self._open):
             self.close()
         return cast("PrefectFuture[Any]", self._runner().submit(task, parameters))
+
+    def submit_here(self, task: Task[..., Any], **parameters: Any) -> PrefectFuture[Any]:
+        """One task run on its way in a thread of the flow's process, whatever the runner."""
+        plain = {name: quote(value) for name, value in parameters.items()}
+        return cast("PrefectFuture[Any]", task.submit(**plain))
 
     def _runner(self) -> TaskRunner[Any]:
         if self._open is None:

@@ -10,35 +10,34 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
-from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
-from pydantic import Field
 
-from flows.access import DEFAULT_REQUESTS, Running, RunSettings, join_run, running
-from flows.batches import cut, iter_batches
-from flows.conversion import LOGGED, Conversion, halves
-from flows.fanout import Work, unexamined
-from flows.parameters import described
+from flows.access import Running, RunSettings, join_run, running
+from flows.batches import cut
+from flows.conversion import LOGGED, Conversion
+from flows.fanout import quote
+from flows.forms import PLACES, takes
+from flows.options import MIRRORING, SYNC, chosen
 from flows.run_record import new_run_id
-from flows.runners import RunnerName
 from flows.selection import Selection
+from flows.stages import Stage, Stages, count_of
 from flows.tally import LISTED, Tally
-from flows.wishes import MAX_WORKERS, build_options, parse_duration, refuse_secrets
+from flows.wishes import MAX_WORKERS, build_options, refuse_secrets
 from ptbin.catalog import Job, OutputRule, Problem
 from ptbin.catalog.checks import check_mirror
 from ptbin.catalog.mirroring import alone, excess
 from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
 from ptbin.errors import StorageError, UsageError
 from ptbin.manifests.manifest import manifest_uri
-from ptbin.options import ConvertOptions, Layout, Naming, OnUnsafe, OutputFormat, VerifyLevel
+from ptbin.options import ConvertOptions
+from tasks.batches import BatchTask
 from tasks.listing import list_mirror, work_of
 from tasks.mirroring import back_up_batch, compare_batch, copy_batch, delete_batch, find_gone, release_outputs
 from tasks.outcomes import Outcome, one_line
-from tasks.retrying import RETRIES, retry_delay
 
 __all__ = ["MirrorSettings", "Synchronization", "sync"]
 
@@ -121,39 +120,20 @@ class Synchronization(Conversion):
 
     def _compare_all(self) -> None:
         """By content: what would come out the same is not to be done."""
-        count, nbytes = self.work.to_do()
+        values = {"options": self.options}
+        stage = Stage(compare_batch, "compare", values, self._settle_current, self._label)
+        stages = Stages(self.running, self.logger, self._keeps_on)  # what is compared is not settled by it
+        stages.carry_out((stage, list(self._batches(MIRROR_BATCHES))))
+        self.stages.task_runs += stages.task_runs
 
-        def compare(jobs: Sequence[Job], lost: int = 0) -> Work:
-            def then(state: State[Any]) -> Iterable[Work]:
-                if self._was_lost(jobs, state, lost):
-                    yield from (compare(part, lost + 1) for part in halves(jobs))
-                    return
-                outcomes: list[Outcome] = state.result() if state.is_completed() else []
-                for job, outcome in zip(jobs, outcomes, strict=False):
-                    if outcome.kind != "up_to_date":
-                        continue
-                    self.work.settle_current(job)
-                    if outcome.converted is not None and outcome.converted.index_row is not None:
-                        path = self.work.relative_manifest(job)
-                        self._remember([replace(outcome.converted.index_row, manifest=path)])
-
-            return Work(
-                lambda: self._submit(
-                    compare_batch, label=self._label(jobs, 0), jobs=jobs, options=self.options
-                ),
-                then,
-            )
-
-        jobs = list(self.work.iter_to_do())
-        batches = iter_batches(
-            jobs,
-            count,
-            nbytes,
-            nbytes=lambda job: job.source_size,
-            workers=self.runner.width,
-            max_batches=MIRROR_BATCHES,
-        )
-        self._fan_out(compare(batch) for batch in batches)
+    def _settle_current(self, compared: Sequence[tuple[Job, Outcome]]) -> None:
+        for job, outcome in compared:
+            if outcome.kind != "up_to_date":
+                continue
+            self.work.settle_current(job)
+            if outcome.converted is not None and outcome.converted.index_row is not None:
+                path = self.work.relative_manifest(job)
+                self._remember([replace(outcome.converted.index_row, manifest=path)])
 
     def _refuse_changes(self) -> None:
         """Outputs that are there and differ stay as they are; each is told."""
@@ -191,46 +171,25 @@ class Synchronization(Conversion):
                 self._give_up(job, error.reason, one_line(str(error)))
         if not listed:
             return
-        self.task_runs += 1
-        failed = release_outputs(self.live.run_id, unexamined(listed))
+        self.stages.task_runs += 1
+        failed = release_outputs(self.live.run_id, quote(listed))
         for job in list(self.work.iter_to_do(copies=False)):
             if (outcome := failed.get(manifest_uri(job.dest_uri))) is not None:
                 self._give_up(job, outcome.reason, outcome.detail)
 
-    def _batches(self) -> Iterable[Work]:
+    def _parts(self) -> Sequence[tuple[Stage, Iterable[Sequence[Job]]]]:
         """Conversions first; copies of companions are small and fill the gaps at the end."""
-        for copies, make in ((False, self._convert), (True, self._copy)):
-            count, nbytes = self.work.to_do(copies=copies)
-            for batch in iter_batches(
-                self.work.iter_to_do(copies=copies),
-                count,
-                nbytes,
-                nbytes=lambda job: job.source_size,
-                workers=self.runner.width,
-                max_batches=MIRROR_BATCHES,
-                most=self.runner.batch_count,
-                per_worker=self.runner.batches_per_worker,
-            ):
-                yield make(batch)
+        copy = Stage(copy_batch, "copy", {"options": self.options}, self._settle_copies, self._label)
+        return [
+            (self._making(), self._batches(MIRROR_BATCHES, copies=False)),
+            (copy, self._batches(MIRROR_BATCHES, copies=True)),
+        ]
 
-    def _copy(self, jobs: Sequence[Job], retry: int = 0, lost: int = 0) -> Work:
-        label = self._label(jobs, retry)
-
-        def submit() -> PrefectFuture[Any]:
-            return self._submit(copy_batch, label=label, jobs=jobs, options=self.options)
-
-        def then(state: State[Any]) -> Iterable[Work]:
-            if self._was_lost(jobs, state, lost):
-                yield from (self._copy(part, retry, lost + 1) for part in halves(jobs))
-                return
-            _, again = self._collect(jobs, state, retry)
-            if time.monotonic() > self.indexed + INDEX_SECONDS:
-                self.indexed = time.monotonic()
-                self._write_index()
-            if again:
-                yield self._copy(again, retry + 1)
-
-        return Work(submit, then, delay=retry_delay(retry) if retry else 0.0)
+    def _settle_copies(self, final: Sequence[tuple[Job, Outcome]]) -> None:
+        self._settle_all(final)
+        if time.monotonic() > self.indexed + INDEX_SECONDS:
+            self.indexed = time.monotonic()
+            self._write_index()
 
     # -- files of DEST ----------------------------------------------------------------------------
 
@@ -238,7 +197,7 @@ class Synchronization(Conversion):
         """Copy what is written over to the backup place. A job whose file could not be saved is not done."""
         owners = {path: job for job in list(self.work.iter_to_do()) for path in self._present(job)}
         failed = self._each_file(
-            back_up_batch, list(owners), "copied", "backed_up", backup=self.mirror.backup_dir
+            back_up_batch, "back up", list(owners), "copied", "backed_up", backup=self.mirror.backup_dir
         )
         for job in {owners[path].path: owners[path] for path in failed}.values():
             outcome = next(failed[path] for path in failed if owners[path].path == job.path)
@@ -249,7 +208,7 @@ class Synchronization(Conversion):
         tally = self.tally
         if self.running.is_stopping:
             return
-        self.task_runs += 1
+        self.stages.task_runs += 1
         try:
             found = find_gone(self.live.run_id, tally.source, list(self.mirror.exclude))
         except StorageError as error:
@@ -276,14 +235,14 @@ class Synchronization(Conversion):
         files = list(dict.fromkeys(path for item in gone for path in item.files))
         if self.mirror.backup_dir is not None:
             failed = self._each_file(
-                back_up_batch, files, "copied", "backed_up", backup=self.mirror.backup_dir
+                back_up_batch, "back up", files, "copied", "backed_up", backup=self.mirror.backup_dir
             )
             if failed:
                 tally.kept = len(found)
                 first = next(iter(failed.values()))
                 tally.run_problems.append(Problem(tally.dest, first.reason, f"not backed up: {first.detail}"))
                 return
-        failed = self._each_file(delete_batch, files, "deleted", "deleted")
+        failed = self._each_file(delete_batch, "delete", files, "deleted", "deleted")
         for path, outcome in failed.items():
             tally.run_problems.append(Problem(f"{tally.dest}/{path}", outcome.reason, outcome.detail))
 
@@ -296,38 +255,24 @@ class Synchronization(Conversion):
             self.lines.append(f"deleted {outcome.path}")
 
     def _each_file(
-        self, task: Any, files: Sequence[str], good: str, counter: str, **values: Any
+        self, task: BatchTask, title: str, files: Sequence[str], good: str, counter: str, **values: Any
     ) -> dict[str, Outcome]:
         """Have a task do something with files of DEST; count the good outcomes, return the others."""
         failed: dict[str, Outcome] = {}
 
-        def work(part: Sequence[str], retry: int = 0) -> Work:
-            def then(state: State[Any]) -> Iterable[Work]:
-                if not state.is_completed():
-                    lost = f"the task run ended {state.name}: {state.message}"
-                    outcomes = [Outcome(path, "failed", "internal_error", lost) for path in part]
-                else:
-                    outcomes = state.result()
-                again = [o.path for o in outcomes if o.transient and retry < RETRIES]
-                for outcome in outcomes:
-                    if outcome.kind == good:
-                        self.tally.files[counter] += 1
-                        self._note_file(outcome)
-                    elif outcome.reason and outcome.path not in again:
-                        failed[outcome.path] = outcome
-                self._log_lines()
-                if again:
-                    yield work(again, retry + 1)
+        def settle(final: Sequence[tuple[str, Outcome]]) -> None:
+            for path, outcome in final:
+                if outcome.kind == good:
+                    self.tally.files[counter] += 1
+                    self._note_file(outcome)
+                elif outcome.reason:
+                    failed[path] = outcome
+            self._log_lines()
 
-            return Work(
-                lambda: self._submit(
-                    task, label=f"{len(part)} files", dest=self.tally.dest, files=list(part), **values
-                ),
-                then,
-                delay=retry_delay(retry) if retry else 0.0,
-            )
-
-        self._fan_out(work(part) for part in cut(files, len(files), FILES_PER_BATCH, max_batches=50))
+        stage = Stage(task, title, {"dest": self.tally.dest, **values}, settle, count_of("files"))
+        stages = Stages(self.running, self.logger, self._keeps_on)
+        stages.carry_out((stage, cut(files, len(files), FILES_PER_BATCH, max_batches=50)))
+        self.stages.task_runs += stages.task_runs
         return failed
 
 
@@ -337,113 +282,43 @@ class Synchronization(Conversion):
     task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
     persist_result=False,
 )
-@described
-def sync(
-    source: str,
-    dest: str,
-    *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    delete: bool = False,
-    max_delete: Annotated[int, Field(ge=0)] | None = None,
-    checksum: bool = False,
-    immutable: bool = False,
-    backup_dir: str | None = None,
-    format: OutputFormat = "torch",  # noqa: A002 - the name on the command line and in manifests
-    layout: Layout = "mirror",
-    naming: Naming = "replace",
-    select: str | Sequence[str] | None = None,
-    flatten: bool = False,
-    split: bool = False,
-    strip_prefix: str | None = None,
-    rename: Sequence[str] = (),
-    drop: Sequence[str] = (),
-    dtype: str | None = None,
-    max_shard_size: str | int | None = None,
-    tie_by_value: bool = False,
-    recipe: str | None = None,
-    parts: bool = False,
-    on_unsafe: OnUnsafe = "reject",
-    verify: VerifyLevel = "checksum",
-    provenance: bool = False,
-    force: bool = False,
-    fail_fast: bool = False,
-    runner: RunnerName = "threads",
-    runner_address: str | None = None,
-    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] | None = None,
-    max_requests: Annotated[int, Field(ge=1)] = DEFAULT_REQUESTS,
-    deadline: str | float | None = None,
-    min_success: Annotated[float, Field(gt=0, le=1)] | None = None,
-    source_options: str | None = None,
-    dest_options: str | None = None,
-    run_id: str | None = None,
-) -> State[Any]:
+@takes(PLACES, SYNC)
+def sync(source: str, dest: str, **asked: Any) -> State[Any]:
     """Make `dest` a mirror of `source`: checkpoints converted, their companions copied.
 
     Ends Completed, or Failed where anything was rejected, failed, or was not to be changed.
     """
-    options = build_options(
-        format=format,
-        rename=rename,
-        drop=drop,
-        select=select,
-        flatten=flatten,
-        split=split,
-        strip_prefix=strip_prefix,
-        layout=layout,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        tie_by_value=tie_by_value,
-        recipe=recipe,
-        parts=parts,
-        on_unsafe=on_unsafe,
-        verify=verify,
-        provenance=provenance,
-    )
-    mirror = MirrorSettings(
-        delete=delete,
-        max_delete=max_delete,
-        checksum=checksum,
-        immutable=immutable,
-        backup_dir=backup_dir,
-        exclude=exclude,
-    )
-    refuse_secrets(source, dest, *([backup_dir] if backup_dir else []))
-    settings = RunSettings(
-        runner,
-        runner_address,
-        workers,
-        max_requests,
-        parse_duration(deadline) if deadline is not None else None,
-        source_options,
-        dest_options,
-    )
-    with join_run(run_id or new_run_id(), source_options, dest_options) as live:
+    options = build_options(asked, force=False)
+    mirror = MirrorSettings(**chosen(MIRRORING, asked))
+    include, exclude = list(asked["include"]), list(asked["exclude"])
+    refuse_secrets(source, dest, *([mirror.backup_dir] if mirror.backup_dir else []))
+    settings = RunSettings.of(asked)
+    with join_run(asked["run_id"] or new_run_id(), settings) as live:
         check_mirror(
             source,
             dest,
-            delete=delete,
-            backup_dir=backup_dir,
+            delete=mirror.delete,
+            backup_dir=mirror.backup_dir,
             source_options=live.source_options,
             dest_options=live.dest_options,
         )
         with running(live, dest, settings) as run:
-            rule = OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout)
+            rule = OutputRule(dest, asked["naming"], OUTPUT_SUFFIXES[options.format], options.layout)
             options = alone(options)
             problems = list_mirror(
                 live.run_id,
                 source,
-                unexamined(rule),
-                unexamined(options),
-                list(include),
-                list(exclude),
-                distrust=checksum,
+                quote(rule),
+                quote(options),
+                include,
+                exclude,
+                distrust=mirror.checksum,
             )
             if not problems and not work_of(live).count():
                 raise UsageError(f"nothing to mirror below SOURCE: {source}")
-            tally = MirrorTally(live.run_id, source, dest, kind="sync", min_success=min_success)
+            tally = MirrorTally(live.run_id, source, dest, kind="sync", min_success=asked["min_success"])
             # What is up to date stays; what is done replaces whatever lies there.
-            forced = options.replace(force=force)
-            mirroring = Synchronization(run, forced, tally, fail_fast, mirror)
+            forced = options.replace(force=asked["force"])
+            mirroring = Synchronization(run, forced, tally, asked["fail_fast"], mirror)
             mirroring.selection = Selection(exclude=tuple(exclude), copied=tuple(include))
             return mirroring.carry_out(problems)

@@ -7,31 +7,30 @@ broken output never hides another. Nothing is written.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
-from pydantic import Field
 
 from flows.access import Running, RunSettings, join_run, running
 from flows.artifacts import Artifacts, verification_rows
 from flows.batches import plan_batches
-from flows.fanout import Work, fan_out, unexamined
-from flows.parameters import described
+from flows.fanout import quote
+from flows.forms import DEST, takes
+from flows.options import VERIFY
 from flows.prefect.orchestrator import await_server
 from flows.run_record import new_run_id
-from flows.runners import RunnerName
+from flows.stages import Stage, Stages, count_of
 from flows.wishes import MAX_WORKERS, refuse_secrets
 from ptbin.errors import UsageError
 from ptbin.options import VerifyLevel
 from tasks.checking import check_records, check_signatures, verify_manifests
 from tasks.listing import list_manifests, list_orphans
 from tasks.live import Settled
-from tasks.outcomes import ManifestVerdict, one_line
-from tasks.retrying import RETRIES, retry_delay
+from tasks.outcomes import Outcome
 
 __all__ = ["orphan_issue", "verify"]
 
@@ -44,19 +43,8 @@ ARTIFACT_KEY = "ptbin-verify"
     task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
     persist_result=False,
 )
-@described
-def verify(
-    dest: str,
-    *,
-    level: VerifyLevel = "checksum",
-    public_key: str | None = None,
-    runner: RunnerName = "threads",
-    runner_address: str | None = None,
-    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] | None = None,
-    source_options: str | None = None,
-    dest_options: str | None = None,
-    run_id: str | None = None,
-) -> State[Any]:
+@takes([DEST], VERIFY)
+def verify(dest: str, **asked: Any) -> State[Any]:
     """Verify every manifest below `dest` at `level` (`checksum` or `load`), and what stands beside them.
 
     Statements of provenance, checksum lists of runs and registry records are held against the manifests;
@@ -65,23 +53,22 @@ def verify(
     Ends Completed where every output is proven and has a manifest, else Failed with the counts.
     """
     refuse_secrets(dest)
-    with join_run(run_id or new_run_id(), source_options, dest_options) as live:
+    settings = RunSettings.of(asked)
+    public_key = asked["public_key"]
+    with join_run(asked["run_id"] or new_run_id(), settings) as live:
         manifests = list_manifests(live.run_id, dest)
         orphans = list_orphans(live.run_id, dest)
         if not manifests and not orphans:
             raise UsageError(f"nothing to verify below DEST, neither manifests nor outputs: {dest}")
-        settings = RunSettings(
-            runner, runner_address, workers, source_options=source_options, dest_options=dest_options
-        )
         with running(live, None, settings) as run:
-            verdicts, task_runs = _verify_all(run, manifests, level)
+            verdicts, task_runs = _verify_all(run, manifests, asked["level"])
         issues = [orphan_issue(uri) for uri in orphans]
-        issues += [issue for verdict in verdicts for issue in verdict.issues]
+        issues += [issue for verdict in verdicts for issue in issues_of(verdict)]
         digests = {uri: digest for verdict in verdicts for uri, digest in verdict.digests}
-        issues += check_records(live.run_id, dest, unexamined(digests))
+        issues += check_records(live.run_id, dest, quote(digests))
         if public_key is not None:
-            issues += check_signatures(live.run_id, dest, public_key, unexamined(manifests))
-        proven = sorted(verdict.manifest_uri for verdict in verdicts if not verdict.issues)
+            issues += check_signatures(live.run_id, dest, public_key, quote(manifests))
+        proven = sorted(verdict.path for verdict in verdicts if verdict.kind == "proven")
         message = (
             f"proven {len(proven)}, failed {len(manifests) - len(proven)}, "
             f"outputs without a manifest {len(orphans)}"
@@ -114,59 +101,31 @@ def orphan_issue(uri: str) -> dict[str, Any]:
     return {"reason": "no_manifest", "uri": uri, "detail": detail}
 
 
-def _verify_all(
-    run: Running, manifests: Sequence[str], level: VerifyLevel
-) -> tuple[list[ManifestVerdict], int]:
-    """One final verdict per manifest, and the number of task runs that took."""
+def _verify_all(run: Running, manifests: Sequence[str], level: VerifyLevel) -> tuple[list[Outcome], int]:
+    """One final outcome per manifest, and the number of task runs that took."""
     live = run.live
-    final: list[ManifestVerdict] = []
+    final: list[Outcome] = []
     logger = get_run_logger()
     live.listener.planned(len(manifests), 0, 0)
 
-    def check(uris: Sequence[str], retry: int = 0) -> Work:
-        label = f"{len(uris)} manifests" + (f", retry {retry}" if retry else "")
+    def settle(verdicts: Sequence[tuple[str, Outcome]]) -> None:
+        for uri, outcome in verdicts:
+            final.append(outcome)
+            kind = "proven" if outcome.kind == "proven" else "failed"
+            live.listener.settled(Settled(uri, kind, reason=outcome.reason, detail=outcome.detail))
+            for issue in issues_of(outcome):
+                logger.warning("%s: %s: %s", issue["reason"], issue["uri"], issue["detail"])
 
-        def then(state: State[Any]) -> Iterable[Work]:
-            if state.is_completed():
-                verdicts: list[ManifestVerdict] = state.result()
-            else:
-                detail = one_line(f"the task run ended {state.name}: {state.message}")
-                verdicts = [
-                    ManifestVerdict(uri, ({"reason": "internal_error", "uri": uri, "detail": detail},))
-                    for uri in uris
-                ]
-            again = [verdict.manifest_uri for verdict in verdicts if verdict.transient and retry < RETRIES]
-            for verdict in verdicts:
-                if verdict.manifest_uri in again:
-                    continue
-                final.append(verdict)
-                first = verdict.issues[0] if verdict.issues else {"reason": "", "detail": ""}
-                live.listener.settled(
-                    Settled(
-                        verdict.manifest_uri,
-                        "failed" if verdict.issues else "proven",
-                        reason=first["reason"],
-                        detail=first["detail"],
-                    )
-                )
-                for issue in verdict.issues:
-                    logger.warning("%s: %s: %s", issue["reason"], issue["uri"], issue["detail"])
-            if again:
-                yield check(again, retry + 1)
-
-        return Work(
-            lambda: run.runner.submit(
-                verify_manifests,
-                ticket=run.ticket,
-                label=label,
-                manifest_uris=uris,
-                level=level,
-            ),
-            then,
-            delay=retry_delay(retry) if retry else 0.0,
-        )
-
+    stage = Stage(verify_manifests, "verify", {"level": level}, settle, count_of("manifests"))
+    stages = Stages(run, logger)
     # Sizes stand in the manifests, which are not read twice: batches go by count alone.
-    batches = plan_batches(manifests, nbytes=lambda _: 0, workers=run.runner.width)
-    task_runs = fan_out(map(check, batches), width=run.runner.width, stop=run.stop, check=live.check)
-    return final, task_runs
+    stages.carry_out((stage, plan_batches(manifests, nbytes=lambda _: 0, workers=run.runner.width)))
+    return final, stages.task_runs
+
+
+def issues_of(outcome: Outcome) -> Sequence[dict[str, Any]]:
+    """What was found wrong; none where the outputs of a manifest are proven."""
+    if outcome.issues or outcome.kind == "proven":
+        return outcome.issues
+    detail = outcome.detail or "the run was stopped before it came to this manifest"
+    return [{"reason": outcome.reason or "run_stopped", "uri": outcome.path, "detail": detail}]

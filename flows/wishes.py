@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptbin.errors import UsageError
 from ptbin.installed import require_reader
 from ptbin.options import ConvertOptions
+from ptbin.restoring.options import RestoreOptions
 from ptbin.stores import public_uri
+from ptbin.values.options import options_of
 
 __all__ = [
     "MAX_WORKERS",
@@ -19,6 +21,7 @@ __all__ = [
     "parse_size",
     "refuse_runner_secrets",
     "refuse_secrets",
+    "restore_options",
 ]
 
 MAX_WORKERS = 256
@@ -60,25 +63,40 @@ def parse_duration(text: str | float) -> float:
     return seconds
 
 
-def build_options(
-    *,
-    rename: Sequence[str] = (),
-    drop: Sequence[str] = (),
-    max_shard_size: str | int | None = None,
-    select: str | Sequence[str] | None = None,
-    **others: Any,
-) -> ConvertOptions:
-    """`ConvertOptions` with `rename` written as `OLD=NEW`, sizes with units, one path to select or several.
+def build_options(asked: Mapping[str, Any], **instead: Any) -> ConvertOptions:
+    """The engine's options out of parameters, which may have others as well.
+
+    `rename` is written as `OLD=NEW`, sizes with units, one path to select or several.
 
     Raises:
         UsageError: an unknown value, a rename without `=`, a size that is none, torch wanted and not there.
     """
-    if others.get("verify") == "load":
-        require_reader(others.get("format", "torch"))
-    limit = parse_size(max_shard_size) if max_shard_size is not None else None
-    paths = select if isinstance(select, str) or select is None else tuple(select)
-    pairs = parse_renames(rename)
-    return ConvertOptions(rename=pairs, drop=tuple(drop), max_shard_size=limit, select=paths, **others)
+    values = _of_fields(ConvertOptions, {**asked, **instead})
+    if values.get("verify") == "load":
+        require_reader(values.get("format", "torch"))
+    return ConvertOptions(**values)
+
+
+def restore_options(asked: Mapping[str, Any]) -> RestoreOptions:
+    """As `build_options`, for the way back."""
+    return RestoreOptions(**_of_fields(RestoreOptions, asked))
+
+
+def _of_fields(model: type[Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of an options object, each turned from the form in which it is written."""
+    values = {}
+    for entry in options_of(model).values():
+        if entry.name not in asked:
+            continue
+        value = asked[entry.name]
+        if entry.kind == "pairs":
+            value = parse_renames(value)
+        elif entry.kind == "size" and value is not None:
+            value = parse_size(value)
+        elif entry.kind == "list" or (entry.kind == "paths" and not isinstance(value, str | None)):
+            value = tuple(value)
+        values[entry.name] = value
+    return values
 
 
 def parse_renames(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 from ptbin.errors import UsageError
 from ptbin.merging.shipped import find_recipe
 from ptbin.values.dtypes import CAST_NAMES
+from ptbin.values.options import option
 
 __all__ = ["ConvertOptions", "Layout", "Limits", "Naming", "OnUnsafe", "OutputFormat", "VerifyLevel"]
 
@@ -66,39 +67,50 @@ class ConvertOptions:
         UsageError: an unknown value, or a regular expression that does not compile.
     """
 
-    format: OutputFormat = "torch"
-    select: str | tuple[str, ...] | None = None
-    """Path of the state dict inside the checkpoint, as `inspect` prints it; several: their union, names
-    prefixed by their paths; None: choose automatically.
-    """
-    flatten: bool = False
-    """Make one state dict of nested mappings, names joined by dots."""
-    split: bool = False
-    """Give each state dict an output of its own, `<name>.<path>.bin`."""
-    strip_prefix: str | None = None
-    """`auto` takes `module.` and `_orig_mod.` off in any nesting; another value is taken off literally."""
-    rename: tuple[tuple[str, str], ...] = ()
-    """(regular expression, replacement) pairs, applied in order with `re.sub`."""
-    drop: tuple[str, ...] = ()
-    """Regular expressions; a name that one of them matches anywhere is left out (before renaming)."""
-    dtype: str | None = None
-    """Element type that floating tensors are cast to (`dtypes.CAST_NAMES`); None: keep each one's own."""
-    max_shard_size: int | None = None
-    """Bytes of tensors in one file, above which the output is cut into shards with an index."""
-    layout: Layout = "mirror"
-    """`hf`: under the names transformers looks for, with configuration and tokenizer files copied along."""
-    tie_by_value: bool = False
-    """Store matrices once that are equal bit for bit, as if they had been tied in the source."""
-    recipe: str | None = None
-    """How parts make a whole and how tensors are named, cut and joined: a shipped recipe's name, or JSON."""
-    parts: bool = False
-    """Take one part of a checkpoint (a rank's file, a shard) as it is, knowing that it is not all of it."""
-    on_unsafe: OnUnsafe = "reject"
-    verify: VerifyLevel = "checksum"
-    provenance: bool = False
-    """Write a statement of where the output comes from beside it; reads the whole source."""
-    force: bool = False
-    """Convert even where the output is up to date."""
+    format: OutputFormat = option(
+        "torch", "torch: as pytorch_model.bin; raw: bare tensors and a JSON index; safetensors."
+    )
+    dtype: str | None = option(
+        None, "Cast floating-point tensors to this type, as torch does.", choices=CAST_NAMES
+    )
+    max_shard_size: int | None = option(
+        None, "Cut larger outputs into shards of tensors with an index: 5GB, 500MiB, ...", kind="size"
+    )
+    tie_by_value: bool = option(False, "Store matrices that are equal bit for bit once, as tied.")
+    recipe: str | None = option(
+        None,
+        "How parts make a whole, and other names and cuts: llama-hf, moe-fuse, ..., or JSON (docs/parts.md).",
+        metavar="NAME|FILE",
+    )
+    parts: bool = option(False, "Take one part of a checkpoint (a rank's file, a shard) as it is.")
+    select: str | tuple[str, ...] | None = option(
+        None, "The state dict to take, as `inspect` lists them; several: their union.", metavar="PATH"
+    )
+    flatten: bool = option(False, "Make one state dict of nested mappings, names joined by dots.")
+    split: bool = option(False, "Give each state dict an output of its own: NAME.PATH.bin.")
+    strip_prefix: str | None = option(
+        None, "Take this off all names; auto: module. and _orig_mod., in any nesting.", metavar="PREFIX"
+    )
+    rename: tuple[tuple[str, str], ...] = option(
+        (), "Replace in names what a regular expression finds (re.sub), in order.", metavar="OLD=NEW"
+    )
+    drop: tuple[str, ...] = option(
+        (), "Leave out names in which one of these regular expressions is found.", metavar="REGEX"
+    )
+    verify: VerifyLevel = option(
+        "checksum", "Proof before an output counts: none, read it back, or also open it with torch (load)."
+    )
+    on_unsafe: OnUnsafe = option(
+        "reject",
+        "Pickles that can only be meant to run code: reject, or extract the weights (running nothing).",
+    )
+    provenance: bool = option(
+        False, "Write where it comes from next to each output (in-toto, SLSA); reads sources whole."
+    )
+    layout: Layout = option(
+        "mirror", "hf: names that transformers looks for, configuration and tokenizer copied along."
+    )
+    force: bool = option(False, "Do again what is up to date, and replace whatever lies at its place.")
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:

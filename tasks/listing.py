@@ -9,20 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from ptbin import catalog
 from ptbin.catalog import Job, OutputRule, Problem
 from ptbin.catalog.companions import copied_along
-from ptbin.catalog.finished import FinishedRow, read_finished
+from ptbin.catalog.finished import read_finished
 from ptbin.catalog.named import NamedFiles
 from ptbin.catalog.worklist import WorkList
-from ptbin.errors import PtbinError
 from ptbin.options import ConvertOptions
 from ptbin.stores.limits import limit_requests
+from tasks.batches import batch_task, single_task
 from tasks.live import LiveRun, find_live_run
-from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, worth_retrying
+from tasks.outcomes import Converted, Outcome
 
 __all__ = [
     "discard_unfinished",
@@ -34,15 +31,7 @@ __all__ = [
 ]
 
 
-@task(
-    name="list checkpoints",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAYS,
-    retry_jitter_factor=JITTER,
-    retry_condition_fn=worth_retrying,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
+@single_task("list checkpoints")
 def list_checkpoints(
     run_id: str,
     source: str,
@@ -78,15 +67,7 @@ def list_checkpoints(
     return problems + (files.missing(source) if files is not None and must_exist else [])
 
 
-@task(
-    name="list both sides",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAYS,
-    retry_jitter_factor=JITTER,
-    retry_condition_fn=worth_retrying,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
+@single_task("list both sides")
 def list_mirror(
     run_id: str,
     source: str,
@@ -115,7 +96,7 @@ def list_mirror(
         )
 
 
-@task(name="discard unfinished outputs", cache_policy=NO_CACHE, persist_result=False)
+@single_task("discard unfinished outputs", retried=False)
 def discard_unfinished(run_id: str) -> int:
     """Remove what a run that was killed left half-written in DEST; how many."""
     live = find_live_run(run_id)
@@ -128,59 +109,29 @@ def work_of(live: LiveRun) -> WorkList:
     return live.work
 
 
-@task(
-    name="find up-to-date outputs",
-    task_run_name="up to date? {label}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
-def find_up_to_date(run_id: str, label: str, jobs: Sequence[Job]) -> list[FinishedRow]:
-    """What the manifests of these jobs say, for those that the index does not know; a read for each."""
-    del label
-    live = find_live_run(run_id)
+@batch_task("find up-to-date outputs")
+def find_up_to_date(live: LiveRun, job: Job) -> Outcome:
+    """What the manifest of a job says, for those that the index does not know; a read for each."""
     work = work_of(live)
-    rows = []
-    for job in jobs:
-        live.moved(0)
-        try:
-            with limit_requests(live.requests):
-                row = read_finished(
-                    job,
-                    work.relative_manifest(job),
-                    work.options,
-                    source_options=live.source_options,
-                    dest_options=live.dest_options,
-                )
-        except PtbinError:
-            continue  # the conversion will meet the same problem and report it
-        if row is not None:
-            rows.append(row)
-    return rows
+    row = read_finished(
+        job,
+        work.relative_manifest(job),
+        work.options,
+        source_options=live.source_options,
+        dest_options=live.dest_options,
+    )
+    if row is None:
+        return Outcome(job.path, "changed")
+    return Outcome(job.path, "up_to_date", converted=Converted.known(row))
 
 
-@task(
-    name="list manifests",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAYS,
-    retry_jitter_factor=JITTER,
-    retry_condition_fn=worth_retrying,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
+@single_task("list manifests")
 def list_manifests(run_id: str, dest: str) -> list[str]:
     """The URI of every manifest below `dest`."""
     return list(catalog.find_manifests(dest, storage_options=find_live_run(run_id).dest_options))
 
 
-@task(
-    name="list orphans",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAYS,
-    retry_jitter_factor=JITTER,
-    retry_condition_fn=worth_retrying,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
+@single_task("list orphans")
 def list_orphans(run_id: str, dest: str) -> list[str]:
     """The URI of every output below `dest` that no manifest vouches for."""
     return list(catalog.find_orphans(dest, storage_options=find_live_run(run_id).dest_options))

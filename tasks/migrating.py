@@ -10,9 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from ptbin.catalog import Job
 from ptbin.manifests.manifest import manifest_uri
 from ptbin.options import ConvertOptions
@@ -36,14 +33,15 @@ from ptbin.registries.transfer import (
 from ptbin.stores import identity_text
 from ptbin.stores.copying import copy_file
 from ptbin.stores.limits import limit_requests
-from tasks.live import LiveRun, Ticket, enter_run, find_live_run
-from tasks.outcomes import Converted, Outcome, Written, outcome_of_error
-from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, is_transient, worth_retrying
-from tasks.stepping import each
+from tasks.batches import batch_task, single_task
+from tasks.live import LiveRun, find_live_run
+from tasks.outcomes import Converted, Outcome, Staged, Written
+from tasks.retrying import is_transient
 
 __all__ = [
     "Registries",
     "VersionJob",
+    "model_of",
     "plan_versions",
     "register_batch",
     "transfer_batch",
@@ -108,15 +106,7 @@ class VersionJob(Job):
         return self.step, self.model, self.existing
 
 
-@task(
-    name="compare registries",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAYS,
-    retry_jitter_factor=JITTER,
-    retry_condition_fn=worth_retrying,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
+@single_task("compare registries")
 def plan_versions(
     run_id: str,
     registries: Registries,
@@ -132,32 +122,28 @@ def plan_versions(
         return prepare(source, dest, include, exclude, versions, options)
 
 
-@task(
-    name="transfer versions",
-    task_run_name="transfer {label}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
-def transfer_batch(
-    ticket: Ticket, label: str, jobs: Sequence[VersionJob], registries: Registries, options: ConvertOptions
-) -> list[Outcome]:
-    """Put the files of each version where they belong; one outcome per job, `staged` where all are proven."""
-    del label
-    live = enter_run(ticket)
+def _open_sides(live: LiveRun, registries: Registries, **values: Any) -> dict[str, Any]:
     source, dest = registries.open(live)
+    return {**values, "source": source, "dest": dest}
 
-    def do(job: Job) -> Outcome:
-        assert isinstance(job, VersionJob)
-        live.moved(0)
-        try:
-            with limit_requests(live.requests):
-                return _transfer(live, job, source, dest, options)
-        except NoCheckpointError as error:
-            return Outcome(job.path, "not_a_checkpoint", detail=str(error))
-        except Exception as error:  # noqa: BLE001 - what is wrong with one version must not stop the others
-            return outcome_of_error(job.path, error)
 
-    return each(jobs, do)
+def _open_dest(live: LiveRun, registries: Registries) -> dict[str, Any]:
+    return {"dest": registries.open(live)[1]}
+
+
+@batch_task("transfer versions", opens=_open_sides)
+def transfer_batch(
+    live: LiveRun,
+    job: VersionJob,
+    options: ConvertOptions,
+    source: Registry,
+    dest: Registry,
+) -> Outcome:
+    """Put the files of a version where they belong: `staged` where all are proven."""
+    try:
+        return _transfer(live, job, source, dest, options)
+    except NoCheckpointError as error:
+        return Outcome(job.path, "not_a_checkpoint", detail=str(error))
 
 
 def _transfer(
@@ -230,38 +216,24 @@ def _annotations(source: Registry, step: Step, version: Version) -> dict[str, An
     return {"name": version.model, "origin": origin, **version.metadata()}
 
 
-@task(
-    name="register versions",
-    task_run_name="register {label}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
+def model_of(job: VersionJob) -> str:
+    """The model that a version belongs to: its versions are registered together, in order."""
+    return job.parts[1].name
+
+
+@batch_task("register versions", opens=_open_sides, groups=lambda staged: model_of(staged.item))
 def register_batch(
-    ticket: Ticket,
-    label: str,
-    jobs: Sequence[VersionJob],
-    written: Sequence[Written],
-    registries: Registries,
+    live: LiveRun, versions: Sequence[Staged], source: Registry, dest: Registry
 ) -> list[Outcome]:
-    """Make versions known whose files are there, each model's in order; one outcome per job, `converted`."""
-    del label
-    live = enter_run(ticket)
-    source, dest = registries.open(live)
-    outcomes: dict[str, Outcome] = {}
-    groups: dict[str, list[tuple[VersionJob, Written]]] = {}
-    for job, facts in zip(jobs, written, strict=True):
-        groups.setdefault(job.parts[1].name, []).append((job, facts))
-    for pairs in groups.values():
-        live.moved(0)
-        try:
-            with limit_requests(live.requests):
-                names = _register(live, pairs, source, dest)
-        except Exception as error:  # noqa: BLE001 - as in `transfer_batch`
-            outcomes |= {job.path: outcome_of_error(job.path, error) for job, _ in pairs}
-            continue
-        for (job, facts), name in zip(pairs, names, strict=True):
-            outcomes[job.path] = Outcome(job.path, "converted", written=replace(facts, dest_version=name))
-    return [outcomes[job.path] for job in jobs]
+    """Make versions of one model known whose files are there; `converted`."""
+    pairs = [
+        (staged.item, staged.outcome.written) for staged in versions if staged.outcome.written is not None
+    ]
+    names = _register(live, pairs, source, dest)
+    return [
+        Outcome(job.path, "converted", written=replace(facts, dest_version=name))
+        for (job, facts), name in zip(pairs, names, strict=True)
+    ]
 
 
 def _register(
@@ -315,26 +287,8 @@ def _bring_along(
     return brought
 
 
-@task(
-    name="update models",
-    task_run_name="update {label}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
-def update_models(
-    ticket: Ticket, label: str, plans: Sequence[ModelPlan], registries: Registries
-) -> list[dict[str, str]]:
-    """Bring descriptions, tags and aliases of what is registered in step; a problem for each that failed."""
-    del label
-    live = enter_run(ticket)
-    _, dest = registries.open(live)
-    problems = []
-    for plan in plans:
-        live.moved(0)
-        try:
-            with limit_requests(live.requests):
-                dest.update(replace(plan.model, versions=()), plan.aliases, plan.outdated)
-        except Exception as error:  # noqa: BLE001 - as in `transfer_batch`
-            outcome = outcome_of_error(plan.model.name, error)
-            problems.append({"source": plan.model.name, "reason": outcome.reason, "detail": outcome.detail})
-    return problems
+@batch_task("update models", opens=_open_dest)
+def update_models(_live: LiveRun, plan: ModelPlan, dest: Registry) -> Outcome:
+    """Bring description, tags and aliases of what is registered in step."""
+    dest.update(replace(plan.model, versions=()), plan.aliases, plan.outdated)
+    return Outcome(plan.path, "updated")

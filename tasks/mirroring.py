@@ -1,12 +1,10 @@
-"""The tasks of a mirror beside conversions: compare, copy, back up, delete. One outcome per job or file."""
+"""The tasks of a mirror beside conversions: compare, copy, back up, delete."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-
-from prefect import task
-from prefect.cache_policies import NO_CACHE
+from typing import Any
 
 from ptbin.catalog import Job
 from ptbin.catalog.comparing import find_unchanged, release_companions
@@ -17,44 +15,30 @@ from ptbin.errors import NotFoundInStoreError
 from ptbin.manifests.manifest import manifest_uri
 from ptbin.options import ConvertOptions
 from ptbin.sources.sidecars import change_of
-from ptbin.stores import open_store
+from ptbin.stores import Store, open_store
 from ptbin.stores.copying import Copied, copy_file, same_content
 from ptbin.stores.limits import limit_requests
-from tasks.live import Interrupted, LiveRun, Ticket, enter_run, find_live_run
+from tasks.batches import batch_task, single_task
+from tasks.live import LiveRun, find_live_run
 from tasks.outcomes import Converted, Outcome, outcome_of_error
-from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, worth_retrying
-from tasks.stepping import each
 
 __all__ = ["back_up_batch", "compare_batch", "copy_batch", "delete_batch", "find_gone", "release_outputs"]
 
 
-@task(
-    name="compare batch",
-    task_run_name="compare {label}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
-def compare_batch(ticket: Ticket, label: str, jobs: Sequence[Job], options: ConvertOptions) -> list[Outcome]:
-    """Which outputs are what their sources would become now: `up_to_date`, else `changed`."""
-    del label
-    live = enter_run(ticket)
-    return each(jobs, lambda job: _compare(live, job, options))
-
-
-def _compare(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
-    live.moved(0)
+@batch_task("compare batch")
+def compare_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
+    """Whether an output is what its source would become now: `up_to_date`, else `changed`."""
     try:
-        with limit_requests(live.requests):
-            if job.copies:
-                return _compare_copy(live, job, options)
-            same = find_unchanged(
-                job.source_uri,
-                job.dest_uri,
-                options,
-                source_options=live.source_options,
-                dest_options=live.dest_options,
-                progress=live.moved,
-            )
+        if job.copies:
+            return _compare_copy(live, job, options)
+        same = find_unchanged(
+            job.source_uri,
+            job.dest_uri,
+            options,
+            source_options=live.source_options,
+            dest_options=live.dest_options,
+            progress=live.moved,
+        )
     except Exception:  # noqa: BLE001 - whatever it is, the conversion meets it again and reports it
         return Outcome(job.path, "changed")
     if same is None:
@@ -82,36 +66,20 @@ def _change_of(job: Job, options: ConvertOptions) -> Callable[[bytes], bytes] | 
     return change_of(job.dest_uri.rpartition("/")[2], options.dtype)
 
 
-@task(
-    name="copy batch",
-    task_run_name="copy {label}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
-def copy_batch(ticket: Ticket, label: str, jobs: Sequence[Job], options: ConvertOptions) -> list[Outcome]:
-    """Copy each file as it is, but for what a cast makes wrong in it (`sidecars.change_of`)."""
-    del label
-    live = enter_run(ticket)
-    return each(jobs, lambda job: _copy(live, job, options))
-
-
-def _copy(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
-    live.moved(0)
-    try:
-        with limit_requests(live.requests):
-            copied = copy_file(
-                job.source_uri,
-                job.dest_uri,
-                expected=job.identity,
-                source_options=live.source_options,
-                dest_options=live.dest_options,
-                verify=options.verify != "none",
-                change=_change_of(job, options),
-                progress=live.moved,
-                may_replace=may_replace_copy(job, options),
-            )
-    except Exception as error:  # noqa: BLE001 - what is wrong with one must not stop the others
-        return outcome_of_error(job.path, error)
+@batch_task("copy batch")
+def copy_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
+    """Copy a file as it is, but for what a cast makes wrong in it (`sidecars.change_of`)."""
+    copied = copy_file(
+        job.source_uri,
+        job.dest_uri,
+        expected=job.identity,
+        source_options=live.source_options,
+        dest_options=live.dest_options,
+        verify=options.verify != "none",
+        change=_change_of(job, options),
+        progress=live.moved,
+        may_replace=may_replace_copy(job, options),
+    )
     # No manifest tells of a copy: the run's record does.
     detail = f"changed: its element type is {options.dtype} now" if copied.changed else ""
     return Outcome(job.path, "copied", detail=detail, converted=_copied(job, copied, options))
@@ -129,83 +97,37 @@ def _copied(job: Job, copied: Copied, options: ConvertOptions) -> Converted:
     )
 
 
-@task(
-    name="back up",
-    task_run_name="back up {label}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
-def back_up_batch(ticket: Ticket, label: str, dest: str, backup: str, files: Sequence[str]) -> list[Outcome]:
-    """Copy files of DEST (paths below it) to the same paths below the backup place."""
-    del label
-    live = enter_run(ticket)
-
-    def back_up(path: str) -> Outcome:
-        try:
-            with limit_requests(live.requests):
-                copy_file(
-                    f"{dest.rstrip('/')}/{path}",
-                    f"{backup.rstrip('/')}/{path}",
-                    source_options=live.dest_options,
-                    dest_options=live.dest_options,
-                    progress=live.moved,
-                )
-        except NotFoundInStoreError:
-            return Outcome(path, "not_tried")  # gone meanwhile: nothing is lost by going on
-        except Exception as error:  # noqa: BLE001 - as in `_copy`
-            return outcome_of_error(path, error)
-        return Outcome(path, "copied")
-
-    return _until_stopped(live, files, back_up)
-
-
-@task(
-    name="delete",
-    task_run_name="delete {label}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
-def delete_batch(ticket: Ticket, label: str, dest: str, files: Sequence[str]) -> list[Outcome]:
-    """Delete files of DEST, in order: manifests come before what they vouch for."""
-    del label
-    live = enter_run(ticket)
-    store, folder = open_store(dest, live.dest_options)
-
-    def delete(path: str) -> Outcome:
-        live.moved(0)
-        if not is_reached_plainly(store, folder, path):
-            return Outcome(path, "not_tried")  # a link took its place: what it leads to is not ours
-        try:
-            with limit_requests(live.requests):
-                store.delete(f"{folder.rstrip('/')}/{path}")
-        except Exception as error:  # noqa: BLE001 - as in `_copy`
-            return outcome_of_error(path, error)
-        return Outcome(path, "deleted")
-
-    return _until_stopped(live, files, delete)
-
-
-def _until_stopped(live: LiveRun, files: Sequence[str], do: object) -> list[Outcome]:
-    assert callable(do)
-    outcomes: list[Outcome] = []
+@batch_task("back up")
+def back_up_batch(live: LiveRun, path: str, dest: str, backup: str) -> Outcome:
+    """Copy a file of DEST (its path below it) to the same path below the backup place."""
     try:
-        for path in files:
-            live.moved(0)
-            outcomes.append(do(path))
-    except Interrupted:
-        pass
-    return outcomes + [Outcome(path, "not_tried") for path in files[len(outcomes) :]]
+        copy_file(
+            f"{dest.rstrip('/')}/{path}",
+            f"{backup.rstrip('/')}/{path}",
+            source_options=live.dest_options,
+            dest_options=live.dest_options,
+            progress=live.moved,
+        )
+    except NotFoundInStoreError:
+        return Outcome(path, "not_tried")  # gone meanwhile: nothing is lost by going on
+    return Outcome(path, "copied")
 
 
-@task(
-    name="find what is gone",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAYS,
-    retry_jitter_factor=JITTER,
-    retry_condition_fn=worth_retrying,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
+def _open_dest(live: LiveRun, dest: str) -> dict[str, Any]:
+    store, folder = open_store(dest, live.dest_options)
+    return {"store": store, "folder": folder}
+
+
+@batch_task("delete", opens=_open_dest)
+def delete_batch(_live: LiveRun, path: str, store: Store, folder: str) -> Outcome:
+    """Delete a file of DEST. They come in order: manifests before what they vouch for."""
+    if not is_reached_plainly(store, folder, path):
+        return Outcome(path, "not_tried")  # a link took its place: what it leads to is not ours
+    store.delete(f"{folder.rstrip('/')}/{path}")
+    return Outcome(path, "deleted")
+
+
+@single_task("find what is gone")
 def find_gone(run_id: str, source: str, exclude: Sequence[str]) -> list[Gone]:
     """What earlier runs made of SOURCE and this one would not; reads the manifests of the candidates."""
     live = find_live_run(run_id)
@@ -223,7 +145,7 @@ def find_gone(run_id: str, source: str, exclude: Sequence[str]) -> list[Gone]:
         )
 
 
-@task(name="release companions", cache_policy=NO_CACHE, persist_result=False)
+@single_task("release companions", retried=False)
 def release_outputs(run_id: str, listed: Mapping[str, Sequence[str]]) -> dict[str, Outcome]:
     """Take the names off each manifest, by its URI; what went wrong, by the same."""
     live = find_live_run(run_id)
@@ -233,6 +155,6 @@ def release_outputs(run_id: str, listed: Mapping[str, Sequence[str]]) -> dict[st
         try:
             with limit_requests(live.requests):
                 release_companions(uri, names, dest_options=live.dest_options)
-        except Exception as error:  # noqa: BLE001 - as in `_copy`
+        except Exception as error:  # noqa: BLE001 - what is wrong with one must not stop the others
             failed[uri] = outcome_of_error(uri, error)
     return failed

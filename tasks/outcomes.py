@@ -1,4 +1,4 @@
-"""What became of one checkpoint or one manifest in a batch, as small frozen values.
+"""What became of one thing in a batch (a checkpoint, a file, a manifest): an `Outcome`, a small frozen value.
 
 Manifests hold a row per tensor and stay in the store; an outcome carries only what the summary, the
 checksum list and the artifact need.
@@ -17,11 +17,13 @@ from tasks.retrying import is_transient
 if TYPE_CHECKING:
     from ptbin.registries import Version
 
-__all__ = ["Converted", "Kind", "ManifestVerdict", "Outcome", "StoredFile", "Written", "outcome_of_error"]
+__all__ = ["Converted", "Kind", "Outcome", "Staged", "StoredFile", "Written", "outcome_of_error"]
 
 Kind = Literal[
     "staged",
     "converted",
+    "proven",
+    "updated",
     "copied",
     "deleted",
     "up_to_date",
@@ -65,6 +67,11 @@ class Converted:
     unsafe_globals: tuple[str, ...] = ()
     initial: tuple[str, ...] = ()
     """Of a restored model: names that keep the values which its code gave them."""
+
+    @classmethod
+    def known(cls, row: FinishedRow) -> Converted:
+        """Of an output that is up to date: nothing was read or written."""
+        return cls("", (), 0, 0, 0, index_row=row)
 
     @classmethod
     def from_manifest(
@@ -137,17 +144,22 @@ class Outcome:
     """What was spent on it in this step."""
     written: Written | None = None
     """Of a version of a registered model: what registering it takes, or took."""
+    issues: tuple[dict[str, Any], ...] = ()
+    """Of a manifest: all that was found wrong; `reason` and `detail` are the first one's."""
+    digests: tuple[tuple[str, tuple[str, str]], ...] = ()
+    """Of a manifest: URI of each output, and the SHA-256 and the run that it states."""
 
 
 @dataclass(frozen=True, slots=True)
-class ManifestVerdict:
-    """What verifying one manifest found: no issues means proven."""
+class Staged:
+    """What the second task of two is given: the item, and what the first one made of it."""
 
-    manifest_uri: str
-    issues: tuple[dict[str, Any], ...] = ()
-    transient: bool = False
-    digests: tuple[tuple[str, tuple[str, str]], ...] = ()
-    """URI of each output, and the SHA-256 and the run that the manifest states."""
+    item: Any
+    outcome: Outcome
+
+    @property
+    def path(self) -> str:
+        return self.outcome.path
 
 
 def outcome_of_error(path: str, error: Exception) -> Outcome:

@@ -4,27 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from ptbin.catalog.finished import FinishedRow, write_segment
 from ptbin.history.failures import Unconverted, write_unconverted
 from ptbin.stores import open_store
+from tasks.batches import single_task
 from tasks.live import find_live_run
-from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, worth_retrying
 
 __all__ = ["merge_index", "write_index", "write_ledger", "write_run_record"]
 
 
-@task(
-    name="write run record",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAYS,
-    retry_jitter_factor=JITTER,
-    retry_condition_fn=worth_retrying,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
+@single_task("write run record")
 def write_run_record(run_id: str, folder_uri: str, files: Mapping[str, bytes]) -> None:
     """Write each file whole, in order; `run.json` comes last, so its presence means the others are there."""
     store, folder = open_store(folder_uri, find_live_run(run_id).dest_options)
@@ -32,35 +21,19 @@ def write_run_record(run_id: str, folder_uri: str, files: Mapping[str, bytes]) -
         store.write_bytes(f"{folder}/{name}", data)
 
 
-@task(
-    name="write index",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAYS,
-    retry_jitter_factor=JITTER,
-    retry_condition_fn=worth_retrying,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
+@single_task("write index")
 def write_index(run_id: str, dest: str, name: str, rows: Sequence[FinishedRow]) -> None:
     """Add what was finished to the index below `dest`, as a segment of that name."""
     write_segment(dest, name, rows, dest_options=find_live_run(run_id).dest_options)
 
 
-@task(
-    name="write what was not converted",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAYS,
-    retry_jitter_factor=JITTER,
-    retry_condition_fn=worth_retrying,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
+@single_task("write what was not converted")
 def write_ledger(run_id: str, dest: str, rows: Sequence[Unconverted]) -> None:
     """Put these rows in the place of those that earlier runs stored below `dest`."""
     write_unconverted(dest, rows, dest_options=find_live_run(run_id).dest_options)
 
 
-@task(name="merge index", cache_policy=NO_CACHE, persist_result=False)
+@single_task("merge index", retried=False)
 def merge_index(run_id: str, dest: str, name: str) -> None:
     """Put one segment in the place of all that the run has read. What another run added meanwhile stays.
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.cli.conversion_options import conversion_options, split_wishes
 from flows.cli.destination import one_file
-from flows.cli.listing_options import RetryingCommand, holding_list, listing_options, named_paths
+from flows.cli.listing_options import RetryingCommand, holding_list, named_paths
+from flows.cli.options import takes
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import Problems, showing_progress
-from flows.cli.shared_options import Shared, judging_options, run_options, shared_options, split_options
+from flows.cli.shared_options import Shared, shared_options
 from flows.cli.summary import JSON_KEYS, conversion_lines, plan_lines, single_lines, tell_summary
+from flows.options import CONVERT, chosen
 from flows.wishes import build_options, refuse_secrets
 from ptbin.errors import StorageError, UsageError
 
@@ -56,36 +57,17 @@ Exit status: 0 all converted or up to date; 1 some were rejected or failed;
 @click.command("convert", epilog=EPILOG, cls=RetryingCommand)
 @click.argument("source")
 @click.argument("dest")
-@click.option("--include", multiple=True, metavar="GLOB", help="Only paths that match (repeatable).")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Not those that match (repeatable).")
-@conversion_options
-@click.option(
-    "--force", is_flag=True, help="Convert what is up to date too, and replace whatever lies there."
-)
+@takes(CONVERT)
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and what would be replaced.")
-@listing_options
-@run_options
-@judging_options
 @shared_options
-def convert_command(
-    source: str,
-    dest: str,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    force: bool,
-    dry_run: bool,
-    min_success: float | None,
-    files_from: str | None,
-    retry_failed: str | None,
-    **values: Any,
-) -> int:
+def convert_command(source: str, dest: str, dry_run: bool, **values: Any) -> int:
     """Convert SOURCE, one checkpoint or a whole store of them, into DEST."""
-    files_from = click.get_current_context().with_resource(holding_list(files_from))
-    naming, wishes = split_wishes(values)
-    carrying_out, shared = split_options(values)
-    wishes["force"] = force
-    names_one = _names_one(dest, wishes, shared)
-    options = build_options(**wishes)
+    asked = chosen(CONVERT, values)
+    shared = Shared.of(values)
+    asked["files_from"] = click.get_current_context().with_resource(holding_list(asked["files_from"]))
+    include, exclude, naming = asked["include"], asked["exclude"], asked["naming"]
+    names_one = _names_one(dest, asked, shared)
+    options = build_options(asked)
     from ptbin import catalog
     from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
 
@@ -97,7 +79,7 @@ def convert_command(
         writes=not dry_run,
     )
     single = _single_checkpoint(source, dest, names_one, shared)
-    listing = {"files_from": files_from, "retry_failed": retry_failed}
+    listing = {name: asked[name] for name in ("files_from", "retry_failed")}
     if single is not None and any(value is not None for value in listing.values()):
         raise UsageError(
             f"SOURCE is one file, of which --files-from and --retry-failed cannot choose: {source}"
@@ -110,7 +92,7 @@ def convert_command(
             return _print_plan([] if current else [job], current, [], options, shared)
         rule = catalog.OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout)
         to_do, current, problems, alone = _planned(
-            source, rule, include, exclude, options, shared, named, must_exist=retry_failed is None
+            source, rule, include, exclude, options, shared, named, must_exist=asked["retry_failed"] is None
         )
         return _print_plan(to_do, current, problems, options, shared, alone)
     if single is not None:
@@ -131,19 +113,13 @@ def convert_command(
                 listener,
                 source=source,
                 dest=dest,
-                include=list(include),
-                exclude=list(exclude),
-                naming=naming,
-                min_success=min_success,
-                **listing,
-                **carrying_out,
-                **wishes,
+                **asked,
             )
         lines = conversion_lines(summary)
     return tell_summary(summary, JSON_KEYS, lines, shared)
 
 
-def _names_one(dest: str, wishes: dict[str, Any], shared: Shared) -> bool:
+def _names_one(dest: str, asked: dict[str, Any], shared: Shared) -> bool:
     """Whether DEST is the name of one output; where it is, its suffix settles a format that was left open.
 
     Raises:
@@ -153,14 +129,14 @@ def _names_one(dest: str, wishes: dict[str, Any], shared: Shared) -> bool:
     if suffix is None:
         return False
     formats = ["safetensors"] if suffix == ".safetensors" else ["torch", "raw"]
-    if wishes["format"] not in formats:
-        asked = click.get_current_context().get_parameter_source("output_format")
-        if asked is not None and asked.name != "DEFAULT":
+    if asked["format"] not in formats:
+        origin = click.get_current_context().get_parameter_source("format")
+        if origin is not None and origin.name != "DEFAULT":
             raise UsageError(
-                f"DEST ends in {suffix}, which --format {wishes['format']} is not called: leave --format "
+                f"DEST ends in {suffix}, which --format {asked['format']} is not called: leave --format "
                 "out, or name another DEST"
             )
-        wishes["format"] = formats[0]
+        asked["format"] = formats[0]
     return True
 
 

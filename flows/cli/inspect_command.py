@@ -6,10 +6,12 @@ from typing import Any
 
 import click
 
-from flows.cli.conversion_options import recipe_option
+from flows.cli.options import takes
 from flows.cli.printing import align, print_error, print_json, print_line
 from flows.cli.shared_options import Shared, shared_options
+from flows.options import INSPECT, chosen
 from flows.units import format_nbytes, left_out_words
+from flows.wishes import build_options
 from ptbin.errors import CheckpointError
 
 __all__ = ["inspect_command"]
@@ -26,20 +28,15 @@ Reads only the index, a few kilobytes of any file, and runs nothing of what is i
 
 @click.command("inspect", epilog=EPILOG)
 @click.argument("uri")
-@click.option("--select", multiple=True, metavar="PATH", help="As `convert` would be asked for (repeatable).")
-@click.option("--flatten", is_flag=True, help="As `convert` would be asked for.")
-@click.option("--split", is_flag=True, help="As `convert` would be asked for.")
-@recipe_option()
+@takes(INSPECT)
 @shared_options
-def inspect_command(
-    uri: str, select: tuple[str, ...], flatten: bool, split: bool, recipe: str | None, **shared: Any
-) -> int:
+def inspect_command(uri: str, **values: Any) -> int:
     """Describe the checkpoint at URI: container, state dicts, tensors, and the globals its pickle names."""
-    options = Shared(**shared)
+    options = Shared.of(values)
     import ptbin
 
     try:
-        wanted = ptbin.ConvertOptions(select=select or None, flatten=flatten, split=split, recipe=recipe)
+        wanted = build_options(chosen(INSPECT, values))
         report = ptbin.inspect(uri, storage_options=options.source_options, options=wanted)
     except CheckpointError as error:
         if options.as_json:

@@ -6,16 +6,13 @@ import contextlib
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
 
 import click
 
 from flows.cli.shared_options import Shared
 
-__all__ = ["RetryingCommand", "holding_list", "listing_options", "named_paths"]
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+__all__ = ["RetryingCommand", "holding_list", "named_paths"]
 
 LAST = "last"
 RUN_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
@@ -33,25 +30,6 @@ class RetryingCommand(click.Command):
                 if not following or not (RUN_ID.fullmatch(following[0]) or following[0] == LAST):
                     words[at] = f"--retry-failed={LAST}"
         return super().parse_args(ctx, words)
-
-
-def listing_options(function: Command) -> Command:
-    """Add both to a command that is a `RetryingCommand`."""
-    decorators = [
-        click.option(
-            "--files-from",
-            metavar="FILE",
-            help="Convert only the paths in FILE, one a line, relative to SOURCE; - reads standard input.",
-        ),
-        click.option(
-            "--retry-failed",
-            metavar="[RUN]",
-            help="Convert only what failed: in RUN (an id of `ptbin runs`), or whatever fails now.",
-        ),
-    ]
-    for decorator in reversed(decorators):
-        function = decorator(function)
-    return function
 
 
 @contextlib.contextmanager

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.cli.conversion_options import content_options, split_content
 from flows.cli.destination import refuse_one_file
+from flows.cli.options import takes
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import showing_progress
-from flows.cli.shared_options import Shared, run_options, shared_options, split_options
+from flows.cli.shared_options import Shared, shared_options
 from flows.cli.summary import MIGRATE_KEYS, mapping_lines, migration_lines, tell_summary
+from flows.options import CONTENT, MIGRATE, chosen
 from flows.wishes import build_options, refuse_secrets
 
 if TYPE_CHECKING:
@@ -46,51 +47,28 @@ wrong, nothing was written; 130 interrupted."""
 @click.command("migrate", epilog=EPILOG)
 @click.argument("source")
 @click.argument("dest")
-@click.option(
-    "--layout",
-    metavar="LAYOUT",
-    help="Of DEST where it is a directory registry: mirror, hf, triton, a template such as "
-    "models/{name}/v{version}, or both, hf:{name}. Of SOURCE where only that is one.",
-)
-@click.option("--source-layout", metavar="LAYOUT", help="Of SOURCE, likewise.")
-@click.option("--include", multiple=True, metavar="GLOB", help="Only models of such names (repeatable).")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="No models of such names (repeatable).")
-@click.option(
-    "--versions",
-    type=click.Choice(["all", "latest", "aliased"]),
-    default="all",
-    show_default=True,
-    help="Of each model: all, the latest one, those that have an alias.",
-)
+@takes(MIGRATE)
 @click.option("--dry-run", is_flag=True, help="Print which version would become which, write nothing.")
-@content_options
-@run_options
 @shared_options
-def migrate_command(
-    source: str,
-    dest: str,
-    layout: str | None,
-    source_layout: str | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    versions: Any,
-    dry_run: bool,
-    **values: Any,
-) -> int:
+def migrate_command(source: str, dest: str, dry_run: bool, **values: Any) -> int:
     """Bring the models of one registry into another, as weights."""
-    wishes = split_content(values)
-    carrying_out, shared = split_options(values)
-    options = build_options(**wishes)
+    asked = chosen(MIGRATE, values)
+    shared = Shared.of(values)
+    options = build_options(chosen(CONTENT, values))
     refuse_secrets(source, dest)
     from ptbin.registries import is_registry_uri
     from ptbin.registries.migration import open_both
 
     if not is_registry_uri(dest):
         refuse_one_file(dest, shared.dest_options, "migrate")
-    here, there = open_both(source, dest, source_layout, layout, shared.source_options, shared.dest_options)
+    here, there = open_both(
+        source, dest, asked["source_layout"], asked["layout"], shared.source_options, shared.dest_options
+    )
     here.check_readable()
     if dry_run:
-        return _print_mapping(here, there, include, exclude, versions, options, shared)
+        return _print_mapping(
+            here, there, asked["include"], asked["exclude"], asked["versions"], options, shared
+        )
     from flows.cli.on_prefect import run_flow
     from flows.run_record import new_run_id
 
@@ -102,13 +80,7 @@ def migrate_command(
             listener,
             source=source,
             dest=dest,
-            layout=layout,
-            source_layout=source_layout,
-            include=list(include),
-            exclude=list(exclude),
-            versions=versions,
-            **carrying_out,
-            **wishes,
+            **asked,
         )
     return tell_summary(summary, MIGRATE_KEYS, migration_lines(summary), shared)
 

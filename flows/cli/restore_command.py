@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.cli.destination import one_file
+from flows.cli.options import takes
 from flows.cli.printing import align, print_json, print_line, print_lines_of_error
 from flows.cli.progress import showing_progress
-from flows.cli.shared_options import Shared, run_options, shared_options, split_options
+from flows.cli.shared_options import Shared, shared_options
 from flows.cli.summary import (
     JSON_KEYS,
     conversion_lines,
@@ -22,7 +22,8 @@ from flows.cli.summary import (
     single_lines,
     tell_summary,
 )
-from flows.wishes import parse_renames, refuse_secrets
+from flows.options import RESTORE, chosen
+from flows.wishes import refuse_secrets, restore_options
 from ptbin.errors import CheckpointError, StorageError, UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -52,77 +53,21 @@ Exit status: 0 all restored; 1 some were rejected (the report says which keys do
 ONE_OUTPUT = (".pt", ".pth", ".ckpt", ".pt2", ".th")
 
 
-def _model_args(_context: click.Context, _param: click.Parameter, value: str | None) -> Any:
-    if value is None:
-        return None
-    try:
-        arguments = json.loads(value)
-    except ValueError as error:
-        raise click.BadParameter(f"not JSON: {error}") from error
-    if not isinstance(arguments, (dict, list)):
-        raise click.BadParameter("a JSON object (keyword arguments) or array (positional ones)")
-    return arguments
-
-
 @click.command("restore", epilog=EPILOG)
 @click.argument("source")
 @click.argument("dest")
-@click.option(
-    "--model", metavar="MODULE:CALLABLE", help="What builds the module; transformers: by config.json."
-)
-@click.option("--model-args", metavar="JSON", callback=_model_args, help="Arguments for it.")
-@click.option("--model-path", metavar="DIR", help="Where its module lies.")
-@click.option(
-    "--as",
-    "save_as",
-    type=click.Choice(["state-dict", "module", "torchscript", "exported"]),
-    help="What to save; with --model a whole module unless said otherwise.",
-)
-@click.option(
-    "--example", metavar="MODULE:CALLABLE", help="Returns inputs: to trace with, and to compare outputs by."
-)
-@click.option("--train", is_flag=True, help="Trace or export in training mode.")
-@click.option("--allow-missing", multiple=True, metavar="GLOB", help="Names the weights need not have.")
-@click.option("--allow-unexpected", multiple=True, metavar="GLOB", help="Names the model need not have.")
-@click.option(
-    "--select",
-    multiple=True,
-    metavar="PATH",
-    help="The state dict to take, as `inspect` lists them (repeatable: their union).",
-)
-@click.option("--strip-prefix", metavar="P", help="Take P off all names; auto: module. and _orig_mod.")
-@click.option("--rename", multiple=True, metavar="OLD=NEW", help="Regex replacement on names (repeatable).")
-@click.option("--include", multiple=True, metavar="GLOB", help="Only paths that match (repeatable).")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Not those that match (repeatable).")
-@click.option("--naming", type=click.Choice(["replace", "append"]), default="replace", show_default=True)
-@click.option(
-    "--force", is_flag=True, help="Restore what is up to date too, and replace whatever lies there."
-)
+@takes(RESTORE)
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and what would be replaced.")
-@run_options
 @shared_options
-def restore_command(
-    source: str,
-    dest: str,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    naming: Any,
-    dry_run: bool,
-    **values: Any,
-) -> int:
+def restore_command(source: str, dest: str, dry_run: bool, **values: Any) -> int:
     """Restore SOURCE, weights that were taken out of checkpoints, into DEST."""
-    wishes = {
-        name: values.pop(name)
-        for name in (
-            *("model", "model_args", "model_path", "save_as", "example", "train", "select", "force"),
-            *("allow_missing", "allow_unexpected", "strip_prefix", "rename"),
-        )
-    }
-    carrying_out, shared = split_options(values)
+    asked = chosen(RESTORE, values)
+    shared = Shared.of(values)
+    include, exclude, naming = asked["include"], asked["exclude"], asked["naming"]
     import ptbin
 
-    names_one = _names_one(dest, wishes, shared)
-    options = ptbin.RestoreOptions(**wishes | {"rename": parse_renames(wishes["rename"])})
+    names_one = _names_one(dest, asked, shared)
+    options = restore_options(asked)
     ptbin.catalog.check_call(
         source,
         dest,
@@ -154,18 +99,14 @@ def restore_command(
                 listener,
                 source=source,
                 dest=dest,
-                include=list(include),
-                exclude=list(exclude),
-                naming=naming,
-                **carrying_out,
-                **{key: list(value) if isinstance(value, tuple) else value for key, value in wishes.items()},
+                **asked,
             )
         lines = conversion_lines(summary)
     lines += initial_lines(summary)
     return tell_summary(summary, (*JSON_KEYS, "initial"), lines, shared)
 
 
-def _names_one(dest: str, wishes: dict[str, Any], shared: Shared) -> bool:
+def _names_one(dest: str, asked: dict[str, Any], shared: Shared) -> bool:
     """Whether DEST is the name of one file; where it is, its suffix settles what `--as` leaves open.
 
     Raises:
@@ -175,9 +116,9 @@ def _names_one(dest: str, wishes: dict[str, Any], shared: Shared) -> bool:
     if suffix is None:
         return False
     if suffix == ".pt2":
-        if wishes["model"] is None or wishes["save_as"] not in {None, "exported"}:
+        if asked["model"] is None or asked["save_as"] not in {None, "exported"}:
             raise UsageError("DEST ends in .pt2, an exported program: it needs --model, and --as exported")
-        wishes["save_as"] = "exported"
+        asked["save_as"] = "exported"
     return True
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from flows.wishes import MAX_WORKERS, parse_duration
-
-__all__ = ["Shared", "judging_options", "run_options", "runner_options", "shared_options", "split_options"]
+__all__ = ["Shared", "shared_options"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 LOG_LEVELS = ["debug", "info", "warning", "error"]
@@ -29,6 +27,11 @@ class Shared:
     log_format: str
     source_options: dict[str, Any] = field(repr=False)
     dest_options: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Shared:
+        """Out of a command's values, which may have others as well."""
+        return cls(**{entry.name: values[entry.name] for entry in fields(cls)})
 
     @property
     def live_bar(self) -> bool:
@@ -101,75 +104,3 @@ def shared_options(function: Command) -> Command:
     for decorator in reversed(decorators):
         function = decorator(function)
     return function
-
-
-def runner_options(function: Command) -> Command:
-    """Where batches are worked on, and how many at once."""
-    decorators = [
-        click.option(
-            "--workers",
-            type=click.IntRange(1, MAX_WORKERS),
-            metavar="N",
-            help="Batches worked on at once: 2, or as many as the cluster has threads.",
-        ),
-        click.option(
-            "--runner",
-            type=click.Choice(["threads", "processes", "dask", "ray"]),
-            default="threads",
-            show_default=True,
-            help="What works on them.",
-        ),
-        click.option(
-            "--runner-address",
-            metavar="ADDR",
-            help="A running Dask scheduler or Ray head (tcp://HOST:8786, ray://HOST:10001).",
-        ),
-    ]
-    for decorator in reversed(decorators):
-        function = decorator(function)
-    return function
-
-
-_RUN_OPTIONS = ("fail_fast", "workers", "runner", "runner_address", "max_requests", "deadline")
-
-
-def run_options(function: Command) -> Command:
-    """How a run of many files is carried out, whatever it does with them; `split_options` takes them."""
-    decorators = [
-        click.option("--fail-fast", is_flag=True, help="Begin nothing new after the first problem."),
-        runner_options,
-        click.option(
-            "--max-requests",
-            type=click.IntRange(min=1),
-            default=64,
-            show_default=True,
-            metavar="N",
-            help="Requests to S3 under way at once, of the whole run.",
-        ),
-        click.option("--deadline", metavar="DURATION", help="Stop the run after that long: 90, 45m, 6h."),
-    ]
-    for decorator in reversed(decorators):
-        function = decorator(function)
-    return function
-
-
-def judging_options(function: Command) -> Command:
-    """When a run of many files counts as one that went well."""
-    return click.option(
-        "--min-success",
-        type=click.FloatRange(0, 1, min_open=True),
-        metavar="SHARE",
-        help="Exit with 0 if that share of the checkpoints succeeds (0.99); acknowledged failures aside.",
-    )(function)
-
-
-def split_options(values: dict[str, Any]) -> tuple[dict[str, Any], Shared]:
-    """What `run_options` and `shared_options` added to a command.
-
-    Raises:
-        UsageError: a deadline that is no duration.
-    """
-    carrying_out = {name: values.pop(name) for name in _RUN_OPTIONS}
-    if carrying_out["deadline"] is not None:
-        parse_duration(carrying_out["deadline"])
-    return carrying_out, Shared(**values)

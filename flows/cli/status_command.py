@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.cli.conversion_options import conversion_options, split_wishes
+from flows.cli.options import takes
 from flows.cli.printing import align, print_json, print_line
 from flows.cli.shared_options import Shared, shared_options
+from flows.options import STATUS, chosen
 from flows.wishes import build_options
 from ptbin.stores import public_uri
 
@@ -48,25 +49,20 @@ Exit status: 0 all in step; 1 something is new, changed, fails or is refused, an
 @click.command("status", epilog=EPILOG)
 @click.argument("source")
 @click.argument("dest")
-@click.option("--include", multiple=True, metavar="GLOB", help="As of convert or, with --sync, of sync.")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="As of convert or sync.")
+@takes(STATUS)
 @click.option("--sync", "mirrors", is_flag=True, help="DEST is a mirror: other files count, too.")
-@conversion_options
 @shared_options
-def status_command(
-    source: str, dest: str, include: Sequence[str], exclude: Sequence[str], mirrors: bool, **values: Any
-) -> int:
+def status_command(source: str, dest: str, mirrors: bool, **values: Any) -> int:
     """Say how far DEST is in step with SOURCE: what is new, changed, failed, left over."""
-    naming, wishes = split_wishes(values)
-    shared = Shared(**values)
-    options = build_options(**wishes)
+    asked = chosen(STATUS, values)
+    shared = Shared.of(values)
+    options = build_options(asked)
+    include, exclude = tuple(asked["include"]), tuple(asked["exclude"])
     from ptbin.history.status import Question, question_of_last_run, status_of
 
     places: dict[str, Any] = {"source_options": shared.source_options, "dest_options": shared.dest_options}
-    question = Question(
-        options, naming, tuple(include), tuple(exclude), copied=tuple(include) if mirrors else None
-    )
-    if not _is_asked(("include", "exclude", "mirrors", "naming", "output_format", *wishes)):
+    question = Question(options, asked["naming"], include, exclude, copied=include if mirrors else None)
+    if not _is_asked(("mirrors", *asked)):
         question = question_of_last_run(source, dest, **places) or question
     status = status_of(source, dest, question, **places)
     if shared.as_json:

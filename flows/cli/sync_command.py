@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.cli.conversion_options import conversion_options, split_wishes
 from flows.cli.destination import refuse_one_file
+from flows.cli.options import takes
 from flows.cli.printing import align, print_json, print_line
 from flows.cli.progress import showing_progress
-from flows.cli.shared_options import Shared, judging_options, run_options, shared_options, split_options
+from flows.cli.shared_options import Shared, shared_options
 from flows.cli.summary import JSON_KEYS, SYNC_KEYS, conversion_lines, tell_summary
+from flows.options import SYNC, chosen
 from flows.units import format_nbytes
 from flows.wishes import build_options, refuse_secrets
 from ptbin.errors import OutputExistsError, UsageError
@@ -43,42 +44,15 @@ nothing was written; 130 interrupted."""
 @click.command("sync", epilog=EPILOG)
 @click.argument("source")
 @click.argument("dest")
-@click.option("--include", multiple=True, metavar="GLOB", help="Copy these files too (repeatable).")
-@click.option(
-    "--exclude", multiple=True, metavar="GLOB", help="Neither convert, copy nor delete these (repeatable)."
-)
-@click.option("--delete", is_flag=True, help="Delete from DEST what SOURCE no longer has.")
-@click.option(
-    "--max-delete", type=click.IntRange(min=0), metavar="N", help="If more are gone than that, delete none."
-)
-@click.option("--checksum", is_flag=True, help="Compare by content; times and ETags are not believed.")
-@click.option("--immutable", is_flag=True, help="Never change what is there; what differs is a failure.")
-@click.option("--backup-dir", metavar="PLACE", help="First copy there what is written over or deleted.")
-@click.option("--force", is_flag=True, help="Replace files in the way that ptbin did not make.")
+@takes(SYNC)
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and what would be replaced.")
-@conversion_options
-@run_options
-@judging_options
 @shared_options
-def sync_command(
-    source: str,
-    dest: str,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    delete: bool,
-    max_delete: int | None,
-    checksum: bool,
-    immutable: bool,
-    backup_dir: str | None,
-    force: bool,
-    dry_run: bool,
-    min_success: float | None,
-    **values: Any,
-) -> int:
+def sync_command(source: str, dest: str, dry_run: bool, **values: Any) -> int:
     """Make DEST a mirror of SOURCE: checkpoints as weights, their companions as they are."""
-    naming, wishes = split_wishes(values)
-    carrying_out, shared = split_options(values)
-    options = build_options(**wishes)
+    asked = chosen(SYNC, values)
+    shared = Shared.of(values)
+    options = build_options(asked, force=False)
+    delete, max_delete, backup_dir = asked["delete"], asked["max_delete"], asked["backup_dir"]
     # First of all: what refuses the call otherwise may name SOURCE as it was written.
     refuse_secrets(source, dest, *([backup_dir] if backup_dir else []))
     if max_delete is not None and not delete:
@@ -97,9 +71,9 @@ def sync_command(
     )
     if dry_run:
         return _print_plan(
-            source, dest, include, exclude, naming, options, shared,
-            delete=delete, max_delete=max_delete, checksum=checksum, immutable=immutable,
-            backs_up=backup_dir is not None, force=force,
+            source, dest, asked["include"], asked["exclude"], asked["naming"], options, shared,
+            delete=delete, max_delete=max_delete, checksum=asked["checksum"], immutable=asked["immutable"],
+            backs_up=backup_dir is not None, force=asked["force"],
         )  # fmt: skip
     from flows.cli.on_prefect import run_flow
     from flows.run_record import new_run_id
@@ -112,18 +86,7 @@ def sync_command(
             listener,
             source=source,
             dest=dest,
-            include=list(include),
-            exclude=list(exclude),
-            delete=delete,
-            max_delete=max_delete,
-            checksum=checksum,
-            immutable=immutable,
-            backup_dir=backup_dir,
-            force=force,
-            naming=naming,
-            min_success=min_success,
-            **carrying_out,
-            **wishes,
+            **asked,
         )
     return tell_summary(summary, (*JSON_KEYS, *SYNC_KEYS), conversion_lines(summary), shared)
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flows.cli.options import takes
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import showing_progress
-from flows.cli.shared_options import Shared, runner_options, shared_options
+from flows.cli.shared_options import Shared, shared_options
 from flows.cli.summary import verification_lines
+from flows.options import VERIFY, chosen
 from flows.wishes import refuse_secrets
 from ptbin.errors import UsageError
 
@@ -39,31 +41,12 @@ Exit status: 0 all proven; 1 something is not what its manifest says;
 
 @click.command("verify", epilog=EPILOG)
 @click.argument("dest")
-@click.option(
-    "--level",
-    type=click.Choice(["checksum", "load"]),
-    default="checksum",
-    show_default=True,
-    help="Compare digests, or also open each output with torch.",
-)
-@click.option(
-    "--public-key",
-    metavar="PEM",
-    help="Also check every model.sig (OpenSSF model-signing) with this key, and that all is signed.",
-)
-@runner_options
+@takes(VERIFY)
 @shared_options
-def verify_command(
-    dest: str,
-    level: str,
-    public_key: str | None,
-    workers: int | None,
-    runner: str,
-    runner_address: str | None,
-    **shared_values: Any,
-) -> int:
+def verify_command(dest: str, **values: Any) -> int:
     """Check every manifest at or below DEST against what is stored."""
-    shared = Shared(**shared_values)
+    asked = chosen(VERIFY, values)
+    shared = Shared.of(values)
     from ptbin.registries import is_registry_uri, open_registry
     from ptbin.stores import open_store
 
@@ -85,15 +68,11 @@ def verify_command(
                 shared,
                 listener,
                 dest=dest,
-                level=level,
-                public_key=public_key,
-                workers=workers,
-                runner=runner,
-                runner_address=runner_address,
+                **asked,
             )
         else:
             _refuse_missing(store, path)
-            summary = _verify_one(dest, level, public_key, shared, listener)
+            summary = _verify_one(dest, asked["level"], asked["public_key"], shared, listener)
     if shared.as_json:
         print_json({key: summary[key] for key in JSON_KEYS})
     elif not shared.quiet:

@@ -75,6 +75,11 @@ class ModelPlan:
     problem: str = ""
 
     @property
+    def path(self) -> str:
+        """What it is called in outcomes."""
+        return self.model.name
+
+    @property
     def needs_update(self) -> bool:
         return bool(self.aliases or self.outdated or self.updates_model)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions
+from ptbin.values.options import option, same_option
 
 __all__ = ["RestoreOptions", "SaveAs"]
 
@@ -27,28 +28,32 @@ class RestoreOptions:
         UsageError: an unknown value, or one that needs a model where none is named.
     """
 
-    model: str | None = None
-    """`MODULE:CALLABLE` that builds the module, or `transformers`: the architecture of config.json."""
-    model_args: dict[str, Any] | list[Any] | None = None
-    """Keyword arguments, or positional ones."""
-    model_path: str | None = None
-    """Folder where the child processes look first for the module, and it for its neighbours."""
-    save_as: SaveAs | None = None
-    """None: `module` where a model is named, else `state-dict`."""
-    example: str | None = None
-    """`MODULE:CALLABLE` that returns inputs: to trace and export with, and to compare outputs by."""
-    train: bool = False
-    """Trace or export in training mode, not in evaluation mode."""
-    allow_missing: tuple[str, ...] = ()
-    """Globs of names that the weights need not have."""
-    allow_unexpected: tuple[str, ...] = ()
-    """Globs of names that the model need not have."""
-    select: str | tuple[str, ...] | None = None
-    """As `ConvertOptions` has it; `strip_prefix` and `rename` too."""
-    strip_prefix: str | None = None
-    rename: tuple[tuple[str, str], ...] = ()
-    force: bool = field(default=False)
-    """Restore even what is up to date, and replace whatever lies at DEST."""
+    model: str | None = option(
+        None,
+        "What builds the module; transformers: the architecture of config.json. Its code is run.",
+        metavar="MODULE:CALLABLE",
+    )
+    model_args: dict[str, Any] | list[Any] | None = option(
+        None,
+        "Arguments for it: a JSON object of keyword arguments, or an array of positional ones.",
+        metavar="JSON",
+    )
+    model_path: str | None = option(None, "The folder in which its module lies.", metavar="DIR")
+    save_as: SaveAs | None = option(
+        None, "What to save; with --model a whole module unless said otherwise.", flag="--as"
+    )
+    example: str | None = option(
+        None,
+        "Returns example inputs: to trace and export with, and to compare outputs by.",
+        metavar="MODULE:CALLABLE",
+    )
+    train: bool = option(False, "Trace or export in training mode.")
+    allow_missing: tuple[str, ...] = option((), "Names that the weights need not have.", metavar="GLOB")
+    allow_unexpected: tuple[str, ...] = option((), "Names that the model need not have.", metavar="GLOB")
+    select: str | tuple[str, ...] | None = same_option(ConvertOptions, "select")
+    strip_prefix: str | None = same_option(ConvertOptions, "strip_prefix")
+    rename: tuple[tuple[str, str], ...] = same_option(ConvertOptions, "rename")
+    force: bool = same_option(ConvertOptions, "force")
 
     def __post_init__(self) -> None:
         if self.save_as is not None and self.save_as not in get_args(SaveAs):

@@ -15,7 +15,7 @@ import pytest
 import ptbin
 import tasks.converting
 import tasks.recording
-from flows import conversion
+from flows import stages
 from flows.convert import convert
 from flows.prefect.orchestrator import Orchestrator
 from flows.run_record import new_run_id
@@ -50,7 +50,7 @@ def staging(monkeypatch: pytest.MonkeyPatch, trouble: Callable[[str], None]) -> 
 
     with monkeypatch.context() as patch:
         patch.setattr(ptbin, "stage", stage)
-        patch.setattr(conversion, "retry_delay", lambda retry: 0.01 * retry)
+        patch.setattr(stages, "retry_delay", lambda retry: 0.01 * retry)
         yield attempts
 
 

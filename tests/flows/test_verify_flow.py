@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import ptbin
-from flows import verify as verify_module
+from flows import stages
 from flows.run_record import new_run_id
 from flows.verify import verify
 from ptbin.errors import StorageError
@@ -64,7 +64,7 @@ def test_a_store_that_recovers_is_asked_again(outputs: Path, monkeypatch: pytest
         return real(uri, **keywords)
 
     monkeypatch.setattr(checking, "verify_outputs", flaky)
-    monkeypatch.setattr(verify_module, "retry_delay", lambda retry: 0.01 * retry)
+    monkeypatch.setattr(stages, "retry_delay", lambda retry: 0.01 * retry)
     state, _ = run(outputs)
     assert state.message == "proven 6, failed 0, outputs without a manifest 0"
     assert len(asked) == 6 + RETRIES

@@ -28,7 +28,7 @@ from tasks.live import (
     is_open,
     open_live_run,
 )
-from tasks.outcomes import Outcome, one_line, outcome_of_error
+from tasks.outcomes import Outcome, Staged, one_line, outcome_of_error
 
 OPTIONS = ConvertOptions()
 
@@ -91,7 +91,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, behaviour: dict[str, Exception | Non
 
 
 def convert(jobs: Sequence[Job]) -> list[Outcome]:
-    return convert_batch.fn(Ticket("r"), "label", jobs, OPTIONS)
+    return convert_batch.fn(Ticket("r"), jobs, {"options": OPTIONS})
 
 
 def test_each_error_becomes_the_outcome_of_its_own_checkpoint(
@@ -127,7 +127,8 @@ def test_each_error_becomes_the_outcome_of_its_own_checkpoint(
 def test_a_proof_that_fails_fails_its_own_output(live: LiveRun, monkeypatch: pytest.MonkeyPatch) -> None:
     engine(monkeypatch, {"bad": errors.VerificationError("digest")})
     jobs = [job("good"), job("bad")]
-    good, bad = verify_batch.fn(Ticket("r"), "label", jobs, ["/src/good", "/src/bad"])
+    staged = [Staged(one, Outcome(one.path, "staged", draft=one.source_uri)) for one in jobs]
+    good, bad = verify_batch.fn(Ticket("r"), staged, {})
     assert good.converted is not None
     assert good.converted.manifest_uri == "/out/good.bin.manifest.json"
     assert (good.converted.tensors, good.converted.read_nbytes, good.converted.written_nbytes) == (2, 5, 4)
@@ -225,10 +226,10 @@ def test_one_manifest_that_cannot_be_read_hides_no_other(
         return [], {}
 
     monkeypatch.setattr(checking, "verify_outputs", verify_outputs)
-    a, b, c = verify_manifests.fn(Ticket("r"), "label", ["a", "b", "c"], "checksum")
-    assert (a.transient, a.issues[0]["reason"]) == (True, "storage_error")
-    assert (b.transient, b.issues[0]["reason"]) == (False, "internal_error")
-    assert c.issues == ()
+    a, b, c = verify_manifests.fn(Ticket("r"), ["a", "b", "c"], {"level": "checksum"})
+    assert (a.transient, a.reason) == (True, "storage_error")
+    assert (b.transient, b.reason) == (False, "internal_error")
+    assert (c.kind, c.issues) == ("proven", ())
 
 
 def test_messages_are_one_bounded_line() -> None:

@@ -1,0 +1,177 @@
+"""The options of all flows and commands, each declared once: name, kind, default, description.
+
+Those of the engine come from its own options objects. The flows' forms (`flows.forms`) and the command line
+with its help (`flows.cli.options`) are made from these tables; a new conversion option is one field of
+`ptbin.options.ConvertOptions` and shows up in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from flows.wishes import MAX_WORKERS
+from ptbin.options import ConvertOptions
+from ptbin.restoring.options import RestoreOptions
+from ptbin.values.options import Option, options_of
+
+__all__ = [
+    "CONTENT", "CONVERT", "DEFAULT_REQUESTS", "INSPECT", "MIGRATE", "MIRRORING", "RESTORE", "STATUS", "SYNC",
+    "VERIFY", "chosen",
+]  # fmt: skip
+
+DEFAULT_REQUESTS = 64
+"""What all tasks of a run may have under way together, unless it is asked for otherwise."""
+
+_ENGINE = options_of(ConvertOptions)
+_RESTORING = options_of(RestoreOptions)
+
+CONTENT = tuple(entry for name, entry in _ENGINE.items() if name not in {"layout", "force"})
+"""What is in an output, and how far it is proven."""
+
+NAMING = Option(
+    "naming", "last.ckpt becomes last.bin, or last.ckpt.bin.", "replace", "choice", ("replace", "append")
+)
+PLACING = (_ENGINE["layout"], NAMING)
+
+INCLUDE = Option("include", "Only paths below SOURCE that match.", (), "list", metavar="GLOB")
+EXCLUDE = Option("exclude", "Not those that match.", (), "list", metavar="GLOB")
+
+RUNNER = (
+    Option(
+        "workers",
+        "Batches worked on at once: 2, or as many as the cluster has threads.",
+        kind="count",
+        metavar="N",
+        most=MAX_WORKERS,
+    ),
+    Option(
+        "runner",
+        "What works on them: threads, processes, a Dask or a Ray cluster.",
+        "threads",
+        "choice",
+        ("threads", "processes", "dask", "ray"),
+    ),
+    Option(
+        "runner_address",
+        "A running Dask scheduler or Ray head (tcp://HOST:8786, ray://HOST:10001).",
+        metavar="ADDR",
+    ),
+)
+RUNNING = (
+    Option("fail_fast", "Begin nothing new after the first problem.", False, "flag"),
+    *RUNNER,
+    Option(
+        "max_requests",
+        "Requests to S3 under way at once, of the whole run.",
+        DEFAULT_REQUESTS,
+        "count",
+        metavar="N",
+    ),
+    Option("deadline", "Stop the run after that long: 90, 45m, 6h, 1h30m.", kind="duration"),
+)
+"""How a run is carried out, whatever it does."""
+
+JUDGING = (
+    Option(
+        "min_success",
+        "Succeed if that share of the checkpoints does (0.99), acknowledged failures aside.",
+        kind="share",
+        metavar="SHARE",
+    ),
+)
+
+CONVERT = (
+    *(INCLUDE, EXCLUDE),
+    *CONTENT,
+    *PLACING,
+    _ENGINE["force"],
+    Option(
+        "files_from",
+        "Only these paths below SOURCE: a file with one a line; on a command line - reads standard input.",
+        kind="paths",
+        metavar="FILE",
+    ),
+    Option(
+        "retry_failed",
+        "Only what failed: in the run of this id (see `ptbin runs`), or (last) whatever fails now.",
+        metavar="[RUN]",
+    ),
+    *RUNNING,
+    *JUDGING,
+)
+
+MIRRORING = (
+    replace(EXCLUDE, help="Neither convert, copy nor delete these."),
+    Option(
+        "delete", "Delete from DEST what SOURCE no longer has; never when anything failed.", False, "flag"
+    ),
+    Option("max_delete", "If more are gone than that, delete none.", kind="count", metavar="N", least=0),
+    Option("checksum", "Compare by content; times and ETags are not believed.", False, "flag"),
+    Option("immutable", "Never change what is there; what differs is a failure.", False, "flag"),
+    Option("backup_dir", "First copy there what is written over or deleted.", metavar="PLACE"),
+)
+"""What `sync` does beyond converting."""
+
+SYNC = (
+    replace(INCLUDE, help="Copy these files too."),
+    *MIRRORING,
+    replace(_ENGINE["force"], help="Replace files in the way that ptbin did not make."),
+    *CONTENT,
+    *PLACING,
+    *RUNNING,
+    *JUDGING,
+)
+
+MIGRATE = (
+    Option(
+        "layout",
+        "Of DEST where it is a directory registry: mirror, hf, triton, a template such as "
+        "models/{name}/v{version}, or both, hf:{name}. Of SOURCE where only that is one.",
+        metavar="LAYOUT",
+    ),
+    Option("source_layout", "Of SOURCE, likewise.", metavar="LAYOUT"),
+    replace(INCLUDE, help="Only models of such names."),
+    replace(EXCLUDE, help="No models of such names."),
+    Option(
+        "versions",
+        "Of each model: all, the latest one, those that have an alias.",
+        "all",
+        "choice",
+        ("all", "latest", "aliased"),
+    ),
+    *CONTENT,
+    *RUNNING,
+)
+
+RESTORE = (*_RESTORING.values(), INCLUDE, EXCLUDE, NAMING, *RUNNING)
+
+STATUS = (INCLUDE, EXCLUDE, *CONTENT, *PLACING)
+
+INSPECT = tuple(_ENGINE[name] for name in ("select", "flatten", "split", "recipe"))
+
+VERIFY = (
+    Option(
+        "level",
+        "Compare digests, or also open each output with torch (load).",
+        "checksum",
+        "choice",
+        ("checksum", "load"),
+    ),
+    Option(
+        "public_key",
+        "Also check every model.sig (OpenSSF model-signing) with this key, and that all is signed.",
+        metavar="PEM",
+    ),
+    *RUNNER,
+)
+
+
+def chosen(options: Iterable[Option], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that belong to these options, by name; a list for each tuple."""
+    found = {}
+    for entry in options:
+        value = values[entry.name]
+        found[entry.name] = list(value) if isinstance(value, tuple) else value
+    return found

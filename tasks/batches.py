@@ -1,0 +1,113 @@
+"""What all tasks have in common: `@batch_task` for what is done to many, `@single_task` for the rest.
+
+A function below `@batch_task` works on one thing: a checkpoint, a file, a manifest. The task that it becomes
+takes a batch of them and gives one outcome for each, in order. It finds or joins the live run, keeps to its
+limit of requests, stops where the run is being stopped, takes the time, and turns an error into an outcome,
+so that what is wrong with one never stops the others. It is never retried whole: that would redo what is
+finished; the flow retries the rest (`flows.stages`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
+
+from ptbin.stores.limits import limit_requests
+from tasks.live import Interrupted, Ticket, enter_run
+from tasks.outcomes import Outcome, outcome_of_error
+from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, worth_retrying
+
+__all__ = ["BatchTask", "Item", "batch_task", "path_of", "single_task"]
+
+
+class _WithPath(Protocol):
+    @property
+    def path(self) -> str: ...
+
+
+Item = str | _WithPath
+"""A job, or a path that is all there is to say."""
+
+BatchTask = Task[[Ticket, Sequence[Any], Mapping[str, Any]], list[Outcome]]
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def path_of(item: Item) -> str:
+    return item if isinstance(item, str) else item.path
+
+
+def batch_task(
+    name: str,
+    *,
+    opens: Callable[..., Mapping[str, Any]] | None = None,
+    groups: Callable[[Any], str] | None = None,
+) -> Callable[[Callable[..., Any]], BatchTask]:
+    """A task named `name` of `do(live, item, **values)`, which answers with the item's outcome.
+
+    Args:
+        opens: what is opened once for a batch: (live, **values) to the values that `do` gets.
+        groups: items of one group are done together: `do` gets a list of them and answers with a list.
+    """
+
+    def decorate(do: Callable[..., Any]) -> BatchTask:
+        def run(ticket: Ticket, items: Sequence[Any], values: Mapping[str, Any]) -> list[Outcome]:
+            live = enter_run(ticket)
+            found: dict[int, Outcome] = {}
+            opened: Mapping[str, Any] | None = None
+            for places in _parts(items, groups):
+                part = [items[place] for place in places]
+                began = time.monotonic()
+                try:
+                    live.moved(0)
+                    with limit_requests(live.requests):
+                        if opened is None:
+                            opened = opens(live, **values) if opens is not None else values
+                        done = do(live, part if groups is not None else part[0], **opened)
+                    outcomes: list[Outcome] = done if groups is not None else [done]
+                except Interrupted:
+                    break
+                except Exception as error:  # noqa: BLE001 - what is wrong with one must not stop the others
+                    outcomes = [outcome_of_error(path_of(item), error) for item in part]
+                seconds = (time.monotonic() - began) / len(part)
+                for place, outcome in zip(places, outcomes, strict=True):
+                    found[place] = replace(outcome, seconds=seconds)
+            # What was finished before a stop is reported all the same: an interrupted run accounts for it.
+            return [
+                found.get(place) or Outcome(path_of(item), "not_tried") for place, item in enumerate(items)
+            ]
+
+        for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
+            setattr(run, attribute, getattr(do, attribute))
+        return task(name=name, cache_policy=NO_CACHE, persist_result=False)(run)
+
+    return decorate
+
+
+def _parts(items: Sequence[Any], groups: Callable[[Any], str] | None) -> list[list[int]]:
+    """Places in the batch of what is done together."""
+    if groups is None:
+        return [[place] for place in range(len(items))]
+    parts: dict[str, list[int]] = {}
+    for place, item in enumerate(items):
+        parts.setdefault(groups(item), []).append(place)
+    return list(parts.values())
+
+
+def single_task(
+    name: str, *, retried: bool = True
+) -> Callable[[Callable[Parameters, Result]], Task[Parameters, Result]]:
+    """A task that does one thing, a listing say; `retried` whole where a store says that it may help."""
+    retries: dict[str, Any] = {
+        "retries": RETRIES,
+        "retry_delay_seconds": RETRY_DELAYS,
+        "retry_jitter_factor": JITTER,
+        "retry_condition_fn": worth_retrying,
+    }
+    settings = retries if retried else {}
+    return task(name=name, cache_policy=NO_CACHE, persist_result=False, **settings)

@@ -1,0 +1,131 @@
+"""An option is declared once: the form, the command line and the engine agree on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jsonschema
+import pytest
+
+from flows.cli.app import cli
+from flows.convert import convert
+from flows.migrate import migrate
+from flows.options import CONVERT, MIGRATE, RESTORE, SYNC, VERIFY
+from flows.restore import restore
+from flows.sync import sync
+from flows.verify import verify
+from flows.wishes import build_options, parse_duration, parse_size
+from ptbin.errors import UsageError
+from ptbin.options import ConvertOptions
+from ptbin.values.dtypes import CAST_NAMES
+from ptbin.values.options import Option, options_of
+
+FLOWS: dict[str, tuple[Any, tuple[Option, ...]]] = {
+    "convert": (convert, CONVERT),
+    "sync": (sync, SYNC),
+    "migrate": (migrate, MIGRATE),
+    "restore": (restore, RESTORE),
+    "verify": (verify, VERIFY),
+}
+OF_THE_RUN = {"source", "dest", "source_options", "dest_options", "run_id"}
+OF_COMMANDS = {
+    *("source", "dest", "dry_run", "help"),
+    *("as_json", "quiet", "source_options", "dest_options", "log_level", "log_format"),
+}
+
+
+def property_of(name: str, parameter: str) -> dict[str, Any]:
+    properties: dict[str, Any] = FLOWS[name][0].parameters.properties
+    return dict(properties[parameter])
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_form_and_the_command_line_have_the_same_options(name: str) -> None:
+    flow, options = FLOWS[name]
+    names = {entry.name for entry in options}
+    assert flow.parameters.properties.keys() - OF_THE_RUN == names
+    assert {parameter.name for parameter in cli.commands[name].params} - OF_COMMANDS == names
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_each_says_the_same_of_an_option(name: str) -> None:
+    flow, options = FLOWS[name]
+    on_command_line: dict[str | None, Any] = {param.name: param for param in cli.commands[name].params}
+    for entry in options:
+        shown = flow.parameters.properties[entry.name]
+        assert shown["description"] == entry.help
+        default = list(entry.default) if isinstance(entry.default, tuple) else entry.default
+        assert shown.get("default") == default
+        assert on_command_line[entry.name].help.startswith(entry.help.removesuffix("."))
+
+
+def test_the_engine_is_asked_for_what_the_options_say() -> None:
+    engine = options_of(ConvertOptions)
+    assert engine.keys() - {"layout", "force"} <= {entry.name for entry in CONVERT}
+    asked = {entry.name: entry.default for entry in CONVERT}
+    assert build_options(asked) == ConvertOptions()
+    asked |= {
+        "rename": ["a=b"],
+        "max_shard_size": "5GB",
+        "select": ["x", "y"],
+        "drop": ["z"],
+        "format": "raw",
+    }
+    found = build_options(asked, force=True)
+    assert (found.rename, found.max_shard_size) == ((("a", "b"),), 5 * 10**9)
+    assert (found.select, found.drop, found.format, found.force) == (("x", "y"), ("z",), "raw", True)
+
+
+def test_choices_are_enumerations_in_the_form() -> None:
+    types, none = property_of("convert", "dtype")["anyOf"]
+    assert types["enum"] == list(CAST_NAMES)
+    assert none == {"type": "null"}
+    assert property_of("sync", "on_unsafe")["enum"] == ["reject", "extract"]
+    assert property_of("migrate", "runner")["enum"] == ["threads", "processes", "dask", "ray"]
+
+
+@pytest.mark.parametrize("text", ["90", "45m", "6h", "1h30m", "1h 30m", "1.5h", "2d"])
+def test_a_duration_that_is_one_is_taken_by_the_form(text: str) -> None:
+    assert parse_duration(text) > 0
+    jsonschema.validate(text, property_of("convert", "deadline"))
+
+
+@pytest.mark.parametrize("text", ["500MB", "5GB", "2GiB", "5 gb", "1024", "1.5TB", "7k"])
+def test_a_size_that_is_one_is_taken_by_the_form(text: str) -> None:
+    assert parse_size(text) > 0
+    jsonschema.validate(text, property_of("convert", "max_shard_size"))
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value"),
+    [
+        *(("deadline", text) for text in ("soon", "", "6 hours", "h", "-1", "1h30x")),
+        *(("max_shard_size", text) for text in ("big", "", "5 apples", "GB", "-5GB")),
+        ("dtype", "int3"),
+        ("workers", 0),
+        ("workers", 257),
+        ("min_success", 0),
+        ("runner", "spark"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_there_is_a_run(parameter: str, value: Any) -> None:
+    """Prefect's server holds the form's schema against what it is given, and so does the flow."""
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(value, property_of("convert", parameter))
+    with pytest.raises(Exception, match=parameter):
+        convert.validate_parameters({"source": "a", "dest": "b", parameter: value})
+
+
+def test_what_only_the_flow_can_tell_is_refused_by_it() -> None:
+    with pytest.raises(Exception, match="deadline"):
+        convert.validate_parameters({"source": "a", "dest": "b", "deadline": "0s"})
+    with pytest.raises(UsageError, match="no duration"):
+        parse_duration("0s")
+
+
+def test_a_kind_follows_from_the_type_of_a_field() -> None:
+    kinds = {name: entry.kind for name, entry in options_of(ConvertOptions).items()}
+    assert kinds["format"] == kinds["dtype"] == "choice"
+    assert kinds["flatten"] == "flag"
+    assert (kinds["rename"], kinds["drop"], kinds["select"]) == ("pairs", "list", "paths")
+    assert Option("x", "A letter.").kind == "text"
