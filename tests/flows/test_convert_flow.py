@@ -264,7 +264,7 @@ def test_options_by_value_are_refused_and_not_repeated(good_source: Path, tmp_pa
     )
     assert state.is_failed()
     assert "oops" not in str(state.message)
-    assert "block:NAME or env:NAME" in str(state.message)
+    assert "block:NAME, block:KIND/NAME or env:NAME" in str(state.message)
 
 
 def test_options_are_found_where_a_reference_says(
