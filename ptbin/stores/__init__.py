@@ -28,6 +28,7 @@ from ptbin.stores.base import (
 )
 from ptbin.stores.faults import public_uri
 from ptbin.stores.values import identity_text
+from ptbin.stores.watching import Watch, WatchQuietly
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -42,6 +43,8 @@ __all__ = [
     "ObjectStat",
     "RangeReader",
     "Store",
+    "Watch",
+    "WatchQuietly",
     "Writer",
     "identity_text",
     "is_partial_name",
