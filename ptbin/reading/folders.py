@@ -13,7 +13,7 @@ from ptbin.errors import CorruptArchiveError, OutputCollisionError, UnsupportedF
 from ptbin.folders import DCP_METADATA, INDEX_SUFFIX
 from ptbin.nodes import DictNode
 from ptbin.options import Limits
-from ptbin.part_names import is_meta_name, is_rank_name
+from ptbin.part_names import is_megatron_name, is_meta_name, is_rank_name
 from ptbin.reading.checkpoint import Checkpoint, Opening, read_opened
 from ptbin.reading.source import SourceFile
 from ptbin.sources import parse_index
@@ -46,6 +46,10 @@ def read_folder(reader: JoinedReader, limits: Limits, recipe: str | None = None)
         from ptbin.reading.meta_parts import read_meta_parts
 
         return read_meta_parts(reader, limits, recipe)
+    if is_megatron_name(reader.names[0]):
+        from ptbin.reading.megatron_parts import read_megatron_parts
+
+        return read_megatron_parts(reader, limits, recipe)
     if index is None and is_rank_name(reader.names[0]):
         from ptbin.reading.rank_files import read_rank_files
 

@@ -8,6 +8,7 @@ from ptbin.errors import CorruptArchiveError, ModelMismatchError, UsageError
 from ptbin.merging.planner import plan_recipe
 from ptbin.merging.shipped import find_recipe
 from ptbin.reading.checkpoint import Checkpoint
+from ptbin.reading.megatron import megatron_facts
 from ptbin.state_dict import Excluded, StateDict
 from ptbin.tensors import TensorRef
 
@@ -27,7 +28,8 @@ def apply_recipe(state_dict: StateDict, text: str, checkpoint: Checkpoint) -> No
         return  # it only says how parts make a whole
     tensors = {name: value for name, value in state_dict.entries if isinstance(value, TensorRef)}
     try:
-        planned = plan_recipe(recipe, tensors, checkpoint.facts, checkpoint.uri)
+        facts = checkpoint.facts or megatron_facts(checkpoint.root)
+        planned = plan_recipe(recipe, tensors, facts, checkpoint.uri)
     except (UsageError, CorruptArchiveError) as error:
         # The recipe is well formed and the file sound: they are not for each other.
         raise ModelMismatchError(f"{checkpoint.uri}: {error}") from error
@@ -47,6 +49,10 @@ def apply_recipe(state_dict: StateDict, text: str, checkpoint: Checkpoint) -> No
         if name in left:
             reason = f"left out by recipe {recipe.name}"
             state_dict.excluded.append(Excluded(name, left[name], reason, value))
+    for name in dict.fromkeys(planned.padded):
+        state_dict.excluded.append(
+            Excluded(name, "padding", f"cut off by recipe {recipe.name}", tensors[name])
+        )
     state_dict.entries = entries
     state_dict.source_names = sources
     state_dict.made_of = {name: names for name, (_, names) in planned.tensors.items()}
