@@ -151,7 +151,10 @@ def _grouped(matrix: str, target: str) -> tuple[str, str, _Row, _Row]:
     return rf"mlp\.experts\.weight{number}", target, {"flatten": [0, 1]}, split
 
 
-_BODY = [*_vocabulary(), *_attention(), *_norms()]
+_SCALING: _Row = {"from": r".*_extra_state", "to": None}
+"""Of Transformer Engine, for its own 8-bit arithmetic."""
+
+_BODY = [*_vocabulary(), *_attention(), *_norms(), _SCALING]
 
 _QWEN_EXPERTS = [
     *_experts("mlp", "gate_proj", "up_proj", "down_proj"),

@@ -12,7 +12,7 @@ Costs: the index of each file. Memory: one small record for each tensor of each 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -216,12 +216,18 @@ class _Ranks:
         for key in sorted(self.chunks):
             counts: dict[str, dict[Rank, int]] = {}
             experts = self._experts_of_a_rank(self.chunks[key])
+            rows = []
             for rank, held in self.chunks[key].items():
-                for dotted, (path, tensor) in held.items():
+                for order, (dotted, (path, tensor)) in zip(
+                    _orders(held, rank, experts), held.items(), strict=True
+                ):
                     name = _global_name(dotted, rank, before, counts, experts)
-                    whole = self.found.setdefault(name, _Held(_split_like(path, name)))
-                    piece = _piece(name, rank, sizes)
-                    whole.parts.setdefault(piece, []).append(Part(tensor, self.ranks[rank]))
+                    rows.append((order, rank, name, path, tensor))
+            rows.sort(key=lambda row: row[:2])
+            for _, rank, name, path, tensor in rows:
+                whole = self.found.setdefault(name, _Held(_split_like(path, name)))
+                piece = _piece(name, rank, sizes)
+                whole.parts.setdefault(piece, []).append(Part(tensor, self.ranks[rank]))
             for above, found in counts.items():
                 self._refuse_unlike(f"layers of {above[:100]!r}", found)
                 before[above] = before.get(above, 0) + max(found.values())
@@ -280,6 +286,13 @@ class _Ranks:
                 "one save"
             )
         copies = [held.parts[0, n] for n in range(count)]
+        first = copies[0][0]
+        other = next((own[0] for own in copies if own[0].tensor.shape != first.tensor.shape), None)
+        if other is not None:  # every cut of Megatron's is even
+            self.files.refuse(
+                f"{name[:200]!r} is {list(first.tensor.shape)} in {first.home} and {list(other.tensor.shape)} "
+                f"in {other.home}: they are not of one save"
+            )
         tensor = merge_parts(self.files, name, [own[0] for own in copies], self._merges(), self.facts)
         for own in copies:
             self.files.equal(name, tensor.storage, own)
@@ -317,6 +330,18 @@ def _expert_in(dotted: str) -> tuple[str, int, str] | None:
     if match is None:
         return None
     return match["above"] or match["above2"], int(match["n"] or match["n2"]), match["below"] or ""
+
+
+def _orders(held: Iterable[str], rank: Rank, experts: dict[str, int]) -> Iterator[tuple[int, int, int]]:
+    """Where each tensor of a rank stands in the whole: an expert behind those of lower numbers."""
+    first: dict[str, int] = {}
+    for index, dotted in enumerate(held):
+        expert = _expert_in(dotted)
+        if expert is None:
+            yield index, 0, 0
+        else:
+            above, number, _ = expert
+            yield first.setdefault(above, index), rank.expert * experts[above] + number, index
 
 
 def _global_name(

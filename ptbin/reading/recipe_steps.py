@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ptbin.errors import CorruptArchiveError, ModelMismatchError, UsageError
@@ -16,7 +17,7 @@ __all__ = ["apply_recipe"]
 
 
 def apply_recipe(state_dict: StateDict, text: str, checkpoint: Checkpoint) -> None:
-    """Let the entries be what the recipe makes of them; what is no tensor stays as it is.
+    """Let the entries be what the recipe makes of them; what is no tensor is kept, or left out by a rule.
 
     Raises:
         ModelMismatchError: a rule does not fit, no rule names a tensor, elements would be used twice or not
@@ -40,11 +41,19 @@ def apply_recipe(state_dict: StateDict, text: str, checkpoint: Checkpoint) -> No
         first.setdefault(names[0], []).append((name, tensor))
         if name in planned.renamed:
             sources[name] = names[0]
+    left |= {
+        name: rule.role
+        for name, value in state_dict.entries
+        for rule in recipe.rules
+        if rule.to is None
+        and not isinstance(value, TensorRef)
+        and any(re.fullmatch(source, name) for source in rule.sources)
+    }
     kept = set(planned.kept)
     entries: list[tuple[str, Any]] = []
     for name, value in state_dict.entries:
         entries.extend(first.get(name, []))
-        if name not in tensors or name in kept:
+        if name in kept or (name not in tensors and name not in left):
             entries.append((name, value))
         if name in left:
             reason = f"left out by recipe {recipe.name}"
