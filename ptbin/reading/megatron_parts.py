@@ -98,6 +98,7 @@ class _Ranks:
         self.sizes: Sizes | None = None
         self.facts: dict[str, int] = {}
         self.arguments: dict[str, Any] | None = None
+        self.is_old = False
         self.ranks: dict[Rank, str] = {}
         # by place in the order of the model: virtual chunk, stage
         self.chunks: dict[tuple[int, int], dict[Rank, dict[str, tuple[Path, TensorRef]]]] = {}
@@ -145,6 +146,11 @@ class _Ranks:
             self.files.refuse(
                 f"{name} was saved with moe_extended_tp, whose parts ptbin does not put together"
             )
+        version = root.get("checkpoint_version")
+        # Before version 2 a rank's rows of queries, keys and values were in another order
+        # (`fix_query_key_value_ordering`).
+        is_old = not (type(version) in (int, float) and version >= 2)
+        self.is_old = root.get("args") is not None and is_old
 
     def _compare_sizes(self, name: str, root: DictNode) -> None:
         if (found := sizes_of(megatron_arguments(root))) != self.sizes:
@@ -277,6 +283,11 @@ class _Ranks:
         if is_grouped(name):
             return grouped_experts(self.files, name, held.parts, sizes, self.facts)
         count = sizes.expert_tensor if _is_expert(name) else sizes.tensor
+        if self.is_old and count > 1 and "query_key_value" in name:
+            self.files.refuse(
+                f"the rows of {name[:200]!r} are in the order of Megatron's checkpoint_version 0 or 1; load "
+                "the checkpoint with Megatron and save it again"
+            )
         absent = next((n for n in range(count) if (0, n) not in held.parts), None)
         if absent is not None:
             home = next(iter(held.parts.values()))[0].home
@@ -290,8 +301,8 @@ class _Ranks:
         other = next((own[0] for own in copies if own[0].tensor.shape != first.tensor.shape), None)
         if other is not None:  # every cut of Megatron's is even
             self.files.refuse(
-                f"{name[:200]!r} is {list(first.tensor.shape)} in {first.home} and {list(other.tensor.shape)} "
-                f"in {other.home}: they are not of one save"
+                f"{name[:200]!r} is {list(first.tensor.shape)} in {first.home} and "
+                f"{list(other.tensor.shape)} in {other.home}: they are not of one save"
             )
         tensor = merge_parts(self.files, name, [own[0] for own in copies], self._merges(), self.facts)
         for own in copies:

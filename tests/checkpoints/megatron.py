@@ -325,7 +325,7 @@ def made_by_megatron(folder: Path) -> None:
     module.__dict__["MCoreMetadata"] = cls
     with (folder / ".metadata").open("rb") as file:
         known = pickle.load(file)
-    found = cls.__new__(cls)
+    found: Any = object.__new__(cls)
     found.__dict__.update(known.__dict__, mcore_data={})
     parents = [".".join(where.split(".")[:n]) for n in range(1, 5)]
     sys.modules.update({name: types.ModuleType(name) for name in parents} | {where: module})

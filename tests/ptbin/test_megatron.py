@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -222,6 +223,72 @@ def test_gated_or_not_has_to_be_stated(tmp_path: Path) -> None:
     assert_same_tensors(_converted(folder, tmp_path / "x.bin", recipe=told), whole(model))
 
 
+def _old(rank: int, stage: int) -> dict[str, Any]:
+    """What Megatron saved of its models before megatron-core: mappings in mappings."""
+    rows = torch.arange(24.0).reshape(6, 4)[rank * 3 : rank * 3 + 3].clone()
+    columns = torch.arange(32.0).reshape(4, 8)[:, rank * 4 : rank * 4 + 4].clone()
+    layer = {
+        "layers.0.attention.query_key_value.weight": rows + stage,
+        "layers.0.attention.dense.weight": columns + stage,
+        "layers.0.attention.dense.bias": torch.full((4,), float(stage)),
+        "layers.0.input_layernorm.weight": torch.full((4,), float(stage)),
+    }
+    model: dict[str, Any] = {"language_model": {"encoder": layer}}
+    if stage == 0:
+        model["language_model"]["embedding"] = {"word_embeddings": {"weight": rows}}
+    else:
+        layer["final_layernorm.weight"] = torch.ones(4)
+        model["word_embeddings_for_head"] = {"weight": rows}
+    args = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "num_layers": 2}
+    return {"args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": 7, "model": model}
+
+
+def test_models_from_before_megatron_core(tmp_path: Path) -> None:
+    for rank in range(2):
+        for stage in range(2):
+            path = tmp_path / "in" / f"mp_rank_{rank:02d}_{stage:03d}" / "model_optim_rng.pt"
+            path.parent.mkdir(parents=True)
+            torch.save(_old(rank, stage), path)
+    found = _converted(tmp_path / "in", tmp_path / "x.bin", flatten=True, select="model")
+    rows, columns = torch.arange(24.0).reshape(6, 4), torch.arange(32.0).reshape(4, 8)
+    above = "language_model.encoder."
+    expected = {"language_model.embedding.word_embeddings.weight": rows}
+    for layer in range(2):
+        expected |= {
+            f"{above}layers.{layer}.attention.query_key_value.weight": rows + layer,
+            f"{above}layers.{layer}.attention.dense.weight": columns + layer,
+            f"{above}layers.{layer}.attention.dense.bias": torch.full((4,), float(layer)),
+            f"{above}layers.{layer}.input_layernorm.weight": torch.full((4,), float(layer)),
+        }
+    assert_same_tensors(found, {**expected, f"{above}final_layernorm.weight": torch.ones(4)})
+    for path in (tmp_path / "in").glob("*/*.pt"):
+        _changed(path, lambda state: state.pop("checkpoint_version"))
+    with pytest.raises(IncompleteCheckpointError, match="checkpoint_version 0 or 1"):
+        _converted(tmp_path / "in", tmp_path / "x.bin", flatten=True, select="model")
+
+
+def test_nemos_ranks_state_their_sizes_in_its_configuration(tmp_path: Path) -> None:
+    sizes = {
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "activation": "fast-swiglu",
+        "num_layers": 2,
+    }
+    parts = write_ranks(tmp_path / "parts", MODEL, whole(MODEL), GRID)
+    for path in parts.glob("*/*.pt"):
+        state = torch.load(path, weights_only=False)
+        rank, stage = path.parent.name.removeprefix("mp_rank_").split("_")
+        dest = tmp_path / "in" / f"tp_rank_{rank}_pp_rank_{stage}" / "megatron_gpt.ckpt"
+        dest.parent.mkdir(parents=True)
+        config = {"cfg": {**sizes, "share_embeddings_and_output_weights": True}}
+        torch.save({"state_dict": state["model"], "hyper_parameters": config, "global_step": 3}, dest)
+    found = _converted(tmp_path / "in", tmp_path / "x.bin")
+    embedding = found.pop("embedding.word_embeddings.weight")
+    assert torch.equal(embedding[:10], whole(MODEL)["embedding.word_embeddings.weight"])
+    assert_same_tensors(found, {k: v for k, v in whole(MODEL).items() if k in found})
+    assert len(found) == len(whole(MODEL)) - 1
+
+
 def test_facts_follow_from_arguments() -> None:
     def facts(**arguments: Any) -> dict[str, int]:
         known = {"tensor_model_parallel_size": 1, "num_attention_heads": 8, "hidden_size": 64}
@@ -236,7 +303,7 @@ def test_facts_follow_from_arguments() -> None:
     assert "vocab_size" not in facts(vocab_size=None)
 
 
-# -- torch_dist ------------------------------------------------------------------------------------------------
+# -- torch_dist ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -268,7 +335,7 @@ def test_a_missing_file_of_a_torch_dist_folder_is_named(tmp_path: Path) -> None:
         _converted(folder, tmp_path / "x.bin")
 
 
-# -- transformers' names ---------------------------------------------------------------------------------------
+# -- transformers' names -------------------------------------------------------------------------------------
 
 
 def _config(kind: str) -> Any:
