@@ -3,7 +3,7 @@
 Sources: the layers' `sharded_state_dict` in megatron/core (tensor_parallel/layers.py, extensions/
 transformer_engine.py, transformer/mlp.py, transformer/moe/experts.py), `SelfAttention` for the rows of
 `linear_qkv`; transformers' modeling files for the names. Values are Megatron's arguments by their own names
-(`reading.megatron`).
+(`reading.containers.megatron`).
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _experts(to: str, gate: str, up: str, down: str) -> list[_Row]:
 
 
 def _grouped(matrix: str, target: str) -> tuple[str, str, _Row, _Row]:
-    """All experts as `GroupedMLP` saves them, as [experts, ...]: see `reading.grouped_experts`."""
+    """All experts as `GroupedMLP` saves them, as [experts, ...]: see `reading.containers.grouped_experts`."""
     number, sizes = ("1", ["hidden_size", -1]) if matrix == "linear_fc1" else ("2", [-1, "hidden_size"])
     split: _Row = {"split": [0, ["num_experts", *sizes]]}
     return rf"mlp\.experts\.weight{number}", target, {"flatten": [0, 1]}, split

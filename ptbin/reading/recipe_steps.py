@@ -8,10 +8,10 @@ from typing import Any
 from ptbin.errors import CorruptArchiveError, ModelMismatchError, UsageError
 from ptbin.merging.planner import plan_recipe
 from ptbin.merging.shipped import find_recipe
-from ptbin.reading.checkpoint import Checkpoint
-from ptbin.reading.megatron import megatron_facts
-from ptbin.state_dict import Excluded, StateDict
-from ptbin.tensors import TensorRef
+from ptbin.reading.containers.checkpoint import Checkpoint
+from ptbin.reading.containers.megatron import megatron_facts
+from ptbin.values.state_dict import Excluded, StateDict
+from ptbin.values.tensors import TensorRef
 
 __all__ = ["apply_recipe"]
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import ptbin
 from ptbin import ConvertOptions, catalog
 from ptbin.errors import CheckpointError, IncompleteCheckpointError, ModelMismatchError
-from ptbin.nodes import DictNode
-from ptbin.reading.megatron import megatron_facts
+from ptbin.reading.containers.megatron import megatron_facts
+from ptbin.values.nodes import DictNode
 from tests.bits import assert_same_tensors
 from tests.checkpoints.megatron import (
     Grid,

@@ -14,7 +14,6 @@ from click.testing import CliRunner
 import ptbin
 from flows.cli.app import cli
 from ptbin import ConvertOptions, catalog
-from ptbin.dtypes import dtype_by_name
 from ptbin.errors import (
     CheckpointError,
     IncompleteCheckpointError,
@@ -24,7 +23,8 @@ from ptbin.errors import (
 )
 from ptbin.merging.planner import plan_recipe
 from ptbin.merging.shipped import SHIPPED, find_recipe
-from ptbin.tensors import ByteRange, Joined, Storage, TensorRef
+from ptbin.values.dtypes import dtype_by_name
+from ptbin.values.tensors import ByteRange, Joined, Storage, TensorRef
 from tests.bits import assert_same_tensors
 from tests.checkpoints.llama import HEAD, HEADS, KEY_HEADS, LAYERS, VOCABULARY, WIDTH, write_meta_parts
 
