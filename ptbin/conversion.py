@@ -45,7 +45,7 @@ from ptbin.stores import (
     public_uri,
 )
 from ptbin.ties import tie_equal_tensors
-from ptbin.vouching import Guard, Place, Standing, claim_of, claim_path, end_claim, is_restored
+from ptbin.vouching import Guard, OutputSite, Standing, claim_of, claim_path, end_claim, is_restored
 from ptbin.writing.outputs import OutputPlan, plan_outputs
 
 if TYPE_CHECKING:
@@ -158,7 +158,16 @@ def stage(
     manifest["bytes_copied_in_store"] = sum(file.copied_nbytes for file in files)
     if notes:
         manifest["notes"] = notes
-    return Draft(source, dest, options.verify, manifest, tuple(files), options.limits, claimed=at.has_claim)
+    return Draft(
+        source,
+        dest,
+        options.verify,
+        manifest,
+        tuple(files),
+        options.limits,
+        claimed=at.has_claim,
+        claim=at.claim,
+    )
 
 
 def would_replace(
@@ -205,7 +214,7 @@ class _Prepared:
     selected: Selected
     output: OutputPlan
     sidecars: dict[str, ListedObject]
-    at: Place
+    at: OutputSite
     name: str
 
     def vouches_for(self, name: str) -> bool:
@@ -243,12 +252,13 @@ def _prepared(
                 )
             # A listing speaks of the names that were planned; another split may have taken one since.
             known = standing if not options.split else None
-            at = Place(
+            at = OutputSite(
                 store,
                 path,
                 None if options.force else guard,
                 standing=known,
                 restores=guard == "restored",
+                source_uri=place.store.uri_of(place.path),
             )
             sidecars = find_sidecars(place) if options.layout == "hf" else {}
             for plan in output.files:
@@ -296,7 +306,7 @@ class _Writing:
 
     plan: FilePlan
     reader: RangeReader
-    place: Place
+    place: OutputSite
     progress: Progress | None
 
     def run(
@@ -318,7 +328,8 @@ class _Writing:
         plan = self.plan
         store = self.place.store
         path = self.place.path_of(plan.name)
-        with store.open_writer(path, size_hint=plan.plan.size, copies=copies) as writer:
+        claim = self.place.claim
+        with store.open_writer(path, size_hint=plan.plan.size, copies=copies, claim=claim) as writer:
             descriptor = writer.written() if check_source else None
             proof = self._proof(descriptor) if descriptor is not None else None
             try:
@@ -441,10 +452,11 @@ def publish(
         manifest["verification"]["identities"] = identities
     if "provenance" in manifest:
         statement = dump_statement(statement_of(manifest))
-        files = [(file.path, file.size, file.crc32) for file in draft.files]
-        files.append((manifest["provenance"], len(statement), zlib.crc32(statement)))
-        store.write_bytes(claim_path(path), claim_of(files, restored=is_restored(manifest)))
-        store.write_bytes(path + STATEMENT_SUFFIX, statement)
+        if draft.claimed:
+            files = [(file.path, file.size, file.crc32) for file in draft.files]
+            files.append((manifest["provenance"], len(statement), zlib.crc32(statement)))
+            store.write_bytes(claim_path(path), claim_of(files, restored=is_restored(manifest)))
+        store.write_bytes(path + STATEMENT_SUFFIX, statement, claim=draft.claim)
     identity = store.write_bytes(path + MANIFEST_SUFFIX, dump_manifest(manifest))
     if draft.claimed:
         end_claim(store, path)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from ptbin.draft import DraftFile
 from ptbin.sources import SourcePlace
 from ptbin.stores import ListedObject
-from ptbin.vouching import Place
+from ptbin.vouching import OutputSite
 
 __all__ = ["change_of", "copy_sidecars", "find_sidecars", "put_text", "with_dtype"]
 
@@ -69,7 +69,12 @@ def find_sidecars(source: SourcePlace) -> dict[str, ListedObject]:
 
 
 def copy_sidecars(
-    found: Mapping[str, ListedObject], source: SourcePlace, at: Place, *, dtype: str | None, notes: list[str]
+    found: Mapping[str, ListedObject],
+    source: SourcePlace,
+    at: OutputSite,
+    *,
+    dtype: str | None,
+    notes: list[str],
 ) -> Iterator[DraftFile]:
     """Copy them from the source's folder to the output's.
 
@@ -91,7 +96,7 @@ def copy_sidecars(
         crc = 0
         with (
             source.store.open_reader(f"{source.folder}/{item.path}") as reader,
-            at.store.open_writer(at.path_of(name), size_hint=reader.size) as writer,
+            at.store.open_writer(at.path_of(name), size_hint=reader.size, claim=at.claim) as writer,
         ):
             for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
                 crc = zlib.crc32(piece, crc)
@@ -103,12 +108,12 @@ def copy_sidecars(
             yield DraftFile(name, reader.size, crc)
 
 
-def put_text(at: Place, name: str, data: bytes) -> DraftFile:
-    """Write a small file next to an output. Raises OutputExistsError as `Place.check`."""
+def put_text(at: OutputSite, name: str, data: bytes) -> DraftFile:
+    """Write a small file next to an output. Raises OutputExistsError as `OutputSite.check`."""
     crc = zlib.crc32(data)
     at.check(name, len(data), crc)
     at.withdraw_manifest((name, len(data), crc))
-    at.store.write_bytes(at.path_of(name), data)
+    at.store.write_bytes(at.path_of(name), data, claim=at.claim)
     return DraftFile(name, len(data), crc)
 
 

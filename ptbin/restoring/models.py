@@ -26,7 +26,7 @@ from ptbin.restoring.options import RestoreOptions
 from ptbin.restoring.output import Output
 from ptbin.restoring.weights import Weights, open_weights
 from ptbin.sources import SourcePlace, find_source
-from ptbin.vouching import Place
+from ptbin.vouching import OutputSite
 
 __all__ = ["restore_model"]
 
@@ -35,7 +35,7 @@ NAMED = 5
 
 def restore_model(
     source: str,
-    at: Place,
+    at: OutputSite,
     options: RestoreOptions,
     *,
     source_options: Mapping[str, Any] | None = None,

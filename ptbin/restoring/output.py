@@ -31,7 +31,7 @@ from ptbin.restoring.options import RestoreOptions
 from ptbin.state_dict import tensors_of
 from ptbin.stores import Writer
 from ptbin.tensors import ByteRange, TensorRef
-from ptbin.vouching import Place
+from ptbin.vouching import OutputSite
 
 if TYPE_CHECKING:
     from ptbin.stores import Store
@@ -46,7 +46,7 @@ _SUFFIXES = {"exported": ".pt2"}
 class Output:
     """Made by `begin`. A child writes it; then `begin_hashing`, `wait`, `rows`, `publish`, in this order."""
 
-    def __init__(self, at: Place, writer: Writer, link: Path, descriptor: int, *, lent: bool) -> None:
+    def __init__(self, at: OutputSite, writer: Writer, link: Path, descriptor: int, *, lent: bool) -> None:
         self._at, self._writer, self._lent = at, writer, lent
         self.link = link
         """The path by which children reach it."""
@@ -61,12 +61,12 @@ class Output:
     @classmethod
     @contextlib.contextmanager
     def begin(
-        cls, at: Place, folder: Path, options: RestoreOptions, progress: Progress | None
+        cls, at: OutputSite, folder: Path, options: RestoreOptions, progress: Progress | None
     ) -> Iterator[Output]:
         # torch calls an archive's top folder after the file it writes to: one name, whatever DEST is called.
         link = folder / ("restored" + _SUFFIXES.get(options.form, ".pt"))
         with contextlib.ExitStack() as stack:
-            writer = stack.enter_context(at.store.open_writer(at.path, copies=False))
+            writer = stack.enter_context(at.store.open_writer(at.path, copies=False, claim=at.claim))
             descriptor = writer.lend()
             lent = descriptor is not None
             if descriptor is not None:
