@@ -15,9 +15,9 @@ is: for a rerun, and for nobody else.
 Content is told by the identity that the manifest has recorded (ETag, modification time): only where that
 differs, or is unknown, is a file read.
 
-Costs: a write and a deletion, of the claim file where there is one. Unless a listing has shown that the place is free, also one read
-of the manifest, and one stat for each file to be written that the listing does not tell about; one HEAD for
-each file that only its own claim can vouch for.
+Costs: a write and a deletion, of the claim file where there is one. Unless a listing has shown that the place
+is free, also one read of the manifest, and one stat for each file to be written that the listing does not
+tell about; one HEAD for each file that only its own claim can vouch for.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ __all__ = ["S3Client", "wait_for"]
 
 BLOCK_NBYTES = 1 << 20
 """Bodies are read by at most so much, into memory that was used before. Read at once, bodies of 8 MiB took
-twice the time, most of it the kernel's, for fresh pages. aiohttp receives twice as much ahead of who reads."""
+twice the time, most of it the kernel's, for fresh pages. aiohttp receives twice as much ahead."""
 
 # arn:aws:s3:<region>:<account>:accesspoint/<name>/<key>, of an Outpost or Object Lambda likewise; s3fs allows
 # a colon for each of these slashes.
