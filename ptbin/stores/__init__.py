@@ -20,6 +20,7 @@ from ptbin.stores.base import (
 from ptbin.stores.faults import public_uri
 from ptbin.stores.opening import open_store, register_store
 from ptbin.stores.place import Place, place_of
+from ptbin.stores.values import identity_text
 
 __all__ = [
     "PARTIAL_SUFFIX",
@@ -31,6 +32,7 @@ __all__ = [
     "RangeReader",
     "Store",
     "Writer",
+    "identity_text",
     "is_partial_name",
     "open_store",
     "place_of",

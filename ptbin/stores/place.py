@@ -3,7 +3,7 @@
     dest = place_of("s3://models/weights", {"anon": True})
     manifest = (dest / "run1" / "last.bin").beside(".manifest.json")
 
-Below the edge no path is joined or cut by hand, and no URI is handed on with its storage options beside it. What
+Below the edge no path is joined or cut by hand, and no URI travels with its storage options beside it. What
 a path means is the store's business: on object stores `x.pt` and `x.pt/` are two things, and a key may hold
 `//`. Making a place asks nothing of the store. Its text never shows options or passwords.
 """
