@@ -25,7 +25,7 @@ from ptbin.errors import CorruptArchiveError, LimitExceededError, PtbinError
 from ptbin.nodes import DictNode, Global, Instance
 from ptbin.options import Limits
 from ptbin.reading.pickle_opcodes import DISPATCH
-from ptbin.reading.tensor_runs import TENSOR_RUN, run_tensor
+from ptbin.reading.tensor_runs import TENSOR_RUN, run_named, run_tensor
 
 __all__ = ["PickleProgram", "PickleTruncatedError", "Reducer", "SetState", "run_pickle"]
 
@@ -164,6 +164,7 @@ class Machine:
                         done = run_tensor(self, run, budget - count)
                         if done:
                             count += done - 1
+                            count += run_named(self, budget - count)
                             continue
                     self.stack.append(self.memo[argument])
                 else:

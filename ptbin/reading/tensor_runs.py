@@ -13,28 +13,40 @@ pickler writes them by protocol 2.
 from __future__ import annotations
 
 import re
+import struct
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ptbin.reading.pickle_machine import Machine
 
-__all__ = ["TENSOR_RUN", "run_tensor"]
+__all__ = ["TENSOR_RUN", "run_named", "run_tensor"]
 
 _GET = rb"(h.|j.{4})"
 _PUT = rb"(q.|r.{4}|)"
 _INT = rb"(?:K.|M..|J.{4})"
 _INTS = rb"(\)|" + _INT + rb"(?:\x85|" + _INT + rb"(?:\x86|" + _INT + rb"\x87))|\(" + _INT + rb"{4,16}t)"
 
-_STORAGE = rb"\(" + _GET + _GET + rb"X(.)\0\0\0(\d+)" + _PUT + _GET + rb"(" + _INT + rb")t" + _PUT + rb"Q"
-_VIEW = rb"(" + _INT + rb")" + _INTS + _PUT + _INTS + _PUT
-_HOOKS = rb"\x89" + _GET + rb"\)R" + _PUT
 
-TENSOR_RUN = re.compile(rb"h(.)\(" + _STORAGE + _VIEW + _HOOKS + rb"t" + _PUT + rb"R" + _PUT, re.DOTALL)
+def _tensor(get: bytes, put: bytes) -> bytes:
+    storage = rb"\(" + get + get + rb"X(.)\0\0\0(\d+)" + put + get + rb"(" + _INT + rb")t" + put + rb"Q"
+    view = rb"(" + _INT + rb")" + _INTS + put + _INTS + put
+    return rb"h(.)\(" + storage + view + rb"\x89" + get + rb"\)R" + put + rb"t" + put + rb"R" + put
+
+
+TENSOR_RUN = re.compile(_tensor(_GET, _PUT), re.DOTALL)
 """Begins at the BINGET of the function. TUPLE1 to TUPLE3, or MARK and TUPLE, make size and stride."""
+
+NAMED_RUN = re.compile(rb"X(.{4})([\x20-\x7e]+)r(.{4})" + _tensor(rb"h(.)", rb"r(.{4})"), re.DOTALL)
+"""A name and its tensor, as all are written once the memo has 256 entries: every PUT is a LONG_BINPUT."""
 
 _FIXED_OPCODES = 17
 """Opcodes of a run without PUTs and without those of size and stride."""
+_NAMED_OPCODES = 26
+"""As above, of a run with its name, with PUTs."""
 MAX_KNOWN = 4096
+
+_UINT32 = struct.Struct("<I")
+_PUTS = struct.Struct("<8I")
 
 
 def run_tensor(machine: Machine, run: re.Match[bytes], left: int) -> int:
@@ -78,6 +90,45 @@ def run_tensor(machine: Machine, run: re.Match[bytes], left: int) -> int:
         memo[_index(put)] = made
     machine.stack.append(made)
     return opcodes
+
+
+def run_named(machine: Machine, left: int) -> int:
+    """Do names and tensors from the machine's position on, as far as they are written alike; opcodes done.
+
+    Raises as `run_tensor`.
+    """
+    persistent = machine.persistent
+    if persistent is None:
+        return 0
+    memo, stack, call, match = machine.memo, machine.stack, machine.call, NAMED_RUN.match
+    done = 0
+    while (run := match(machine.data, machine.pos)) is not None:
+        groups = run.groups()
+        length, name, name_put, callee, word, kind, key_length, key, key_put, location, numel = groups[:11]
+        id_put, offset, size, size_put, stride, stride_put, hooks, hooks_put, args_put, put = groups[11:]
+        shape, shape_opcodes = _ints(size)
+        steps, stride_opcodes = _ints(stride)
+        opcodes = _NAMED_OPCODES + shape_opcodes + stride_opcodes
+        if key_length[0] != len(key) or _UINT32.unpack(length)[0] != len(name) or done + opcodes > left:
+            break
+        puts = name_put + key_put + id_put + size_put + stride_put + hooks_put + args_put + put
+        to_name, to_key, to_id, to_size, to_stride, to_hooks, to_args, to_tensor = _PUTS.unpack(puts)
+        machine.pos = run.end(13) + 1
+        text = memo[to_name] = name.decode("ascii")
+        stack.append(text)
+        function, head, cls = memo[callee[0]], memo[word[0]], memo[kind[0]]
+        storage_key = memo[to_key] = key.decode("ascii")
+        pid = memo[to_id] = (head, cls, storage_key, memo[location[0]], _int(numel))
+        storage = persistent(pid)
+        memo[to_size] = shape
+        memo[to_stride] = steps
+        machine.pos = run.end()
+        empty = memo[to_hooks] = call(memo[hooks[0]], ())
+        args = memo[to_args] = (storage, _int(offset), shape, steps, False, empty)
+        made = memo[to_tensor] = call(function, args)
+        stack.append(made)
+        done += opcodes
+    return done
 
 
 def _index(text: bytes) -> int:

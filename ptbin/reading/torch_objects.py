@@ -33,6 +33,7 @@ __all__ = ["TorchVocabulary", "storage_dtype"]
 
 # torch itself has no limit; numpy, and with it most readers of weights, stops at 64.
 MAX_DIMENSIONS = 64
+MAX_KNOWN = 4096
 
 Reduce = Callable[[tuple[Any, ...]], Any]
 
@@ -104,6 +105,8 @@ class TorchVocabulary:
         self.tensors_built = 0
         self._copied_nbytes = 0
         self._unfolded_nbytes = 0
+        self._dense: dict[tuple[int, int, int], tuple[tuple[int, ...], tuple[int, ...], DType, int]] = {}
+        # Shapes that were checked once, with their bytes, by identity: thousands of tensors share a few.
         self._arrays: list[NdArray] = []
         self._nested: list[bytes] = []
         self.placements: list[Any] = []
@@ -223,14 +226,20 @@ class TorchVocabulary:
         if not isinstance(typed, TypedStorage):
             raise ValueError("a tensor without a storage")
         element = dtype or typed.dtype
+        known = self._dense.get((id(shape), id(stride), id(element)))
+        if known is not None and type(storage_offset) is int and storage_offset >= 0:
+            begin = storage_offset + typed.view_offset
+            if begin * element.itemsize + known[3] <= typed.storage.nbytes:
+                self._count_tensor()
+                return TensorRef(
+                    typed.storage, element, known[0], known[1], begin, quantizer, _flags(metadata)
+                )
         sizes, strides = _ints(shape, "shape"), _ints(stride, "stride")
         if len(sizes) != len(strides) or len(sizes) > MAX_DIMENSIONS:
             raise ValueError(f"{len(sizes)} sizes and {len(strides)} strides")
         if type(storage_offset) is not int or storage_offset < 0:
             raise ValueError("storage offset")
-        self.tensors_built += 1
-        if self.tensors_built > self.limits.tensors:
-            raise LimitExceededError(f"more than {self.limits.tensors} tensors")
+        self._count_tensor()
         ref = TensorRef(
             typed.storage,
             element,
@@ -256,7 +265,20 @@ class TorchVocabulary:
                     f"a tensor of shape {list(sizes)} unfolds {end - first} stored bytes to {ref.nbytes}; "
                     f"the limit is {self.limits.expanded_nbytes}"
                 )
+            if (
+                sizes is shape
+                and strides is stride
+                and element.per_unit == 1
+                and end - first == ref.nbytes
+                and len(self._dense) < MAX_KNOWN
+            ):
+                self._dense[id(shape), id(stride), id(element)] = (sizes, strides, element, ref.nbytes)
         return ref
+
+    def _count_tensor(self) -> None:
+        self.tensors_built += 1
+        if self.tensors_built > self.limits.tensors:
+            raise LimitExceededError(f"more than {self.limits.tensors} tensors")
 
     def _tensor_v1(self, args: tuple[Any, ...]) -> TensorRef:
         # v2 adds requires_grad, hooks, and lately a mapping of lazy operations
