@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from ptbin.vouching import claim_path
+from ptbin.manifests.vouching import claim_path
 from tests.servers.prefect_stack import FINAL, ROOT, PrefectStack, postgres_programs, prefect_stack, wait_for
 
 pytestmark = pytest.mark.timeout(900)

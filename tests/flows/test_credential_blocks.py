@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flows.convert import convert
-from flows.orchestrator import Orchestrator
+from flows.prefect.orchestrator import Orchestrator
 from ptbin.errors import UsageError
 from ptbin.stores import open_store
 from tasks.credentials import load_options

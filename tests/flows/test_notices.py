@@ -11,7 +11,7 @@ import pytest
 
 from flows.convert import convert
 from flows.notices import MAX_LISTED_FAILURES, failure_line, state_message
-from flows.orchestrator import Orchestrator
+from flows.prefect.orchestrator import Orchestrator
 from flows.report_link import link_of, served_at
 from flows.report_markdown import render_markdown
 from flows.tally import Entry, Tally

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import ptbin
 from ptbin.errors import PtbinError
-from ptbin.nodes import DictNode, Global, Instance
 from ptbin.options import Limits
-from ptbin.reading import pickle_machine, tensor_runs
-from ptbin.reading.pickle_machine import run_pickle
+from ptbin.reading.pickle import interpreter, tensor_runs
+from ptbin.reading.pickle.interpreter import run_pickle
+from ptbin.values.nodes import DictNode, Global, Instance
 
 
 class _Never:
@@ -73,7 +73,7 @@ def _outcome(data: bytes, limits: Limits, monkeypatch: pytest.MonkeyPatch, run: 
         met.append(_said(args))
         return DictNode("OrderedDict")
 
-    monkeypatch.setattr(pickle_machine, "TENSOR_RUN", run)
+    monkeypatch.setattr(interpreter, "TENSOR_RUN", run)
     reducers = {("collections", "OrderedDict"): ordered}
     try:
         program = run_pickle(data, reducers=reducers, persistent=persistent, limits=limits)
@@ -105,7 +105,7 @@ def test_the_runs_of_torch_are_found() -> None:
     """Else the rest of this module compares the machine with itself."""
     # All but the first ones of a kind, which bring names, and one that asks for a gradient.
     assert len(tensor_runs.TENSOR_RUN.findall(PICKLE)) >= 99
-    # With their names, all but those behind the memo's first 256 entries, and those whose names are not of printable ASCII.
+    # With their names, but for the first ones and for names that are not of printable ASCII.
     assert len(tensor_runs.NAMED_RUN.findall(PICKLE)) >= 55
 
 
@@ -145,5 +145,5 @@ def test_a_memo_that_holds_something_else_is_taken_at_its_word() -> None:
 def test_what_torch_saves_is_read_alike(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(_values(), tmp_path / "x.pt")
     found = ptbin.inspect(str(tmp_path / "x.pt"))
-    monkeypatch.setattr(pickle_machine, "TENSOR_RUN", _Never())
+    monkeypatch.setattr(interpreter, "TENSOR_RUN", _Never())
     assert ptbin.inspect(str(tmp_path / "x.pt")) == found
