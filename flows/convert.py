@@ -27,6 +27,7 @@ from flows.tally import Tally
 from flows.wishes import MAX_WORKERS, build_options, refuse_secrets
 from ptbin import catalog
 from ptbin.catalog import OutputRule
+from ptbin.catalog.entries import nothing_below
 from ptbin.catalog.globs import root_of
 from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
 from ptbin.errors import UsageError
@@ -76,10 +77,13 @@ def convert(source: str, dest: str, **asked: Any) -> State[Any]:
                 exclude,
                 named=quote(named),
                 must_exist=retry_failed is None,
+                copy_links=asked["copy_links"],
             )
             if named is None and not problems and not work_of(live).count():
-                raise UsageError(f"no checkpoints to convert below SOURCE: {source}")
+                raise UsageError(nothing_below(source, work_of(live).entries))
             tally = Tally(live.run_id, source, dest, min_success=asked["min_success"])
             conversion = Conversion(run, options, tally, asked["fail_fast"])
-            conversion.selection = Selection(tuple(include), tuple(exclude), is_listed=named is not None)
+            conversion.selection = Selection(
+                tuple(include), tuple(exclude), is_listed=named is not None, copy_links=asked["copy_links"]
+            )
             return conversion.carry_out(problems)

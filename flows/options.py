@@ -38,6 +38,13 @@ PLACING = (_ENGINE["layout"], NAMING)
 INCLUDE = Option("include", "Only paths below SOURCE that match.", (), "list", metavar="GLOB")
 EXCLUDE = Option("exclude", "Not those that match.", (), "list", metavar="GLOB")
 
+COPY_LINKS = Option(
+    "copy_links",
+    "Follow symbolic links that lead out of SOURCE; else they are passed over and named.",
+    False,
+    "flag",
+)
+
 RUNNER = (
     Option(
         "workers",
@@ -83,7 +90,7 @@ JUDGING = (
 )
 
 CONVERT = (
-    *(INCLUDE, EXCLUDE),
+    *(INCLUDE, EXCLUDE, COPY_LINKS),
     *CONTENT,
     *PLACING,
     _ENGINE["force"],
@@ -108,7 +115,7 @@ MIRRORING = (
         "delete", "Delete from DEST what SOURCE no longer has; never when anything failed.", False, "flag"
     ),
     Option("max_delete", "If more are gone than that, delete none.", kind="count", metavar="N", least=0),
-    Option("checksum", "Compare by content; times and ETags are not believed.", False, "flag"),
+    Option("checksum", "Compare by content, outputs too; times and ETags are not believed.", False, "flag"),
     Option("immutable", "Never change what is there; what differs is a failure.", False, "flag"),
     Option("backup_dir", "First copy there what is written over or deleted.", metavar="PLACE"),
 )
@@ -116,6 +123,7 @@ MIRRORING = (
 
 SYNC = (
     replace(INCLUDE, help="Copy these files too."),
+    COPY_LINKS,
     *MIRRORING,
     replace(_ENGINE["force"], help="Replace files in the way that ptbin did not make."),
     *CONTENT,

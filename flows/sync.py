@@ -29,6 +29,7 @@ from flows.tally import LISTED, Tally
 from flows.wishes import MAX_WORKERS, build_options, refuse_secrets
 from ptbin.catalog import Job, OutputRule, Problem
 from ptbin.catalog.checks import check_mirror
+from ptbin.catalog.entries import nothing_below
 from ptbin.catalog.mirroring import alone, excess
 from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
 from ptbin.errors import StorageError, UsageError
@@ -313,12 +314,15 @@ def sync(source: str, dest: str, **asked: Any) -> State[Any]:
                 include,
                 exclude,
                 distrust=mirror.checksum,
+                copy_links=asked["copy_links"],
             )
             if not problems and not work_of(live).count():
-                raise UsageError(f"nothing to mirror below SOURCE: {source}")
+                raise UsageError(nothing_below(source, work_of(live).entries, "nothing to mirror"))
             tally = MirrorTally(live.run_id, source, dest, kind="sync", min_success=asked["min_success"])
             # What is up to date stays; what is done replaces whatever lies there.
             forced = options.replace(force=asked["force"])
             mirroring = Synchronization(run, forced, tally, asked["fail_fast"], mirror)
-            mirroring.selection = Selection(exclude=tuple(exclude), copied=tuple(include))
+            mirroring.selection = Selection(
+                exclude=tuple(exclude), copied=tuple(include), copy_links=asked["copy_links"]
+            )
             return mirroring.carry_out(problems)

@@ -1,7 +1,8 @@
 """The verify flow: every manifest below DEST is held against what is stored there.
 
 What is read is what the manifests vouch for, plus one listing for outputs that none of them does. One
-broken output never hides another. Nothing is written.
+broken output never hides another. Nothing is written but a note in the manifest of a damaged output, so that
+the next conversion makes it anew.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from flows.artifacts import Artifacts, verification_rows
 from flows.batches import plan_batches
 from flows.fanout import quote
 from flows.forms import DEST, takes
+from flows.notices import log_failures, state_message
 from flows.options import VERIFY
 from flows.prefect.orchestrator import await_server
 from flows.run_record import new_run_id
@@ -56,13 +58,13 @@ def verify(dest: str, **asked: Any) -> State[Any]:
     settings = RunSettings.of(asked)
     public_key = asked["public_key"]
     with join_run(asked["run_id"] or new_run_id(), settings) as live:
-        manifests = list_manifests(live.run_id, dest)
+        manifests, unread = list_manifests(live.run_id, dest)
         orphans = list_orphans(live.run_id, dest)
         if not manifests and not orphans:
             raise UsageError(f"nothing to verify below DEST, neither manifests nor outputs: {dest}")
         with running(live, None, settings) as run:
             verdicts, task_runs = _verify_all(run, manifests, asked["level"])
-        issues = [orphan_issue(uri) for uri in orphans]
+        issues = unread + [orphan_issue(uri) for uri in orphans]
         issues += [issue for verdict in verdicts for issue in issues_of(verdict)]
         digests = {uri: digest for verdict in verdicts for uri, digest in verdict.digests}
         issues += check_records(live.run_id, dest, quote(digests))
@@ -92,7 +94,9 @@ def verify(dest: str, **asked: Any) -> State[Any]:
                 verification_rows(proven, issues), f"**{message}** in {seconds:.1f} s, below `{dest}`"
             )
             artifacts.end()
-        return (Failed if issues else Completed)(message=message)
+        failures = [f"{issue['reason']}: {issue['uri']}: {issue['detail']}" for issue in issues]
+        log_failures(get_run_logger(), failures)
+        return (Failed if issues else Completed)(message=state_message(message, failures))
 
 
 def orphan_issue(uri: str) -> dict[str, Any]:

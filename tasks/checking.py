@@ -18,7 +18,9 @@ __all__ = ["check_records", "check_signatures", "verify_manifests"]
 @batch_task("verify manifests")
 def verify_manifests(live: LiveRun, uri: str, level: VerifyLevel) -> Outcome:
     """Read back what a manifest vouches for: `proven`, or `failed` with its issues."""
-    issues, digests = verify_outputs(uri, level=level, storage_options=live.dest_options, progress=live.moved)
+    issues, digests = verify_outputs(
+        uri, level=level, storage_options=live.dest_options, progress=live.moved, note=True
+    )
     first = issues[0] if issues else None
     return Outcome(
         uri,

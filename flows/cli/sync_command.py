@@ -17,6 +17,7 @@ from flows.cli.summary import JSON_KEYS, SYNC_KEYS, conversion_lines, tell_summa
 from flows.options import SYNC, chosen
 from flows.units import format_nbytes
 from flows.wishes import build_options, refuse_secrets
+from ptbin.catalog.entries import skipped_words
 from ptbin.errors import OutputExistsError, UsageError
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def sync_command(source: str, dest: str, dry_run: bool, **values: Any) -> int:
         return _print_plan(
             source, dest, asked["include"], asked["exclude"], asked["naming"], options, shared,
             delete=delete, max_delete=max_delete, checksum=asked["checksum"], immutable=asked["immutable"],
-            backs_up=backup_dir is not None, force=asked["force"],
+            backs_up=backup_dir is not None, force=asked["force"], copy_links=asked["copy_links"],
         )  # fmt: skip
     from flows.cli.on_prefect import run_flow
     from flows.run_record import new_run_id
@@ -106,10 +107,12 @@ def _print_plan(
     immutable: bool,
     backs_up: bool,
     force: bool,
+    copy_links: bool,
 ) -> int:
     """What a run would do, found as a run finds it; nothing is written, not even a lease."""
     from ptbin.catalog import OutputRule
     from ptbin.catalog.companions import copied_along
+    from ptbin.catalog.entries import nothing_below
     from ptbin.catalog.finished import read_finished
     from ptbin.catalog.marks import iter_marked, look_at_job
     from ptbin.catalog.mirroring import alone, excess, iter_gone
@@ -127,9 +130,10 @@ def _print_plan(
             exclude=exclude,
             source_options=shared.source_options,
             copies=copied_along(include),
+            copy_links=copy_links,
         )
         if not problems and not work.count():
-            raise UsageError(f"nothing to mirror below SOURCE: {source}")
+            raise UsageError(nothing_below(source, work.entries, "nothing to mirror"))
         asked = list(work.iter_to_ask())
         rows = [
             read_finished(
@@ -187,6 +191,7 @@ def _print_plan(
         "keep": [item.output for item in found if item.kept or told],
         "back_up": saved if backs_up else [],
         "left_alone": [job.source_uri for job in left],
+        "skipped": dict(work.entries.counts),
         "problems": told,
     }
     if shared.as_json:
@@ -194,6 +199,8 @@ def _print_plan(
     else:
         for line in _plan_lines(plan, compares=checksum):
             print_line(line)
+        if text := work.entries.links_words():
+            print_line(text)
     return 1 if plan["problems"] else 0
 
 
@@ -219,6 +226,8 @@ def _plan_lines(plan: dict[str, Any], *, compares: bool) -> list[str]:
         for name, key in (("convert", "convert"), ("copy", "copy"), ("delete", "delete"))
     )
     lines = [*align(rows, indent=""), ""] if rows else []
+    if plan["skipped"]:
+        lines.append(f"passed over: {skipped_words(plan['skipped'])}")
     lines.append(
         f"would {counts}, up to date {plan['up_to_date']}, refused {len(plan['problems'])}; nothing written"
     )
