@@ -180,7 +180,7 @@ def _stops_as_error(live: LiveRun) -> Iterator[None]:
 
 def current_flow_run_id() -> str | None:
     """The id under which the server knows the flow run that this thread works for."""
-    from prefect.context import FlowRunContext
+    from prefect.runtime import flow_run
 
-    context = FlowRunContext.get()
-    return str(context.flow_run.id) if context is not None and context.flow_run is not None else None
+    found: str | None = flow_run.id
+    return found

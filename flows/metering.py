@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flows.metric_targets import Target, parse_targets
+from flows.prefect.undocumented import flow_run_context
 from ptbin.errors import PtbinError
 from ptbin.history.openmetrics import Family, families
 from ptbin.stores import public_uri
@@ -98,10 +99,9 @@ def metering(live: LiveRun) -> Iterator[None]:
     if not wanted.strip():
         yield
         return
-    from prefect.context import FlowRunContext
     from prefect.logging import get_run_logger
 
-    context = FlowRunContext.get()
+    context = flow_run_context()
     parameters = (context.parameters if context is not None else None) or {}
     labels = {
         "dest": public_uri(str(parameters.get("dest", ""))),

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from flows.prefect.undocumented import flow_run_context, without_tags
 from flows.tally import Entry
 from flows.units import short_detail
 
@@ -65,9 +66,8 @@ def tag_flow_run(tags: Iterable[str] = (TAG,)) -> None:
     A server that does not answer is no reason to stop.
     """
     from prefect.client.orchestration import get_client
-    from prefect.context import FlowRunContext
 
-    context = FlowRunContext.get()
+    context = flow_run_context()
     if context is None or context.flow_run is None:
         return
     missing = [tag for tag in tags if tag not in context.flow_run.tags]
@@ -89,9 +89,7 @@ def untagged_tasks() -> Iterator[None]:
 
     Task runs would have them as well, and a task run with tags asks the server for concurrency limits.
     """
-    from prefect.context import TagsContext
-
-    with TagsContext(current_tags=set()):
+    with without_tags():
         yield
 
 

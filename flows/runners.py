@@ -24,6 +24,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 
 from flows.batches import BATCH_COUNT, BATCHES_PER_WORKER
 from flows.fanout import quote
+from flows.prefect.undocumented import is_broken
 from flows.wishes import MAX_WORKERS, refuse_runner_secrets
 from ptbin.errors import UsageError
 from tasks.live import stop_all
@@ -72,7 +73,7 @@ class Runner:
         if self._make is None:
             return self.submit_here(task, **parameters)
         # The other runners do not all take `quote` off again; a batch is small enough to be walked through.
-        if _is_broken(self._open):
+        if is_broken(self._open):
             self.close()
         return cast("PrefectFuture[Any]", self._runner().submit(task, parameters))
 
@@ -136,12 +137,6 @@ def open_runner(name: RunnerName, address: str | None, workers: int | None) -> I
 def _processes(width: int) -> TaskRunner[Any]:
     begin = functools.partial(_begin_process, os.getpid())
     return ProcessPoolTaskRunner(max_workers=width, initializer=begin)
-
-
-def _is_broken(runner: TaskRunner[Any] | None) -> bool:
-    # Prefect hands batches to the pool in a thread of its own, so `submit` raises nothing: only the pool's
-    # own mark tells that it takes no more work (`concurrent.futures.process`).
-    return bool(getattr(getattr(runner, "_executor", None), "_broken", False))
 
 
 def _begin_process(parent: int) -> None:

@@ -33,6 +33,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from flows.prefect.undocumented import (
+    EPHEMERAL_SERVER,
+    drain_client_queues,
+    expect_no_server,
+    refresh_settings,
+)
 from ptbin.errors import PtbinError
 
 __all__ = [
@@ -104,7 +110,7 @@ class Orchestrator:
         """
         if not server_answers():
             return False
-        _drain_client_queues()
+        drain_client_queues(DRAIN_SECONDS)
         if not self.embedded or flow_run_id is None:
             return True
         began = time.monotonic()
@@ -184,38 +190,11 @@ def await_server(check: Callable[[], object], seconds: float = ABSENT_SECONDS) -
             check()
             time.sleep(0.5)
     except BaseException:
-        _expect_no_server()
+        expect_no_server()
         raise
     if not there:
-        _expect_no_server()
+        expect_no_server()
     return there
-
-
-def _expect_no_server() -> None:
-    from prefect.context import SettingsContext, get_settings_context
-    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, PREFECT_LOGGING_TO_API_ENABLED
-
-    now = get_settings_context()
-    settings = now.settings.copy_with_update(
-        {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_LOGGING_TO_API_ENABLED: False}
-    )
-    # Never left: what is to fail at once comes after the flow's own code, in this thread's context.
-    SettingsContext(profile=now.profile, settings=settings).__enter__()
-    # What is queued would hold up the end of the process: 7 s for each of hundreds of events, a minute for
-    # logs. Prefect offers no way to drop it; a service is done when its task is cancelled
-    # (`_QueueServiceBase._run`).
-    for worker in _client_workers():
-        for service in list(worker._instances.values()):  # noqa: SLF001
-            if service._task is not None:  # noqa: SLF001
-                service._loop.call_soon_threadsafe(service._task.cancel)  # noqa: SLF001
-
-
-def _client_workers() -> tuple[Any, ...]:
-    """Prefect's event and log threads, by class."""
-    from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogWorker
-
-    return EventsWorker, APILogWorker
 
 
 @contextlib.contextmanager
@@ -260,15 +239,7 @@ def _embedded_server(chosen: dict[str, str]) -> Iterator[str]:
 
 
 def _server_environment(chosen: dict[str, str]) -> dict[str, str]:
-    # The markers are those of Prefect's own `SubprocessASGIServer`: only the services that a run
-    # needs are started, and no scheduler.
-    return {
-        **SERVER_DEFAULTS,
-        **os.environ,
-        **chosen,
-        "PREFECT__SERVER_EPHEMERAL": "1",
-        "PREFECT__SERVER_FINAL": "1",
-    }
+    return {**SERVER_DEFAULTS, **os.environ, **chosen, **EPHEMERAL_SERVER}
 
 
 def _wait_until_healthy(child: subprocess.Popen[bytes], url: str, log: IO[bytes], seconds: float) -> None:
@@ -312,22 +283,20 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 @contextlib.contextmanager
 def _use_api(url: str) -> Iterator[None]:
     """Make the server the one that every thread of this process talks to."""
-    from prefect.context import refresh_global_settings_context
-
     global _embedded  # noqa: PLW0603 - as the environment is
     # The environment, not `temporary_settings`: Prefect's own threads start outside our context.
     os.environ["PREFECT_API_URL"] = url
     _embedded = True
-    refresh_global_settings_context()
+    refresh_settings()
     try:
         with _without_heartbeat():
             yield
     finally:
         if server_answers():
-            _drain_client_queues()
+            drain_client_queues(DRAIN_SECONDS)
         _embedded = False
         del os.environ["PREFECT_API_URL"]
-        refresh_global_settings_context()
+        refresh_settings()
 
 
 @contextlib.contextmanager
@@ -340,13 +309,6 @@ def _without_heartbeat() -> Iterator[None]:
         return
     with temporary_settings({"flows.heartbeat_frequency": None}):
         yield
-
-
-def _drain_client_queues() -> None:
-    """Have Prefect's event and log threads send what they hold; they start anew when needed."""
-    for worker in _client_workers():
-        with contextlib.suppress(Exception):
-            worker.drain_all(timeout=DRAIN_SECONDS, at_exit=False)
 
 
 def _post_json(url: str, question: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ptbin.errors import UsageError
@@ -19,6 +19,7 @@ from ptbin.registries.planning import Migration, ModelPlan, Step, plan_migration
 from ptbin.registries.values import Model, Version
 
 __all__ = [
+    "REGISTRIES",
     "Folder",
     "Layout",
     "Migration",
@@ -38,9 +39,33 @@ __all__ = [
 ]
 
 
+Opener = Callable[[str, Mapping[str, Any] | None], Registry]
+
+
+def _open_mlflow(uri: str, options: Mapping[str, Any] | None) -> Registry:
+    from ptbin.registries.mlflow_registry import MlflowRegistry
+
+    return MlflowRegistry(uri, options)
+
+
+def _open_hub(uri: str, options: Mapping[str, Any] | None) -> Registry:
+    from ptbin.registries.hub import HubRegistry
+
+    return HubRegistry(uri, options)
+
+
+REGISTRIES: dict[str, Opener] = {
+    "mlflow+": _open_mlflow,
+    "hf://": _open_hub,
+}
+"""How URIs begin, and who opens them: imported only then, their packages are optional. Any other URI is a
+directory registry (`folders`).
+"""
+
+
 def is_registry_uri(uri: str) -> bool:
     """Whether the URI names a registry by itself; any other is a directory registry."""
-    return uri.startswith(("mlflow+", "hf://"))
+    return uri.startswith(tuple(REGISTRIES))
 
 
 def open_registry(uri: str, layout: str | None = None, options: Mapping[str, Any] | None = None) -> Registry:
@@ -56,14 +81,9 @@ def open_registry(uri: str, layout: str | None = None, options: Mapping[str, Any
     """
     if is_registry_uri(uri) and layout not in (None, "mirror"):
         raise UsageError(f"{uri}: a layout is for directory registries")
-    if uri.startswith("mlflow+"):
-        from ptbin.registries.mlflow_registry import MlflowRegistry
-
-        return MlflowRegistry(uri, options)
-    if uri.startswith("hf://"):
-        from ptbin.registries.hub import HubRegistry
-
-        return HubRegistry(uri, options)
+    for prefix, opener in REGISTRIES.items():
+        if uri.startswith(prefix):
+            return opener(uri, options)
     from ptbin.registries.folders import FolderRegistry
 
     return FolderRegistry(uri, parse_layout(layout or "mirror"), options)

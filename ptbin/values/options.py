@@ -15,7 +15,7 @@ __all__ = ["Kind", "Option", "option", "options_of", "same_option"]
 Kind = Literal[
     "text", "flag", "choice", "list", "pairs", "paths", "count", "share", "size", "duration", "json"
 ]
-"""`pairs`: `OLD=NEW` each. `paths`: one, or several. `size`: bytes, or `5GB`. `duration`: seconds, `1h30m`."""
+"""`pairs`: `OLD=NEW` each. `paths`: one, or several. `size`: bytes, or `5GB`. `duration`: seconds or `6h`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,7 @@ from ptbin.values.segments import FilePlan
 from ptbin.values.state_dict import LeftOut, StateDict, tensors_of
 from ptbin.values.tensors import SparseTensor, TensorRef
 from ptbin.writing.casts import Casts
-from ptbin.writing.formats.raw import plan_raw
-from ptbin.writing.formats.safetensors import plan_safetensors
-from ptbin.writing.formats.torch_archive import plan_torch_archive
+from ptbin.writing.formats import FORMATS, FileContent
 
 __all__ = ["OutputPlan", "plan_outputs"]
 
@@ -90,7 +88,8 @@ def _plan_output(
 ) -> OutputPlan:
     all_entries, metadata = state_dict.entries, state_dict.metadata
     left: tuple[LeftOut, ...] = ()
-    if options.format != "torch":
+    output_format = FORMATS[options.format]
+    if output_format.only_tensors:
         all_entries, left = _leave_values_out(state_dict, options.format)
         metadata = None
     casts = Casts(all_entries, options.dtype)
@@ -98,24 +97,18 @@ def _plan_output(
     files = []
     for index, entries in enumerate(shards):
         shard_name = name if len(shards) == 1 else _shard_name(name, index, len(shards))
-        if options.format == "raw":
-            files.append(plan_raw(shard_name, entries, casts))
-        elif options.format == "safetensors":
-            files.append(plan_safetensors(shard_name, entries, casts))
-        else:
-            files.append(
-                plan_torch_archive(
-                    shard_name,
-                    entries,
-                    mapping_kind=state_dict.mapping_kind,
-                    metadata=metadata if index == 0 else None,
-                    archive_root=archive_root,
-                    casts=casts,
-                )
-            )
+        content = FileContent(
+            shard_name,
+            entries,
+            casts,
+            state_dict.mapping_kind,
+            metadata if index == 0 else None,
+            archive_root,
+        )
+        files.append(output_format.plan(content))
     texts: list[tuple[str, bytes]] = []
-    if options.format == "raw":
-        texts.append((name + INDEX_SUFFIX, _raw_index(files)))
+    if output_format.index is not None:
+        texts.append((name + INDEX_SUFFIX, output_format.index(files)))
     elif len(files) > 1:
         texts.append((name + INDEX_SUFFIX, _weight_map(files)))
     return OutputPlan(tuple(files), tuple(texts), left_out=left)
@@ -185,26 +178,3 @@ def _weight_map(files: list[FilePlan]) -> bytes:
         weight_map.update({tensor.name: file.name for tensor in file.tensors if "#" not in tensor.name})
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _raw_index(files: list[FilePlan]) -> bytes:
-    rows = {
-        tensor.name: {
-            "dtype": tensor.dtype.name,
-            "shape": list(tensor.source.shape),
-            "file": file.name,
-            "offset": tensor.offset,
-            "nbytes": tensor.nbytes,
-        }
-        for file in files
-        for tensor in file.tensors
-    }
-    metadata = {
-        "format": "raw",
-        "version": 1,
-        "byte_order": "little",
-        "alignment": 64,
-        "total_size": sum(file.plan.size for file in files),
-    }
-    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
-    return f'{{\n  "metadata": {json.dumps(metadata)},\n  "tensors": {{\n{lines}\n  }}\n}}\n'.encode()

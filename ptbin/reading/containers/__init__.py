@@ -1,6 +1,6 @@
 """Opening a checkpoint: which container it is, by content; its index read; its storages placed.
 
-`FILES` and `FOLDERS` are all the containers there are: a new one is a module and a row here. Reads no
+`CONTAINERS` and `FOLDER_CONTAINERS` are all there are: a new one is a module and a row here. Reads no
 weights. Costs: for a remote torch zip the tail, the directory where that is larger than 64 KiB, and the
 pickle; for a legacy file the pickles at its beginning; for a folder its index, or the index of each file.
 """
@@ -31,9 +31,9 @@ from ptbin.sources.folders import DCP_METADATA, INDEX_SUFFIX
 from ptbin.sources.part_names import is_megatron_name, is_meta_name, is_rank_name
 from ptbin.stores.joined import JoinedReader
 
-__all__ = ["FILES", "FOLDERS", "read_checkpoint"]
+__all__ = ["CONTAINERS", "FOLDER_CONTAINERS", "read_checkpoint"]
 
-FILES: tuple[Callable[[Opening], Checkpoint | None], ...] = (
+CONTAINERS: tuple[Callable[[Opening], Checkpoint | None], ...] = (
     # By the head first: any file may hold the bytes of a zip's end record by chance.
     read_zip,
     read_safetensors,
@@ -46,7 +46,7 @@ FILES: tuple[Callable[[Opening], Checkpoint | None], ...] = (
 )
 """Each answers None for a file that is not its own."""
 
-FOLDERS: tuple[tuple[Callable[[Collection[str]], bool], Callable[[Folder], Checkpoint]], ...] = (
+FOLDER_CONTAINERS: tuple[tuple[Callable[[Collection[str]], bool], Callable[[Folder], Checkpoint]], ...] = (
     (lambda names: DCP_METADATA in names, read_dcp),
     (lambda names: any(name.endswith("_optim_states.pt") for name in names), read_deepspeed),
     (
@@ -77,7 +77,7 @@ def read_checkpoint(
     limits = limits or Limits()
     if not isinstance(reader, JoinedReader):
         return read_file(Opening(SourceFile(reader), limits, read_file))
-    for is_one, read in FOLDERS:
+    for is_one, read in FOLDER_CONTAINERS:
         if is_one(reader.names):
             return read(Folder(reader, limits, read_file, recipe))
     raise UnsupportedFormatError(f"{reader.uri}: a folder of no known kind")
@@ -88,7 +88,7 @@ def read_file(opening: Opening) -> Checkpoint:
     file = opening.file
     if file.size == 0:
         raise EmptyFileError(f"{file.uri}: the file is empty")
-    for read in FILES:
+    for read in CONTAINERS:
         checkpoint = read(opening)
         if checkpoint is not None:
             return checkpoint

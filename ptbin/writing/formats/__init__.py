@@ -1,1 +1,73 @@
-"""The output formats, each a plan: a list of segments."""
+"""The output formats, each a plan: a list of segments. A new one is a module, a row, and a name in options.
+
+What a format says of itself is in its row; nothing else asks which one it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ptbin.options import OutputFormat
+from ptbin.values.segments import FilePlan
+from ptbin.writing.casts import Casts
+from ptbin.writing.formats.raw import plan_raw, raw_index
+from ptbin.writing.formats.safetensors import plan_safetensors
+from ptbin.writing.formats.torch_archive import plan_torch_archive
+
+__all__ = ["FORMATS", "FileContent", "Format"]
+
+
+@dataclass(frozen=True, slots=True)
+class FileContent:
+    """What one file of an output is to hold.
+
+    Attributes:
+        entries: names and values, in order.
+        mapping_kind: of the state dict, `OrderedDict` or `dict`.
+        metadata: the state dict's `_metadata`; None where it has none, and in later shards.
+        archive_root: name of the source archive's top folder.
+    """
+
+    name: str
+    entries: list[tuple[str, Any]]
+    casts: Casts
+    mapping_kind: Any
+    metadata: Any
+    archive_root: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """An output format.
+
+    Attributes:
+        suffix: what its files end in.
+        plan: lays one file out.
+        only_tensors: whether it holds tensors under names and nothing else.
+        index: text that describes the files of an output, a single one too; None where a file says it all.
+    """
+
+    suffix: str
+    plan: Callable[[FileContent], FilePlan]
+    only_tensors: bool = True
+    index: Callable[[list[FilePlan]], bytes] | None = None
+
+
+FORMATS: dict[OutputFormat, Format] = {
+    "torch": Format(
+        ".bin",
+        lambda file: plan_torch_archive(
+            file.name,
+            file.entries,
+            mapping_kind=file.mapping_kind,
+            metadata=file.metadata,
+            archive_root=file.archive_root,
+            casts=file.casts,
+        ),
+        only_tensors=False,
+    ),
+    "raw": Format(".bin", lambda file: plan_raw(file.name, file.entries, file.casts), index=raw_index),
+    "safetensors": Format(".safetensors", lambda file: plan_safetensors(file.name, file.entries, file.casts)),
+}
