@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["convert_command"]
 
-ONE_OUTPUT = (".bin", ".safetensors")
-"""What DEST ends in where it names one output."""
-
 EPILOG = """\b
 Examples:
   ptbin convert run1/last.ckpt last.bin
@@ -125,10 +122,12 @@ def _names_one(dest: str, asked: dict[str, Any], shared: Shared) -> bool:
     Raises:
         UsageError: a suffix that convert does not write, or that contradicts `--format`.
     """
-    suffix = one_file(dest, ONE_OUTPUT, shared.dest_options)
+    from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
+
+    suffix = one_file(dest, tuple(dict.fromkeys(OUTPUT_SUFFIXES.values())), shared.dest_options)
     if suffix is None:
         return False
-    formats = ["safetensors"] if suffix == ".safetensors" else ["torch", "raw"]
+    formats = [name for name, its_suffix in OUTPUT_SUFFIXES.items() if its_suffix == suffix]
     if asked["format"] not in formats:
         origin = click.get_current_context().get_parameter_source("format")
         if origin is not None and origin.name != "DEFAULT":
