@@ -5,8 +5,8 @@
 
 Not part of the suite, which has the archive. A model on one rank is saved as `torch_dist`. Ranks on a grid
 load that by `dist_checkpointing` and save what they hold both as Megatron's trainer does for format `torch`
-(megatron/training/checkpointing.py) and as `torch_dist`: the cutting is Megatron's. `<case>.pt` is what the one
-rank had. Where megatron-core asks for a GPU it gets the CPU.
+(megatron/training/checkpointing.py) and as `torch_dist`: the cutting is Megatron's. `<case>.pt` is what the
+one rank had. Where megatron-core asks for a GPU it gets the CPU.
 """
 
 from __future__ import annotations
