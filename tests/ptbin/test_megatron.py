@@ -172,6 +172,13 @@ def _of_a_million_ranks(folder: Path) -> None:
         _changed(path, lambda state: vars(state["args"]).update(dict.fromkeys(sizes, 1 << 20)))
 
 
+def _holds_itself(folder: Path) -> None:
+    def change(state: dict[str, Any]) -> None:
+        state["model"].update({f"k{n}": state["model"] for n in range(40)})
+
+    _changed(folder / FIRST, change)
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "missing": (lambda folder: (folder / LAST).unlink(), "incomplete_checkpoint", LAST),
     "truncated": (
@@ -190,6 +197,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "mp_rank_02_001",
     ),
     "sizes that no file has": (_of_a_million_ranks, "incomplete_checkpoint", "mp_rank_02_000"),
+    "a model that holds itself": (_holds_itself, "incomplete_checkpoint", FIRST),
     "an average of the weights next to them": (
         lambda folder: _changed(folder / LAST, lambda state: state.update(teacher={"w": torch.ones(3)})),
         "ambiguous_state_dict",

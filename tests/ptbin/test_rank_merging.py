@@ -251,6 +251,18 @@ def test_layout_hf_takes_the_folder_of_configuration_along(made: Path, tmp_path:
     assert not (tmp_path / "out" / "evil.py").exists()
 
 
+def test_mappings_that_hold_one_another_are_looked_into_once(tmp_path: Path) -> None:
+    from torch.distributed.tensor import Shard
+
+    folder = _cut(tmp_path / "in", (2,), {"w": (torch.arange(6.0), [Shard(0)])})
+    for path in folder.iterdir():
+        state = torch.load(path, weights_only=False)
+        state |= {f"k{n}": state for n in range(40)}
+        torch.save(state, path)
+    found = _converted(folder, tmp_path, select=".", drop=("^k",))
+    assert_same_tensors(found, {"w": torch.arange(6.0)})
+
+
 def test_a_run_on_one_rank_is_its_only_file(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "model_world_size_1_rank_0.pt")
     assert_same_tensors(_converted(tmp_path, tmp_path), {"w": torch.ones(2)})

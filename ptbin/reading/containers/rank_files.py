@@ -137,13 +137,16 @@ class _Ranks:
     def _take(self, root: DictNode, name: str, *, is_first: bool) -> Iterator[Any]:
         """Note every tensor of a file; yields what else it holds, if it is not the first one."""
         stack: list[tuple[Path, DictNode]] = [((), root)]
+        seen = {id(root)}  # mappings may hold one another
         while stack:
             path, node = stack.pop()
             below = []
             for key, value in node.pairs:
                 own = (*path, key)
                 if isinstance(value, DictNode) and len(path) < MAX_DEPTH:
-                    below.append((own, value))
+                    if id(value) not in seen:
+                        seen.add(id(value))
+                        below.append((own, value))
                     continue
                 if type(key) in (str, int) and (piece := self._piece(value, name, own)) is not None:
                     self.found.setdefault(own, []).append(piece)
