@@ -116,6 +116,7 @@ class Conversion:
         passes is no more than a reason to end.
         """
         self._open_ledger()
+        self._note_passed_over()
         self.refuse(problems)
         try:
             self._clean_up()
@@ -135,6 +136,14 @@ class Conversion:
             self._end_early()
             raise
         return self.finish()
+
+    def _note_passed_over(self) -> None:
+        """What of SOURCE the listing did not look at, by its rule; links that lead out of it are named."""
+        entries = self.work.entries
+        self.tally.skipped.update(entries.counts)
+        if text := entries.links_words():
+            self.live.listener.noted(text)
+            self.logger.warning("%s", text)
 
     def _open_ledger(self) -> None:
         """What earlier runs failed at. Where that cannot be read, nothing is known, and the run fails."""

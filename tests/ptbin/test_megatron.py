@@ -155,6 +155,12 @@ def _without_a_layer(folder: Path) -> None:
         )
 
 
+def _of_a_million_ranks(folder: Path) -> None:
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    for path in folder.glob("*/*.pt"):
+        _changed(path, lambda state: vars(state["args"]).update(dict.fromkeys(sizes, 1 << 20)))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "missing": (lambda folder: (folder / LAST).unlink(), "incomplete_checkpoint", LAST),
     "truncated": (
@@ -165,6 +171,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "another iteration": (
         lambda folder: _changed(folder / LAST, lambda state: state.update(iteration=8)),
         "incomplete_checkpoint",
+        LAST,
+    ),
+    "another rank's name": (
+        lambda folder: (folder / LAST).parent.rename(folder / "mp_rank_02_001"),
+        "incomplete_checkpoint",
+        "mp_rank_02_001",
+    ),
+    "sizes that no file has": (_of_a_million_ranks, "incomplete_checkpoint", "mp_rank_02_000"),
+    "an average of the weights next to them": (
+        lambda folder: _changed(folder / LAST, lambda state: state.update(teacher={"w": torch.ones(3)})),
+        "ambiguous_state_dict",
         LAST,
     ),
     "another grid": (
@@ -210,6 +227,8 @@ def test_what_does_not_go_together_is_refused_by_name(folder: Path, tmp_path: Pa
 def test_one_rank_is_not_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(IncompleteCheckpointError, match="convert the folder"):
         ptbin.convert(str(folder / FIRST), str(tmp_path / "x.bin"))
+    found = _converted(folder / FIRST, tmp_path / "x.bin", parts=True)
+    assert found[NORM.replace("input_layernorm", "mlp.linear_fc2")].shape == (16, 12)
 
 
 def test_gated_or_not_has_to_be_stated(tmp_path: Path) -> None:
