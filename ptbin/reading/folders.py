@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ptbin.deepspeed_names import deepspeed_checkpoint
 from ptbin.errors import CorruptArchiveError, OutputCollisionError, UnsupportedFormatError
 from ptbin.folders import DCP_METADATA, INDEX_SUFFIX
 from ptbin.nodes import DictNode
@@ -33,14 +34,9 @@ def read_folder(reader: JoinedReader, limits: Limits, recipe: str | None = None)
         from ptbin.reading.dcp import read_dcp
 
         return read_dcp(reader, limits)
-    if any(name.endswith("_optim_states.pt") for name in reader.names):
-        from ptbin.reading.deepspeed import read_deepspeed
-
-        return read_deepspeed(reader, limits)
-    if any("_expert_" in name and name.endswith("_model_states.pt") for name in reader.names):
-        from ptbin.reading.deepspeed_experts import read_deepspeed_experts
-
-        return read_deepspeed_experts(reader, limits)
+    kind = deepspeed_checkpoint(reader.names)[0]
+    if kind:
+        return _read_deepspeed(kind, reader, limits, recipe)
     index = next((name for name in reader.names if name.endswith(INDEX_SUFFIX)), None)
     if is_meta_name(reader.names[0]):
         from ptbin.reading.meta_parts import read_meta_parts
@@ -55,13 +51,36 @@ def read_folder(reader: JoinedReader, limits: Limits, recipe: str | None = None)
     return _read_indexed(reader, index, limits)
 
 
+def _read_deepspeed(kind: str, reader: JoinedReader, limits: Limits, recipe: str | None) -> Checkpoint:
+    if kind == "deepspeed_universal":
+        from ptbin.reading.deepspeed_universal import read_deepspeed_universal
+
+        return read_deepspeed_universal(reader, limits)
+    if kind == "deepspeed_layers":
+        from ptbin.reading.deepspeed_layers import read_deepspeed_layers
+
+        return read_deepspeed_layers(reader, limits, recipe)
+    if kind == "deepspeed_experts":
+        from ptbin.reading.deepspeed_experts import read_deepspeed_experts
+
+        return read_deepspeed_experts(reader, limits)
+    if kind == "deepspeed_ranks":
+        from ptbin.reading.deepspeed_ranks import read_deepspeed_ranks
+
+        return read_deepspeed_ranks(reader, limits, recipe)
+    from ptbin.reading.deepspeed import read_deepspeed
+
+    return read_deepspeed(reader, limits)
+
+
 def read_part(reader: JoinedReader, name: str, opening: Opening) -> Checkpoint:
     """One file of the folder as a checkpoint by itself, its places moved into the whole's address space.
 
-    Its pickles are added to those of `opening`.
+    Its pickles, and what they carry in themselves, are added to those of `opening`.
     """
     part = reader.part(name)
     inner = Opening(SourceFile(part), opening.limits, opening.depth, opening.programs)
+    inner.vocabulary = opening.vocabulary  # which counts the bytes inside pickles
     checkpoint = read_opened(inner)
     for storage in checkpoint.storages.values():
         assert storage.place is not None

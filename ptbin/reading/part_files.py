@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from ptbin.dtypes import BY_NAME
 from ptbin.errors import IncompleteCheckpointError
 from ptbin.merging.replicas import Replicas
 from ptbin.merging.tiles import Part
@@ -17,10 +18,11 @@ from ptbin.nodes import DictNode, Instance
 from ptbin.options import Limits
 from ptbin.reading.checkpoint import Checkpoint, Opening, read_opened
 from ptbin.reading.folders import move_place
+from ptbin.reading.small_tensors import SmallTensors
 from ptbin.reading.source import SourceFile
 from ptbin.state_dict import Excluded
 from ptbin.stores.joined import JoinedReader
-from ptbin.tensors import Storage
+from ptbin.tensors import ByteRange, Storage, TensorRef
 
 __all__ = ["PartFiles", "mapping_of", "progress_of"]
 
@@ -56,11 +58,18 @@ def progress_of(root: Any, depth: int = 0) -> dict[str, int | float]:
 
 @dataclass(slots=True)
 class PartFiles:
-    """Files of one reader being put together."""
+    """Files of one reader being put together.
+
+    Attributes:
+        small: computes what has to be.
+        opened: files and their records, for layouts that account for what they leave of each.
+    """
 
     reader: JoinedReader
     limits: Limits
     opening: Opening = field(init=False)
+    small: SmallTensors = field(init=False)
+    opened: list[tuple[str, DictNode]] = field(default_factory=list)
     storages: dict[str, Storage] = field(default_factory=dict)
     replicas: list[tuple[Storage, Replicas]] = field(default_factory=list)
     left: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
@@ -70,6 +79,7 @@ class PartFiles:
 
     def __post_init__(self) -> None:
         self.opening = Opening(SourceFile(self.reader.part(self.reader.names[0])), self.limits)
+        self.small = SmallTensors(self.reader)
 
     @property
     def uri(self) -> str:
@@ -121,6 +131,18 @@ class PartFiles:
     def leave(self, name: str, nodes: Iterable[Any], role: str = "replica") -> None:
         """Records of a file that do not go along: one row for each file and role."""
         self.left.setdefault((name, role), []).extend(nodes)
+
+    def leave_unopened(self, names: Iterable[str], role: str) -> None:
+        """Files that belong to the checkpoint and are not read, counted by their sizes: one row."""
+        nodes = []
+        for name in names:
+            part = self.reader.part(name)
+            storage = Storage(name, part.size, ByteRange(part.base, part.size))
+            nodes.append(TensorRef(storage, BY_NAME["uint8"], (part.size,), (1,)))
+        if nodes:
+            first = nodes[0].storage.key
+            more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
+            self.leave(f"{first}{more} (not opened)", nodes, role)
 
     def refuse(self, why: str) -> NoReturn:
         """Raise IncompleteCheckpointError."""

@@ -25,7 +25,7 @@ from ptbin.errors import (
 )
 from ptbin.nodes import DictNode, Opaque
 from ptbin.options import Limits
-from ptbin.reading import deepspeed as reading
+from ptbin.reading import deepspeed_buffers as reading
 from ptbin.reading.checkpoint import Checkpoint, one_clear_error, read_checkpoint
 from ptbin.reading.verdicts import judge_programs
 from ptbin.sources import open_source
@@ -506,8 +506,12 @@ def test_a_missing_file_is_named(tmp_path: Path, stage: int, name: str) -> None:
 @pytest.mark.parametrize(
     ("source", "copy", "error"),
     [
-        ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_pp_rank_0_mp_rank_01_optim_states.pt", "tensor"),
-        ("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt", "tensor, pipeline"),
+        (
+            "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+            "zero_pp_rank_0_mp_rank_01_optim_states.pt",
+            "zero_pp_rank_1_mp_rank_01_optim_states.pt is missing",
+        ),
+        ("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt", "mp_rank_01_optim_states.pt is missing"),
         (
             "zero_pp_rank_0_mp_rank_00_optim_states.pt",
             "zero_pp_rank_2_mp_rank_00_optim_states.pt",
@@ -581,7 +585,7 @@ def test_a_damaged_buffer_is_found_when_it_is_cast(tmp_path: Path) -> None:
 
 def test_pieces_are_bounded(tmp_path: Path) -> None:
     tag = folder_of(tmp_path, 3, 11)
-    with pytest.raises(LimitExceededError, match="pieces"):
+    with pytest.raises(LimitExceededError, match="tensors"):
         read(tag, Limits(tensors=30))  # no file has as many
 
 
