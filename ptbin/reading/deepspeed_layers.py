@@ -13,6 +13,7 @@ the index of each file, and small tensors that are summed over ranks.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -58,6 +59,7 @@ def read_deepspeed_layers(reader: JoinedReader, limits: Limits, recipe: str | No
             files.refuse(f"{_name_of(layer, absent[0], own)} is missing; fetch the folder again, whole")
     states = sorted(name for name in reader.names if MODEL_STATES.match(name))
     roots = [(name, mapping_in(files, name)) for name in states]
+    _refuse_missing_stage(files, roots)
     held: dict[int, list[DictNode]] = {}
     for layer, own in layers.items():
         held[layer] = [mapping_in(files, own[rank]) for rank in range(count)]
@@ -97,6 +99,21 @@ def _layers(files: PartFiles) -> dict[int, dict[int, str]]:
         if own.setdefault(int(rank[1]), name) != name:
             raise CorruptArchiveError(f"{files.uri}: {own[int(rank[1])]} and {name} are of one rank")
     return dict(sorted(found.items()))
+
+
+def _refuse_missing_stage(files: PartFiles, roots: list[tuple[str, DictNode]]) -> None:
+    """Model states are there of every stage and rank, where they count them."""
+    for name, root in roots:
+        degrees = root.get("checkpoint_parallel_dimensions")
+        degrees = degrees if isinstance(degrees, DictNode) else DictNode()
+        found = [degrees.get(key) for key in ("pp_degree", "tp_degree")]
+        count = math.prod(found) if all(type(n) is int and 0 < n < MAX_LAYERS for n in found) else 0
+        absent = [f"mp_rank_{n:02d}_model_states.pt" for n in range(min(count, MAX_LAYERS))]
+        absent = [other for other in absent if other not in files.reader.names]
+        if absent:
+            files.refuse(
+                f"{absent[0]} is missing of {count} that {name} counts; fetch the folder again, whole"
+            )
 
 
 def _name_of(layer: int, rank: int, like: dict[int, str] | None) -> str:
