@@ -1,190 +1,274 @@
-"""How conversion scales with the cores: one large checkpoint, and many small ones at once.
+"""How conversion scales with the cores: one large checkpoint, and 32 small ones at once.
 
-    python benchmarks/cores.py --dir /dev/shm/bench --gib 8 --report docs/benchmarks-cores.md
+    python benchmarks/cores.py --dir /dev/shm/bench --gib 8 --json found.json
+    python benchmarks/cores.py --dir /dev/shm/bench --disk /data/bench --gib 4 --profile
 
 Whole processes, bound to the first 1, 2, 4, ... cores; peers in the same run, in turns: `cp`, `sha256sum`,
 and a script that maps the checkpoint with torch, keeps the state dict and saves it, which proves nothing.
-Needs Python, NumPy and torch, and no more of ptbin than the engine. `--also NAME=FOLDER` measures another
-checkout's engine beside this one.
+Needs Python, NumPy and torch, and no more of ptbin than the engine, which it takes from this checkout.
+`--budget` ends it in time, with what there is by then. `cores_report.py` makes a page and a plot of the JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+CHILD = str(Path(__file__).with_name("cores_child.py"))
 MIB = 1 << 20
+SMALL_COUNT = 32
 
-CONVERT = """
-import sys, ptbin
-ptbin.convert(sys.argv[1], sys.argv[2], ptbin.ConvertOptions(verify=sys.argv[3], force=True))
-"""
-MANY = """
-import sys, ptbin
-from concurrent.futures import ThreadPoolExecutor
-folder, out, level, at_once = sys.argv[1:5]
-import os
-names = sorted(os.listdir(folder))
-options = ptbin.ConvertOptions(verify=level, force=True)
-with ThreadPoolExecutor(int(at_once)) as pool:
-    list(pool.map(lambda name: ptbin.convert(f"{folder}/{name}", f"{out}/{name}.bin", options), names))
-"""
-TORCH = """
-import sys, torch
-state = torch.load(sys.argv[1], map_location="cpu", mmap=True, weights_only=True)["model"]
-torch.save(state, sys.argv[2])
-"""
+PROVEN, NO_DIGEST, UNPROVEN = "ptbin", "ptbin --file-digest none", "ptbin --verify none"
+"""Rows: what each promises."""
+LEVELS = {
+    PROVEN: ("checksum", "sha256"),
+    NO_DIGEST: ("checksum", "none"),
+    UNPROVEN: ("none", "sha256"),
+}
 
 
-def make_checkpoint(path: Path, nbytes: int) -> None:
-    """Weights of about `nbytes` in tensors of 64 MiB at most, and as many bytes of optimizer state."""
-    import torch
+class Bench:
+    """Runs commands while there is time, and keeps their seconds."""
 
-    torch.manual_seed(0)
-    size = min(64 * MIB, max(nbytes // 8, 4096)) // 4
-    count = max(1, nbytes // (4 * size))
-    model = {
-        f"layers.{i}.weight": torch.randint(0, 1 << 31, (size,), dtype=torch.int32).view(torch.float32)
-        for i in range(count)
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._ends = time.monotonic() + options.budget
+        self._longest: dict[tuple[str, int], float] = {}
+        self.found: dict[str, Any] = {"machine": machine(), "settings": settings(options)}
+
+    def left(self) -> float:
+        return float(self._ends - time.monotonic())
+
+    def run(self, command: Sequence[str], cores: int) -> float:
+        """Seconds."""
+        whole = cores >= available() or shutil.which("taskset") is None
+        bound = list(command) if whole else ["taskset", "-c", f"0-{cores - 1}", *command]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        began = time.monotonic()
+        subprocess.run(bound, check=True, env=environment, stdout=subprocess.DEVNULL)
+        return time.monotonic() - began
+
+    def rows(
+        self,
+        title: str,
+        commands: dict[tuple[str, int], list[str]],
+        clear: Sequence[Path],
+        *,
+        all_cores: bool = False,
+    ) -> None:
+        """One turn of each command; the second part of a key is its cores, or how many are at it at once on
+        all cores. `clear`: folders emptied before each.
+        """
+        rows = self.found.setdefault(title, {})
+        for key, command in commands.items():
+            if self.left() < 1.3 * self._longest.get((title + key[0], key[1]), 1.0):
+                continue
+            for folder in clear:
+                for file in folder.iterdir():
+                    file.unlink()
+            taken = self.run(command, available() if all_cores else key[1])
+            self._longest[title + key[0], key[1]] = taken
+            rows.setdefault(key[0], {}).setdefault(str(key[1]), []).append(round(taken, 3))
+            print(f"{title}: {key[0]}, {key[1]}: {taken:.2f} s", flush=True)
+            self.write()
+
+    def write(self) -> None:
+        """What there is so far: whatever ends this, its figures stay."""
+        if self._options.json is not None:
+            self._options.json.write_text(json.dumps(self.found, indent=1) + "\n")
+
+
+def available() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def machine() -> dict[str, Any]:
+    model = ""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    flags = Path("/proc/cpuinfo").read_text()
+    return {
+        "cores": available(),
+        "processor": model,
+        "sha_extensions": " sha_ni" in flags,
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30), 1),
     }
-    moments = {i: {"exp_avg": torch.zeros(size), "step": torch.tensor(1.0)} for i in range(count)}
-    torch.save(
-        {"model": model, "optimizer": {"state": moments, "param_groups": [{"params": list(moments)}]}}, path
-    )
 
 
-def seconds_of(command: Sequence[str], cores: int, engine: Path) -> float:
-    bound = ["taskset", "-c", f"0-{cores - 1}", *command] if shutil.which("taskset") else list(command)
-    environment = os.environ | {"PYTHONPATH": str(engine)}
-    began = time.monotonic()
-    subprocess.run(bound, check=True, env=environment, stdout=subprocess.DEVNULL)
-    return time.monotonic() - began
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dir", type=Path, default=Path("benchmarks/work"))
-    parser.add_argument("--gib", type=float, default=2.0, help="weights of the large checkpoint")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--cores", help="1,2,4,... (default: powers of two, and all)")
-    parser.add_argument("--also", action="append", default=[], metavar="NAME=FOLDER")
-    parser.add_argument("--report", type=Path)
-    options = parser.parse_args()
-    available = len(os.sched_getaffinity(0))
-    counts = [int(n) for n in options.cores.split(",")] if options.cores else _powers(available)
-    engines = {"ptbin": ROOT} | {
-        name: Path(folder).resolve() for name, _, folder in (a.partition("=") for a in options.also)
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "large_gib": options.gib,
+        "small_mib": options.small_mib,
+        "small_count": SMALL_COUNT,
+        "disk_gib": options.disk_gib if options.disk is not None else None,
     }
-    options.dir.mkdir(parents=True, exist_ok=True)
-    lines = [
-        f"{platform.machine()}, {available} cores, {options.runs} runs each, medians in seconds (min to max)",
-        "",
-    ]
-    try:
-        lines += _large(options, counts, engines)
-        lines += _many(options, counts, engines)
-    finally:
-        shutil.rmtree(options.dir, ignore_errors=True)
-    if options.report is not None:
-        options.report.write_text("# Cores\n\n" + "\n".join(lines) + "\n")
 
 
-def _powers(limit: int) -> list[int]:
+def powers(limit: int) -> list[int]:
     counts = [1]
     while counts[-1] * 2 <= limit:
         counts.append(counts[-1] * 2)
     return counts if counts[-1] == limit else [*counts, limit]
 
 
-def _print(line: str) -> str:
-    print(line, flush=True)
-    return line
+def child(*words: object) -> list[str]:
+    return [sys.executable, CHILD, *map(str, words)]
 
 
-def _measured(commands: dict[str, tuple[list[str], Path]], cores: int, runs: int) -> dict[str, list[float]]:
-    """Seconds of each command, in turns, after one round that is not counted."""
-    found: dict[str, list[float]] = {name: [] for name in commands}
-    for turn in range(runs + 1):
-        for name, (command, engine) in commands.items():
-            taken = seconds_of(command, cores, engine)
-            if turn:
-                found[name].append(taken)
-    return found
+class Large:
+    """One checkpoint in a folder, and what is done with it."""
+
+    def __init__(
+        self, bench: Bench, folder: Path, gib: float, counts: list[int], title: str, rows: list[str]
+    ) -> None:
+        self._bench, self._title = bench, title
+        source, given, out = folder / "in" / "large.pt", folder / "given" / "large.bin", folder / "out"
+        for place in (source.parent, given.parent, out):
+            place.mkdir(parents=True)
+        self._out = out
+        most = max(counts)
+        bench.run(child("checkpoint", source, int(gib * 1024)), most)
+        bench.run(child("convert", source, given, "none", "sha256"), most)  # what the peers copy and hash
+        copy = str(out / "copy")
+        self._turn: dict[tuple[str, int], list[str]] = {
+            ("cp", most): ["cp", str(given), copy],
+            ("sha256sum", most): ["sha256sum", str(given)],
+            ("cp, sync of the copy", most): ["sh", "-c", f"cp '{given}' '{copy}' && sync '{copy}'"],
+            ("Python's start", most): [sys.executable, "-c", "pass"],
+            ("a script: torch.load(mmap=True) + torch.save", most): child("torch", source, copy),
+        }
+        for n in reversed(counts):
+            for name in rows:
+                if name == UNPROVEN and n not in (most, min(4, most), 1):
+                    continue  # the kernel copies: the cores hardly matter
+                self._turn[name, n] = child("convert", source, out / "large.bin", *LEVELS[name])
+        self.profiled = child("profile", "{}", "convert", source, out / "large.bin", *LEVELS[PROVEN])
+
+    def turn(self, *, few_cores: bool = True) -> None:
+        """`few_cores`: also the runs on one core and on two, which take longest."""
+        most = max(n for _, n in self._turn)
+        commands = {
+            key: command for key, command in self._turn.items() if few_cores or key[1] > min(2, most - 1)
+        }
+        self._bench.rows(self._title, commands, [self._out])
 
 
-def _large(options: argparse.Namespace, counts: list[int], engines: dict[str, Path]) -> list[str]:
-    source, out = options.dir / "large.pt", options.dir / "large.bin"
-    make_checkpoint(source, int(options.gib * 1024 * MIB))
-    python = sys.executable
-    seconds_of([python, "-c", CONVERT, str(source), str(out), "none"], max(counts), ROOT)
-    commands: dict[str, tuple[list[str], Path]] = {
-        "cp": (["cp", str(out), str(options.dir / "copy")], ROOT),
-        "sha256sum": (["sha256sum", str(out)], ROOT),
-        "torch, mapped": ([python, "-c", TORCH, str(source), str(options.dir / "torch.bin")], ROOT),
-    }
-    for name, engine in engines.items():
-        for level in ("none", "checksum"):
-            target = str(options.dir / f"{name}.bin")
-            commands[f"{name} {level}"] = ([python, "-c", CONVERT, str(source), target, level], engine)
-    lines = [
-        _print(f"one checkpoint, {options.gib:g} GiB of weights | " + " | ".join(map(str, counts))),
-        "---|" * (len(counts) + 1),
-    ]
-    columns = {n: _measured(commands, n, options.runs) for n in counts}
-    for name in commands:
-        cells = [
-            f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
-            for times in (columns[n][name] for n in counts)
-        ]
-        lines.append(_print(f"{name} | " + " | ".join(cells)))
-    for file in options.dir.iterdir():
-        file.unlink()
-    return [*lines, ""]
+class Many:
+    """32 small checkpoints, 1, 2, 4, ... at once."""
 
-
-def _many(options: argparse.Namespace, counts: list[int], engines: dict[str, Path]) -> list[str]:
-    folder, out = options.dir / "many", options.dir / "out"
-    folder.mkdir()
-    out.mkdir()
-    total = int(options.gib * 1024 * MIB / 2)
-    for index in range(32):
-        make_checkpoint(folder / f"{index:02}.pt", total // 32)
-    lines = [
-        _print(
-            f"32 checkpoints, {total / 1024 / MIB:g} GiB of weights, at once | "
-            + " | ".join(map(str, counts))
-        ),
-        "---|" * (len(counts) + 1),
-    ]
-    python = sys.executable
-    rates: dict[str, list[str]] = {}
-    for at_once in counts:
-        commands: dict[str, tuple[list[str], Path]] = {}
-        for name, engine in engines.items():
-            for level in ("none", "checksum"):
-                commands[f"{name} {level}, MB/s"] = (
-                    [python, "-c", MANY, str(folder), str(out), level, str(at_once)],
-                    engine,
-                )
-        shell = (
-            f"ls {out}/*.bin | xargs -P {at_once} -I F sh -c 'cp F F.copy && sha256sum F.copy && rm F.copy'"
+    def __init__(self, bench: Bench, folder: Path, mib: int, counts: list[int], rows: list[str]) -> None:
+        self._bench, self._out = bench, folder / "out"
+        small, given = folder / "small", folder / "given"
+        for place in (small, given, self._out):
+            place.mkdir(parents=True)
+        bench.run(child("checkpoint", small / "00.pt", mib), max(counts))
+        for index in range(1, SMALL_COUNT):
+            shutil.copyfile(small / "00.pt", small / f"{index:02}.pt")
+        bench.run(
+            child("many", small, given, "none", "sha256", max(counts), "threads"),
+            max(counts),
         )
-        commands["cp + sha256sum, MB/s"] = (["sh", "-c", shell], ROOT)
-        for name, taken in _measured(commands, max(counts), options.runs).items():
-            rates.setdefault(name, []).append(f"{total / 1e6 / statistics.median(taken):,.0f}")
-    lines += [_print(f"{name} | " + " | ".join(cells)) for name, cells in rates.items()]
-    return lines
+        self._turns: list[dict[tuple[str, int], list[str]]] = []
+        for n in reversed(counts):
+            script = f"cp F '{self._out}/F' && sha256sum '{self._out}/F'"
+            shell = f"cd '{given}' && ls *.bin | xargs -P {n} -I F sh -c \"{script}\""
+            turn = {("cp + sha256sum, xargs -P", n): ["sh", "-c", shell]}
+            for name in rows:
+                for how in ("threads", "processes"):
+                    if how == "threads" or name == PROVEN:
+                        words = child("many", small, self._out, *LEVELS[name], n, how)
+                        turn[f"{name}, {how}", n] = words
+            self._turns.append(turn)
+        self.profiled = child(
+            "profile", "{}", "many", small, self._out, *LEVELS[PROVEN], max(counts), "threads"
+        )
+
+    def turn(self) -> None:
+        for turn in self._turns:
+            self._bench.rows("many", turn, [self._out], all_cores=True)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dir", type=Path, default=Path("benchmarks/work"), help="best in tmpfs")
+    parser.add_argument("--disk", type=Path, help="a folder on a disk, for one more table")
+    parser.add_argument("--gib", type=float, default=2.0, help="weights of the large checkpoint")
+    parser.add_argument("--disk-gib", type=float, default=2.0)
+    parser.add_argument("--small-mib", type=int, default=113, help="weights of each small one")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--budget", type=float, default=280.0, help="seconds")
+    parser.add_argument("--cores", help="1,2,4,... (default: powers of two, and all)")
+    parser.add_argument("--profile", action="store_true", help="also where the time goes, into the JSON")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    counts = [int(n) for n in options.cores.split(",")] if options.cores else powers(available())
+    bench = Bench(options)
+    rows = [PROVEN, UNPROVEN]
+    if (
+        subprocess.run(
+            [sys.executable, "-c", "import ptbin; ptbin.ConvertOptions(file_digest='none')"],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stderr=subprocess.DEVNULL,
+            check=False,
+        ).returncode
+        == 0
+    ):
+        rows.insert(1, NO_DIGEST)
+    folders = [options.dir, *([options.disk] if options.disk else [])]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=False)
+    try:
+        measure(bench, options, counts, rows)
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        bench.write()
+
+
+def measure(bench: Bench, options: argparse.Namespace, counts: list[int], rows: list[str]) -> None:
+    large = Large(bench, options.dir / "large", options.gib, counts, "large", rows)
+    large.turn()
+    if options.profile:
+        profile(bench, options.dir, large.profiled, "one large")
+    many = Many(bench, options.dir / "many", options.small_mib, counts, rows)
+    many.turn()
+    if options.profile:
+        profile(bench, options.dir, many.profiled, "many at once")
+    disk = None
+    if options.disk is not None:
+        disk = Large(bench, options.disk / "large", options.disk_gib, [max(counts)], "disk", rows)
+        disk.turn()
+    for _ in range(options.runs - 1):
+        large.turn(few_cores=False)
+        many.turn()
+        if disk is not None:
+            disk.turn()
+
+
+def profile(bench: Bench, folder: Path, command: list[str], what: str) -> None:
+    place = folder / "profile.json"
+    bench.run([word.replace("{}", str(place)) for word in command], available())
+    bench.found.setdefault("profiles", {})[what] = json.loads(place.read_text())
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ptbin.cores import hashing_pool, hashing_slot
-from ptbin.crc32 import combine_crc32
 from ptbin.proof.local_file import LocalFile
-from ptbin.proof.regions import FileDigests, RegionLane, StoredTensor, strided_sha256
+from ptbin.proof.regions import RegionLane, strided_sha256
+from ptbin.values.crc32 import combine_crc32
+from ptbin.values.digests import FileDigests, StoredTensor
 
 if TYPE_CHECKING:
     from ptbin.stores import RangeReader

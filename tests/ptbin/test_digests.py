@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptbin.proof.digests import GROUP_NBYTES, GrowingFile, StoredTensor, digest_descriptor
+from ptbin.proof.digests import GROUP_NBYTES, GrowingFile, digest_descriptor
+from ptbin.values.digests import StoredTensor
 
 MIB = 1 << 20
 
