@@ -120,8 +120,18 @@ def _tensor_parallel(deepspeed: Any, folder: Path, stage: int) -> None:
     engine.backward(engine(input_ids=tokens, labels=tokens).loss)
     engine.step()
     engine.save_checkpoint(str(folder), tag=TAG)
-    if stage < 3:
-        engine.save_16bit_model(str(folder), "whole.bin")
+    if stage == 0:
+        # Not `save_16bit_model`, which saves the first rank's slices.
+        gathered = importlib.import_module("deepspeed.module_inject.layers").GatherReplacedLayerParams
+        whole = {}
+        for name, module in engine.module.named_modules():
+            parameters = list(module.parameters(recurse=False))
+            with gathered(parameters, module, enabled=hasattr(module, "gather_params")):
+                whole |= {
+                    f"{name}.{own}": p.detach().clone() for own, p in module.named_parameters(recurse=False)
+                }
+        if torch.distributed.get_rank() == 0:
+            torch.save(whole, folder / "whole.pt")
 
 
 def _pipeline(deepspeed: Any, folder: Path) -> None:

@@ -20,7 +20,7 @@ from ptbin.reading.containers.checkpoint import Checkpoint, Folder
 from ptbin.reading.containers.deepspeed.buffers import Buffers
 from ptbin.reading.containers.deepspeed.models import ModelStates, Shapes
 from ptbin.reading.containers.deepspeed.partitions import Cutter
-from ptbin.reading.containers.deepspeed.rules import tensor_ranks_of
+from ptbin.reading.containers.deepspeed.rules import rules_of, tensor_ranks_of
 from ptbin.reading.containers.part_files import PartFiles
 from ptbin.sources.deepspeed_names import MODEL_STATES, OPTIM_STATES, UNIVERSAL, UNIVERSAL_OPTIMIZER
 from ptbin.values.nodes import DictNode
@@ -74,7 +74,7 @@ class _Universal:
             if name in buffers:
                 self.files.leave(path, [value], "precision_copy")  # a cast copy, of whole numbers too
                 continue
-            if name not in shapes and len(models) > 1:
+            if name not in shapes and len(models) > 1 and not self._is_replicated(first, name):
                 self.files.refuse(
                     f"{path} is of no parameter that was trained, of which ds_to_universal keeps the first "
                     "tensor-parallel rank's slice alone; convert the folder that it was made from"
@@ -99,6 +99,11 @@ class _Universal:
         self.files.leave_unopened(unread, "optimizer")
         roles = {"fp32": "precision_copy", "module": "precision_copy"}
         return self.files.checkpoint("deepspeed_universal", root, preferred="fp32", roles=roles)
+
+    def _is_replicated(self, model: ModelStates, name: str) -> bool:
+        """Whether every tensor-parallel rank holds all of it."""
+        rules = rules_of(self.files, model.root, model.names[0])
+        return rules.lists is not None and name in rules.lists["tp_replicated_parameter_patterns"]
 
     def _is_unread(self, path: str) -> bool:
         match = UNIVERSAL.match(path)
