@@ -63,6 +63,7 @@ _WHOLE_CONTAINERS = (
     "deepspeed_universal",
     "torch_ranks",
     "meta_parts",
+    "hf_shards",
     "raw",
     "torch_export",
 )

@@ -51,7 +51,7 @@ _OWN_FOLDER = (
 _EACH_BY_ITSELF = ("deepspeed_experts", "deepspeed_layers", "deepspeed_ranks")
 """Whose files are weights by themselves, for callers that take parts knowingly."""
 
-_MERGED = ("torch_ranks", "meta_parts")
+_MERGED = ("torch_ranks", "meta_parts", "hf_shards")
 """Parts that are put together; a name such as `rank0.pt` is a weaker sign than a folder's index."""
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "is_meta_name",
     "is_only_rank",
     "is_rank_name",
+    "is_torch_shard",
     "may_be_part",
     "split_place",
 ]
@@ -126,6 +127,11 @@ def is_rank_name(name: str) -> bool:
 def is_meta_name(name: str) -> bool:
     """Whether a file of this name is one of Meta's parts."""
     return _META.match(name) is not None
+
+
+def is_torch_shard(name: str) -> bool:
+    """Whether a file of this name is one rank's of torch's Hugging Face shards."""
+    return _TORCH_SHARD.match(name) is not None
 
 
 def is_only_rank(name: str) -> bool:
@@ -265,8 +271,10 @@ def _of_torch(names: Sequence[str]) -> list[Parts]:
         Parts(
             members,
             f"shards that torch.distributed.checkpoint wrote, one file for each rank ({_listed(members)}); "
-            "torch's consolidate_safetensors_files merges them; where the folder above holds the merged "
-            "model, leave these out with --exclude",
+            "convert the folder, which takes all of them; where the folder above holds the merged "
+            "model, leave "
+            "these out with --exclude",
+            "hf_shards",
         )
     ]
 

@@ -123,7 +123,7 @@ def _tensor_parallel(deepspeed: Any, folder: Path, stage: int) -> None:
     if stage == 0:
         # Not `save_16bit_model`, which saves the first rank's slices.
         gathered = importlib.import_module("deepspeed.module_inject.layers").GatherReplacedLayerParams
-        whole = {}
+        whole: dict[str, torch.Tensor] = {}
         for name, module in engine.module.named_modules():
             parameters = list(module.parameters(recurse=False))
             with gathered(parameters, module, enabled=hasattr(module, "gather_params")):

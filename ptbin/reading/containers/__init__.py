@@ -21,6 +21,7 @@ from ptbin.reading.containers.deepspeed.ranks import read_deepspeed_ranks
 from ptbin.reading.containers.deepspeed.universal import read_deepspeed_universal
 from ptbin.reading.containers.deepspeed.zero import read_deepspeed
 from ptbin.reading.containers.foreign import refuse_known_foreign
+from ptbin.reading.containers.hf_shards import read_hf_shards
 from ptbin.reading.containers.legacy import read_legacy, read_raw_pickle
 from ptbin.reading.containers.meta_parts import read_meta_parts
 from ptbin.reading.containers.rank_files import read_rank_files
@@ -31,7 +32,7 @@ from ptbin.reading.containers.torch_zip import read_zip
 from ptbin.reading.containers.zip_directory import refuse_prefixed_zip
 from ptbin.sources.deepspeed_names import deepspeed_checkpoint
 from ptbin.sources.folders import DCP_METADATA, INDEX_SUFFIX
-from ptbin.sources.part_names import is_meta_name, is_rank_name
+from ptbin.sources.part_names import is_meta_name, is_rank_name, is_torch_shard
 from ptbin.stores.joined import JoinedReader
 
 __all__ = ["FILES", "FOLDERS", "read_checkpoint"]
@@ -56,6 +57,7 @@ FOLDERS: tuple[tuple[Callable[[Collection[str]], bool], Callable[[Folder], Check
     (lambda names: deepspeed_checkpoint(names)[0] == "deepspeed_experts", read_deepspeed_experts),
     (lambda names: deepspeed_checkpoint(names)[0] == "deepspeed_zero", read_deepspeed),
     (lambda names: deepspeed_checkpoint(names)[0] == "deepspeed_ranks", read_deepspeed_ranks),
+    (lambda names: any(is_torch_shard(name) for name in names), read_hf_shards),
     (lambda names: is_meta_name(next(iter(names))), read_meta_parts),
     (lambda names: any(name.endswith(INDEX_SUFFIX) for name in names), read_indexed),
     (lambda names: is_rank_name(next(iter(names))), read_rank_files),
@@ -64,12 +66,13 @@ FOLDERS: tuple[tuple[Callable[[Collection[str]], bool], Callable[[Folder], Check
 
 
 def read_checkpoint(
-    reader: RandomReader, limits: Limits | None = None, recipe: str | None = None
+    reader: RandomReader, limits: Limits | None = None, recipe: str | None = None, *, parts: bool = False
 ) -> Checkpoint:
     """Recognise and index one file, or several that are one checkpoint.
 
     Args:
         recipe: `ConvertOptions.recipe`, for parts that do not say how they make a whole.
+        parts: `ConvertOptions.parts`, for files that do not say whether they are all.
 
     Raises:
         NotACheckpointError: no container of any kind.
@@ -81,7 +84,7 @@ def read_checkpoint(
         return read_file(Opening(SourceFile(reader), limits, read_file))
     for is_one, read in FOLDERS:
         if is_one(reader.names):
-            return read(Folder(reader, limits, read_file, recipe))
+            return read(Folder(reader, limits, read_file, recipe, parts))
     raise UnsupportedFormatError(f"{reader.uri}: a folder of no known kind")
 
 

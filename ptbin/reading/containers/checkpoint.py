@@ -156,12 +156,14 @@ class Folder:
     Attributes:
         read: recognises and indexes any one file.
         recipe: `ConvertOptions.recipe`, for parts that do not say how they make a whole.
+        parts: `ConvertOptions.parts`, for files that do not say whether they are all.
     """
 
     reader: JoinedReader
     limits: Limits
     read: ReadFile
     recipe: str | None = None
+    parts: bool = False
 
     def opening(self, name: str) -> Opening:
         """The one for a file of the folder."""
