@@ -27,7 +27,9 @@ from ptbin.errors import (
     UnsupportedTensorError,
 )
 from ptbin.options import OutputFormat
+from ptbin.reading.pickle import meshes
 from ptbin.reading.pickle.meshes import Placement, runs_of
+from ptbin.reading.pickle.torch_objects import TorchVocabulary
 from tests.bits import assert_same_tensors
 from tests.checkpoints.meshes import make_meshes
 from tests.checkpoints.old_meshes import Cut, save_as_torch_2_3
@@ -126,6 +128,28 @@ def test_sixty_four_ranks_of_three_mesh_dimensions(tmp_path: Path) -> None:
     }
     folder = _cut(tmp_path / "ranks", (4, 4, 4), tensors)
     assert_same_tensors(_converted(folder, tmp_path), {k: v for k, (v, _) in tensors.items()})
+
+
+def test_what_all_ranks_share_is_worked_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planning 405B in 64 files took three times as long while each tensor asked anew."""
+    from torch.distributed.tensor import Shard
+
+    folder = _cut(tmp_path / "ranks", (4,), {f"t{i}": (torch.ones(8, 2), [Shard(0)]) for i in range(40)})
+    counts = {"grids": 0, "tables": 0}
+    grid_of, made_table = meshes.grid_of, TorchVocabulary._made_table
+
+    def counted_grid(mesh: Any) -> Any:
+        counts["grids"] += 1
+        return grid_of(mesh)
+
+    def counted_table(self: TorchVocabulary) -> Any:
+        counts["tables"] += 1
+        return made_table(self)
+
+    monkeypatch.setattr(meshes, "grid_of", counted_grid)
+    monkeypatch.setattr(TorchVocabulary, "_made_table", counted_table)
+    ptbin.inspect(str(folder))
+    assert counts == {"grids": 4, "tables": 1}
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
