@@ -27,7 +27,7 @@ from ptbin.manifests.drafting import Written, draft_file, draft_manifest, stored
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, dump_manifest, utc_now
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, add_source_digests, dump_statement, statement_of
 from ptbin.manifests.sidecars import copy_sidecars, put_text
-from ptbin.manifests.vouching import Guard, Place, Standing, claim_of, claim_path, end_claim, is_restored
+from ptbin.manifests.vouching import Guard, OutputSite, Standing, claim_of, claim_path, end_claim, is_restored
 from ptbin.options import ConvertOptions
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import Selected, read_selected
@@ -160,7 +160,16 @@ def stage(
     manifest["bytes_copied_in_store"] = sum(file.copied_nbytes for file in files)
     if notes:
         manifest["notes"] = notes
-    return Draft(source, dest, options.verify, manifest, tuple(files), options.limits, claimed=at.has_claim)
+    return Draft(
+        source,
+        dest,
+        options.verify,
+        manifest,
+        tuple(files),
+        options.limits,
+        claimed=at.has_claim,
+        claim=at.claim,
+    )
 
 
 def would_replace(
@@ -207,7 +216,7 @@ class _Prepared:
     selected: Selected
     output: OutputPlan
     sidecars: dict[str, ListedObject]
-    at: Place
+    at: OutputSite
     name: str
 
     def vouches_for(self, name: str) -> bool:
@@ -253,12 +262,13 @@ def _prepared(
                 selected, output = plan_conversion(reader, options, name)
             # A listing speaks of the names that were planned; another split may have taken one since.
             known = standing if not options.split else None
-            at = Place(
+            at = OutputSite(
                 store,
                 path,
                 None if options.force else guard,
                 standing=known,
                 restores=guard == "restored",
+                source_uri=place.store.uri_of(place.path),
             )
             sidecars = find_sidecars(place) if options.layout == "hf" else {}
             for plan in output.files:
@@ -306,7 +316,7 @@ class _Writing:
 
     plan: FilePlan
     reader: RangeReader
-    place: Place
+    place: OutputSite
     progress: Progress | None
 
     def run(
@@ -328,7 +338,8 @@ class _Writing:
         plan = self.plan
         store = self.place.store
         path = self.place.path_of(plan.name)
-        with store.open_writer(path, size_hint=plan.plan.size, copies=copies) as writer:
+        claim = self.place.claim
+        with store.open_writer(path, size_hint=plan.plan.size, copies=copies, claim=claim) as writer:
             descriptor = writer.written() if check_source else None
             proof = self._proof(descriptor) if descriptor is not None else None
             try:
@@ -451,10 +462,11 @@ def publish(
         manifest["verification"]["identities"] = identities
     if "provenance" in manifest:
         statement = dump_statement(statement_of(manifest))
-        files = [(file.path, file.size, file.crc32) for file in draft.files]
-        files.append((manifest["provenance"], len(statement), zlib.crc32(statement)))
-        store.write_bytes(claim_path(path), claim_of(files, restored=is_restored(manifest)))
-        store.write_bytes(path + STATEMENT_SUFFIX, statement)
+        if draft.claimed:
+            files = [(file.path, file.size, file.crc32) for file in draft.files]
+            files.append((manifest["provenance"], len(statement), zlib.crc32(statement)))
+            store.write_bytes(claim_path(path), claim_of(files, restored=is_restored(manifest)))
+        store.write_bytes(path + STATEMENT_SUFFIX, statement, claim=draft.claim)
     identity = store.write_bytes(path + MANIFEST_SUFFIX, dump_manifest(manifest))
     if draft.claimed:
         end_claim(store, path)

@@ -23,7 +23,7 @@ from ptbin.stores import RangeReader, Store, Writer, register_store
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from ptbin.stores import Identity, ListedObject, ObjectStat
+    from ptbin.stores import Identity, ListedObject, ObjectStat, Watch
 
 StoreT = TypeVar("StoreT", bound="Store")
 
@@ -62,17 +62,21 @@ class HookedStore(Store):
         self.before(Call("is_directory", path))
         return self.inner.is_directory(path)
 
-    def iter_objects(self, path: str) -> Iterator[ListedObject]:
+    def iter_objects(self, path: str, watch: Watch | None = None) -> Iterator[ListedObject]:
         self.before(Call("list", path))
-        return self.inner.iter_objects(path)
+        return self.inner.iter_objects(path, watch)
 
     def open_reader(self, path: str, *, expected: Identity | None = None) -> RangeReader:
         self.before(Call("open", path))
         return HookedReader(self, path, self.inner.open_reader(path, expected=expected))
 
-    def open_writer(self, path: str, *, size_hint: int | None = None, copies: bool = True) -> Writer:
+    def open_writer(
+        self, path: str, *, size_hint: int | None = None, copies: bool = True, claim: str = ""
+    ) -> Writer:
         self.before(Call("create", path))
-        return HookedWriter(self, path, self.inner.open_writer(path, size_hint=size_hint, copies=copies))
+        return HookedWriter(
+            self, path, self.inner.open_writer(path, size_hint=size_hint, copies=copies, claim=claim)
+        )
 
     def delete(self, path: str) -> None:
         self.before(Call("delete", path))

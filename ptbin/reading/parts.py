@@ -64,6 +64,7 @@ _WHOLE_CONTAINERS = (
     "torch_ranks",
     "meta_parts",
     "hf_shards",
+    "megatron_parts",
     "raw",
     "torch_export",
 )

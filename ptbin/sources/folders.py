@@ -20,6 +20,7 @@ from ptbin.sources.deepspeed_names import deepspeed_checkpoint
 from ptbin.sources.part_names import (
     META_PARAMETERS,
     find_parts,
+    is_megatron_name,
     is_meta_name,
     is_only_rank,
     may_be_part,
@@ -51,7 +52,7 @@ _OWN_FOLDER = (
 _EACH_BY_ITSELF = ("deepspeed_experts", "deepspeed_layers", "deepspeed_ranks")
 """Whose files are weights by themselves, for callers that take parts knowingly."""
 
-_MERGED = ("torch_ranks", "meta_parts", "hf_shards")
+_MERGED = ("torch_ranks", "meta_parts", "megatron_parts", "hf_shards")
 """Parts that are put together; a name such as `rank0.pt` is a weaker sign than a folder's index."""
 
 
@@ -201,6 +202,9 @@ def main_handle(items: Iterable[ListedObject]) -> Group | ListedObject | None:
     if own:
         return None
     alone = [item for item in single if is_only_rank(item.path) or is_meta_name(item.path)]
+    ranks = [item for item in single if is_megatron_name(item.path)]
+    if len(ranks) == 1 and not groups:
+        return Group("megatron_parts", "", "", tuple(ranks))
     if len(alone) == 1 and not groups:
         parameters = [item for item in single if item.path == META_PARAMETERS]
         if is_meta_name(alone[0].path) and parameters:

@@ -70,7 +70,7 @@ class PartFiles:
     opened: list[tuple[str, DictNode]] = field(default_factory=list)
     storages: dict[str, Storage] = field(default_factory=dict)
     replicas: list[tuple[Storage, Replicas]] = field(default_factory=list)
-    left: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
+    left: dict[tuple[str, str | None], list[Any]] = field(default_factory=dict)
     made: dict[object, Storage] = field(default_factory=dict)
     _globals: set[tuple[str, str]] = field(default_factory=set)
     _progress: tuple[str, dict[str, int | float]] | None = None
@@ -126,7 +126,7 @@ class PartFiles:
         if len(found) > 1:
             self.replicas.append((taken, Replicas(name, found)))
 
-    def leave(self, name: str, nodes: Iterable[Any], role: str = "replica") -> None:
+    def leave(self, name: str, nodes: Iterable[Any], role: str | None = "replica") -> None:
         """Records of a file that do not go along: one row for each file and role."""
         self.left.setdefault((name, role), []).extend(nodes)
 
