@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ptbin.sources.companions import companion_of
-from ptbin.sources.deepspeed_names import deepspeed_checkpoint
+from ptbin.sources.deepspeed_names import UNIVERSAL_OPTIMIZER, deepspeed_checkpoint
 from ptbin.sources.part_names import (
     META_PARAMETERS,
     find_parts,
@@ -99,7 +99,8 @@ class Group:
 def is_folder_part(name: str) -> bool:
     """Whether a file of this name (by `split_place`) may be part of a checkpoint of several files."""
     suffixes = (".distcp", INDEX_SUFFIX, "_states.pt", ".bin", ".safetensors")
-    if name in (DCP_METADATA, LIGHTNING_METADATA, COMMON_STATE, META_PARAMETERS) or name.endswith(suffixes):
+    beside = (DCP_METADATA, LIGHTNING_METADATA, COMMON_STATE, META_PARAMETERS, UNIVERSAL_OPTIMIZER)
+    if name in beside or name.endswith(suffixes):
         return True
     return may_be_part(name)
 

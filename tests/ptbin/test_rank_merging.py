@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -273,6 +275,42 @@ def test_layout_hf_takes_the_folder_of_configuration_along(made: Path, tmp_path:
     ptbin.convert(str(tmp_path / "in"), dest, ConvertOptions(layout="hf"))
     assert (tmp_path / "out" / "config.json").read_text() == '{"torch_dtype": "float32"}'
     assert not (tmp_path / "out" / "evil.py").exists()
+
+
+def _tiny(kind: str) -> Any:
+    """A model of transformers with random weights."""
+    transformers: Any = importlib.import_module("transformers")
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    if kind == "llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+    if kind == "qwen":
+        config = transformers.Qwen3Config(**sizes, **heads, head_dim=8, tie_word_embeddings=True)
+        return transformers.Qwen3ForCausalLM(config)
+    config = transformers.MixtralConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=2)
+    return transformers.MixtralForCausalLM(config)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen", "mixtral"])
+def test_transformers_computes_the_same_from_the_merged_folder(tmp_path: Path, kind: str) -> None:
+    from torch.distributed.tensor import Replicate, Shard
+
+    model = _tiny(kind)
+    tensors: dict[str, tuple[torch.Tensor, list[Any]]] = {
+        name: (value, [Shard(0), Shard(value.dim() - 1) if value.dim() > 1 else Replicate()])
+        for name, value in model.state_dict().items()
+    }
+    folder = _cut(tmp_path / "ranks", (4, 2), tensors)
+    model.config.save_pretrained(folder / "huggingface")
+    dest = tmp_path / "hub" / "model.safetensors"
+    ptbin.convert(
+        str(folder), str(dest), ConvertOptions(format="safetensors", layout="hf", max_shard_size=20_000)
+    )
+    assert not any(name.startswith("model_world") for name in os.listdir(dest.parent))
+    again = type(model).from_pretrained(dest.parent)
+    tokens = torch.arange(9).reshape(1, 9)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
 def test_a_run_on_one_rank_is_its_only_file(tmp_path: Path) -> None:

@@ -25,11 +25,12 @@ from ptbin.errors import CorruptArchiveError
 from ptbin.merging.tiles import Box, Part, whole_tensor
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
 from ptbin.reading.containers.part_files import PartFiles
-from ptbin.reading.parts import SHARDING_INFO
 from ptbin.values.nodes import DictNode
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["read_hf_shards"]
+__all__ = ["SHARDING_INFO", "read_hf_shards"]
+
+SHARDING_INFO = "DCP_SHARDING_INFO"
 
 MAX_SHARDING_NBYTES = 64 << 20
 MAX_EXTENT = 1 << 48
