@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptbin.options import OutputFormat
-from ptbin.values.segments import FilePlan
-from ptbin.writing.casts import Casts
-from ptbin.writing.formats.raw import plan_raw, raw_index
-from ptbin.writing.formats.safetensors import plan_safetensors
-from ptbin.writing.formats.torch_archive import plan_torch_archive
+
+if TYPE_CHECKING:
+    from ptbin.values.segments import FilePlan
+    from ptbin.writing.casts import Casts
 
 __all__ = ["FORMATS", "FileContent", "Format"]
 
@@ -55,19 +54,42 @@ class Format:
     index: Callable[[list[FilePlan]], bytes] | None = None
 
 
+# Imported where they are used: whoever asks for a suffix alone, a listing say, needs none of them.
+
+
+def _plan_torch(file: FileContent) -> FilePlan:
+    from ptbin.writing.formats.torch_archive import plan_torch_archive
+
+    return plan_torch_archive(
+        file.name,
+        file.entries,
+        mapping_kind=file.mapping_kind,
+        metadata=file.metadata,
+        archive_root=file.archive_root,
+        casts=file.casts,
+    )
+
+
+def _plan_raw(file: FileContent) -> FilePlan:
+    from ptbin.writing.formats.raw import plan_raw
+
+    return plan_raw(file.name, file.entries, file.casts)
+
+
+def _raw_index(files: list[FilePlan]) -> bytes:
+    from ptbin.writing.formats.raw import raw_index
+
+    return raw_index(files)
+
+
+def _plan_safetensors(file: FileContent) -> FilePlan:
+    from ptbin.writing.formats.safetensors import plan_safetensors
+
+    return plan_safetensors(file.name, file.entries, file.casts)
+
+
 FORMATS: dict[OutputFormat, Format] = {
-    "torch": Format(
-        ".bin",
-        lambda file: plan_torch_archive(
-            file.name,
-            file.entries,
-            mapping_kind=file.mapping_kind,
-            metadata=file.metadata,
-            archive_root=file.archive_root,
-            casts=file.casts,
-        ),
-        only_tensors=False,
-    ),
-    "raw": Format(".bin", lambda file: plan_raw(file.name, file.entries, file.casts), index=raw_index),
-    "safetensors": Format(".safetensors", lambda file: plan_safetensors(file.name, file.entries, file.casts)),
+    "torch": Format(".bin", _plan_torch, only_tensors=False),
+    "raw": Format(".bin", _plan_raw, index=_raw_index),
+    "safetensors": Format(".safetensors", _plan_safetensors),
 }
