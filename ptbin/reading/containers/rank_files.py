@@ -116,6 +116,7 @@ class _Ranks:
                 )
             self.grids.clear()
             self.files.leave(name, self._take(own, name, is_first=root is None))
+            self.files.opening.vocabulary.grids.forget()
             root = own if root is None else root
         assert root is not None
         if not self.files.opening.vocabulary.placements and not any(
@@ -175,7 +176,7 @@ class _Ranks:
         mesh = spec.get("mesh")
         grid = self.grids.get(id(mesh))
         if grid is None:
-            found = grid_of(mesh)
+            found = self.files.opening.vocabulary.grids.of(mesh)
             if found is None:
                 self._unsupported(name, path, "a distributed tensor whose device mesh cannot be read")
             grid = self.grids[id(mesh)] = found
