@@ -27,6 +27,7 @@ from ptbin.installed import require_reader
 from ptbin.manifest import MANIFEST_SUFFIX, dump_manifest, identity_text, utc_now
 from ptbin.options import ConvertOptions
 from ptbin.proof.digests import FileDigests
+from ptbin.proof.serial import Serial, serial_of
 from ptbin.provenance import STATEMENT_SUFFIX, add_source_digests, dump_statement, statement_of
 from ptbin.reading.checkpoint import one_clear_error
 from ptbin.reading.selected import Selected, read_selected
@@ -129,7 +130,7 @@ def stage(
         reader, at, output = made.reader, made.at, made.output
         obsolete = _outputs_of_before(at.manifest, made.name)
         for plan in output.files:
-            writing = _Writing(plan, reader, at, progress)
+            writing = _Writing(plan, reader, at, progress, _serial(plan, options))
             result, file, digests = writing.run(
                 check_source=options.verify != "none", replaces=at.manifest is not None, notes=notes
             )
@@ -158,7 +159,16 @@ def stage(
     manifest["bytes_copied_in_store"] = sum(file.copied_nbytes for file in files)
     if notes:
         manifest["notes"] = notes
-    return Draft(source, dest, options.verify, manifest, tuple(files), options.limits, claimed=at.has_claim)
+    return Draft(
+        source,
+        dest,
+        options.verify,
+        manifest,
+        tuple(files),
+        options.limits,
+        options.file_digest,
+        claimed=at.has_claim,
+    )
 
 
 def would_replace(
@@ -298,6 +308,7 @@ class _Writing:
     reader: RangeReader
     place: Place
     progress: Progress | None
+    serial: Serial
 
     def run(
         self, *, check_source: bool, replaces: bool, notes: list[str]
@@ -350,14 +361,15 @@ class _Writing:
             writer.commit()
         file = replace(file, identity=identity_text(writer.identity) or None)
         if digests is not None and file.identity is not None:
-            file = replace(file, sha256=digests.sha256)
+            file = replace(file, sha256=digests.sha256, gaps_sha256=digests.gaps_sha256)
         return result, file, digests
 
     def _proof(self, descriptor: int) -> WrittenProof:
         from ptbin.proof.output import WrittenProof
 
         tensors = [(planned.name, stored_of(planned)) for planned in self.plan.tensors]
-        return WrittenProof(descriptor, self.plan.plan, tensors, self.place.store.uri_of(self.place.path))
+        uri = self.place.store.uri_of(self.place.path)
+        return WrittenProof(descriptor, self.plan.plan, tensors, uri, self.serial)
 
     def _proven(self, proof: WrittenProof, file: DraftFile) -> FileDigests:
         try:
@@ -366,6 +378,11 @@ class _Writing:
             # The source's own bytes may be what is wrong: then that is the answer.
             check_copies(self.plan.plan, self.reader)
             raise
+
+
+def _serial(plan: FilePlan, options: ConvertOptions) -> Serial:
+    """A file without tensors has nothing but its own digest."""
+    return serial_of(options.file_digest) if plan.tensors else "file"
 
 
 def _outputs_of_before(manifest: Mapping[str, Any] | None, name: str) -> set[str]:

@@ -76,3 +76,7 @@ class LocalFile:
         finally:
             if len(buffer) == BUFFER_NBYTES and len(_buffers) < MAX_BUFFERS:
                 _buffers.append(buffer)
+
+    def pieces(self, offset: int, nbytes: int) -> Iterator[bytes]:
+        """As `chunks`, each to be kept."""
+        return (bytes(chunk) for chunk in self.chunks(offset, nbytes))

@@ -25,14 +25,9 @@ from ptbin.dtypes import BY_NAME
 from ptbin.errors import CheckpointError, ChecksumMismatchError, VerificationError
 from ptbin.folders import INDEX_SUFFIX
 from ptbin.manifest import hex_crc32, identity_text
-from ptbin.proof.digests import (
-    FOLLOWED_NBYTES,
-    FileDigests,
-    GrowingFile,
-    StoredTensor,
-    digest_descriptor,
-    digest_file,
-)
+from ptbin.proof.digests import FileDigests, StoredTensor, digest_descriptor, digest_file
+from ptbin.proof.growing import FOLLOWED_NBYTES, GrowingFile
+from ptbin.proof.serial import Serial, serial_of
 from ptbin.reading.checkpoint import read_checkpoint
 from ptbin.reading.selection import select_state_dict
 from ptbin.reading.verdicts import judge_programs
@@ -79,7 +74,7 @@ def prove_output(
         with store.open_reader(f"{folder}/{file.path}") as reader:
             if identities is not None and (seen := identity_text(reader.identity)):
                 identities[file.path] = seen
-            if file.sha256 is not None:
+            if file.is_proven:
                 _check_same(reader, file, rows, draft)
                 continue
             # Provenance names the SHA-256 of every output, which no store states.
@@ -89,7 +84,10 @@ def prove_output(
                     _prove_by_store(reader, file, rows, draft, stated)
                     proven_by = STORE_CHECKSUM
                     continue
-            output["sha256"] = _prove_file(reader, file, rows, draft, progress)
+            digests = _prove_file(reader, file, rows, draft, progress)
+            output["sha256"] = digests.sha256
+            if digests.gaps_sha256 is not None:
+                output["gaps_sha256"] = digests.gaps_sha256
     if draft.manifest["options"]["format"] == "raw":
         check_raw_indexes(store, folder, draft.manifest)
     if draft.level == "load":
@@ -111,16 +109,28 @@ class WrittenProof:
     """
 
     def __init__(
-        self, descriptor: int, plan: Plan, tensors: Sequence[tuple[str, StoredTensor]], uri: str
+        self,
+        descriptor: int,
+        plan: Plan,
+        tensors: Sequence[tuple[str, StoredTensor]],
+        uri: str,
+        serial: Serial = "file",
     ) -> None:
         self._descriptor = descriptor
         self._tensors = tensors
         self._uri = uri
+        self._serial: Serial = serial
         self._records = [(record.offset, record.nbytes) for record in plan.records]
         self._growing: GrowingFile | None = None
         if plan.size >= FOLLOWED_NBYTES:
             self._growing = GrowingFile(
-                descriptor, plan.size, self._records, self._places, self._refuse_end, follow=True
+                descriptor,
+                plan.size,
+                self._records,
+                self._places,
+                self._refuse_end,
+                follow=True,
+                serial=serial,
             )
 
     @property
@@ -148,7 +158,13 @@ class WrittenProof:
             digests = self._growing.finish(progress)
         else:
             digests = digest_descriptor(
-                self._descriptor, size, self._records, self._places, progress, self._refuse_end
+                self._descriptor,
+                size,
+                self._records,
+                self._places,
+                progress,
+                self._refuse_end,
+                serial=self._serial,
             )
         tensors = [(name, place.offset) for name, place in self._tensors]
         _compare(self._uri, file, tensors, digests, VerificationError)
@@ -195,20 +211,22 @@ def _prove_file(
     rows: list[dict[str, Any]],
     draft: Draft,
     progress: Callable[[int], None] | None,
-) -> str:
-    """SHA-256 of the file, once it has proven to be what was meant; its tensors' rows get theirs."""
+) -> FileDigests:
+    """Digests of the file, once it has proven to be what was meant; its tensors' rows get theirs."""
     _check_size(reader, file)
     if rows and draft.manifest["options"]["format"] != "raw":
         _check_structure(reader, draft, rows)
     # What the store copied differs from what the source states only where the source itself does.
     wrong = ChecksumMismatchError if file.copied_nbytes else VerificationError
     places = [stored_tensor(row, file.size) for row in rows]
-    digests = digest_file(reader, [(r.offset, r.nbytes) for r in file.records], places, progress)
+    serial = serial_of(draft.file_digest) if rows else "file"
+    records = [(r.offset, r.nbytes) for r in file.records]
+    digests = digest_file(reader, records, places, progress, serial=serial)
     _compare(reader.uri, file, [(row["name"], row["offset"]) for row in rows], digests, wrong)
     reader.confirm()
     for row, place in zip(rows, places, strict=True):
         row["sha256"] = digests.tensors[place]
-    return digests.sha256
+    return digests
 
 
 def _compare(

@@ -19,7 +19,7 @@ from ptbin.conversion import Progress
 from ptbin.errors import CheckpointError, VerificationError
 from ptbin.manifest import hex_crc32, identity_text, utc_now
 from ptbin.options import ConvertOptions
-from ptbin.proof.digests import digest_regions
+from ptbin.proof.digests import digest_descriptor
 from ptbin.proof.regions import FileDigests, StoredTensor, sha256_of_tensor
 from ptbin.reading.checkpoint import one_clear_error, read_checkpoint
 from ptbin.reading.selected import select_from
@@ -128,7 +128,9 @@ class Output:
             self._nameless = []
         self._nameless = [t for t in self._nameless if isinstance(t.storage.place, ByteRange)]
         places = [stored_place(tensor) for tensor in (*(t for _, t in self._tensors), *self._nameless)]
-        self._digests = digest_regions(self._descriptor, self.size, records, places, _ended)
+        self._digests = digest_descriptor(
+            self._descriptor, self.size, records, places, None, _ended, serial="nothing"
+        )
         for (offset, nbytes), stated in records.items():
             found = self._digests.records[offset, nbytes]
             if stated is not None and found != stated:

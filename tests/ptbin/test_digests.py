@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptbin.proof.digests import GROUP_NBYTES, GrowingFile, StoredTensor, digest_descriptor
+from ptbin.proof.digests import StoredTensor, digest_descriptor
+from ptbin.proof.growing import GROUP_NBYTES, GrowingFile
 
 MIB = 1 << 20
 
@@ -90,7 +91,7 @@ def test_what_the_file_does_not_give_is_an_error(data: bytes, descriptor: int) -
 
 @pytest.fixture(params=[1, 1 << 40], ids=["large groups followed", "groups when they are there"])
 def follows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ptbin.proof.digests.FOLLOWED_NBYTES", request.param)
+    monkeypatch.setattr("ptbin.proof.growing.FOLLOWED_NBYTES", request.param)
 
 
 @pytest.fixture
