@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ptbin.cores import at_work
 from ptbin.draft import Draft, DraftFile
 from ptbin.drafting import Written, draft_file, draft_manifest, stored_of
 from ptbin.errors import (
@@ -50,7 +51,7 @@ from ptbin.vouching import Guard, Place, Standing, claim_of, claim_path, end_cla
 from ptbin.writing.outputs import OutputPlan, plan_outputs
 
 if TYPE_CHECKING:
-    from ptbin.proof.output import WrittenProof
+    from ptbin.proof.written import WrittenProof
 
 __all__ = ["Progress", "Published", "commit", "convert", "publish", "stage", "would_replace"]
 
@@ -329,12 +330,12 @@ class _Writing:
         plan = self.plan
         store = self.place.store
         path = self.place.path_of(plan.name)
-        with store.open_writer(path, size_hint=plan.plan.size, copies=copies) as writer:
+        with at_work(), store.open_writer(path, size_hint=plan.plan.size, copies=copies) as writer:
             descriptor = writer.written() if check_source else None
             proof = self._proof(descriptor) if descriptor is not None else None
             try:
                 if proof is not None:
-                    writer.reached = proof.reached
+                    writer.reached, writer.step_nbytes = proof.reached, proof.step_nbytes
                 result = splice(
                     plan.plan,
                     self.reader,
@@ -365,7 +366,7 @@ class _Writing:
         return result, file, digests
 
     def _proof(self, descriptor: int) -> WrittenProof:
-        from ptbin.proof.output import WrittenProof
+        from ptbin.proof.written import WrittenProof
 
         tensors = [(planned.name, stored_of(planned)) for planned in self.plan.tensors]
         uri = self.place.store.uri_of(self.place.path)

@@ -1,22 +1,26 @@
 """The processor's cores that this process may use, and the one pool of threads that hashes on them.
 
 However many checkpoints are worked on at once, no more threads hash than there are cores: whoever hashes
-holds a slot while it does. hashlib and zlib let go of the interpreter's lock for pieces of this size, so
-threads are enough.
+holds a slot while it does. One file is hashed by as many threads as there are cores, each of many by one.
+hashlib and zlib let go of the interpreter's lock for pieces of this size, so threads are enough.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["available_cores", "hashing_pool", "hashing_slot"]
+__all__ = ["at_work", "available_cores", "copy_streams", "hashing_pool", "hashing_slot", "is_crowded"]
 
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _slots: threading.BoundedSemaphore | None = None
+_at_work = 0
+"""Files that this process writes and proves."""
 
 
 def available_cores() -> int:
@@ -48,6 +52,11 @@ def _cgroup_cores() -> int | None:
     return None
 
 
+def copy_streams() -> int:
+    """Threads that copy one file: more than four gain nothing, and few cores have better things to do."""
+    return min(4, available_cores() // 2)
+
+
 def hashing_pool() -> ThreadPoolExecutor:
     """The threads beside the calling one; one at least."""
     global _pool  # noqa: PLW0603 - one for the process
@@ -66,10 +75,29 @@ def hashing_slot() -> threading.BoundedSemaphore:
         return _slots
 
 
+@contextmanager
+def at_work() -> Iterator[None]:
+    """While one file is being written and proven, in whichever thread."""
+    global _at_work  # noqa: PLW0603 - as above
+    with _lock:
+        _at_work += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _at_work -= 1
+
+
+def is_crowded() -> bool:
+    """Whether files alone keep all cores busy: then one is better hashed by the thread that writes it."""
+    return _at_work >= max(2, available_cores())
+
+
 def _forget() -> None:
     """In a forked child, where the threads are gone and a slot may be held for ever."""
-    global _pool, _slots, _lock  # noqa: PLW0603 - as above
+    global _pool, _slots, _lock, _at_work  # noqa: PLW0603 - as above
     _pool = _slots = None
+    _at_work = 0
     _lock = threading.Lock()
 
 

@@ -1,7 +1,8 @@
 """Digests of a stored file and of the tensors in it.
 
 A file on this machine is cut into groups of neighbouring records, which threads hash side by side on all
-cores (`growing.py`). Anything else comes as one stream through two lanes: the file's SHA-256 on the calling thread,
+cores (`growing.py`). Anything
+else comes as one stream through two lanes: the file's SHA-256 on the calling thread,
 SHA-256 and CRC-32 of tensors and records on a second one (hashlib and zlib release the interpreter lock).
 Views that are not contiguous are hashed by their logical order.
 
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from ptbin.proof.groups import Group, GroupHash
 from ptbin.proof.growing import GrowingFile
 from ptbin.proof.local_file import LocalFile
+from ptbin.proof.logical import ReadSpan
 from ptbin.proof.regions import FileDigests, StoredTensor, strided_sha256
 from ptbin.proof.serial import Serial, SerialLane
 
@@ -53,8 +55,7 @@ def digest_file(
         return digest_descriptor(
             descriptor, reader.size, records, tensors, progress, reader.read, serial=serial
         )
-    distinct = dict.fromkeys(tensors)
-    one = OnePass(reader.size, records, distinct, serial)
+    one = OnePass(reader.size, records, tensors, serial)
     pool = ThreadPoolExecutor(1) if reader.size > SMALL_NBYTES else None
     try:
         position = 0
@@ -71,13 +72,7 @@ def digest_file(
     finally:
         if pool is not None:
             pool.shutdown()
-    found = one.finish()
-    for tensor in distinct:
-        if tensor.stride is not None:
-            found.tensors[tensor] = strided_sha256(
-                tensor, lambda offset, nbytes: reader.iter_range(offset, nbytes, chunk_nbytes=CHUNK_NBYTES)
-            )
-    return found
+    return one.finish(lambda offset, nbytes: reader.iter_range(offset, nbytes, chunk_nbytes=CHUNK_NBYTES))
 
 
 def digest_descriptor(
@@ -104,18 +99,13 @@ def digest_descriptor(
             file.give_up()
             raise
     # On the calling thread alone: threads would take longer to begin.
-    distinct = dict.fromkeys(tensors)
     local = LocalFile(descriptor, read, size)
-    one = OnePass(size, records, distinct, serial)
+    one = OnePass(size, records, tensors, serial)
     position = 0
     for chunk in local.chunks(0, size):
         one.take(position, chunk)
         position += len(chunk)
-    found = one.finish()
-    for tensor in distinct:
-        if tensor.stride is not None:
-            found.tensors[tensor] = strided_sha256(tensor, local.pieces)
-    return found
+    return one.finish(local.pieces)
 
 
 class OnePass:
@@ -128,7 +118,9 @@ class OnePass:
         tensors: Iterable[StoredTensor],
         serial: Serial,
     ) -> None:
-        streamed = [tensor for tensor in tensors if tensor.stride is None]
+        distinct = dict.fromkeys(tensors)
+        streamed = [tensor for tensor in distinct if tensor.stride is None]
+        self._strided = [tensor for tensor in distinct if tensor.stride is not None]
         self.group = GroupHash(Group(0, size, list(dict.fromkeys(records)), streamed))
         self.serial = SerialLane(serial, size, streamed)
 
@@ -136,9 +128,13 @@ class OnePass:
         self.serial.take(position, chunk)
         self.group.take(position, chunk)
 
-    def finish(self) -> FileDigests:
-        """All but those of tensors that are not stored contiguously."""
+    def finish(self, read: ReadSpan | None = None) -> FileDigests:
+        """The digests. `read` gives the tensors that are not stored contiguously once more; without it they
+        are left out.
+        """
         found = FileDigests()
         found.crc32 = self.group.finish(found)
         self.serial.finish(found)
+        if read is not None:
+            found.tensors.update((tensor, strided_sha256(tensor, read)) for tensor in self._strided)
         return found

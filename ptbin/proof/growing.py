@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from ptbin.cores import hashing_pool, hashing_slot
+from ptbin.cores import available_cores, hashing_pool, hashing_slot
 from ptbin.crc32 import combine_crc32
 from ptbin.proof.groups import Group, GroupHash, cut_into_groups
 from ptbin.proof.local_file import LocalFile
@@ -23,6 +23,9 @@ __all__ = ["GrowingFile"]
 
 GROUP_NBYTES = 16 << 20
 PROGRESS_SECONDS = 0.1
+AHEAD_NBYTES = 128 << 20
+AHEAD_CORES = 4
+"""Where there are that many cores, one of them reads what the serial lane is about to hash."""
 FOLLOWED_NBYTES = 128 << 20
 """A group at least this large is hashed while it is still being written, one at a time."""
 
@@ -63,6 +66,9 @@ class GrowingFile:
         self._pending: list[Future[None]] = []
         self._waiting: list[tuple[Future[None], Callable[[], None]]] = []
         self._own = ThreadPoolExecutor(2, thread_name_prefix="ptbin-follow") if follow else None
+        self._ahead: ThreadPoolExecutor | None = None
+        if size >= AHEAD_NBYTES and available_cores() >= AHEAD_CORES:
+            self._ahead = ThreadPoolExecutor(1, thread_name_prefix="ptbin-ahead")
         self._counts_serial = serial == "file"
         self._hashed: deque[int] = deque()  # bytes that progress has yet to be told of
         self._following = self._own.submit(self._hash_serially) if self._own is not None else None
@@ -106,8 +112,7 @@ class GrowingFile:
         for pending in self._pending:
             if not pending.cancelled():
                 self._wait_for(pending, progress)
-        if self._own is not None:
-            self._own.shutdown()
+        self._end_threads()
         found = self._found
         self._serial.finish(found)
         for group in self._groups:
@@ -142,19 +147,28 @@ class GrowingFile:
         for task in self._pending:
             task.cancel()
         wait(self._pending)
-        if self._own is not None:
-            self._own.shutdown()
+        self._end_threads()
+
+    def _end_threads(self) -> None:
+        for pool in (self._own, self._ahead):
+            if pool is not None:
+                pool.shutdown()
 
     def _hash_serially(self, progress: Callable[[int], None] | None = None) -> None:
         for offset, nbytes in self._serial.ranges:
             position = offset
-            for chunk in self._file.chunks(offset, nbytes):
+            for chunk in self._serial_chunks(offset, nbytes):
                 with hashing_slot():
                     self._serial.take(position, chunk)
                 position += len(chunk)
                 if self._counts_serial:
                     self._hashed.append(len(chunk))
                     self._report(progress)
+
+    def _serial_chunks(self, offset: int, nbytes: int) -> Iterator[memoryview]:
+        if self._ahead is not None and nbytes >= AHEAD_NBYTES:
+            return self._file.chunks_ahead(self._ahead, offset, nbytes)
+        return self._file.chunks(offset, nbytes)
 
     def _hash(self, group: Group) -> None:
         hashing = GroupHash(group)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +24,8 @@ from ptbin.dtypes import BY_NAME
 from ptbin.errors import CheckpointError, ChecksumMismatchError, VerificationError
 from ptbin.folders import INDEX_SUFFIX
 from ptbin.manifest import hex_crc32, identity_text
-from ptbin.proof.digests import FileDigests, StoredTensor, digest_descriptor, digest_file
-from ptbin.proof.growing import FOLLOWED_NBYTES, GrowingFile
-from ptbin.proof.serial import Serial, serial_of
+from ptbin.proof.digests import FileDigests, StoredTensor, digest_file
+from ptbin.proof.serial import serial_of
 from ptbin.reading.checkpoint import read_checkpoint
 from ptbin.reading.selection import select_state_dict
 from ptbin.reading.verdicts import judge_programs
@@ -36,10 +34,9 @@ from ptbin.tensors import ByteRange, TensorRef
 
 if TYPE_CHECKING:
     from ptbin.draft import Draft, DraftFile
-    from ptbin.segments import Plan
     from ptbin.stores import RangeReader, Store
 
-__all__ = ["READ_BACK", "STORE_CHECKSUM", "WrittenProof", "prove_output", "stored_tensor"]
+__all__ = ["READ_BACK", "STORE_CHECKSUM", "compare_checksums", "prove_output", "stored_tensor"]
 
 READ_BACK = "read back"
 STORE_CHECKSUM = "store checksum"
@@ -97,84 +94,6 @@ def prove_output(
     return proven_by
 
 
-class WrittenProof:
-    """Proof of a local file that has no name yet: its bytes, read back, are what the source states.
-
-    Large files are read back while they are being written. Either `finish` or `give_up` must be called
-    before the descriptor is closed.
-
-    Args:
-        plan: the file's bytes, with the place of each record.
-        tensors: names, and where they lie in it.
-    """
-
-    def __init__(
-        self,
-        descriptor: int,
-        plan: Plan,
-        tensors: Sequence[tuple[str, StoredTensor]],
-        uri: str,
-        serial: Serial = "file",
-    ) -> None:
-        self._descriptor = descriptor
-        self._tensors = tensors
-        self._uri = uri
-        self._serial: Serial = serial
-        self._records = [(record.offset, record.nbytes) for record in plan.records]
-        self._growing: GrowingFile | None = None
-        if plan.size >= FOLLOWED_NBYTES:
-            self._growing = GrowingFile(
-                descriptor,
-                plan.size,
-                self._records,
-                self._places,
-                self._refuse_end,
-                follow=True,
-                serial=serial,
-            )
-
-    @property
-    def _places(self) -> list[StoredTensor]:
-        return [place for _, place in self._tensors]
-
-    def _refuse_end(self, offset: int, nbytes: int) -> bytes:
-        raise VerificationError(f"{self._uri}: ends before byte {offset + nbytes}, more were written")
-
-    def reached(self, position: int) -> None:
-        """The first `position` bytes are written."""
-        if self._growing is not None:
-            self._growing.reached(position)
-
-    def finish(self, file: DraftFile, progress: Callable[[int], None] | None = None) -> FileDigests:
-        """The digests of the file, which is what `file` says.
-
-        Raises:
-            VerificationError: with the first difference found.
-        """
-        size = os.fstat(self._descriptor).st_size
-        if size != file.size:
-            raise VerificationError(f"{self._uri}: {size} bytes are there, {file.size} were written")
-        if self._growing is not None:
-            digests = self._growing.finish(progress)
-        else:
-            digests = digest_descriptor(
-                self._descriptor,
-                size,
-                self._records,
-                self._places,
-                progress,
-                self._refuse_end,
-                serial=self._serial,
-            )
-        tensors = [(name, place.offset) for name, place in self._tensors]
-        _compare(self._uri, file, tensors, digests, VerificationError)
-        return digests
-
-    def give_up(self) -> None:
-        if self._growing is not None:
-            self._growing.give_up()
-
-
 def _prove_by_store(
     reader: RangeReader, file: DraftFile, rows: list[dict[str, Any]], draft: Draft, stated: int
 ) -> None:
@@ -222,14 +141,14 @@ def _prove_file(
     serial = serial_of(draft.file_digest) if rows else "file"
     records = [(r.offset, r.nbytes) for r in file.records]
     digests = digest_file(reader, records, places, progress, serial=serial)
-    _compare(reader.uri, file, [(row["name"], row["offset"]) for row in rows], digests, wrong)
+    compare_checksums(reader.uri, file, [(row["name"], row["offset"]) for row in rows], digests, wrong)
     reader.confirm()
     for row, place in zip(rows, places, strict=True):
         row["sha256"] = digests.tensors[place]
     return digests
 
 
-def _compare(
+def compare_checksums(
     uri: str,
     file: DraftFile,
     tensors: Sequence[tuple[str, int]],
