@@ -51,7 +51,7 @@ $(VENV)/.base: $(VENV)/.created pyproject.toml constraints.txt
 
 # What the tests and checks need on top: other people's writers and readers, servers, linters.
 $(VENV)/.requirements: $(VENV)/.base
-	$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation '.[dev,interop,dask,ray,deployments,mlflow,hub,signing]'
+	$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation '.[dev,interop,dask,ray,deployments,mlflow,hub,signing,aws,gcp,otlp]'
 	@# DeepSpeed comes as source; its setup imports torch, and files beside it (hence no -P). Without it the
 	@# tests on real ZeRO folders are skipped.
 	-env -u PYTHONSAFEPATH DS_BUILD_OPS=0 $(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation deepspeed

@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from flows.prefect.signals import hold_signals
 from flows.run_record import check_run_id
 from flows.runners import Runner, RunnerName, open_runner
-from flows.signals import hold_signals
 from flows.wishes import refuse_runner_secrets
 from ptbin.catalog.lease import Lease, acquire_lease
 from ptbin.catalog.worklist import WorkList

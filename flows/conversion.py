@@ -22,18 +22,18 @@ from flows.access import Running, current_flow_run_id
 from flows.artifacts import Artifacts, conversion_rows
 from flows.batches import cut, iter_batches
 from flows.fanout import Work, fan_out, unexamined
-from flows.orchestrator import ABSENT_SECONDS, await_server
+from flows.prefect.orchestrator import ABSENT_SECONDS, await_server
+from flows.prefect.signals import INTERRUPTS
 from flows.remembering import close_ledger, open_ledger
 from flows.run_record import record_files, record_folder
 from flows.selection import Selection
-from flows.signals import INTERRUPTS
 from flows.tally import Tally
 from flows.units import format_nbytes
 from ptbin.catalog import Job, Problem
 from ptbin.catalog.finished import FinishedRow
-from ptbin.companions import companion_of
 from ptbin.errors import PtbinError, StorageError
 from ptbin.options import ConvertOptions
+from ptbin.sources.companions import companion_of
 from tasks.converting import convert_and_verify_batch, convert_batch, verify_batch
 from tasks.listing import discard_unfinished, find_up_to_date, work_of
 from tasks.live import Interrupted, Settled
@@ -446,7 +446,8 @@ class Conversion:
             written = f", {format_nbytes(facts.written_nbytes)} written" if facts is not None else ""
             size = format_nbytes(job.source_size)
             what = outcome.kind.replace("_", " ")
-            self.lines.append(f"{what} {job.path} ({size}{written}) in {outcome.seconds:.2f} s")
+            changed = f"; {outcome.detail}" if outcome.kind == "copied" and outcome.detail else ""
+            self.lines.append(f"{what} {job.path} ({size}{written}) in {outcome.seconds:.2f} s{changed}")
 
     def _log_lines(self) -> None:
         """A line per checkpoint, a record per batch: each record costs the server and this process time."""

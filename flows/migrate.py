@@ -38,13 +38,12 @@ from tasks.live import Settled
 from tasks.migrating import (
     Registries,
     VersionJob,
-    Written,
     plan_versions,
     register_batch,
     transfer_batch,
     update_models,
 )
-from tasks.outcomes import Outcome
+from tasks.outcomes import Outcome, Written
 from tasks.retrying import retry_delay
 
 __all__ = ["Migrating", "MigrationTally", "loss_lines", "migrate"]

@@ -158,7 +158,7 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
             row |= {"novelty": entry.novelty, "since": entry.since}
         if entry.because:
             row["because"] = entry.because
-    elif entry.outcome == "left_alone":
+    elif entry.outcome == "left_alone" or (entry.outcome == "copied" and entry.detail):
         row["detail"] = entry.detail
     if entry.converted is not None:
         row |= {

@@ -33,7 +33,7 @@ from ptbin.catalog.checks import check_mirror
 from ptbin.catalog.mirroring import alone, excess
 from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
 from ptbin.errors import StorageError, UsageError
-from ptbin.manifest import manifest_uri
+from ptbin.manifests.manifest import manifest_uri
 from ptbin.options import ConvertOptions, Layout, Naming, OnUnsafe, OutputFormat, VerifyLevel
 from tasks.listing import list_mirror, work_of
 from tasks.mirroring import back_up_batch, compare_batch, copy_batch, delete_batch, find_gone, release_outputs

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ptbin.catalog import Job, Problem
-from ptbin.companions import is_companion
 from ptbin.history.failures import Ledger
-from ptbin.manifest import identity_text
+from ptbin.sources.companions import is_companion
+from ptbin.stores import identity_text
 from tasks.outcomes import Converted, Outcome
 
 __all__ = ["Entry", "Tally"]

@@ -20,8 +20,8 @@ from flows.access import Running, RunSettings, join_run, running
 from flows.artifacts import Artifacts, verification_rows
 from flows.batches import plan_batches
 from flows.fanout import Work, fan_out, unexamined
-from flows.orchestrator import await_server
 from flows.parameters import described
+from flows.prefect.orchestrator import await_server
 from flows.run_record import new_run_id
 from flows.runners import RunnerName
 from flows.wishes import MAX_WORKERS, refuse_secrets

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from ptbin.conversion import Published, commit, convert, publish, stage
     from ptbin.differences.diff import diff
     from ptbin.differences.values import Difference
-    from ptbin.draft import Draft
     from ptbin.inspection import inspect
     from ptbin.loading import load
+    from ptbin.manifests.draft import Draft
     from ptbin.options import ConvertOptions, Limits
-    from ptbin.proof.manifests import Issue, verify
+    from ptbin.proof.verification import Issue, verify
     from ptbin.restoring.options import RestoreOptions
     from ptbin.restoring.restore import restore
 
@@ -53,7 +53,7 @@ __all__ = [
 _HOMES = {
     "ConvertOptions": "ptbin.options",
     "Limits": "ptbin.options",
-    "Draft": "ptbin.draft",
+    "Draft": "ptbin.manifests.draft",
     "convert": "ptbin.conversion",
     "stage": "ptbin.conversion",
     "commit": "ptbin.conversion",
@@ -65,8 +65,8 @@ _HOMES = {
     "load": "ptbin.loading",
     "RestoreOptions": "ptbin.restoring.options",
     "restore": "ptbin.restoring.restore",
-    "Issue": "ptbin.proof.manifests",
-    "verify": "ptbin.proof.manifests",
+    "Issue": "ptbin.proof.verification",
+    "verify": "ptbin.proof.verification",
 }
 
 

@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ptbin.cores import at_work
-from ptbin.draft import Draft, DraftFile
-from ptbin.drafting import Written, draft_file, draft_manifest, stored_of
 from ptbin.errors import (
     CheckpointError,
     ChecksumMismatchError,
@@ -25,17 +23,19 @@ from ptbin.errors import (
     VerificationError,
 )
 from ptbin.installed import require_reader
-from ptbin.manifest import MANIFEST_SUFFIX, dump_manifest, identity_text, utc_now
+from ptbin.manifests.draft import Draft, DraftFile
+from ptbin.manifests.drafting import Written, draft_file, draft_manifest, stored_of
+from ptbin.manifests.manifest import MANIFEST_SUFFIX, dump_manifest, utc_now
+from ptbin.manifests.provenance import STATEMENT_SUFFIX, add_source_digests, dump_statement, statement_of
+from ptbin.manifests.sidecars import copy_sidecars, put_text
+from ptbin.manifests.vouching import Guard, Place, Standing, claim_of, claim_path, end_claim, is_restored
 from ptbin.options import ConvertOptions
-from ptbin.proof.digests import FileDigests
 from ptbin.proof.serial import Serial, serial_of
-from ptbin.provenance import STATEMENT_SUFFIX, add_source_digests, dump_statement, statement_of
-from ptbin.reading.checkpoint import one_clear_error
+from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import Selected, read_selected
-from ptbin.segments import FilePlan
-from ptbin.sidecars import copy_sidecars, find_sidecars, put_text
-from ptbin.sources import SourcePlace, find_source
-from ptbin.splice import SpliceResult, check_copies, splice
+from ptbin.sources.opening import SourcePlace, find_source
+from ptbin.sources.sidecars import find_sidecars
+from ptbin.splice import SpliceResult, check_copies, iter_recipe, splice
 from ptbin.stores import (
     CopyRefused,
     Identity,
@@ -43,12 +43,14 @@ from ptbin.stores import (
     RangeReader,
     Store,
     Writer,
+    identity_text,
     open_store,
     public_uri,
 )
-from ptbin.ties import tie_equal_tensors
-from ptbin.vouching import Guard, Place, Standing, claim_of, claim_path, end_claim, is_restored
+from ptbin.values.digests import FileDigests
+from ptbin.values.segments import FilePlan
 from ptbin.writing.outputs import OutputPlan, plan_outputs
+from ptbin.writing.ties import tie_equal_tensors
 
 if TYPE_CHECKING:
     from ptbin.proof.written import WrittenProof
@@ -224,6 +226,21 @@ class _Prepared:
         return name == self.name + STATEMENT_SUFFIX or self.at.vouches_for(name)
 
 
+def plan_conversion(reader: RangeReader, options: ConvertOptions, name: str) -> tuple[Selected, OutputPlan]:
+    """What a conversion takes of a checkpoint, and the files that it makes of it. Writes nothing.
+
+    Reads the index; with `tie_by_value` also the tensors that resemble another.
+    """
+    selected = read_selected(reader, options)
+    if options.tie_by_value:
+        for state_dict in selected.state_dicts:
+            tie_equal_tensors(state_dict, lambda recipe: iter_recipe(recipe, reader, {}, check=False))
+        selected.account()
+    return selected, plan_outputs(
+        selected.state_dicts, options, name, archive_root=selected.checkpoint.archive_root
+    )
+
+
 @contextlib.contextmanager
 def _prepared(
     source: str,
@@ -243,15 +260,8 @@ def _prepared(
     name = path.rstrip("/").rpartition("/")[2]
     with place.open() as reader:
         try:
-            with one_clear_error(reader.uri):
-                selected = read_selected(reader, options)
-                if options.tie_by_value:
-                    for state_dict in selected.state_dicts:
-                        tie_equal_tensors(state_dict, reader)
-                    selected.account()
-                output = plan_outputs(
-                    selected.state_dicts, options, name, archive_root=selected.checkpoint.archive_root
-                )
+            with as_checkpoint_errors(reader.uri):
+                selected, output = plan_conversion(reader, options, name)
             # A listing speaks of the names that were planned; another split may have taken one since.
             known = standing if not options.split else None
             at = Place(

@@ -9,15 +9,16 @@ from typing import Any
 
 from ptbin.errors import CheckpointError, CorruptArchiveError
 from ptbin.options import ConvertOptions, Limits
-from ptbin.reading.checkpoint import one_clear_error, read_checkpoint
+from ptbin.reading.containers import read_checkpoint
+from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.parts import take_part
+from ptbin.reading.pickle.verdicts import judge_programs, refuse_unsafe_fragment
 from ptbin.reading.search import find_state_dicts
 from ptbin.reading.selected import Selected, refuse_unsafe, select_from
 from ptbin.reading.selection import why_chosen
-from ptbin.reading.verdicts import judge_programs, refuse_unsafe_fragment
-from ptbin.sources import find_source
-from ptbin.state_dict import StateDict, tensors_of
-from ptbin.tensors import Joined, TensorRef, Tiled
+from ptbin.sources.opening import find_source
+from ptbin.values.state_dict import StateDict, tensors_of
+from ptbin.values.tensors import Joined, TensorRef, Tiled
 
 __all__ = ["inspect"]
 
@@ -48,7 +49,7 @@ def inspect(
     if limits is not None:
         options = options.replace(limits=limits)
     place = find_source(uri, storage_options)
-    with place.open() as reader, one_clear_error(reader.uri):
+    with place.open() as reader, as_checkpoint_errors(reader.uri):
         try:
             checkpoint = read_checkpoint(reader, options.limits, options.recipe)
         except CorruptArchiveError as error:

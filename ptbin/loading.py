@@ -6,7 +6,7 @@
 On local files an array is a read-only view of the mapped file where it lies there plainly; elsewhere exactly
 its bytes are read, by ranged requests. bfloat16 and float8 arrays have the types of `ml_dtypes`.
 
-Measured: opening and reading 5,000 tensors of 16 bytes takes 0.09 s of processor time on a busy machine.
+Measured: opening and reading 5,000 tensors of 64 bytes takes 0.065 s on one quiet core, imports not counted.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ptbin.dtypes import DType
 from ptbin.errors import UnsupportedTensorError, UsageError
 from ptbin.options import ConvertOptions
 from ptbin.proof.logical import iter_logical_bytes
-from ptbin.reading.checkpoint import one_clear_error
+from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import read_selected
-from ptbin.sources import open_source
+from ptbin.sources.opening import open_source
 from ptbin.stores import Identity, public_uri
-from ptbin.tensors import ByteRange, TensorRef
+from ptbin.values.dtypes import DType
+from ptbin.values.tensors import ByteRange, TensorRef
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -74,7 +74,7 @@ def _open(
     """As `load`; `expected` is the state that the object must be in, for weights that were pickled."""
     reader = open_source(uri, storage_options, expected=expected)
     try:
-        with one_clear_error(reader.uri):
+        with as_checkpoint_errors(reader.uri):
             options = ConvertOptions(select=select, strip_prefix=strip_prefix)
             state_dict = read_selected(reader, options).state_dict
             tensors = {name: value for name, value in state_dict.entries if isinstance(value, TensorRef)}

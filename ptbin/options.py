@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from ptbin.dtypes import CAST_NAMES
 from ptbin.errors import UsageError
 from ptbin.merging.shipped import find_recipe
+from ptbin.values.dtypes import CAST_NAMES
 
 __all__ = [
     "ConvertOptions",

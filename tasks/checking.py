@@ -12,9 +12,9 @@ from prefect.cache_policies import NO_CACHE
 
 from ptbin.errors import PtbinError
 from ptbin.options import VerifyLevel
-from ptbin.proof.manifests import verify_outputs
-from ptbin.proof.records import verify_records
 from ptbin.proof.signatures import verify_signatures
+from ptbin.proof.verification import verify_outputs
+from ptbin.registries.verification import verify_records
 from tasks.live import LiveRun, Ticket, enter_run, find_live_run
 from tasks.outcomes import ManifestVerdict, one_line
 from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, is_transient, worth_retrying

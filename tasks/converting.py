@@ -14,10 +14,10 @@ from prefect.cache_policies import NO_CACHE
 
 import ptbin
 from ptbin.catalog import Job
-from ptbin.companions import left_alone_as
 from ptbin.errors import CheckpointError, NotACheckpointError
-from ptbin.manifest import manifest_uri
+from ptbin.manifests.manifest import manifest_uri
 from ptbin.options import ConvertOptions
+from ptbin.sources.companions import left_alone_as
 from ptbin.stores.limits import limit_requests
 from tasks.live import LiveRun, Ticket, enter_run
 from tasks.outcomes import Converted, Outcome, outcome_of_error

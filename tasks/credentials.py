@@ -1,8 +1,8 @@
 """Where storage options come from, so that none of them is ever a parameter that Prefect stores and shows.
 
-A deployment names where they lie: `block:NAME`, a Prefect Secret block, or `env:NAME`, a variable of the
-worker's environment; either holds one JSON object. The reference is visible, what it refers to is not.
-The command line has them by value.
+A deployment names where they lie: `block:NAME`, a Prefect Secret block; `block:KIND/NAME`, a block of another
+kind (`tasks.credential_blocks`); `env:NAME`, a variable of the worker's environment. Secrets and variables
+hold one JSON object. The reference is visible, what it refers to is not. The command line has them by value.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from ptbin.errors import UsageError
+from tasks.credential_blocks import read_block
 
 __all__ = ["Credentials", "load_options"]
 
@@ -39,7 +40,7 @@ class Credentials:
 
 
 def load_options(reference: str | None) -> dict[str, Any]:
-    """The JSON object that `block:NAME` or `env:NAME` refers to; None: no options.
+    """The options that `block:NAME`, `block:KIND/NAME` or `env:NAME` refers to; None: no options.
 
     Raises:
         UsageError: another form, nothing of that name, or not a JSON object. Never quotes what it found.
@@ -52,10 +53,14 @@ def load_options(reference: str | None) -> dict[str, Any]:
         if value is None:
             raise UsageError(f"storage options: no environment variable {name} on this worker")
     elif kind == "block" and name:
-        value = _read_secret_block(name)
+        slug, _, block_name = name.rpartition("/")
+        value = read_block(slug or "secret", block_name)
     else:
         # Not quoted: it may be the options themselves, which would be stored with the parameters.
-        raise UsageError("storage options of a flow run are given as block:NAME or env:NAME, never by value")
+        raise UsageError(
+            "storage options of a flow run are given as block:NAME, block:KIND/NAME or env:NAME, "
+            "never by value"
+        )
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -64,13 +69,3 @@ def load_options(reference: str | None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UsageError(f"storage options: {reference} does not hold a JSON object")
     return value
-
-
-def _read_secret_block(name: str) -> Any:
-    from prefect.blocks.system import Secret
-
-    try:
-        block = cast("Secret[Any]", Secret.load(name))
-    except ValueError as error:
-        raise UsageError(f"storage options: no Prefect Secret block named {name}") from error
-    return block.get()

@@ -14,8 +14,8 @@ from prefect.cache_policies import NO_CACHE
 
 from ptbin import catalog
 from ptbin.catalog import Job, OutputRule, Problem
+from ptbin.catalog.companions import copied_along
 from ptbin.catalog.finished import FinishedRow, read_finished
-from ptbin.catalog.mirroring import copied_along
 from ptbin.catalog.named import NamedFiles
 from ptbin.catalog.worklist import WorkList
 from ptbin.errors import PtbinError

@@ -6,19 +6,24 @@ goes wrong with one version becomes its outcome and the batch goes on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ptbin.catalog import Job
-from ptbin.copying import copy_file, same_content
-from ptbin.manifest import manifest_uri
+from ptbin.manifests.manifest import manifest_uri
 from ptbin.options import ConvertOptions
 from ptbin.registries import Folder, Migration, Model, ModelPlan, Registration, Registry, Step, Version
-from ptbin.registries.migration import open_both, prepare
+from ptbin.registries.migration import (
+    ADVICE,
+    brought_before,
+    open_both,
+    prepare,
+    refuse_files_of_others,
+)
 from ptbin.registries.planning import Versions
 from ptbin.registries.transfer import (
     NoCheckpointError,
@@ -28,16 +33,17 @@ from ptbin.registries.transfer import (
     scratch,
     transfer,
 )
+from ptbin.stores import identity_text
+from ptbin.stores.copying import copy_file
 from ptbin.stores.limits import limit_requests
 from tasks.live import LiveRun, Ticket, enter_run, find_live_run
-from tasks.outcomes import Converted, Outcome, outcome_of_error
+from tasks.outcomes import Converted, Outcome, Written, outcome_of_error
 from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, is_transient, worth_retrying
 from tasks.stepping import each
 
 __all__ = [
     "Registries",
     "VersionJob",
-    "Written",
     "plan_versions",
     "register_batch",
     "transfer_batch",
@@ -100,30 +106,6 @@ class VersionJob(Job):
         assert self.model is not None
         assert self.existing is not None
         return self.step, self.model, self.existing
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """The files of one version, there and proven, not yet known: what registering it takes.
-
-    Attributes:
-        parts: (path in the source's version, facts, size of the source) of each checkpoint.
-        fresh: those that this run converted.
-        copied: how many other files went along.
-        files: paths of all of it.
-        left: paths of files that stay behind.
-    """
-
-    version: Version
-    token: str
-    manifests: tuple[str, ...]
-    parts: tuple[tuple[str, Converted, int], ...] = ()
-    fresh: frozenset[str] = field(default_factory=frozenset)
-    copied: int = 0
-    files: tuple[str, ...] = ()
-    left: tuple[str, ...] = ()
-    dest_version: str = ""
-    """What the version is called now."""
 
 
 @task(
@@ -191,6 +173,7 @@ def _transfer(
     style = dest.style
     with scratch({**live.source_options, **folder.options}) as (source_options,):
         contents = examine(folder, style, options, source_options)
+        refuse_files_of_others(dest, version.model, job.beside, live.source_options, live.dest_options)
         place = dest.place(existing, version, step.dest_version, step.fingerprint)
         try:
             with scratch({**live.dest_options, **place.folder.options}) as (dest_options,):
@@ -286,8 +269,9 @@ def _register(
 ) -> list[str]:
     first, _ = pairs[0]
     _, model, _ = first.parts
+    brought: dict[str, str] = {}
     if first.beside and (folder := dest.model_folder(model.name)) is not None:
-        _bring_along(live, first.beside, folder)
+        brought = _bring_along(live, first.beside, folder, dest.known_files(model.name))
     ready = [
         Registration(
             facts.version,
@@ -302,17 +286,33 @@ def _register(
         )
         for job, facts in pairs
     ]
-    return dest.register(model, ready)
+    names = dest.register(model, ready)
+    if brought:
+        dest.remember_files(model.name, brought)
+    return names
 
 
-def _bring_along(live: LiveRun, files: Sequence[tuple[str, str]], folder: Folder) -> None:
-    """Files of the model: those that are there with the same content already are not copied again."""
-    options = {**live.dest_options, **folder.options}
+def _bring_along(
+    live: LiveRun, files: Sequence[tuple[str, str]], folder: Folder, known: Mapping[str, str]
+) -> dict[str, str]:
+    """Copy files of the model; what each is now, by its path. One that holds the same already stays.
+
+    Raises:
+        OutputExistsError: another file is at the place of one, and no migration brought it.
+    """
+    brought = {}
     for uri, path in files:
-        target = f"{folder.uri.rstrip('/')}/{path}"
-        sides: dict[str, Any] = {"source_options": live.source_options, "dest_options": options}
-        if same_content(uri, target, **sides) is None:
-            copy_file(uri, target, **sides, progress=live.moved)
+        copied = copy_file(
+            uri,
+            f"{folder.uri.rstrip('/')}/{path}",
+            source_options=live.source_options,
+            dest_options={**live.dest_options, **folder.options},
+            progress=live.moved,
+            may_replace=brought_before(known, path),
+            advice=ADVICE,
+        )
+        brought[path] = identity_text(copied.identity)
+    return brought
 
 
 @task(

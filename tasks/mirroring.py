@@ -9,16 +9,16 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ptbin.catalog import Job
+from ptbin.catalog.comparing import find_unchanged, release_companions
 from ptbin.catalog.finished import row_of_copy
 from ptbin.catalog.marks import may_replace_copy
 from ptbin.catalog.mirroring import Gone, is_reached_plainly, iter_gone
-from ptbin.comparing import find_unchanged, release_companions
-from ptbin.copying import Copied, copy_file, same_content
 from ptbin.errors import NotFoundInStoreError
-from ptbin.manifest import manifest_uri
+from ptbin.manifests.manifest import manifest_uri
 from ptbin.options import ConvertOptions
-from ptbin.sidecars import change_of
+from ptbin.sources.sidecars import change_of
 from ptbin.stores import open_store
+from ptbin.stores.copying import Copied, copy_file, same_content
 from ptbin.stores.limits import limit_requests
 from tasks.live import Interrupted, LiveRun, Ticket, enter_run, find_live_run
 from tasks.outcomes import Converted, Outcome, outcome_of_error
@@ -112,7 +112,9 @@ def _copy(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
             )
     except Exception as error:  # noqa: BLE001 - what is wrong with one must not stop the others
         return outcome_of_error(job.path, error)
-    return Outcome(job.path, "copied", converted=_copied(job, copied, options))
+    # No manifest tells of a copy: the run's record does.
+    detail = f"changed: its element type is {options.dtype} now" if copied.changed else ""
+    return Outcome(job.path, "copied", detail=detail, converted=_copied(job, copied, options))
 
 
 def _copied(job: Job, copied: Copied, options: ConvertOptions) -> Converted:

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ptbin.catalog.finished import FinishedRow, row_of
 from ptbin.errors import CheckpointError, OutputCollisionError, PtbinError
-from ptbin.manifest import identity_text
-from ptbin.stores import Identity
+from ptbin.stores import Identity, identity_text
 from tasks.retrying import is_transient
 
 if TYPE_CHECKING:
-    from tasks.migrating import Written
+    from ptbin.registries import Version
 
-__all__ = ["Converted", "Kind", "ManifestVerdict", "Outcome", "StoredFile", "outcome_of_error"]
+__all__ = ["Converted", "Kind", "ManifestVerdict", "Outcome", "StoredFile", "Written", "outcome_of_error"]
 
 Kind = Literal[
     "staged",
@@ -94,6 +93,30 @@ class Converted:
             )[:NAMED_GLOBALS],
             initial=tuple(manifest.get("restored", {}).get("initial", ())),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The files of one version, there and proven, not yet known: what registering it takes.
+
+    Attributes:
+        parts: (path in the source's version, facts, size of the source) of each checkpoint.
+        fresh: those that this run converted.
+        copied: how many other files went along.
+        files: paths of all of it.
+        left: paths of files that stay behind.
+    """
+
+    version: Version
+    token: str
+    manifests: tuple[str, ...]
+    parts: tuple[tuple[str, Converted, int], ...] = ()
+    fresh: frozenset[str] = field(default_factory=frozenset)
+    copied: int = 0
+    files: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    dest_version: str = ""
+    """What the version is called now."""
 
 
 @dataclass(frozen=True, slots=True)

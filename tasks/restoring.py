@@ -11,7 +11,7 @@ import ptbin
 from ptbin import RestoreOptions
 from ptbin.catalog import Job
 from ptbin.errors import NotACheckpointError
-from ptbin.manifest import manifest_uri
+from ptbin.manifests.manifest import manifest_uri
 from ptbin.stores.limits import limit_requests
 from tasks.live import LiveRun, Ticket, enter_run
 from tasks.outcomes import Converted, Outcome, outcome_of_error

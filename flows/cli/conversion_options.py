@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ptbin.dtypes import CAST_NAMES
+from ptbin.values.dtypes import CAST_NAMES
 
 __all__ = ["content_options", "conversion_options", "recipe_option", "split_content", "split_wishes"]
 

@@ -228,7 +228,7 @@ def _convert_one(
 
 def _outcome_of(job: Job, run_id: str, options: ConvertOptions, shared: Shared, listener: Problems) -> Any:
     import ptbin
-    from ptbin.manifest import manifest_uri
+    from ptbin.manifests.manifest import manifest_uri
     from tasks.live import Settled
     from tasks.outcomes import Converted, Outcome, outcome_of_error
 
@@ -275,7 +275,7 @@ def _planned(
     from ptbin.catalog.finished import read_finished
     from ptbin.catalog.named import NamedFiles
     from ptbin.catalog.worklist import WorkList
-    from ptbin.companions import is_companion
+    from ptbin.sources.companions import is_companion
 
     files = NamedFiles(named) if named is not None else None
     with closing(WorkList(rule.dest, dest_options=shared.dest_options)) as work:

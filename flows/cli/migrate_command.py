@@ -17,7 +17,7 @@ from flows.wishes import build_options, refuse_secrets
 
 if TYPE_CHECKING:
     from ptbin.options import ConvertOptions
-    from ptbin.registries import Model, Registry, Step
+    from ptbin.registries import ModelPlan, Registry, Step
 
 __all__ = ["migrate_command"]
 
@@ -126,11 +126,7 @@ def _print_mapping(
     from ptbin.registries.migration import prepare
 
     plan = prepare(here, there, include, exclude, versions, options)
-    rows = [
-        _row(here, there, step, model.existing, options, shared)
-        for model in plan.models
-        for step in model.steps
-    ]
+    rows = [_row(here, there, step, model, options, shared) for model in plan.models for step in model.steps]
     document: dict[str, Any] = {
         "dry_run": True,
         "source": here.uri,
@@ -170,18 +166,23 @@ def _row(
     here: Registry,
     there: Registry,
     step: Step,
-    existing: Model,
+    plan: ModelPlan,
     options: ConvertOptions,
     shared: Shared,
 ) -> dict[str, Any]:
     from ptbin.errors import PtbinError
+    from ptbin.registries.migration import refuse_files_of_others
     from ptbin.registries.transfer import NoCheckpointError, examine, scratch
 
     row = step.to_json()
     if step.action != "migrate":
         return row
     try:
+        existing = plan.existing
         there.check_place(existing, step.version, step.dest_version)
+        refuse_files_of_others(
+            there, plan.model.name, plan.beside, shared.source_options, shared.dest_options
+        )
         folder = here.folder(step.version)
         with scratch({**shared.source_options, **folder.options}) as (source_options,):
             contents = examine(folder, there.style, options, source_options)

@@ -32,7 +32,7 @@ def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **param
     if shared.log_level in {"debug", "info"}:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", shared.log_level.upper())
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", shared.log_level.upper())
-    from flows.orchestrator import import_prefect, orchestrator
+    from flows.prefect.orchestrator import import_prefect, orchestrator
 
     live = LiveRun(run_id, shared.source_options, shared.dest_options, listener)
     listener.stage("starting Prefect")
@@ -42,7 +42,7 @@ def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **param
         with interrupts_held():
             flow = _find_flow(name)
             from flows.access import RunStoppedError
-            from flows.signals import INTERRUPTS, hold_signals, is_hidden_interrupt
+            from flows.prefect.signals import INTERRUPTS, hold_signals, is_hidden_interrupt
 
         # Prefect's modules stay to the end: a full collection would walk a million objects of them, 0.1 s.
         gc.freeze()

@@ -301,7 +301,7 @@ def _restore_one(
     import ptbin
     from flows.run_record import new_run_id
     from flows.tally import Tally
-    from ptbin.manifest import manifest_uri
+    from ptbin.manifests.manifest import manifest_uri
     from ptbin.stores import public_uri
     from tasks.live import Settled
     from tasks.outcomes import Converted, Outcome, outcome_of_error

@@ -146,12 +146,13 @@ def _print_plan(
 ) -> int:
     """What a run would do, found as a run finds it; nothing is written, not even a lease."""
     from ptbin.catalog import OutputRule
+    from ptbin.catalog.companions import copied_along
     from ptbin.catalog.finished import read_finished
     from ptbin.catalog.marks import iter_marked, look_at_job
-    from ptbin.catalog.mirroring import alone, copied_along, excess, iter_gone
+    from ptbin.catalog.mirroring import alone, excess, iter_gone
     from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
     from ptbin.catalog.worklist import WorkList
-    from ptbin.companions import is_companion
+    from ptbin.sources.companions import is_companion
 
     rule = OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout)
     options = alone(options)

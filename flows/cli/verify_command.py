@@ -110,7 +110,7 @@ def _refuse_missing(store: Store, path: str) -> None:
         NotFoundInStoreError: neither is.
     """
     from ptbin.errors import NotFoundInStoreError
-    from ptbin.manifest import MANIFEST_SUFFIX
+    from ptbin.manifests.manifest import MANIFEST_SUFFIX
 
     try:
         store.stat(path)
@@ -134,7 +134,7 @@ def _manifest_of(dest: str, shared: Shared) -> str:
     """The manifest of an output: next to it, or that of the output that `--split` made it a part of."""
     from ptbin.catalog.finding import split_manifest
     from ptbin.errors import NotFoundInStoreError
-    from ptbin.manifest import manifest_uri
+    from ptbin.manifests.manifest import manifest_uri
     from ptbin.stores import open_store
 
     uri = manifest_uri(dest)
@@ -151,7 +151,7 @@ def _verify_one(
     dest: str, level: str, public_key: str | None, shared: Shared, listener: Any
 ) -> dict[str, Any]:
     import ptbin
-    from ptbin.manifest import MANIFEST_SUFFIX
+    from ptbin.manifests.manifest import MANIFEST_SUFFIX
     from ptbin.stores import public_uri
     from tasks.live import Settled
 

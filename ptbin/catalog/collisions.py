@@ -9,11 +9,11 @@ from ptbin.catalog.finding import SHARD_NUMBER, split_bases
 from ptbin.catalog.jobs import Problem
 from ptbin.catalog.jobtable import LEFT_ALONE, REFUSED, JobTable
 from ptbin.catalog.planning import settle_collision
-from ptbin.companions import is_companion
 from ptbin.errors import OutputCollisionError
-from ptbin.folders import INDEX_SUFFIX
+from ptbin.manifests.provenance import STATEMENT_SUFFIX
 from ptbin.options import ConvertOptions
-from ptbin.provenance import STATEMENT_SUFFIX
+from ptbin.sources.companions import is_companion
+from ptbin.sources.folders import INDEX_SUFFIX
 
 __all__ = ["settle_collisions", "suffixes_beside"]
 

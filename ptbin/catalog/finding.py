@@ -18,10 +18,10 @@ from ptbin.catalog.jobs import Found
 from ptbin.catalog.named import NamedFiles
 from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, OTHER_SUFFIXES, OUTPUT_SUFFIXES, suffix_of
 from ptbin.errors import NotFoundInStoreError, VerificationError
-from ptbin.folders import Group, Grouping, is_folder_part
-from ptbin.manifest import MANIFEST_SUFFIX, parse_manifest
-from ptbin.part_names import split_place
-from ptbin.sources import find_source
+from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
+from ptbin.sources.folders import Group, Grouping, is_folder_part
+from ptbin.sources.opening import find_source
+from ptbin.sources.part_names import split_place
 from ptbin.stores import ListedObject, Store, is_partial_name, open_store
 from ptbin.stores.local import LocalStore
 

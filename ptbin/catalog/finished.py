@@ -20,12 +20,12 @@ from typing import Any
 
 from ptbin.catalog.finding import OWN_FOLDER
 from ptbin.catalog.jobs import Job
-from ptbin.copying import Copied, same_content
 from ptbin.errors import NotFoundInStoreError, StorageError, VerificationError
-from ptbin.manifest import MANIFEST_SUFFIX, identity_text, parse_manifest
+from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.options import ConvertOptions
-from ptbin.sidecars import change_of
-from ptbin.stores import Store, open_store
+from ptbin.sources.sidecars import change_of
+from ptbin.stores import Store, identity_text, open_store
+from ptbin.stores.copying import Copied, same_content
 
 __all__ = [
     "INDEX_FOLDER",

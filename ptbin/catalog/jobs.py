@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ptbin.errors import CheckpointError
+from ptbin.manifests.vouching import Standing
 from ptbin.stores import Identity
-from ptbin.vouching import Standing
 
 __all__ = ["Found", "Job", "Problem", "is_rejection", "problem_of"]
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from ptbin.catalog.jobs import Job
 from ptbin.catalog.planning import OutputRule
+from ptbin.manifests.vouching import Standing
 from ptbin.stores import Identity
-from ptbin.vouching import Standing
 
 __all__ = ["CURRENT", "LEFT_ALONE", "PAGE", "REFUSED", "TO_ASK", "TO_DO", "JobTable"]
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from ptbin.catalog.jobs import Job, Problem, problem_of
 from ptbin.conversion import would_replace
-from ptbin.copying import find_in_place
 from ptbin.errors import OutputExistsError, PtbinError
 from ptbin.options import ConvertOptions
-from ptbin.sidecars import change_of
+from ptbin.sources.sidecars import change_of
+from ptbin.stores.copying import find_in_place
 
 __all__ = ["Marked", "iter_marked", "look_at_job", "may_replace_copy"]
 

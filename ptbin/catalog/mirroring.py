@@ -8,62 +8,34 @@ read of its manifest, and a look at each file that it lists.
 
 from __future__ import annotations
 
-import fnmatch
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ptbin.catalog.checks import real_place
+from ptbin.catalog.companions import is_sidecar
 from ptbin.catalog.finding import SHARD_NUMBER, split_bases
 from ptbin.catalog.globs import matches
 from ptbin.catalog.planning import relative_output
-from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, OTHER_SUFFIXES, suffix_of
 from ptbin.errors import LimitExceededError, NotFoundInStoreError, VerificationError
-from ptbin.folders import INDEX_SUFFIX
-from ptbin.manifest import MANIFEST_SUFFIX, identity_text, parse_manifest
+from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
+from ptbin.manifests.provenance import STATEMENT_SUFFIX, dump_statement, statement_of
 from ptbin.options import ConvertOptions
-from ptbin.proof.manifests import difference_of
-from ptbin.provenance import STATEMENT_SUFFIX, dump_statement, statement_of
-from ptbin.sidecars import PATTERNS
-from ptbin.stores import Identity, ListedObject, Store, open_store
+from ptbin.proof.verification import difference_of
+from ptbin.sources.folders import INDEX_SUFFIX
+from ptbin.stores import Identity, Store, identity_text, open_store
 
 if TYPE_CHECKING:
     from ptbin.catalog.worklist import WorkList
 
 __all__ = [
-    "COMPANIONS",
     "Gone",
     "alone",
-    "copied_along",
     "excess",
-    "is_doubtful",
     "is_reached_plainly",
-    "is_sidecar",
     "iter_gone",
 ]
-
-COMPANIONS = (
-    *PATTERNS,
-    *("README*", "LICENSE*", "LICENCE*", "NOTICE*"),
-    *("*.json", "*.txt", "*.md", "*.yaml", "*.yml", "*.toml", "*.jinja"),
-)
-"""Names of what belongs to models beside their weights, whatever the folder."""
-
-
-def copied_along(include: Sequence[str]) -> Callable[[ListedObject], bool]:
-    """Says of a file below SOURCE whether it goes along as it is: a model's companion, or one of `include`.
-
-    What by its name may be a checkpoint is one of them only where `include` says so, and then its content
-    decides (`is_doubtful`).
-    """
-
-    def is_copied(item: ListedObject) -> bool:
-        if _is_companion(item.path):
-            return True
-        return item.path.isprintable() and any(matches(item.path, glob) for glob in include)
-
-    return is_copied
 
 
 def alone(options: ConvertOptions) -> ConvertOptions:
@@ -72,25 +44,6 @@ def alone(options: ConvertOptions) -> ConvertOptions:
     They are copied by themselves. Of two owners of one file each would undo what the other did.
     """
     return options.replace(layout="mirror")
-
-
-def is_doubtful(item: ListedObject) -> bool:
-    """Whether a file that is to go along may be a checkpoint: such are looked into, and converted."""
-    return not _is_companion(item.path) and suffix_of(item.path.rpartition("/")[2]) not in OTHER_SUFFIXES
-
-
-def _is_companion(path: str) -> bool:
-    name = path.rpartition("/")[2]
-    if is_sidecar(name):
-        return True
-    if suffix_of(name) in CHECKPOINT_SUFFIXES or not name.isprintable():
-        return False
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANIONS)
-
-
-def is_sidecar(name: str) -> bool:
-    """Whether Hugging Face's libraries look for a file of this name beside a model's weights."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS)
 
 
 # -- what SOURCE no longer has -------------------------------------------------------------------

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from ptbin.catalog.jobs import Found, Job, Problem
 from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, OUTPUT_SUFFIXES, suffix_of
 from ptbin.errors import OutputCollisionError
-from ptbin.folders import INDEX_SUFFIX
 from ptbin.options import Layout, Naming, OutputFormat
+from ptbin.sources.folders import INDEX_SUFFIX
 from ptbin.stores import ListedObject
 
 __all__ = ["OutputRule", "plan_outputs", "relative_output", "settle_collision"]

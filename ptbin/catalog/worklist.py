@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from ptbin.catalog.collisions import settle_collisions, suffixes_beside
+from ptbin.catalog.companions import is_doubtful, is_sidecar
 from ptbin.catalog.finding import SHARD_NUMBER, find_checkpoints, is_in_own_folder, split_bases
 from ptbin.catalog.finished import (
     INDEX_FOLDER,
@@ -26,7 +27,6 @@ from ptbin.catalog.finished import (
 )
 from ptbin.catalog.jobs import Found, Job, Problem
 from ptbin.catalog.jobtable import CURRENT, PAGE, TO_ASK, TO_DO, JobTable
-from ptbin.catalog.mirroring import is_doubtful, is_sidecar
 from ptbin.catalog.named import NamedFiles
 from ptbin.catalog.planning import OutputRule
 from ptbin.errors import (
@@ -35,11 +35,11 @@ from ptbin.errors import (
     StorageError,
     VerificationError,
 )
-from ptbin.folders import INDEX_SUFFIX
-from ptbin.manifest import MANIFEST_SUFFIX, identity_text, parse_manifest
+from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
+from ptbin.manifests.vouching import ASIDE_SUFFIX, CLAIM_TARGET_SUFFIX
 from ptbin.options import ConvertOptions
-from ptbin.stores import ListedObject, open_store
-from ptbin.vouching import ASIDE_SUFFIX, CLAIM_TARGET_SUFFIX
+from ptbin.sources.folders import INDEX_SUFFIX
+from ptbin.stores import ListedObject, identity_text, open_store
 
 __all__ = ["WorkList"]
 
@@ -252,7 +252,7 @@ class WorkList(JobTable):
             digest = digest_of(kind, self._options)
             if any(row.digest == digest for row in self.rows_of(self.relative_manifest(kind))):
                 return not kind.copies
-        from ptbin.comparing import is_convertible  # reads checkpoints: nobody else here does
+        from ptbin.catalog.comparing import is_convertible  # reads checkpoints: nobody else here does
 
         return is_convertible(job.source_uri, self._options, source_options=self._source_options)
 

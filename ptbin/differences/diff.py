@@ -21,8 +21,8 @@ from ptbin.differences.values import Difference, Numbers, SideFacts, TensorDiffe
 from ptbin.differences.weights import Pair, Readers, compare_pairs, hash_views
 from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions
-from ptbin.reading.checkpoint import one_clear_error
-from ptbin.reading.collector import collector_paused
+from ptbin.reading.containers.checkpoint import as_checkpoint_errors
+from ptbin.reading.pickle.collector import collector_paused
 from ptbin.reading.prefixes import wrapper_prefixes
 
 __all__ = ["diff"]
@@ -138,7 +138,7 @@ class _Comparison:
             CheckpointError: what is read is damaged. StorageError: from the stores.
         """
         try:
-            with one_clear_error(f"{self.a.uri} or {self.b.uri}"):
+            with as_checkpoint_errors(f"{self.a.uri} or {self.b.uri}"):
                 self._hash(0, self.a, self.b)
                 self._hash(1, self.b, self.a)
                 self._read()

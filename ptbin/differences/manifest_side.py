@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptbin.differences.sides import Side, SideTensor, quantizer_of, refuse_sparse, tie_groups
-from ptbin.dtypes import BY_NAME
 from ptbin.errors import (
     CorruptArchiveError,
     NoStateDictError,
@@ -21,16 +20,18 @@ from ptbin.errors import (
     UsageError,
     VerificationError,
 )
-from ptbin.folders import INDEX_SUFFIX
-from ptbin.manifest import MANIFEST_SUFFIX, parse_manifest
+from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.options import ConvertOptions
-from ptbin.reading.checkpoint import one_clear_error, read_checkpoint
+from ptbin.reading.containers import read_checkpoint
+from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.keys import new_names
 from ptbin.reading.selection import select_state_dict
-from ptbin.state_dict import tensors_of
+from ptbin.sources.folders import INDEX_SUFFIX
 from ptbin.stores import ListedObject, RangeReader, open_store, public_uri
 from ptbin.stores.joined import JoinedReader, part_base
-from ptbin.tensors import ByteRange, Storage, TensorRef, dense_strides
+from ptbin.values.dtypes import BY_NAME
+from ptbin.values.state_dict import tensors_of
+from ptbin.values.tensors import ByteRange, Storage, TensorRef, dense_strides
 
 __all__ = ["ManifestSide", "is_manifest"]
 
@@ -65,7 +66,7 @@ class ManifestSide(Side):
         data = self._store.read_bytes(self._path, limit=MAX_MANIFEST_NBYTES)
         self._parts: tuple[ListedObject, ...] | None = None
         self._storages: dict[Any, Storage] = {}
-        with one_clear_error(self.uri):
+        with as_checkpoint_errors(self.uri):
             self._manifest = parse_manifest(data, self.uri)
             del data
             self._rows: dict[str, dict[str, Any]] = {}

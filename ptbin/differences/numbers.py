@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ptbin.differences.values import Numbers
-from ptbin.dtypes import DType
+from ptbin.values.dtypes import DType
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

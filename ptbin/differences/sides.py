@@ -10,15 +10,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ptbin.dtypes import DType
 from ptbin.errors import UnsupportedTensorError, UsageError
 from ptbin.options import ConvertOptions
-from ptbin.reading.checkpoint import one_clear_error
+from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import read_selected
-from ptbin.sources import find_source
-from ptbin.state_dict import StateDict, tensors_of
+from ptbin.sources.opening import find_source
 from ptbin.stores import public_uri
-from ptbin.tensors import SparseTensor, TensorRef
+from ptbin.values.dtypes import DType
+from ptbin.values.state_dict import StateDict, tensors_of
+from ptbin.values.tensors import SparseTensor, TensorRef
 
 if TYPE_CHECKING:
     from ptbin.stores import RangeReader
@@ -95,7 +95,7 @@ class CheckpointSide(Side):
         self._identity = self._reader.identity
         self.uri = public_uri(self._reader.uri)
         try:
-            with one_clear_error(self.uri):
+            with as_checkpoint_errors(self.uri):
                 selected = read_selected(self._reader, options)
                 self.container = selected.checkpoint.container
                 self._views = _views(selected.state_dict, self.uri)

@@ -12,9 +12,9 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ptbin.errors import CorruptArchiveError
-from ptbin.inflate import iter_inflated
 from ptbin.proof.logical import iter_logical_bytes
-from ptbin.tensors import ByteRange, Deflated, TensorRef
+from ptbin.stores.inflate import iter_inflated
+from ptbin.values.tensors import ByteRange, Deflated, TensorRef
 
 if TYPE_CHECKING:
     from ptbin.stores import RangeReader

@@ -25,7 +25,7 @@ from ptbin.cores import available_cores
 from ptbin.differences.numbers import BLOCK, Tally, Tolerance, has_numbers, resolve_lazy, same_bytes
 from ptbin.differences.streams import Feed, is_plain, iter_views, part_of
 from ptbin.errors import ChecksumMismatchError
-from ptbin.tensors import ByteRange, TensorRef
+from ptbin.values.tensors import ByteRange, TensorRef
 
 if TYPE_CHECKING:
     from ptbin.stores import RangeReader

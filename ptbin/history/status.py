@@ -15,18 +15,18 @@ from itertools import islice
 from typing import Any
 
 from ptbin.catalog import Job, OutputRule, Problem
+from ptbin.catalog.companions import copied_along
 from ptbin.catalog.finished import read_finished
 from ptbin.catalog.globs import root_of, split_glob
-from ptbin.catalog.mirroring import alone, copied_along, iter_gone
+from ptbin.catalog.mirroring import alone, iter_gone
 from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
 from ptbin.catalog.worklist import WorkList
-from ptbin.companions import is_companion
 from ptbin.errors import PtbinError, UsageError
 from ptbin.history.failures import Ledger, Unconverted, read_ledger, written_at
 from ptbin.history.records import iter_runs
-from ptbin.manifest import identity_text
 from ptbin.options import ConvertOptions
-from ptbin.stores import open_store
+from ptbin.sources.companions import is_companion
+from ptbin.stores import identity_text, open_store
 
 __all__ = ["Question", "Status", "question_of_last_run", "status_of"]
 

@@ -16,7 +16,7 @@ from ptbin.errors import CorruptArchiveError, IncompleteCheckpointError, OutputC
 from ptbin.merging.coverage import prove_used
 from ptbin.merging.recipes import Recipe, Rule, Step, evaluate
 from ptbin.merging.views import View, concatenated, leaf, stacked, view_of
-from ptbin.tensors import Storage, TensorRef
+from ptbin.values.tensors import Storage, TensorRef
 
 __all__ = ["Planned", "plan_recipe"]
 

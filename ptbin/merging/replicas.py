@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ptbin.errors import IncompleteCheckpointError
 from ptbin.merging.tiles import Part, plain_part
-from ptbin.tensors import ByteRange, InMemory, TensorRef
+from ptbin.values.tensors import ByteRange, InMemory, TensorRef
 
 __all__ = ["Replicas", "refuse_unequal"]
 

@@ -11,10 +11,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from ptbin.dtypes import DType
 from ptbin.errors import UnsupportedTensorError
 from ptbin.merging.coverage import prove_cover
-from ptbin.tensors import ByteRange, InMemory, Joined, Place, Storage, TensorRef, Tile, Tiled, dense_strides
+from ptbin.values.dtypes import DType
+from ptbin.values.tensors import (
+    ByteRange,
+    InMemory,
+    Joined,
+    Place,
+    Storage,
+    TensorRef,
+    Tile,
+    Tiled,
+    dense_strides,
+)
 
 __all__ = ["Box", "Part", "plain_part", "tile_of", "whole_tensor"]
 

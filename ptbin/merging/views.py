@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ptbin.dtypes import DType
 from ptbin.errors import LimitExceededError, UnsupportedTensorError
 from ptbin.merging.tiles import Box, Part, plain_part, whole_tensor
-from ptbin.tensors import ByteRange, InMemory, Joined, Storage, TensorRef, Tiled, dense_strides
+from ptbin.values.dtypes import DType
+from ptbin.values.tensors import ByteRange, InMemory, Joined, Storage, TensorRef, Tiled, dense_strides
 
 __all__ = ["View", "concatenated", "leaf", "stacked", "view_of"]
 

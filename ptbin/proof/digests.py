@@ -20,8 +20,9 @@ from ptbin.proof.groups import Group, GroupHash
 from ptbin.proof.growing import GrowingFile
 from ptbin.proof.local_file import LocalFile
 from ptbin.proof.logical import ReadSpan
-from ptbin.proof.regions import FileDigests, StoredTensor, strided_sha256
+from ptbin.proof.regions import strided_sha256
 from ptbin.proof.serial import Serial, SerialLane
+from ptbin.values.digests import FileDigests, StoredTensor
 
 if TYPE_CHECKING:
     from ptbin.stores import RangeReader

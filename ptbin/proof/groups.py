@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ptbin.crc32 import combine_crc32
-from ptbin.proof.regions import FileDigests, RegionLane, StoredTensor
+from ptbin.proof.regions import RegionLane
+from ptbin.values.crc32 import combine_crc32
+from ptbin.values.digests import FileDigests, StoredTensor
 
 __all__ = ["Group", "GroupHash", "cut_into_groups"]
 

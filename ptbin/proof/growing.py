@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from ptbin.cores import available_cores, hashing_pool, hashing_slot
-from ptbin.crc32 import combine_crc32
 from ptbin.proof.groups import Group, GroupHash, cut_into_groups
 from ptbin.proof.local_file import LocalFile
-from ptbin.proof.regions import FileDigests, StoredTensor, strided_sha256
+from ptbin.proof.regions import strided_sha256
 from ptbin.proof.serial import Serial, SerialLane
+from ptbin.values.crc32 import combine_crc32
+from ptbin.values.digests import FileDigests, StoredTensor
 
 __all__ = ["GrowingFile"]
 

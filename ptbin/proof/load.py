@@ -16,21 +16,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptbin.dtypes import DType
 from ptbin.errors import UsageError, VerificationError
 from ptbin.installed import require_reader
 from ptbin.options import ConvertOptions
 from ptbin.proof.loaded import iter_loaded_tensors
 from ptbin.proof.logical import iter_logical_bytes
 from ptbin.reading.selected import read_selected
-from ptbin.sources import open_source
-from ptbin.state_dict import tensors_of
+from ptbin.sources.opening import open_source
 from ptbin.stores import Identity
+from ptbin.values.dtypes import DType
+from ptbin.values.state_dict import tensors_of
 
 if TYPE_CHECKING:
-    from ptbin.draft import Draft
-    from ptbin.state_dict import StateDict
+    from ptbin.manifests.draft import Draft
     from ptbin.stores import RangeReader, Store
+    from ptbin.values.state_dict import StateDict
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.[^.]+$)")
 

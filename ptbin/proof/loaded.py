@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ptbin.state_dict import key_label
+from ptbin.values.state_dict import key_label
 
 __all__ = ["iter_loaded_tensors"]
 

@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from ptbin.inflate import iter_inflated
-from ptbin.tensors import ByteRange, Deflated, InMemory, Joined, Place, TensorRef, Tiled, dense_strides
+from ptbin.stores.inflate import iter_inflated
+from ptbin.values.tensors import ByteRange, Deflated, InMemory, Joined, Place, TensorRef, Tiled, dense_strides
 
 if TYPE_CHECKING:
     import numpy

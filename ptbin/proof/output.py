@@ -20,20 +20,22 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ptbin.dtypes import BY_NAME
 from ptbin.errors import CheckpointError, ChecksumMismatchError, VerificationError
-from ptbin.folders import INDEX_SUFFIX
-from ptbin.manifest import hex_crc32, identity_text
-from ptbin.proof.digests import FileDigests, StoredTensor, digest_file
+from ptbin.manifests.manifest import hex_crc32
+from ptbin.proof.digests import digest_file
 from ptbin.proof.serial import serial_of
-from ptbin.reading.checkpoint import read_checkpoint
+from ptbin.reading.containers import read_checkpoint
+from ptbin.reading.pickle.verdicts import judge_programs
 from ptbin.reading.selection import select_state_dict
-from ptbin.reading.verdicts import judge_programs
-from ptbin.state_dict import tensors_of
-from ptbin.tensors import ByteRange, TensorRef
+from ptbin.sources.folders import INDEX_SUFFIX
+from ptbin.stores import identity_text
+from ptbin.values.digests import FileDigests, StoredTensor
+from ptbin.values.dtypes import BY_NAME
+from ptbin.values.state_dict import tensors_of
+from ptbin.values.tensors import ByteRange, TensorRef
 
 if TYPE_CHECKING:
-    from ptbin.draft import Draft, DraftFile
+    from ptbin.manifests.draft import Draft, DraftFile
     from ptbin.stores import RangeReader, Store
 
 __all__ = ["READ_BACK", "STORE_CHECKSUM", "compare_checksums", "prove_output", "stored_tensor"]

@@ -9,47 +9,11 @@ import hashlib
 import heapq
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from ptbin.proof.logical import ReadSpan, iter_strided
+from ptbin.values.digests import FileDigests, StoredTensor
 
-__all__ = [
-    "FileDigests",
-    "RegionLane",
-    "StoredTensor",
-    "sha256_of_tensor",
-    "strided_sha256",
-]
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Where a tensor lies in a stored file: first byte, shape and stride in elements."""
-
-    offset: int
-    nbytes: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...] | None
-    """None where the tensor is contiguous."""
-    itemsize: int
-    per_unit: int = 1
-
-
-@dataclass(slots=True)
-class FileDigests:
-    """SHA-256 as hexadecimal text, CRC-32 as a number.
-
-    Attributes:
-        sha256: of the whole file.
-        gaps_sha256: of the bytes that lie in no tensor that is stored contiguously, in the order of the file.
-    """
-
-    sha256: str | None = None
-    gaps_sha256: str | None = None
-    crc32: int = 0
-    records: dict[tuple[int, int], int] = field(default_factory=dict)
-    """(offset, nbytes) to CRC-32."""
-    tensors: dict[StoredTensor, str] = field(default_factory=dict)
+__all__ = ["RegionLane", "sha256_of_tensor", "strided_sha256"]
 
 
 def strided_sha256(tensor: StoredTensor, read: ReadSpan) -> str:

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable
 from typing import Literal
 
-from ptbin.proof.regions import FileDigests, StoredTensor
+from ptbin.values.digests import FileDigests, StoredTensor
 
 __all__ = ["Serial", "SerialLane", "gaps_between", "serial_of"]
 

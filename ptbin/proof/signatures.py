@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ptbin.errors import UsageError
-from ptbin.proof.manifests import Issue
+from ptbin.proof.verification import Issue
 from ptbin.stores import Store, open_store
 
 __all__ = ["SIGNATURE", "verify_signatures"]

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING
 
 from ptbin.cores import hashing_slot, is_crowded
 from ptbin.errors import VerificationError
-from ptbin.proof.digests import FileDigests, OnePass, StoredTensor, digest_descriptor
+from ptbin.proof.digests import OnePass, digest_descriptor
 from ptbin.proof.growing import GrowingFile
 from ptbin.proof.local_file import LocalFile
 from ptbin.proof.output import compare_checksums
 from ptbin.proof.serial import Serial
+from ptbin.values.digests import FileDigests, StoredTensor
 
 if TYPE_CHECKING:
-    from ptbin.draft import DraftFile
-    from ptbin.segments import Plan
+    from ptbin.manifests.draft import DraftFile
+    from ptbin.values.segments import Plan
 
 __all__ = ["WrittenProof"]
 

@@ -20,21 +20,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ptbin.nodes import NdArray, Opaque
-from ptbin.reading.checkpoint import Checkpoint
+from ptbin.reading.containers.checkpoint import Checkpoint
 from ptbin.reading.roles import REASONS
 from ptbin.reading.tree import Data, iter_data
-from ptbin.state_dict import Excluded, LeftOut, tensors_of
-from ptbin.tensors import (
-    ByteRange,
-    InMemory,
-    Joined,
-    Place,
-    Storage,
-    TensorRef,
-    Tiled,
-    TypedStorage,
-)
+from ptbin.values.nodes import NdArray, Opaque
+from ptbin.values.state_dict import Excluded, LeftOut, tensors_of
+from ptbin.values.tensors import ByteRange, InMemory, Joined, Place, Storage, TensorRef, Tiled, TypedStorage
 
 __all__ = ["Accounting", "Unaccounted", "account"]
 

@@ -19,10 +19,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ptbin.nodes import DictNode
 from ptbin.reading.prefixes import wrapper_prefixes
-from ptbin.state_dict import StateDict
-from ptbin.tensors import TensorRef
+from ptbin.values.nodes import DictNode
+from ptbin.values.state_dict import StateDict
+from ptbin.values.tensors import TensorRef
 
 __all__ = [
     "AVERAGED",

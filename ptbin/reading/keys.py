@@ -11,14 +11,14 @@ import re
 from collections import Counter
 from typing import Any
 
-from ptbin.dtypes import BY_NAME
 from ptbin.errors import NoStateDictError, OutputCollisionError, UnsupportedTensorError, UsageError
-from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, iter_nodes
 from ptbin.options import ConvertOptions
 from ptbin.reading.prefixes import wrapper_prefixes
 from ptbin.reading.tree import DataSearch, iter_data
-from ptbin.state_dict import Excluded, StateDict
-from ptbin.tensors import SparseTensor, TensorRef
+from ptbin.values.dtypes import BY_NAME
+from ptbin.values.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, iter_nodes
+from ptbin.values.state_dict import Excluded, StateDict
+from ptbin.values.tensors import SparseTensor, TensorRef
 
 __all__ = ["drop_entries", "keep_writable", "new_names", "rename_entries"]
 

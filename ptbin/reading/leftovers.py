@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ptbin.nodes import DictNode, Instance, NdArray, Opaque, iter_nodes
 from ptbin.reading.roles import role_of_content
-from ptbin.tensors import SparseTensor, TensorRef
+from ptbin.values.nodes import DictNode, Instance, NdArray, Opaque, iter_nodes
+from ptbin.values.tensors import SparseTensor, TensorRef
 
 __all__ = ["role_of_leftover"]
 

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ptbin.errors import CorruptArchiveError, LimitExceededError
-from ptbin.nodes import DictNode, Instance, Opaque, SetNode
 from ptbin.reading.tree import iter_data
-from ptbin.state_dict import Excluded, StateDict
-from ptbin.tensors import TensorRef
+from ptbin.values.nodes import DictNode, Instance, Opaque, SetNode
+from ptbin.values.state_dict import Excluded, StateDict
+from ptbin.values.tensors import TensorRef
 
 __all__ = ["is_module", "module_state_dict", "script_state_dict"]
 

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ptbin.nodes import NdArray, Opaque
 from ptbin.reading.averages import AVERAGED, RAW, is_same_model
-from ptbin.reading.checkpoint import Checkpoint
+from ptbin.reading.containers.checkpoint import Checkpoint
 from ptbin.reading.roles import looks_like_weights, role_of_content, role_of_leaf, role_of_name
 from ptbin.reading.search import Candidate, Findings
 from ptbin.reading.tree import (
@@ -22,8 +21,9 @@ from ptbin.reading.tree import (
     is_unreadable_tensor,
     named_children,
 )
-from ptbin.state_dict import Excluded, StateDict
-from ptbin.tensors import SparseTensor, TensorRef, TypedStorage
+from ptbin.values.nodes import NdArray, Opaque
+from ptbin.values.state_dict import Excluded, StateDict
+from ptbin.values.tensors import SparseTensor, TensorRef, TypedStorage
 
 __all__ = ["left_outside"]
 

@@ -21,10 +21,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from ptbin.errors import IncompleteCheckpointError
-from ptbin.nodes import DictNode, Instance, Opaque, iter_nodes
-from ptbin.reading.checkpoint import Checkpoint
-from ptbin.reading.wrappers import WRAPPER, local_tensor, piece_of, placement_of
-from ptbin.tensors import TensorRef
+from ptbin.reading.containers.checkpoint import Checkpoint
+from ptbin.reading.pickle.wrappers import WRAPPER, local_tensor, piece_of, placement_of
+from ptbin.values.nodes import DictNode, Instance, Opaque, iter_nodes
+from ptbin.values.tensors import TensorRef
 
 __all__ = ["find_part", "refuse_part", "take_part"]
 

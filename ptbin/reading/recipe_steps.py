@@ -7,9 +7,9 @@ from typing import Any
 from ptbin.errors import CorruptArchiveError, ModelMismatchError, UsageError
 from ptbin.merging.planner import plan_recipe
 from ptbin.merging.shipped import find_recipe
-from ptbin.reading.checkpoint import Checkpoint
-from ptbin.state_dict import Excluded, StateDict
-from ptbin.tensors import TensorRef
+from ptbin.reading.containers.checkpoint import Checkpoint
+from ptbin.values.state_dict import Excluded, StateDict
+from ptbin.values.tensors import TensorRef
 
 __all__ = ["apply_recipe"]
 

@@ -16,9 +16,9 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from ptbin.nodes import DictNode, Instance, NdArray, Opaque
 from ptbin.reading.tree import as_mapping, glance, is_branch
-from ptbin.tensors import SparseTensor, TensorRef
+from ptbin.values.nodes import DictNode, Instance, NdArray, Opaque
+from ptbin.values.tensors import SparseTensor, TensorRef
 
 __all__ = [
     "REASONS",

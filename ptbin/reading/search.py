@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ptbin.errors import LimitExceededError
-from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque
 from ptbin.options import Limits
 from ptbin.reading.averages import (
     RAW,
@@ -23,7 +22,7 @@ from ptbin.reading.averages import (
     roles_by_producer,
     swapped_copy,
 )
-from ptbin.reading.checkpoint import Checkpoint
+from ptbin.reading.containers.checkpoint import Checkpoint
 from ptbin.reading.modules import is_module, module_state_dict, script_state_dict
 from ptbin.reading.roles import looks_like_weights, role_of_content, role_of_leaf, role_of_name
 from ptbin.reading.tree import (
@@ -35,8 +34,9 @@ from ptbin.reading.tree import (
     named_children,
     names_below,
 )
-from ptbin.state_dict import StateDict, tensors_of
-from ptbin.tensors import SparseTensor, TensorRef
+from ptbin.values.nodes import DictNode, Global, Instance, NdArray, Opaque
+from ptbin.values.state_dict import StateDict, tensors_of
+from ptbin.values.tensors import SparseTensor, TensorRef
 
 __all__ = [
     "EXTRA_STATE",

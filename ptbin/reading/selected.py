@@ -12,17 +12,18 @@ from ptbin.errors import AmbiguousStateDictError, CorruptArchiveError, NoStateDi
 from ptbin.merging.replicas import refuse_unequal
 from ptbin.options import ConvertOptions
 from ptbin.reading.accounting import Accounting, account
-from ptbin.reading.checkpoint import Checkpoint, read_checkpoint
+from ptbin.reading.containers import read_checkpoint
+from ptbin.reading.containers.checkpoint import Checkpoint
+from ptbin.reading.containers.source import RandomReader
 from ptbin.reading.keys import drop_entries, keep_writable, rename_entries
 from ptbin.reading.leftovers import role_of_leftover
 from ptbin.reading.outside import left_outside
 from ptbin.reading.parts import refuse_part, take_part
+from ptbin.reading.pickle.verdicts import SafetyReport, judge_programs, refuse_unsafe_fragment
 from ptbin.reading.recipe_steps import apply_recipe
 from ptbin.reading.search import Findings, find_state_dicts
 from ptbin.reading.selection import WAYS_OUT, select_state_dicts
-from ptbin.reading.source import RandomReader
-from ptbin.reading.verdicts import SafetyReport, judge_programs, refuse_unsafe_fragment
-from ptbin.state_dict import Excluded, StateDict, storages_of
+from ptbin.values.state_dict import Excluded, StateDict, storages_of
 
 __all__ = ["Selected", "read_selected", "refuse_unsafe", "select_from"]
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from ptbin.errors import AmbiguousStateDictError, NoStateDictError
-from ptbin.nodes import Instance
 from ptbin.options import ConvertOptions
 from ptbin.reading.averages import AVERAGED, COPY_SUFFIX
-from ptbin.reading.checkpoint import Checkpoint
+from ptbin.reading.containers.checkpoint import Checkpoint
 from ptbin.reading.flattening import flattened
 from ptbin.reading.search import (
     PRIMARY_NAMES,
@@ -25,8 +24,9 @@ from ptbin.reading.search import (
     find_state_dicts,
 )
 from ptbin.reading.tree import iter_data, resolve
-from ptbin.state_dict import Excluded, StateDict, tensors_of
-from ptbin.tensors import SparseTensor, TensorRef
+from ptbin.values.nodes import Instance
+from ptbin.values.state_dict import Excluded, StateDict, tensors_of
+from ptbin.values.tensors import SparseTensor, TensorRef
 
 __all__ = ["WAYS_OUT", "choose_candidate", "select_state_dict", "select_state_dicts", "why_chosen"]
 

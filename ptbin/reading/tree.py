@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ptbin.errors import LimitExceededError
-from ptbin.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, children
 from ptbin.options import Limits
-from ptbin.tensors import SparseTensor, TensorRef, TypedStorage
+from ptbin.values.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, children
+from ptbin.values.tensors import SparseTensor, TensorRef, TypedStorage
 
 __all__ = [
     "DataSearch",

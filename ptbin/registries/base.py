@@ -210,6 +210,18 @@ class Registry(ABC):
             versions: (version there, the source's) whose description and tags are to be set.
         """
 
+    def known_files(self, model: str) -> Mapping[str, str]:
+        """Files of the model's own that `remember_files` was told of."""
+        del model
+        return {}
+
+    def remember_files(self, model: str, files: Mapping[str, str]) -> None:
+        """Files of the model's own that were brought: what each is now, by path, as `identity_text` has it.
+
+        The model is known already. Only a registry with a `model_folder` keeps any.
+        """
+        del model, files
+
     def name_problem(self, name: str) -> str | None:
         """Why a model of that name cannot be kept there; None: it can."""
         if not name or name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():

@@ -14,17 +14,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ptbin.catalog.mirroring import COMPANIONS
+from ptbin.catalog.companions import COMPANIONS
 from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, suffix_of
-from ptbin.copying import copy_file
 from ptbin.errors import NotFoundInStoreError, OutputExistsError, VerificationError
-from ptbin.manifest import MANIFEST_SUFFIX
+from ptbin.manifests.manifest import MANIFEST_SUFFIX
 from ptbin.registries.base import Folder, Name, Place, Registration, Registry, RegistryError
 from ptbin.registries.layouts import Layout
 from ptbin.registries.record import CLAIM, OWN_FILES, RECORD, ModelRecord, VersionRecord, is_plain_path
 from ptbin.registries.values import Model, Origin, Version, natural_order
-from ptbin.sidecars import PATTERNS
-from ptbin.stores import ListedObject, open_store, public_uri
+from ptbin.sources.sidecars import PATTERNS
+from ptbin.stores import ListedObject, identity_text, open_store, public_uri
+from ptbin.stores.copying import copy_file, same_content
 from ptbin.stores.local import LocalStore
 
 __all__ = ["ONLY_VERSION", "FolderRegistry"]
@@ -302,7 +302,8 @@ class FolderRegistry(Registry):
                 record = record.without_version(new.dest_version)
                 self._replace(record, old, new, f"{self._root}/{folder}")
             path = folder[len(above) :].lstrip("/") or "."
-            record = record.with_version(VersionRecord(version, path, new.manifests, new.files))
+            identities = self._identities(f"{self._root}/{folder}", new.files)
+            record = record.with_version(VersionRecord(version, path, new.manifests, new.files, identities))
             aliases.update(dict.fromkeys(new.aliases, new.dest_version))
         self._write_record(
             replace(record, description=model.description or record.description, aliases=aliases)
@@ -312,11 +313,46 @@ class FolderRegistry(Registry):
             self._empty(f"{self._root}/{STAGING}/{new.fingerprint}")
         return [new.dest_version for new in ready]
 
+    def _identities(self, path: str, files: Sequence[str]) -> dict[str, str]:
+        wanted = set(files)
+        return {
+            item.path: identity_text(item.identity)
+            for item in self._store.iter_objects(path)
+            if item.path in wanted and item.identity is not None
+        }
+
+    def _refuse_foreign(self, old: VersionRecord, new: Registration, path: str) -> None:
+        """Raise OutputExistsError where a file is in the way that no migration put there, or not as it is."""
+        staging = f"{self._root}/{STAGING}/{new.fingerprint}"
+        staged = {item.path for item in self._store.iter_objects(staging)}
+        goes = staged | (set(old.files) - set(new.files))
+        for item in self._store.iter_objects(path):
+            name = item.path
+            if name not in goes or name in OWN_FILES:
+                continue
+            there = identity_text(item.identity) if item.identity is not None else ""
+            # Records of ptbin 0.1 have no identities: what they list is taken for what was brought.
+            if name in old.files and old.identities.get(name, there) == there:
+                continue
+            uri = self._store.uri_of(f"{path}/{name}")
+            if name in staged and same_content(
+                self._store.uri_of(f"{staging}/{name}"),
+                uri,
+                source_options=self._options,
+                dest_options=self._options,
+            ):
+                continue
+            raise OutputExistsError(
+                f"{uri}: a file of {item.size} bytes is there that no migration left so; move it away, or "
+                "choose another DEST"
+            )
+
     def _replace(self, record: ModelRecord, old: VersionRecord, new: Registration, path: str) -> None:
         """Bring the staged files where those of the version's earlier state are; it is not registered then.
 
         Killed on the way, the claim tells the next run to do the version anew.
         """
+        self._refuse_foreign(old, new, path)
         claim = {"model": new.version.model, "version": new.version.version}
         self._store.write_bytes(f"{path}/{CLAIM}", json.dumps(claim).encode())
         self._write_record(record)
@@ -334,6 +370,15 @@ class FolderRegistry(Registry):
                 source_options=self._options,
                 dest_options=self._options,
             )
+
+    def known_files(self, model: str) -> Mapping[str, str]:
+        record = self._read_record(model)
+        return {} if record is None else record.files
+
+    def remember_files(self, model: str, files: Mapping[str, str]) -> None:
+        record = self._read_record(model)
+        if record is not None and record.files != {**record.files, **files}:
+            self._write_record(replace(record, files={**record.files, **files}))
 
     def update(
         self, model: Model, aliases: Mapping[str, str], versions: Iterable[tuple[str, Version]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +12,11 @@ from ptbin.options import ConvertOptions
 from ptbin.registries import is_registry_uri, open_registry
 from ptbin.registries.base import Registry
 from ptbin.registries.planning import Migration, Versions, plan_migration, wanted_names
+from ptbin.stores.copying import find_in_place
 
-__all__ = ["open_both", "prepare"]
+__all__ = ["ADVICE", "brought_before", "open_both", "prepare", "refuse_files_of_others"]
+
+ADVICE = "move it away, or choose another DEST"
 
 
 def open_both(
@@ -70,3 +73,38 @@ def prepare(
         )
         plans.append(replace(plan, beside=beside, not_kept=(*plan.not_kept, *left)))
     return replace(migration, models=tuple(plans))
+
+
+def brought_before(known: Mapping[str, str], path: str) -> Callable[[str], bool]:
+    """Whether a file of a model is still what a migration brought: `copy_file`'s `may_replace`."""
+    return lambda identity: known.get(path) == identity
+
+
+def refuse_files_of_others(
+    dest: Registry,
+    model: str,
+    beside: Sequence[tuple[str, str]],
+    source_options: Mapping[str, Any],
+    dest_options: Mapping[str, Any],
+) -> None:
+    """Look at the places of a model's own files before any of its versions is written.
+
+    Args:
+        beside: (URI, path in the model's folder) of each.
+
+    Raises:
+        OutputExistsError: another file is at the place of one, and no migration brought it.
+    """
+    folder = dest.model_folder(model)
+    if folder is None or not beside:
+        return
+    known = dest.known_files(model)
+    for uri, path in beside:
+        find_in_place(
+            uri,
+            posixpath.join(folder.uri, path),
+            brought_before(known, path),
+            source_options=source_options,
+            dest_options={**dest_options, **folder.options},
+            advice=ADVICE,
+        )

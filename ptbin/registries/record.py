@@ -28,12 +28,16 @@ OWN_FILES = (RECORD, CLAIM)
 
 @dataclass(frozen=True, slots=True)
 class VersionRecord:
-    """One version: its folder (a path below the model's), and in it its manifests and all of its files."""
+    """One version: its folder (a path below the model's), and in it its manifests and all of its files.
+
+    `identities`: what the files were when it was registered, by their paths, as `identity_text` writes it.
+    """
 
     version: Version
     path: str
     manifests: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    identities: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         metadata = self.version.metadata()
@@ -45,6 +49,7 @@ class VersionRecord:
             **({"origin": origin.to_json()} if origin is not None else {}),
             "manifests": list(self.manifests),
             **({"files": list(self.files)} if self.files else {}),
+            **({"identities": dict(self.identities)} if self.identities else {}),
             **metadata,
         }
 
@@ -62,7 +67,13 @@ class VersionRecord:
 
 @dataclass(frozen=True, slots=True)
 class ModelRecord:
-    """One model's `registry.json`. `layout`: how files are called there, empty where it does not say."""
+    """One model's `registry.json`.
+
+    Attributes:
+        layout: how files are called there, empty where it does not say.
+        files: those of the model's own that were brought along, by path, and what they were then, as
+            `identity_text` writes it.
+    """
 
     name: str
     description: str = ""
@@ -70,6 +81,7 @@ class ModelRecord:
     aliases: Mapping[str, str] = field(default_factory=dict)
     versions: tuple[VersionRecord, ...] = ()
     layout: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def row(self, version: str) -> VersionRecord | None:
         """The row of that version."""
@@ -94,6 +106,7 @@ class ModelRecord:
             "description": self.description,
             "tags": dict(self.tags),
             "aliases": dict(sorted(self.aliases.items())),
+            **({"files": dict(sorted(self.files.items()))} if self.files else {}),
             "versions": [record.to_json() for record in self.versions],
         }
         return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
@@ -114,6 +127,7 @@ class ModelRecord:
                 aliases,
                 tuple(_version(name, row, aliases) for row in found["versions"]),
                 str(found.get("layout", "")),
+                _texts(found.get("files", {})),
             )
         except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise VerificationError(f"{uri}: not a registry's record: {error}") from error
@@ -154,4 +168,4 @@ def _version(model: str, row: Mapping[str, Any], aliases: Mapping[str, str]) -> 
         metrics=tuple(Metric.from_json(metric) for metric in row.get("metrics", ())),
         params=_texts(row.get("params", {})),
     )
-    return VersionRecord(version, path, manifests, files)
+    return VersionRecord(version, path, manifests, files, _texts(row.get("identities", {})))

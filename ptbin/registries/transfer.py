@@ -19,21 +19,21 @@ from ptbin.catalog.finished import is_up_to_date
 from ptbin.catalog.jobs import Job
 from ptbin.catalog.planning import relative_output
 from ptbin.catalog.suffixes import OUTPUT_SUFFIXES, suffix_of
-from ptbin.companions import companion_of, left_alone_as
 from ptbin.conversion import Published, publish, stage
-from ptbin.copying import copy_file
 from ptbin.errors import CheckpointError, NoStateDictError, NotACheckpointError, OutputCollisionError
-from ptbin.manifest import MANIFEST_SUFFIX, parse_manifest
+from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
+from ptbin.manifests.provenance import STATEMENT_SUFFIX
 from ptbin.options import ConvertOptions
-from ptbin.provenance import STATEMENT_SUFFIX
-from ptbin.reading.checkpoint import one_clear_error
+from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import read_selected
 from ptbin.registries.base import Folder
 from ptbin.registries.layouts import Style
 from ptbin.registries.record import OWN_FILES, is_plain_path
-from ptbin.sidecars import PATTERNS, change_of
-from ptbin.sources import find_source
+from ptbin.sources.companions import companion_of, left_alone_as
+from ptbin.sources.opening import find_source
+from ptbin.sources.sidecars import PATTERNS, change_of
 from ptbin.stores import open_store
+from ptbin.stores.copying import copy_file
 
 __all__ = [
     "Contents",
@@ -141,7 +141,7 @@ def examine(
         place.refuse_part(parts=options.parts)
         with place.open() as reader:
             try:
-                with one_clear_error(reader.uri):
+                with as_checkpoint_errors(reader.uri):
                     read_selected(reader, options)
             except NotACheckpointError:
                 if candidate.certain and suffix_of(candidate.path) in WEIGHTS_SUFFIXES:

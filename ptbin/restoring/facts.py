@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ptbin.dtypes import BY_NAME
-from ptbin.proof.regions import StoredTensor
-from ptbin.tensors import ByteRange, TensorRef
+from ptbin.values.digests import StoredTensor
+from ptbin.values.dtypes import BY_NAME
+from ptbin.values.tensors import ByteRange, TensorRef
 
 __all__ = ["Fact", "Facts", "View", "view_of"]
 

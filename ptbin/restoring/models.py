@@ -16,7 +16,8 @@ from typing import Any
 
 from ptbin.conversion import Progress
 from ptbin.errors import CheckpointError, ModelMismatchError, UsageError, VerificationError
-from ptbin.reading.checkpoint import read_checkpoint
+from ptbin.manifests.vouching import Place
+from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.search import find_state_dicts
 from ptbin.reading.selection import select_state_dict
 from ptbin.restoring.children import Child, python_path, start_child
@@ -25,8 +26,7 @@ from ptbin.restoring.fitting import select_hint
 from ptbin.restoring.options import RestoreOptions
 from ptbin.restoring.output import Output
 from ptbin.restoring.weights import Weights, open_weights
-from ptbin.sources import SourcePlace, find_source
-from ptbin.vouching import Place
+from ptbin.sources.opening import SourcePlace, find_source
 
 __all__ = ["restore_model"]
 

@@ -17,21 +17,23 @@ from typing import TYPE_CHECKING, Any
 
 from ptbin.conversion import Progress
 from ptbin.errors import CheckpointError, VerificationError
-from ptbin.manifest import hex_crc32, identity_text, utc_now
+from ptbin.manifests.manifest import hex_crc32, utc_now
+from ptbin.manifests.vouching import Place
 from ptbin.options import ConvertOptions
 from ptbin.proof.digests import digest_descriptor
-from ptbin.proof.regions import FileDigests, StoredTensor, sha256_of_tensor
-from ptbin.reading.checkpoint import one_clear_error, read_checkpoint
+from ptbin.proof.regions import sha256_of_tensor
+from ptbin.reading.containers import read_checkpoint
+from ptbin.reading.containers.checkpoint import as_checkpoint_errors
+from ptbin.reading.pickle.verdicts import judge_programs
 from ptbin.reading.selected import select_from
 from ptbin.reading.tree import iter_data
-from ptbin.reading.verdicts import judge_programs
 from ptbin.restoring.facts import Facts, View, view_of
 from ptbin.restoring.following import FollowedFile, sha256_of
 from ptbin.restoring.options import RestoreOptions
-from ptbin.state_dict import tensors_of
-from ptbin.stores import Writer
-from ptbin.tensors import ByteRange, TensorRef
-from ptbin.vouching import Place
+from ptbin.stores import Writer, identity_text
+from ptbin.values.digests import FileDigests, StoredTensor
+from ptbin.values.state_dict import tensors_of
+from ptbin.values.tensors import ByteRange, TensorRef
 
 if TYPE_CHECKING:
     from ptbin.stores import Store
@@ -111,7 +113,7 @@ class Output:
     def _hash(self) -> None:
         records: dict[tuple[int, int], int | None] = {}
         # What ptbin does not read in it has no rows; its tensors are compared all the same.
-        with contextlib.suppress(CheckpointError), one_clear_error(_Stored.uri):
+        with contextlib.suppress(CheckpointError), as_checkpoint_errors(_Stored.uri):
             options = ConvertOptions(on_unsafe="extract")
             checkpoint = read_checkpoint(_Stored(self._descriptor, self.size), options.limits)
             for storage in checkpoint.storages.values():

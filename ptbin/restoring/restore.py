@@ -13,10 +13,10 @@ from typing import Any
 from ptbin.conversion import Progress, commit, stage
 from ptbin.conversion import would_replace as conversion_would_replace
 from ptbin.errors import UsageError
+from ptbin.manifests.vouching import Place, Standing
 from ptbin.restoring.models import restore_model
 from ptbin.restoring.options import RestoreOptions
 from ptbin.stores import open_store
-from ptbin.vouching import Place, Standing
 
 __all__ = ["restore", "would_replace"]
 

@@ -16,19 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptbin.conversion import Progress, convert
-from ptbin.drafting import draft_manifest
 from ptbin.errors import ChecksumMismatchError, VerificationError
-from ptbin.manifest import utc_now
+from ptbin.manifests.drafting import draft_manifest
+from ptbin.manifests.manifest import utc_now
 from ptbin.options import ConvertOptions
-from ptbin.proof.regions import StoredTensor, sha256_of_tensor
-from ptbin.reading.checkpoint import one_clear_error
+from ptbin.proof.regions import sha256_of_tensor
+from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import Selected, read_selected
 from ptbin.restoring.facts import Facts, View, view_of
 from ptbin.restoring.options import RestoreOptions
-from ptbin.sources import find_source
-from ptbin.state_dict import tensors_of
+from ptbin.sources.opening import find_source
 from ptbin.stores import open_store
-from ptbin.tensors import ByteRange, TensorRef
+from ptbin.values.digests import StoredTensor
+from ptbin.values.state_dict import tensors_of
+from ptbin.values.tensors import ByteRange, TensorRef
 from ptbin.writing.outputs import OutputPlan
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def open_weights(
     place.refuse_part(parts=conversion.parts)
     with place.open() as reader:
         if reader.is_local and reader.fileno() is not None:
-            with one_clear_error(reader.uri):
+            with as_checkpoint_errors(reader.uri):
                 selected = read_selected(reader, conversion)
             if _is_mappable(selected):
                 manifest = draft_manifest(reader, selected, OutputPlan(()), (), ())

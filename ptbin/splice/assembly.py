@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import ChecksumMismatchError
-from ptbin.tensors import ByteRange, InMemory, Tile, Tiled, dense_strides
+from ptbin.values.tensors import ByteRange, InMemory, Tile, Tiled, dense_strides
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

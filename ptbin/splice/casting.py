@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ptbin.dtypes import CAST_NAMES, DType
+from ptbin.values.dtypes import CAST_NAMES, DType
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ptbin.segments import Copy, Literal, Piece
 from ptbin.stores import RangeReader
 from ptbin.stores.ranges import affordable_gap
+from ptbin.values.segments import Copy, Literal, Piece
 
 __all__ = ["coalesce"]
 

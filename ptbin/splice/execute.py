@@ -17,12 +17,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ptbin.crc32 import combine_crc32
 from ptbin.errors import ChecksumMismatchError
-from ptbin.segments import Combined, Computed, Copy, Late, Literal, Piece, Plan
 from ptbin.splice.moves import Move, with_moves
 from ptbin.splice.recipes import iter_recipe
-from ptbin.tensors import ByteRange
+from ptbin.values.crc32 import combine_crc32
+from ptbin.values.segments import Combined, Computed, Copy, Late, Literal, Piece, Plan
+from ptbin.values.tensors import ByteRange
 
 if TYPE_CHECKING:
     from ptbin.splice.casting import CastTally

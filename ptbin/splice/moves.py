@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ptbin.segments import Copy, Piece
 from ptbin.splice.coalesce import coalesce
 from ptbin.stores import RangeReader, Writer
-from ptbin.stores.parts import Stretch
+from ptbin.stores.parts import Extent
+from ptbin.values.segments import Copy, Piece
 
 __all__ = ["Move", "with_moves"]
 
@@ -30,7 +30,7 @@ def with_moves(pieces: Sequence[Piece], reader: RangeReader, writer: Writer) -> 
     if not writer.moves_from(reader):
         return list(pieces)
     whole = coalesce(pieces, reader)
-    parts = writer.lay_out([Stretch(piece.nbytes, _is_movable(piece)) for piece in whole])
+    parts = writer.lay_out([Extent(piece.nbytes, _is_movable(piece)) for piece in whole])
     copied = [(part.start, part.start + part.nbytes) for part in parts if part.copied]
     if not copied:
         return list(pieces)  # by records, so that each is checked as it passes

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ptbin.errors import ChecksumMismatchError
-from ptbin.inflate import iter_inflated
-from ptbin.segments import Assemble, Cast, Gather, Recipe, Slice, Strided, Swap
 from ptbin.splice.assembly import iter_assembled
 from ptbin.splice.strided import iter_in_order
-from ptbin.tensors import ByteRange, Deflated, InMemory
+from ptbin.stores.inflate import iter_inflated
+from ptbin.values.segments import Assemble, Cast, Gather, Recipe, Slice, Strided, Swap
+from ptbin.values.tensors import ByteRange, Deflated, InMemory
 
 if TYPE_CHECKING:
     from ptbin.splice.casting import CastTally

@@ -27,6 +27,7 @@ from ptbin.stores.base import (
     is_partial_name,
 )
 from ptbin.stores.faults import public_uri
+from ptbin.stores.values import identity_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -42,6 +43,7 @@ __all__ = [
     "RangeReader",
     "Store",
     "Writer",
+    "identity_text",
     "is_partial_name",
     "open_store",
     "public_uri",

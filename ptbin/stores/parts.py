@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-__all__ = ["GIB", "MIB", "Part", "PartRules", "Stretch", "plan_parts"]
+__all__ = ["GIB", "MIB", "Extent", "Part", "PartRules", "plan_parts"]
 
 MIB = 1 << 20
 GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class Extent:
     """`nbytes` of output, one behind the other; a copyable one is a single range of a single object."""
 
     nbytes: int
@@ -56,7 +56,7 @@ class PartRules:
     equal: bool = False
 
 
-def plan_parts(stretches: Sequence[Stretch], rules: PartRules) -> list[Part]:
+def plan_parts(stretches: Sequence[Extent], rules: PartRules) -> list[Part]:
     """The parts, in order, that make up all stretches; none for an empty output.
 
     Where the parts would be too many, all sizes are doubled until they are not.
@@ -83,20 +83,20 @@ def plan_parts(stretches: Sequence[Stretch], rules: PartRules) -> list[Part]:
         )
 
 
-def _joined(stretches: Sequence[Stretch]) -> list[Stretch]:
+def _joined(stretches: Sequence[Extent]) -> list[Extent]:
     """Neighbours that must be uploaded as one; runs stay apart, since each is another range."""
-    joined: list[Stretch] = []
+    joined: list[Extent] = []
     for stretch in stretches:
         if not stretch.nbytes:
             continue
         if joined and not stretch.copyable and not joined[-1].copyable:
-            joined[-1] = Stretch(joined[-1].nbytes + stretch.nbytes, copyable=False)
+            joined[-1] = Extent(joined[-1].nbytes + stretch.nbytes, copyable=False)
         else:
             joined.append(stretch)
     return joined
 
 
-def _equal_parts(stretches: Sequence[Stretch], total: int, rules: PartRules) -> list[Part]:
+def _equal_parts(stretches: Sequence[Extent], total: int, rules: PartRules) -> list[Part]:
     size = max(2 * rules.upload_nbytes, -(-total // rules.max_parts))
     size = min(-(-size // MIB) * MIB, rules.max_nbytes) if size > MIB else size
     runs: list[tuple[int, int]] = []
@@ -115,7 +115,7 @@ def _equal_parts(stretches: Sequence[Stretch], total: int, rules: PartRules) -> 
     return parts
 
 
-def _unequal_parts(stretches: Sequence[Stretch], least: int, rules: PartRules) -> Iterator[Part]:
+def _unequal_parts(stretches: Sequence[Extent], least: int, rules: PartRules) -> Iterator[Part]:
     """`least`: a run is copied only if that many bytes of it are left."""
     position = 0  # where the bytes begin that no part holds yet
     waiting = 0  # how many of them are to be uploaded

@@ -28,7 +28,7 @@ from ptbin.errors import (
     StorageError,
 )
 from ptbin.stores.base import MIB, CopyRefused, Identity, Writer
-from ptbin.stores.parts import Part, PartRules, Stretch, plan_parts
+from ptbin.stores.parts import Extent, Part, PartRules, plan_parts
 from ptbin.stores.s3_reader import S3Reader, etag_of
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class S3Writer(Writer):
             isinstance(other, type(self._client)) and self._client.reaches_same_store(other)
         )
 
-    def lay_out(self, stretches: Sequence[Stretch]) -> list[Part]:
+    def lay_out(self, stretches: Sequence[Extent]) -> list[Part]:
         try:
             parts = plan_parts(stretches, self._rules())
         except ValueError as error:

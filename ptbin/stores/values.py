@@ -119,3 +119,8 @@ def refuse_too_large(uri: str, size: int, limit: int) -> None:
     """Raises LimitExceededError for an object that is to be held in memory and is too large for it."""
     if size > limit:
         raise LimitExceededError(f"{uri} holds {size} bytes; at most {limit} are read into memory at once")
+
+
+def identity_text(identity: Identity | None) -> str:
+    """An object's state as one text; empty where the store names none: such are never recognised."""
+    return f"{identity.kind}:{identity.value}" if identity is not None and identity.value else ""

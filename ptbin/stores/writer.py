@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from ptbin.errors import StorageError
-from ptbin.stores.parts import Part, Stretch
+from ptbin.stores.parts import Extent, Part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -74,7 +74,7 @@ class Writer(ABC):
         del reader
         return False
 
-    def lay_out(self, stretches: Sequence[Stretch]) -> list[Part]:
+    def lay_out(self, stretches: Sequence[Extent]) -> list[Part]:
         """Foretell the whole output, and what of it could be copied; before the first byte, or not at all.
 
         Returns the parts in which the store wants it: a copied part is then one call of `copy_from`, all

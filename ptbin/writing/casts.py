@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ptbin.dtypes import CAST_NAMES, DType, dtype_by_name
 from ptbin.errors import UnsupportedTensorError
-from ptbin.state_dict import tensors_of
-from ptbin.tensors import TensorRef
+from ptbin.values.dtypes import CAST_NAMES, DType, dtype_by_name
+from ptbin.values.state_dict import tensors_of
+from ptbin.values.tensors import TensorRef
 
 __all__ = ["Casts"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from ptbin.crc32 import combine_crc32
-from ptbin.segments import (
+from ptbin.values.crc32 import combine_crc32
+from ptbin.values.segments import (
     Cast,
     Combined,
     Computed,
@@ -18,7 +18,7 @@ from ptbin.segments import (
     Slice,
     nbytes_of,
 )
-from ptbin.tensors import ByteRange
+from ptbin.values.tensors import ByteRange
 
 __all__ = ["FileLayout", "whole_range"]
 

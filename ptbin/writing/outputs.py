@@ -14,12 +14,13 @@ from typing import Any
 
 from ptbin.errors import NoStateDictError, UnsupportedTensorError
 from ptbin.options import ConvertOptions
-from ptbin.segments import FilePlan
-from ptbin.state_dict import LeftOut, StateDict, tensors_of
-from ptbin.tensors import SparseTensor, TensorRef
+from ptbin.values.segments import FilePlan
+from ptbin.values.state_dict import LeftOut, StateDict, tensors_of
+from ptbin.values.tensors import SparseTensor, TensorRef
 from ptbin.writing.casts import Casts
-from ptbin.writing.dense_formats import plan_raw, plan_safetensors
-from ptbin.writing.torch_format import plan_torch_archive
+from ptbin.writing.formats.raw import plan_raw
+from ptbin.writing.formats.safetensors import plan_safetensors
+from ptbin.writing.formats.torch_archive import plan_torch_archive
 
 __all__ = ["OutputPlan", "plan_outputs"]
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from ptbin.dtypes import BY_NAME, BY_STORAGE_CLASS
 from ptbin.errors import UnsupportedTensorError
-from ptbin.nodes import DictNode, Global, Instance, SetNode, TorchSize
-from ptbin.tensors import SparseTensor, TensorRef
+from ptbin.values.dtypes import BY_NAME, BY_STORAGE_CLASS
+from ptbin.values.nodes import DictNode, Global, Instance, SetNode, TorchSize
+from ptbin.values.tensors import SparseTensor, TensorRef
 from ptbin.writing.storages import OutputTensor
 
 __all__ = ["emit_state_dict"]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ptbin.segments import Assemble, Cast, Recipe, Slice, Swap, nbytes_of
-from ptbin.tensors import ByteRange, Tile, dense_strides
+from ptbin.values.segments import Assemble, Cast, Recipe, Slice, Swap, nbytes_of
+from ptbin.values.tensors import ByteRange, Tile, dense_strides
 
 __all__ = ["is_checked", "prechecks_for"]
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ptbin.dtypes import DType
 from ptbin.errors import UnsupportedTensorError
-from ptbin.segments import Assemble, Cast, Gather, Recipe, Slice, Strided, Swap, nbytes_of
-from ptbin.tensors import ByteRange, Deflated, InMemory, Joined, Place, Storage, TensorRef, Tiled
+from ptbin.values.dtypes import DType
+from ptbin.values.segments import Assemble, Cast, Gather, Recipe, Slice, Strided, Swap, nbytes_of
+from ptbin.values.tensors import ByteRange, Deflated, InMemory, Joined, Place, Storage, TensorRef, Tiled
 from ptbin.writing.casts import Casts
 from ptbin.writing.layout import whole_range
 

@@ -1,7 +1,7 @@
 """A Prefect server for the flow tests, and small checkpoints to convert.
 
-The server is the product's own embedded one (`flows.orchestrator`), over a home of the test session: it
-takes some seconds once, and its database can be read afterwards.
+The server is the product's own embedded one (`flows.prefect.orchestrator`), over a home of the test session:
+it takes some seconds once, and its database can be read afterwards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from flows.orchestrator import Orchestrator, orchestrator
+from flows.prefect.orchestrator import Orchestrator, orchestrator
 from tests.servers.prefect_home import prefect_template
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from flows.orchestrator import Orchestrator
+from flows.prefect.orchestrator import Orchestrator
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Database = Callable[[str], list[tuple[Any, ...]]]

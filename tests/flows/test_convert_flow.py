@@ -17,7 +17,7 @@ import tasks.converting
 import tasks.recording
 from flows import conversion
 from flows.convert import convert
-from flows.orchestrator import Orchestrator
+from flows.prefect.orchestrator import Orchestrator
 from flows.run_record import new_run_id
 from ptbin.errors import StorageError, UsageError
 from tasks.live import LiveRun, open_live_run
@@ -216,7 +216,7 @@ def test_the_history_is_complete(
     assert summary["task_runs"] > 10
     # One more than there are is never reported as complete: the wait does look.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flows.orchestrator.RECORDING_SECONDS", 0.3)
+        patch.setattr("flows.prefect.orchestrator.RECORDING_SECONDS", 0.3)
         assert not server.settle(summary["flow_run_id"], summary["task_runs"] + 1)
 
 

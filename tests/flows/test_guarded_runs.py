@@ -16,9 +16,9 @@ from flows.cli.app import run as command
 from flows.convert import convert
 from flows.run_record import new_run_id
 from flows.sync import sync
+from ptbin.manifests.vouching import claim_path
 from ptbin.stores import open_store
 from ptbin.stores.s3_client import S3Client
-from ptbin.vouching import claim_path
 from tasks.live import LiveRun, open_live_run
 from tests.servers.endpoint import S3Endpoint
 from tests.servers.fixtures import moto_s3

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from flows.orchestrator import Orchestrator
+from flows.prefect.orchestrator import Orchestrator
 from ptbin.stores import open_store
 from tests.servers.endpoint import S3Endpoint
 from tests.servers.fixtures import rados_s3

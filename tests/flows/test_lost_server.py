@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from flows import orchestrator
 from flows.artifacts import Artifacts
+from flows.prefect import orchestrator
 from tests.flows.test_cli_process import children_of, wait_for
 
 Start = Callable[..., "subprocess.Popen[str]"]

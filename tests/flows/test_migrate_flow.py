@@ -18,7 +18,7 @@ import torch
 
 import ptbin as engine
 from flows.migrate import migrate
-from flows.orchestrator import Orchestrator
+from flows.prefect.orchestrator import Orchestrator
 from flows.run_record import new_run_id
 from flows.verify import verify
 from ptbin.errors import UsageError

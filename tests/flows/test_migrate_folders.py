@@ -15,7 +15,7 @@ import torch
 
 from flows.cli.app import run as command
 from flows.migrate import migrate
-from flows.orchestrator import Orchestrator
+from flows.prefect.orchestrator import Orchestrator
 from flows.run_record import new_run_id
 from flows.verify import verify
 from ptbin.registries import Layout
@@ -251,6 +251,59 @@ def test_files_of_a_model_write_over_no_version_and_bring_no_pickle(tmp_path: Pa
     assert (tmp_path / "dest/net/README.md").exists()
     names = files(tmp_path / "dest")
     assert not names & {"net/evil.pkl", "net/pytorch_model.bin"}
+
+
+def test_a_file_of_somebody_s_is_not_replaced_by_one_of_the_model(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    put(source / "net/1/model.pt")
+    (source / "net/README.md").write_text("# net")
+    (dest / "net").mkdir(parents=True)
+    (dest / "net/README.md").write_text("mine")
+    before = files(dest)
+    assert command(["migrate", str(source), str(dest), "--dry-run", "--json"]) == 1
+    (row,) = json.loads(capfd.readouterr().out)["versions"]
+    assert (row["action"], row["reason"]) == ("refused", "output_exists")
+    summary = run(source, dest)
+    assert summary["problems"][0]["reason"] == "output_exists"
+    assert "net/README.md" in summary["problems"][0]["detail"]
+    assert files(dest) == before
+    (dest / "net/README.md").unlink()
+    assert outcomes(run(source, dest)) == {"net/1": "migrated"}
+    (source / "net/README.md").write_text("# net, again")
+    put(source / "net/2/model.pt", 2.0)
+    assert outcomes(run(source, dest))["net/2"] == "migrated"
+    assert (dest / "net/README.md").read_text() == "# net, again"  # a migration had brought what was there
+    (dest / "net/README.md").write_text("mine")
+    (source / "net/README.md").write_text("# net, at last")
+    put(source / "net/3/model.pt", 3.0)
+    assert outcomes(run(source, dest))["net/3"] == "rejected"
+    assert (dest / "net/README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["config.json", "notes.txt"], ids=["changed", "added"])
+def test_a_version_whose_folder_holds_a_file_of_somebody_s_is_not_replaced(tmp_path: Path, name: str) -> None:
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    put(source / "net/1/model.pt")
+    (source / "net/1/config.json").write_text("{}")
+    run(source, dest)
+    (dest / "net/1" / name).write_text("mine")
+    put(source / "net/1/model.pt", 2.0)
+    (source / "net/1/notes.txt").write_text("of the source")
+    summary = run(source, dest)
+    assert outcomes(summary) == {"net/1": "rejected"}
+    (problem,) = summary["problems"]
+    assert problem["reason"] == "output_exists"
+    assert name in problem["detail"]
+    assert (dest / "net/1" / name).read_text() == "mine"
+    assert weight(dest / "net/1/model.bin") == 1.0
+    assert [row["version"] for row in record(dest)["versions"]] == ["1"]
+    (dest / "net/1" / name).unlink()
+    assert outcomes(run(source, dest)) == {"net/1": "migrated"}
+    assert weight(dest / "net/1/model.bin") == 2.0
+    assert (dest / "net/1/notes.txt").read_text() == "of the source"
+    assert issues(dest) == []
 
 
 def test_keys_that_lead_out_of_the_registry_are_not_followed(tmp_path: Path, moto_s3: S3Endpoint) -> None:

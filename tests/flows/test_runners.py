@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from flows.orchestrator import Orchestrator
+from flows.prefect.orchestrator import Orchestrator
 from tests.servers.dask_cluster import DaskCluster, dask_cluster
 
 Start = Callable[..., "subprocess.Popen[str]"]

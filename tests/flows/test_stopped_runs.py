@@ -12,7 +12,7 @@ import pytest
 
 from flows import conversion
 from flows.convert import convert
-from flows.orchestrator import Orchestrator
+from flows.prefect.orchestrator import Orchestrator
 from flows.run_record import new_run_id
 from flows.sync import sync
 from ptbin.errors import UsageError

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from flows.orchestrator import Orchestrator
+from flows.prefect.orchestrator import Orchestrator
 from flows.run_record import new_run_id
 from flows.sync import sync
 from ptbin.errors import UsageError
@@ -130,6 +130,9 @@ def test_configurations_say_what_the_cast_weights_are(mirror: Mirror) -> None:
     mirror.put("bert/config.json", b'{"layers": 2, "torch_dtype": "float32"}')
     assert mirror.sync(dtype="float16") == {"converted": 2, "copied": 3}
     assert mirror.read("bert/config.json") == b'{"layers": 2, "torch_dtype": "float16"}'
+    record = json.loads(mirror.read(f"_ptbin/runs/{mirror.summary['run_id']}/run.json"))
+    told = {entry["path"]: entry["detail"] for entry in record["checkpoints"] if "detail" in entry}
+    assert told == {"bert/config.json": "changed: its element type is float16 now"}
     assert mirror.sync(dtype="float16") == {"up_to_date": 5}
     mirror.forget()
     assert mirror.sync(dtype="float16") == {"up_to_date": 5}

@@ -12,7 +12,7 @@ from flows import verify as verify_module
 from flows.run_record import new_run_id
 from flows.verify import verify
 from ptbin.errors import StorageError
-from ptbin.proof.manifests import verify_outputs
+from ptbin.proof.verification import verify_outputs
 from tasks import checking
 from tasks.live import LiveRun, open_live_run
 from tasks.retrying import RETRIES

@@ -14,17 +14,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptbin.crc32 import combine_crc32
-from ptbin.framing import descriptor, implied_data_offset, local_header, uses_zip64
 from ptbin.options import ConvertOptions, Limits
-from ptbin.reading.checkpoint import read_checkpoint
+from ptbin.reading.containers import read_checkpoint
+from ptbin.reading.containers.source import SourceFile
+from ptbin.reading.containers.zip_directory import read_zip_directory
 from ptbin.reading.selected import read_selected
-from ptbin.reading.source import SourceFile
-from ptbin.reading.zip_directory import read_zip_directory
-from ptbin.segments import Copy, FilePlan, Literal
 from ptbin.splice.coalesce import coalesce
 from ptbin.stores import RangeReader, open_store
-from ptbin.tensors import ByteRange
+from ptbin.values.crc32 import combine_crc32
+from ptbin.values.framing import descriptor, implied_data_offset, local_header, uses_zip64
+from ptbin.values.segments import Copy, FilePlan, Literal
+from ptbin.values.tensors import ByteRange
 from ptbin.writing.outputs import plan_outputs
 from tests.checkpoints import Checkpoint
 

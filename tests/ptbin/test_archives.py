@@ -23,11 +23,12 @@ from ptbin.errors import (
     PtbinError,
     UnsupportedFormatError,
 )
-from ptbin.reading.checkpoint import MemoryReader, read_checkpoint
-from ptbin.reading.source import SourceFile
-from ptbin.reading.tar import MAX_INDEX_READS, TarMember, iter_tar
+from ptbin.reading.containers import read_checkpoint
+from ptbin.reading.containers.checkpoint import MemoryReader
+from ptbin.reading.containers.source import SourceFile
+from ptbin.reading.containers.tar import MAX_INDEX_READS, TarMember, iter_tar
 from ptbin.stores.local import LocalStore
-from ptbin.tensors import ByteRange
+from ptbin.values.tensors import ByteRange
 from tests.bits import assert_same_tensors
 from tests.checkpoints import FACTORIES
 from tests.checkpoints.archives import saved_bytes, tar_bytes, zip_bytes

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from ptbin.dtypes import BY_NAME
 from ptbin.splice.casting import BLOCK, CAST_NAMES, SMALL_NBYTES, CastTally, iter_cast
+from ptbin.values.dtypes import BY_NAME
 
 PAIRS = [(source, target) for source in CAST_NAMES for target in CAST_NAMES]
 # Casts in which torch's scalar code, for a tensor's last elements, has other NaNs than its vectorised code.
@@ -190,7 +190,7 @@ def test_overflow_is_counted_over_all_pieces_without_warnings() -> None:
 @pytest.mark.starts_processes
 def test_neither_torch_nor_numpy_is_imported_before_it_is_needed() -> None:
     code = (
-        "import sys, ptbin.splice.casting as c; from ptbin.dtypes import BY_NAME as b\n"
+        "import sys, ptbin.splice.casting as c; from ptbin.values.dtypes import BY_NAME as b\n"
         "assert not {'numpy', 'torch', 'ml_dtypes'} & set(sys.modules)\n"
         "list(c.iter_cast(iter([bytes(8)]), b['float32'], b['float8_e5m2'], c.CastTally()))\n"
         "assert 'numpy' in sys.modules and not {'torch', 'ml_dtypes'} & set(sys.modules)"

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import ptbin
-from ptbin.companions import companion_of, left_alone_as
 from ptbin.errors import CheckpointError, CorruptArchiveError, IncompleteCheckpointError, NoStateDictError
-from ptbin.reading.checkpoint import read_checkpoint
+from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.leftovers import role_of_leftover
-from ptbin.sources import open_source
+from ptbin.sources.companions import companion_of, left_alone_as
+from ptbin.sources.opening import open_source
 from tests.checkpoints.leftovers import leftovers
 from tests.checkpoints.parts import weights
 

@@ -37,16 +37,17 @@ from ptbin.errors import (
     PtbinError,
     UnsupportedFormatError,
 )
-from ptbin.nodes import DictNode, Opaque
 from ptbin.options import ConvertOptions, Limits
-from ptbin.reading.checkpoint import Checkpoint, read_checkpoint
+from ptbin.reading.containers import read_checkpoint
+from ptbin.reading.containers.checkpoint import Checkpoint
+from ptbin.reading.pickle.verdicts import judge_programs
 from ptbin.reading.search import find_state_dicts
 from ptbin.reading.selected import Selected, select_from
-from ptbin.reading.verdicts import judge_programs
-from ptbin.sources import open_source
-from ptbin.state_dict import StateDict
+from ptbin.sources.opening import open_source
 from ptbin.stores.joined import PART_BITS, JoinedReader
-from ptbin.tensors import ByteRange, InMemory, Joined, TensorRef, Tiled
+from ptbin.values.nodes import DictNode, Opaque
+from ptbin.values.state_dict import StateDict
+from ptbin.values.tensors import ByteRange, InMemory, Joined, TensorRef, Tiled
 from tests.bits import assert_same_tensors
 from tests.checkpoints.distributed import full_tensors, make_distributed, save_alone
 

@@ -23,13 +23,14 @@ from ptbin.errors import (
     UnsupportedFormatError,
     UnsupportedTensorError,
 )
-from ptbin.nodes import DictNode, Opaque
 from ptbin.options import Limits
-from ptbin.reading import deepspeed as reading
-from ptbin.reading.checkpoint import Checkpoint, one_clear_error, read_checkpoint
-from ptbin.reading.verdicts import judge_programs
-from ptbin.sources import open_source
-from ptbin.tensors import ByteRange, InMemory, Joined, TensorRef
+from ptbin.reading.containers import deepspeed as reading
+from ptbin.reading.containers import read_checkpoint
+from ptbin.reading.containers.checkpoint import Checkpoint, as_checkpoint_errors
+from ptbin.reading.pickle.verdicts import judge_programs
+from ptbin.sources.opening import open_source
+from ptbin.values.nodes import DictNode, Opaque
+from ptbin.values.tensors import ByteRange, InMemory, Joined, TensorRef
 from tests.bits import assert_same_tensors, same_bits
 from tests.checkpoints.deepspeed_zero import VARIANTS, by_hand, consolidate, consolidated, train
 
@@ -37,7 +38,7 @@ from tests.checkpoints.deepspeed_zero import VARIANTS, by_hand, consolidate, con
 
 
 def read(tag: Path, limits: Limits | None = None) -> Checkpoint:
-    with open_source(str(tag)) as reader, one_clear_error(reader.uri):
+    with open_source(str(tag)) as reader, as_checkpoint_errors(reader.uri):
         return read_checkpoint(reader, limits)
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptbin.proof.digests import StoredTensor, digest_descriptor
+from ptbin.proof.digests import digest_descriptor
 from ptbin.proof.growing import GROUP_NBYTES, GrowingFile
+from ptbin.values.digests import StoredTensor
 
 MIB = 1 << 20
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import ptbin
-from ptbin.comparing import find_unchanged
+from ptbin.catalog.comparing import find_unchanged
 from ptbin.options import ConvertOptions
-from ptbin.proof.manifests import verify
+from ptbin.proof.verification import verify
 
 OPTIONS = ConvertOptions(file_digest="none", force=True)
 

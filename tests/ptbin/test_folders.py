@@ -11,7 +11,7 @@ import torch
 import ptbin
 from ptbin import ConvertOptions, catalog
 from ptbin.errors import CorruptArchiveError, SourceChangedError, UsageError
-from ptbin.sources import open_source
+from ptbin.sources.opening import open_source
 from ptbin.stores.joined import PART_BITS
 from tests.bits import assert_same_tensors
 from tests.checkpoints.deepspeed_zero import by_hand

@@ -12,10 +12,10 @@ import torch
 
 import ptbin
 from ptbin import ConvertOptions, catalog
-from ptbin.companions import is_companion
 from ptbin.errors import CheckpointError, IncompleteCheckpointError, StorageError, UsageError
-from ptbin.part_names import find_parts, may_be_part
-from ptbin.sources import find_source
+from ptbin.sources.companions import is_companion
+from ptbin.sources.opening import find_source
+from ptbin.sources.part_names import find_parts, may_be_part
 from ptbin.stores import Store, open_store
 from tests.checkpoints import factories
 from tests.checkpoints.parts import FOLDERS, weights, write
@@ -204,7 +204,7 @@ def test_an_ordinary_name_costs_no_listing(
         made.append(_Lists(store))
         return made[-1], path
 
-    monkeypatch.setattr("ptbin.sources.open_store", opened)
+    monkeypatch.setattr("ptbin.sources.opening.open_store", opened)
     assert find_source(str(tmp_path / name)).incomplete == ""
     assert sum(store.count("list") for store in made) == listings
     assert may_be_part(name) is bool(listings)
@@ -217,7 +217,8 @@ def test_a_store_that_lists_nothing_still_hands_out_files(
         write(tmp_path / name, weights())
     monkeypatch.setattr(_Lists, "refuses", True)
     monkeypatch.setattr(
-        "ptbin.sources.open_store", lambda uri, options=None: (_Lists(open_store(uri)[0]), open_store(uri)[1])
+        "ptbin.sources.opening.open_store",
+        lambda uri, options=None: (_Lists(open_store(uri)[0]), open_store(uri)[1]),
     )
     assert find_source(str(tmp_path / "consolidated.00.pth")).incomplete == ""
     assert find_source(str(tmp_path / "consolidated.01.pth")).incomplete != ""

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptbin.errors import CorruptArchiveError, LimitExceededError, PtbinError
-from ptbin.nodes import DictNode, Global, Instance, SetNode, iter_nodes
 from ptbin.options import Limits
-from ptbin.reading.pickle_machine import PickleTruncatedError, run_pickle
+from ptbin.reading.pickle.interpreter import run_pickle
+from ptbin.reading.pickle.machine import PickleTruncatedError
+from ptbin.values.nodes import DictNode, Global, Instance, SetNode, iter_nodes
 from tests.strategies import opcode_streams
 
 
@@ -87,7 +88,7 @@ def test_sets_bytes_and_shared_parts(protocol: int) -> None:
 
 
 def test_every_opcode_of_pickletools_is_known() -> None:
-    from ptbin.reading.pickle_opcodes import DISPATCH
+    from ptbin.reading.pickle.opcodes import DISPATCH
 
     known = {chr(code) for code, handler in enumerate(DISPATCH) if handler is not None} | {"."}
     assert known == {opcode.code for opcode in pickletools.opcodes}

@@ -27,7 +27,7 @@ from ptbin.errors import (
     UnsupportedTensorError,
 )
 from ptbin.options import OutputFormat
-from ptbin.reading.meshes import Placement, runs_of
+from ptbin.reading.pickle.meshes import Placement, runs_of
 from tests.bits import assert_same_tensors
 from tests.checkpoints.meshes import make_meshes
 from tests.checkpoints.old_meshes import Cut, save_as_torch_2_3

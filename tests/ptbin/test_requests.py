@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import ptbin
-from ptbin.copying import copy_file
+from ptbin.manifests.vouching import Standing
 from ptbin.options import ConvertOptions
+from ptbin.stores.copying import copy_file
 from ptbin.stores.s3_client import S3Client
-from ptbin.vouching import Standing
 from tests.servers.endpoint import S3Endpoint
 
 MIB = 1 << 20

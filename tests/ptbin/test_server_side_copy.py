@@ -20,7 +20,7 @@ from ptbin.errors import ChecksumMismatchError, SourceChangedError
 from ptbin.options import ConvertOptions
 from ptbin.stores import Identity, RangeReader, Writer
 from ptbin.stores.local import LocalReader, LocalStore
-from ptbin.stores.parts import Part, PartRules, Stretch, plan_parts
+from ptbin.stores.parts import Extent, Part, PartRules, plan_parts
 from ptbin.stores.s3_client import S3Client
 from tests.bits import assert_same_tensors
 from tests.checkpoints.dtypes import random_bits
@@ -408,7 +408,7 @@ class _FarWriter(Writer):
     def moves_from(self, reader: RangeReader) -> bool:
         return reader.server_side_store is _FarStore
 
-    def lay_out(self, stretches: Sequence[Stretch]) -> list[Part]:
+    def lay_out(self, stretches: Sequence[Extent]) -> list[Part]:
         self.parts = plan_parts(stretches, PartRules())
         return self.parts
 

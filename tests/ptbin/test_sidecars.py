@@ -10,8 +10,8 @@ import torch
 
 import ptbin
 from ptbin import ConvertOptions
-from ptbin.copying import copy_file, same_content
-from ptbin.sidecars import change_of, with_dtype
+from ptbin.sources.sidecars import change_of, with_dtype
+from ptbin.stores.copying import copy_file, same_content
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ import ptbin
 from flows.cli.app import run
 from ptbin import ConvertOptions, RestoreOptions
 from ptbin.errors import OutputExistsError, UsageError
+from ptbin.manifests.vouching import ASIDE_SUFFIX
 from ptbin.stores import open_store
-from ptbin.vouching import ASIDE_SUFFIX
 from tests.servers.endpoint import S3Endpoint
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("warm_children")]

@@ -17,8 +17,8 @@ import torch
 
 import ptbin
 from ptbin.catalog import OutputRule
+from ptbin.catalog.companions import copied_along
 from ptbin.catalog.finished import FinishedRow, identity_text, read_finished, row_of, write_segment
-from ptbin.catalog.mirroring import copied_along
 from ptbin.catalog.worklist import WorkList
 from ptbin.options import ConvertOptions
 from ptbin.stores.local import LocalStore

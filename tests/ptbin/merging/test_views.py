@@ -12,11 +12,11 @@ import numpy
 import pytest
 from numpy.typing import NDArray
 
-from ptbin.dtypes import BY_NAME
 from ptbin.errors import CorruptArchiveError
 from ptbin.merging.coverage import prove_used
 from ptbin.merging.views import View, concatenated, leaf, stacked, view_of
-from ptbin.tensors import ByteRange, Joined, Storage, TensorRef, dense_strides
+from ptbin.values.dtypes import BY_NAME
+from ptbin.values.tensors import ByteRange, Joined, Storage, TensorRef, dense_strides
 
 INT64 = BY_NAME["int64"]
 Arrays = dict[str, NDArray[numpy.int64]]

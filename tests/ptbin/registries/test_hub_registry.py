@@ -11,7 +11,7 @@ import pytest
 
 from ptbin import convert
 from ptbin.catalog import find_manifests
-from ptbin.proof.manifests import verify_outputs
+from ptbin.proof.verification import verify_outputs
 from ptbin.registries.base import Registration, RegistryError
 from ptbin.registries.hub import HubRegistry
 from ptbin.registries.values import Model, Version

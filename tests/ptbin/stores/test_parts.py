@@ -6,16 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptbin.stores.parts import GIB, MIB, Part, PartRules, Stretch, plan_parts
+from ptbin.stores.parts import GIB, MIB, Extent, Part, PartRules, plan_parts
 
 # The rules in miniature, so that every limit is met: parts of 5 to 60 bytes, at most 40 of them.
 SMALL = PartRules(min_nbytes=5, max_nbytes=60, max_parts=40, copy_nbytes=16, upload_nbytes=8)
 stretches = st.lists(
-    st.builds(Stretch, st.one_of(st.integers(0, 12), st.integers(0, 400)), st.booleans()), max_size=12
+    st.builds(Extent, st.one_of(st.integers(0, 12), st.integers(0, 400)), st.booleans()), max_size=12
 )
 
 
-def check_rules(parts: list[Part], planned: list[Stretch], rules: PartRules) -> None:
+def check_rules(parts: list[Part], planned: list[Extent], rules: PartRules) -> None:
     total = sum(stretch.nbytes for stretch in planned)
     assert len(parts) <= rules.max_parts
     position = 0
@@ -41,7 +41,7 @@ def check_rules(parts: list[Part], planned: list[Stretch], rules: PartRules) -> 
 
 
 @given(stretches, st.booleans())
-def test_every_plan_keeps_the_rules(planned: list[Stretch], equal: bool) -> None:
+def test_every_plan_keeps_the_rules(planned: list[Extent], equal: bool) -> None:
     rules = PartRules(min_nbytes=5, max_nbytes=60, max_parts=40, copy_nbytes=16, upload_nbytes=8, equal=equal)
     if sum(stretch.nbytes for stretch in planned) > rules.max_parts * rules.max_nbytes:
         with pytest.raises(ValueError, match="more than"):
@@ -53,9 +53,9 @@ def test_every_plan_keeps_the_rules(planned: list[Stretch], equal: bool) -> None
 @given(st.integers(0, 4), st.integers(11, 2000), st.integers(0, 4))
 def test_of_one_run_only_the_lead_in_borrows(before: int, nbytes: int, after: int) -> None:
     planned = [
-        Stretch(before, copyable=False),
-        Stretch(nbytes, copyable=True),
-        Stretch(after, copyable=False),
+        Extent(before, copyable=False),
+        Extent(nbytes, copyable=True),
+        Extent(after, copyable=False),
     ]
     parts = plan_parts(planned, SMALL)
     uploaded = sum(part.nbytes for part in parts if not part.copied)
@@ -65,9 +65,9 @@ def test_of_one_run_only_the_lead_in_borrows(before: int, nbytes: int, after: in
 @pytest.mark.parametrize("nbytes", [12 * MIB, 3 * GIB, 100 * GIB, 700 * GIB, 5 << 40])
 def test_a_checkpoint_of_any_size_is_one_small_upload_and_copies(nbytes: int) -> None:
     planned = [
-        Stretch(170_000, copyable=False),
-        Stretch(nbytes, copyable=True),
-        Stretch(60_000, copyable=False),
+        Extent(170_000, copyable=False),
+        Extent(nbytes, copyable=True),
+        Extent(60_000, copyable=False),
     ]
     parts = plan_parts(planned, PartRules())
     check_rules(parts, planned, PartRules())
@@ -76,14 +76,14 @@ def test_a_checkpoint_of_any_size_is_one_small_upload_and_copies(nbytes: int) ->
 
 
 def test_many_runs_never_make_too_many_parts() -> None:
-    planned = [Stretch(11 * MIB if index % 2 else 100, index % 2 == 1) for index in range(40_000)]
+    planned = [Extent(11 * MIB if index % 2 else 100, index % 2 == 1) for index in range(40_000)]
     parts = plan_parts(planned, PartRules())
     check_rules(parts, planned, PartRules())
     assert len(parts) > 1000
 
 
 def test_equal_parts_for_stores_that_want_them() -> None:
-    planned = [Stretch(1000, copyable=False), Stretch(GIB, copyable=True), Stretch(1000, copyable=False)]
+    planned = [Extent(1000, copyable=False), Extent(GIB, copyable=True), Extent(1000, copyable=False)]
     rules = PartRules(equal=True)
     parts = plan_parts(planned, rules)
     check_rules(parts, planned, rules)

@@ -19,7 +19,7 @@ from ptbin.errors import (
     StorageError,
     UsageError,
 )
-from ptbin.sources import find_source
+from ptbin.sources.opening import find_source
 from ptbin.stores import open_store
 from ptbin.stores.parts import PartRules
 from ptbin.stores.retry import RetryPolicy

@@ -1,0 +1,197 @@
+"""What a mirror asks of content: would a conversion change anything, is a file a checkpoint at all.
+
+An output is a pure function of its source's bytes and the options, so it is made once more, into nothing but
+a digest, and the digest is held against the manifest. That reads the weights and writes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from ptbin.conversion import Published, plan_conversion
+from ptbin.errors import (
+    CheckpointError,
+    NoStateDictError,
+    NotFoundInStoreError,
+    UnsupportedFormatError,
+    VerificationError,
+)
+from ptbin.manifests.drafting import stored_of
+from ptbin.manifests.manifest import MANIFEST_SUFFIX, dump_manifest, parse_manifest
+from ptbin.options import ConvertOptions
+from ptbin.proof.digests import OnePass
+from ptbin.reading.containers.checkpoint import as_checkpoint_errors
+from ptbin.reading.selected import read_selected
+from ptbin.sources.opening import SourcePlace, find_source
+from ptbin.splice import splice
+from ptbin.stores import RangeReader, Store, Writer, open_store
+from ptbin.values.segments import FilePlan
+
+__all__ = ["find_unchanged", "is_convertible", "release_companions"]
+
+Progress = Callable[[int], None]
+Digest = str | tuple[str | None, dict[tuple[int, int], str]]
+"""A file's SHA-256, or the one of what lies between its tensors, and theirs by their place."""
+
+
+class _Digest(Writer):
+    """Takes an output and keeps no more of it than its digests."""
+
+    def __init__(self, plan: FilePlan, *, whole: bool) -> None:
+        super().__init__(plan.name)
+        tensors = [] if whole else [stored_of(tensor) for tensor in plan.tensors]
+        self._hashing = OnePass(plan.plan.size, (), tensors, "file" if whole else "gaps")
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._hashing.take(self.bytes_written, memoryview(data))
+        self.bytes_written += len(data)
+
+    def digest(self) -> Digest:
+        found = self._hashing.finish()
+        if found.sha256 is not None:
+            return found.sha256
+        tensors = {
+            (tensor.offset, tensor.nbytes): sha256
+            for tensor, sha256 in found.tensors.items()
+            if tensor.nbytes
+        }
+        return found.gaps_sha256, tensors
+
+    def _publish(self) -> None: ...
+
+    def _discard(self) -> None: ...
+
+
+def find_unchanged(
+    source: str,
+    dest: str,
+    options: ConvertOptions,
+    *,
+    source_options: Mapping[str, Any] | None = None,
+    dest_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Published | None:
+    """The finished output of `source` at `dest` if converting it anew would make the very same, else None.
+
+    The manifest is brought up to date where the source has another identity now. What is stored is believed
+    to be what the manifest says, if the sizes are right: `ptbin.verify` is for that.
+
+    Raises:
+        CheckpointError: the source is damaged, unsafe, or has no single state dict.
+        StorageError: a store failed.
+    """
+    store, path = open_store(dest, dest_options)
+    try:
+        data, identity = store.read_identified(path + MANIFEST_SUFFIX)
+        manifest = parse_manifest(data, store.uri_of(path))
+    except (NotFoundInStoreError, VerificationError):
+        return None
+    stored = {output["path"]: _stated_digest(output, manifest["tensors"]) for output in manifest["outputs"]}
+    if manifest["options_fingerprint"] != options.fingerprint() or None in stored.values():
+        return None
+    if not _sizes_are_right(store, path, manifest):
+        return None
+    place = find_source(source, source_options)
+    place.refuse_part(parts=options.parts)
+    with place.open() as reader:
+        if _digests(place, reader, path.rpartition("/")[2], options, stored, progress) != stored:
+            return None
+        facts = {"uri": reader.uri, "size": reader.size, "identity": reader.identity.to_json()}
+    if {name: manifest["source"].get(name) for name in facts} != facts:
+        manifest["source"].update(facts)
+        written = store.write_bytes(path + MANIFEST_SUFFIX, dump_manifest(manifest))
+        identity = written or store.stat(path + MANIFEST_SUFFIX).identity
+    return Published(manifest, identity)
+
+
+def is_convertible(
+    uri: str, options: ConvertOptions, *, source_options: Mapping[str, Any] | None = None
+) -> bool:
+    """Whether a file is a checkpoint, judged by what of it is read before its weights are.
+
+    One that is damaged or unsafe counts as such: it is the conversion that has to say so.
+
+    Raises:
+        StorageError: the store failed.
+    """
+    try:
+        with find_source(uri, source_options).open() as reader, as_checkpoint_errors(reader.uri):
+            # Not by the options' selection: a checkpoint without what they ask for is one all the same.
+            read_selected(reader, ConvertOptions(on_unsafe=options.on_unsafe, limits=options.limits))
+    except (NoStateDictError, UnsupportedFormatError):
+        return False
+    except CheckpointError:
+        return True
+    return True
+
+
+def release_companions(
+    manifest_uri: str, names: Collection[str], *, dest_options: Mapping[str, Any] | None = None
+) -> None:
+    """Take files off an output's manifest that are kept by others from now on.
+
+    Else a conversion to the same place would remove them: they are of its output before, and not of its new
+    one.
+
+    Raises:
+        StorageError: the store failed.
+    """
+    store, path = open_store(manifest_uri, dest_options)
+    try:
+        manifest = parse_manifest(store.read_bytes(path), manifest_uri)
+    except (NotFoundInStoreError, VerificationError):
+        return
+    manifest["outputs"] = [output for output in manifest["outputs"] if output["path"] not in names]
+    store.write_bytes(path, dump_manifest(manifest))
+
+
+def _stated_digest(output: Mapping[str, Any], tensors: Iterable[Mapping[str, Any]]) -> Digest | None:
+    """What proves a file's bytes: its SHA-256, or those between its tensors and of each that is stored
+    contiguously; None where there is neither.
+    """
+    if output.get("sha256") is not None:
+        return str(output["sha256"])
+    if output.get("gaps_sha256") is None:
+        return None
+    rows = [row for row in tensors if row["file"] == output["path"] and row.get("stride") is None]
+    return output["gaps_sha256"], {
+        (row["offset"], row["nbytes"]): row["sha256"] for row in rows if row["nbytes"]
+    }
+
+
+def _sizes_are_right(store: Store, path: str, manifest: Mapping[str, Any]) -> bool:
+    folder = path[: -len(path.rsplit("/", 1)[-1])]
+    try:
+        return all(store.stat(folder + item["path"]).size == item["size"] for item in manifest["outputs"])
+    except NotFoundInStoreError:
+        return False
+
+
+def _digests(
+    place: SourcePlace,
+    reader: RangeReader,
+    name: str,
+    options: ConvertOptions,
+    stored: Mapping[str, Any],
+    progress: Progress | None,
+) -> dict[str, Digest]:
+    """Digest of every file that a conversion would write, by name, of the kind that is stored."""
+    with as_checkpoint_errors(reader.uri):
+        _, output = plan_conversion(reader, options, name)
+    found: dict[str, Digest] = {}
+    for plan in output.files:
+        with _Digest(plan, whole=isinstance(stored.get(plan.name), str)) as writer:
+            splice(plan.plan, reader, writer, progress)
+            writer.commit()
+        found[plan.name] = writer.digest()
+    found |= {name: hashlib.sha256(data).hexdigest() for name, data in output.texts}
+    reader.check_unchanged()
+    for sidecar in stored.keys() - found.keys():
+        try:
+            data = place.store.read_bytes(f"{place.folder}/{sidecar}")
+        except NotFoundInStoreError:
+            continue
+        found[sidecar] = hashlib.sha256(data).hexdigest()
+    return found

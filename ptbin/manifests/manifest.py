@@ -1,0 +1,107 @@
+"""The manifest: what one output is, where it came from, and how it was proven. Pure data.
+
+It lies beside the output (`<output>.manifest.json`), is written last and is the commit marker: an
+output without one does not count. Paths in it are relative to it, so that a folder can be moved. A
+consumer can check every tensor from its logical, contiguous bytes, in any output format.
+
+The schema is published as `ptbin/manifest.schema.json`; `SCHEMA_VERSION` changes with its meaning.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ptbin.errors import VerificationError
+
+__all__ = [
+    "MANIFEST_SUFFIX",
+    "SCHEMA_VERSION",
+    "dump_manifest",
+    "hex_crc32",
+    "manifest_uri",
+    "parse_manifest",
+    "utc_now",
+]
+
+SCHEMA_VERSION = 1
+MANIFEST_SUFFIX = ".manifest.json"
+
+_REQUIRED: dict[str, type | tuple[type, ...]] = {
+    "schema_version": int,
+    "source": dict,
+    "selected": str,
+    "options": dict,
+    "options_fingerprint": str,
+    "outputs": list,
+    "tensors": list,
+    "left_out": list,
+    "globals": list,
+    "safety": dict,
+    "verification": dict,
+    "tool": dict,
+}
+
+
+def manifest_uri(output_uri: str) -> str:
+    """Where the manifest of an output lies."""
+    return output_uri + MANIFEST_SUFFIX
+
+
+def utc_now() -> str:
+    """Now, as ISO 8601 in UTC with whole seconds."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def hex_crc32(value: int) -> str:
+    """Eight hexadecimal digits, as manifests write a CRC-32."""
+    return f"{value:08x}"
+
+
+def dump_manifest(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest as it is stored: UTF-8 JSON, one tensor a line."""
+    lines = []
+    for key, value in manifest.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            rows = ",\n".join("    " + json.dumps(row, ensure_ascii=False) for row in value)
+            lines.append(f"  {json.dumps(key)}: [\n{rows}\n  ]")
+        else:
+            lines.append(f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
+    # surrogatepass, because tensor names come out of foreign pickles
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode("utf-8", "backslashreplace")
+
+
+def parse_manifest(data: bytes, uri: str) -> dict[str, Any]:
+    """A stored manifest, its shape checked.
+
+    Raises:
+        VerificationError: no JSON, another schema version, or parts missing.
+    """
+    try:
+        manifest = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise VerificationError(f"{uri}: the manifest is no JSON: {error}") from error
+    if not isinstance(manifest, dict):
+        raise VerificationError(f"{uri}: the manifest is no JSON object")
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise VerificationError(
+            f"{uri}: manifest of schema version {manifest.get('schema_version')!r}, expected {SCHEMA_VERSION}"
+        )
+    for key, kind in _REQUIRED.items():
+        if not isinstance(manifest.get(key), kind):
+            raise VerificationError(f"{uri}: the manifest has no proper {key!r}")
+    for output in manifest["outputs"]:
+        path = output.get("path") if isinstance(output, dict) else None
+        if not isinstance(path, str) or not path or not isinstance(output.get("size"), int):
+            raise VerificationError(f"{uri}: the manifest names an output without path or size")
+        if (
+            not path.isprintable()
+            or len(path.encode("utf-8", "replace")) > 255
+            or "\ud800" <= max(path) <= "\udfff"
+        ):
+            raise VerificationError(f"{uri}: the manifest names an output by what is no file name")
+        if "/" in path or "\\" in path or path in (".", ".."):
+            raise VerificationError(f"{uri}: the manifest names {path!r}, which lies outside its folder")
+    return manifest

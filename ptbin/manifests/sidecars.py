@@ -1,0 +1,61 @@
+"""Small files next to an output, a model's configuration say: written under its manifest's guard."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+
+from ptbin.manifests.draft import DraftFile
+from ptbin.manifests.vouching import Place
+from ptbin.sources.opening import SourcePlace
+from ptbin.sources.sidecars import with_dtype
+from ptbin.stores import ListedObject
+
+__all__ = ["copy_sidecars", "put_text"]
+
+MAX_CONFIG_NBYTES = 16 << 20
+CHUNK_NBYTES = 1 << 20
+
+
+def copy_sidecars(
+    found: Mapping[str, ListedObject], source: SourcePlace, at: Place, *, dtype: str | None, notes: list[str]
+) -> Iterator[DraftFile]:
+    """Copy them from the source's folder to the output's.
+
+    They go along as they are, but for `config.json` where weights are cast to `dtype`: it says so then.
+
+    Args:
+        notes: for the manifest; what was changed is added.
+
+    Raises:
+        OutputExistsError: another file is at the place of one.
+    """
+    for name, item in found.items():
+        if name == "config.json" and dtype is not None:
+            data = source.store.read_bytes(f"{source.folder}/{item.path}", limit=MAX_CONFIG_NBYTES)
+            data, note = with_dtype(data, dtype)
+            notes += [note] if note else []
+            yield put_text(at, name, data)
+            continue
+        crc = 0
+        with (
+            source.store.open_reader(f"{source.folder}/{item.path}") as reader,
+            at.store.open_writer(at.path_of(name), size_hint=reader.size) as writer,
+        ):
+            for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
+                crc = zlib.crc32(piece, crc)
+                writer.write(piece)
+            reader.check_unchanged()
+            at.check(name, reader.size, crc)
+            at.withdraw_manifest((name, reader.size, crc))
+            writer.commit()
+            yield DraftFile(name, reader.size, crc)
+
+
+def put_text(at: Place, name: str, data: bytes) -> DraftFile:
+    """Write a small file next to an output. Raises OutputExistsError as `Place.check`."""
+    crc = zlib.crc32(data)
+    at.check(name, len(data), crc)
+    at.withdraw_manifest((name, len(data), crc))
+    at.store.write_bytes(at.path_of(name), data)
+    return DraftFile(name, len(data), crc)

@@ -1,0 +1,398 @@
+"""What lies at an output's place before it is written, and whether it may be replaced.
+
+ptbin replaces a file that a manifest next to it lists and that still has the content listed there, and a file
+that already has the very bytes to be written. Anything else is `output_exists`.
+
+A file gets its name before its manifest is written, so a run killed in between leaves a file without one. For
+that moment a claim lies next to the output: a small file, which listings pass over, with size and CRC-32 of
+each file of the old output and of the new one. It is written before the first of them gets its name, and
+deleted once the manifest is there. It vouches as a manifest does.
+
+Content is told by the identity that the manifest has recorded (ETag, modification time): only where that
+differs, or is unknown, is a file read.
+
+Costs: a write and a deletion, of the claim. Unless a listing has shown that the place is free, also one read
+of the manifest, and one stat for each file to be written that the listing does not tell about.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ptbin.errors import (
+    LimitExceededError,
+    NotFoundInStoreError,
+    OutputExistsError,
+    StorageError,
+    VerificationError,
+)
+from ptbin.manifests.manifest import MANIFEST_SUFFIX, dump_manifest, hex_crc32, parse_manifest
+from ptbin.manifests.provenance import STATEMENT_SUFFIX, dump_statement, statement_of
+from ptbin.stores import PARTIAL_SUFFIX, Store, identity_text
+
+__all__ = [
+    "ASIDE_SUFFIX",
+    "CLAIM_TARGET_SUFFIX",
+    "Guard",
+    "Place",
+    "Standing",
+    "claim_of",
+    "claim_path",
+    "end_claim",
+    "is_restored",
+]
+
+Guard = Literal["any", "restored"]
+"""Which manifests vouch: each of ptbin's, or only those of `restore`."""
+
+ASIDE_SUFFIX = f"{MANIFEST_SUFFIX}.before.kept{PARTIAL_SUFFIX}"
+"""Of a claim's name, behind its output's. Listings pass it over; no clean-up takes it for an output."""
+
+CLAIM_TARGET_SUFFIX = f"{MANIFEST_SUFFIX}.before"
+"""What a store takes for the end of the output's name that a claim, a partial name, was to get."""
+
+CLAIM_VERSION = 1
+CHUNK_NBYTES = 4 << 20
+MAX_CLAIM_NBYTES = 64 << 20
+NAME_MAX = 255
+"""Longest file name in bytes (limits.h)."""
+
+
+def claim_path(path: str) -> str:
+    """Where the claim on the output at `path` lies."""
+    folder, slash, name = path.rpartition("/")
+    if len(name.encode("utf-8", "surrogateescape")) + len(ASIDE_SUFFIX) > NAME_MAX:
+        name = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return f"{folder}{slash}{name}{ASIDE_SUFFIX}"
+
+
+def end_claim(store: Store, path: str) -> None:
+    """Delete the claim of the output at `path`, once its manifest is there or its files are gone.
+
+    One that stays behind is hidden and harms nobody: a store's fault is passed over.
+    """
+    with contextlib.suppress(StorageError):
+        store.delete(claim_path(path))
+
+
+def is_restored(manifest: Mapping[str, Any]) -> bool:
+    """Whether `restore` wrote the manifest: only then does what its output holds lie elsewhere as well."""
+    return isinstance(manifest["options"].get("restore"), dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a listing of DEST has shown at an output's own name; size None: nothing lies there.
+
+    `alone`: nor anywhere else where a file of this output may go, its manifest's place included.
+    """
+
+    size: int | None
+    identity: str = ""
+    """As `manifest.identity_text` writes it."""
+    alone: bool = False
+    is_known_copy: bool = False
+    """What is there is a copy that ptbin has made, as its index of finished work says."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Vouched:
+    """Content of one file that a manifest or a claim vouches for."""
+
+    name: str
+    size: int
+    sha256: str | None
+    crc32: str | None
+    identity: str = ""
+
+
+class Place:
+    """The place of one output, with the files and the manifest that are there now."""
+
+    def __init__(
+        self,
+        store: Store,
+        path: str,
+        guard: Guard | None,
+        *,
+        standing: Standing | None = None,
+        restores: bool = False,
+    ) -> None:
+        """`guard` None: everything may be replaced. `restores`: what is written is a restored output."""
+        self.store, self.path = store, path
+        self._folder, _, self._name = path.rpartition("/")
+        self._guard = guard
+        self._restores = restores or guard == "restored"
+        self._is_local = store.protocol == "file"
+        self._is_free = standing is not None and standing.size is None and standing.alone
+        # Looking at a local file costs next to nothing, and is surer than a listing of some time ago.
+        self._standing = standing if not self._is_local else None
+        self._claimed: list[_Vouched] = []
+        self._has_claim = self._looked_for_claim = False
+        self._is_withdrawn = False
+        self._read: dict[tuple[str, str], tuple[str, str]] = {}
+        self._settled: set[str] = set()
+        self.replaced: dict[str, bool] = {}
+        """Names of files that are there and may be replaced; true: only if they are the new ones already."""
+        self._foreign_manifest = ""
+        self.manifest = self._read_manifest()
+        """The manifest that is there."""
+
+    def _read_manifest(self) -> dict[str, Any] | None:
+        if self._is_free:
+            return None
+        try:
+            return parse_manifest(self.store.read_bytes(self.path + MANIFEST_SUFFIX), self.path)
+        except NotFoundInStoreError:
+            return None
+        except (VerificationError, LimitExceededError):
+            self._foreign_manifest = "what is there, at the manifest's place, is not a manifest of ptbin's"
+            return None
+
+    def path_of(self, name: str) -> str:
+        """Of a file of the output."""
+        return f"{self._folder}/{name}"
+
+    # -- may it be replaced --------------------------------------------------------------------------
+
+    def check_vouched(self) -> None:
+        """Refuse early, before the output's size is known.
+
+        Raises:
+            OutputExistsError: a file is at the output's own name that is not vouched for.
+        """
+        self.check(self._name, -1)
+
+    def check(self, name: str, size: int, crc32: int | None = None) -> None:
+        """Refuse to write a file of that size over one that is not vouched for.
+
+        Args:
+            name: of the file, in the output's folder.
+            crc32: of what is to be written; None before that is known. Then only a file that has another
+                size than `size`, and is not vouched for, is refused.
+
+        Raises:
+            OutputExistsError: something else lies there.
+        """
+        if self._foreign_manifest and self._guard is not None:
+            self._refuse(self.path + MANIFEST_SUFFIX, self._foreign_manifest)
+        if name in self._settled:
+            return
+        path = self.path_of(name)
+        if self._is_free and not (self._is_local and os.path.lexists(path)):
+            return
+        try:
+            found, identity = self._stat(path, name)
+        except NotFoundInStoreError:
+            if not self._is_local:
+                self._settled.add(name)
+            return
+        if self._guard is None:
+            self.replaced[name] = False
+            return
+        reason = self._objection(path, name, found, identity)
+        if not reason:
+            self.replaced[name] = False
+            if not self._is_local:
+                self._settled.add(name)
+            return
+        if found == size and (crc32 is None or self._crc32(path) == crc32):
+            self.replaced[name] = True
+            return
+        self._refuse(path, f"a file of {found} bytes is there, {reason}")
+
+    def check_statement(self) -> None:
+        """As `check`, for the statement of where the output comes from, which no manifest lists."""
+        name = self._name + STATEMENT_SUFFIX
+        if self._is_free or self._guard is None:
+            return
+        path = self.path + STATEMENT_SUFFIX
+        try:
+            there = self.store.read_bytes(path)
+        except NotFoundInStoreError:
+            return
+        except LimitExceededError:
+            there = b""
+        manifest = self.manifest
+        if manifest is not None and "provenance" in manifest and there == _statement(manifest):
+            self.replaced[name] = False
+            return
+        self._look_for_claim()
+        crc32 = hex_crc32(zlib.crc32(there))
+        if any(row.name == name and row.size == len(there) and row.crc32 == crc32 for row in self._claimed):
+            self.replaced[name] = False
+            return
+        self._refuse(path, "a file is there, and it is not the statement of the manifest next to it")
+
+    def _refuse(self, path: str, what: str) -> None:
+        raise OutputExistsError(
+            f"{self.store.uri_of(path)}: {what}; move it away, choose another DEST, or replace it with "
+            "--force"
+        )
+
+    def _stat(self, path: str, name: str) -> tuple[int, str]:
+        if self._standing is not None and name == self._name:
+            if self._standing.size is None:
+                raise NotFoundInStoreError(path)
+            return self._standing.size, self._standing.identity
+        found = self.store.stat(path)
+        return found.size, identity_text(found.identity)
+
+    def _objection(self, path: str, name: str, size: int, identity: str) -> str:
+        """Why the file may not be replaced; empty where it may."""
+        reason = "and no manifest of ptbin's vouches for it"
+        listed: list[_Vouched] = []
+        if self.manifest is not None:
+            listed = [row for row in _rows_of(self.manifest) if row.name == name]
+            if not self._may_vouch(self.manifest):
+                listed, reason = [], "and its manifest does not say that ptbin restored it"
+            elif not listed:
+                reason = "and the manifest next to it does not list it"
+            else:
+                made = "restored" if is_restored(self.manifest) else "converted"
+                reason = f"and it is no longer what ptbin {made}: its manifest lists other content"
+        if self._has_content(path, size, identity, listed):
+            return ""
+        self._look_for_claim()
+        claimed = [row for row in self._claimed if row.name == name]
+        return "" if self._has_content(path, size, identity, claimed) else reason
+
+    def _may_vouch(self, manifest: Mapping[str, Any]) -> bool:
+        return not self._restores or is_restored(manifest)
+
+    def vouches_for(self, name: str) -> bool:
+        """Whether the manifest lists a file that is there, with its content."""
+        if self.manifest is None:
+            return False
+        path = self.path_of(name)
+        try:
+            found = self.store.stat(path)
+        except NotFoundInStoreError:
+            return False
+        rows = [row for row in _rows_of(self.manifest) if row.name == name]
+        return self._has_content(path, found.size, identity_text(found.identity), rows)
+
+    def _has_content(self, path: str, size: int, identity: str, rows: Iterable[_Vouched]) -> bool:
+        rows = [row for row in rows if row.size == size]
+        if not rows:
+            return False
+        if identity and any(row.identity == identity for row in rows):
+            return True
+        crc32, sha256 = self._digests(path, identity)
+        return any(row.sha256 == sha256 or (row.sha256 is None and row.crc32 == crc32) for row in rows)
+
+    def _digests(self, path: str, identity: str) -> tuple[str, str]:
+        if identity and (known := self._read.get((path, identity))) is not None:
+            return known
+        crc, digest = 0, hashlib.sha256()
+        with self.store.open_reader(path) as reader:
+            for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
+                crc = zlib.crc32(piece, crc)
+                digest.update(piece)
+        self._read[path, identity] = hex_crc32(crc), digest.hexdigest()
+        return self._read[path, identity]
+
+    def _crc32(self, path: str) -> int:
+        crc = 0
+        with self.store.open_reader(path) as reader:
+            for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
+                crc = zlib.crc32(piece, crc)
+        return crc
+
+    # -- the claim -----------------------------------------------------------------------------------
+
+    def _look_for_claim(self) -> None:
+        """Read the claim that a run before this one may have left."""
+        if self._looked_for_claim:
+            return
+        self._looked_for_claim = True
+        try:
+            claim = json.loads(self.store.read_bytes(claim_path(self.path), limit=MAX_CLAIM_NBYTES))
+        except (NotFoundInStoreError, LimitExceededError, ValueError, RecursionError):
+            return
+        rows = _rows_of_claim(claim, restored=self._guard == "restored")
+        self._claimed += [row for row in rows if row not in self._claimed]
+
+    def withdraw_manifest(self, *coming: tuple[str, int, int]) -> None:
+        """Claim the place for files that are about to get their names: (name, size, CRC-32) of each.
+
+        The manifest is removed: it must not vouch for another output, not even for an instant.
+        """
+        if not self._has_claim and not self._is_free and self.manifest is None:
+            # What a run before this one has claimed and not finished stays claimed.
+            self._look_for_claim()
+        if self.manifest is not None and not self._has_claim and self._may_vouch(self.manifest):
+            self._claimed += _rows_of(self.manifest)
+        rows = [_Vouched(name, size, None, hex_crc32(crc32)) for name, size, crc32 in coming]
+        fresh = [row for row in rows if row not in self._claimed]
+        self._claimed += fresh
+        if fresh or not self._has_claim:
+            self.store.write_bytes(claim_path(self.path), _dump_claim(self._claimed, self._restores))
+            self._has_claim = True
+        if self.manifest is not None and not self._is_withdrawn:
+            self.store.delete(self.path + MANIFEST_SUFFIX)
+        self._is_withdrawn = True
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Publish the new output: its manifest, and then the end of the claim."""
+        self.store.write_bytes(self.path + MANIFEST_SUFFIX, dump_manifest(manifest))
+        if self._has_claim:
+            end_claim(self.store, self.path)
+
+    @property
+    def has_claim(self) -> bool:
+        """Whether a claim was written, to be deleted by the caller once the new manifest is there."""
+        return self._has_claim
+
+
+def _statement(manifest: Mapping[str, Any]) -> bytes:
+    try:
+        return dump_statement(statement_of(manifest))
+    except (LookupError, TypeError):
+        return b""
+
+
+def _rows_of(manifest: Mapping[str, Any]) -> list[_Vouched]:
+    identities = manifest["verification"].get("identities")
+    if not isinstance(identities, dict):
+        identities = {}
+    return [
+        _Vouched(
+            output["path"],
+            output["size"],
+            output.get("sha256"),
+            output.get("crc32"),
+            str(identities.get(output["path"], "")),
+        )
+        for output in manifest["outputs"]
+    ]
+
+
+def claim_of(files: Iterable[tuple[str, int, int]], *, restored: bool) -> bytes:
+    """A claim on files of which name, size and CRC-32 are given, as it is stored."""
+    return _dump_claim([_Vouched(name, size, None, hex_crc32(crc)) for name, size, crc in files], restored)
+
+
+def _dump_claim(rows: Iterable[_Vouched], restored: bool) -> bytes:
+    listed = [[row.name, row.size, row.sha256, row.crc32, row.identity] for row in rows]
+    return json.dumps({"claim": CLAIM_VERSION, "restored": restored, "files": listed}).encode()
+
+
+def _rows_of_claim(claim: Any, *, restored: bool) -> list[_Vouched]:
+    """Nothing where it is not one; of a conversion's, nothing for a restore."""
+    if not isinstance(claim, dict) or claim.get("claim") != CLAIM_VERSION:
+        return []
+    if restored and claim.get("restored") is not True:
+        return []
+    return [
+        _Vouched(row[0], row[1], row[2], row[3], str(row[4]))
+        for row in claim.get("files") or ()
+        if isinstance(row, list) and len(row) == 5 and isinstance(row[0], str) and type(row[1]) is int
+    ]

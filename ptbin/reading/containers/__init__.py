@@ -1,0 +1,93 @@
+"""Opening a checkpoint: which container it is, by content; its index read; its storages placed.
+
+`FILES` and `FOLDERS` are all the containers there are: a new one is a module and a row here. Reads no
+weights. Costs: for a remote torch zip the tail, the directory where that is larger than 64 KiB, and the
+pickle; for a legacy file the pickles at its beginning; for a folder its index, or the index of each file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from ptbin.errors import EmptyFileError, NotACheckpointError, UnsupportedFormatError
+from ptbin.options import Limits
+from ptbin.reading.containers.archives import read_tar_archive
+from ptbin.reading.containers.checkpoint import Checkpoint, Folder, Opening
+from ptbin.reading.containers.compressed import refuse_compressed
+from ptbin.reading.containers.dcp import read_dcp
+from ptbin.reading.containers.deepspeed import read_deepspeed
+from ptbin.reading.containers.deepspeed_experts import read_deepspeed_experts
+from ptbin.reading.containers.foreign import refuse_known_foreign
+from ptbin.reading.containers.legacy import read_legacy, read_raw_pickle
+from ptbin.reading.containers.meta_parts import read_meta_parts
+from ptbin.reading.containers.rank_files import read_rank_files
+from ptbin.reading.containers.safetensors import read_safetensors
+from ptbin.reading.containers.sharded import read_indexed
+from ptbin.reading.containers.source import RandomReader, SourceFile
+from ptbin.reading.containers.torch_zip import read_zip
+from ptbin.reading.containers.zip_directory import refuse_prefixed_zip
+from ptbin.sources.folders import DCP_METADATA, INDEX_SUFFIX
+from ptbin.sources.part_names import is_meta_name, is_rank_name
+from ptbin.stores.joined import JoinedReader
+
+__all__ = ["FILES", "FOLDERS", "read_checkpoint"]
+
+FILES: tuple[Callable[[Opening], Checkpoint | None], ...] = (
+    # By the head first: any file may hold the bytes of a zip's end record by chance.
+    read_zip,
+    read_safetensors,
+    read_legacy,
+    read_tar_archive,
+    refuse_compressed,
+    refuse_known_foreign,
+    read_raw_pickle,
+    refuse_prefixed_zip,
+)
+"""Each answers None for a file that is not its own."""
+
+FOLDERS: tuple[tuple[Callable[[Collection[str]], bool], Callable[[Folder], Checkpoint]], ...] = (
+    (lambda names: DCP_METADATA in names, read_dcp),
+    (lambda names: any(name.endswith("_optim_states.pt") for name in names), read_deepspeed),
+    (
+        lambda names: any("_expert_" in name and name.endswith("_model_states.pt") for name in names),
+        read_deepspeed_experts,
+    ),
+    (lambda names: is_meta_name(next(iter(names))), read_meta_parts),
+    (lambda names: any(name.endswith(INDEX_SUFFIX) for name in names), read_indexed),
+    (lambda names: is_rank_name(next(iter(names))), read_rank_files),
+)
+"""By the names of the files: whose they are, and its reader."""
+
+
+def read_checkpoint(
+    reader: RandomReader, limits: Limits | None = None, recipe: str | None = None
+) -> Checkpoint:
+    """Recognise and index one file, or several that are one checkpoint.
+
+    Args:
+        recipe: `ConvertOptions.recipe`, for parts that do not say how they make a whole.
+
+    Raises:
+        NotACheckpointError: no container of any kind.
+        UnsupportedFormatError: one that ptbin recognises and does not read.
+        CorruptArchiveError, LimitExceededError: damaged or hostile.
+    """
+    limits = limits or Limits()
+    if not isinstance(reader, JoinedReader):
+        return read_file(Opening(SourceFile(reader), limits, read_file))
+    for is_one, read in FOLDERS:
+        if is_one(reader.names):
+            return read(Folder(reader, limits, read_file, recipe))
+    raise UnsupportedFormatError(f"{reader.uri}: a folder of no known kind")
+
+
+def read_file(opening: Opening) -> Checkpoint:
+    """Recognise and index the one file of an opening."""
+    file = opening.file
+    if file.size == 0:
+        raise EmptyFileError(f"{file.uri}: the file is empty")
+    for read in FILES:
+        checkpoint = read(opening)
+        if checkpoint is not None:
+            return checkpoint
+    raise NotACheckpointError(f"{file.uri}: begins with {file.head(8)!r}, which no checkpoint container does")

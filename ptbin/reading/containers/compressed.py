@@ -1,0 +1,88 @@
+"""Files that are compressed as a whole: refused, with the command that unpacks them.
+
+Their weights are not byte ranges, so ptbin does not read them. Whether a checkpoint is inside is looked up
+in the first bytes of a gzip file, which is what people wrap checkpoints in (`.nemo` of NeMo 1, SageMaker's
+`model.tar.gz`). Costs nothing beyond the head.
+"""
+
+from __future__ import annotations
+
+import shlex
+import zlib
+
+from ptbin.errors import NotACheckpointError, PtbinError, UnsupportedFormatError
+from ptbin.reading.containers.checkpoint import MemoryReader, Opening
+from ptbin.reading.containers.legacy import looks_like_legacy
+from ptbin.reading.containers.safetensors import looks_like_safetensors
+from ptbin.reading.containers.source import EDGE_NBYTES, SourceFile
+from ptbin.reading.containers.tar import iter_tar, looks_like_tar
+
+__all__ = ["refuse_compressed"]
+
+MAX_INFLATED_NBYTES = 1 << 20
+"""Of the head: enough for a configuration and tokenizers that stand before the weights."""
+
+_GZIP = b"\x1f\x8b"
+
+# First bytes; what it is; the commands for a tar inside and for a single file.
+_KINDS = (
+    (_GZIP, "a gzip file", "tar -xzf {0}", "gzip -dc {0} > {1}"),
+    (b"\xfd7zXZ\x00", "an xz file", "tar -xJf {0}", "xz -dc {0} > {1}"),
+    (b"BZh", "a bzip2 file", "tar -xjf {0}", "bzip2 -dc {0} > {1}"),
+    (b"\x28\xb5\x2f\xfd", "a zstandard file", "tar --zstd -xf {0}", "zstd -dc {0} > {1}"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x {0}", "7z x {0}"),
+)
+_NAMES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".th", ".tar", ".nemo")
+
+
+def refuse_compressed(opening: Opening) -> None:
+    """Refuse a file that is compressed as a whole; nothing happens to others.
+
+    Raises:
+        UnsupportedFormatError: a checkpoint is inside, or an archive that holds one.
+        NotACheckpointError: none is known to be inside.
+    """
+    head = opening.file.head(EDGE_NBYTES)
+    kind = next((kind for kind in _KINDS if head.startswith(kind[0])), None)
+    if kind is None:
+        return
+    magic, what, for_tar, for_file = kind
+    uri = opening.file.uri
+    name = uri.rstrip("/").rpartition("/")[2]
+    quoted = shlex.quote(name), shlex.quote(f"{name}.unpacked")
+    unpack, decompress = f"`{for_tar.format(*quoted)}`", f"`{for_file.format(*quoted)}`"
+    if magic != _GZIP:
+        other = "" if unpack == decompress else f" (or {decompress} where it is not a tar)"
+        raise NotACheckpointError(f"{uri}: this is {what}; unpack it with {unpack}{other}")
+    inside = _inflated(head)
+    if looks_like_tar(inside):
+        held = _checkpoint_in_tar(inside)
+        if held is None:
+            raise NotACheckpointError(f"{uri}: a compressed tar archive; unpack it with {unpack}")
+        raise UnsupportedFormatError(
+            f"{uri}: a compressed tar archive with {held[:200]!r} in it; "
+            f"unpack it with {unpack} and convert that"
+        )
+    message = f"{uri}: this is {what}; decompress it with {decompress} and convert that"
+    if inside[:4] == b"PK\x03\x04" or looks_like_legacy(inside) or looks_like_safetensors(inside, 1 << 62):
+        raise UnsupportedFormatError(message)
+    raise NotACheckpointError(message)
+
+
+def _inflated(head: bytes) -> bytes:
+    try:
+        # 31: a gzip header, and the largest window (zlib's manual, inflateInit2)
+        return zlib.decompressobj(31).decompress(head, MAX_INFLATED_NBYTES)
+    except zlib.error:
+        return b""
+
+
+def _checkpoint_in_tar(inside: bytes) -> str | None:
+    """The first member with a checkpoint's name, as far as the tar is at hand."""
+    try:
+        for member in iter_tar(SourceFile(MemoryReader(inside, "the beginning of a gzip file"))):
+            if member.name.lower().endswith(_NAMES):
+                return member.name
+    except PtbinError:
+        return None
+    return None

@@ -1,0 +1,99 @@
+"""Parts of a name from several ranks as one tensor, by the rules of a recipe; what Megatron's kin need.
+
+The files themselves say nothing of how a tensor was cut, so a rule does: rows, columns, or equal copies. No
+rule for a name is an error, never a guess.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from ptbin.merging.recipes import Merge
+from ptbin.merging.tiles import Part, plain_part
+from ptbin.merging.views import View, concatenated, view_of
+from ptbin.reading.containers.part_files import PartFiles
+from ptbin.values.tensors import TensorRef
+
+__all__ = ["merge_parts"]
+
+
+def merge_parts(
+    files: PartFiles, name: str, parts: Sequence[Part], merges: Sequence[Merge], facts: Mapping[str, int]
+) -> TensorRef:
+    """The whole of the parts, which come in the order of their ranks.
+
+    Raises:
+        IncompleteCheckpointError: no rule says how, or the parts' shapes do not go together.
+    """
+    if len(parts) == 1:
+        return parts[0].tensor
+    merge = next((merge for merge in merges if re.fullmatch(merge.names, name)), None)
+    if merge is None:
+        files.refuse(
+            f"nothing says how {len(parts)} parts of {name[:200]!r} make a whole; a recipe with a `merge` "
+            "rule for it does (docs/parts.md)"
+        )
+    for part in parts:
+        plain_part(part, name)
+    first = parts[0].tensor
+    if merge.how == "equal":
+        files.equal(name, first.storage, parts)
+        for part in parts[1:]:
+            files.leave(part.home, [part.tensor])
+        return first
+    groups = _copies(parts, merge, facts)
+    parts = [group[0] for group in groups]
+    axis = _axis(files, name, parts, merge, facts)
+    for part in parts:
+        shape = part.tensor.shape
+        if part.tensor.dtype != first.dtype or [*shape[:axis], *shape[axis + 1 :]] != [
+            *first.shape[:axis],
+            *first.shape[axis + 1 :],
+        ]:
+            files.refuse(
+                f"{name[:200]!r} is {first.dtype.name} {list(first.shape)} in {parts[0].home} and "
+                f"{part.tensor.dtype.name} {list(shape)} in {part.home}: the files are not of one save"
+            )
+    views = [view_of(part.tensor, part.home) for part in parts]
+    whole = _gated(files, name, views) if merge.how == "gated" else concatenated(views, axis)
+    tensor = whole.tensor(f"{files.uri}: the parts of {name[:200]!r}", name, files.made)
+    for group in groups:
+        files.equal(name, tensor.storage, group)
+        for part in group[1:]:
+            files.leave(part.home, [part.tensor])
+    return tensor
+
+
+def _copies(parts: Sequence[Part], merge: Merge, facts: Mapping[str, int]) -> list[Sequence[Part]]:
+    """Each piece's copies: where pieces are fewer than ranks (few key heads), neighbours hold the same."""
+    pieces = facts.get(merge.heads, 0) if merge.heads else 0
+    count = len(parts) // pieces if 0 < pieces < len(parts) and len(parts) % pieces == 0 else 1
+    return [parts[index : index + count] for index in range(0, len(parts), count)]
+
+
+def _axis(files: PartFiles, name: str, parts: Sequence[Part], merge: Merge, facts: Mapping[str, int]) -> int:
+    shape = parts[0].tensor.shape
+    axis = {"rows": 0, "gated": 0, "columns": 1}.get(merge.how)
+    if axis is None:
+        width, dim = shape[-1] if shape else 0, facts.get("dim")
+        if dim is None or dim not in (width, width * len(parts)):
+            files.refuse(
+                f"{len(parts)} parts of {name[:200]!r} are {list(shape)}, which is neither rows nor columns "
+                f"of a matrix as wide as the model's `dim` ({dim or 'which nothing states'})"
+            )
+        axis = 0 if width == dim else len(shape) - 1
+    if axis >= len(shape):
+        files.refuse(f"{name[:200]!r} has {len(shape)} dimensions and should be cut along number {axis}")
+    return axis
+
+
+def _gated(files: PartFiles, name: str, views: Sequence[View]) -> View:
+    """All first halves of rows, then all second ones."""
+    halves = []
+    for view in views:
+        if view.shape[0] % 2:
+            files.refuse(f"{name[:200]!r} has {view.shape[0]} rows, which are no two halves")
+        halves.append(view.split(0, (2, view.shape[0] // 2)))
+    whole = concatenated(halves, 1)
+    return View(whole.dtype, whole.shape, whole.boxes, (2 * whole.shape[1], *whole.shape[2:]))

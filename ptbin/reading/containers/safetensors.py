@@ -1,0 +1,119 @@
+"""safetensors files: a JSON header of names, types, shapes and offsets, and the bytes behind it.
+
+Held to the format's own rules (safetensors' README and `Metadata::validate`): a header of at most 100 MB that
+begins with `{`, data that the tensors fill from the first byte to the last without hole or overlap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from ptbin.errors import CorruptArchiveError, LimitExceededError, UnsupportedTensorError
+from ptbin.reading.containers.checkpoint import Checkpoint, Opening
+from ptbin.values.dtypes import BY_NAME, SAFETENSORS_NAMES
+from ptbin.values.nodes import DictNode
+from ptbin.values.tensors import ByteRange, Storage, TensorRef, dense_strides
+
+__all__ = ["looks_like_safetensors", "read_safetensors"]
+
+MAX_HEADER_NBYTES = 100_000_000
+
+_DTYPES = {short: BY_NAME[name] for name, short in SAFETENSORS_NAMES.items()}
+
+
+def looks_like_safetensors(head: bytes, size: int) -> bool:
+    return len(head) > 9 and head[8:9] == b"{" and 8 + int.from_bytes(head[:8], "little") <= size
+
+
+def read_safetensors(opening: Opening) -> Checkpoint | None:
+    """Index a safetensors file; None where it does not begin as one.
+
+    Raises:
+        CorruptArchiveError: the header breaks a rule of the format.
+        UnsupportedTensorError: an element type that torch has not.
+    """
+    file = opening.file
+    head = file.head(512)
+    if not looks_like_safetensors(head, file.size):
+        return None
+    header_nbytes = int.from_bytes(head[:8], "little")
+    if header_nbytes > min(MAX_HEADER_NBYTES, opening.limits.pickle_nbytes):
+        raise LimitExceededError(f"{file.uri}: a header of {header_nbytes} bytes")
+    try:
+        header = json.loads(file.read(8, header_nbytes, "header"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CorruptArchiveError(f"{file.uri}: the header is no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise CorruptArchiveError(f"{file.uri}: the header is no JSON object")
+    metadata = header.pop("__metadata__", None)
+    start = 8 + header_nbytes
+    root = DictNode("OrderedDict")
+    storages: dict[str, Storage] = {}
+    # A header lists tensors in any order; the data's order is the file's.
+    found = [(name, *_tensor(file.uri, name, row, start)) for name, row in header.items()]
+    for name, tensor, _ in sorted(found, key=lambda item: item[2]):
+        storages[name] = tensor.storage
+        root.pairs.append((name, tensor))
+    _refuse_holes(file.uri, storages, start, file.size)
+    named = root.by_name()
+    if isinstance(metadata, dict):
+        # safetensors.torch.save_model stores one of several tied tensors, and the others' names here
+        for name, kept in metadata.items():
+            if isinstance(kept, str) and kept in named and name not in named:
+                root.pairs.append((name, named[kept]))
+    return Checkpoint(
+        file.uri,
+        file.size,
+        "safetensors",
+        root,
+        opening.programs,
+        storages,
+        opening.vocabulary,
+        metadata={name: text for name, text in (metadata or {}).items() if isinstance(text, str)},
+    )
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return found
+
+
+def _tensor(uri: str, name: str, row: Any, start: int) -> tuple[TensorRef, int]:
+    shape = row.get("shape") if isinstance(row, dict) else None
+    offsets = row.get("data_offsets") if isinstance(row, dict) else None
+    if (
+        not isinstance(shape, list)
+        or not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, *offsets))
+    ):
+        raise CorruptArchiveError(f"{uri}: the header describes {name[:200]!r} in a way that makes no sense")
+    dtype = _DTYPES.get(row.get("dtype"))
+    if dtype is None:
+        raise UnsupportedTensorError(f"{uri}: {name!r} has element type {str(row.get('dtype'))[:40]!r}")
+    nbytes = dtype.nbytes_of(math.prod(shape))
+    if offsets[1] - offsets[0] != nbytes:
+        raise CorruptArchiveError(
+            f"{uri}: {name!r} should take {nbytes} bytes, the header gives it {offsets[1] - offsets[0]}"
+        )
+    storage = Storage(name, nbytes, ByteRange(start + offsets[0], nbytes, member=f"tensor {name!r}"))
+    return TensorRef(storage, dtype, tuple(shape), dense_strides(tuple(shape))), offsets[0]
+
+
+def _refuse_holes(uri: str, storages: dict[str, Storage], start: int, size: int) -> None:
+    end = start
+    ranges = sorted(
+        (s.place.offset, s.place.nbytes) for s in storages.values() if isinstance(s.place, ByteRange)
+    )
+    for offset, nbytes in ranges:
+        if offset != end:
+            raise CorruptArchiveError(f"{uri}: the tensors leave a hole or overlap at byte {offset}")
+        end += nbytes
+    if end != size:
+        raise CorruptArchiveError(
+            f"{uri}: the tensors should end at byte {end}, the file at {size}; is it truncated?"
+        )

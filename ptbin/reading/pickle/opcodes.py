@@ -1,0 +1,399 @@
+"""What each opcode of protocols 0 to 5 does to the machine's state. Builds records, calls nothing.
+
+Source: CPython, Lib/pickletools.py (arguments) and Lib/pickle.py (`_Unpickler`, effects). A stack that
+runs empty, a missing memo entry or a value of the wrong kind is an ordinary Python error here, which
+`pickle_machine.run_pickle` turns into one `CorruptArchiveError`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ptbin.values.nodes import DictNode, Global, Instance, SetNode
+
+if TYPE_CHECKING:
+    from ptbin.reading.pickle.machine import Machine
+
+__all__ = ["DISPATCH"]
+
+# CPython refuses longer decimal integers by default (sys.int_info.default_max_str_digits); protocol 0
+# writes integers in decimal, and reading them is quadratic.
+MAX_DECIMAL_DIGITS = 4300
+
+_UINT32 = struct.Struct("<I")
+
+
+def _text(raw: bytes) -> str | bytes:
+    """A Python 2 string: torch decodes as UTF-8 (`pickle_load_args`); what is none stays bytes."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw
+
+
+def _decimal(raw: bytes) -> int:
+    if len(raw) > MAX_DECIMAL_DIGITS:
+        raise ValueError(f"an integer of {len(raw)} digits")
+    return int(raw)
+
+
+# The opcodes that make up nine tenths of a state dict's pickle take the shortest way to their argument.
+
+
+def _byte(m: Machine) -> int:
+    pos = m.pos
+    if pos >= m.size:
+        return m.take(1)[0]
+    m.pos = pos + 1
+    return m.data[pos]
+
+
+def _binget(m: Machine) -> None:
+    m.stack.append(m.memo[_byte(m)])
+
+
+def _binput(m: Machine) -> None:
+    m.memo[_byte(m)] = m.stack[-1]
+
+
+def _binint1(m: Machine) -> None:
+    m.stack.append(_byte(m))
+
+
+def _long_binget(m: Machine) -> None:
+    m.stack.append(m.memo[_uint32(m)])
+
+
+def _long_binput(m: Machine) -> None:
+    m.memo[_uint32(m)] = m.stack[-1]
+
+
+def _uint32(m: Machine) -> int:
+    pos = m.pos
+    end = pos + 4
+    if end > m.size:
+        m.take(4)  # raises
+    m.pos = end
+    number: int = _UINT32.unpack_from(m.data, pos)[0]
+    return number
+
+
+def _binunicode(m: Machine) -> None:
+    nbytes = _uint32(m)
+    start = m.pos
+    end = start + nbytes
+    if end > m.size:
+        m.take(nbytes)  # raises
+    m.pos = end
+    m.stack.append(m.data[start:end].decode("utf-8", "surrogatepass"))
+
+
+def _mark(m: Machine) -> None:
+    m.marks.append(m.stack)
+    m.stack = []
+
+
+def _pop(m: Machine) -> None:
+    if m.stack:
+        m.stack.pop()
+    else:
+        m.stack = m.marks.pop()
+
+
+def _int(m: Machine) -> None:
+    raw = m.line()
+    # "00" and "01" are how protocol 1 wrote False and True (pickletools, INT)
+    m.stack.append(False if raw == b"00" else True if raw == b"01" else _decimal(raw))
+
+
+def _long(m: Machine) -> None:
+    raw = m.line()
+    m.stack.append(_decimal(raw.removesuffix(b"L")))
+
+
+def _string(m: Machine) -> None:
+    raw = m.line().strip()
+    if len(raw) < 2 or raw[:1] not in b"'\"" or raw[-1:] != raw[:1]:
+        raise ValueError("STRING without quotes")
+    m.stack.append(_text(codecs.escape_decode(raw[1:-1])[0]))
+
+
+def _long1(m: Machine) -> None:
+    m.stack.append(int.from_bytes(m.take(m.unsigned(1)), "little", signed=True))
+
+
+def _long4(m: Machine) -> None:
+    (n,) = struct.unpack("<i", m.take(4))
+    m.stack.append(int.from_bytes(m.take(n), "little", signed=True))
+
+
+def _binstring(m: Machine) -> None:
+    (n,) = struct.unpack("<i", m.take(4))
+    m.stack.append(_text(m.take(n)))
+
+
+def _decode(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogatepass")
+
+
+def _global(m: Machine) -> None:
+    module = _decode(m.line())
+    name = _decode(m.line())
+    m.stack.append(m.find_global(module, name))
+
+
+def _stack_global(m: Machine) -> None:
+    name = m.stack.pop()
+    module = m.stack.pop()
+    if not (isinstance(name, str) and isinstance(module, str)):
+        raise ValueError("STACK_GLOBAL without two strings")
+    m.stack.append(m.find_global(module, name))
+
+
+def _extension(m: Machine, nbytes: int) -> None:
+    code = m.unsigned(nbytes)
+    # The registry that gives such a code its meaning lies outside the file: nobody can tell what it names.
+    m.program.oddities.append(f"extension code {code} at byte {m.pos}")
+    m.stack.append(m.find_global("copyreg", f"extension:{code}"))
+
+
+def _inst(m: Machine) -> None:
+    module = _decode(m.line())
+    name = _decode(m.line())
+    args = tuple(m.pop_mark())
+    m.stack.append(m.call(m.find_global(module, name), args))
+
+
+def _obj(m: Machine) -> None:
+    items = m.pop_mark()
+    m.stack.append(m.call(items[0], tuple(items[1:])))
+
+
+def _reduce(m: Machine) -> None:
+    args = m.stack.pop()
+    m.stack.append(m.call(m.stack.pop(), args))
+
+
+def _newobj_ex(m: Machine) -> None:
+    kwargs = m.stack.pop()
+    args = m.stack.pop()
+    pairs = kwargs.pairs if isinstance(kwargs, DictNode) else kwargs
+    m.stack.append(m.call(m.stack.pop(), args, pairs or None))
+
+
+def _build(m: Machine) -> None:
+    state = m.stack.pop()
+    target = m.stack[-1]
+    if isinstance(target, Instance):
+        _refuse_attribute(m, target)
+        target.state = state
+    elif isinstance(target, DictNode):
+        target.state = state
+    elif hasattr(target, "set_state"):
+        target.set_state(state)
+    elif m.set_state is None or not m.set_state(target, state):
+        # On a name this would set attributes of a class or a module.
+        m.program.oddities.append(f"state set on a finished {type(target).__name__} at byte {m.pos}")
+
+
+def _refuse_attribute(m: Machine, target: Instance) -> None:
+    """Note a change to what `getattr` gave: a class, a method, a module, which the pickle did not make."""
+    if type(target.cls) is Global and target.cls.name == "getattr":
+        m.program.oddities.append(f"a change to what getattr gave at byte {m.pos}")
+
+
+def _pairs_of(m: Machine, target: Any) -> list[tuple[Any, Any]]:
+    if isinstance(target, DictNode):
+        return target.pairs
+    if isinstance(target, Instance):
+        _refuse_attribute(m, target)
+        return target.pairs
+    raise TypeError(f"SETITEM on {type(target).__name__}")
+
+
+def _items_of(m: Machine, target: Any) -> list[Any]:
+    if isinstance(target, list):
+        return target
+    if isinstance(target, SetNode):
+        return target.items
+    if isinstance(target, Instance):
+        _refuse_attribute(m, target)
+        return target.items
+    raise TypeError(f"APPEND on {type(target).__name__}")
+
+
+def _paired(items: list[Any]) -> list[tuple[Any, Any]]:
+    if len(items) % 2:
+        raise ValueError("an odd number of keys and values")
+    return list(zip(items[::2], items[1::2], strict=True))
+
+
+def _setitem(m: Machine) -> None:
+    value = m.stack.pop()
+    key = m.stack.pop()
+    _pairs_of(m, m.stack[-1]).append((key, value))
+
+
+def _setitems(m: Machine) -> None:
+    items = m.pop_mark()
+    _pairs_of(m, m.stack[-1]).extend(_paired(items))
+
+
+def _append(m: Machine) -> None:
+    value = m.stack.pop()
+    _items_of(m, m.stack[-1]).append(value)
+
+
+def _appends(m: Machine) -> None:
+    items = m.pop_mark()
+    _items_of(m, m.stack[-1]).extend(items)
+
+
+def _additems(m: Machine) -> None:
+    items = m.pop_mark()
+    target = m.stack[-1]
+    if not isinstance(target, (SetNode, Instance)):
+        raise TypeError(f"ADDITEMS on {type(target).__name__}")
+    _items_of(m, target).extend(items)
+
+
+def _tuple_of(count: int) -> Callable[[Machine], None]:
+    def handler(m: Machine) -> None:
+        if len(m.stack) < count:
+            raise IndexError("stack underflow")
+        m.stack[-count:] = [tuple(m.stack[-count:])]
+
+    return handler
+
+
+def _put(m: Machine, index: int) -> None:
+    if index < 0:
+        raise ValueError("negative memo index")
+    m.memo[index] = m.stack[-1]
+
+
+def _persistent_id(m: Machine, pid: Any) -> None:
+    if m.persistent is None:
+        raise ValueError("a persistent id in a pickle that has no storages")
+    m.stack.append(m.persistent(pid))
+
+
+def _frame(m: Machine) -> None:
+    nbytes = m.unsigned(8)
+    m.require(nbytes)
+    if m.pos - 9 < m.frame_end:
+        m.program.oddities.append(f"a frame inside a frame at byte {m.pos}")
+    m.frame_end = m.pos + nbytes
+
+
+def _proto(m: Machine) -> None:
+    version = m.unsigned(1)
+    if version > 5:
+        raise ValueError(f"pickle protocol {version}")
+
+
+def _no_buffer(m: Machine) -> None:
+    raise ValueError(f"an out-of-band buffer at byte {m.pos}, which no file can hold")
+
+
+def _readonly_buffer(m: Machine) -> None:
+    m.stack[-1]
+
+
+DISPATCH: list[Callable[[Machine], None] | None] = [None] * 256
+
+
+def _register() -> None:
+    def set_op(char: str, handler: Callable[[Machine], None]) -> None:
+        DISPATCH[ord(char)] = handler
+
+    def push(make: Callable[[Machine], Any]) -> Callable[[Machine], None]:
+        def handler(m: Machine) -> None:
+            m.stack.append(make(m))
+
+        return handler
+
+    # constants and numbers
+    set_op("N", push(lambda m: None))
+    set_op("\x88", push(lambda m: True))
+    set_op("\x89", push(lambda m: False))
+    set_op("I", _int)
+    set_op("L", _long)
+    set_op("J", push(lambda m: struct.unpack("<i", m.take(4))[0]))
+    set_op("K", _binint1)
+    set_op("M", push(lambda m: m.unsigned(2)))
+    set_op("\x8a", _long1)
+    set_op("\x8b", _long4)
+    set_op("F", push(lambda m: float(m.line())))
+    set_op("G", push(lambda m: struct.unpack(">d", m.take(8))[0]))
+    # strings and bytes
+    set_op("S", _string)
+    set_op("T", _binstring)
+    set_op("U", push(lambda m: _text(m.take(m.unsigned(1)))))
+    set_op("V", push(lambda m: m.line().decode("raw-unicode-escape")))
+    set_op("X", _binunicode)
+    set_op("\x8c", push(lambda m: _decode(m.take(m.unsigned(1)))))
+    set_op("\x8d", push(lambda m: _decode(m.take(m.unsigned(8)))))
+    set_op("B", push(lambda m: m.take(m.unsigned(4))))
+    set_op("C", push(lambda m: m.take(m.unsigned(1))))
+    set_op("\x8e", push(lambda m: m.take(m.unsigned(8))))
+    set_op("\x96", push(lambda m: m.take(m.unsigned(8))))
+    set_op("\x97", _no_buffer)
+    set_op("\x98", _readonly_buffer)
+    # containers
+    set_op("(", _mark)
+    set_op("0", _pop)
+    set_op("1", lambda m: (m.pop_mark(), None)[1])
+    set_op("2", lambda m: m.stack.append(m.stack[-1]))
+    set_op(")", push(lambda m: ()))
+    set_op("t", lambda m: _push_from_mark(m, tuple))
+    set_op("\x85", _tuple_of(1))
+    set_op("\x86", _tuple_of(2))
+    set_op("\x87", _tuple_of(3))
+    set_op("]", push(lambda m: []))
+    set_op("l", lambda m: _push_from_mark(m, list))
+    set_op("}", push(lambda m: DictNode()))
+    set_op("d", lambda m: _push_from_mark(m, lambda items: DictNode("dict", _paired(items))))
+    set_op("\x8f", push(lambda m: SetNode([])))
+    set_op("\x91", lambda m: _push_from_mark(m, lambda items: SetNode(items, frozen=True)))
+    set_op("a", _append)
+    set_op("e", _appends)
+    set_op("s", _setitem)
+    set_op("u", _setitems)
+    set_op("\x90", _additems)
+    # memo
+    set_op("p", lambda m: _put(m, _decimal(m.line())))
+    set_op("q", _binput)
+    set_op("r", _long_binput)
+    set_op("\x94", lambda m: _put(m, len(m.memo)))
+    set_op("g", push(lambda m: m.memo[_decimal(m.line())]))
+    set_op("h", _binget)
+    set_op("j", _long_binget)
+    # names and calls
+    set_op("c", _global)
+    set_op("\x93", _stack_global)
+    set_op("\x82", lambda m: _extension(m, 1))
+    set_op("\x83", lambda m: _extension(m, 2))
+    set_op("\x84", lambda m: _extension(m, 4))
+    set_op("R", _reduce)
+    set_op("\x81", _reduce)  # NEWOBJ: class and arguments, as REDUCE has function and arguments
+    set_op("\x92", _newobj_ex)
+    set_op("i", _inst)
+    set_op("o", _obj)
+    set_op("b", _build)
+    set_op("P", lambda m: _persistent_id(m, _decode(m.line())))
+    set_op("Q", lambda m: _persistent_id(m, m.stack.pop()))
+    # framing
+    set_op("\x80", _proto)
+    set_op("\x95", _frame)
+
+
+def _push_from_mark(m: Machine, build: Callable[[list[Any]], Any]) -> None:
+    items = m.pop_mark()
+    m.stack.append(build(items))
+
+
+_register()

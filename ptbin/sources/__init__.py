@@ -1,0 +1,1 @@
+"""Which files are one checkpoint, and which files go along with it."""

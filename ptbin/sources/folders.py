@@ -1,0 +1,226 @@
+"""Which files of a folder are one checkpoint: decided by their names alone. Pure.
+
+Listing (`catalog`) and opening (`sources`) both ask here, so that both mean the same files. A checkpoint of
+several files has a *handle*, the path that names it: the folder itself, or the index file in it.
+
+Sources: torch.distributed.checkpoint's FileSystemWriter (`.metadata`, `__<rank>_<n>.distcp`), Lightning's
+FSDP strategy (`meta.pt` next to those), Megatron-LM (`common.pt`), DeepSpeed's engine (`_get_ckpt_name`,
+`_get_zero_ckpt_name`), transformers' `SAFE_WEIGHTS_INDEX_NAME` and `WEIGHTS_INDEX_NAME`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ptbin.sources.companions import companion_of
+from ptbin.sources.part_names import (
+    META_PARAMETERS,
+    find_parts,
+    is_meta_name,
+    is_only_rank,
+    may_be_part,
+    split_place,
+)
+from ptbin.stores.joined import joint_identity
+
+if TYPE_CHECKING:
+    from ptbin.stores import Identity, ListedObject
+
+__all__ = ["DCP_METADATA", "INDEX_SUFFIX", "Group", "Grouping", "is_folder_part", "main_handle"]
+
+INDEX_SUFFIX = ".index.json"
+DCP_METADATA = ".metadata"
+LIGHTNING_METADATA = "meta.pt"
+COMMON_STATE = "common.pt"
+"""Megatron's arguments and counters next to its `torch_dist` folders; they hold no weights."""
+
+_INDEX = re.compile(r"^(?P<stem>.+)\.(?P<kind>bin|safetensors)\.index\.json$")
+_SHARD = re.compile(r"^(?P<stem>.+)-\d{5,}-of-\d{5,}\.(?P<kind>bin|safetensors)$")
+_OPTIM_STATES = re.compile(r"^(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt$")
+# Experts and pipeline layers: parts of the same checkpoint that its reader does not join.
+_ELSEWHERE = re.compile(r"^((layer_\d+_)?expert_\d+_mp_rank_\d+|layer_\d+-(.+-)?)_?model_states\.pt$")
+_EXPERT = re.compile(r"^layer_\d+_expert_\d+_mp_rank_00_model_states\.pt$")
+MODEL_STATES = "mp_rank_00_model_states.pt"
+_MODEL_STATES = re.compile(r"^(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt$")
+
+_OWN_FOLDER = ("torch_dcp", "deepspeed_zero", "deepspeed_experts")
+_MERGED = ("torch_ranks", "meta_parts")
+"""Parts that are put together; a name such as `rank0.pt` is a weaker sign than a folder's index."""
+
+
+# In the order in which transformers and peft look for them.
+_MAIN = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The files of one checkpoint, by path below the listed place.
+
+    Attributes:
+        kind: `torch_dcp`, `deepspeed_zero`, `deepspeed_experts`, `torch_ranks`, `meta_parts`,
+            `sharded`, or `parts` for
+            those that nothing here puts together.
+        handle: path of the folder (empty for the listed place itself), the index file or the first part.
+        folder: path of the folder.
+        why: of `parts`, what they are and what to do.
+    """
+
+    kind: str
+    handle: str
+    folder: str
+    members: tuple[ListedObject, ...]
+    why: str = ""
+
+    @property
+    def size(self) -> int:
+        return sum(member.size for member in self.members)
+
+    @property
+    def identity(self) -> Identity:
+        """Of all files together, by their names within the folder."""
+        cut = len(self.folder) + 1 if self.folder else 0
+        return joint_identity((m.path[cut:], m.size, m.identity) for m in self.members)
+
+
+def is_folder_part(name: str) -> bool:
+    """Whether a file of this name (by `split_place`) may be part of a checkpoint of several files."""
+    suffixes = (".distcp", INDEX_SUFFIX, "_states.pt", ".bin", ".safetensors")
+    if name in (DCP_METADATA, LIGHTNING_METADATA, COMMON_STATE, META_PARAMETERS) or name.endswith(suffixes):
+        return True
+    return may_be_part(name)
+
+
+class Grouping:
+    """Files of a listing, held back until it ends because a later one may claim them.
+
+    With `parts` those that ptbin does not put together stay single: the caller takes each knowingly.
+    """
+
+    def __init__(self, *, parts: bool = False) -> None:
+        self._parts = parts
+        self._folders: dict[str, list[ListedObject]] = {}
+
+    def add(self, item: ListedObject) -> None:
+        self._folders.setdefault(split_place(item.path)[0], []).append(item)
+
+    def finish(self) -> tuple[list[Group], list[ListedObject]]:
+        """The groups found, and the files that belong to none."""
+        groups: list[Group] = []
+        single: list[ListedObject] = []
+        for folder, items in self._folders.items():
+            found = _groups_in(folder, items)
+            if not self._parts:
+                found += _parts_in(folder, items, found)
+            claimed = {member.path for group in found for member in group.members}
+            groups.extend(found)
+            single.extend(item for item in items if item.path not in claimed)
+        return groups, single
+
+
+def _groups_in(folder: str, items: Sequence[ListedObject]) -> list[Group]:
+    names = {item.path.rpartition("/")[2]: item for item in items}
+    groups: list[Group] = []
+
+    def add(kind: str, handle: str, members: Iterable[str]) -> None:
+        groups.append(Group(kind, handle, folder, tuple(names[name] for name in sorted(members))))
+
+    chunks = [name for name in names if name.endswith(".distcp")]
+    if DCP_METADATA in names and chunks:
+        beside = (DCP_METADATA, LIGHTNING_METADATA, COMMON_STATE)
+        add("torch_dcp", folder, [name for name in beside if name in names] + chunks)
+    optimizers = [name for name in names if _OPTIM_STATES.match(name)]
+    if optimizers:
+        models = [name for name in names if _MODEL_STATES.match(name) or _ELSEWHERE.match(name)]
+        add("deepspeed_zero", folder, optimizers + models)
+    experts = [name for name in names if _EXPERT.match(name)]
+    pipeline = any(_ELSEWHERE.match(name) and name not in experts for name in names)
+    ranks = [name for name in names if _MODEL_STATES.match(name)]
+    if experts and not optimizers and not pipeline and ranks == [MODEL_STATES]:
+        add("deepspeed_experts", folder, [MODEL_STATES, *experts])
+    for name in sorted(names):
+        match = _INDEX.match(name)
+        if match is None:
+            continue
+        shards = [n for n in names if (m := _SHARD.match(n)) and m.groupdict() == match.groupdict()]
+        whole = f"{match['stem']}.{match['kind']}"
+        if not shards and whole in names:
+            shards = [whole]
+        if shards:
+            add("sharded", names[name].path, [name, *shards])
+    return groups
+
+
+def _parts_in(folder: str, items: Sequence[ListedObject], groups: Sequence[Group]) -> list[Group]:
+    """What is left of a folder's files and is one checkpoint only together.
+
+    The folder names one checkpoint: where several are in it, each is `parts` of its own.
+    """
+    cut = len(folder) + 1 if folder else 0
+    claimed = {member.path for group in groups for member in group.members}
+    left = {item.path[cut:]: item for item in items if item.path not in claimed}
+    # An index that names shards of its own vouches for them; the others' index is missing.
+    parts = find_parts(left)
+    whole = [found for found in parts if found.kind]
+    single = len(whole) == 1 and not any(group.kind in _OWN_FOLDER for group in groups)
+    found = []
+    for group in parts:
+        members = tuple(left[name] for name in group.members)
+        if single and group is whole[0]:
+            found.append(Group(group.kind, folder, folder, members))
+            continue
+        why = group.why
+        if group.kind:
+            others = ", ".join(other.members[0] for other in whole if other is not group)
+            why += f"; next to other parts in one folder ({others}), of which each needs a folder of its own"
+        found.append(Group("parts", members[0].path, folder, members, why))
+    return found
+
+
+def main_handle(items: Iterable[ListedObject]) -> Group | ListedObject | None:
+    """The one checkpoint that a folder is, from the files directly in it; None where it is not one.
+
+    A DCP or DeepSpeed folder is its own; in a Hugging Face folder the weights come in transformers' order.
+    """
+    grouping = Grouping()
+    for item in items:
+        grouping.add(item)
+    groups, single = grouping.finish()
+    own = [group for group in groups if group.kind in _OWN_FOLDER]
+    if len(own) == 1:
+        return own[0]
+    if own:
+        return None
+    alone = [item for item in single if is_only_rank(item.path) or is_meta_name(item.path)]
+    if len(alone) == 1 and not groups:
+        parameters = [item for item in single if item.path == META_PARAMETERS]
+        if is_meta_name(alone[0].path) and parameters:
+            return Group("meta_parts", "", "", (*alone, *parameters))
+        return alone[0]
+    parts = [group for group in groups if group.kind == "parts" or group.kind in _MERGED]
+    by_name: dict[str, Group | ListedObject] = {group.handle: group for group in groups if group not in parts}
+    by_name.update({item.path: item for item in single})
+    for name in _MAIN:
+        if name in by_name:
+            return by_name[name]
+    whole = [group for group in groups if group not in parts]
+    if len(whole) == 1 and not parts:
+        return whole[0]
+    # Parts and nothing that could be meant instead.
+    if not parts or whole or any(_may_be_weights(item.path) for item in single):
+        return None
+    return next((group for group in parts if group.kind in _MERGED), parts[0])
+
+
+def _may_be_weights(path: str) -> bool:
+    name = path.rpartition("/")[2]
+    return name.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors")) and companion_of(name) is None

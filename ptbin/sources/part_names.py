@@ -1,0 +1,302 @@
+"""Which files of a folder are parts of one checkpoint. By names alone, pure.
+
+A name is evidence only where it is a known producer's own (`consolidated.01.pth`), or where the files next
+to it count from zero (`x.rank_0.pt`, `x.rank_1.pt`). `epoch_1.pt` next to `epoch_2.pt` is no
+evidence, and neither is `best_rank_1.pth`. What the content says is for `reading.parts`.
+
+Sources: Meta's llama (`consolidated.NN.pth`), Megatron-LM's checkpointing.py (`get_checkpoint_name`), NeMo's
+`inject_model_parallel_rank`, DeepSpeed's engine and pipeline module (`_get_ckpt_name`,
+`_get_expert_ckpt_name`, `ckpt_layer_path`), torch's distributed/checkpoint/_hf_utils.py
+(`SHARDED_FILE_NAME`), transformers' `SAFE_WEIGHTS_NAME` with shards, verl's FSDP checkpoint
+manager, fairseq's checkpoint_utils.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from ptbin.sources.companions import companion_of
+
+__all__ = [
+    "META_PARAMETERS",
+    "Parts",
+    "find_parts",
+    "is_meta_name",
+    "is_only_rank",
+    "is_rank_name",
+    "may_be_part",
+    "split_place",
+]
+
+MAX_LISTED_NAMES = 5
+MAX_COUNTED = 100_000
+
+_WEIGHTS = r"\.(?:pt|pth|bin|ckpt|safetensors)"
+
+# A folder for each rank, one level above the file.
+_RANK_FOLDER = re.compile(
+    r"^(?:mp_rank_(?P<tp>\d{2,})(?:_(?P<pp>\d{3}))?(?:_(?P<ep>\d{3}))?"
+    r"|tp_rank_(?P<tp2>\d{2})_pp_rank_(?P<pp2>\d{3}))$"
+)
+_IN_RANK_FOLDER = re.compile(r"^.+\.(?:pt|pth|ckpt)$")
+
+_META = re.compile(r"^consolidated\.(?P<n>\d{2})(?P<tail>\.(?:pth|pt|bin|safetensors))$")
+_LAYER = re.compile(r"^layer_\d+-(?:.+-)?model_states\.pt$")
+_ZERO_3 = re.compile(r"^zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt$")
+_EXPERT = re.compile(r"^(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt$")
+_MODEL_STATES = re.compile(r"^mp_rank_(?P<n>\d+)_model_states\.pt$")
+_OF_WORLD = re.compile(rf"^(?P<stem>.*)world_size_(?P<of>\d+)_rank_(?P<n>\d+)(?P<tail>{_WEIGHTS})$")
+_TORCH_SHARD = re.compile(r"^shard-(?P<n>\d{5})-model-\d{5}-of-\d{5}\.safetensors$")
+_HF_SHARD = re.compile(r"^(?P<stem>.+)-(?P<n>\d{5,})-of-(?P<of>\d{5,})(?P<tail>\.(?:bin|safetensors))$")
+_CHUNKS = re.compile(r"^__\d+_\d+\.distcp$")
+_RANK = re.compile(rf"^(?P<stem>(?:.*[._-])?)rank[._-]?(?P<n>\d{{1,5}})(?P<tail>{_WEIGHTS})$")
+_COUNTED = (
+    _RANK,
+    re.compile(rf"^(?P<stem>.*)-shard(?P<n>\d{{1,5}})(?P<tail>{_WEIGHTS})$"),
+    re.compile(rf"^(?P<stem>.*)-model_part-(?P<n>\d{{1,5}})(?P<tail>(?:-shard\d+)?{_WEIGHTS})$"),
+)
+# `best_rank_0.pth`, `top_rank0.pt`: the rank is a place in a contest.
+_CONTEST = re.compile(
+    r"(?:^|[._-])(?:best|top\d*|worst|low|high|lora|loss|acc|score)(?:[._-]|$)", re.IGNORECASE
+)
+
+_PATTERNS = (
+    *(_META, _LAYER, _ZERO_3, _EXPERT, _MODEL_STATES, _OF_WORLD, _TORCH_SHARD, _HF_SHARD, _CHUNKS),
+    *_COUNTED,
+)
+
+INDEX_SUFFIX = ".index.json"
+META_PARAMETERS = "params.json"
+"""Of the model that Meta's parts are of: its width, its heads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Files that are one checkpoint only together.
+
+    Attributes:
+        members: names as they were given.
+        why: what they are and what to do, as half a sentence.
+        kind: of the checkpoint that all of them are (`folders.Group`); empty where nothing puts them together
+            or some are missing by their names.
+    """
+
+    members: tuple[str, ...]
+    why: str
+    kind: str = ""
+
+
+def split_place(path: str) -> tuple[str, str]:
+    """Folder of the checkpoint that a file may be part of, and the file's name in it.
+
+    The name is the last step of the path, but where that lies in a rank's own folder (`mp_rank_00/...`).
+    """
+    above, _, name = path.rpartition("/")
+    folder, _, last = above.rpartition("/")
+    if _RANK_FOLDER.match(last) and _IN_RANK_FOLDER.match(name):
+        return folder, f"{last}/{name}"
+    return above, name
+
+
+def may_be_part(name: str) -> bool:
+    """Whether the name (as `split_place` gives it) alone calls for a look at the names next to it."""
+    if companion_of(name) is not None:
+        return False
+    return "/" in name or any(pattern.match(name) for pattern in _PATTERNS)
+
+
+def is_rank_name(name: str) -> bool:
+    """Whether a file of this name may be one rank's own state dict."""
+    return _OF_WORLD.match(name) is not None or _RANK.match(name) is not None
+
+
+def is_meta_name(name: str) -> bool:
+    """Whether a file of this name is one of Meta's parts."""
+    return _META.match(name) is not None
+
+
+def is_only_rank(name: str) -> bool:
+    """Whether the name says that its file is of a run on one rank: all of a checkpoint."""
+    match = _OF_WORLD.match(name)
+    return match is not None and int(match["of"]) == 1 and companion_of(name) is None
+
+
+def find_parts(names: Iterable[str]) -> list[Parts]:
+    """The groups of parts among all names of one folder; a name is in one group at most."""
+    everything = list(names)
+    known = frozenset(everything)
+    mine = sorted(name for name in everything if may_be_part(name))
+    found = [
+        *_of_meta(mine, known),
+        *_of_deepspeed(mine),
+        *_of_rank_folders(mine),
+        *_of_world(mine),
+        *_of_torch(mine),
+        *_of_hugging_face(mine, known),
+        *_of_chunks(mine, known),
+    ]
+    claimed = {member for group in found for member in group.members}
+    return found + _counted([name for name in mine if name not in claimed])
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:MAX_LISTED_NAMES])
+    return shown if len(names) <= MAX_LISTED_NAMES else f"{shown} and {len(names) - MAX_LISTED_NAMES} more"
+
+
+def _by(
+    pattern: re.Pattern[str], names: Sequence[str], *keys: str
+) -> dict[tuple[str, ...], dict[str, re.Match[str]]]:
+    """Names that match, in groups of equal `keys`."""
+    groups: dict[tuple[str, ...], dict[str, re.Match[str]]] = {}
+    for name in names:
+        if (match := pattern.match(name)) is not None:
+            groups.setdefault(tuple(match[key] for key in keys), {})[name] = match
+    return groups
+
+
+def _missing(numbers: Collection[int], first: int, count: int) -> str:
+    """Which of `count` numbers from `first` on are not there."""
+    missing = [str(n) for n in range(first, first + min(count, MAX_COUNTED)) if n not in numbers]
+    return f"; not there: {_listed(missing)}" if missing else ""
+
+
+def _of_meta(names: Sequence[str], known: Collection[str]) -> list[Parts]:
+    found = []
+    for group in _by(_META, names, "tail").values():
+        numbers = {int(match["n"]) for match in group.values()}
+        if len(numbers) > 1 or max(numbers) > 0:
+            count = max(numbers) + 1
+            missing = _missing(numbers, 0, count)
+            way_out = "fetch the rest" if missing else "convert the folder, which takes all of them"
+            beside = (META_PARAMETERS,) if META_PARAMETERS in known else ()
+            found.append(
+                Parts(
+                    (*group, *beside),
+                    f"Meta's tensor-parallel parts, {count} or more ({_listed(list(group))}{missing}); "
+                    f"{way_out}",
+                    "" if missing else "meta_parts",
+                )
+            )
+    return found
+
+
+def _of_deepspeed(names: Sequence[str]) -> list[Parts]:
+    layers = [name for name in names if _LAYER.match(name)]
+    experts = [name for name in names if _EXPERT.match(name)]
+    states = {name: int(match["n"]) for name in names if (match := _MODEL_STATES.match(name))}
+    zero_3 = [name for name in names if _ZERO_3.match(name)]
+    members = (*states, *layers, *experts, *zero_3)
+    way_out = "merge them with DeepSpeed's ds_to_universal.py"
+    if layers:
+        why = f"{len(layers)} files of DeepSpeed's pipeline, each a layer or less of the model"
+    elif experts:
+        why = f"DeepSpeed's mixture of experts: {len(experts)} experts lie in files of their own"
+        way_out = "convert the folder, which takes mp_rank_00_model_states.pt and all experts of that rank"
+    elif zero_3:
+        why = "DeepSpeed's model states of ZeRO stage 3, whose parameters lie in the *_optim_states.pt files"
+        way_out = "convert the folder with those files in it"
+    elif states and max(states.values()) > 0:
+        why = f"DeepSpeed's model states of {len(states)} tensor-parallel ranks"
+    else:
+        return []
+    return [Parts(members, f"{why} ({_listed(members)}); {way_out}")]
+
+
+def _of_rank_folders(names: Sequence[str]) -> list[Parts]:
+    groups: dict[str, dict[str, int]] = {}
+    for name in names:
+        folder, slash, file = name.rpartition("/")
+        if slash and (match := _RANK_FOLDER.match(folder)) is not None:
+            groups.setdefault(file, {})[name] = max(int(n) for n in match.groups() if n is not None)
+    return [
+        Parts(
+            tuple(group),
+            f"files of tensor-, pipeline- or expert-parallel ranks ({_listed(list(group))}); the framework "
+            "that trained the model (Megatron, NeMo) has a tool that merges them",
+        )
+        for group in groups.values()
+        if len(group) > 1 or max(group.values()) > 0
+    ]
+
+
+def _of_world(names: Sequence[str]) -> list[Parts]:
+    found = []
+    for (stem, of, tail), group in _by(_OF_WORLD, names, "stem", "of", "tail").items():
+        if (count := int(of)) < 2:
+            continue
+        numbers = {int(match["n"]) for match in group.values()}
+        missing = [n for n in range(min(count, MAX_COUNTED)) if n not in numbers]
+        names_of = [f"{stem}world_size_{of}_rank_{n}{tail}" for n in missing]
+        rest = f"; not there: {_listed(names_of)}" if missing else ""
+        way_out = "fetch the rest" if missing else "convert the folder, which takes all of them"
+        found.append(
+            Parts(
+                tuple(group),
+                f"files of {of} ranks ({_listed(list(group))}{rest}); {way_out}",
+                "" if missing or len(group) != count else "torch_ranks",
+            )
+        )
+    return found
+
+
+def _of_torch(names: Sequence[str]) -> list[Parts]:
+    members = tuple(name for name in names if _TORCH_SHARD.match(name))
+    if not members:
+        return []
+    return [
+        Parts(
+            members,
+            f"shards that torch.distributed.checkpoint wrote, one file for each rank ({_listed(members)}); "
+            "torch's consolidate_safetensors_files merges them; where the folder above holds the merged "
+            "model, leave these out with --exclude",
+        )
+    ]
+
+
+def _of_hugging_face(names: Sequence[str], known: Collection[str]) -> list[Parts]:
+    found = []
+    for (stem, of, tail), group in _by(_HF_SHARD, names, "stem", "of", "tail").items():
+        count = int(of)
+        if count < 2 or any(_TORCH_SHARD.match(name) for name in group):
+            continue
+        index = f"{stem}{tail}{INDEX_SUFFIX}"
+        missing = _missing({int(match["n"]) for match in group.values()}, 1, count)
+        if index in known:
+            way_out = f"convert {index} instead, which names them all"
+        else:
+            way_out = f"their index {index} is not there; fetch it{' and the rest' if missing else ''}"
+        found.append(Parts(tuple(group), f"shards of {count} ({_listed(list(group))}{missing}); {way_out}"))
+    return found
+
+
+def _of_chunks(names: Sequence[str], known: Collection[str]) -> list[Parts]:
+    members = tuple(name for name in names if _CHUNKS.match(name))
+    if not members:
+        return []
+    way_out = (
+        "convert the folder instead" if ".metadata" in known else "their .metadata is not there; fetch it"
+    )
+    return [Parts(members, f"chunks of torch.distributed.checkpoint ({_listed(members)}); {way_out}")]
+
+
+def _counted(names: Sequence[str]) -> list[Parts]:
+    """Files that are counted from 0: rank files of trainers, fairseq's shards."""
+    found = []
+    for pattern in _COUNTED:
+        for (stem, _), group in _by(pattern, names, "stem", "tail").items():
+            numbers = sorted(int(match["n"]) for match in group.values())
+            if len(numbers) > 1 and numbers[0] == 0 and not _CONTEST.search(stem):
+                missing = _missing(numbers, 0, numbers[-1] + 1)
+                merged = "convert the folder, which takes all of them" if pattern is _RANK else "merge them"
+                found.append(
+                    Parts(
+                        tuple(group),
+                        f"files of {len(numbers)} ranks ({_listed(list(group))}{missing}); {merged}, or, "
+                        "where each is a whole copy, convert one with --parts",
+                        "torch_ranks" if pattern is _RANK and numbers == list(range(len(numbers))) else "",
+                    )
+                )
+    return found

@@ -1,0 +1,223 @@
+"""Whole files from one store to another as they are, by the cheapest means the two have.
+
+Inside one store it copies by itself, between local files the kernel does, everything else is streamed. The
+source is pinned: what arrives is one state of it, or nothing.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ptbin.errors import NotFoundInStoreError, OutputExistsError, VerificationError
+from ptbin.stores import CopyRefused, Identity, RangeReader, Store, identity_text, open_store
+from ptbin.stores.parts import Extent, Part
+
+__all__ = ["Copied", "copy_file", "find_in_place", "same_content"]
+
+Progress = Callable[[int], None]
+Change = Callable[[bytes], bytes]
+CHUNK_NBYTES = 1 << 20
+SMALL_NBYTES = 256 * 1024
+MAX_CHANGED_NBYTES = 16 << 20
+FORCE = "move it away, choose another DEST, or replace it with --force"
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """Size in bytes, how many of them a store copied by itself, what is stored now.
+
+    `changed`: not what the source holds, but what `change` made of it.
+    """
+
+    size: int
+    copied_nbytes: int
+    identity: Identity
+    changed: bool = False
+
+
+def copy_file(
+    source: str,
+    dest: str,
+    *,
+    expected: Identity | None = None,
+    source_options: Mapping[str, Any] | None = None,
+    dest_options: Mapping[str, Any] | None = None,
+    verify: bool = True,
+    change: Change | None = None,
+    progress: Progress | None = None,
+    may_replace: Callable[[str], bool] | None = None,
+    advice: str = FORCE,
+) -> Copied:
+    """Copy a file, whole or not at all.
+
+    Args:
+        change: makes of a small file's content what is to be stored instead (`sidecars.change_of`).
+        expected: the state of the source that was seen; another one is an error.
+        may_replace: asked whether the file at `dest` may be replaced, by its identity as a text; one that
+            holds the same bytes stays in any case. None: whatever is there is replaced.
+        advice: what to do about a file that may not be, for the message.
+        verify: read what was streamed back and compare; a store's own copies are compared by their size.
+
+    Raises:
+        OutputExistsError: another file is there.
+        SourceChangedError, StorageError: from the stores. VerificationError: it arrived otherwise; removed.
+    """
+    if may_replace is not None:
+        same = find_in_place(
+            source,
+            dest,
+            may_replace,
+            source_options=source_options,
+            dest_options=dest_options,
+            change=change,
+            progress=progress,
+            advice=advice,
+        )
+        if same is not None:
+            return same
+    source_store, source_path = open_store(source, source_options)
+    dest_store, dest_path = open_store(dest, dest_options)
+    with source_store.open_reader(source_path, expected=expected) as reader:
+        if change is not None and reader.size <= MAX_CHANGED_NBYTES:
+            content = reader.read(0, reader.size)
+            wanted = change(content)
+            if wanted != content:
+                reader.check_unchanged()
+                return _write_bytes(wanted, dest_store, dest_path, verify=verify)
+        try:
+            crc32, copied, identity = _write(reader, dest_store, dest_path, progress, copies=True)
+        except CopyRefused:
+            crc32, copied, identity = _write(reader, dest_store, dest_path, progress, copies=False)
+        size = reader.size
+    if verify and not _arrived(dest_store, dest_path, size, crc32, progress):
+        dest_store.delete(dest_path)
+        raise VerificationError(f"{dest_store.uri_of(dest_path)}: not what was written; removed")
+    return Copied(size, copied, identity or dest_store.stat(dest_path).identity)
+
+
+def find_in_place(
+    source: str,
+    dest: str,
+    may_replace: Callable[[str], bool],
+    *,
+    source_options: Mapping[str, Any] | None = None,
+    dest_options: Mapping[str, Any] | None = None,
+    change: Change | None = None,
+    progress: Progress | None = None,
+    advice: str = FORCE,
+) -> Copied | None:
+    """What is at DEST already, where it is the same as SOURCE; None where it is to be written.
+
+    Raises:
+        OutputExistsError: another file is there that may not be replaced.
+    """
+    store, path = open_store(dest, dest_options)
+    try:
+        there = store.stat(path)
+    except NotFoundInStoreError:
+        return None
+    if may_replace(identity_text(there.identity)):
+        return None
+    same = same_content(
+        source,
+        dest,
+        source_options=source_options,
+        dest_options=dest_options,
+        change=change,
+        progress=progress,
+    )
+    if same is None:
+        raise OutputExistsError(
+            f"{store.uri_of(path)}: a file of {there.size} bytes is there that ptbin did not copy; {advice}"
+        )
+    return same
+
+
+def _write_bytes(data: bytes, store: Store, path: str, *, verify: bool) -> Copied:
+    identity = store.write_bytes(path, data)
+    if verify and not _arrived(store, path, len(data), zlib.crc32(data), None):
+        store.delete(path)
+        raise VerificationError(f"{store.uri_of(path)}: not what was written; removed")
+    return Copied(len(data), 0, identity or store.stat(path).identity, changed=True)
+
+
+def _write(
+    reader: RangeReader, store: Store, path: str, progress: Progress | None, *, copies: bool
+) -> tuple[int | None, int, Identity | None]:
+    """CRC-32 of what came through here (None: it did not), bytes copied elsewhere, the state stored."""
+    with store.open_writer(path, size_hint=reader.size, copies=copies) as writer:
+        parts = [Part(0, reader.size, False)]
+        if copies and reader.size and writer.moves_from(reader):
+            parts = writer.lay_out([Extent(reader.size, True)]) or parts
+        crc32: int | None = 0
+        for part in parts:
+            if part.copied and writer.copy_from(reader, part.start, part.nbytes):
+                crc32 = None  # of a whole that was not seen
+                if progress is not None:
+                    progress(part.nbytes)
+                continue
+            for piece in reader.iter_range(part.start, part.nbytes):
+                crc32 = zlib.crc32(piece, crc32) if crc32 is not None else None
+                writer.write(piece)
+                if progress is not None:
+                    progress(len(piece))
+        writer.settle()
+        reader.confirm()
+        writer.commit()
+        return crc32, writer.bytes_copied, writer.identity
+
+
+def _arrived(store: Store, path: str, size: int, crc32: int | None, progress: Progress | None) -> bool:
+    if crc32 is None:
+        return store.stat(path).size == size
+    # To ask for a checksum takes as long as to read a small file.
+    stated = store.crc32_of(path) if size > SMALL_NBYTES else None
+    if stated is not None:
+        return stated == crc32
+    found = 0
+    with store.open_reader(path) as reader:
+        if reader.size != size:
+            return False
+        for piece in reader.iter_range(0, size):
+            found = zlib.crc32(piece, found)
+            if progress is not None:
+                progress(0)
+    return found == crc32
+
+
+def same_content(
+    source: str,
+    dest: str,
+    *,
+    source_options: Mapping[str, Any] | None = None,
+    dest_options: Mapping[str, Any] | None = None,
+    change: Change | None = None,
+    progress: Progress | None = None,
+) -> Copied | None:
+    """What is at DEST if it holds what `copy_file` would put there, else None.
+
+    Reads both where sizes agree, or where `change` may have made them differ.
+    """
+    source_store, source_path = open_store(source, source_options)
+    dest_store, dest_path = open_store(dest, dest_options)
+    try:
+        dest_reader = dest_store.open_reader(dest_path)
+    except NotFoundInStoreError:
+        return None
+    with dest_reader, source_store.open_reader(source_path) as source_reader:
+        if change is not None and max(source_reader.size, dest_reader.size) <= MAX_CHANGED_NBYTES:
+            wanted = change(source_reader.read(0, source_reader.size))
+            same = wanted == dest_reader.read(0, dest_reader.size)
+            return Copied(dest_reader.size, 0, dest_reader.identity) if same else None
+        if source_reader.size != dest_reader.size:
+            return None
+        for offset in range(0, source_reader.size, CHUNK_NBYTES):
+            nbytes = min(CHUNK_NBYTES, source_reader.size - offset)
+            if source_reader.read(offset, nbytes) != dest_reader.read(offset, nbytes):
+                return None
+            if progress is not None:
+                progress(nbytes)
+        return Copied(dest_reader.size, 0, dest_reader.identity)

@@ -1,0 +1,50 @@
+"""Deflated members as streams: length and CRC-32 checked, memory bounded whatever the ratio."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ptbin.errors import ChecksumMismatchError, CorruptArchiveError
+from ptbin.values.tensors import Deflated
+
+if TYPE_CHECKING:
+    from ptbin.stores import RangeReader
+
+__all__ = ["iter_inflated"]
+
+CHUNK_NBYTES = 4 << 20
+
+
+def iter_inflated(place: Deflated, reader: RangeReader) -> Iterator[bytes]:
+    """The content of a deflated member; its length and CRC-32 are checked at the end."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    crc = 0
+    total = 0
+    where = f"{reader.uri}: member {place.member!r}"
+    for chunk in reader.iter_range(place.offset, place.compressed_nbytes, chunk_nbytes=CHUNK_NBYTES):
+        waiting = chunk
+        while waiting:
+            try:
+                piece = inflater.decompress(waiting, CHUNK_NBYTES)
+            except zlib.error as error:
+                raise CorruptArchiveError(f"{where} does not inflate: {error}") from error
+            waiting = inflater.unconsumed_tail
+            total += len(piece)
+            if total > place.nbytes:
+                raise CorruptArchiveError(f"{where} inflates to more than the {place.nbytes} bytes stated")
+            crc = zlib.crc32(piece, crc)
+            if piece:
+                yield piece
+            elif inflater.eof:
+                break
+    rest = inflater.flush()
+    total += len(rest)
+    crc = zlib.crc32(rest, crc)
+    if rest:
+        yield rest
+    if total != place.nbytes:
+        raise CorruptArchiveError(f"{where} inflates to {total} bytes, {place.nbytes} are stated")
+    if place.crc32 is not None and crc != place.crc32:
+        raise ChecksumMismatchError(f"{where} has CRC-32 {crc:08x}, the archive states {place.crc32:08x}")

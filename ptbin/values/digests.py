@@ -1,0 +1,37 @@
+"""What is known of a stored file once it has been read: where its tensors lie, and digests of all of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["FileDigests", "StoredTensor"]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies in a stored file: first byte, shape and stride in elements."""
+
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None
+    """None where the tensor is contiguous."""
+    itemsize: int
+    per_unit: int = 1
+
+
+@dataclass(slots=True)
+class FileDigests:
+    """SHA-256 as hexadecimal text, CRC-32 as a number.
+
+    Attributes:
+        sha256: of the whole file.
+        gaps_sha256: of the bytes that lie in no tensor that is stored contiguously, in the order of the file.
+    """
+
+    sha256: str | None = None
+    gaps_sha256: str | None = None
+    crc32: int = 0
+    records: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(offset, nbytes) to CRC-32."""
+    tensors: dict[StoredTensor, str] = field(default_factory=dict)

@@ -1,0 +1,245 @@
+"""A planned output file, as a list of pieces; the value that planning hands to splicing.
+
+Every output is a sequence of literal bytes, source byte ranges and computed streams. A CRC-32 that is
+not known when the plan is made (the source stores none, or the bytes change on the way) gets a *slot*:
+the splice fills it while the bytes pass, and `Late` pieces, which have a known length, are built from
+the slots. Pure data: sizes and offsets in bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ptbin.values.dtypes import DType
+from ptbin.values.tensors import ByteRange, Deflated, InMemory, TensorRef, Tiled
+
+__all__ = [
+    "Assemble",
+    "Cast",
+    "Combined",
+    "Computed",
+    "Copy",
+    "FilePlan",
+    "Gather",
+    "Late",
+    "Literal",
+    "Piece",
+    "Plan",
+    "PlannedTensor",
+    "Recipe",
+    "RecordLayout",
+    "Slice",
+    "Strided",
+    "Swap",
+    "nbytes_of",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """`nbytes` from `offset` on of a stored place (deflated ones are inflated on the way)."""
+
+    place: ByteRange | Deflated | InMemory
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """The elements of a strided view in storage order (largest stride outermost), densely.
+
+    `shape` and `stride` are in elements, sorted by falling stride; `offset` is the first byte inside
+    the place. Reading goes forward only.
+    """
+
+    place: ByteRange | InMemory
+    offset: int
+    itemsize: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        total = self.itemsize
+        for n in self.shape:
+            total *= n
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class Strided:
+    """The elements of a strided view in logical order (last index fastest), densely.
+
+    `shape` and `stride` are in elements; `offset` is the first byte inside the place.
+    """
+
+    place: ByteRange | Deflated | InMemory
+    offset: int
+    itemsize: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.itemsize * math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Assemble:
+    """A tensor put together from its tiles, row-major."""
+
+    tiled: Tiled
+
+    @property
+    def nbytes(self) -> int:
+        return self.tiled.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """Another recipe's bytes with the order of every `width` bytes reversed."""
+
+    inner: Slice | Gather | Strided
+    width: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Another recipe's elements in another type, rounded as torch rounds.
+
+    `what` names the tensor, under which overflows are counted.
+    """
+
+    inner: tuple[Recipe, ...]
+    source: DType
+    target: DType
+    what: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.inner) // self.source.itemsize * self.target.itemsize
+
+
+Recipe = Slice | Gather | Strided | Assemble | Swap | Cast
+
+
+def nbytes_of(recipes: tuple[Recipe, ...]) -> int:
+    """Bytes that several recipes, one behind the other, come to."""
+    return sum(recipe.nbytes for recipe in recipes)
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    data: bytes = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A source range, untouched. Where `crc32` is None, `slot` receives it."""
+
+    offset: int
+    nbytes: int
+    crc32: int | None = None
+    slot: int | None = None
+    what: str = "range"
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Bytes that a recipe produces; `slot` receives their CRC-32."""
+
+    recipe: Recipe
+    slot: int
+    what: str = "stream"
+
+    @property
+    def nbytes(self) -> int:
+        return self.recipe.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Late:
+    """Bytes of known length that depend on slots."""
+
+    nbytes: int
+    build: Callable[[Mapping[int, int]], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """No bytes: `slot` receives the CRC-32 of `parts`, each (CRC-32, or the slot that has it, bytes)."""
+
+    slot: int
+    parts: tuple[tuple[int | None, int | None, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+
+Piece = Literal | Copy | Computed | Late | Combined
+
+
+@dataclass(frozen=True, slots=True)
+class RecordLayout:
+    """Where one storage comes to lie in the output."""
+
+    key: str
+    offset: int
+    nbytes: int
+    crc32: int | None
+    slot: int | None
+    source_checked: bool
+    """False where the source's CRC-32 covers bytes that are not read (a small view of a large storage)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    pieces: tuple[Piece, ...]
+    size: int
+    records: tuple[RecordLayout, ...]
+    prechecks: tuple[ByteRange, ...] = ()
+    """Ranges whose stored CRC-32 must be confirmed by reading them whole before splicing."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One plain tensor of an output.
+
+    Attributes:
+        dtype: in the output; differs from the source's where it is cast.
+        stride: in elements; None where it is stored contiguously.
+        offset: first byte it touches in the file.
+        record: key of the `RecordLayout` it lies in.
+    """
+
+    name: str
+    source: TensorRef
+    dtype: DType
+    stride: tuple[int, ...] | None
+    offset: int
+    record: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the logical, contiguous tensor."""
+        return self.dtype.nbytes_of(self.source.numel)
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlan:
+    """One output file: its name beside the others, its pieces, the tensors in it."""
+
+    name: str
+    plan: Plan
+    tensors: tuple[PlannedTensor, ...]

@@ -1,0 +1,1 @@
+"""The output formats, each a plan: a list of segments."""

@@ -1,0 +1,58 @@
+"""Format `safetensors`: a header of JSON, then contiguous little-endian tensors. Pure planning.
+
+The header comes first (its README), tensors in order of falling element size, so that each is aligned to its
+own. Of tied tensors it stores one; the other names go into `__metadata__`, dropped name to kept name, as
+`safetensors.torch.save_model` does.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ptbin.errors import UnsupportedTensorError
+from ptbin.values.dtypes import SAFETENSORS_NAMES
+from ptbin.values.segments import FilePlan, Literal
+from ptbin.writing.casts import Casts
+from ptbin.writing.formats.dense import dense_file, dense_tensors
+from ptbin.writing.layout import FileLayout
+
+__all__ = ["plan_safetensors"]
+
+ALIGNMENT = 64
+
+
+def plan_safetensors(name: str, entries: list[tuple[str, Any]], casts: Casts) -> FilePlan:
+    """Lay a safetensors file out.
+
+    Raises:
+        UnsupportedTensorError: as `dense_tensors`; an element type or a name that the format has not.
+    """
+    tensors = dense_tensors(entries, casts, "safetensors")
+    tensors.sort(key=lambda tensor: -tensor.dtype.itemsize)
+    # transformers refuses a file that does not say which framework's layout it follows
+    metadata = {"format": "pt"}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    position = 0
+    for tensor in tensors:
+        kept, *dropped = tensor.names
+        short = SAFETENSORS_NAMES.get(tensor.dtype.name)
+        if short is None or tensor.dtype.per_unit > 1:
+            raise UnsupportedTensorError(
+                f"{kept!r} has element type {tensor.dtype.name}, "
+                "which safetensors has not; --format raw holds it"
+            )
+        if {"__metadata__", *metadata} & set(tensor.names):
+            raise UnsupportedTensorError(f"{kept!r} is no name that a tensor may have in safetensors")
+        header[kept] = {
+            "dtype": short,
+            "shape": list(tensor.source.shape),
+            "data_offsets": [position, position + tensor.nbytes],
+        }
+        metadata.update(dict.fromkeys(dropped, kept))
+        position += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    layout = FileLayout()
+    layout.add(Literal(len(text).to_bytes(8, "little") + text))
+    return dense_file(name, layout, tensors, alignment=1)

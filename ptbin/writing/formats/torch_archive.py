@@ -1,0 +1,251 @@
+"""Format `torch`: the layout of a zip archive that `torch.load(weights_only=True, mmap=True)` reads.
+
+Pure planning. Members: `data.pkl`, `byteorder`, one record per storage, `version`, framed as torch
+frames them (`framing`). Where the source is a torch zip, its archive root and storage keys are kept
+and records follow in source order, so that a run of neighbours, framing included, is one range of the
+source (`splice.coalesce` finds that out). `.format_version` is left out on purpose: with it, torch's
+`calculate_storage_offsets` option may compute record positions instead of looking them up
+(torch/serialization.py, `_load`), and a checkpoint without its optimizer does not follow that formula.
+
+The bytes are a function of the source's bytes and the options alone.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ptbin.stores.joined import PART_BITS
+from ptbin.values.framing import (
+    ALIGNMENT,
+    ZIP64_THRESHOLD,
+    descriptor,
+    descriptor_nbytes,
+    flags_of,
+    local_header,
+    uses_zip64,
+    zip64_field,
+)
+from ptbin.values.nodes import DictNode
+from ptbin.values.segments import FilePlan, Late, Literal, PlannedTensor
+from ptbin.values.state_dict import tensors_of
+from ptbin.writing.casts import Casts
+from ptbin.writing.layout import FileLayout
+from ptbin.writing.pickle_emitter import emit_state_dict
+from ptbin.writing.prechecks import is_checked, prechecks_for
+from ptbin.writing.storages import OutputStorage, OutputTensor, plan_storages
+
+__all__ = ["plan_torch_archive"]
+
+_ENTRY = struct.Struct("<4s6H3L5H2L")
+_END = struct.Struct("<4s4H2LH")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_LOCATOR64 = struct.Struct("<4sLQL")
+
+# The first record of a run this long is padded so that all of the run keeps its offsets modulo a page: the
+# kernel then copies page by page (a quarter less time, measured), and filesystems that share blocks may.
+LONG_RUN_NBYTES = 1 << 20
+PAGE_NBYTES = 4096
+
+# torch names the root after the file; nothing longer than a file name is kept.
+MAX_ROOT_NBYTES = 255
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What the central directory will say of one member."""
+
+    name: bytes
+    nbytes: int
+    header_offset: int
+    crc32: int | None
+    slot: int | None
+
+
+def plan_torch_archive(
+    name: str,
+    entries: list[tuple[str, Any]],
+    *,
+    mapping_kind: str,
+    metadata: DictNode | None,
+    archive_root: str | None,
+    casts: Casts,
+) -> FilePlan:
+    """Lay one archive out.
+
+    Args:
+        name: of the file.
+        entries: names and values, in order; metadata: what torch keeps as `_metadata`.
+        archive_root: the source's archive root where it is a torch zip, else None.
+    """
+    named = [item for label, value in entries for item in tensors_of(label, value)]
+    storages, views = plan_storages([t for _, t in named], keep_keys=archive_root is not None, casts=casts)
+    keep_root = archive_root is not None and len(archive_root.encode("utf-8", "replace")) <= MAX_ROOT_NBYTES
+    root = archive_root if keep_root and archive_root is not None else "archive"
+    pickle = emit_state_dict(
+        entries,
+        mapping_kind=mapping_kind,
+        metadata=metadata,
+        locate=lambda tensor: views[tensor.layout_key()],
+    )
+    layout = _Archive(root)
+    layout.literal_member("data.pkl", pickle)
+    layout.literal_member("byteorder", b"little")
+    offsets: dict[int, int] = {}
+    prechecks = prechecks_for([storage.recipes for storage in storages])
+    heads = _run_heads(storages)
+    for storage in storages:
+        offsets[id(storage)] = layout.record(
+            storage, checked=is_checked(storage.recipes, prechecks), page_aligned=id(storage) in heads
+        )
+    layout.literal_member("version", b"3\n")
+    layout.directory()
+    tensors = []
+    for label, tensor in named:
+        placed = views[tensor.layout_key()]
+        first = placed.storage_offset // placed.dtype.per_unit * placed.dtype.itemsize
+        tensors.append(
+            PlannedTensor(
+                label,
+                tensor,
+                placed.dtype,
+                None if _is_contiguous(tensor.shape, placed) else placed.stride,
+                offsets[id(placed.storage)] + first,
+                placed.storage.key,
+            )
+        )
+    return FilePlan(name, layout.finish(prechecks), tuple(tensors))
+
+
+def _is_contiguous(shape: tuple[int, ...], placed: OutputTensor) -> bool:
+    expected = 1
+    for n, s in zip(reversed(shape), reversed(placed.stride), strict=True):
+        if n != 1 and s != expected:
+            return 0 in shape
+        expected *= n
+    return True
+
+
+def _run_heads(storages: list[OutputStorage]) -> set[int]:
+    """First records of long runs of neighbours, by identity."""
+    runs: list[tuple[int, int]] = []
+    end = -1
+    for storage in storages:
+        place = storage.stored
+        if place is None or place.record_offset is None:
+            end = -1
+            continue
+        if place.closed and place.record_offset == end:
+            runs[-1] = (runs[-1][0], runs[-1][1] + place.nbytes)
+        elif place.offset % ALIGNMENT == 0:
+            runs.append((id(storage), place.nbytes))
+        end = place.offset + place.nbytes + descriptor_nbytes(place.record_offset, place.nbytes)
+    return {head for head, nbytes in runs if nbytes >= LONG_RUN_NBYTES}
+
+
+class _Archive(FileLayout):
+    """The archive as it grows: what `FileLayout` keeps, and the directory entries."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__()
+        self.root = root
+        self.entries: list[_Entry] = []
+
+    def literal_member(self, name: str, data: bytes) -> None:
+        raw_name = f"{self.root}/{name}".encode()
+        crc = zlib.crc32(data)
+        self.entries.append(_Entry(raw_name, len(data), self.offset, crc, None))
+        zip64 = uses_zip64(self.offset, len(data))
+        self.add(Literal(local_header(raw_name, len(data), self.offset) + data))
+        self.add(Literal(descriptor(crc, len(data), zip64=zip64)))
+
+    def record(self, storage: OutputStorage, *, checked: bool, page_aligned: bool) -> int:
+        """Add one storage; returns where its data begin.
+
+        `page_aligned` keeps the place within a page that the data have in the source.
+        """
+        raw_name = f"{self.root}/data/{storage.key}".encode()
+        nbytes = storage.nbytes
+        stored = storage.stored
+        # A record whose framing in the source is torch's own keeps the offset that framing declares, so
+        # that header, data and descriptor can be taken as one range wherever they come to lie.
+        declared = stored.record_offset if stored is not None and stored.closed else None
+        if declared is not None:
+            declared &= (1 << PART_BITS) - 1
+        header_offset = self.offset
+        congruent = (0, ALIGNMENT)
+        if page_aligned and stored is not None:
+            congruent = (stored.offset % PAGE_NBYTES, PAGE_NBYTES)
+        self.add(Literal(local_header(raw_name, nbytes, header_offset, declared, congruent)))
+        record = self.body(storage.key, storage.recipes, checked=checked)
+        zip64 = uses_zip64(header_offset if declared is None else declared, nbytes)
+        self.entries.append(_Entry(raw_name, nbytes, header_offset, record.crc32, record.slot))
+        if record.crc32 is not None:
+            self.add(Literal(descriptor(record.crc32, nbytes, zip64=zip64)))
+        else:
+            assert record.slot is not None
+            build = _late_descriptor(record.slot, nbytes, zip64=zip64)
+            self.add(Late(len(descriptor(0, nbytes, zip64=zip64)), build))
+        return record.offset
+
+    def directory(self) -> None:
+        start = self.offset
+        entries = tuple(self.entries)
+        size = sum(_ENTRY.size + len(e.name) + len(zip64_field(e.header_offset, e.nbytes)) for e in entries)
+
+        def build(crcs: Mapping[int, int]) -> bytes:
+            return b"".join(_entry(e, e.crc32 if e.slot is None else crcs[e.slot]) for e in entries)
+
+        if all(e.slot is None for e in entries):
+            self.add(Literal(build({})))
+        else:
+            self.add(Late(size, build))
+        self.add(Literal(_end_records(len(entries), size, start)))
+
+
+def _late_descriptor(slot: int, nbytes: int, *, zip64: bool) -> Callable[[Mapping[int, int]], bytes]:
+    return lambda crcs: descriptor(crcs[slot], nbytes, zip64=zip64)
+
+
+def _entry(entry: _Entry, crc32: int | None) -> bytes:
+    assert crc32 is not None
+    zip64 = zip64_field(entry.header_offset, entry.nbytes)
+    size = min(entry.nbytes, ZIP64_THRESHOLD)
+    offset = min(entry.header_offset, ZIP64_THRESHOLD)
+    head = _ENTRY.pack(
+        b"PK\x01\x02",
+        0,
+        0,
+        flags_of(entry.nbytes),
+        0,
+        0,
+        0,
+        crc32,
+        size,
+        size,
+        len(entry.name),
+        len(zip64),
+        0,
+        0,
+        0,
+        0,
+        offset,
+    )
+    return head + entry.name + zip64
+
+
+def _end_records(count: int, size: int, offset: int) -> bytes:
+    """zip64 end record, its locator and the end record; torch writes all three in every archive."""
+    version_made, version_needed = 0x031E, 0x002D
+    end64 = _END64.pack(
+        b"PK\x06\x06", _END64.size - 12, version_made, version_needed, 0, 0, count, count, size, offset
+    )
+    locator = _LOCATOR64.pack(b"PK\x06\x07", 0, offset + size, 1)
+    narrow = min(count, 0xFFFF)
+    end = _END.pack(
+        b"PK\x05\x06", 0, 0, narrow, narrow, min(size, ZIP64_THRESHOLD), min(offset, ZIP64_THRESHOLD), 0
+    )
+    return end64 + locator + end
