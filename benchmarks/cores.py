@@ -49,14 +49,16 @@ class Bench:
     def left(self) -> float:
         return float(self._ends - time.monotonic())
 
-    def run(self, command: Sequence[str], cores: int) -> float:
-        """Seconds."""
+    def run(self, command: Sequence[str], cores: int) -> tuple[float, float | None]:
+        """Seconds of the process, and of its work alone where it says them."""
         whole = cores >= available() or shutil.which("taskset") is None
         bound = list(command) if whole else ["taskset", "-c", f"0-{cores - 1}", *command]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         began = time.monotonic()
-        subprocess.run(bound, check=True, env=environment, stdout=subprocess.DEVNULL)
-        return time.monotonic() - began
+        done = subprocess.run(bound, check=True, env=environment, capture_output=True, text=True)
+        taken = time.monotonic() - began
+        inside = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("worked ")]
+        return taken, float(inside[0]) if inside else None
 
     def rows(
         self,
@@ -76,9 +78,12 @@ class Bench:
             for folder in clear:
                 for file in folder.iterdir():
                     file.unlink()
-            taken = self.run(command, available() if all_cores else key[1])
+            taken, inside = self.run(command, available() if all_cores else key[1])
             self._longest[title + key[0], key[1]] = taken
             rows.setdefault(key[0], {}).setdefault(str(key[1]), []).append(round(taken, 3))
+            if inside is not None:
+                name = f"{key[0]}, without Python's start"
+                rows.setdefault(name, {}).setdefault(str(key[1]), []).append(round(inside, 3))
             print(f"{title}: {key[0]}, {key[1]}: {taken:.2f} s", flush=True)
             self.write()
 
@@ -193,6 +198,7 @@ class Many:
                         words = child("many", small, self._out, *LEVELS[name], n, how)
                         turn[f"{name}, {how}", n] = words
             self._turns.append(turn)
+        self.steps = child("steps", small, self._out, max(counts), "{}")
         self.profiled = child(
             "profile", "{}", "many", small, self._out, *LEVELS[PROVEN], max(counts), "threads"
         )
@@ -254,6 +260,7 @@ def measure(bench: Bench, options: argparse.Namespace, counts: list[int], rows: 
     many.turn()
     if options.profile:
         profile(bench, options.dir, many.profiled, "many at once")
+        profile(bench, options.dir, many.steps, "many at once, steps of MiB")
     disk = None
     if options.disk is not None:
         disk = Large(bench, options.disk / "large", options.disk_gib, [max(counts)], "disk", rows)

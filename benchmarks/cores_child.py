@@ -3,6 +3,7 @@
     checkpoint PATH MIB             a training dict with about MIB of weights and a quarter as much of Adam's
     convert SOURCE DEST LEVEL DIGEST
     many FOLDER OUT LEVEL DIGEST AT_ONCE threads|processes
+    steps FOLDER OUT AT_ONCE JSON
     torch SOURCE DEST               the script that maps the checkpoint and saves its weights, proving nothing
     profile PATH WHAT ...           one of these, and into PATH where its threads were and what they used
 
@@ -48,7 +49,10 @@ def convert(source: str, dest: str, level: str, digest: str) -> None:
 
 
 def convert_many(folder: str, out: str, level: str, digest: str, at_once: str, how: str) -> None:
+    import ptbin  # noqa: F401 - so that it is there before the clock runs
+
     names = sorted(os.listdir(folder))
+    began = time.monotonic()
     pool = ProcessPoolExecutor if how == "processes" else ThreadPoolExecutor
     with pool(int(at_once)) as workers:
         jobs = [
@@ -56,6 +60,27 @@ def convert_many(folder: str, out: str, level: str, digest: str, at_once: str, h
         ]
         for job in jobs:
             job.result()
+        sys.stdout.write(f"worked {time.monotonic() - began:.3f}\n")
+
+
+def compare_steps(folder: str, out: str, at_once: str, place: str) -> None:
+    """Seconds with files hashed by the threads that write them, in steps of some sizes, and by lanes of each
+    file's own instead (0): how `written.STEP_NBYTES` was chosen.
+    """
+    from ptbin.proof import written
+
+    crowded = written.is_crowded
+    found: dict[int, list[float]] = {}
+    for _ in range(3):
+        for mib in (0, 1, 2, 4, 16):
+            written.is_crowded = crowded if mib else lambda: False
+            written.STEP_NBYTES = mib * MIB
+            for file in Path(out).iterdir():
+                file.unlink()
+            began = time.monotonic()
+            convert_many(folder, out, "checksum", "sha256", at_once, "threads")
+            found.setdefault(mib, []).append(round(time.monotonic() - began, 3))
+    Path(place).write_text(json.dumps(found) + "\n")
 
 
 def save_with_torch(source: str, dest: str) -> None:
@@ -161,6 +186,7 @@ KINDS: dict[str, Any] = {
     "checkpoint": make_checkpoint,
     "convert": convert,
     "many": convert_many,
+    "steps": compare_steps,
     "torch": save_with_torch,
     "profile": profiled,
 }
