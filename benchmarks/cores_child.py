@@ -67,14 +67,13 @@ def compare_steps(folder: str, out: str, at_once: str, place: str) -> None:
     """Seconds with files hashed by the threads that write them, in steps of some sizes, and by lanes of each
     file's own instead (0): how `written.STEP_NBYTES` was chosen.
     """
+    from ptbin.cores import is_crowded
     from ptbin.proof import written
 
-    crowded = written.is_crowded
     found: dict[int, list[float]] = {}
     for _ in range(3):
         for mib in (0, 1, 2, 4, 16):
-            written.is_crowded = crowded if mib else lambda: False
-            written.STEP_NBYTES = mib * MIB
+            vars(written).update(is_crowded=is_crowded if mib else bool, STEP_NBYTES=mib * MIB)
             for file in Path(out).iterdir():
                 file.unlink()
             began = time.monotonic()

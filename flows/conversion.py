@@ -25,7 +25,7 @@ from flows.fanout import Work, fan_out, unexamined
 from flows.prefect.orchestrator import ABSENT_SECONDS, await_server
 from flows.prefect.signals import INTERRUPTS
 from flows.remembering import close_ledger, open_ledger
-from flows.run_record import record_files, record_folder
+from flows.run_record import manifests_by_tensor, record_files, record_folder
 from flows.selection import Selection
 from flows.tally import Tally
 from flows.units import format_nbytes
@@ -301,7 +301,8 @@ class Conversion:
             selection=self.selection.to_json(self.work.rule) if self.keeps_ledger else None,
         )
         try:
-            _record(write_run_record, self.live.run_id, folder, files)
+            by_tensor = manifests_by_tensor(tally.entries)
+            _record(write_run_record, self.live.run_id, folder, files, tally.place, by_tensor)
         except StorageError as error:
             # What was converted stays converted: a rerun finds it by its manifests, not by this record.
             tally.run_problems.append(Problem(folder, error.reason, one_line(f"run record: {error}")))

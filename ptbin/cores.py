@@ -14,17 +14,38 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["at_work", "available_cores", "copy_streams", "hashing_pool", "hashing_slot", "is_crowded"]
+__all__ = [
+    "at_work",
+    "available_cores",
+    "copy_streams",
+    "hashing_pool",
+    "hashing_slot",
+    "is_crowded",
+    "share_cores",
+]
 
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _slots: threading.BoundedSemaphore | None = None
+_sharing = 1
+"""Processes that share the cores."""
 _at_work = 0
 """Files that this process writes and proves."""
 
 
+def share_cores(processes: int) -> None:
+    """This process is one of so many that work on checkpoints side by side: each takes its part of the cores.
+
+    To be called before anything is hashed.
+    """
+    global _sharing  # noqa: PLW0603 - of the process
+    _sharing = max(1, processes)
+
+
 def available_cores() -> int:
-    """Cores by affinity and, on Linux, by the limit of the control group; at least 1."""
+    """Cores by affinity and, on Linux, by the limit of the control group, and this process's part of them; at
+    least 1.
+    """
     count = getattr(os, "process_cpu_count", None)
     if count is not None:
         cores = count() or 1
@@ -32,7 +53,7 @@ def available_cores() -> int:
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    return max(1, min(cores, _cgroup_cores() or cores))
+    return max(1, min(cores, _cgroup_cores() or cores) // _sharing)
 
 
 def _cgroup_cores() -> int | None:
