@@ -49,8 +49,9 @@ def convert(source: str, dest: str, level: str, digest: str) -> None:
 
 
 def convert_many(folder: str, out: str, level: str, digest: str, at_once: str, how: str) -> None:
-    import ptbin  # noqa: F401 - so that it is there before the clock runs
+    import ptbin
 
+    hash((ptbin.convert, ptbin.ConvertOptions))  # imported now, before the clock runs
     names = sorted(os.listdir(folder))
     began = time.monotonic()
     pool = ProcessPoolExecutor if how == "processes" else ThreadPoolExecutor

@@ -17,11 +17,11 @@ from pathlib import Path
 __all__ = [
     "at_work",
     "available_cores",
-    "copy_streams",
     "hashing_pool",
     "hashing_slot",
     "is_crowded",
     "share_cores",
+    "spare_cores",
 ]
 
 _lock = threading.Lock()
@@ -73,11 +73,6 @@ def _cgroup_cores() -> int | None:
     return None
 
 
-def copy_streams() -> int:
-    """Threads that copy one file: more than four gain nothing, and few cores have better things to do."""
-    return min(4, available_cores() // 2)
-
-
 def hashing_pool() -> ThreadPoolExecutor:
     """The threads beside the calling one; one at least."""
     global _pool  # noqa: PLW0603 - one for the process
@@ -107,6 +102,11 @@ def at_work() -> Iterator[None]:
     finally:
         with _lock:
             _at_work -= 1
+
+
+def spare_cores() -> int:
+    """Cores for each of the files that this process writes and proves; at least 1."""
+    return max(1, available_cores() // max(1, _at_work))
 
 
 def is_crowded() -> bool:

@@ -12,29 +12,30 @@ __all__ = ["LocalFile"]
 
 BUFFER_NBYTES = 2 << 20
 """What is read of a local file at once: little enough to lie in a core's cache while it is hashed."""
-MAX_BUFFERS = 32
+MAX_KEPT_NBYTES = 64 << 20
 AHEAD = 2
 """Buffers that are filled while one is used."""
-_buffers: list[bytearray] = []
-"""Buffers that no thread uses at the moment. A fresh one costs a page fault for every 4 KiB, for which all
-threads of a process queue.
+_buffers: dict[int, list[bytearray]] = {}
+"""Buffers that no thread uses at the moment, by their size. A fresh one costs a page fault for every 4 KiB, for
+which all threads of a process queue.
 """
 
 
-def _buffer(nbytes: int) -> bytearray:
-    if nbytes < BUFFER_NBYTES:
+def _buffer(nbytes: int, most: int = BUFFER_NBYTES) -> bytearray:
+    if nbytes < most:
         return bytearray(nbytes)
     try:
-        return _buffers.pop()
-    except IndexError:
-        return bytearray(BUFFER_NBYTES)
+        return _buffers[most].pop()
+    except LookupError:
+        return bytearray(most)
 
 
 def _keep(buffers: Iterable[bytearray]) -> None:
     """For the next one who needs a buffer."""
     for buffer in buffers:
-        if len(buffer) == BUFFER_NBYTES and len(_buffers) < MAX_BUFFERS:
-            _buffers.append(buffer)
+        kept = _buffers.setdefault(len(buffer), []) if len(buffer) >= BUFFER_NBYTES else None
+        if kept is not None and (len(kept) + 1) * len(buffer) <= MAX_KEPT_NBYTES:
+            kept.append(buffer)
 
 
 class LocalFile:
@@ -67,10 +68,10 @@ class LocalFile:
             if self._given_up:
                 raise CancelledError
 
-    def chunks(self, offset: int, nbytes: int) -> Iterator[memoryview]:
+    def chunks(self, offset: int, nbytes: int, *, most: int = BUFFER_NBYTES) -> Iterator[memoryview]:
         if not nbytes:
             return
-        buffer = _buffer(nbytes)
+        buffer = _buffer(nbytes, most)
         view = memoryview(buffer)
         end = offset + nbytes
         try:

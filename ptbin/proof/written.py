@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ptbin.cores import hashing_slot, is_crowded
+from ptbin.cores import available_cores, hashing_slot, is_crowded
 from ptbin.errors import VerificationError
 from ptbin.proof.digests import OnePass, digest_descriptor
 from ptbin.proof.growing import GrowingFile
@@ -37,7 +37,11 @@ at it when those are done.
 """
 
 
-STEP_NBYTES = 2 << 20
+STEP_NBYTES = 8 << 20
+ALL_STEPS_NBYTES = 128 << 20
+"""What is read and hashed at a time by a thread that writes, and by all of them. Each step waits for the
+interpreter's lock five times, for which the threads of 16 files queue.
+"""
 
 
 class WrittenProof:
@@ -69,8 +73,8 @@ class WrittenProof:
         places = [place for _, place in tensors]
         if plan.size > SMALL_NBYTES and plan.size < HUGE_NBYTES and is_crowded():
             hashing = OnePass(plan.size, self._records, places, serial)
-            self.step_nbytes = STEP_NBYTES
-            self._beside = _Beside(LocalFile(descriptor, self._refuse_end), hashing)
+            self.step_nbytes = max(1 << 20, min(STEP_NBYTES, ALL_STEPS_NBYTES // available_cores()))
+            self._beside = _Beside(LocalFile(descriptor, self._refuse_end), hashing, self.step_nbytes)
         elif plan.size >= FOLLOWED_NBYTES:
             self._growing = GrowingFile(
                 descriptor, plan.size, self._records, places, self._refuse_end, follow=True, serial=serial
@@ -121,14 +125,16 @@ class WrittenProof:
 class _Beside:
     """Hashes on the calling thread what has been written since the last call."""
 
-    def __init__(self, file: LocalFile, hashing: OnePass) -> None:
+    def __init__(self, file: LocalFile, hashing: OnePass, step_nbytes: int) -> None:
         self._file = file
+        self._step_nbytes = step_nbytes
         self._hashing = hashing
         self._position = 0
 
     def reached(self, position: int) -> None:
         self._file.reached(position)
-        for chunk in self._file.chunks(self._position, position - self._position):
+        nbytes = position - self._position
+        for chunk in self._file.chunks(self._position, nbytes, most=self._step_nbytes):
             with hashing_slot():
                 self._hashing.take(self._position, chunk)
             self._position += len(chunk)

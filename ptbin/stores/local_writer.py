@@ -16,11 +16,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from ptbin.cores import copy_streams
 from ptbin.errors import StorageError
 from ptbin.stores.base import MIB, PARTIAL_SUFFIX, Identity, Writer
 from ptbin.stores.faults import mapped_faults
@@ -38,8 +35,6 @@ __all__ = ["LocalWriter", "identity_of", "open_unpublished"]
 COPY_NBYTES = 16 * MIB
 """One step of copying and of write-back; 8 to 16 MiB measured best, larger ones overlap less."""
 STREAM_NBYTES = 1 * MIB
-STREAMED_NBYTES = 256 * MIB
-"""Moves at least this long are made in several streams: one inode's lock lets a fifth more through."""
 NAME_MAX = 255
 """Longest file name in bytes on every usual Linux filesystem (limits.h)."""
 
@@ -165,11 +160,7 @@ class LocalWriter(Writer):
             return False
         if nbytes == 0:
             return True
-        streams = copy_streams() if nbytes >= STREAMED_NBYTES and self.step_nbytes is None else 1
-        if streams > 1:
-            moved = self._copy_in_streams(source, offset, nbytes, streams)
-        else:
-            moved = self._copy_in_kernel(source, offset, nbytes)
+        moved = self._copy_in_kernel(source, offset, nbytes)
         if moved:
             reader.requests += 1
             reader.bytes_read += moved
@@ -197,44 +188,6 @@ class LocalWriter(Writer):
             moved += step
             self._moved(step)
         return moved
-
-    def _copy_in_streams(self, source: int, offset: int, nbytes: int, streams: int) -> int:
-        """As `_copy_in_kernel`, pieces side by side; what counts is how far all of it is there."""
-        start = self.bytes_written
-        steps = deque(range(0, nbytes, COPY_NBYTES))
-
-        def copy(at: int) -> int:
-            moved, asked = 0, min(COPY_NBYTES, nbytes - at)
-            while moved < asked:
-                try:
-                    step = os.copy_file_range(
-                        source, self._descriptor, asked - moved, offset + at + moved, start + at + moved
-                    )
-                except OSError:
-                    break
-                if step == 0:
-                    break
-                moved += step
-            return moved
-
-        total = 0
-        pending: deque[Future[int]] = deque()
-        with ThreadPoolExecutor(streams, thread_name_prefix="ptbin-copy") as pool:
-            try:
-                while steps or pending:
-                    while steps and len(pending) < 2 * streams:
-                        pending.append(pool.submit(copy, steps.popleft()))
-                    moved = pending.popleft().result()
-                    total += moved
-                    self._moved(moved)
-                    if total % COPY_NBYTES and total < nbytes:
-                        break
-            finally:
-                for step in pending:
-                    step.cancel()
-        # The copies have left the descriptor's own place alone.
-        os.lseek(self._descriptor, self.bytes_written, os.SEEK_SET)
-        return total
 
     def _publish(self) -> None:
         with mapped_faults("write", self.uri):
