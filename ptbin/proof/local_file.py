@@ -16,8 +16,8 @@ MAX_KEPT_NBYTES = 64 << 20
 AHEAD = 2
 """Buffers that are filled while one is used."""
 _buffers: dict[int, list[bytearray]] = {}
-"""Buffers that no thread uses at the moment, by their size. A fresh one costs a page fault for every 4 KiB, for
-which all threads of a process queue.
+"""Buffers that no thread uses at the moment, by their size. A fresh one costs a page fault for every 4 KiB,
+for which all threads of a process queue.
 """
 
 
