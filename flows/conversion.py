@@ -22,9 +22,12 @@ from flows.access import Running, current_flow_run_id
 from flows.artifacts import Artifacts, conversion_rows
 from flows.batches import cut, iter_batches
 from flows.fanout import Work, fan_out, unexamined
+from flows.notices import failure_line, log_failures, state_message
 from flows.prefect.orchestrator import ABSENT_SECONDS, await_server
 from flows.prefect.signals import INTERRUPTS
 from flows.remembering import close_ledger, open_ledger
+from flows.report_link import link_of
+from flows.report_markdown import render_markdown
 from flows.run_record import manifests_by_tensor, record_files, record_folder
 from flows.selection import Selection
 from flows.tally import Tally
@@ -317,10 +320,16 @@ class Conversion:
             interrupted=tally.interrupted,
             task_runs=self.task_runs + 1,  # the run record
         )
-        self._show(f"**{message}** in {seconds:.1f} s", folder)
-        return (Completed if tally.succeeded else Failed)(message=message)
+        report = f"{folder}/report.html" if folder else ""
+        link = link_of(report, self.live.dest_options) if report else None
+        self._show(f"**{message}** in {seconds:.1f} s", folder, render_markdown(tally, summary, report, link))
+        failures = [failure_line(entry) for entry in tally.problems]
+        log_failures(self.logger, failures)
+        return (Completed if tally.succeeded else Failed)(
+            message=state_message(message, failures, link or report)
+        )
 
-    def _show(self, message: str, folder: str) -> None:
+    def _show(self, message: str, folder: str, essence: str) -> None:
         """The artifacts. All that matters is done by now: an interrupt only shortens this."""
         tally = self.tally
         try:
@@ -331,7 +340,7 @@ class Conversion:
             self.logger.warning("Prefect's server is gone: the run ends without it")
             return
         if folder:
-            self.progress.link(f"{folder}/report.html", f"Report of run {tally.run_id}")
+            self.progress.report(essence)
         self.progress.table(
             conversion_rows(tally.entries),
             f"{message}\n\nfrom `{tally.source}` to `{tally.dest}`, run record `{folder}`",

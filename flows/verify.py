@@ -20,6 +20,7 @@ from flows.access import Running, RunSettings, join_run, running
 from flows.artifacts import Artifacts, verification_rows
 from flows.batches import plan_batches
 from flows.fanout import Work, fan_out, unexamined
+from flows.notices import log_failures, state_message
 from flows.parameters import described
 from flows.prefect.orchestrator import await_server
 from flows.run_record import new_run_id
@@ -105,7 +106,9 @@ def verify(
                 verification_rows(proven, issues), f"**{message}** in {seconds:.1f} s, below `{dest}`"
             )
             artifacts.end()
-        return (Failed if issues else Completed)(message=message)
+        failures = [f"{issue['reason']}: {issue['uri']}: {issue['detail']}" for issue in issues]
+        log_failures(get_run_logger(), failures)
+        return (Failed if issues else Completed)(message=state_message(message, failures))
 
 
 def orphan_issue(uri: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from ptbin.manifests.drafting import Written, draft_manifest
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, dump_manifest, utc_now
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, add_source_digests, dump_statement, statement_of
 from ptbin.manifests.sidecars import copy_sidecars, put_text
-from ptbin.manifests.vouching import Guard, Place, Standing, claim_of, claim_path, end_claim, is_restored
+from ptbin.manifests.vouching import Guard, OutputSite, Standing, claim_of, claim_path, end_claim, is_restored
 from ptbin.options import ConvertOptions
 from ptbin.output_files import write_files
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
@@ -159,6 +159,7 @@ def stage(
         options.limits,
         options.file_digest,
         claimed=at.has_claim,
+        claim=at.claim,
     )
 
 
@@ -206,7 +207,7 @@ class _Prepared:
     selected: Selected
     output: OutputPlan
     sidecars: dict[str, ListedObject]
-    at: Place
+    at: OutputSite
     name: str
 
     def vouches_for(self, name: str) -> bool:
@@ -252,12 +253,13 @@ def _prepared(
                 selected, output = plan_conversion(reader, options, name)
             # A listing speaks of the names that were planned; another split may have taken one since.
             known = standing if not options.split else None
-            at = Place(
+            at = OutputSite(
                 store,
                 path,
                 None if options.force else guard,
                 standing=known,
                 restores=guard == "restored",
+                source_uri=place.store.uri_of(place.path),
             )
             sidecars = find_sidecars(place) if options.layout == "hf" else {}
             for plan in output.files:
@@ -372,10 +374,11 @@ def publish(
         manifest["verification"]["identities"] = identities
     if "provenance" in manifest:
         statement = dump_statement(statement_of(manifest))
-        files = [(file.path, file.size, file.crc32) for file in draft.files]
-        files.append((manifest["provenance"], len(statement), zlib.crc32(statement)))
-        store.write_bytes(claim_path(path), claim_of(files, restored=is_restored(manifest)))
-        store.write_bytes(path + STATEMENT_SUFFIX, statement)
+        if draft.claimed:
+            files = [(file.path, file.size, file.crc32) for file in draft.files]
+            files.append((manifest["provenance"], len(statement), zlib.crc32(statement)))
+            store.write_bytes(claim_path(path), claim_of(files, restored=is_restored(manifest)))
+        store.write_bytes(path + STATEMENT_SUFFIX, statement, claim=draft.claim)
     identity = store.write_bytes(path + MANIFEST_SUFFIX, dump_manifest(manifest))
     if draft.claimed:
         end_claim(store, path)

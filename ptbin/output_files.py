@@ -16,7 +16,7 @@ from ptbin.cores import at_work, spare_cores
 from ptbin.errors import VerificationError
 from ptbin.manifests.draft import DraftFile
 from ptbin.manifests.drafting import Written, draft_file, stored_of
-from ptbin.manifests.vouching import Place
+from ptbin.manifests.vouching import OutputSite
 from ptbin.options import ConvertOptions
 from ptbin.proof.serial import Serial, serial_of
 from ptbin.splice import SpliceResult, check_copies, splice
@@ -37,7 +37,7 @@ Progress = Callable[[int], None]
 def write_files(
     plans: Sequence[FilePlan],
     reader: RangeReader,
-    place: Place,
+    place: OutputSite,
     options: ConvertOptions,
     progress: Progress | None,
     notes: list[str],
@@ -105,7 +105,7 @@ class _Writing:
 
     plan: FilePlan
     reader: RangeReader
-    place: Place
+    place: OutputSite
     progress: Progress | None
     serial: Serial
     naming: threading.Lock
@@ -129,7 +129,8 @@ class _Writing:
         plan = self.plan
         store = self.place.store
         path = self.place.path_of(plan.name)
-        with at_work(), store.open_writer(path, size_hint=plan.plan.size, copies=copies) as writer:
+        opened = store.open_writer(path, size_hint=plan.plan.size, copies=copies, claim=self.place.claim)
+        with at_work(), opened as writer:
             descriptor = writer.written() if check_source else None
             proof = self._proof(descriptor) if descriptor is not None else None
             try:

@@ -70,9 +70,13 @@ class HookedStore(Store):
         self.before(Call("open", path))
         return HookedReader(self, path, self.inner.open_reader(path, expected=expected))
 
-    def open_writer(self, path: str, *, size_hint: int | None = None, copies: bool = True) -> Writer:
+    def open_writer(
+        self, path: str, *, size_hint: int | None = None, copies: bool = True, claim: str = ""
+    ) -> Writer:
         self.before(Call("create", path))
-        return HookedWriter(self, path, self.inner.open_writer(path, size_hint=size_hint, copies=copies))
+        return HookedWriter(
+            self, path, self.inner.open_writer(path, size_hint=size_hint, copies=copies, claim=claim)
+        )
 
     def delete(self, path: str) -> None:
         self.before(Call("delete", path))

@@ -70,7 +70,9 @@ class Draft:
     limits: Limits
     file_digest: str = "sha256"
     claimed: bool = False
-    """Whether there is a claim on the place (`vouching`), to be deleted once the manifest is there."""
+    """Whether there is a claim file at the place (`vouching`), to be deleted once the manifest is there."""
+    claim: str = ""
+    """What each file carries in its place."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 
 from ptbin.manifests.draft import DraftFile
-from ptbin.manifests.vouching import Place
+from ptbin.manifests.vouching import OutputSite
 from ptbin.sources.opening import SourcePlace
 from ptbin.sources.sidecars import with_dtype
 from ptbin.stores import ListedObject
@@ -18,7 +18,12 @@ CHUNK_NBYTES = 1 << 20
 
 
 def copy_sidecars(
-    found: Mapping[str, ListedObject], source: SourcePlace, at: Place, *, dtype: str | None, notes: list[str]
+    found: Mapping[str, ListedObject],
+    source: SourcePlace,
+    at: OutputSite,
+    *,
+    dtype: str | None,
+    notes: list[str],
 ) -> Iterator[DraftFile]:
     """Copy them from the source's folder to the output's.
 
@@ -40,7 +45,7 @@ def copy_sidecars(
         crc = 0
         with (
             source.store.open_reader(f"{source.folder}/{item.path}") as reader,
-            at.store.open_writer(at.path_of(name), size_hint=reader.size) as writer,
+            at.store.open_writer(at.path_of(name), size_hint=reader.size, claim=at.claim) as writer,
         ):
             for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
                 crc = zlib.crc32(piece, crc)
@@ -52,10 +57,10 @@ def copy_sidecars(
             yield DraftFile(name, reader.size, crc)
 
 
-def put_text(at: Place, name: str, data: bytes) -> DraftFile:
-    """Write a small file next to an output. Raises OutputExistsError as `Place.check`."""
+def put_text(at: OutputSite, name: str, data: bytes) -> DraftFile:
+    """Write a small file next to an output. Raises OutputExistsError as `OutputSite.check`."""
     crc = zlib.crc32(data)
     at.check(name, len(data), crc)
     at.withdraw_manifest((name, len(data), crc))
-    at.store.write_bytes(at.path_of(name), data)
+    at.store.write_bytes(at.path_of(name), data, claim=at.claim)
     return DraftFile(name, len(data), crc)

@@ -8,11 +8,16 @@ that moment a claim lies next to the output: a small file, which listings pass o
 each file of the old output and of the new one. It is written before the first of them gets its name, and
 deleted once the manifest is there. It vouches as a manifest does.
 
+Objects of S3 need no such file where nothing is to be replaced: each carries its claim in its metadata, which
+goes when another program writes the object. It names the place and the source, and vouches where no manifest
+is: for a rerun, and for nobody else.
+
 Content is told by the identity that the manifest has recorded (ETag, modification time): only where that
 differs, or is unknown, is a file read.
 
-Costs: a write and a deletion, of the claim. Unless a listing has shown that the place is free, also one read
-of the manifest, and one stat for each file to be written that the listing does not tell about.
+Costs: a write and a deletion, of the claim file where there is one. Unless a listing has shown that the place
+is free, also one read of the manifest, and one stat for each file to be written that the listing does not
+tell about; one HEAD for each file that only its own claim can vouch for.
 """
 
 from __future__ import annotations
@@ -41,7 +46,7 @@ __all__ = [
     "ASIDE_SUFFIX",
     "CLAIM_TARGET_SUFFIX",
     "Guard",
-    "Place",
+    "OutputSite",
     "Standing",
     "claim_of",
     "claim_path",
@@ -113,8 +118,8 @@ class _Vouched:
     identity: str = ""
 
 
-class Place:
-    """The place of one output, with the files and the manifest that are there now."""
+class OutputSite:
+    """Where one output goes, with the files and the manifest that are there now."""
 
     def __init__(
         self,
@@ -124,13 +129,21 @@ class Place:
         *,
         standing: Standing | None = None,
         restores: bool = False,
+        source_uri: str = "",
     ) -> None:
-        """`guard` None: everything may be replaced. `restores`: what is written is a restored output."""
+        """`guard` None: everything may be replaced. `restores`: what is written is a restored output.
+
+        `source_uri`: what it is made of, for the claims that objects carry; empty: they carry none.
+        """
         self.store, self.path = store, path
         self._folder, _, self._name = path.rpartition("/")
         self._guard = guard
         self._restores = restores or guard == "restored"
         self._is_local = store.protocol == "file"
+        self.claim = ""
+        """What each file of the output is to carry, where the store has a place for it."""
+        if store.carries_claims and source_uri:
+            self.claim = _carried_claim(store.uri_of(path), source_uri, self._restores)
         self._is_free = standing is not None and standing.size is None and standing.alone
         # Looking at a local file costs next to nothing, and is surer than a listing of some time ago.
         self._standing = standing if not self._is_local else None
@@ -226,7 +239,10 @@ class Place:
             return
         self._look_for_claim()
         crc32 = hex_crc32(zlib.crc32(there))
-        if any(row.name == name and row.size == len(there) and row.crc32 == crc32 for row in self._claimed):
+        claimed = any(
+            row.name == name and row.size == len(there) and row.crc32 == crc32 for row in self._claimed
+        )
+        if claimed or self._carries_our_claim(path):
             self.replaced[name] = False
             return
         self._refuse(path, "a file is there, and it is not the statement of the manifest next to it")
@@ -262,7 +278,13 @@ class Place:
             return ""
         self._look_for_claim()
         claimed = [row for row in self._claimed if row.name == name]
-        return "" if self._has_content(path, size, identity, claimed) else reason
+        if self._has_content(path, size, identity, claimed) or self._carries_our_claim(path):
+            return ""
+        return reason
+
+    def _carries_our_claim(self, path: str) -> bool:
+        """Whether a run before this one wrote what is there, and then no manifest any more."""
+        return bool(self.claim) and self.manifest is None and self.store.claim_of(path) == self.claim
 
     def _may_vouch(self, manifest: Mapping[str, Any]) -> bool:
         return not self._restores or is_restored(manifest)
@@ -328,6 +350,8 @@ class Place:
         if not self._has_claim and not self._is_free and self.manifest is None:
             # What a run before this one has claimed and not finished stays claimed.
             self._look_for_claim()
+        if self.claim and self.manifest is None and not self._claimed:
+            return  # the files carry it
         if self.manifest is not None and not self._has_claim and self._may_vouch(self.manifest):
             self._claimed += _rows_of(self.manifest)
         rows = [_Vouched(name, size, None, hex_crc32(crc32)) for name, size, crc32 in coming]
@@ -350,6 +374,11 @@ class Place:
     def has_claim(self) -> bool:
         """Whether a claim was written, to be deleted by the caller once the new manifest is there."""
         return self._has_claim
+
+
+def _carried_claim(uri: str, source_uri: str, restored: bool) -> str:
+    text = "\0".join((str(CLAIM_VERSION), "restored" if restored else "converted", uri, source_uri))
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _statement(manifest: Mapping[str, Any]) -> bytes:

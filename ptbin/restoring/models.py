@@ -16,7 +16,7 @@ from typing import Any
 
 from ptbin.conversion import Progress
 from ptbin.errors import CheckpointError, ModelMismatchError, UsageError, VerificationError
-from ptbin.manifests.vouching import Place
+from ptbin.manifests.vouching import OutputSite
 from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.search import find_state_dicts
 from ptbin.reading.selection import select_state_dict
@@ -35,7 +35,7 @@ NAMED = 5
 
 def restore_model(
     source: str,
-    at: Place,
+    at: OutputSite,
     options: RestoreOptions,
     *,
     source_options: Mapping[str, Any] | None = None,

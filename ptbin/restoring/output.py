@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ptbin.conversion import Progress
 from ptbin.errors import CheckpointError, VerificationError
 from ptbin.manifests.manifest import hex_crc32, utc_now
-from ptbin.manifests.vouching import Place
+from ptbin.manifests.vouching import OutputSite
 from ptbin.options import ConvertOptions
 from ptbin.proof.digests import digest_descriptor
 from ptbin.proof.regions import sha256_of_tensor
@@ -48,7 +48,7 @@ _SUFFIXES = {"exported": ".pt2"}
 class Output:
     """Made by `begin`. A child writes it; then `begin_hashing`, `wait`, `rows`, `publish`, in this order."""
 
-    def __init__(self, at: Place, writer: Writer, link: Path, descriptor: int, *, lent: bool) -> None:
+    def __init__(self, at: OutputSite, writer: Writer, link: Path, descriptor: int, *, lent: bool) -> None:
         self._at, self._writer, self._lent = at, writer, lent
         self.link = link
         """The path by which children reach it."""
@@ -63,12 +63,12 @@ class Output:
     @classmethod
     @contextlib.contextmanager
     def begin(
-        cls, at: Place, folder: Path, options: RestoreOptions, progress: Progress | None
+        cls, at: OutputSite, folder: Path, options: RestoreOptions, progress: Progress | None
     ) -> Iterator[Output]:
         # torch calls an archive's top folder after the file it writes to: one name, whatever DEST is called.
         link = folder / ("restored" + _SUFFIXES.get(options.form, ".pt"))
         with contextlib.ExitStack() as stack:
-            writer = stack.enter_context(at.store.open_writer(at.path, copies=False))
+            writer = stack.enter_context(at.store.open_writer(at.path, copies=False, claim=at.claim))
             descriptor = writer.lend()
             lent = descriptor is not None
             if descriptor is not None:

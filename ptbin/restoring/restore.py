@@ -13,7 +13,7 @@ from typing import Any
 from ptbin.conversion import Progress, commit, stage
 from ptbin.conversion import would_replace as conversion_would_replace
 from ptbin.errors import UsageError
-from ptbin.manifests.vouching import Place, Standing
+from ptbin.manifests.vouching import OutputSite, Standing
 from ptbin.restoring.models import restore_model
 from ptbin.restoring.options import RestoreOptions
 from ptbin.stores import open_store
@@ -61,7 +61,7 @@ def restore(
         )
         draft.manifest["options"]["restore"] = options.to_json()
         return commit(draft, source_options=source_options, dest_options=dest_options, progress=progress)
-    at = _place_of(dest, options, dest_options, standing)
+    at = _site_of(source, dest, options, source_options, dest_options, standing)
     at.check_vouched()
     return restore_model(source, at, options, source_options=source_options, run_id=run_id, progress=progress)
 
@@ -90,16 +90,26 @@ def would_replace(
             guard="restored",
             standing=standing,
         )
-    at = _place_of(dest, options, dest_options, standing)
+    at = _site_of(source, dest, options, source_options, dest_options, standing)
     at.check_vouched()
     return sorted(at.replaced)
 
 
-def _place_of(
+def _site_of(
+    source: str,
     dest: str,
     options: RestoreOptions,
+    source_options: Mapping[str, Any] | None,
     dest_options: Mapping[str, Any] | None,
     standing: Standing | None,
-) -> Place:
+) -> OutputSite:
     store, path = open_store(dest, dest_options)
-    return Place(store, path, None if options.force else "restored", standing=standing, restores=True)
+    source_store, source_path = open_store(source, source_options)
+    return OutputSite(
+        store,
+        path,
+        None if options.force else "restored",
+        standing=standing,
+        restores=True,
+        source_uri=source_store.uri_of(source_path),
+    )

@@ -10,7 +10,7 @@ user writes and what manifests and messages carry, so it never holds a password.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ptbin.stores.reader import Pending, RangeReader
 from ptbin.stores.values import (
@@ -55,6 +55,8 @@ class Store(ABC):
     """One place that holds objects by path. Every error it raises is one of `ptbin.errors`."""
 
     protocol: str
+    carries_claims: ClassVar[bool] = False
+    """Whether an object can carry a word about itself, which goes when something else is written there."""
 
     @abstractmethod
     def uri_of(self, path: str) -> str:
@@ -88,11 +90,19 @@ class Store(ABC):
         return self.open_reader(path, expected=found.identity)
 
     @abstractmethod
-    def open_writer(self, path: str, *, size_hint: int | None = None, copies: bool = True) -> Writer:
+    def open_writer(
+        self, path: str, *, size_hint: int | None = None, copies: bool = True, claim: str = ""
+    ) -> Writer:
         """Begin an output; `size_hint` (bytes to come) lets a store choose its part size.
 
-        `copies` false: everything is to come through `write`.
+        `copies` false: everything is to come through `write`. `claim`: what the object is to carry, where the
+        store has a place for it (`carries_claims`).
         """
+
+    def claim_of(self, path: str) -> str:
+        """What the object at `path` carries; empty where that is nothing, or there is no object."""
+        del path
+        return ""
 
     def crc32_of(self, path: str) -> int | None:
         """The CRC-32 of a whole object, computed by the store from what it keeps; None: it has none."""
@@ -134,9 +144,9 @@ class Store(ABC):
             refuse_too_large(reader.uri, reader.size, limit)
             return reader.read(0, reader.size), reader.identity
 
-    def write_bytes(self, path: str, data: bytes) -> Identity | None:
+    def write_bytes(self, path: str, data: bytes, *, claim: str = "") -> Identity | None:
         """Write a whole small object, or nothing; its identity where the store tells it by itself."""
-        with self.open_writer(path, size_hint=len(data)) as writer:
+        with self.open_writer(path, size_hint=len(data), claim=claim) as writer:
             writer.write(data)
             writer.commit()
             return writer.identity

@@ -238,8 +238,10 @@ class FsspecStore(Store):
             refuse_other_object(found.uri, found.identity, expected)
         return FsspecReader(self, path, found)
 
-    def open_writer(self, path: str, *, size_hint: int | None = None, copies: bool = True) -> Writer:
-        del size_hint, copies
+    def open_writer(
+        self, path: str, *, size_hint: int | None = None, copies: bool = True, claim: str = ""
+    ) -> Writer:
+        del size_hint, copies, claim
         return FsspecWriter(self, path)
 
     def delete(self, path: str) -> None:

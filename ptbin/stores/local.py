@@ -113,8 +113,10 @@ class LocalStore(Store):
                 raise
         return reader
 
-    def open_writer(self, path: str, *, size_hint: int | None = None, copies: bool = True) -> LocalWriter:
-        del copies  # a local file's always could
+    def open_writer(
+        self, path: str, *, size_hint: int | None = None, copies: bool = True, claim: str = ""
+    ) -> LocalWriter:
+        del copies, claim  # a local file's always could
         return LocalWriter(path, size_hint)
 
     def delete(self, path: str) -> None:

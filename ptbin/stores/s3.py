@@ -33,7 +33,7 @@ from ptbin.stores.base import (
 from ptbin.stores.s3_client import S3Client
 from ptbin.stores.s3_listing import iter_entries
 from ptbin.stores.s3_reader import S3Reader, S3Stat, etag_of
-from ptbin.stores.s3_writer import S3Writer
+from ptbin.stores.s3_writer import CLAIM_METADATA, S3Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -58,6 +58,7 @@ class S3Store(Store):
     """A path is "bucket/key"; keys are taken as they are, nothing in them is decoded or folded."""
 
     protocol = "s3"
+    carries_claims = True
     page_keys: int | None = None
     """Keys in a page of a listing; None: as many as the store gives."""
 
@@ -190,7 +191,9 @@ class S3Store(Store):
         bucket, key = self.client.split(path)
         return S3Reader(self.client, found, bucket=bucket, key=key)
 
-    def open_writer(self, path: str, *, size_hint: int | None = None, copies: bool = True) -> S3Writer:
+    def open_writer(
+        self, path: str, *, size_hint: int | None = None, copies: bool = True, claim: str = ""
+    ) -> S3Writer:
         bucket, key = self.client.split(path)
         if not key or key.endswith("/"):
             raise StorageError(f"cannot write {self.uri_of(path)}: it names no object")
@@ -201,7 +204,17 @@ class S3Store(Store):
             key=key,
             size_hint=size_hint,
             copies=copies and self.client.options.server_side_copy,
+            claim=claim,
         )
+
+    def claim_of(self, path: str) -> str:
+        """One HEAD."""
+        bucket, key = self.client.split(path)
+        try:
+            answer = self.client.call("head_object", "read", self.uri_of(path), Bucket=bucket, Key=key)
+        except NotFoundInStoreError:
+            return ""
+        return str((answer.get("Metadata") or {}).get(CLAIM_METADATA, ""))
 
     def crc32_of(self, path: str) -> int | None:
         """One HEAD. Of composite checksums (of parts, not of the object) S3 says so: they are none."""

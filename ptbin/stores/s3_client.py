@@ -36,10 +36,7 @@ __all__ = ["S3Client", "wait_for"]
 
 BLOCK_NBYTES = 1 << 20
 """Bodies are read by at most so much, into memory that was used before. Read at once, bodies of 8 MiB took
-twice the time, most of it the kernel's, for fresh pages."""
-
-BUFFER_NBYTES = 256 * 1024
-"""So much of a body is received ahead of who reads it."""
+twice the time, most of it the kernel's, for fresh pages. aiohttp receives twice as much ahead."""
 
 # arn:aws:s3:<region>:<account>:accesspoint/<name>/<key>, of an Outpost or Object Lambda likewise; s3fs allows
 # a colon for each of these slashes.
@@ -196,8 +193,6 @@ class S3Client:
                 body = answer["Body"]
                 try:
                     accept(answer)
-                    # Above aiohttp's own limit of 64 KiB, at which it stops the connection until it is read.
-                    body.raw_stream.content.set_read_chunk_size(BUFFER_NBYTES)
                     while block := await body.read(BLOCK_NBYTES):
                         waits = consume(block)
                         if waits is not None:

@@ -51,6 +51,11 @@ class S3Options:
     server_side_copy: bool
     equal_parts: bool | None
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What every object that is written is to carry, as the options say."""
+        return dict(self.s3fs["s3_additional_kwargs"].get("Metadata") or {})
+
     def wants_equal_parts(self, endpoint_url: str) -> bool:
         if self.equal_parts is not None:
             return self.equal_parts

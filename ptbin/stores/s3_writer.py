@@ -38,7 +38,10 @@ if TYPE_CHECKING:
     from ptbin.stores.base import RangeReader
     from ptbin.stores.s3_client import S3Client
 
-__all__ = ["S3Writer", "part_nbytes_for"]
+__all__ = ["CLAIM_METADATA", "S3Writer", "part_nbytes_for"]
+
+CLAIM_METADATA = "ptbin-claim"
+"""Sent and kept as the header `x-amz-meta-ptbin-claim`."""
 
 RULES = PartRules()
 UNKNOWN_SIZE_PART_NBYTES = 32 * MIB
@@ -73,10 +76,21 @@ class S3Writer(Writer):
     """Made by `S3Store.open_writer`; asks nothing of the store before the first part is full."""
 
     def __init__(
-        self, client: S3Client, uri: str, *, bucket: str, key: str, size_hint: int | None, copies: bool
+        self,
+        client: S3Client,
+        uri: str,
+        *,
+        bucket: str,
+        key: str,
+        size_hint: int | None,
+        copies: bool,
+        claim: str = "",
     ) -> None:
         super().__init__(uri)
         self._client = client
+        self._metadata: dict[str, Any] = {}
+        if claim:
+            self._metadata = {"Metadata": {**client.options.metadata, CLAIM_METADATA: claim}}
         self._object = {"Bucket": bucket, "Key": key}
         self._copies = copies
         self._part_nbytes = part_nbytes_for(size_hint)
@@ -147,7 +161,14 @@ class S3Writer(Writer):
 
     async def _create_upload(self) -> str:
         """Begin the upload; with copies in it, ask the store to keep a CRC-32 of the whole object."""
-        begin = partial(self._client.acall, "create_multipart_upload", "write", self.uri, **self._object)
+        begin = partial(
+            self._client.acall,
+            "create_multipart_upload",
+            "write",
+            self.uri,
+            **self._object,
+            **self._metadata,
+        )
         asked: dict[str, str] = {}
         if self._moves:
             asked = {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"}
@@ -263,7 +284,7 @@ class S3Writer(Writer):
 
             async def put() -> dict[str, Any]:
                 return await self._client.attempt(
-                    "put_object", "write", self.uri, **self._object, **self._body(body)
+                    "put_object", "write", self.uri, **self._object, **self._metadata, **self._body(body)
                 )
 
             answer = self._client.repeated(put)

@@ -125,7 +125,7 @@ AT_A_POINT = """
 import os, signal, sys
 import ptbin, ptbin.restoring.restore
 from ptbin import RestoreOptions
-from ptbin.vouching import Place
+from ptbin.manifests.vouching import OutputSite
 from ptbin.stores.local_writer import LocalWriter
 
 point, source, dest, folder = sys.argv[1:]
@@ -139,9 +139,9 @@ def patch(kind, name, before):
         die()
     setattr(kind, name, killing)
 if point == "aside":
-    patch(Place, "withdraw_manifest", False)
+    patch(OutputSite, "withdraw_manifest", False)
 elif point == "stored":
-    patch(Place, "write_manifest", True)
+    patch(OutputSite, "write_manifest", True)
 else:
     import ptbin.restoring.models
     patch(ptbin.restoring.models, "_check", True)

@@ -438,7 +438,9 @@ class _FarStore(LocalStore):
         self.readers.append(_FarReader(path))
         return self.readers[-1]
 
-    def open_writer(self, path: str, *, size_hint: int | None = None, copies: bool = True) -> Any:
+    def open_writer(
+        self, path: str, *, size_hint: int | None = None, copies: bool = True, claim: str = ""
+    ) -> Any:
         if not path.endswith(".bin"):  # the manifest, and the claim before it
             return super().open_writer(path, size_hint=size_hint)
         self.writers.append(_FarWriter(path))

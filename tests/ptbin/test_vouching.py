@@ -151,6 +151,52 @@ def test_what_a_killed_run_left_is_finished(shop: Shop) -> None:
     assert ptbin.verify(shop.uri("last.pt.manifest.json"), storage_options=shop.options) == []
 
 
+def test_a_killed_run_s_output_is_replaced_though_its_source_has_changed(shop: Shop, tmp_path: Path) -> None:
+    """By its claim: a file next to it, or what an object of S3 carries."""
+    source = str(tmp_path / "source.pt")
+    ptbin.stage(source, shop.uri("last.bin"), dest_options=shop.options)
+    torch.save({"weight": torch.zeros(3)}, source)
+    ptbin.convert(source, shop.uri("last.bin"), dest_options=shop.options)
+    assert ptbin.verify(shop.uri("last.bin.manifest.json"), storage_options=shop.options) == []
+    assert shop.names() == {"last.bin", "last.bin.manifest.json"}
+
+
+def test_what_another_program_wrote_over_a_killed_run_s_output_stays(shop: Shop, tmp_path: Path) -> None:
+    source = str(tmp_path / "source.pt")
+    ptbin.stage(source, shop.uri("last.bin"), dest_options=shop.options)
+    shop.put("last.bin", b"mine")
+    with pytest.raises(OutputExistsError, match="no manifest of ptbin's"):
+        ptbin.convert(source, shop.uri("last.bin"), dest_options=shop.options)
+    assert shop.read("last.bin") == b"mine"
+
+
+def test_an_object_s_claim_holds_for_its_place_and_source_alone(moto_s3: S3Endpoint, tmp_path: Path) -> None:
+    """A copy inside the store takes the metadata along, and is somebody's file all the same."""
+    for name, value in (("one.pt", 1.0), ("two.pt", 2.0)):
+        torch.save({"weight": torch.full((30,), value)}, tmp_path / name)
+    bucket, options = moto_s3.make_bucket(), moto_s3.storage_options
+    ptbin.stage(str(tmp_path / "one.pt"), f"s3://{bucket}/a.bin", dest_options=options)
+    store = moto_s3.store()
+    assert store.claim_of(f"{bucket}/a.bin")
+    store.client.call(
+        "copy_object", "copy", "a.bin", Bucket=bucket, Key="b.bin", CopySource=f"{bucket}/a.bin"
+    )
+    assert store.claim_of(f"{bucket}/b.bin") == store.claim_of(f"{bucket}/a.bin")
+    for dest in ("a.bin", "b.bin"):
+        with pytest.raises(OutputExistsError):
+            ptbin.convert(str(tmp_path / "two.pt"), f"s3://{bucket}/{dest}", dest_options=options)
+
+
+def test_a_store_s_own_metadata_stays_beside_the_claim(moto_s3: S3Endpoint, tmp_path: Path) -> None:
+    torch.save(STATE_DICT, tmp_path / "one.pt")
+    bucket = moto_s3.make_bucket()
+    options = {**moto_s3.storage_options, "s3_additional_kwargs": {"Metadata": {"team": "vision"}}}
+    ptbin.convert(str(tmp_path / "one.pt"), f"s3://{bucket}/a.bin", dest_options=options)
+    answer = moto_s3.store().client.call("head_object", "read", "a.bin", Bucket=bucket, Key="a.bin")
+    assert answer["Metadata"]["team"] == "vision"
+    assert len(answer["Metadata"]) == 2
+
+
 def test_companions_are_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "hub").mkdir()
     torch.save(STATE_DICT, tmp_path / "hub" / "pytorch_model.bin")

@@ -1,0 +1,169 @@
+"""A place: a store and a path in it, made of a text once, at the edge.
+
+    dest = place_of("s3://models/weights", {"anon": True})
+    manifest = (dest / "run1" / "last.bin").beside(".manifest.json")
+
+Below the edge no path is joined or cut by hand, and no URI travels with its storage options beside it. What
+a path means is the store's business: on object stores `x.pt` and `x.pt/` are two things, and a key may hold
+`//`. Making a place asks nothing of the store. Its text never shows options or passwords.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ptbin.errors import UsageError
+from ptbin.stores.opening import open_store
+from ptbin.stores.values import READ_BYTES_LIMIT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from typing import Any, TypeAlias
+
+    from ptbin.stores.base import Store
+    from ptbin.stores.reader import RangeReader
+    from ptbin.stores.values import Identity, ListedObject, ObjectStat
+    from ptbin.stores.writer import Writer
+
+    Where: TypeAlias = "str | os.PathLike[str] | Place"
+    """What public functions take for a place."""
+
+__all__ = ["Place", "place_of"]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Place:
+    """`path` as `store` calls it; a slash at its end says "what lies below"."""
+
+    store: Store = field(compare=False)
+    path: str
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def __repr__(self) -> str:
+        return f"Place({self.uri!r})"
+
+    # -- names -----------------------------------------------------------------------------------
+
+    @property
+    def uri(self) -> str:
+        """Fit for manifests and messages; `place_of` of it, with the same options, is this place again."""
+        return self.store.uri_of(self.path)
+
+    @property
+    def name(self) -> str:
+        """The last part; empty for a root."""
+        return self._bare.rpartition("/")[2]
+
+    @property
+    def parent(self) -> Place:
+        """The folder that this lies in; of a root, the root."""
+        folder, slash, _ = self._bare.rpartition("/")
+        return Place(self.store, folder or slash)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a path of this machine."""
+        return self.store.protocol == "file"
+
+    @property
+    def means_below(self) -> bool:
+        """Whether the path ends with a slash."""
+        return self.path.endswith("/")
+
+    @property
+    def file(self) -> Place:
+        """The same without a slash at its end."""
+        return Place(self.store, self._bare or self.path)
+
+    def __truediv__(self, path: str) -> Place:
+        """What lies at `path` ('/'-separated) below this."""
+        between = "" if not self.path or self.path.endswith("/") else "/"
+        return Place(self.store, f"{self.path}{between}{path}")
+
+    def beside(self, suffix: str) -> Place:
+        """The file next to this one whose name has `suffix` behind it."""
+        return Place(self.store, (self._bare or self.path) + suffix)
+
+    def relative_to(self, folder: Place) -> str:
+        """The path below `folder`. Raises ValueError where this does not lie there."""
+        prefix = folder.path if not folder.path or folder.means_below else f"{folder.path}/"
+        if not self.path.startswith(prefix):
+            raise ValueError(f"{self.uri} does not lie below {folder.uri}")
+        return self.path[len(prefix) :]
+
+    @property
+    def _bare(self) -> str:
+        return self.path.rstrip("/")
+
+    # -- what the store does there ---------------------------------------------------------------
+
+    def stat(self) -> ObjectStat:
+        """As `Store.stat`."""
+        return self.store.stat(self.path)
+
+    def look(self) -> ObjectStat:
+        """As `Store.look`."""
+        return self.store.look(self.path)
+
+    def is_directory(self) -> bool:
+        """As `Store.is_directory`."""
+        return self.store.is_directory(self.path)
+
+    def iter_objects(self) -> Iterator[ListedObject]:
+        """As `Store.iter_objects`."""
+        return self.store.iter_objects(self.path)
+
+    def open_reader(self, *, expected: Identity | None = None) -> RangeReader:
+        """As `Store.open_reader`."""
+        return self.store.open_reader(self.path, expected=expected)
+
+    def open_found(self, found: ObjectStat) -> RangeReader:
+        """As `Store.open_found`."""
+        return self.store.open_found(self.path, found)
+
+    def open_writer(self, *, size_hint: int | None = None, copies: bool = True, claim: str = "") -> Writer:
+        """As `Store.open_writer`."""
+        return self.store.open_writer(self.path, size_hint=size_hint, copies=copies, claim=claim)
+
+    def read_bytes(self, *, limit: int = READ_BYTES_LIMIT) -> bytes:
+        """As `Store.read_bytes`."""
+        return self.store.read_bytes(self.path, limit=limit)
+
+    def read_identified(self, *, limit: int = READ_BYTES_LIMIT) -> tuple[bytes, Identity]:
+        """As `Store.read_identified`."""
+        return self.store.read_identified(self.path, limit=limit)
+
+    def write_bytes(self, data: bytes, *, claim: str = "") -> Identity | None:
+        """As `Store.write_bytes`."""
+        return self.store.write_bytes(self.path, data, claim=claim)
+
+    def delete(self) -> None:
+        """As `Store.delete`."""
+        self.store.delete(self.path)
+
+    def check_writable(self) -> None:
+        """As `Store.check_writable`."""
+        self.store.check_writable(self.path)
+
+
+def place_of(where: Where, storage_options: Mapping[str, Any] | None = None) -> Place:
+    """The place that a text means.
+
+    Args:
+        where: a local path ("x/y", "~/x", "file:///x/y"), any URL fsspec knows, or a place: itself.
+        storage_options: what fsspec's filesystem of that kind takes; never logged, never in messages.
+
+    Raises:
+        UsageError: an empty text, an unknown protocol, options that the filesystem does not take, or options
+            for a place, which has its own.
+    """
+    if isinstance(where, Place):
+        if storage_options:
+            raise UsageError(f"{where.uri} is a place and has storage options already; others were given")
+        return where
+    store, path = open_store(os.fspath(where), storage_options)
+    return Place(store, path)
