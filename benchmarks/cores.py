@@ -29,12 +29,15 @@ MIB = 1 << 20
 SMALL_COUNT = 32
 
 PROVEN, NO_DIGEST, UNPROVEN = "ptbin", "ptbin --file-digest none", "ptbin --verify none"
-"""Rows: what each promises."""
-LEVELS = {
-    PROVEN: ("checksum", "sha256"),
-    NO_DIGEST: ("checksum", "none"),
-    UNPROVEN: ("none", "sha256"),
+CAST, SHARDS = "ptbin --dtype bfloat16", "ptbin --max-shard-size 500MB"
+ROWS: dict[str, dict[str, Any]] = {
+    PROVEN: {},
+    NO_DIGEST: {"file_digest": "none"},
+    UNPROVEN: {"verify": "none"},
+    CAST: {"dtype": "bfloat16"},
+    SHARDS: {"max_shard_size": 500_000_000},
 }
+"""What each of ours asks for."""
 
 
 class Bench:
@@ -123,6 +126,10 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def options_of(row: str) -> str:
+    return json.dumps(ROWS[row])
+
+
 def powers(limit: int) -> list[int]:
     counts = [1]
     while counts[-1] * 2 <= limit:
@@ -137,9 +144,7 @@ def child(*words: object) -> list[str]:
 class Large:
     """One checkpoint in a folder, and what is done with it."""
 
-    def __init__(
-        self, bench: Bench, folder: Path, gib: float, counts: list[int], title: str, rows: list[str]
-    ) -> None:
+    def __init__(self, bench: Bench, folder: Path, gib: float, counts: list[int], title: str) -> None:
         self._bench, self._title = bench, title
         source, given, out = folder / "in" / "large.pt", folder / "given" / "large.bin", folder / "out"
         for place in (source.parent, given.parent, out):
@@ -147,7 +152,7 @@ class Large:
         self._out = out
         most = max(counts)
         bench.run(child("checkpoint", source, int(gib * 1024)), most)
-        bench.run(child("convert", source, given, "none", "sha256"), most)  # what the peers copy and hash
+        bench.run(child("convert", source, given, options_of(UNPROVEN)), most)  # what the peers copy and hash
         copy = str(out / "copy")
         self._turn: dict[tuple[str, int], list[str]] = {
             ("cp", most): ["cp", str(given), copy],
@@ -157,11 +162,12 @@ class Large:
             ("a script: torch.load(mmap=True) + torch.save", most): child("torch", source, copy),
         }
         for n in reversed(counts):
-            for name in rows:
-                if name == UNPROVEN and n not in (most, min(4, most), 1):
-                    continue  # the kernel copies: the cores hardly matter
-                self._turn[name, n] = child("convert", source, out / "large.bin", *LEVELS[name])
-        self.profiled = child("profile", "{}", "convert", source, out / "large.bin", *LEVELS[PROVEN])
+            for name in ROWS:
+                # The kernel copies: the cores hardly matter where nothing is proven. Of what takes longest one
+                # figure is enough.
+                if name in (PROVEN, NO_DIGEST) or n == most or n == 4:
+                    self._turn[name, n] = child("convert", source, out / "large.bin", options_of(name))
+        self.profiled = child("profile", "{}", "convert", source, out / "large.bin", options_of(PROVEN))
 
     def turn(self, *, few_cores: bool = True) -> None:
         """`few_cores`: also the runs on one core and on two, which take longest."""
@@ -175,7 +181,7 @@ class Large:
 class Many:
     """32 small checkpoints, 1, 2, 4, ... at once."""
 
-    def __init__(self, bench: Bench, folder: Path, mib: int, counts: list[int], rows: list[str]) -> None:
+    def __init__(self, bench: Bench, folder: Path, mib: int, counts: list[int]) -> None:
         self._bench, self._out = bench, folder / "out"
         small, given = folder / "small", folder / "given"
         for place in (small, given, self._out):
@@ -184,7 +190,7 @@ class Many:
         for index in range(1, SMALL_COUNT):
             shutil.copyfile(small / "00.pt", small / f"{index:02}.pt")
         bench.run(
-            child("many", small, given, "none", "sha256", max(counts), "threads"),
+            child("many", small, given, options_of(UNPROVEN), max(counts), "threads"),
             max(counts),
         )
         self._turns: list[dict[tuple[str, int], list[str]]] = []
@@ -192,15 +198,15 @@ class Many:
             script = f"cp F '{self._out}/F' && sha256sum '{self._out}/F'"
             shell = f"cd '{given}' && ls *.bin | xargs -P {n} -I F sh -c \"{script}\""
             turn = {("cp + sha256sum, xargs -P", n): ["sh", "-c", shell]}
-            for name in rows:
+            for name in (PROVEN, NO_DIGEST, UNPROVEN):
                 for how in ("threads", "processes"):
                     if how == "threads" or name == PROVEN:
-                        words = child("many", small, self._out, *LEVELS[name], n, how)
+                        words = child("many", small, self._out, options_of(name), n, how)
                         turn[f"{name}, {how}", n] = words
             self._turns.append(turn)
         self.steps = child("steps", small, self._out, max(counts), "{}")
         self.profiled = child(
-            "profile", "{}", "many", small, self._out, *LEVELS[PROVEN], max(counts), "threads"
+            "profile", "{}", "many", small, self._out, options_of(PROVEN), max(counts), "threads"
         )
 
     def turn(self) -> None:
@@ -229,41 +235,30 @@ def main() -> None:
     options = parse()
     counts = [int(n) for n in options.cores.split(",")] if options.cores else powers(available())
     bench = Bench(options)
-    rows = [PROVEN, UNPROVEN]
-    if (
-        subprocess.run(
-            [sys.executable, "-c", "import ptbin; ptbin.ConvertOptions(file_digest='none')"],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stderr=subprocess.DEVNULL,
-            check=False,
-        ).returncode
-        == 0
-    ):
-        rows.insert(1, NO_DIGEST)
     folders = [options.dir, *([options.disk] if options.disk else [])]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=False)
     try:
-        measure(bench, options, counts, rows)
+        measure(bench, options, counts)
     finally:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         bench.write()
 
 
-def measure(bench: Bench, options: argparse.Namespace, counts: list[int], rows: list[str]) -> None:
-    large = Large(bench, options.dir / "large", options.gib, counts, "large", rows)
+def measure(bench: Bench, options: argparse.Namespace, counts: list[int]) -> None:
+    large = Large(bench, options.dir / "large", options.gib, counts, "large")
     large.turn()
     if options.profile:
         profile(bench, options.dir, large.profiled, "one large")
-    many = Many(bench, options.dir / "many", options.small_mib, counts, rows)
+    many = Many(bench, options.dir / "many", options.small_mib, counts)
     many.turn()
     if options.profile:
         profile(bench, options.dir, many.profiled, "many at once")
         profile(bench, options.dir, many.steps, "many at once, steps of MiB")
     disk = None
     if options.disk is not None:
-        disk = Large(bench, options.disk / "large", options.disk_gib, [max(counts)], "disk", rows)
+        disk = Large(bench, options.disk / "large", options.disk_gib, [max(counts)], "disk")
         disk.turn()
     for _ in range(options.runs - 1):
         large.turn(few_cores=False)

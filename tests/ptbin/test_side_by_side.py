@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 import ptbin
 from ptbin.errors import ChecksumMismatchError
 from ptbin.options import ConvertOptions
+from ptbin.proof.verification import verify
 from ptbin.splice import side_by_side
+from ptbin.stores.local_writer import LocalWriter
 
 
 @pytest.fixture(params=["torch", "safetensors"])
@@ -78,3 +80,54 @@ def test_damage_that_a_thread_finds_leaves_nothing(tmp_path: Path, monkeypatch: 
     assert used
     assert not (tmp_path / "out").exists()
     assert threading.active_count() <= before + 1  # the pool that hashes stays
+
+
+# -- shards ------------------------------------------------------------------------------------------
+
+
+def sharded(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, cores: int) -> dict[str, bytes]:
+    monkeypatch.setattr("ptbin.output_files.spare_cores", lambda: cores)
+    ptbin.convert(str(source), str(out), ConvertOptions(max_shard_size=300_000, force=True))
+    return {path.name: path.read_bytes() for path in out.parent.iterdir() if "manifest" not in path.name}
+
+
+def test_shards_written_at_once_are_those_written_in_turn(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = [0]
+    most = [0]
+
+    class Counted(LocalWriter):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            at_once[0] += self._is_shard
+            most[0] = max(most[0], at_once[0])
+
+        def _publish(self) -> None:
+            super()._publish()
+            at_once[0] -= self._is_shard
+
+        @property
+        def _is_shard(self) -> bool:
+            return self.uri.endswith(".bin")
+
+    in_turn = sharded(source, tmp_path / "1" / "net.bin", monkeypatch, 1)
+    monkeypatch.setattr("ptbin.stores.local.LocalWriter", Counted)
+    together = sharded(source, tmp_path / "4" / "net.bin", monkeypatch, 4)
+    assert len(in_turn) > 5
+    assert together == in_turn
+    assert 1 < most[0] <= 4
+    assert verify(str(tmp_path / "4" / "net.bin.manifest.json")) == []
+
+
+def test_one_damaged_shard_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source.pt"
+    torch.save({str(i): torch.randn(400, 300) for i in range(9)}, source)
+    data = bytearray(source.read_bytes())
+    data[len(data) // 2] ^= 1
+    source.write_bytes(data)
+    with pytest.raises(ChecksumMismatchError):
+        sharded(source, tmp_path / "out" / "net.bin", monkeypatch, 4)
+    assert not list(tmp_path.rglob("*.manifest.json"))
+    left = {thread.name for thread in threading.enumerate() if thread.name.startswith("ptbin-shard")}
+    assert not left
