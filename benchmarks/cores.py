@@ -163,10 +163,10 @@ class Large:
         }
         for n in reversed(counts):
             for name in ROWS:
-                # The kernel copies: the cores hardly matter where nothing is proven. Of what takes longest one
-                # figure is enough.
-                if name in (PROVEN, NO_DIGEST) or n == most or n == 4:
-                    self._turn[name, n] = child("convert", source, out / "large.bin", options_of(name))
+                # Where nothing is proven the kernel copies, and the cores hardly matter.
+                if name in (PROVEN, NO_DIGEST) or n in (most, 4):
+                    words = child("convert", source, out / "large.bin", options_of(name))
+                    self._turn[name, n] = words
         self.profiled = child("profile", "{}", "convert", source, out / "large.bin", options_of(PROVEN))
 
     def turn(self, *, few_cores: bool = True) -> None:

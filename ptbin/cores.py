@@ -110,8 +110,10 @@ def spare_cores() -> int:
 
 
 def is_crowded() -> bool:
-    """Whether files alone keep all cores busy: then one is better hashed by the thread that writes it."""
-    return _at_work >= max(2, available_cores())
+    """Whether there is less than two cores for each file: then one is better hashed by the thread that writes
+    it.
+    """
+    return _at_work > 1 and spare_cores() < 2
 
 
 def _forget() -> None:
