@@ -277,8 +277,8 @@ def test_the_listing_tells_what_is_there_without_a_request_for_each(
     shop.save("a.pt", 2.0)
     sent.clear()
     shop.run(verify="none")
-    # The earlier manifest is read once, withdrawn, and followed by the new one; what was there is claimed in a
-    # file of its own, and not looked at.
+    # The earlier manifest is read once, withdrawn, and followed by the new one. What was there is claimed in
+    # a file of its own, and not looked at.
     assert sent == {"get_object": 1, "put_object": 3, "delete_object": 2}
 
 
