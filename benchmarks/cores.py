@@ -57,6 +57,7 @@ class Bench:
         whole = cores >= available() or shutil.which("taskset") is None
         bound = list(command) if whole else ["taskset", "-c", f"0-{cores - 1}", *command]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process compiles all that it imports
         began = time.monotonic()
         done = subprocess.run(bound, check=True, env=environment, capture_output=True, text=True)
         taken = time.monotonic() - began

@@ -17,6 +17,7 @@ from pathlib import Path
 __all__ = [
     "at_work",
     "available_cores",
+    "busy_core",
     "hashing_pool",
     "hashing_slot",
     "is_crowded",
@@ -26,7 +27,7 @@ __all__ = [
 
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
-_slots: threading.BoundedSemaphore | None = None
+_slots: _Slots | None = None
 _sharing = 1
 """Processes that share the cores."""
 _at_work = 0
@@ -82,13 +83,49 @@ def hashing_pool() -> ThreadPoolExecutor:
         return _pool
 
 
-def hashing_slot() -> threading.BoundedSemaphore:
-    """To be held while a piece is hashed."""
+class _Slots:
+    """As many as there are cores, less those that are busy with what nothing may keep waiting."""
+
+    def __init__(self, cores: int) -> None:
+        self._cores = cores
+        self._held = self._busy = 0
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> None:
+        with self._changed:
+            while self._held >= max(1, self._cores - self._busy):
+                self._changed.wait()
+            self._held += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._changed:
+            self._held -= 1
+            self._changed.notify()
+
+    def keep(self, count: int) -> None:
+        with self._changed:
+            self._busy += count
+            self._changed.notify_all()
+
+
+def hashing_slot() -> _Slots:
+    """To be held while a piece is hashed, but for the serial lane of a file (`busy_core`)."""
     global _slots  # noqa: PLW0603 - as above
     with _lock:
         if _slots is None:
-            _slots = threading.BoundedSemaphore(max(2, available_cores()))
+            _slots = _Slots(available_cores())
         return _slots
+
+
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """While a thread does what all else of a file waits for in the end: fewer others hash meanwhile."""
+    slots = hashing_slot()
+    slots.keep(1)
+    try:
+        yield
+    finally:
+        slots.keep(-1)
 
 
 @contextmanager

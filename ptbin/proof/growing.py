@@ -11,8 +11,9 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 
-from ptbin.cores import available_cores, hashing_pool, hashing_slot
+from ptbin.cores import available_cores, busy_core, hashing_pool, hashing_slot
 from ptbin.proof.groups import Group, GroupHash, cut_into_groups
 from ptbin.proof.local_file import LocalFile
 from ptbin.proof.regions import strided_sha256
@@ -74,10 +75,15 @@ class GrowingFile:
         self._hashed: deque[int] = deque()  # bytes that progress has yet to be told of
         self._following = self._own.submit(self._hash_serially) if self._own is not None else None
         self._followed: Future[None] | None = None
+        self._writing = ExitStack()  # the thread that writes has a core to itself, until all is written
+        if follow:
+            self._writing.enter_context(busy_core())
 
     def reached(self, position: int) -> None:
         """The first `position` bytes are what they will be."""
         self._file.reached(position)
+        if position >= self._size:
+            self._writing.close()
         ready = []
         while self._begun < len(self._groups):
             group = self._groups[self._begun]
@@ -151,20 +157,21 @@ class GrowingFile:
         self._end_threads()
 
     def _end_threads(self) -> None:
+        self._writing.close()
         for pool in (self._own, self._ahead):
             if pool is not None:
                 pool.shutdown()
 
     def _hash_serially(self, progress: Callable[[int], None] | None = None) -> None:
-        for offset, nbytes in self._serial.ranges:
-            position = offset
-            for chunk in self._serial_chunks(offset, nbytes):
-                with hashing_slot():
+        with busy_core():
+            for offset, nbytes in self._serial.ranges:
+                position = offset
+                for chunk in self._serial_chunks(offset, nbytes):
                     self._serial.take(position, chunk)
-                position += len(chunk)
-                if self._counts_serial:
-                    self._hashed.append(len(chunk))
-                    self._report(progress)
+                    position += len(chunk)
+                    if self._counts_serial:
+                        self._hashed.append(len(chunk))
+                        self._report(progress)
 
     def _serial_chunks(self, offset: int, nbytes: int) -> Iterator[memoryview]:
         if self._ahead is not None and nbytes >= AHEAD_NBYTES:
