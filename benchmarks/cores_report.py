@@ -30,8 +30,8 @@ HEAD = """# Cores
 Made by `benchmarks/cores_report.py` of what `benchmarks/cores.py` measured; do not edit by hand. Whole
 processes in turns, bound to the first 1, 2, 4, ... cores by `taskset`, medians (fastest to slowest); what was
 written before is removed before each. A checkpoint is a training dict, its output the weights in it. `ptbin`
-alone proves its output (`--verify checksum`): a SHA-256 of the file and of each tensor, a CRC-32 of each byte.
-The script proves nothing.
+alone proves its output (`--verify checksum`): a SHA-256 of the file and of each tensor, a CRC-32 of each
+byte. The script proves nothing.
 
     python benchmarks/cores.py --dir /dev/shm/bench --gib 8 --json found.json
 
