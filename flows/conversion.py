@@ -28,6 +28,7 @@ from flows.prefect.signals import INTERRUPTS
 from flows.remembering import close_ledger, open_ledger
 from flows.report_link import link_of
 from flows.report_markdown import render_markdown
+from flows.run_history import facts_of_run
 from flows.run_record import manifests_by_tensor, record_files, record_folder
 from flows.selection import Selection
 from flows.tally import Tally
@@ -115,6 +116,7 @@ class Conversion:
         passes is no more than a reason to end.
         """
         self._open_ledger()
+        self._note_passed_over()
         self.refuse(problems)
         try:
             self._clean_up()
@@ -134,6 +136,14 @@ class Conversion:
             self._end_early()
             raise
         return self.finish()
+
+    def _note_passed_over(self) -> None:
+        """What of SOURCE the listing did not look at, by its rule; links that lead out of it are named."""
+        entries = self.work.entries
+        self.tally.skipped.update(entries.counts)
+        if text := entries.links_words():
+            self.live.listener.noted(text)
+            self.logger.warning("%s", text)
 
     def _open_ledger(self) -> None:
         """What earlier runs failed at. Where that cannot be read, nothing is known, and the run fails."""
@@ -302,6 +312,9 @@ class Conversion:
             options=options,
             flow_run_id=flow_run_id,
             selection=self.selection.to_json(self.work.rule) if self.keeps_ledger else None,
+            facts=facts_of_run(
+                tally, source_options=self.live.source_options, dest_options=self.live.dest_options
+            ),
         )
         try:
             by_tensor = manifests_by_tensor(tally.entries)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ptbin.catalog.globs import split_glob
 from ptbin.errors import NotFoundInStoreError, UsageError
-from ptbin.stores import Store, open_store
+from ptbin.stores import Store, WatchQuietly, open_store
 
 __all__ = ["check_call", "check_mirror", "real_place"]
 
@@ -69,7 +69,7 @@ def check_call(
     root, pattern = split_glob(source, source_options)
     store, path = open_store(root, source_options)
     if store.is_directory(path):
-        if next(iter(store.iter_objects(path)), None) is None:
+        if next(iter(store.iter_objects(path, WatchQuietly())), None) is None:
             raise UsageError(f"{store.uri_of(path)}: nothing is there to convert")
     elif pattern is not None:
         raise UsageError(f"{store.uri_of(path)}: no such directory or prefix")

@@ -18,6 +18,7 @@ from ptbin.errors import (
     UnsupportedFormatError,
     VerificationError,
 )
+from ptbin.manifests.damage import damaged_file, is_damaged, note_damage
 from ptbin.manifests.drafting import stored_of
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, dump_manifest, parse_manifest
 from ptbin.options import ConvertOptions
@@ -26,7 +27,7 @@ from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import read_selected
 from ptbin.sources.opening import SourcePlace, find_source
 from ptbin.splice import splice
-from ptbin.stores import RangeReader, Store, Writer, open_store
+from ptbin.stores import ObjectStat, RangeReader, Store, Writer, open_store
 from ptbin.values.segments import FilePlan
 
 __all__ = ["find_unchanged", "is_convertible", "release_companions"]
@@ -75,8 +76,8 @@ def find_unchanged(
 ) -> Published | None:
     """The finished output of `source` at `dest` if converting it anew would make the very same, else None.
 
-    The manifest is brought up to date where the source has another identity now. What is stored is believed
-    to be what the manifest says, if the sizes are right: `ptbin.verify` is for that.
+    The manifest is brought up to date where the source has another identity now. The stored files are read as
+    well: where they are not what the manifest says, that is noted in it, so that they may be replaced.
 
     Raises:
         CheckpointError: the source is damaged, unsafe, or has no single state dict.
@@ -91,12 +92,15 @@ def find_unchanged(
     stored = {output["path"]: _stated_digest(output, manifest["tensors"]) for output in manifest["outputs"]}
     if manifest["options_fingerprint"] != options.fingerprint() or None in stored.values():
         return None
-    if not _sizes_are_right(store, path, manifest):
+    if is_damaged(manifest) or not _sizes_are_right(store, path, manifest):
         return None
     place = find_source(source, source_options)
     place.refuse_part(parts=options.parts)
     with place.open() as reader:
         if _digests(place, reader, path.rpartition("/")[2], options, stored, progress) != stored:
+            return None
+        if damaged := _damaged_files(store, path, stored, progress):
+            note_damage(store, path + MANIFEST_SUFFIX, damaged)
             return None
         facts = {"uri": reader.uri, "size": reader.size, "identity": reader.identity.to_json()}
     if {name: manifest["source"].get(name) for name in facts} != facts:
@@ -167,6 +171,25 @@ def _sizes_are_right(store: Store, path: str, manifest: Mapping[str, Any]) -> bo
         return all(store.stat(folder + item["path"]).size == item["size"] for item in manifest["outputs"])
     except NotFoundInStoreError:
         return False
+
+
+def _damaged_files(
+    store: Store, path: str, stored: Mapping[str, Any], progress: Progress | None
+) -> dict[str, Any]:
+    """Of the stored files, those that do not have their SHA-256, and what is there instead."""
+    folder = path[: -len(path.rsplit("/", 1)[-1])]
+    found = {}
+    for name, expected in stored.items():
+        digest = hashlib.sha256()
+        with store.open_reader(folder + name) as reader:
+            for piece in reader.iter_range(0, reader.size):
+                digest.update(piece)
+                if progress is not None:
+                    progress(0)
+            there = ObjectStat(reader.uri, reader.size, reader.identity)
+        if digest.hexdigest() != expected:
+            found[name] = damaged_file(there, digest.hexdigest())
+    return found
 
 
 def _digests(

@@ -16,7 +16,7 @@ from typing import Any
 
 from ptbin.errors import UsageError
 from ptbin.proof.verification import Issue
-from ptbin.stores import Store, open_store
+from ptbin.stores import Store, WatchQuietly, open_store
 
 __all__ = ["SIGNATURE", "verify_signatures"]
 
@@ -51,7 +51,11 @@ def verify_signatures(
     root = root.rstrip("/")
     if not store.is_directory(root):
         root = root.rpartition("/")[0]
-    found = [item.path for item in store.iter_objects(root) if item.path.rpartition("/")[2] == SIGNATURE]
+    found = [
+        item.path
+        for item in store.iter_objects(root, WatchQuietly())
+        if item.path.rpartition("/")[2] == SIGNATURE
+    ]
     issues = []
     signed = []
     for path in found:

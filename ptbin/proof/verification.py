@@ -3,7 +3,8 @@
 Needs nothing but the manifest and the store: files by size and SHA-256, tensors by theirs. A file whose
 SHA-256 was not asked for (`--file-digest none`) is checked by those of its tensors, of the bytes between
 them, and by its CRC-32. Finds a single flipped bit, a missing or resized file, and says which tensors are
-hit. Returns issues; raises only where it could not look.
+hit. Returns issues; raises only where it could not look. Writes nothing, unless it is to note damage in the
+manifest.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ptbin.errors import LimitExceededError, NotFoundInStoreError, StorageError, VerificationError
+from ptbin.manifests.damage import damaged_file, note_damage
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, hex_crc32, parse_manifest
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, statement_of
 from ptbin.proof.digests import digest_file
 from ptbin.proof.output import stored_tensor
 from ptbin.proof.serial import Serial
-from ptbin.stores import RangeReader, Store, open_store
+from ptbin.stores import ObjectStat, RangeReader, Store, open_store
 
 MAX_STATEMENT_NBYTES = 64 << 20
 
@@ -52,18 +54,22 @@ def verify(
     storage_options: Mapping[str, Any] | None = None,
     source_options: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
+    note: bool = False,
 ) -> list[Issue]:
     """Check one manifest; an empty list means that everything it says is true.
 
     Args:
         level: `checksum` reads every byte; `load` opens the output with torch as well; `none` looks at
             sizes only.
+        note: note damaged files in the manifest, so that the next conversion makes them anew.
 
     Raises:
         StorageError: the store failed in another way than by not having the file.
     """
     del source_options
-    return verify_outputs(manifest_uri, level=level, storage_options=storage_options, progress=progress)[0]
+    return verify_outputs(
+        manifest_uri, level=level, storage_options=storage_options, progress=progress, note=note
+    )[0]
 
 
 def verify_outputs(
@@ -72,6 +78,7 @@ def verify_outputs(
     level: str = "checksum",
     storage_options: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
+    note: bool = False,
 ) -> tuple[list[Issue], dict[str, tuple[str, str]]]:
     """As `verify`, and by the URI of each output the SHA-256 and the run that the manifest states."""
     store, path = open_store(manifest_uri, storage_options)
@@ -86,9 +93,15 @@ def verify_outputs(
         return [Issue("bad_manifest", uri, str(error))], {}
     folder = path[: -len(path.rsplit("/", 1)[-1])]
     issues: list[Issue] = []
+    damaged: dict[str, Any] = {}
     for output in manifest["outputs"]:
         mine = [row for row in rows if row.get("file") == output["path"]]
-        issues.extend(_verify_output(store, folder + output["path"], output, mine, level, progress))
+        found, file = _verify_output(store, folder + output["path"], output, mine, level, progress)
+        issues.extend(found)
+        if file is not None:
+            damaged[output["path"]] = file
+    if note and damaged:
+        note_damage(store, path, damaged)
     if "provenance" in manifest:
         issues.extend(_verify_statement(store, path.removesuffix(MANIFEST_SUFFIX), manifest))
     if level == "load" and not issues and "restore" not in manifest["options"]:
@@ -142,19 +155,26 @@ def _verify_output(
     rows: list[dict[str, Any]],
     level: str,
     progress: Callable[[int], None] | None,
-) -> Iterable[Issue]:
+) -> tuple[list[Issue], dict[str, Any] | None]:
+    """The issues of one file, and what is there where that is not what the manifest says."""
     uri = store.uri_of(path)
     try:
         reader = store.open_reader(path)
     except NotFoundInStoreError:
-        return [Issue("missing_output", uri, "the manifest names this file, and it is not there")]
+        return [Issue("missing_output", uri, "the manifest names this file, and it is not there")], None
     with reader:
+        there = ObjectStat(uri, reader.size, reader.identity)
         if reader.size != output["size"]:
-            return [Issue("size_mismatch", uri, f"{reader.size} bytes, the manifest says {output['size']}")]
+            detail = f"{reader.size} bytes, the manifest says {output['size']}"
+            return [Issue("size_mismatch", uri, detail)], damaged_file(there, None)
         if level == "none":
-            return []
+            return [], None
         difference = difference_of(reader, output, rows, progress)
-    return [Issue("checksum_mismatch", uri, difference)] if difference else []
+        if not difference:
+            return [], None
+        # Read once more, for damage alone: what knows the file again is the SHA-256 of what it is now.
+        found = digest_file(reader, [], [], progress).sha256
+    return [Issue("checksum_mismatch", uri, difference)], damaged_file(there, found)
 
 
 def difference_of(

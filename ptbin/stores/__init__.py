@@ -21,6 +21,7 @@ from ptbin.stores.faults import public_uri
 from ptbin.stores.opening import open_store, register_store
 from ptbin.stores.place import Place, place_of
 from ptbin.stores.values import identity_text
+from ptbin.stores.watching import Watch, WatchQuietly
 
 __all__ = [
     "PARTIAL_SUFFIX",
@@ -31,6 +32,8 @@ __all__ = [
     "Place",
     "RangeReader",
     "Store",
+    "Watch",
+    "WatchQuietly",
     "Writer",
     "identity_text",
     "is_partial_name",
