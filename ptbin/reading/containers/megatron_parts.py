@@ -129,7 +129,7 @@ class _Ranks:
             _put(tree, held.path, self._whole(name, held, sizes))
         for held in self.found.values():
             for part in (part for parts in held.parts.values() for part in parts):
-                self.files.leave(part.home, [part.tensor], "unviewed")  # gaps of buffers that hold several
+                self.files.leave(part.home, [part.tensor], "unviewed")  # gaps of a buffer of several
         root.pairs = [*((key, value) for key, value in root.pairs if not _is_model(key)), (place[0], model)]
         checkpoint = self.files.checkpoint("megatron_parts", root, preferred=place[0])
         checkpoint.facts = self.facts
