@@ -185,14 +185,14 @@ class _Ranks:
             match = _CHUNK.match(key)
             chunk = int(match["n"]) if match is not None else 0
             held = self.chunks.setdefault((chunk, rank.pipeline), {}).setdefault(rank, {})
-            for path, value in _tensors(model):
+            for path, value in _values(model, set()):
                 dotted = ".".join(path)
                 if path[-1].endswith(_EXTRA_STATE):
                     self.files.leave(name, [value], "scaling_state")
                 elif isinstance(value, TensorRef):
                     held[dotted] = (path, value)
-                elif isinstance(value, (Opaque, Instance)):
-                    self.files.refuse(f"{name}: {dotted[:200]!r} is not a plain tensor")
+                elif isinstance(value, (DictNode, Opaque, Instance)):
+                    self.files.refuse(f"{name}: {dotted[:200]!r} is no plain tensor and no mapping of some")
         if models[0][1] is root:
             root.pairs = []
         return ("model" if _CHUNK.match(models[0][0]) else models[0][0],)
@@ -331,12 +331,14 @@ def _is_flat(root: DictNode) -> bool:
     return any(isinstance(value, TensorRef) for _, value in root.pairs)
 
 
-def _tensors(model: DictNode, above: Path = ()) -> Iterator[tuple[Path, Any]]:
+def _values(model: DictNode, seen: set[int], above: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """What lies in nested mappings; of one that was looked into before (they may hold one another) itself."""
+    seen.add(id(model))
     for key, value in model.pairs:
         if type(key) is not str:
             continue
-        if isinstance(value, DictNode) and len(above) < MAX_DEPTH:
-            yield from _tensors(value, (*above, key))
+        if isinstance(value, DictNode) and id(value) not in seen and len(above) < MAX_DEPTH:
+            yield from _values(value, seen, (*above, key))
         else:
             yield (*above, key), value
 
