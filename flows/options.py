@@ -48,7 +48,7 @@ COPY_LINKS = Option(
 RUNNER = (
     Option(
         "workers",
-        "Batches worked on at once: 2, or as many as the cluster has threads.",
+        "Batches worked on at once: one a core (2 to 16), or as many as the cluster has threads.",
         kind="count",
         metavar="N",
         most=MAX_WORKERS,

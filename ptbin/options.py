@@ -22,13 +22,23 @@ from ptbin.merging.shipped import find_recipe
 from ptbin.values.dtypes import CAST_NAMES
 from ptbin.values.options import option
 
-__all__ = ["ConvertOptions", "Layout", "Limits", "Naming", "OnUnsafe", "OutputFormat", "VerifyLevel"]
+__all__ = [
+    "ConvertOptions",
+    "FileDigest",
+    "Layout",
+    "Limits",
+    "Naming",
+    "OnUnsafe",
+    "OutputFormat",
+    "VerifyLevel",
+]
 
 OutputFormat = Literal["torch", "raw", "safetensors"]
 Layout = Literal["mirror", "hf"]
 Naming = Literal["replace", "append"]
 OnUnsafe = Literal["reject", "extract"]
 VerifyLevel = Literal["none", "checksum", "load"]
+FileDigest = Literal["sha256", "none"]
 
 MIB = 1 << 20
 
@@ -104,6 +114,9 @@ class ConvertOptions:
         "reject",
         "Pickles that can only be meant to run code: reject, or extract the weights (running nothing).",
     )
+    file_digest: FileDigest = option(
+        "sha256", "none: huge files proven by their tensors' digests, on all cores; not for sha256sum -c."
+    )
     provenance: bool = option(
         False, "Write where it comes from next to each output (in-toto, SLSA); reads sources whole."
     )
@@ -123,6 +136,7 @@ class ConvertOptions:
             ("layout", Layout),
             ("on_unsafe", OnUnsafe),
             ("verify", VerifyLevel),
+            ("file_digest", FileDigest),
         )
         for name, kind in kinds:
             value = getattr(self, name)
