@@ -27,6 +27,7 @@ from flows.cli.migrate_command import migrate_command
 from flows.cli.printing import print_error
 from flows.cli.restore_command import restore_command
 from flows.cli.runs_command import runs_command
+from flows.cli.started import begin_again
 from flows.cli.status_command import status_command
 from flows.cli.sync_command import sync_command
 from flows.cli.verify_command import verify_command
@@ -59,6 +60,7 @@ Exit status: 0 all done; 1 some checkpoints failed or were rejected;
 Completion in a shell: eval "$(_PTBIN_COMPLETE=bash_source ptbin)" (or zsh_source, fish_source)."""
 
 COMPLETION_VARIABLE = "_PTBIN_COMPLETE"
+_commands = 0
 
 
 @click.group(
@@ -92,6 +94,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     if instruction := os.environ.get(COMPLETION_VARIABLE):  # as click's own `main` has it
         return shell_complete(cli, {}, "ptbin", COMPLETION_VARIABLE, instruction)
+    global _commands  # noqa: PLW0603 - there is one at a time
+    _commands += 1
+    if _commands > 1:
+        begin_again()
     words = list(sys.argv[1:] if arguments is None else arguments)
     heard = Heard()
     try:

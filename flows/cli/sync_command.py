@@ -106,12 +106,30 @@ def sync_command(
             delete=delete, max_delete=max_delete, checksum=checksum, immutable=immutable,
             backs_up=backup_dir is not None, force=force, copy_links=copy_links,
         )  # fmt: skip
-    from flows.cli.on_prefect import run_flow
+    from flows.cli.on_prefect import run_prepared
+    from flows.prepared import Asked
     from flows.run_record import new_run_id
+    from ptbin.catalog import OutputRule
+    from ptbin.catalog.mirroring import alone
+    from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
 
+    asked = Asked(
+        source,
+        dest,
+        OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout),
+        alone(options),
+        (),
+        tuple(exclude),
+        copy_links,
+        tuple(include),
+        deletes=delete,
+        distrust=checksum,
+        always=checksum,
+        min_success=min_success,
+    )
     with showing_progress(shared) as listener:
-        summary = run_flow(
-            "sync",
+        summary = run_prepared(
+            asked,
             new_run_id(),
             shared,
             listener,

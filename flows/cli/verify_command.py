@@ -10,6 +10,7 @@ import click
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared, runner_options, shared_options
+from flows.cli.started import began
 from flows.cli.summary import verification_lines
 from flows.wishes import refuse_secrets
 from ptbin.errors import UsageError
@@ -155,7 +156,6 @@ def _verify_one(
     from ptbin.stores import public_uri
     from tasks.live import Settled
 
-    started = time.monotonic()
     listener.planned(1, 0, 0)
     uri = dest if dest.endswith(MANIFEST_SUFFIX) else _manifest_of(dest, shared)
     found = ptbin.verify(
@@ -187,6 +187,6 @@ def _verify_one(
         "proven": int(not issues),
         "failed": int(bool(issues)),
         "orphans": 0,
-        "seconds": round(time.monotonic() - started, 3),
+        "seconds": round(time.monotonic() - began(), 3),
         "issues": issues,
     }

@@ -40,6 +40,8 @@ __all__ = [
     "Orchestrator",
     "OrchestratorError",
     "await_server",
+    "chosen_settings",
+    "embedded_server",
     "import_prefect",
     "orchestrator",
 ]
@@ -145,15 +147,26 @@ def orchestrator() -> Iterator[Orchestrator]:
     Raises:
         OrchestratorError: no server could be started, with the last thing it said.
     """
-    import_prefect()
-    from prefect.settings import get_current_settings
+    from flows.prefect.early import take_early
 
-    chosen = get_current_settings().to_environment_variables(exclude_unset=True)
+    early = take_early()
+    url, started = early.wait() if early is not None else (None, contextlib.ExitStack())
+    chosen = chosen_settings()
     if api_url := chosen.get("PREFECT_API_URL"):
         yield Orchestrator(api_url, embedded=False)
         return
-    with _embedded_server(chosen) as url, _use_api(url):
-        yield Orchestrator(url, embedded=True)
+    with started as stack:
+        url = url or stack.enter_context(embedded_server(chosen))
+        with _use_api(url):
+            yield Orchestrator(url, embedded=True)
+
+
+def chosen_settings() -> dict[str, str]:
+    """What the user has set, wherever that was."""
+    import_prefect()
+    from prefect.settings import get_current_settings
+
+    return get_current_settings().to_environment_variables(exclude_unset=True)
 
 
 def server_answers() -> bool:
@@ -219,7 +232,7 @@ def _client_workers() -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def _embedded_server(chosen: dict[str, str]) -> Iterator[str]:
+def embedded_server(chosen: dict[str, str]) -> Iterator[str]:
     """Start the child, wait until it is healthy, stop it gracefully at the end."""
     home = Path(chosen.get("PREFECT_HOME", "~/.prefect")).expanduser()
     if not os.access(home, os.W_OK):  # importing Prefect has tried to create it

@@ -44,6 +44,8 @@ from ptbin.stores import ListedObject, WatchQuietly, identity_text, open_store
 
 __all__ = ["WorkList"]
 
+NEW_EVERY = 20
+"""Of so many jobs one is looked up while SOURCE is still listed."""
 JOINT_KIND = "parts"
 """Of identities of several files together (`stores.joined.joint_identity`)."""
 
@@ -59,6 +61,7 @@ class WorkList(JobTable):
         self._source_options: Mapping[str, Any] | None = None
         self.own_files: set[str] | None = None
         """Paths below DEST of the files in `_ptbin` itself; None where DEST was not listed."""
+        self._on_new: Callable[[Job], bool] | None = None
         self.entries = Entries()
         """What the listing of SOURCE passed over."""
 
@@ -83,12 +86,14 @@ class WorkList(JobTable):
         distrust: bool = False,
         named: NamedFiles | None = None,
         copy_links: bool = False,
+        on_new: Callable[[Job], bool] | None = None,
     ) -> list[Problem]:
         """Fill the list; what cannot be done at all. `tick` is called now and then, and may raise.
 
         With `options.force` nothing is up to date; with `distrust` everything is to be done that is not
         compared by its content. `copies` says which files go along as they are, `named` which files alone are
         looked at; `copy_links` follows links that lead out of SOURCE. `entries` says what was passed over.
+        `on_new` is called with jobs of which DEST holds nothing, some of them, until it returns true.
 
         Raises:
             NotFoundInStoreError, StorageError: from the stores.
@@ -117,6 +122,7 @@ class WorkList(JobTable):
                 parts=options.parts,
                 named=named,
             )
+            self._on_new = on_new
             problems = self._add(found, others, tick)
             problems += self.entries.problems
             problems += settle_collisions(self, self._options)
@@ -216,9 +222,19 @@ class WorkList(JobTable):
                 TO_DO,
             ),
         )
+        if self._on_new is not None and (cursor.lastrowid or 0) % NEW_EVERY == 1:
+            self._look_whether_new(job)
         folder, _, name = job.path.rpartition("/")
         if job.copies and self.rule.layout == "hf" and is_sidecar(name):
             self.db.execute("INSERT INTO sidecars VALUES (?, ?)", (folder, cursor.lastrowid))
+
+    def _look_whether_new(self, job: Job) -> None:
+        if (
+            self._size_of(self.relative_manifest(job)) is None
+            and self._on_new is not None
+            and self._on_new(job)
+        ):
+            self._on_new = None
 
     def _put_sidecars_beside_weights(self) -> None:
         """Where layout `hf` gives weights a folder of their own, configuration and tokenizer go there too.
