@@ -21,11 +21,12 @@ from flows.remembering import close_ledger, open_ledger
 from flows.run_record import record_files, record_folder
 from flows.selection import Selection
 from flows.tally import Tally
-from ptbin.catalog import Job, OutputRule, Problem
+from ptbin.catalog import Job, OutputRule, Problem, find_checkpoints
 from ptbin.catalog.companions import copied_along
 from ptbin.catalog.comparing import is_convertible
-from ptbin.catalog.entries import nothing_below
+from ptbin.catalog.entries import Entries, nothing_below
 from ptbin.catalog.finished import FinishedRow, read_finished, write_segment
+from ptbin.catalog.globs import split_glob
 from ptbin.catalog.lease import acquire_lease
 from ptbin.catalog.mirroring import iter_gone
 from ptbin.catalog.named import NamedFiles
@@ -38,7 +39,7 @@ from ptbin.stores import identity_text, open_store
 from tasks.live import LiveRun, Settled
 from tasks.outcomes import Kind, Outcome, one_line
 
-__all__ = ["Asked", "finish_in_step", "preparing"]
+__all__ = ["Asked", "finish_in_step", "preparing", "refuse_nothing"]
 
 WIDTH = 8
 """Manifests and companions are asked side by side: that is waiting for small answers."""
@@ -85,6 +86,27 @@ class Asked:
         return Selection(
             self.include, self.exclude, is_listed=self.named is not None, copy_links=self.copy_links
         )
+
+
+def refuse_nothing(live: LiveRun, asked: Asked) -> None:
+    """Refuse a conversion of nothing before anything is written; the listing ends at the first candidate.
+
+    Raises:
+        UsageError: there is no checkpoint below SOURCE, and no problem.
+    """
+    if asked.named is not None or asked.copied is not None:
+        return
+    shown = (*asked.include, split_glob(asked.source, live.source_options)[1] or "")
+    entries = Entries(shown=shown, exclude=asked.exclude, copy_links=asked.copy_links)
+    found = find_checkpoints(
+        asked.source,
+        include=asked.include,
+        exclude=asked.exclude,
+        storage_options=live.source_options,
+        entries=entries,
+    )
+    if next(found, None) is None and not entries.problems:
+        raise UsageError(nothing_below(asked.source, entries))
 
 
 @contextlib.contextmanager

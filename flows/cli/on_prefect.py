@@ -32,18 +32,19 @@ def run_prepared(
     Raises:
         PtbinError, KeyboardInterrupt: as `run_flow`; UsageError: there is nothing below SOURCE.
     """
-    from flows.prepared import finish_in_step, preparing
+    from flows.prepared import finish_in_step, preparing, refuse_nothing
 
     refuse_runner_secrets(parameters.get("runner_address"))
     live = LiveRun(run_id, shared.source_options, shared.dest_options, listener, began=began())
 
     def start_server() -> None:
-        from flows.prefect.early import start_early
+        from flows.prefect.orchestrator import start_early
 
         _check_installed()
         _set_logging(shared)
         start_early()
 
+    refuse_nothing(live, asked)
     listener.stage("looking at SOURCE and DEST")
     with preparing(live, asked, start_server) as is_planned:
         if is_planned and (summary := finish_in_step(live, asked)) is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.cli.interrupts import INTERRUPTED_STATUS
 from flows.cli.printing import align, print_error, print_json, print_line
-from flows.units import format_nbytes, left_out_words, short_detail
+from flows.units import counted, format_nbytes, left_out_words, short_detail
 from ptbin.catalog.entries import skipped_words
 from ptbin.errors import OutputExistsError
 
@@ -36,8 +36,8 @@ __all__ = [
 
 JSON_KEYS = (
     "run_id", "source", "dest", "converted", "up_to_date", "rejected", "failed", "known", "new", "resolved",
-    "left_alone", "skipped", "source_bytes", "read_bytes", "written_bytes", "left_out", "seconds",
-    "manifests", "problems", "known_problems", "resolved_problems",
+    "left_alone", "skipped", "not_tried", "source_bytes", "read_bytes", "written_bytes", "left_out",
+    "seconds", "manifests", "problems", "known_problems", "resolved_problems",
 )  # fmt: skip
 """The `--json` summary of `convert`, in this order."""
 
@@ -75,6 +75,8 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
         rows.append(("left alone", str(summary["left_alone"]), LEFT_ALONE))
     if summary.get("skipped"):
         rows.append(("passed over", str(sum(summary["skipped"].values())), skipped_words(summary["skipped"])))
+    if summary.get("not_tried"):
+        rows.append(("not tried", str(summary["not_tried"]), "the run ended before it came to them"))
     if "copied" in summary:
         rows.insert(1, ("copied", str(summary["copied"]), "files as they are" if summary["copied"] else ""))
         rows += [("deleted", str(summary["deleted"]), f"{summary['kept']} kept" if summary["kept"] else "")]
@@ -168,7 +170,7 @@ def single_lines(entry: Entry, job: Job, seconds: float) -> list[str]:
     if entry.converted is None:
         return []
     written = format_nbytes(sum(output.size for output in entry.converted.outputs))
-    tensors = f"{entry.converted.tensors} tensors, {written} of {format_nbytes(entry.nbytes)}"
+    tensors = f"{counted(entry.converted.tensors, 'tensor')}, {written} of {format_nbytes(entry.nbytes)}"
     lines = [f"{job.path} -> {job.dest_uri}: {tensors}, {seconds:.1f} s"]
     if entry.converted.left_out:
         lines.append(f"left out: {left_out_words(entry.converted.left_out)}")

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Callable
 
-__all__ = ["EarlyStart", "start_early", "take_early"]
+__all__ = ["EarlyStart", "begin_early", "take_early"]
 
 
 class EarlyStart:
     """The thread, and what it came to."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: Callable[[contextlib.ExitStack], str | None]) -> None:
+        self._begin = start
         self._stack = contextlib.ExitStack()
         self._url: str | None = None
         self._error: BaseException | None = None
@@ -23,12 +25,8 @@ class EarlyStart:
         self._thread.start()
 
     def _start(self) -> None:
-        from flows.prefect.orchestrator import chosen_settings, embedded_server
-
         try:
-            chosen = chosen_settings()
-            if "PREFECT_API_URL" not in chosen:
-                self._url = self._stack.enter_context(embedded_server(chosen))
+            self._url = self._begin(self._stack)
         except BaseException as error:  # noqa: BLE001 - raised where it is waited for
             self._error = error
 
@@ -44,11 +42,11 @@ class EarlyStart:
 _started: EarlyStart | None = None
 
 
-def start_early() -> None:
-    """Begin; once."""
+def begin_early(start: Callable[[contextlib.ExitStack], str | None]) -> None:
+    """Begin, once; `start` returns the URL of the server and leaves in the stack what ends it."""
     global _started  # noqa: PLW0603 - one for each process
     if _started is None:
-        _started = EarlyStart()
+        _started = EarlyStart(start)
 
 
 def take_early() -> EarlyStart | None:

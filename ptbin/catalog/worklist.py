@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ptbin.catalog.cases import folds_case
 from ptbin.catalog.collisions import settle_collisions, suffixes_beside
 from ptbin.catalog.companions import is_doubtful, is_sidecar
 from ptbin.catalog.entries import Entries
@@ -100,7 +101,7 @@ class WorkList(JobTable):
         """
         with self.lock:
             self._clear()
-            self.rule = rule
+            self.rule = replace(rule, folds_case=folds_case(*open_store(self.dest, self._dest_options)))
             self._options, self._source_options = options, source_options
             self._read_dest(tick)
             others: list[ListedObject] = []
@@ -252,7 +253,7 @@ class WorkList(JobTable):
             beside = "id IN (SELECT job FROM sidecars WHERE folder = ?)"
             for _, job in list(self.select(beside, (weights.path.rpartition("/")[0],))):
                 path = self.rule.beside_weights(job.path, output)
-                place = path.casefold() if path is not None else ""
+                place = self.rule.fold(path) if path is not None else ""
                 if path is None or self.db.execute("SELECT 1 FROM jobs WHERE place = ?", (place,)).fetchone():
                     continue
                 self._insert(replace(job, dest_uri=f"{self.rule.base}/{path}"))
@@ -364,7 +365,7 @@ class WorkList(JobTable):
             return [
                 name
                 for name in dict.fromkeys(self._outputs_before(manifest))
-                if self.db.execute(query, ((folder + name).casefold(),)).fetchone()
+                if self.db.execute(query, (self.rule.fold(folder + name),)).fetchone()
             ]
 
     def is_planned(self, path: str) -> bool:
@@ -377,7 +378,7 @@ class WorkList(JobTable):
             names |= {base for name in names for base in split_bases(name)}
         with self.lock:
             return any(
-                self.db.execute("SELECT 1 FROM jobs WHERE place = ?", (name.casefold(),)).fetchone()
+                self.db.execute("SELECT 1 FROM jobs WHERE place = ?", (self.rule.fold(name),)).fetchone()
                 for name in names
             )
 
@@ -458,7 +459,7 @@ class WorkList(JobTable):
         place = path.removesuffix(MANIFEST_SUFFIX)
         with self.lock:
             found = self.db.execute(
-                "SELECT output, copies FROM jobs WHERE place = ?", (place.casefold(),)
+                "SELECT output, copies FROM jobs WHERE place = ?", (self.rule.fold(place),)
             ).fetchall()
         return any(output + ("" if copies else MANIFEST_SUFFIX) == path for output, copies in found)
 

@@ -28,7 +28,7 @@ def _no_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
         raise NeedsPrefectError
 
     monkeypatch.setattr(on_prefect, "_run", refuse)
-    monkeypatch.setattr("flows.prefect.early.start_early", lambda: None)
+    monkeypatch.setattr("flows.prefect.orchestrator.start_early", lambda: None)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_the_server_starts_when_there_is_something_new(
     places: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[str] = []
-    monkeypatch.setattr("flows.prefect.early.start_early", lambda: started.append("yes"))
+    monkeypatch.setattr("flows.prefect.orchestrator.start_early", lambda: started.append("yes"))
     run_command(["convert", *places])
     assert not started  # the optimizer has no output, and never will
     torch.save({"w": torch.ones(2)}, Path(places[0], "0.ckpt"))

@@ -223,6 +223,6 @@ def test_the_command_line_says_what_was_passed_over(
     (tmp_path / "x.pt").write_bytes(blank)
     ran = ptbin("convert", store, tmp_path / "out", "--dry-run")
     assert ran.returncode == 0
-    assert "1 hidden, 1 links that lead nowhere, 1 links that lead out of SOURCE" in ran.stdout
+    assert "1 hidden, 1 link that leads nowhere, 1 link that leads out of SOURCE" in ran.stdout
     ran = ptbin("convert", store, tmp_path / "out", "--dry-run", "--json", "--copy-links")
     assert json.loads(ran.stdout)["skipped"] == {"hidden": 1, "dangling_link": 1}
