@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from flows.metering import metering
 from flows.notices import tag_flow_run, untagged_tasks
 from flows.prefect.signals import hold_signals
 from flows.run_record import check_run_id
@@ -78,6 +79,7 @@ def join_run(run_id: str, source_options: str | None, dest_options: str | None) 
         live.summary["flow_run_id"] = current_flow_run_id()
         tag_flow_run()
         stack.enter_context(untagged_tasks())
+        stack.enter_context(metering(live))
         live.check = stack.enter_context(hold_signals()).check
         try:
             live.check()

@@ -36,6 +36,7 @@ __all__ = [
     "await_server",
     "chosen_settings",
     "import_prefect",
+    "is_embedded",
     "orchestrator",
     "start_early",
 ]
@@ -102,6 +103,11 @@ class Orchestrator:
             return int(_post_json(f"{self.api_url}/task_runs/count", question))
         except (OSError, ValueError):
             return -1
+
+
+def is_embedded() -> bool:
+    """Whether this process's flows run on a server that it started itself, and that ends with it."""
+    return _embedded
 
 
 def import_prefect() -> None:

@@ -1,8 +1,8 @@
 """A note in a manifest that files of its output are no longer what it says, as `verify` found them.
 
-An output with such a note is not up to date: the next `convert` or `sync` makes it anew, and may replace the
-very content that was found damaged (`vouching`). What the manifest states stays. Costs a read and a write of
-the manifest, only where damage was found.
+An output with such a note is not up to date: the next `convert` or `sync` makes it anew, and may replace
+the very content that was found damaged (`vouching`). What the manifest states about the output stays. Costs a
+read and a write of the manifest, only where damage was found.
 """
 
 from __future__ import annotations

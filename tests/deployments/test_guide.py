@@ -1,7 +1,7 @@
 """The guide is what it says: the blocks of deployments/README.md, in their order, on a machine with nothing.
 
-Not run are the one that makes an environment (the suite's is on PATH) and those that name the reader's own
-places, for which the test has some. Between them a night is added in which a file fails.
+Not run are the one that makes an environment (the suite's is on PATH) and those that name one's own places,
+for which the test has some. Between them a night is added in which a file fails.
 """
 
 from __future__ import annotations
