@@ -16,7 +16,7 @@ from flows.cli.printing import print_json, print_line
 from flows.cli.progress import Problems, showing_progress
 from flows.cli.shared_options import Shared, judging_options, run_options, shared_options, split_options
 from flows.cli.started import began
-from flows.cli.summary import JSON_KEYS, conversion_lines, plan_lines, single_lines, tell_summary
+from flows.cli.summary import JSON_KEYS, conversion_lines, plan_lines, single_lines, tell_summary, untold
 from flows.wishes import build_options, refuse_secrets
 from ptbin.errors import StorageError, UsageError
 
@@ -156,7 +156,7 @@ def convert_command(
                 **carrying_out,
                 **wishes,
             )
-        lines = conversion_lines(summary)
+        lines = conversion_lines(untold(summary, listener.told))
     return tell_summary(summary, JSON_KEYS, lines, shared)
 
 

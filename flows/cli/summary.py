@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 from flows.cli.interrupts import INTERRUPTED_STATUS
@@ -31,6 +32,7 @@ __all__ = [
     "refused_row",
     "single_lines",
     "tell_summary",
+    "untold",
     "verification_lines",
 ]
 
@@ -53,6 +55,18 @@ MIGRATE_KEYS = (
 LEFT_ALONE = "what training leaves next to weights: optimizers, schedulers, ..."
 SHOWN_PROBLEMS = 20
 SHOWN_VERSIONS = 40
+
+
+def untold(
+    summary: Mapping[str, Any], told: AbstractSet[tuple[str, str]], key: str = "problems"
+) -> dict[str, Any]:
+    """The summary without the problems that were printed while the run was under way; `told` counts them."""
+    left = [row for row in summary[key] if (row["reason"], row["detail"]) not in told]
+    return {**summary, key: left, "told": len(summary[key]) - len(left)}
+
+
+def _told_lines(summary: Mapping[str, Any]) -> list[str]:
+    return [counted(summary["told"], "problem") + ", told above"] if summary.get("told") else []
 
 
 def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -85,9 +99,11 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
     if summary["left_out"]:
         lines.append(f"left out: {left_out_words(summary['left_out'])}")
     if "copied" in summary and not any(summary[key] for key in ("converted", "copied", "deleted", "kept")):
-        lines += ["", "nothing to do: DEST is in step" if not summary["problems"] else "nothing was changed"]
+        fine = not summary["problems"] and not summary.get("told")
+        lines += ["", "nothing to do: DEST is in step" if fine else "nothing was changed"]
     if summary["problems"]:
         lines += ["", *_problem_lines(summary["problems"])]
+    lines += _told_lines(summary)
     if summary["known_problems"]:
         lines += ["", "known:", *_problem_lines(summary["known_problems"])]
     if summary["resolved"]:
@@ -122,10 +138,11 @@ def migration_lines(summary: Mapping[str, Any]) -> list[str]:
         lines += ["", *align([_version_row(row) for row in migrated[:SHOWN_VERSIONS]], indent="")]
         if len(migrated) > SHOWN_VERSIONS:
             lines.append(f"... and {len(migrated) - SHOWN_VERSIONS} more, in the run record")
-    elif not summary["problems"] and not summary["updated"]:
+    elif not summary["problems"] and not summary.get("told") and not summary["updated"]:
         lines += ["", "nothing to do: DEST is in step"]
     if summary["problems"]:
         lines += ["", *_problem_lines(summary["problems"])]
+    lines += _told_lines(summary)
     lines += ["", f"{summary['seconds']:.1f} s, run {summary['run_id']}"]
     if summary.get("record"):
         lines.append(f"run record and report: {summary['record']}")
@@ -249,7 +266,7 @@ def verification_lines(summary: Mapping[str, Any]) -> list[str]:
     problems = [{"source": issue["uri"], **issue} for issue in summary["issues"]]
     if problems:
         lines += ["", *_problem_lines(problems)]
-    return [*lines, "", f"{summary['seconds']:.1f} s"]
+    return [*lines, *_told_lines(summary), "", f"{summary['seconds']:.1f} s"]
 
 
 def _problem_lines(problems: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -13,7 +13,7 @@ from flows.cli.destination import refuse_one_file
 from flows.cli.printing import align, print_json, print_line
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared, judging_options, run_options, shared_options, split_options
-from flows.cli.summary import JSON_KEYS, SYNC_KEYS, conversion_lines, tell_summary
+from flows.cli.summary import JSON_KEYS, SYNC_KEYS, conversion_lines, tell_summary, untold
 from flows.units import format_nbytes
 from flows.wishes import build_options, refuse_secrets
 from ptbin.catalog.entries import skipped_words
@@ -149,7 +149,9 @@ def sync_command(
             **carrying_out,
             **wishes,
         )
-    return tell_summary(summary, (*JSON_KEYS, *SYNC_KEYS), conversion_lines(summary), shared)
+    return tell_summary(
+        summary, (*JSON_KEYS, *SYNC_KEYS), conversion_lines(untold(summary, listener.told)), shared
+    )
 
 
 def _print_plan(
