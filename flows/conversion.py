@@ -44,6 +44,7 @@ from tasks.live import Interrupted, Settled
 from tasks.outcomes import Outcome, one_line
 from tasks.recording import merge_index, write_index, write_ledger, write_run_record
 from tasks.retrying import RETRIES, retry_delay
+from tasks.stepping import FULL_AFTER
 
 __all__ = ["Conversion", "halves"]
 
@@ -93,6 +94,7 @@ class Conversion:
         self.runner = run.runner
         self.work = work_of(run.live)
         self.settled_paths: set[str] = set()
+        self.full = 0
         self.lines: list[str] = []
         self.index_rows: list[FinishedRow] = []
         self.segments = 0
@@ -445,6 +447,9 @@ class Conversion:
     def _settle(self, job: Job, outcome: Outcome) -> None:
         """One checkpoint has its final outcome."""
         self.settled_paths.add(job.path)
+        self.full += outcome.is_full
+        if self.full >= FULL_AFTER:
+            self.running.stop("there is no room left in DEST; free some, then run again")
         kind = self.tally.add(job, outcome).outcome
         facts = outcome.converted
         if facts is not None and facts.index_row is not None:

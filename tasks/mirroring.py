@@ -16,6 +16,7 @@ from ptbin.catalog.mirroring import Gone, is_reached_plainly, iter_gone
 from ptbin.errors import NotFoundInStoreError
 from ptbin.manifests.manifest import manifest_uri
 from ptbin.options import ConvertOptions
+from ptbin.sources.companions import MAX_POINTER_NBYTES, refuse_pointer
 from ptbin.sources.sidecars import change_of
 from ptbin.stores import open_store
 from ptbin.stores.copying import Copied, copy_file, same_content
@@ -79,7 +80,16 @@ def _compare_copy(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
 
 
 def _change_of(job: Job, options: ConvertOptions) -> Callable[[bytes], bytes] | None:
-    return change_of(job.dest_uri.rpartition("/")[2], options.dtype)
+    """What is to become of the content on its way; a Git LFS pointer in place of a file is refused."""
+    change = change_of(job.dest_uri.rpartition("/")[2], options.dtype)
+    if job.source_size > MAX_POINTER_NBYTES:
+        return change
+
+    def looked_at(data: bytes) -> bytes:
+        refuse_pointer(data, job.source_uri)
+        return change(data) if change is not None else data
+
+    return looked_at
 
 
 @task(

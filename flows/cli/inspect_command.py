@@ -9,7 +9,7 @@ import click
 from flows.cli.conversion_options import recipe_option
 from flows.cli.printing import align, print_error, print_json, print_line
 from flows.cli.shared_options import Shared, shared_options
-from flows.units import format_nbytes, left_out_words
+from flows.units import counted, format_nbytes, left_out_words
 from ptbin.errors import CheckpointError
 
 __all__ = ["inspect_command"]
@@ -71,7 +71,7 @@ def _print_report(report: dict[str, Any]) -> None:
         [
             (
                 row["path"] or "(top)",
-                f"{row['tensors']} tensors",
+                counted(row["tensors"], "tensor"),
                 format_nbytes(row["nbytes"]),
                 row["role"] or "",
             )

@@ -12,7 +12,7 @@ from flows.cli.destination import refuse_one_file
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared, run_options, shared_options, split_options
-from flows.cli.summary import MIGRATE_KEYS, mapping_lines, migration_lines, tell_summary
+from flows.cli.summary import MIGRATE_KEYS, mapping_lines, migration_lines, tell_summary, untold
 from flows.wishes import build_options, refuse_secrets
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def migrate_command(
             **carrying_out,
             **wishes,
         )
-    return tell_summary(summary, MIGRATE_KEYS, migration_lines(summary), shared)
+    return tell_summary(summary, MIGRATE_KEYS, migration_lines(untold(summary, listener.told)), shared)
 
 
 def _print_mapping(

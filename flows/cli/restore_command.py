@@ -21,6 +21,7 @@ from flows.cli.summary import (
     marked_row,
     single_lines,
     tell_summary,
+    untold,
 )
 from flows.wishes import parse_renames, refuse_secrets
 from ptbin.errors import CheckpointError, StorageError, UsageError, VerificationError
@@ -160,7 +161,7 @@ def restore_command(
                 **carrying_out,
                 **{key: list(value) if isinstance(value, tuple) else value for key, value in wishes.items()},
             )
-        lines = conversion_lines(summary)
+        lines = conversion_lines(untold(summary, listener.told))
     lines += initial_lines(summary)
     return tell_summary(summary, (*JSON_KEYS, "initial"), lines, shared)
 

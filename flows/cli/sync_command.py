@@ -13,7 +13,7 @@ from flows.cli.destination import refuse_one_file
 from flows.cli.printing import align, print_json, print_line
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared, judging_options, run_options, shared_options, split_options
-from flows.cli.summary import JSON_KEYS, SYNC_KEYS, conversion_lines, tell_summary
+from flows.cli.summary import JSON_KEYS, SYNC_KEYS, conversion_lines, tell_summary, untold
 from flows.units import format_nbytes
 from flows.wishes import build_options, refuse_secrets
 from ptbin.catalog.entries import skipped_words
@@ -106,12 +106,30 @@ def sync_command(
             delete=delete, max_delete=max_delete, checksum=checksum, immutable=immutable,
             backs_up=backup_dir is not None, force=force, copy_links=copy_links,
         )  # fmt: skip
-    from flows.cli.on_prefect import run_flow
+    from flows.cli.on_prefect import run_prepared
+    from flows.prepared import Asked
     from flows.run_record import new_run_id
+    from ptbin.catalog import OutputRule
+    from ptbin.catalog.mirroring import alone
+    from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
 
+    asked = Asked(
+        source,
+        dest,
+        OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout),
+        alone(options),
+        (),
+        tuple(exclude),
+        copy_links,
+        tuple(include),
+        deletes=delete,
+        distrust=checksum,
+        always=checksum,
+        min_success=min_success,
+    )
     with showing_progress(shared) as listener:
-        summary = run_flow(
-            "sync",
+        summary = run_prepared(
+            asked,
             new_run_id(),
             shared,
             listener,
@@ -131,7 +149,9 @@ def sync_command(
             **carrying_out,
             **wishes,
         )
-    return tell_summary(summary, (*JSON_KEYS, *SYNC_KEYS), conversion_lines(summary), shared)
+    return tell_summary(
+        summary, (*JSON_KEYS, *SYNC_KEYS), conversion_lines(untold(summary, listener.told)), shared
+    )
 
 
 def _print_plan(

@@ -10,7 +10,8 @@ import click
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared, runner_options, shared_options
-from flows.cli.summary import verification_lines
+from flows.cli.started import began
+from flows.cli.summary import untold, verification_lines
 from flows.wishes import refuse_secrets
 from ptbin.errors import UsageError
 
@@ -97,7 +98,7 @@ def verify_command(
     if shared.as_json:
         print_json({key: summary[key] for key in JSON_KEYS})
     elif not shared.quiet:
-        for line in verification_lines(summary):
+        for line in verification_lines(untold(summary, listener.told, "issues")):
             print_line(line)
     return 0 if not summary["issues"] else 1
 
@@ -155,7 +156,6 @@ def _verify_one(
     from ptbin.stores import public_uri
     from tasks.live import Settled
 
-    started = time.monotonic()
     listener.planned(1, 0, 0)
     uri = dest if dest.endswith(MANIFEST_SUFFIX) else _manifest_of(dest, shared)
     found = ptbin.verify(
@@ -187,6 +187,6 @@ def _verify_one(
         "proven": int(not issues),
         "failed": int(bool(issues)),
         "orphans": 0,
-        "seconds": round(time.monotonic() - started, 3),
+        "seconds": round(time.monotonic() - began(), 3),
         "issues": issues,
     }

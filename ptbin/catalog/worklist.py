@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ptbin.catalog.cases import folds_case
 from ptbin.catalog.collisions import settle_collisions, suffixes_beside
 from ptbin.catalog.companions import is_doubtful, is_sidecar
 from ptbin.catalog.entries import Entries
@@ -44,6 +45,8 @@ from ptbin.stores import ListedObject, WatchQuietly, identity_text, open_store
 
 __all__ = ["WorkList"]
 
+NEW_EVERY = 20
+"""Of so many jobs one is looked up while SOURCE is still listed."""
 JOINT_KIND = "parts"
 """Of identities of several files together (`stores.joined.joint_identity`)."""
 
@@ -59,6 +62,7 @@ class WorkList(JobTable):
         self._source_options: Mapping[str, Any] | None = None
         self.own_files: set[str] | None = None
         """Paths below DEST of the files in `_ptbin` itself; None where DEST was not listed."""
+        self._on_new: Callable[[Job], bool] | None = None
         self.entries = Entries()
         """What the listing of SOURCE passed over."""
 
@@ -83,19 +87,21 @@ class WorkList(JobTable):
         distrust: bool = False,
         named: NamedFiles | None = None,
         copy_links: bool = False,
+        on_new: Callable[[Job], bool] | None = None,
     ) -> list[Problem]:
         """Fill the list; what cannot be done at all. `tick` is called now and then, and may raise.
 
         With `options.force` nothing is up to date; with `distrust` everything is to be done that is not
         compared by its content. `copies` says which files go along as they are, `named` which files alone are
         looked at; `copy_links` follows links that lead out of SOURCE. `entries` says what was passed over.
+        `on_new` is called with jobs of which DEST holds nothing, some of them, until it returns true.
 
         Raises:
             NotFoundInStoreError, StorageError: from the stores.
         """
         with self.lock:
             self._clear()
-            self.rule = rule
+            self.rule = replace(rule, folds_case=folds_case(*open_store(self.dest, self._dest_options)))
             self._options, self._source_options = options, source_options
             self._read_dest(tick)
             others: list[ListedObject] = []
@@ -117,6 +123,7 @@ class WorkList(JobTable):
                 parts=options.parts,
                 named=named,
             )
+            self._on_new = on_new
             problems = self._add(found, others, tick)
             problems += self.entries.problems
             problems += settle_collisions(self, self._options)
@@ -216,9 +223,19 @@ class WorkList(JobTable):
                 TO_DO,
             ),
         )
+        if self._on_new is not None and (cursor.lastrowid or 0) % NEW_EVERY == 1:
+            self._look_whether_new(job)
         folder, _, name = job.path.rpartition("/")
         if job.copies and self.rule.layout == "hf" and is_sidecar(name):
             self.db.execute("INSERT INTO sidecars VALUES (?, ?)", (folder, cursor.lastrowid))
+
+    def _look_whether_new(self, job: Job) -> None:
+        if (
+            self._size_of(self.relative_manifest(job)) is None
+            and self._on_new is not None
+            and self._on_new(job)
+        ):
+            self._on_new = None
 
     def _put_sidecars_beside_weights(self) -> None:
         """Where layout `hf` gives weights a folder of their own, configuration and tokenizer go there too.
@@ -236,7 +253,7 @@ class WorkList(JobTable):
             beside = "id IN (SELECT job FROM sidecars WHERE folder = ?)"
             for _, job in list(self.select(beside, (weights.path.rpartition("/")[0],))):
                 path = self.rule.beside_weights(job.path, output)
-                place = path.casefold() if path is not None else ""
+                place = self.rule.fold(path) if path is not None else ""
                 if path is None or self.db.execute("SELECT 1 FROM jobs WHERE place = ?", (place,)).fetchone():
                     continue
                 self._insert(replace(job, dest_uri=f"{self.rule.base}/{path}"))
@@ -348,7 +365,7 @@ class WorkList(JobTable):
             return [
                 name
                 for name in dict.fromkeys(self._outputs_before(manifest))
-                if self.db.execute(query, ((folder + name).casefold(),)).fetchone()
+                if self.db.execute(query, (self.rule.fold(folder + name),)).fetchone()
             ]
 
     def is_planned(self, path: str) -> bool:
@@ -361,7 +378,7 @@ class WorkList(JobTable):
             names |= {base for name in names for base in split_bases(name)}
         with self.lock:
             return any(
-                self.db.execute("SELECT 1 FROM jobs WHERE place = ?", (name.casefold(),)).fetchone()
+                self.db.execute("SELECT 1 FROM jobs WHERE place = ?", (self.rule.fold(name),)).fetchone()
                 for name in names
             )
 
@@ -442,7 +459,7 @@ class WorkList(JobTable):
         place = path.removesuffix(MANIFEST_SUFFIX)
         with self.lock:
             found = self.db.execute(
-                "SELECT output, copies FROM jobs WHERE place = ?", (place.casefold(),)
+                "SELECT output, copies FROM jobs WHERE place = ?", (self.rule.fold(place),)
             ).fetchall()
         return any(output + ("" if copies else MANIFEST_SUFFIX) == path for output, copies in found)
 
