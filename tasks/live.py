@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ptbin.stores import Place, place_of
 from tasks.credentials import Credentials
 
 if TYPE_CHECKING:
@@ -104,6 +105,14 @@ class LiveRun:
     """How many requests all tasks of the run in this process may have under way together."""
     summary: dict[str, Any] = field(default_factory=dict, repr=False)
     """Filled by the flow at its end, for the process that started it."""
+
+    def source_at(self, uri: str) -> Place:
+        """A place below SOURCE, with the run's storage options for it."""
+        return place_of(uri, self.source_options)
+
+    def dest_at(self, uri: str) -> Place:
+        """A place below DEST, likewise."""
+        return place_of(uri, self.dest_options)
 
     def moved(self, nbytes: int) -> None:
         """The progress callback handed to the engine.

@@ -65,10 +65,8 @@ def _compare(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
 
 def _compare_copy(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
     same = same_content(
-        job.source_uri,
-        job.dest_uri,
-        source_options=live.source_options,
-        dest_options=live.dest_options,
+        live.source_at(job.source_uri),
+        live.dest_at(job.dest_uri),
         change=_change_of(job, options),
         progress=live.moved,
     )
@@ -100,11 +98,9 @@ def _copy(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
     try:
         with limit_requests(live.requests):
             copied = copy_file(
-                job.source_uri,
-                job.dest_uri,
+                live.source_at(job.source_uri),
+                live.dest_at(job.dest_uri),
                 expected=job.identity,
-                source_options=live.source_options,
-                dest_options=live.dest_options,
                 verify=options.verify != "none",
                 change=_change_of(job, options),
                 progress=live.moved,
@@ -144,10 +140,8 @@ def back_up_batch(ticket: Ticket, label: str, dest: str, backup: str, files: Seq
         try:
             with limit_requests(live.requests):
                 copy_file(
-                    f"{dest.rstrip('/')}/{path}",
-                    f"{backup.rstrip('/')}/{path}",
-                    source_options=live.dest_options,
-                    dest_options=live.dest_options,
+                    live.dest_at(dest) / path,
+                    live.dest_at(backup) / path,
                     progress=live.moved,
                 )
         except NotFoundInStoreError:

@@ -9,7 +9,6 @@ from prefect.cache_policies import NO_CACHE
 
 from ptbin.catalog.finished import FinishedRow, write_segment
 from ptbin.history.failures import Unconverted, write_unconverted
-from ptbin.stores import open_store
 from tasks.live import find_live_run
 from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, worth_retrying
 
@@ -27,9 +26,9 @@ __all__ = ["merge_index", "write_index", "write_ledger", "write_run_record"]
 )
 def write_run_record(run_id: str, folder_uri: str, files: Mapping[str, bytes]) -> None:
     """Write each file whole, in order; `run.json` comes last, so its presence means the others are there."""
-    store, folder = open_store(folder_uri, find_live_run(run_id).dest_options)
+    folder = find_live_run(run_id).dest_at(folder_uri)
     for name, data in files.items():
-        store.write_bytes(f"{folder}/{name}", data)
+        (folder / name).write_bytes(data)
 
 
 @task(
@@ -43,7 +42,7 @@ def write_run_record(run_id: str, folder_uri: str, files: Mapping[str, bytes]) -
 )
 def write_index(run_id: str, dest: str, name: str, rows: Sequence[FinishedRow]) -> None:
     """Add what was finished to the index below `dest`, as a segment of that name."""
-    write_segment(dest, name, rows, dest_options=find_live_run(run_id).dest_options)
+    write_segment(find_live_run(run_id).dest_at(dest), name, rows)
 
 
 @task(
@@ -68,7 +67,7 @@ def merge_index(run_id: str, dest: str, name: str) -> None:
     """
     live = find_live_run(run_id)
     assert live.work is not None, "the flow opens a work list first"
-    store, folder = open_store(dest, live.dest_options)
-    write_segment(dest, name, live.work.iter_finished(), dest_options=live.dest_options)
+    folder = live.dest_at(dest)
+    write_segment(folder, name, live.work.iter_finished())
     for path in live.work.segments():
-        store.delete(f"{folder.rstrip('/')}/{path}")
+        (folder / path).delete()

@@ -167,14 +167,12 @@ def _verify_one(
     )
     if public_key is not None:
         from ptbin.proof.signatures import verify_signatures
-        from ptbin.stores import open_store
+        from ptbin.stores import place_of
 
-        store, path = open_store(uri, shared.dest_options)
         found += verify_signatures(
-            dest,
+            place_of(dest, shared.dest_options),
             public_key,
-            [store.uri_of(path)],
-            storage_options=shared.dest_options,
+            [place_of(uri, shared.dest_options).uri],
             progress=listener.moved,
         )
     issues = [issue.to_json() for issue in found]

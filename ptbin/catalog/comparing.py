@@ -159,7 +159,7 @@ def _digests(
     reader.check_unchanged()
     for sidecar in stored.keys() - found.keys():
         try:
-            data = place.store.read_bytes(f"{place.folder}/{sidecar}")
+            data = (place.folder / sidecar).read_bytes()
         except NotFoundInStoreError:
             continue
         found[sidecar] = hashlib.sha256(data).hexdigest()

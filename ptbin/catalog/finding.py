@@ -150,12 +150,12 @@ def find_one(source: str, *, storage_options: Mapping[str, Any] | None = None) -
     Raises:
         NotFoundInStoreError: nothing is there. UsageError: a folder that is not one checkpoint.
     """
-    place = find_source(source, storage_options)
-    name = place.path.rstrip("/").rpartition("/")[2]
-    if not place.parts:
-        stat = place.store.stat(place.path)
+    found = find_source(source, storage_options)
+    name = found.place.name
+    if not found.parts:
+        stat = found.place.stat()
         return Found(name, stat.uri, stat.size, stat.identity, True)
-    return Found(name, place.store.uri_of(place.path), place.size, place.identity, True)
+    return Found(name, found.place.uri, found.size, found.identity, True)
 
 
 def _is_our_own(path: str) -> bool:

@@ -39,7 +39,7 @@ from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.manifests.vouching import ASIDE_SUFFIX, CLAIM_TARGET_SUFFIX
 from ptbin.options import ConvertOptions
 from ptbin.sources.folders import INDEX_SUFFIX
-from ptbin.stores import ListedObject, identity_text, open_store
+from ptbin.stores import ListedObject, identity_text, place_of
 
 __all__ = ["WorkList"]
 
@@ -139,10 +139,10 @@ class WorkList(JobTable):
             self.db.execute(f"DELETE FROM {table}")  # noqa: S608 - names from the line above
 
     def _read_dest(self, tick: Callable[[], object]) -> None:
-        store, path = open_store(self.dest, self._dest_options)
+        dest = place_of(self.dest, self._dest_options)
         self.own_files = set()
         self.db.execute("BEGIN")
-        for number, item in enumerate(store.iter_objects(path)):
+        for number, item in enumerate(dest.iter_objects()):
             if number % PAGE == 0:
                 tick()
             if not is_in_own_folder(item.path):
@@ -155,7 +155,7 @@ class WorkList(JobTable):
         self.db.execute("COMMIT")
         for (segment,) in self.db.execute("SELECT path FROM segments ORDER BY path").fetchall():
             tick()
-            self.learn(iter_segment(store, f"{path.rstrip('/')}/{segment}"))
+            self.learn(iter_segment(dest / segment))
 
     def learn(self, rows: Iterable[FinishedRow]) -> None:
         """Take rows of the index in, those that speak of what DEST's listing shows."""
@@ -359,8 +359,8 @@ class WorkList(JobTable):
         Raises:
             StorageError: the store failed.
         """
-        store, path = open_store(self.dest, self._dest_options)
-        return store.discard_unfinished(path, self._is_unfinished)
+        dest = place_of(self.dest, self._dest_options)
+        return dest.store.discard_unfinished(dest.path, self._is_unfinished)
 
     def _is_unfinished(self, path: str) -> bool:
         """Whether what was to go to `path` is a planned output, or a claim that a manifest has overtaken."""
@@ -395,9 +395,9 @@ class WorkList(JobTable):
             return [name for row in rows for name, _ in row.outputs]
         if self._size_of(manifest) is None:
             return []
-        store, path = open_store(self.dest, self._dest_options)
+        place = place_of(self.dest, self._dest_options) / manifest
         try:
-            found = parse_manifest(store.read_bytes(f"{path.rstrip('/')}/{manifest}"), manifest)
+            found = parse_manifest(place.read_bytes(), manifest)
         except (NotFoundInStoreError, VerificationError, LimitExceededError):
             return []
         return [output["path"] for output in found["outputs"]]

@@ -88,6 +88,10 @@ class Place:
         """The file next to this one whose name has `suffix` behind it."""
         return Place(self.store, (self._bare or self.path) + suffix)
 
+    def without(self, suffix: str) -> Place:
+        """The file whose name this has without `suffix` at its end; this one where it is not there."""
+        return Place(self.store, self.path.removesuffix(suffix))
+
     def relative_to(self, folder: Place) -> str:
         """The path below `folder`. Raises ValueError where this does not lie there."""
         prefix = folder.path if not folder.path or folder.means_below else f"{folder.path}/"
