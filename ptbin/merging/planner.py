@@ -31,12 +31,14 @@ class Planned:
         tensors: name to tensor and the names of the sources it is made of, in the order of the first of them.
         renamed: those that are a source as it is, under another name.
         left_out: (name, role) of sources that a rule leaves out.
+        padded: names of sources of which a step cuts something off.
         kept: names that no rule concerns.
     """
 
     tensors: dict[str, tuple[TensorRef, tuple[str, ...]]] = field(default_factory=dict)
     renamed: set[str] = field(default_factory=set)
     left_out: list[tuple[str, str]] = field(default_factory=list)
+    padded: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
 
 
@@ -67,6 +69,7 @@ class _Plan:
         self.known: dict[object, Storage] = {}
         self.used: dict[str, list[tuple[int, tuple[int, ...], tuple[int, ...]]]] = {}
         self.leaves: dict[str, View] = {}
+        self.padded: list[str] = []
 
     def made(self) -> Planned:
         found = Planned()
@@ -95,6 +98,7 @@ class _Plan:
                 f'{", ".join(rest[:5])}; add rules, or "others": "keep"'
             )
         found.kept = rest
+        found.padded = self.padded
         taken = set(rest)
         for _, name, tensor, names in sorted(made, key=lambda row: row[0]):
             if name in taken:
@@ -145,12 +149,20 @@ class _Plan:
     def _outputs(
         self, rule: Rule, groups: dict[str, str], sources: Sequence[tuple[str, ...]]
     ) -> Iterator[tuple[str, TensorRef]]:
-        for view in self._views(rule, sources, self._leaf)[1]:
-            for box in view.boxes:
-                self.used.setdefault(box.part.home, []).append((box.offset, box.shape, box.stride))
-        real = self._views(rule, sources, lambda name: view_of(self.tensors[name], name))
-        for name, view in self._named(rule, groups, *real):
+        for _, view in self._views(rule, sources, self._leaf, self._note_padding):
+            self._use(view)
+        for own, view in self._views(rule, sources, lambda name: view_of(self.tensors[name], name)):
+            assert rule.to is not None
+            name = self._name(rule.to, {**groups, **own})
             yield name, view.tensor(self._what(name), name, self.known)
+
+    def _use(self, view: View) -> None:
+        for box in view.boxes:
+            self.used.setdefault(box.part.home, []).append((box.offset, box.shape, box.stride))
+
+    def _note_padding(self, rest: View) -> None:
+        self._use(rest)
+        self.padded.extend(dict.fromkeys(box.part.home for box in rest.boxes))
 
     def _leaf(self, name: str) -> View:
         found = self.leaves.get(name)
@@ -160,26 +172,29 @@ class _Plan:
         return found
 
     def _views(
-        self, rule: Rule, sources: Sequence[tuple[str, ...]], view_of_name: Callable[[str], View]
-    ) -> tuple[str, list[View]]:
-        """The tensor, or the tensors of an unstacked axis: the group that counts them, and each."""
+        self,
+        rule: Rule,
+        sources: Sequence[tuple[str, ...]],
+        view_of_name: Callable[[str], View],
+        note_padding: Callable[[View], None] = lambda _: None,
+    ) -> list[tuple[dict[str, str], View]]:
+        """The tensor, or the tensors of unstacked axes: each with the groups that count it."""
         parts = []
         for names in sources:
             views = [view_of_name(name) for name in names]
             self._alike(names, views, None)
             parts.append(stacked(views, 0) if rule.stack else views[0])
-        results = [self._stepped(rule, view) for view in parts]
-        group, first = results[0]
-        for other_group, views in results[1:]:
-            if (other_group, len(views)) != (group, len(first)):
-                raise UsageError(f"recipe {self.recipe.name!r} unstacks sources of unlike length")
+        results = [self._stepped(rule, view, note_padding) for view in parts]
+        groups = [own for own, _ in results[0]]
+        if any([own for own, _ in views] != groups for views in results):
+            raise UsageError(f"recipe {self.recipe.name!r} unstacks sources of unlike length")
         joined = []
-        for pieces in zip(*(views for _, views in results), strict=True):
+        for own, *pieces in zip(groups, *([view for _, view in views] for views in results), strict=True):
             if len(pieces) > 1:
-                pieces = tuple(piece.settled() for piece in pieces)
+                pieces = [piece.settled() for piece in pieces]
                 self._alike([names[0] for names in sources], pieces, rule.concat)
-            joined.append(concatenated(pieces, rule.concat) if len(pieces) > 1 else pieces[0])
-        return group, joined
+            joined.append((own, concatenated(pieces, rule.concat) if len(pieces) > 1 else pieces[0]))
+        return joined
 
     def _alike(self, names: Sequence[str], views: Sequence[View], axis: int | None) -> None:
         def form(view: View) -> tuple[object, ...]:
@@ -192,24 +207,35 @@ class _Plan:
                     f"{list(views[0].shape)} and {name!r} of {view.dtype.name} {list(view.shape)} together"
                 )
 
-    def _stepped(self, rule: Rule, view: View) -> tuple[str, list[View]]:
-        group, views = "", [view]
+    def _stepped(
+        self, rule: Rule, view: View, note_padding: Callable[[View], None]
+    ) -> list[tuple[dict[str, str], View]]:
+        views: list[tuple[dict[str, str], View]] = [({}, view)]
         for step in rule.steps:
             if step.kind == "unstack":
-                group = str(step.arguments[1])
-                if group == "" or len(views) > 1:
-                    raise UsageError(
-                        f"recipe {self.recipe.name!r}: one axis is unstacked, into a named group"
-                    )
-                axis = step.arguments[0]
-                self._axis(step, views[0], axis)
-                if (views[0].final or views[0].shape)[axis] > MAX_UNSTACKED:
-                    raise UsageError(f"recipe {self.recipe.name!r}: more than {MAX_UNSTACKED} tensors of one")
-                view = views[0].settled()
-                views = [view.at(axis, index) for index in range(view.shape[axis])]
+                views = self._unstacked(step, views)
             else:
-                views = [self._step(step, each) for each in views]
-        return group, views
+                views = [(own, self._step(step, each, note_padding)) for own, each in views]
+        return views
+
+    def _unstacked(
+        self, step: Step, views: Sequence[tuple[dict[str, str], View]]
+    ) -> list[tuple[dict[str, str], View]]:
+        axis, group = step.arguments[0], str(step.arguments[1])
+        if group == "" or any(group in own for own, _ in views):
+            raise UsageError(
+                f"recipe {self.recipe.name!r}: an axis is unstacked into a named group of its own"
+            )
+        found = []
+        for own, view in views:
+            self._axis(step, view, axis)
+            if len(views) * (view.final or view.shape)[axis] > MAX_UNSTACKED:
+                raise UsageError(f"recipe {self.recipe.name!r}: more than {MAX_UNSTACKED} tensors of one")
+            whole = view.settled()
+            found += [
+                ({**own, group: str(index)}, whole.at(axis, index)) for index in range(whole.shape[axis])
+            ]
+        return found
 
     def _axis(self, step: Step, view: View, *axes: int) -> None:
         shape = view.final or view.shape
@@ -218,7 +244,7 @@ class _Plan:
                 f"recipe {self.recipe.name!r}: {step.kind} {list(step.arguments)} of a shape {list(shape)}"
             )
 
-    def _step(self, step: Step, view: View) -> View:
+    def _step(self, step: Step, view: View, note_padding: Callable[[View], None]) -> View:
         view = view if step.kind == "flatten" else view.settled()
         if step.kind == "order":
             if sorted(step.arguments) != list(range(len(view.shape))):
@@ -236,6 +262,13 @@ class _Plan:
             return replace(view, final=(*shape[:first], merged, *shape[last + 1 :]))
         axis = step.arguments[0]
         self._axis(step, view, axis)
+        if step.kind == "cut":
+            extent = view.shape[axis]
+            count = self.values.get(str(step.arguments[1]), extent)
+            if 0 < count < extent:
+                note_padding(view.taken(axis, count, extent - count))
+                view = view.taken(axis, 0, count)
+            return view
         if step.kind == "take":
             first, count = (evaluate(value, self.values) for value in step.arguments[1:])
             if first < 0 or count < 0 or first + count > view.shape[axis]:
@@ -255,13 +288,6 @@ class _Plan:
                 f"recipe {self.recipe.name!r}: {extent} is not {' x '.join(map(str, wanted))} ({sizes})"
             )
         return tuple(sizes)
-
-    def _named(
-        self, rule: Rule, groups: dict[str, str], group: str, views: Sequence[View]
-    ) -> Iterator[tuple[str, View]]:
-        assert rule.to is not None
-        for index, view in enumerate(views):
-            yield self._name(rule.to, {**groups, group: str(index)} if group else groups), view
 
     def _name(self, template: str, groups: dict[str, str]) -> str:
         def replace(match: re.Match[str]) -> str:

@@ -32,7 +32,7 @@ Expression = int | str
 
 How = Literal["rows", "columns", "equal", "gated", "to dim"]
 _HOWS = ("rows", "columns", "equal", "gated", "to dim")
-_STEPS = {"split": 2, "take": 3, "order": None, "flatten": 2, "unstack": 2}
+_STEPS = {"split": 2, "take": 3, "cut": 2, "order": None, "flatten": 2, "unstack": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +44,23 @@ class Merge:
             copies; `gated` parts are two blocks of rows each, of which all first ones come first; `to dim`
             parts are rows where they are as wide as the value `dim`, columns where together they are.
         heads: value that counts the pieces there are, where more ranks than that hold copies (`n_kv_heads`).
+        when: value that decides whether the rule counts; it must be stated, and 0 passes the rule over.
+        cut: value that counts the rows of the whole, where it is stated; rows behind them are padding.
     """
 
     names: str
     how: How
     heads: str = ""
+    when: str = ""
+    cut: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One change of a tensor's view; `arguments` as the step's kind has them.
 
-    `split` axis into sizes (one may be -1), `take` count indices of an axis from the first on, `order` axes
+    `split` axis into sizes (one may be -1), `take` count indices of an axis from the first on, `cut` an axis
+    to as many first indices as the named value says, where it is stated (the rest is padding), `order` axes
     anew, `flatten` the axes from first to last into one, `unstack` an axis: one tensor for each index, which
     names use as a group.
     """
@@ -209,7 +214,11 @@ class _Row:
 
 
 def _merge(row: _Row) -> Merge:
-    merge = Merge(row.pattern(row.take("names")), row.choice("how", _HOWS), str(row.take("heads", "")))
+    merge = Merge(
+        row.pattern(row.take("names")),
+        row.choice("how", _HOWS),
+        *(str(row.take(key, "")) for key in ("heads", "when", "cut")),
+    )
     row.finish()
     return merge
 
@@ -248,4 +257,6 @@ def _step(item: Any, what: str) -> Step:
         raise UsageError(f"{what}: {kind!r} names no axis in {str(arguments)[:100]}")
     if kind == "split" and not isinstance(arguments[1], list):
         raise UsageError(f"{what}: 'split' takes an axis and a list of sizes")
+    if kind == "cut" and not isinstance(arguments[1], str):
+        raise UsageError(f"{what}: 'cut' takes an axis and the name of a value")
     return Step(kind, tuple(tuple(value) if isinstance(value, list) else value for value in arguments))

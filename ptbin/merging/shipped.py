@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from ptbin.errors import UsageError
+from ptbin.merging.megatron import MEGATRON_RECIPES
 from ptbin.merging.recipes import Recipe, parse_recipe
 
 __all__ = ["SHIPPED", "find_recipe"]
@@ -139,6 +140,7 @@ SHIPPED: dict[str, tuple[str, dict[str, Any]]] = {
             "others": "keep",
         },
     ),
+    **MEGATRON_RECIPES,
 }
 """Name to what it does and the recipe."""
 
@@ -151,7 +153,25 @@ def find_recipe(text: str) -> Recipe:
         UsageError: neither.
     """
     if text.lstrip().startswith("{"):
-        return parse_recipe(text)
+        return parse_recipe(_completed(text))
     if text not in SHIPPED:
         raise UsageError(f"recipe: {text[:200]!r} is neither a file nor one of {', '.join(SHIPPED)}")
     return parse_recipe(json.dumps({"name": text, **SHIPPED[text][1]}))
+
+
+def _completed(text: str) -> str:
+    """A recipe that names a shipped one as what it is `like`, with that one's rows where it has none."""
+    try:
+        own = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    if not isinstance(own, dict) or "like" not in own:
+        return text
+    like = own.pop("like")
+    if not isinstance(like, str) or like not in SHIPPED:
+        raise UsageError(f"recipe: `like` {str(like)[:200]!r} is not one of {', '.join(SHIPPED)}")
+    row = SHIPPED[like][1]
+    values = own.get("values", {})
+    if isinstance(values, dict):
+        own["values"] = {**row.get("values", {}), **values}
+    return json.dumps({"name": like, **row, **own})

@@ -117,7 +117,7 @@ def whole_tensor(
     if len(boxes) == 1 and own == shape and (not apart or _is_all(boxes[0])):
         tensor = boxes[0].part.tensor
         return TensorRef(tensor.storage, dtype, own, boxes[0].stride, tensor.storage_offset + boxes[0].offset)
-    made_of = (shape, *((id(b.part.tensor.storage), *_layout(b)) for b in boxes))
+    made_of = (shape, *((_identity(b.part.tensor.storage), *_layout(b)) for b in boxes))
     if known is not None and (storage := known.get(made_of)) is not None:
         return TensorRef(storage, dtype, own, dense_strides(own))
     place = _joined(shape, dtype.itemsize, boxes) or Tiled(
@@ -134,6 +134,14 @@ def _is_all(box: Box) -> bool:
     """Whether the box is its part as it lies."""
     tensor = box.part.tensor
     return (box.offset, box.shape, box.stride) == (0, tensor.shape, tensor.stride)
+
+
+def _identity(storage: Storage) -> object:
+    """What two boxes of the same bytes share. Not the storage itself: views make some that do not last, and
+    Python gives the identity of one that is gone to the next.
+    """
+    place = storage.place
+    return id(place.data) if isinstance(place, InMemory) else place
 
 
 def _layout(box: Box) -> tuple[object, ...]:

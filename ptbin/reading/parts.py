@@ -60,6 +60,7 @@ _WHOLE_CONTAINERS = (
     "deepspeed_experts",
     "torch_ranks",
     "meta_parts",
+    "megatron_parts",
     "raw",
     "torch_export",
 )

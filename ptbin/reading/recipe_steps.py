@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ptbin.errors import CorruptArchiveError, ModelMismatchError, UsageError
 from ptbin.merging.planner import plan_recipe
 from ptbin.merging.shipped import find_recipe
 from ptbin.reading.containers.checkpoint import Checkpoint
+from ptbin.reading.containers.megatron import megatron_facts
 from ptbin.values.state_dict import Excluded, StateDict
 from ptbin.values.tensors import TensorRef
 
@@ -15,7 +17,7 @@ __all__ = ["apply_recipe"]
 
 
 def apply_recipe(state_dict: StateDict, text: str, checkpoint: Checkpoint) -> None:
-    """Let the entries be what the recipe makes of them; what is no tensor stays as it is.
+    """Let the entries be what the recipe makes of them; what is no tensor is kept, or left out by a rule.
 
     Raises:
         ModelMismatchError: a rule does not fit, no rule names a tensor, elements would be used twice or not
@@ -27,7 +29,8 @@ def apply_recipe(state_dict: StateDict, text: str, checkpoint: Checkpoint) -> No
         return  # it only says how parts make a whole
     tensors = {name: value for name, value in state_dict.entries if isinstance(value, TensorRef)}
     try:
-        planned = plan_recipe(recipe, tensors, checkpoint.facts, checkpoint.uri)
+        facts = checkpoint.facts or megatron_facts(checkpoint.root)
+        planned = plan_recipe(recipe, tensors, facts, checkpoint.uri)
     except (UsageError, CorruptArchiveError) as error:
         # The recipe is well formed and the file sound: they are not for each other.
         raise ModelMismatchError(f"{checkpoint.uri}: {error}") from error
@@ -38,15 +41,27 @@ def apply_recipe(state_dict: StateDict, text: str, checkpoint: Checkpoint) -> No
         first.setdefault(names[0], []).append((name, tensor))
         if name in planned.renamed:
             sources[name] = names[0]
+    left |= {
+        name: rule.role
+        for name, value in state_dict.entries
+        for rule in recipe.rules
+        if rule.to is None
+        and not isinstance(value, TensorRef)
+        and any(re.fullmatch(source, name) for source in rule.sources)
+    }
     kept = set(planned.kept)
     entries: list[tuple[str, Any]] = []
     for name, value in state_dict.entries:
         entries.extend(first.get(name, []))
-        if name not in tensors or name in kept:
+        if name in kept or (name not in tensors and name not in left):
             entries.append((name, value))
         if name in left:
             reason = f"left out by recipe {recipe.name}"
             state_dict.excluded.append(Excluded(name, left[name], reason, value))
+    for name in dict.fromkeys(planned.padded):
+        state_dict.excluded.append(
+            Excluded(name, "padding", f"cut off by recipe {recipe.name}", tensors[name])
+        )
     state_dict.entries = entries
     state_dict.source_names = sources
     state_dict.made_of = {name: names for name, (_, names) in planned.tensors.items()}

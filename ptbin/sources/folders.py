@@ -19,6 +19,7 @@ from ptbin.sources.companions import companion_of
 from ptbin.sources.part_names import (
     META_PARAMETERS,
     find_parts,
+    is_megatron_name,
     is_meta_name,
     is_only_rank,
     may_be_part,
@@ -47,7 +48,7 @@ MODEL_STATES = "mp_rank_00_model_states.pt"
 _MODEL_STATES = re.compile(r"^(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt$")
 
 _OWN_FOLDER = ("torch_dcp", "deepspeed_zero", "deepspeed_experts")
-_MERGED = ("torch_ranks", "meta_parts")
+_MERGED = ("torch_ranks", "meta_parts", "megatron_parts")
 """Parts that are put together; a name such as `rank0.pt` is a weaker sign than a folder's index."""
 
 
@@ -68,8 +69,7 @@ class Group:
 
     Attributes:
         kind: `torch_dcp`, `deepspeed_zero`, `deepspeed_experts`, `torch_ranks`, `meta_parts`,
-            `sharded`, or `parts` for
-            those that nothing here puts together.
+            `megatron_parts`, `sharded`, or `parts` for that nothing here puts together.
         handle: path of the folder (empty for the listed place itself), the index file or the first part.
         folder: path of the folder.
         why: of `parts`, what they are and what to do.
@@ -201,6 +201,9 @@ def main_handle(items: Iterable[ListedObject]) -> Group | ListedObject | None:
     if own:
         return None
     alone = [item for item in single if is_only_rank(item.path) or is_meta_name(item.path)]
+    ranks = [item for item in single if is_megatron_name(item.path)]
+    if len(ranks) == 1 and not groups:
+        return Group("megatron_parts", "", "", tuple(ranks))
     if len(alone) == 1 and not groups:
         parameters = [item for item in single if item.path == META_PARAMETERS]
         if is_meta_name(alone[0].path) and parameters:

@@ -23,6 +23,7 @@ __all__ = [
     "META_PARAMETERS",
     "Parts",
     "find_parts",
+    "is_megatron_name",
     "is_meta_name",
     "is_only_rank",
     "is_rank_name",
@@ -41,6 +42,7 @@ _RANK_FOLDER = re.compile(
     r"|tp_rank_(?P<tp2>\d{2})_pp_rank_(?P<pp2>\d{3}))$"
 )
 _IN_RANK_FOLDER = re.compile(r"^.+\.(?:pt|pth|ckpt)$")
+_MEGATRON_FILES = ("model_optim_rng.pt", "model_rng.pt", "model_weights.ckpt")
 
 _META = re.compile(r"^consolidated\.(?P<n>\d{2})(?P<tail>\.(?:pth|pt|bin|safetensors))$")
 _LAYER = re.compile(r"^layer_\d+-(?:.+-)?model_states\.pt$")
@@ -102,7 +104,7 @@ def split_place(path: str) -> tuple[str, str]:
 
 def may_be_part(name: str) -> bool:
     """Whether the name (as `split_place` gives it) alone calls for a look at the names next to it."""
-    if companion_of(name) is not None:
+    if companion_of(name.rpartition("/")[2]) is not None:
         return False
     return "/" in name or any(pattern.match(name) for pattern in _PATTERNS)
 
@@ -115,6 +117,17 @@ def is_rank_name(name: str) -> bool:
 def is_meta_name(name: str) -> bool:
     """Whether a file of this name is one of Meta's parts."""
     return _META.match(name) is not None
+
+
+def is_megatron_name(name: str) -> bool:
+    """Whether a file of this name (as `split_place` gives it) is what one of Megatron's ranks saves."""
+    folder, slash, file = name.rpartition("/")
+    return bool(slash) and _RANK_FOLDER.match(folder) is not None and _is_megatron_file(file)
+
+
+def _is_megatron_file(file: str) -> bool:
+    # NeMo names the file after the model.
+    return file in _MEGATRON_FILES or (file.endswith(".ckpt") and companion_of(file) is None)
 
 
 def is_only_rank(name: str) -> bool:
@@ -214,10 +227,15 @@ def _of_rank_folders(names: Sequence[str]) -> list[Parts]:
     return [
         Parts(
             tuple(group),
-            f"files of tensor-, pipeline- or expert-parallel ranks ({_listed(list(group))}); the framework "
-            "that trained the model (Megatron, NeMo) has a tool that merges them",
+            f"files of tensor-, pipeline- or expert-parallel ranks ({_listed(list(group))}); "
+            + (
+                "convert the folder, which takes all of them"
+                if _is_megatron_file(file)
+                else "the framework that trained the model (Megatron, NeMo) has a tool that merges them"
+            ),
+            "megatron_parts" if _is_megatron_file(file) else "",
         )
-        for group in groups.values()
+        for file, group in groups.items()
         if len(group) > 1 or max(group.values()) > 0
     ]
 

@@ -21,7 +21,10 @@ from ptbin.errors import (
     OutputCollisionError,
     UsageError,
 )
+from ptbin.merging.planner import plan_recipe
 from ptbin.merging.shipped import SHIPPED, find_recipe
+from ptbin.values.dtypes import dtype_by_name
+from ptbin.values.tensors import ByteRange, Joined, Storage, TensorRef
 from tests.bits import assert_same_tensors
 from tests.checkpoints.llama import HEAD, HEADS, KEY_HEADS, LAYERS, VOCABULARY, WIDTH, write_meta_parts
 
@@ -276,6 +279,8 @@ def test_a_recipe_that_would_lose_or_double_something_is_refused(
         ('{"merge": [{"names": ".*", "how": "summed"}]}', "'summed' is not one of"),
         ("{}", "neither `merge` nor `tensors`"),
         ('{"values": [], "merge": [{"names": "a", "how": "rows"}]}', "values"),
+        ('{"like": "no-such"}', "`like` 'no-such' is not one of"),
+        ('{"tensors": [{"from": "a", "to": "x", "steps": [{"cut": [0, 3]}]}]}', "the name of a value"),
     ],
 )
 def test_a_recipe_that_is_none_is_a_wrong_call(text: str, why: str) -> None:
@@ -287,6 +292,47 @@ def test_arithmetic_of_a_recipe_is_only_arithmetic(source: Path, tmp_path: Path)
     for text in ("__import__('os')", "2 ** 62", "heads.real", "1 / 2", "1 / 0"):
         with pytest.raises(ModelMismatchError):
             _converted(source, tmp_path / "x.bin", _recipe(*QKV, values={"heads": text}, others="keep"))
+
+
+def test_a_cut_keeps_what_the_value_says_and_names_the_rest_as_padding(source: Path, tmp_path: Path) -> None:
+    rule = {"from": "a.qkv", "to": "rows", "steps": [{"cut": [0, "known"]}, {"cut": [0, "unknown"]}]}
+    recipe = _recipe(rule, values={"known": 7}, others="keep")
+    options = ConvertOptions(recipe=recipe, verify="load")
+    manifest = ptbin.convert(str(source), str(tmp_path / "x.bin"), options)
+    found = torch.load(tmp_path / "x.bin", weights_only=True)
+    assert_same_tensors(found, {"rows": torch.arange(28.0).reshape(7, 4), "norm": torch.ones(3)})
+    assert manifest["accounting"]["left_out"] == {"padding": 5 * 4 * 4}
+
+
+def test_two_axes_become_names(source: Path, tmp_path: Path) -> None:
+    steps = [{"split": [0, [3, 4]]}, {"unstack": [0, "i"]}, {"unstack": [0, "j"]}]
+    recipe = _recipe({"from": r"(a)\.qkv", "to": "{1}.{i}.{j}", "steps": steps}, others="keep")
+    found = _converted(source, tmp_path / "x.bin", recipe)
+    rows = torch.arange(48.0).reshape(3, 4, 4)
+    expected = {f"a.{i}.{j}": rows[i, j].clone() for i in range(3) for j in range(4)}
+    assert_same_tensors(found, {**expected, "norm": torch.ones(3)})
+
+
+def test_pieces_of_one_shape_are_not_taken_for_one_another() -> None:
+    """Views of joined pieces are made of passing objects, whose identities Python gives away again."""
+    dtype = dtype_by_name("float32")
+    assert dtype is not None
+    tensors = {}
+    for number in range(50):
+        parts = tuple(ByteRange(number * 64 + piece * 32, 32) for piece in range(2))
+        tensors[f"w{number}"] = TensorRef(Storage(str(number), 64, Joined(parts)), dtype, (8, 2), (2, 1))
+    rule = {
+        "from": r"w(\d+)",
+        "to": "{1}.{half}",
+        "steps": [{"split": [0, [2, 4]]}, {"unstack": [0, "half"]}],
+    }
+    planned = plan_recipe(find_recipe(_recipe(rule)), tensors, {}, "x")
+    places = {name: tensor.storage.place for name, (tensor, _) in planned.tensors.items()}
+    assert places == {
+        f"{number}.{half}": ByteRange(number * 64 + half * 32, 32)
+        for number in range(50)
+        for half in range(2)
+    }
 
 
 def test_all_shipped_recipes_are_recipes() -> None:

@@ -19,6 +19,7 @@ from ptbin.reading.containers.deepspeed import read_deepspeed
 from ptbin.reading.containers.deepspeed_experts import read_deepspeed_experts
 from ptbin.reading.containers.foreign import refuse_known_foreign
 from ptbin.reading.containers.legacy import read_legacy, read_raw_pickle
+from ptbin.reading.containers.megatron_parts import read_megatron_parts
 from ptbin.reading.containers.meta_parts import read_meta_parts
 from ptbin.reading.containers.rank_files import read_rank_files
 from ptbin.reading.containers.safetensors import read_safetensors
@@ -27,7 +28,7 @@ from ptbin.reading.containers.source import RandomReader, SourceFile
 from ptbin.reading.containers.torch_zip import read_zip
 from ptbin.reading.containers.zip_directory import refuse_prefixed_zip
 from ptbin.sources.folders import DCP_METADATA, INDEX_SUFFIX
-from ptbin.sources.part_names import is_meta_name, is_rank_name
+from ptbin.sources.part_names import is_megatron_name, is_meta_name, is_rank_name
 from ptbin.stores.joined import JoinedReader
 
 __all__ = ["FILES", "FOLDERS", "read_checkpoint"]
@@ -53,6 +54,7 @@ FOLDERS: tuple[tuple[Callable[[Collection[str]], bool], Callable[[Folder], Check
         read_deepspeed_experts,
     ),
     (lambda names: is_meta_name(next(iter(names))), read_meta_parts),
+    (lambda names: is_megatron_name(next(iter(names))), read_megatron_parts),
     (lambda names: any(name.endswith(INDEX_SUFFIX) for name in names), read_indexed),
     (lambda names: is_rank_name(next(iter(names))), read_rank_files),
 )

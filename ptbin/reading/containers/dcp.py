@@ -35,14 +35,17 @@ from ptbin.errors import (
 from ptbin.merging.coverage import prove_cover, split_dimensions
 from ptbin.options import Limits
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder, Opening, move_place, read_part
+from ptbin.reading.containers.megatron import megatron_facts
+from ptbin.reading.containers.megatron_dist import is_torch_dist, set_aside
 from ptbin.reading.containers.safetensors import looks_like_safetensors
 from ptbin.reading.containers.source import SourceFile, Window
 from ptbin.reading.pickle.interpreter import run_pickle
 from ptbin.reading.pickle.machine import PickleProgram
-from ptbin.sources.folders import DCP_METADATA, LIGHTNING_METADATA
+from ptbin.sources.folders import COMMON_STATE, DCP_METADATA, LIGHTNING_METADATA
 from ptbin.stores.joined import JoinedReader
 from ptbin.values.dtypes import DType, dtype_by_name
 from ptbin.values.nodes import DictNode, Global, Instance, Opaque, iter_nodes
+from ptbin.values.state_dict import Excluded
 from ptbin.values.tensors import (
     ByteRange,
     InMemory,
@@ -69,6 +72,11 @@ MAX_PATH = 64
 MAX_NAME = 1 << 16
 
 _METADATA_CLASSES = "torch.distributed.checkpoint.metadata."
+_METADATA = (
+    _METADATA_CLASSES + "Metadata",
+    # megatron-core 0.14 and 0.15, with the same attributes and more
+    "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata",
+)
 # An optimizer's or a scheduler's entry, flattened: told by what it holds, because a module of a model
 # may be called `opt` or `optimal_transport`.
 _STATE_NAMES = frozenset(
@@ -147,14 +155,33 @@ def read_dcp(folder: Folder) -> Checkpoint:
     storages: dict[str, Storage] = {}
     seen: set[int] = set()
     values = [(entry, _value(reader.uri, entry, found, storages, seen)) for entry in entries]
+    excluded: list[Excluded] = []
+    facts: dict[str, int] = {}
+    if is_torch_dist(reader.names, entries):
+        facts = megatron_facts(DictNode("dict", [(entry.name, value) for entry, value in values]))
+        values, excluded = set_aside(values)
     root = _tree(reader.uri, values)
-    if LIGHTNING_METADATA in reader.names:
-        # Lightning keeps here what is neither module nor optimizer; its loader unpickles it.
-        rest = read_part(reader, LIGHTNING_METADATA, opening)
-        root.pairs.append((LIGHTNING_METADATA, rest.root))
-        storages.update({f"{LIGHTNING_METADATA}/{key}": storage for key, storage in rest.storages.items()})
+    for name in (LIGHTNING_METADATA, COMMON_STATE):
+        if name not in reader.names:
+            continue
+        # What is neither module nor optimizer (Lightning), what is no rank's own (Megatron); it is unpickled.
+        rest = read_part(reader, name, opening)
+        storages.update({f"{name}/{key}": storage for key, storage in rest.storages.items()})
+        if name == LIGHTNING_METADATA:
+            root.pairs.append((name, rest.root))
+        else:
+            excluded.append(Excluded(name, "trainer_state", node=rest.root))
+            facts = facts or megatron_facts(rest.root)
     return Checkpoint(
-        reader.uri, reader.size, "torch_dcp", root, opening.programs, storages, opening.vocabulary
+        reader.uri,
+        reader.size,
+        "torch_dcp",
+        root,
+        opening.programs,
+        storages,
+        opening.vocabulary,
+        excluded=excluded,
+        facts=facts,
     )
 
 
@@ -170,7 +197,7 @@ class _Index:
         self._limits = limits
         self._names = frozenset(reader.names)
         state = _state(root)
-        if state is None or root.class_path != _METADATA_CLASSES + "Metadata":
+        if state is None or root.class_path not in _METADATA:
             raise CorruptArchiveError(f"{self.uri}: holds no torch.distributed.checkpoint Metadata")
         self._tensors = self._mapping(state.get("state_dict_metadata"), "state_dict_metadata")
         self._storage = self._mapping(state.get("storage_data"), "storage_data")

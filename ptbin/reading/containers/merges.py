@@ -26,12 +26,15 @@ def merge_parts(
     Raises:
         IncompleteCheckpointError: no rule says how, or the parts' shapes do not go together.
     """
-    if len(parts) == 1:
+    count = len(parts)
+    merge = next(
+        (m for m in merges if re.fullmatch(m.names, name) and _counts(files, name, count, m, facts)), None
+    )
+    if count == 1 and not (merge is not None and merge.cut in facts):
         return parts[0].tensor
-    merge = next((merge for merge in merges if re.fullmatch(merge.names, name)), None)
     if merge is None:
         files.refuse(
-            f"nothing says how {len(parts)} parts of {name[:200]!r} make a whole; a recipe with a `merge` "
+            f"nothing says how {count} parts of {name[:200]!r} make a whole; a recipe with a `merge` "
             "rule for it does (docs/parts.md)"
         )
     for part in parts:
@@ -57,12 +60,26 @@ def merge_parts(
             )
     views = [view_of(part.tensor, part.home) for part in parts]
     whole = _gated(files, name, views) if merge.how == "gated" else concatenated(views, axis)
+    rows = facts.get(merge.cut, 0)
+    if 0 < rows < (whole.final or whole.shape)[0]:
+        whole = whole.settled().taken(0, 0, rows)
+        for part in parts:
+            files.leave(part.home, [part.tensor], "padding")
     tensor = whole.tensor(f"{files.uri}: the parts of {name[:200]!r}", name, files.made)
     for group in groups:
         files.equal(name, tensor.storage, group)
         for part in group[1:]:
             files.leave(part.home, [part.tensor])
     return tensor
+
+
+def _counts(files: PartFiles, name: str, count: int, merge: Merge, facts: Mapping[str, int]) -> bool:
+    if count > 1 and merge.when and merge.when not in facts:
+        files.refuse(
+            f"how {count} parts of {name[:200]!r} make a whole depends on {merge.when!r}, which the "
+            "checkpoint does not state; give it in the `values` of a recipe (docs/parts.md)"
+        )
+    return not merge.when or facts.get(merge.when, 0) != 0
 
 
 def _copies(parts: Sequence[Part], merge: Merge, facts: Mapping[str, int]) -> list[Sequence[Part]]:

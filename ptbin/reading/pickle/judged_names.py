@@ -109,6 +109,16 @@ _SAFE_NAMES: dict[str, frozenset[str]] = {
         ]
     ),
     "torch.distributed.checkpoint.filesystem": frozenset(["_StorageInfo"]),
+    # Plans that Megatron-LM keeps in it, and what it keeps next to the model; records without behaviour.
+    "torch.distributed.checkpoint.planner": frozenset(
+        ["BytesWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"]
+    ),
+    "megatron.core.dist_checkpointing.strategies.torch": frozenset(["MCoreMetadata", "MCoreSavePlan"]),
+    "megatron.core.enums": frozenset(["ModelType"]),
+    "megatron.core.rerun_state_machine": frozenset(["RerunDiagnostic", "RerunMode", "RerunState"]),
+    "megatron.core.transformer.enums": frozenset(
+        ["AttnBackend", "AttnMaskType", "AttnType", "CudaGraphScope", "LayerType", "ModelType"]
+    ),
     "torch.distributed._shard.sharded_tensor.metadata": frozenset(
         ["MEM_FORMAT_ENCODING", "TensorProperties", "ShardedTensorMetadata"]
     ),

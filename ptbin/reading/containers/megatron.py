@@ -1,0 +1,152 @@
+"""What Megatron-LM's checkpoints say of themselves: arguments as numbers for recipes, ranks by folder names.
+
+Sources: megatron/training/arguments.py (names of arguments), checkpointing.py (`get_checkpoint_name`),
+core/parallel_state.py (`RankGenerator`: which expert- and tensor-parallel ranks a rank has); NeMo's
+configuration keeps most of the names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ptbin.reading.containers.part_files import mapping_of
+from ptbin.values.nodes import DictNode
+
+__all__ = ["Rank", "Sizes", "megatron_arguments", "megatron_facts", "rank_of", "sizes_of"]
+
+MAX_SIZE = 1 << 20
+"""Of one dimension of parallelism, and of other numbers that something is made for each of."""
+MAX_NUMBER = 1 << 40
+
+_MEGATRON = re.compile(r"^mp_rank_(?P<tp>\d{2,})(?:_(?P<second>\d{3}))?(?:_(?P<third>\d{3}))?$")
+_NEMO = re.compile(r"^tp_rank_(?P<tp>\d{2,})_pp_rank_(?P<pp>\d{3})$")
+_GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu", "fast-swiglu", "fast-geglu", "fast-reglu")
+
+
+def megatron_arguments(root: Any) -> dict[str, Any] | None:
+    """Megatron's `args`, or NeMo's configuration; None where there are none."""
+    if not isinstance(root, DictNode):
+        return None
+    for path in (("args",), ("common_state", "args"), ("hyper_parameters", "cfg"), ("hyper_parameters",)):
+        node: Any = root
+        for step in path:
+            node = mapping_of(node)
+            node = node.get(step) if node is not None else None
+        found = mapping_of(node)
+        if found is not None and not _SIZES.isdisjoint(named := found.by_name()):
+            return named
+    return None
+
+
+_SIZES = frozenset(["tensor_model_parallel_size", "num_attention_heads", "hidden_size"])
+
+
+def megatron_facts(root: Any) -> dict[str, int]:
+    """Whole numbers of the arguments, by their own names, and what follows from several of them.
+
+    `num_query_groups`, `kv_channels` and `swiglu` (any gated unit; 0 without) are stated wherever arguments
+    are; `vocab_size` only where it counts all rows that are not padding.
+    """
+    arguments = megatron_arguments(root)
+    if arguments is None:
+        return {}
+    found = {
+        name: int(value)
+        for name, value in arguments.items()
+        if type(value) in (int, bool) and 0 <= value < MAX_NUMBER
+    }
+    heads, width = found.get("num_attention_heads", 0), found.get("hidden_size", 0)
+    if heads and (arguments.get("group_query_attention") is False or not found.get("num_query_groups")):
+        found["num_query_groups"] = heads
+    if not found.get("kv_channels") and heads and width % heads == 0:
+        found["kv_channels"] = width // heads
+    gated = found.get("swiglu") or found.get("gated_linear_unit")
+    found["swiglu"] = int(bool(gated) or arguments.get("activation") in _GATED_ACTIVATIONS)
+    if found.get("moe_mlp_glu_interleave_size"):
+        del found["swiglu"]  # gate and up in blocks: neither one behind the other nor no gate at all
+    if "untie_embeddings_and_output_weights" in found:
+        found["untied"] = found["untie_embeddings_and_output_weights"]
+    elif "share_embeddings_and_output_weights" in found:
+        found["untied"] = 1 - found["share_embeddings_and_output_weights"]
+    # Its vocabulary had one row more than the argument says in some versions and not in others.
+    if not found.get("vocab_size") or "Null" in str(arguments.get("tokenizer_type")):
+        found.pop("vocab_size", None)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Ranks along each dimension of parallelism; `expert_tensor` divides the tensors of experts."""
+
+    tensor: int
+    pipeline: int
+    expert: int
+    expert_tensor: int
+
+    def ranks(self) -> set[Rank]:
+        """Those that save: one for each piece of an expert (`get_expert_data_parallel_rank() == 0`)."""
+        return {
+            Rank(n % self.tensor, stage, n // self.expert_tensor % self.expert)
+            for n in range(max(self.expert * self.expert_tensor, self.tensor))
+            for stage in range(self.pipeline)
+        }
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Rank:
+    """Coordinates that a folder's name has."""
+
+    tensor: int
+    pipeline: int = 0
+    expert: int = 0
+
+
+def sizes_of(arguments: Mapping[str, Any] | None) -> Sizes | None:
+    """What the arguments say; None where there are none, or nothing sensible."""
+    if arguments is None:
+        return None
+
+    def size(name: str, default: int) -> int:
+        value = arguments.get(name)
+        return value if type(value) is int and 0 < value <= MAX_SIZE else default
+
+    tensor = size("tensor_model_parallel_size", 1)
+    return Sizes(
+        tensor,
+        size("pipeline_model_parallel_size", 1),
+        size("expert_model_parallel_size", 1),
+        size("expert_tensor_parallel_size", tensor),
+    )
+
+
+def rank_of(name: str, sizes: Sizes | None) -> Rank | None:
+    """The rank whose file this is, by its folder; None where the name and the sizes do not go together.
+
+    A folder has the pipeline's rank only where there is a pipeline, the expert's only where experts are
+    parallel: one number behind the first may be either.
+    """
+    folder = name.rpartition("/")[0]
+    if (match := _NEMO.match(folder)) is not None:
+        return Rank(int(match["tp"]), int(match["pp"]))
+    if (match := _MEGATRON.match(folder)) is None:
+        return None
+    numbers = [int(match[key]) for key in ("second", "third") if match[key] is not None]
+    if sizes is None:
+        return Rank(int(match["tp"]), *numbers)
+    kinds = [kind for kind in ("pipeline", "expert") if getattr(sizes, kind) > 1]
+    if len(kinds) != len(numbers):
+        return None
+    return Rank(int(match["tp"]), **dict(zip(kinds, numbers, strict=True)))
+
+
+def folder_of(rank: Rank, like: str, sizes: Sizes) -> str:
+    """The name that the file of another rank would have."""
+    folder, _, file = like.rpartition("/")
+    if _NEMO.match(folder):
+        return f"tp_rank_{rank.tensor:02d}_pp_rank_{rank.pipeline:03d}/{file}"
+    stage = f"_{rank.pipeline:03d}" if sizes.pipeline > 1 else ""
+    expert = f"_{rank.expert:03d}" if sizes.expert > 1 else ""
+    return f"mp_rank_{rank.tensor:02d}{stage}{expert}/{file}"

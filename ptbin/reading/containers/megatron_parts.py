@@ -1,0 +1,410 @@
+"""Megatron-LM's `mp_rank_*` folders: the model's tensors of all ranks, as a run on one rank saves them.
+
+A file holds what one tensor-, pipeline- and expert-parallel rank has: names of layers and experts count from
+0 in each. Stages come in the order of the model: all of the first virtual chunk, then all of the second
+(megatron/core/transformer/transformer_layer.py, `get_transformer_layer_offset`), so a layer's own number is
+its place behind the layers of all stages before, however unevenly they were given out. How pieces of one
+tensor make a whole is recipe `megatron` (`merging.megatron`). What several ranks hold must be equal.
+
+Costs: the index of each file. Memory: one small record for each tensor of each file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ptbin.merging.recipes import Merge
+from ptbin.merging.shipped import find_recipe
+from ptbin.merging.tiles import Part
+from ptbin.reading.containers.checkpoint import Checkpoint, Folder
+from ptbin.reading.containers.grouped_experts import grouped_experts, is_grouped
+from ptbin.reading.containers.megatron import (
+    Rank,
+    Sizes,
+    folder_of,
+    megatron_arguments,
+    megatron_facts,
+    rank_of,
+    sizes_of,
+)
+from ptbin.reading.containers.merges import merge_parts
+from ptbin.reading.containers.part_files import PartFiles
+from ptbin.values.nodes import DictNode, Instance, Opaque
+from ptbin.values.tensors import TensorRef
+
+__all__ = ["read_megatron_parts"]
+
+DEFAULT_RECIPE = "megatron"
+MAX_DEPTH = 8
+MAX_SHOWN = 3
+
+_CHUNK = re.compile(r"^model(?P<n>\d{1,4})$")
+_LAYER = re.compile(r"^(?P<above>(?:.*\.)?layers\.)(?P<n>\d{1,6})(?P<below>\..+)$")
+_EXPERT = re.compile(
+    r"^(?P<above>.*\.local_experts\.)(?P<n>\d{1,6})(?P<below>\..+)$"
+    r"|^(?P<above2>.*\.experts\.linear_fc\d\.(?:weight|bias))(?P<n2>\d{1,6})$"
+)
+_EXPERTS = re.compile(r"\.(?:local_)?experts\.")
+_HEAD = re.compile(r"^(?P<above>(?:.*\.)?)(?:output_layer|word_embeddings_for_head)\.weight$")
+_EMBEDDING = re.compile(r"(?:^|\.)word_embeddings\.weight$")
+_EXTRA_STATE = "_extra_state"
+
+# Keys of a file next to the model (megatron/training/checkpointing.py, `generate_state_dict`).
+_ROLES = {
+    "args": "hyperparameters",
+    "optimizer": "optimizer",
+    "opt_param_scheduler": "scheduler",
+    "lr_scheduler": "scheduler",
+    "rng_state": "random_state",
+    "rerun_state_machine": "trainer_state",
+}
+
+Path = tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Held:
+    """One tensor of the whole.
+
+    Attributes:
+        path: where in the model; old models are nested mappings.
+        parts: by (number among the groups of experts, number among the pieces): every copy of that piece.
+    """
+
+    path: Path
+    parts: dict[tuple[int, int], list[Part]] = field(default_factory=dict)
+
+
+def read_megatron_parts(folder: Folder) -> Checkpoint:
+    """Index the files of all ranks.
+
+    Raises:
+        IncompleteCheckpointError: a rank's file is missing, files are of different saves, a name that no rule
+            merges, an argument that nothing states.
+    """
+    return _Ranks(folder).read()
+
+
+class _Ranks:
+    def __init__(self, folder: Folder) -> None:
+        self.files = PartFiles(folder)
+        self.names = sorted(folder.reader.names)
+        self.recipe = find_recipe(folder.recipe) if folder.recipe is not None else None
+        self.sizes: Sizes | None = None
+        self.facts: dict[str, int] = {}
+        self.arguments: dict[str, Any] | None = None
+        self.is_old = False
+        self.ranks: dict[Rank, str] = {}
+        # by place in the order of the model: virtual chunk, stage
+        self.chunks: dict[tuple[int, int], dict[Rank, dict[str, tuple[Path, TensorRef]]]] = {}
+        self.found: dict[str, _Held] = {}
+
+    def read(self) -> Checkpoint:
+        root: DictNode | None = None
+        place: Path = ()
+        for name in self.names:
+            own = self.files.open(name).root
+            if not isinstance(own, DictNode):
+                self.files.refuse(f"{name} holds a {type(own).__name__} and not what Megatron saves")
+            if root is None:
+                self._set_up(name, own)
+            else:
+                self._compare_sizes(name, own)
+            place = self._take(own, name, is_first=root is None)
+            root = own if root is None else root
+        assert root is not None
+        sizes = self._complete_sizes()
+        self._number_layers(sizes)
+        self._tie()
+        model = DictNode("OrderedDict")
+        tree: dict[Path, DictNode] = {(): model}
+        for name, held in self.found.items():
+            _put(tree, held.path, self._whole(name, held, sizes))
+        for held in self.found.values():
+            for part in (part for parts in held.parts.values() for part in parts):
+                self.files.leave(part.home, [part.tensor], "unviewed")  # gaps of buffers that hold several
+        root.pairs = [*((key, value) for key, value in root.pairs if not _is_model(key)), (place[0], model)]
+        checkpoint = self.files.checkpoint("megatron_parts", root, preferred=place[0])
+        checkpoint.facts = self.facts
+        return checkpoint
+
+    # -- one file --------------------------------------------------------------------------------------
+
+    def _set_up(self, name: str, root: DictNode) -> None:
+        self.arguments = megatron_arguments(root)
+        self.facts = megatron_facts(root)
+        if self.recipe is not None:
+            own = {key: value for key, value in self.recipe.values if type(value) is int}
+            self.facts |= own
+        self.sizes = sizes_of(self.arguments)
+        if self.arguments is not None and self.arguments.get("moe_extended_tp"):
+            self.files.refuse(
+                f"{name} was saved with moe_extended_tp, whose parts ptbin does not put together"
+            )
+        version = root.get("checkpoint_version")
+        # Before version 2 a rank's rows of queries, keys and values were in another order
+        # (`fix_query_key_value_ordering`).
+        is_old = not (type(version) in (int, float) and version >= 2)
+        self.is_old = root.get("args") is not None and is_old
+
+    def _compare_sizes(self, name: str, root: DictNode) -> None:
+        if (found := sizes_of(megatron_arguments(root))) != self.sizes:
+            self.files.refuse(
+                f"{name} was saved on {_described(found)}, {self.names[0]} on {_described(self.sizes)}: the "
+                "files are not of one save"
+            )
+
+    def _take(self, root: DictNode, name: str, *, is_first: bool) -> Path:
+        """Note every tensor of a file's model; where it lies."""
+        rank = rank_of(name, self.sizes)
+        if rank is None:
+            self.files.refuse(f"{name} is not named as one of the files of {_described(self.sizes)}")
+        if rank in self.ranks:
+            self.files.refuse(f"{name} and {self.ranks[rank]} are of one rank")
+        self.ranks[rank] = name
+        models = [(key, value) for key, value in root.pairs if _is_model(key) and isinstance(value, DictNode)]
+        if not models:
+            models = [("state_dict", root)] if _is_flat(root) else []
+        if not models:
+            self.files.refuse(f"{name} holds no `model`")
+        for key, value in root.pairs if models[0][1] is not root else ():
+            if not _is_model(key) and not is_first:
+                self.files.leave(name, [value], _ROLES.get(key, "replica"))
+        for key, model in models:
+            match = _CHUNK.match(key)
+            chunk = int(match["n"]) if match is not None else 0
+            held = self.chunks.setdefault((chunk, rank.pipeline), {}).setdefault(rank, {})
+            for path, value in _tensors(model):
+                dotted = ".".join(path)
+                if path[-1].endswith(_EXTRA_STATE):
+                    self.files.leave(name, [value], "scaling_state")
+                elif isinstance(value, TensorRef):
+                    held[dotted] = (path, value)
+                elif isinstance(value, (Opaque, Instance)):
+                    self.files.refuse(f"{name}: {dotted[:200]!r} is not a plain tensor")
+        if models[0][1] is root:
+            root.pairs = []
+        return ("model" if _CHUNK.match(models[0][0]) else models[0][0],)
+
+    def _complete_sizes(self) -> Sizes:
+        """The sizes that the arguments state, or else as many as the names show. No file is missing."""
+        sizes = self.sizes
+        if sizes is None:
+            tensor, pipeline, expert = (
+                max(getattr(rank, kind) for rank in self.ranks) + 1
+                for kind in ("tensor", "pipeline", "expert")
+            )
+            sizes = Sizes(tensor, pipeline, expert, tensor)
+        if sizes.tensor % sizes.expert_tensor:
+            self.files.refuse(
+                f"it was saved on {_described(sizes)}, whose files do not say who holds which experts"
+            )
+        missing = sorted(sizes.ranks() - self.ranks.keys())
+        if missing:
+            names = [folder_of(rank, self.names[0], sizes) for rank in missing[:MAX_SHOWN]]
+            more = f" and {len(missing) - MAX_SHOWN} more" if len(missing) > MAX_SHOWN else ""
+            self.files.refuse(
+                f"it was saved on {_described(sizes)}; not there: {', '.join(names)}{more}; fetch all "
+                "files of this save"
+            )
+        return sizes
+
+    # -- names of the whole ----------------------------------------------------------------------------
+
+    def _number_layers(self, sizes: Sizes) -> None:
+        """Give every tensor the name that it has in the whole: layers behind those of the stages before."""
+        before: dict[str, int] = {}
+        for key in sorted(self.chunks):
+            counts: dict[str, dict[Rank, int]] = {}
+            experts = self._experts_of_a_rank(self.chunks[key])
+            rows = []
+            for rank, held in self.chunks[key].items():
+                for order, (dotted, (path, tensor)) in zip(
+                    _orders(held, rank, experts), held.items(), strict=True
+                ):
+                    name = _global_name(dotted, rank, before, counts, experts)
+                    rows.append((order, rank, name, path, tensor))
+            rows.sort(key=lambda row: row[:2])
+            for _, rank, name, path, tensor in rows:
+                whole = self.found.setdefault(name, _Held(_split_like(path, name)))
+                piece = _piece(name, rank, sizes)
+                whole.parts.setdefault(piece, []).append(Part(tensor, self.ranks[rank]))
+            for above, found in counts.items():
+                self._refuse_unlike(f"layers of {above[:100]!r}", found)
+                before[above] = before.get(above, 0) + max(found.values())
+        expected = self.facts.get("num_layers")
+        if len(before) == 1 and expected is not None and [expected] != list(before.values()):
+            self.files.refuse(
+                f"the stages hold {next(iter(before.values()))} layers, the arguments say {expected}: "
+                "part of the model is missing, or the files are not of one save"
+            )
+
+    def _experts_of_a_rank(self, held: dict[Rank, dict[str, tuple[Path, TensorRef]]]) -> dict[str, int]:
+        """How many experts each rank has, by what stands before their number."""
+        found: dict[str, dict[Rank, int]] = {}
+        for rank, tensors in held.items():
+            for dotted in tensors:
+                if (expert := _expert_in(dotted)) is not None:
+                    own = found.setdefault(expert[0], {})
+                    own[rank] = max(own.get(rank, 0), expert[1] + 1)
+        for above, counts in found.items():
+            self._refuse_unlike(f"experts of {above[:100]!r}", counts)
+        return {above: max(counts.values()) for above, counts in found.items()}
+
+    def _refuse_unlike(self, what: str, counts: dict[Rank, int]) -> None:
+        first, *others = counts
+        for other in others:
+            if counts[other] != counts[first]:
+                self.files.refuse(
+                    f"{self.ranks[other]} holds {counts[other]} {what}, {self.ranks[first]} {counts[first]}: "
+                    "the files are not of one save"
+                )
+
+    def _tie(self) -> None:
+        """Let the last stage's copy of tied embeddings be a copy of those of the first stage."""
+        embeddings = [name for name in self.found if _EMBEDDING.search(name)]
+        heads = [name for name in self.found if _HEAD.search(name)]
+        if len(embeddings) != 1 or len(heads) != 1:
+            return
+        if self.facts.get("untied") != 0 and not heads[0].endswith("word_embeddings_for_head.weight"):
+            return
+        embedding, head = self.found[embeddings[0]], self.found.pop(heads[0])
+        for piece, parts in head.parts.items():
+            embedding.parts.setdefault(piece, []).extend(parts)
+
+    # -- tensors of the whole --------------------------------------------------------------------------
+
+    def _whole(self, name: str, held: _Held, sizes: Sizes) -> TensorRef:
+        if is_grouped(name):
+            return grouped_experts(self.files, name, held.parts, sizes, self.facts)
+        count = sizes.expert_tensor if _is_expert(name) else sizes.tensor
+        if self.is_old and count > 1 and "query_key_value" in name:
+            self.files.refuse(
+                f"the rows of {name[:200]!r} are in the order of Megatron's checkpoint_version 0 or 1; load "
+                "the checkpoint with Megatron and save it again"
+            )
+        absent = next((n for n in range(count) if (0, n) not in held.parts), None)
+        if absent is not None:
+            home = next(iter(held.parts.values()))[0].home
+            others = [file for rank, file in sorted(self.ranks.items()) if rank.tensor == absent]
+            self.files.refuse(
+                f"{name[:200]!r} is in {home} and not in {', '.join(others[:MAX_SHOWN])}: they are not of "
+                "one save"
+            )
+        copies = [held.parts[0, n] for n in range(count)]
+        first = copies[0][0]
+        other = next((own[0] for own in copies if own[0].tensor.shape != first.tensor.shape), None)
+        if other is not None:  # every cut of Megatron's is even
+            self.files.refuse(
+                f"{name[:200]!r} is {list(first.tensor.shape)} in {first.home} and "
+                f"{list(other.tensor.shape)} in {other.home}: they are not of one save"
+            )
+        tensor = merge_parts(self.files, name, [own[0] for own in copies], self._merges(), self.facts)
+        for own in copies:
+            self.files.equal(name, tensor.storage, own)
+            for part in own[1:]:
+                self.files.leave(part.home, [part.tensor])
+        return tensor
+
+    def _merges(self) -> tuple[Merge, ...]:
+        own = self.recipe.merges if self.recipe is not None else ()
+        return own or find_recipe(DEFAULT_RECIPE).merges
+
+
+def _is_model(key: Any) -> bool:
+    return type(key) is str and (key in ("model", "state_dict") or _CHUNK.match(key) is not None)
+
+
+def _is_flat(root: DictNode) -> bool:
+    """Whether the file is a state dict and nothing else, as NeMo packs it."""
+    return any(isinstance(value, TensorRef) for _, value in root.pairs)
+
+
+def _tensors(model: DictNode, above: Path = ()) -> Iterator[tuple[Path, Any]]:
+    for key, value in model.pairs:
+        if type(key) is not str:
+            continue
+        if isinstance(value, DictNode) and len(above) < MAX_DEPTH:
+            yield from _tensors(value, (*above, key))
+        else:
+            yield (*above, key), value
+
+
+def _expert_in(dotted: str) -> tuple[str, int, str] | None:
+    """What stands before an expert's number, the number, and what stands behind it."""
+    match = _EXPERT.match(dotted)
+    if match is None:
+        return None
+    return match["above"] or match["above2"], int(match["n"] or match["n2"]), match["below"] or ""
+
+
+def _orders(held: Iterable[str], rank: Rank, experts: dict[str, int]) -> Iterator[tuple[int, int, int]]:
+    """Where each tensor of a rank stands in the whole: an expert behind those of lower numbers."""
+    first: dict[str, int] = {}
+    for index, dotted in enumerate(held):
+        expert = _expert_in(dotted)
+        if expert is None:
+            yield index, 0, 0
+        else:
+            above, number, _ = expert
+            yield first.setdefault(above, index), rank.expert * experts[above] + number, index
+
+
+def _global_name(
+    dotted: str,
+    rank: Rank,
+    before: dict[str, int],
+    counts: dict[str, dict[Rank, int]],
+    experts: dict[str, int],
+) -> str:
+    if (expert := _expert_in(dotted)) is not None:
+        above, number, below = expert
+        dotted = f"{above}{rank.expert * experts[above] + number}{below}"
+    if (match := _LAYER.match(dotted)) is None or match["above"].startswith("mtp."):
+        return dotted  # the layers of multi-token prediction lie in one stage, all of them
+    above, number = match["above"], int(match["n"])
+    found = counts.setdefault(above, {})
+    found[rank] = max(found.get(rank, 0), number + 1)
+    return f"{above}{before.get(above, 0) + number}{match['below']}"
+
+
+def _is_expert(name: str) -> bool:
+    return _EXPERTS.search(name) is not None and "shared_expert" not in name
+
+
+def _piece(name: str, rank: Rank, sizes: Sizes) -> tuple[int, int]:
+    if not _is_expert(name):
+        return 0, rank.tensor
+    return rank.expert if is_grouped(name) else 0, rank.tensor % sizes.expert_tensor
+
+
+def _split_like(path: Path, name: str) -> Path:
+    """A dotted name as steps that have as many dots as those of a path."""
+    steps = name.split(".")
+    found = []
+    for step in path:
+        count = step.count(".") + 1
+        found.append(".".join(steps[:count]))
+        steps = steps[count:]
+    return tuple(found)
+
+
+def _put(tree: dict[Path, DictNode], path: Path, value: TensorRef) -> None:
+    """Put a tensor into its mapping, making the mappings above it."""
+    for depth in range(1, len(path)):
+        if path[:depth] not in tree:
+            below = tree[path[:depth]] = DictNode("OrderedDict")
+            tree[path[: depth - 1]].pairs.append((path[depth - 1], below))
+    tree[path[:-1]].pairs.append((path[-1], value))
+
+
+def _described(sizes: Sizes | None) -> str:
+    if sizes is None:
+        return "an unknown number of ranks"
+    found = f"{sizes.tensor} tensor-parallel x {sizes.pipeline} pipeline"
+    if sizes.expert > 1 or sizes.expert_tensor != sizes.tensor:
+        found += f" x {sizes.expert} expert-parallel ({sizes.expert_tensor} tensor-parallel in experts)"
+    return found + " ranks"
