@@ -158,11 +158,12 @@ def _look(place: Place) -> ObjectStat | None:
 
 def _why_part(place: Place) -> str:
     """What a single file is a part of; a listing of its folder, where the name calls for one."""
-    name = place.name
+    name = split_place(place.path)[1]
     if not may_be_part(name):
         return ""
     try:
-        listed = itertools.islice(place.parent.iter_objects(), MAX_LISTED)
+        folder = place.without(f"/{name}")
+        listed = itertools.islice(folder.iter_objects(), MAX_LISTED)
         names = {item.path for item in listed if not split_place(item.path)[0]} | {name}
     except StorageError:
         names = {name}  # a store that hands out files and lists none
