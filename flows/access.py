@@ -125,9 +125,8 @@ def running(live: LiveRun, dest: str | None, settings: RunSettings) -> Iterator[
             live.work = work
             stack.callback(setattr, live, "work", None)
             lease = acquire_lease(
-                dest,
+                live.dest_at(dest),
                 live.run_id,
-                dest_options=live.dest_options,
                 lost=live.stop,
                 tick=live.tick,
             )

@@ -201,7 +201,7 @@ def _watch(live: LiveRun, lease: str) -> None:
         with _lock:
             _runs.pop(live.run_id, None)
 
-    LeaseWatch(lease, live.dest_options, stop)
+    LeaseWatch(live.dest_at(lease), stop)
 
 
 def stop_all() -> None:

@@ -48,11 +48,9 @@ def _compare(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
             if job.copies:
                 return _compare_copy(live, job, options)
             same = find_unchanged(
-                job.source_uri,
-                job.dest_uri,
+                live.source_at(job.source_uri),
+                live.dest_at(job.dest_uri),
                 options,
-                source_options=live.source_options,
-                dest_options=live.dest_options,
                 progress=live.moved,
             )
     except Exception:  # noqa: BLE001 - whatever it is, the conversion meets it again and reports it
@@ -226,7 +224,7 @@ def release_outputs(run_id: str, listed: Mapping[str, Sequence[str]]) -> dict[st
         live.tick()
         try:
             with limit_requests(live.requests):
-                release_companions(uri, names, dest_options=live.dest_options)
+                release_companions(live.dest_at(uri), names)
         except Exception as error:  # noqa: BLE001 - as in `_copy`
             failed[uri] = outcome_of_error(uri, error)
     return failed

@@ -56,7 +56,7 @@ def write_index(run_id: str, dest: str, name: str, rows: Sequence[FinishedRow]) 
 )
 def write_ledger(run_id: str, dest: str, rows: Sequence[Unconverted]) -> None:
     """Put these rows in the place of those that earlier runs stored below `dest`."""
-    write_unconverted(dest, rows, dest_options=find_live_run(run_id).dest_options)
+    write_unconverted(find_live_run(run_id).dest_at(dest), rows)
 
 
 @task(name="merge index", cache_policy=NO_CACHE, persist_result=False)

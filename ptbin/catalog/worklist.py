@@ -254,7 +254,7 @@ class WorkList(JobTable):
                 return not kind.copies
         from ptbin.catalog.comparing import is_convertible  # reads checkpoints: nobody else here does
 
-        return is_convertible(job.source_uri, self._options, source_options=self._source_options)
+        return is_convertible(place_of(job.source_uri, self._source_options), self._options)
 
     def _look_up(self, options: ConvertOptions, tick: Callable[[], object]) -> None:
         """Decide by the index; where a manifest is there that it does not know, that is to be asked."""

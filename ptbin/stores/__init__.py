@@ -19,7 +19,7 @@ from ptbin.stores.base import (
 )
 from ptbin.stores.faults import public_uri
 from ptbin.stores.opening import open_store, register_store
-from ptbin.stores.place import Place, place_of
+from ptbin.stores.place import Place, Where, place_of
 from ptbin.stores.values import identity_text
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Place",
     "RangeReader",
     "Store",
+    "Where",
     "Writer",
     "identity_text",
     "is_partial_name",

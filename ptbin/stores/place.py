@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from ptbin.errors import UsageError
 from ptbin.stores.opening import open_store
@@ -20,17 +20,17 @@ from ptbin.stores.values import READ_BYTES_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from typing import Any, TypeAlias
+    from typing import Any
 
     from ptbin.stores.base import Store
     from ptbin.stores.reader import RangeReader
     from ptbin.stores.values import Identity, ListedObject, ObjectStat
     from ptbin.stores.writer import Writer
 
-    Where: TypeAlias = "str | os.PathLike[str] | Place"
-    """What public functions take for a place."""
+__all__ = ["Place", "Where", "place_of"]
 
-__all__ = ["Place", "place_of"]
+Where: TypeAlias = "str | os.PathLike[str] | Place"
+"""What public functions take for a place."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
