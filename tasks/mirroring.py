@@ -17,7 +17,6 @@ from ptbin.errors import NotFoundInStoreError
 from ptbin.manifests.manifest import manifest_uri
 from ptbin.options import ConvertOptions
 from ptbin.sources.sidecars import change_of
-from ptbin.stores import open_store
 from ptbin.stores.copying import Copied, copy_file, same_content
 from ptbin.stores.limits import limit_requests
 from tasks.live import Interrupted, LiveRun, Ticket, enter_run, find_live_run
@@ -161,15 +160,15 @@ def delete_batch(ticket: Ticket, label: str, dest: str, files: Sequence[str]) ->
     """Delete files of DEST, in order: manifests come before what they vouch for."""
     del label
     live = enter_run(ticket)
-    store, folder = open_store(dest, live.dest_options)
+    folder = live.dest_at(dest)
 
     def delete(path: str) -> Outcome:
         live.moved(0)
-        if not is_reached_plainly(store, folder, path):
+        if not is_reached_plainly(folder, path):
             return Outcome(path, "not_tried")  # a link took its place: what it leads to is not ours
         try:
             with limit_requests(live.requests):
-                store.delete(f"{folder.rstrip('/')}/{path}")
+                (folder / path).delete()
         except Exception as error:  # noqa: BLE001 - as in `_copy`
             return outcome_of_error(path, error)
         return Outcome(path, "deleted")
@@ -209,7 +208,6 @@ def find_gone(run_id: str, source: str, exclude: Sequence[str]) -> list[Gone]:
                 source,
                 exclude=exclude,
                 source_options=live.source_options,
-                dest_options=live.dest_options,
                 tick=live.tick,
             )
         )

@@ -22,7 +22,7 @@ from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.sources.folders import Group, Grouping, is_folder_part
 from ptbin.sources.opening import find_source
 from ptbin.sources.part_names import split_place
-from ptbin.stores import ListedObject, Store, is_partial_name, open_store
+from ptbin.stores import ListedObject, Place, is_partial_name, place_of
 from ptbin.stores.local import LocalStore
 
 __all__ = [
@@ -68,25 +68,25 @@ def find_checkpoints(
         NotFoundInStoreError: SOURCE does not exist.
     """
     root, pattern = split_glob(source, storage_options)
-    store, path = open_store(root, storage_options)
-    if pattern is None and not store.is_directory(path):
+    top = place_of(root, storage_options)
+    if pattern is None and not top.is_directory():
         one = find_one(source, storage_options=storage_options)
         if named is None or named.takes(one.path):
             yield one
         return
 
     def tell(link: str) -> None:
-        name = os.path.relpath(link, path)
+        name = os.path.relpath(link, top.path)
         # What the link was, a file or a folder, nobody knows: `run1/**` speaks of the latter.
         if broken is not None and not any(
             matches(name, glob) or matches(f"{name}/", glob) for glob in exclude
         ):
             broken(link)
 
-    if broken is not None and isinstance(store, LocalStore):
-        listed = store.iter_objects(path, broken=tell)
+    if broken is not None and isinstance(top.store, LocalStore):
+        listed = top.store.iter_objects(top.path, broken=tell)
     else:
-        listed = store.iter_objects(path)
+        listed = top.iter_objects()
     for found in _grouped((item for item in listed if not _is_our_own(item.path)), parts=parts):
         if isinstance(found, ListedObject):
             if pattern is None or matches(f"/{found.path}", pattern):
@@ -101,9 +101,8 @@ def find_checkpoints(
         elif named is not None and not named.takes(found.handle, *(part.path for part in found.members)):
             continue
         elif _is_wanted(found, pattern, include if named is None else (), exclude):
-            uri = store.uri_of(f"{path.rstrip('/')}/{found.handle}" if found.handle else path)
-            name = found.handle or path.rstrip("/").rpartition("/")[2]
-            yield Found(name, uri, found.size, found.identity, True)
+            uri = (top / found.handle).uri if found.handle else top.uri
+            yield Found(found.handle or top.name, uri, found.size, found.identity, True)
 
 
 def _grouped(items: Iterable[ListedObject], *, parts: bool) -> Iterator[ListedObject | Group]:
@@ -183,13 +182,13 @@ def _is_candidate(item: ListedObject, include: Sequence[str], exclude: Sequence[
 
 def find_manifests(dest: str, *, storage_options: Mapping[str, Any] | None = None) -> Iterator[str]:
     """URIs of all manifests at or below DEST (DEST may be one manifest, or one output that has one)."""
-    store, path = open_store(dest, storage_options)
-    if not store.is_directory(path):
-        single = path if path.endswith(MANIFEST_SUFFIX) else path + MANIFEST_SUFFIX
-        store.stat(single)
-        yield store.uri_of(single)
+    place = place_of(dest, storage_options)
+    if not place.is_directory():
+        single = place.without(MANIFEST_SUFFIX).beside(MANIFEST_SUFFIX)
+        single.stat()
+        yield single.uri
         return
-    for item in store.iter_objects(path):
+    for item in place.iter_objects():
         if item.path.endswith(MANIFEST_SUFFIX) and not is_in_own_folder(item.path):
             yield item.uri
 
@@ -207,12 +206,12 @@ def split_bases(name: str) -> list[str]:
     return bases
 
 
-def split_manifest(store: Store, path: str) -> str | None:
-    """Path of the manifest that lists a file which `--split` made, if there is one next to it."""
+def split_manifest(root: Place, path: str) -> str | None:
+    """Path below `root` of the manifest next to a file which `--split` made, if one lists it."""
     name = path.rpartition("/")[2]
     for base in split_bases(path):
         try:
-            manifest = parse_manifest(store.read_bytes(base + MANIFEST_SUFFIX), base)
+            manifest = parse_manifest((root / (base + MANIFEST_SUFFIX)).read_bytes(), base)
         except (NotFoundInStoreError, VerificationError):
             continue
         if any(output["path"] == name for output in manifest["outputs"]):
@@ -222,12 +221,12 @@ def split_manifest(store: Store, path: str) -> str | None:
 
 def find_orphans(dest: str, *, storage_options: Mapping[str, Any] | None = None) -> Iterator[str]:
     """URIs of weights below DEST that no manifest vouches for; shards are vouched for by their output's."""
-    store, path = open_store(dest, storage_options)
-    if not store.is_directory(path):
+    root = place_of(dest, storage_options)
+    if not root.is_directory():
         return
     outputs: dict[str, str] = {}
     manifests: set[str] = set()
-    for item in store.iter_objects(path):
+    for item in root.iter_objects():
         if is_in_own_folder(item.path):
             continue
         if item.path.endswith(MANIFEST_SUFFIX):
@@ -238,5 +237,5 @@ def find_orphans(dest: str, *, storage_options: Mapping[str, Any] | None = None)
         if {name, SHARD_NUMBER.sub("", name)} & manifests:
             continue
         may_be_split = not manifests.isdisjoint(split_bases(name))
-        if not may_be_split or split_manifest(store, f"{path.rstrip('/')}/{name}") is None:
+        if not may_be_split or split_manifest(root, name) is None:
             yield uri

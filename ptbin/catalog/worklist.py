@@ -52,8 +52,7 @@ class WorkList(JobTable):
 
     def __init__(self, dest: str, *, dest_options: Mapping[str, Any] | None = None) -> None:
         super().__init__(OutputRule(dest))
-        self.dest = dest
-        self._dest_options = dest_options
+        self.dest = place_of(dest, dest_options)
         self._options = ConvertOptions()
         self._source_options: Mapping[str, Any] | None = None
         self.own_files: set[str] | None = None
@@ -139,10 +138,9 @@ class WorkList(JobTable):
             self.db.execute(f"DELETE FROM {table}")  # noqa: S608 - names from the line above
 
     def _read_dest(self, tick: Callable[[], object]) -> None:
-        dest = place_of(self.dest, self._dest_options)
         self.own_files = set()
         self.db.execute("BEGIN")
-        for number, item in enumerate(dest.iter_objects()):
+        for number, item in enumerate(self.dest.iter_objects()):
             if number % PAGE == 0:
                 tick()
             if not is_in_own_folder(item.path):
@@ -155,7 +153,7 @@ class WorkList(JobTable):
         self.db.execute("COMMIT")
         for (segment,) in self.db.execute("SELECT path FROM segments ORDER BY path").fetchall():
             tick()
-            self.learn(iter_segment(dest / segment))
+            self.learn(iter_segment(self.dest / segment))
 
     def learn(self, rows: Iterable[FinishedRow]) -> None:
         """Take rows of the index in, those that speak of what DEST's listing shows."""
@@ -359,8 +357,7 @@ class WorkList(JobTable):
         Raises:
             StorageError: the store failed.
         """
-        dest = place_of(self.dest, self._dest_options)
-        return dest.store.discard_unfinished(dest.path, self._is_unfinished)
+        return self.dest.store.discard_unfinished(self.dest.path, self._is_unfinished)
 
     def _is_unfinished(self, path: str) -> bool:
         """Whether what was to go to `path` is a planned output, or a claim that a manifest has overtaken."""
@@ -395,9 +392,8 @@ class WorkList(JobTable):
             return [name for row in rows for name, _ in row.outputs]
         if self._size_of(manifest) is None:
             return []
-        place = place_of(self.dest, self._dest_options) / manifest
         try:
-            found = parse_manifest(place.read_bytes(), manifest)
+            found = parse_manifest((self.dest / manifest).read_bytes(), manifest)
         except (NotFoundInStoreError, VerificationError, LimitExceededError):
             return []
         return [output["path"] for output in found["outputs"]]

@@ -183,7 +183,6 @@ def status_of(
                 source,
                 exclude=question.exclude,
                 source_options=source_options,
-                dest_options=dest_options,
             ):
                 status.add("orphaned", path=gone.output)
     return status
