@@ -29,7 +29,7 @@ SOURCES := $(shell find ptbin tasks flows deployments -type f ! -name '*.pyc')
 # demo and bench do without: -P would hide a script's own neighbours too.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install demo docs test test-quick test-slow check bench bench-peers s3-server s3-packages browser-packages postgres-packages demo-deploy clean
+.PHONY: install demo docs test test-quick test-slow check bench bench-peers s3-server s3-packages browser-packages postgres-packages prometheus-packages demo-deploy clean
 
 install: $(VENV)/.requirements $(VENV)/.installed
 
@@ -74,14 +74,14 @@ demo-deploy: install browser-packages postgres-packages
 # On more processes than there are cores, because many tests wait for servers. Whole files each, so that what the
 # tests of a file share is made once. With PYTEST_ARGS (paths, -k) everything in one process.
 TEST_PROCESSES ?= 4
-test: install s3-packages browser-packages postgres-packages
+test: install s3-packages browser-packages postgres-packages prometheus-packages
 	$(BIN)/python -m pytest $(if $(PYTEST_ARGS),$(PYTEST_ARGS),-n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder)
 
 # What starts neither a server nor a process: the loop while working on the engine.
 test-quick: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not starts_processes and not starts_servers" $(PYTEST_ARGS)
 
-test-slow: install s3-packages browser-packages postgres-packages
+test-slow: install s3-packages browser-packages postgres-packages prometheus-packages
 	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
 
 check: install
@@ -141,6 +141,18 @@ postgres-packages:
 	      postgresql; } >/dev/null 2>&1 || echo "not to be had here: those tests will be skipped"; \
 	else \
 	  echo "no postgresql, and not root: the tests of the deployments will be skipped"; \
+	fi
+
+# promtool, which checks deployments/monitoring: unpacked into the environment, because the package would start a server.
+prometheus-packages: $(VENV)/.created
+	@if [ -x $(VENV)/prometheus/usr/bin/promtool ] || command -v promtool >/dev/null; then :; \
+	elif command -v apt-get >/dev/null && command -v dpkg >/dev/null; then \
+	  echo "fetching promtool (for the tests of the alert rules)"; \
+	  { folder=$$(mktemp -d) && (cd $$folder && apt-get download prometheus) \
+	    && dpkg -x $$folder/prometheus_*.deb $(VENV)/prometheus && rm -r $$folder; } >/dev/null 2>&1 \
+	    || echo "not to be had here: those tests will be skipped"; \
+	else \
+	  echo "no promtool here: the tests of the alert rules will be skipped"; \
 	fi
 
 # A browser for the tests of the report and for the screenshots of demo-deploy.

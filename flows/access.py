@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from flows.metering import metering
+from flows.notices import tag_flow_run, untagged_tasks
 from flows.prefect.signals import hold_signals
 from flows.run_record import check_run_id
 from flows.runners import Runner, RunnerName, open_runner
@@ -77,6 +79,9 @@ def join_run(run_id: str, source_options: str | None, dest_options: str | None) 
             stack.enter_context(open_live_run(live))
         live.began = time.monotonic()  # not when the command line opened it, to start a server first
         live.summary["flow_run_id"] = current_flow_run_id()
+        tag_flow_run()
+        stack.enter_context(untagged_tasks())
+        stack.enter_context(metering(live))
         live.check = stack.enter_context(hold_signals()).check
         try:
             live.check()

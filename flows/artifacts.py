@@ -1,4 +1,4 @@
-"""What a run shows in the Prefect UI: its progress, a table with problems first, a link to the report.
+"""What a run shows in the Prefect UI: its progress, a table with problems first, the essence of the report.
 
 The key is the same for every run of a flow, so the UI keeps their history under it. Prefect accepts
 tables of several thousand rows (5,000 measured); the rest is in the run record.
@@ -58,9 +58,9 @@ class Artifacts:
         self._telling.set()
         self._hand_over(lambda: self._show_progress(percent, told))
 
-    def link(self, uri: str, text: str) -> None:
-        """A link to the report at `uri`, a path or URL."""
-        self._hand_over(lambda: _publish_link(f"{self._key}-report", uri, text))
+    def report(self, essence: str) -> None:
+        """The report's essence, in Markdown, with a link to the page where it has one."""
+        self._hand_over(lambda: _publish_report(f"{self._key}-report", essence))
 
     def table(self, rows: Sequence[dict[str, Any]], description: str) -> None:
         """The outcomes."""
@@ -142,11 +142,10 @@ def verification_rows(verified: Iterable[str], issues: Iterable[dict[str, Any]])
     return rows
 
 
-def _publish_link(key: str, uri: str, text: str) -> None:
-    from prefect.artifacts import create_link_artifact
+def _publish_report(key: str, essence: str) -> None:
+    from prefect.artifacts import create_markdown_artifact
 
-    link = f"file://{uri}" if uri.startswith("/") else uri
-    create_link_artifact(link, link_text=text, key=key, description=f"[{text}]({link})\n\n`{uri}`")
+    create_markdown_artifact(essence, key=key, description="What happened, and where the report is.")
 
 
 def _publish_table(key: str, rows: Sequence[dict[str, Any]], description: str) -> None:

@@ -22,9 +22,13 @@ from flows.access import Running, current_flow_run_id
 from flows.artifacts import Artifacts, conversion_rows
 from flows.batches import cut, iter_batches
 from flows.fanout import Work, fan_out, unexamined
+from flows.notices import failure_line, log_failures, state_message
 from flows.prefect.orchestrator import ABSENT_SECONDS, await_server
 from flows.prefect.signals import INTERRUPTS
 from flows.remembering import close_ledger, open_ledger
+from flows.report_link import link_of
+from flows.report_markdown import render_markdown
+from flows.run_history import facts_of_run
 from flows.run_record import record_files, record_folder
 from flows.selection import Selection
 from flows.tally import Tally
@@ -112,6 +116,7 @@ class Conversion:
         passes is no more than a reason to end.
         """
         self._open_ledger()
+        self._note_passed_over()
         self.refuse(problems)
         try:
             self._clean_up()
@@ -131,6 +136,14 @@ class Conversion:
             self._end_early()
             raise
         return self.finish()
+
+    def _note_passed_over(self) -> None:
+        """What of SOURCE the listing did not look at, by its rule; links that lead out of it are named."""
+        entries = self.work.entries
+        self.tally.skipped.update(entries.counts)
+        if text := entries.links_words():
+            self.live.listener.noted(text)
+            self.logger.warning("%s", text)
 
     def _open_ledger(self) -> None:
         """What earlier runs failed at. Where that cannot be read, nothing is known, and the run fails."""
@@ -299,6 +312,9 @@ class Conversion:
             options=options,
             flow_run_id=flow_run_id,
             selection=self.selection.to_json(self.work.rule) if self.keeps_ledger else None,
+            facts=facts_of_run(
+                tally, source_options=self.live.source_options, dest_options=self.live.dest_options
+            ),
         )
         try:
             _record(write_run_record, self.live.run_id, folder, files)
@@ -316,10 +332,16 @@ class Conversion:
             interrupted=tally.interrupted,
             task_runs=self.task_runs + 1,  # the run record
         )
-        self._show(f"**{message}** in {seconds:.1f} s", folder)
-        return (Completed if tally.succeeded else Failed)(message=message)
+        report = f"{folder}/report.html" if folder else ""
+        link = link_of(report, self.live.dest_options) if report else None
+        self._show(f"**{message}** in {seconds:.1f} s", folder, render_markdown(tally, summary, report, link))
+        failures = [failure_line(entry) for entry in tally.problems]
+        log_failures(self.logger, failures)
+        return (Completed if tally.succeeded else Failed)(
+            message=state_message(message, failures, link or report)
+        )
 
-    def _show(self, message: str, folder: str) -> None:
+    def _show(self, message: str, folder: str, essence: str) -> None:
         """The artifacts. All that matters is done by now: an interrupt only shortens this."""
         tally = self.tally
         try:
@@ -330,7 +352,7 @@ class Conversion:
             self.logger.warning("Prefect's server is gone: the run ends without it")
             return
         if folder:
-            self.progress.link(f"{folder}/report.html", f"Report of run {tally.run_id}")
+            self.progress.report(essence)
         self.progress.table(
             conversion_rows(tally.entries),
             f"{message}\n\nfrom `{tally.source}` to `{tally.dest}`, run record `{folder}`",

@@ -29,6 +29,7 @@ from flows.tally import Tally
 from flows.wishes import MAX_WORKERS, build_options, parse_duration, refuse_secrets
 from ptbin import catalog
 from ptbin.catalog import OutputRule
+from ptbin.catalog.entries import nothing_below
 from ptbin.catalog.globs import root_of
 from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
 from ptbin.errors import UsageError
@@ -52,6 +53,7 @@ def convert(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    copy_links: bool = False,
     format: OutputFormat = "torch",  # noqa: A002 - the name on the command line and in manifests
     layout: Layout = "mirror",
     naming: Naming = "replace",
@@ -139,10 +141,13 @@ def convert(
                 list(exclude),
                 named=unexamined(named),
                 must_exist=retry_failed is None,
+                copy_links=copy_links,
             )
             if named is None and not problems and not work_of(live).count():
-                raise UsageError(f"no checkpoints to convert below SOURCE: {source}")
+                raise UsageError(nothing_below(source, work_of(live).entries))
             tally = Tally(live.run_id, source, dest, min_success=min_success)
             conversion = Conversion(run, options, tally, fail_fast)
-            conversion.selection = Selection(tuple(include), tuple(exclude), is_listed=named is not None)
+            conversion.selection = Selection(
+                tuple(include), tuple(exclude), is_listed=named is not None, copy_links=copy_links
+            )
             return conversion.carry_out(problems)

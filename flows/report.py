@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from flows.report_rows import MAX_DETAILED, details_of, history_bars, previous_facts, web_address
 from flows.units import format_nbytes, format_seconds, short_detail
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["render_report"]
 
 KINDS = ("weights", "optimizer", "other")
+LISTED_FAILURES = 20
 LARGEST = 12
 """So many checkpoints have a bar of their own."""
 OUTCOMES = {
@@ -46,7 +48,12 @@ def render_report(record: Mapping[str, Any]) -> str:
         kinds=KINDS,
         left_out=_left_out(record["checkpoints"]),
         warnings=[row for row in record["checkpoints"] if _is_warning(row)],
-        rows=_rows(record["checkpoints"]),
+        rows=_rows(record["checkpoints"], record.get("dest", "")),
+        failures=_failures(record["checkpoints"]),
+        resolved=record.get("resolved_problems", [])[:LISTED_FAILURES],
+        history=history_bars(record),
+        previous=previous_facts(record),
+        prefect_url=web_address(record.get("prefect_url")),
         options={
             name: value for name, value in record.get("options", {}).items() if value not in (None, [], False)
         },
@@ -158,8 +165,29 @@ def _is_warning(row: Mapping[str, Any]) -> bool:
     return row.get("verdict") == "unsafe" or row.get("reason") == "unsafe_pickle"
 
 
-def _rows(checkpoints: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _failures(checkpoints: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the page begins with: the failures that nobody has acknowledged, new ones first."""
+    found = sorted(
+        (row for row in checkpoints if row["outcome"] in {"rejected", "failed"}),
+        key=lambda row: (row.get("novelty") != "new", row["path"]),
+    )
+    shown = [
+        {
+            "path": row["path"],
+            "is_new": row.get("novelty") == "new",
+            "since": row.get("since", "")[:10],
+            "reason": row.get("reason", ""),
+            "detail": short_detail(row["path"], row.get("detail", "")),
+        }
+        for row in found[:LISTED_FAILURES]
+    ]
+    new = sum(row.get("novelty") == "new" for row in found)
+    return {"shown": shown, "more": len(found) - len(shown), "new": new, "count": len(found)}
+
+
+def _rows(checkpoints: Sequence[Mapping[str, Any]], dest: str) -> list[dict[str, Any]]:
     """New problems first, then the others, then by path."""
+    opens = len(checkpoints) <= MAX_DETAILED
     order = list(OUTCOMES)
     rows = []
     for row in checkpoints:
@@ -177,6 +205,7 @@ def _rows(checkpoints: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "reason": row.get("reason", ""),
                 "detail": short_detail(row["path"], row.get("detail", "")),
                 "unsafe": row.get("verdict") == "unsafe",
+                "details": details_of(row, dest) if opens or row.get("reason") else [],
             }
         )
     rank = {name: number for number, name in enumerate(order)}

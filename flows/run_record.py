@@ -64,12 +64,14 @@ def record_files(
     options: Mapping[str, Any],
     flow_run_id: str | None,
     selection: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
     ended: datetime | None = None,
 ) -> dict[str, bytes]:
     """Name and content of each file, in the order to write them.
 
-    In `run.json` the lists come last, however long they are: `ptbin.history.records` reads only what is in
-    front of them. No checksum list where nothing was converted: `sha256sum -c` calls an empty one an error.
+    `facts` are those of `flows.run_history`. In `run.json` the lists come last, however long they are:
+    `ptbin.history.records` reads only what is in front of them. No checksum list
+    where nothing was converted: `sha256sum -c` calls an empty one an error.
     """
     ended = ended or datetime.now(UTC)
     began = ended - timedelta(seconds=summary["seconds"])
@@ -88,6 +90,7 @@ def record_files(
         "by_reason": _by_reason(tally.entries),
         "oldest_unconverted": _oldest_unconverted(tally),
         "prefect_flow_run_id": flow_run_id,
+        **(facts or {}),
         "options": dict(options),
         "selection": dict(selection) if selection is not None else None,
         **{name: summary[name] for name in LISTS if name in summary},

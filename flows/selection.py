@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptbin.catalog import OutputRule
-from ptbin.catalog.globs import matches
+from ptbin.catalog.globs import is_excluded, matches
 from ptbin.catalog.named import parse_lines
 from ptbin.errors import UsageError
 from ptbin.history.failures import read_unconverted
@@ -27,6 +27,7 @@ class Selection:
     Attributes:
         include: of `convert`, globs of what alone is looked at.
         copied: of `sync`, globs of files that go along as they are.
+        copy_links: links that lead out of SOURCE are followed.
         is_listed: only named files are looked at (`--files-from`, `--retry-failed`).
     """
 
@@ -34,10 +35,11 @@ class Selection:
     exclude: tuple[str, ...] = ()
     copied: tuple[str, ...] = ()
     is_listed: bool = False
+    copy_links: bool = False
 
     def takes(self, path: str) -> bool:
         """Whether the run would have come upon a file at `path` below SOURCE, if it were there."""
-        if self.is_listed or any(matches(path, glob) for glob in self.exclude):
+        if self.is_listed or is_excluded(path, self.exclude):
             return False
         return not self.include or any(matches(path, glob) for glob in self.include)
 
@@ -48,6 +50,7 @@ class Selection:
             "exclude": list(self.exclude),
             "copied": list(self.copied),
             "is_listed": self.is_listed,
+            "copy_links": self.copy_links,
             "naming": rule.naming,
             "layout": rule.layout,
         }

@@ -30,6 +30,7 @@ from flows.tally import LISTED, Tally
 from flows.wishes import MAX_WORKERS, build_options, parse_duration, refuse_secrets
 from ptbin.catalog import Job, OutputRule, Problem
 from ptbin.catalog.checks import check_mirror
+from ptbin.catalog.entries import nothing_below
 from ptbin.catalog.mirroring import alone, excess
 from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
 from ptbin.errors import StorageError, UsageError
@@ -344,6 +345,7 @@ def sync(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    copy_links: bool = False,
     delete: bool = False,
     max_delete: Annotated[int, Field(ge=0)] | None = None,
     checksum: bool = False,
@@ -438,12 +440,15 @@ def sync(
                 list(include),
                 list(exclude),
                 distrust=checksum,
+                copy_links=copy_links,
             )
             if not problems and not work_of(live).count():
-                raise UsageError(f"nothing to mirror below SOURCE: {source}")
+                raise UsageError(nothing_below(source, work_of(live).entries, "nothing to mirror"))
             tally = MirrorTally(live.run_id, source, dest, kind="sync", min_success=min_success)
             # What is up to date stays; what is done replaces whatever lies there.
             forced = options.replace(force=force)
             mirroring = Synchronization(run, forced, tally, fail_fast, mirror)
-            mirroring.selection = Selection(exclude=tuple(exclude), copied=tuple(include))
+            mirroring.selection = Selection(
+                exclude=tuple(exclude), copied=tuple(include), copy_links=copy_links
+            )
             return mirroring.carry_out(problems)

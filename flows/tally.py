@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ptbin.catalog import Job, Problem
+from ptbin.catalog import Job, Problem, is_rejection
 from ptbin.history.failures import Ledger
 from ptbin.sources.companions import is_companion
 from ptbin.stores import identity_text
@@ -74,6 +74,8 @@ class Tally:
     """What earlier runs failed at, and what of it is acknowledged."""
     min_success: float | None = None
     """The run succeeds if that share of its checkpoints does; None: all of them."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Entries of SOURCE that were passed over, by kind (`ptbin.catalog.entries`)."""
     run_problems: list[Problem] = field(default_factory=list)
     """Problems of the run itself, such as a run record that could not be written."""
 
@@ -105,7 +107,16 @@ class Tally:
 
     def add_collisions(self, problems: Iterable[Problem]) -> list[Entry]:
         return [
-            self._append(Entry(problem.source, problem.source, 0, "rejected", problem.reason, problem.detail))
+            self._append(
+                Entry(
+                    problem.source,
+                    problem.source,
+                    0,
+                    "rejected" if is_rejection(problem.reason) else "failed",
+                    problem.reason,
+                    problem.detail,
+                )
+            )
             for problem in problems
         ]
 
@@ -198,6 +209,8 @@ class Tally:
             parts.append(f"not checkpoints {skipped}")
         if alone := self.count("left_alone"):
             parts.append(f"left alone {alone}")
+        if skipped := self.skipped.total():
+            parts.append(f"passed over {skipped}")
         if left := self.count("not_tried"):
             parts.append(f"not tried {left}")
         parts.extend(f"{problem.reason}: {problem.detail}" for problem in self.run_problems)
@@ -229,6 +242,7 @@ class Tally:
             "new": sum(entry.novelty == "new" for entry in self.problems),
             "resolved": len(self.ledger.resolved),
             "left_alone": self.count("left_alone"),
+            "skipped": dict(self.skipped),
             "source_bytes": sum(entry.nbytes for entry, _ in done),
             "read_bytes": sum(facts.read_nbytes for _, facts in done),
             "written_bytes": sum(facts.written_nbytes for _, facts in done),

@@ -1,7 +1,8 @@
 """The verify flow: every manifest below DEST is held against what is stored there.
 
 What is read is what the manifests vouch for, plus one listing for outputs that none of them does. One
-broken output never hides another. Nothing is written.
+broken output never hides another. Nothing is written but a note in the manifest of a damaged output, so that
+the next conversion makes it anew.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from flows.access import Running, RunSettings, join_run, running
 from flows.artifacts import Artifacts, verification_rows
 from flows.batches import plan_batches
 from flows.fanout import Work, fan_out, unexamined
+from flows.notices import log_failures, state_message
 from flows.parameters import described
 from flows.prefect.orchestrator import await_server
 from flows.run_record import new_run_id
@@ -66,7 +68,7 @@ def verify(
     """
     refuse_secrets(dest)
     with join_run(run_id or new_run_id(), source_options, dest_options) as live:
-        manifests = list_manifests(live.run_id, dest)
+        manifests, unread = list_manifests(live.run_id, dest)
         orphans = list_orphans(live.run_id, dest)
         if not manifests and not orphans:
             raise UsageError(f"nothing to verify below DEST, neither manifests nor outputs: {dest}")
@@ -75,7 +77,7 @@ def verify(
         )
         with running(live, None, settings) as run:
             verdicts, task_runs = _verify_all(run, manifests, level)
-        issues = [orphan_issue(uri) for uri in orphans]
+        issues = unread + [orphan_issue(uri) for uri in orphans]
         issues += [issue for verdict in verdicts for issue in verdict.issues]
         digests = {uri: digest for verdict in verdicts for uri, digest in verdict.digests}
         issues += check_records(live.run_id, dest, unexamined(digests))
@@ -105,7 +107,9 @@ def verify(
                 verification_rows(proven, issues), f"**{message}** in {seconds:.1f} s, below `{dest}`"
             )
             artifacts.end()
-        return (Failed if issues else Completed)(message=message)
+        failures = [f"{issue['reason']}: {issue['uri']}: {issue['detail']}" for issue in issues]
+        log_failures(get_run_logger(), failures)
+        return (Failed if issues else Completed)(message=state_message(message, failures))
 
 
 def orphan_issue(uri: str) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def inspect(
     place = find_source(uri, storage_options)
     with place.open() as reader, as_checkpoint_errors(reader.uri):
         try:
-            checkpoint = read_checkpoint(reader, options.limits, options.recipe)
+            checkpoint = read_checkpoint(reader, options.limits, options.recipe, parts=options.parts)
         except CorruptArchiveError as error:
             refuse_unsafe_fragment(error, reader.uri)
             raise

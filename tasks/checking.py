@@ -41,7 +41,7 @@ def _verify(live: LiveRun, uri: str, level: VerifyLevel) -> ManifestVerdict:
     live.moved(0)
     try:
         issues, digests = verify_outputs(
-            uri, level=level, storage_options=live.dest_options, progress=live.moved
+            uri, level=level, storage_options=live.dest_options, progress=live.moved, note=True
         )
     except PtbinError as error:
         issue = {"reason": error.reason, "uri": uri, "detail": one_line(str(error))}

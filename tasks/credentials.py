@@ -58,7 +58,7 @@ def load_options(reference: str | None) -> dict[str, Any]:
     else:
         # Not quoted: it may be the options themselves, which would be stored with the parameters.
         raise UsageError(
-            "storage options of a flow run are given as block:NAME, block:KIND/NAME or env:NAME, "
+            "storage options of a flow run are given as block:NAME or env:NAME, or as block:KIND/NAME, "
             "never by value"
         )
     if isinstance(value, str):

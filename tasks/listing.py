@@ -15,13 +15,16 @@ from prefect.cache_policies import NO_CACHE
 from ptbin import catalog
 from ptbin.catalog import Job, OutputRule, Problem
 from ptbin.catalog.companions import copied_along
+from ptbin.catalog.finding import DestEntries
 from ptbin.catalog.finished import FinishedRow, read_finished
 from ptbin.catalog.named import NamedFiles
 from ptbin.catalog.worklist import WorkList
 from ptbin.errors import PtbinError
 from ptbin.options import ConvertOptions
 from ptbin.stores.limits import limit_requests
+from ptbin.values.names import shown_path
 from tasks.live import LiveRun, find_live_run
+from tasks.outcomes import one_line
 from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, worth_retrying
 
 __all__ = [
@@ -54,6 +57,7 @@ def list_checkpoints(
     distrust: bool = False,
     named: Sequence[str] | None = None,
     must_exist: bool = True,
+    copy_links: bool = False,
 ) -> list[Problem]:
     """Fill the run's work list with every checkpoint below `source`; what cannot be converted at all.
 
@@ -74,6 +78,7 @@ def list_checkpoints(
             tick=live.tick,
             distrust=distrust,
             named=files,
+            copy_links=copy_links,
         )
     return problems + (files.missing(source) if files is not None and must_exist else [])
 
@@ -96,6 +101,7 @@ def list_mirror(
     exclude: Sequence[str],
     *,
     distrust: bool,
+    copy_links: bool = False,
 ) -> list[Problem]:
     """As `list_checkpoints`, with the files that go along as they are. `include` adds to these.
 
@@ -112,6 +118,7 @@ def list_mirror(
             tick=live.tick,
             copies=copied_along(include),
             distrust=distrust,
+            copy_links=copy_links,
         )
 
 
@@ -167,9 +174,20 @@ def find_up_to_date(run_id: str, label: str, jobs: Sequence[Job]) -> list[Finish
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def list_manifests(run_id: str, dest: str) -> list[str]:
-    """The URI of every manifest below `dest`."""
-    return list(catalog.find_manifests(dest, storage_options=find_live_run(run_id).dest_options))
+def list_manifests(run_id: str, dest: str) -> tuple[list[str], list[dict[str, str]]]:
+    """The URI of every manifest below `dest`, and an issue for each folder that cannot be read."""
+    entries = DestEntries()
+    options = find_live_run(run_id).dest_options
+    found = list(catalog.find_manifests(dest, storage_options=options, watch=entries))
+    issues = [
+        {
+            "reason": error.reason,
+            "uri": f"{dest.rstrip('/')}/{shown_path(path)}",
+            "detail": one_line(str(error)),
+        }
+        for path, error in entries.problems
+    ]
+    return found, issues
 
 
 @task(

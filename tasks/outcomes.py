@@ -85,7 +85,7 @@ class Converted:
                 int(tensor["nbytes"]) for tensor in manifest["tensors"] if not tensor.get("shares_with")
             ),
             left_out=_left_out(manifest),
-            verdict=str(manifest.get("safety") or ""),
+            verdict=str((manifest.get("safety") or {}).get("verdict", "")),
             unsafe_globals=tuple(
                 f"{item['module']}.{item['name']}"
                 for item in manifest.get("globals", ())

@@ -23,7 +23,7 @@ from ptbin.stores import RangeReader, Store, Writer, register_store
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from ptbin.stores import Identity, ListedObject, ObjectStat
+    from ptbin.stores import Identity, ListedObject, ObjectStat, Watch
 
 StoreT = TypeVar("StoreT", bound="Store")
 
@@ -62,9 +62,9 @@ class HookedStore(Store):
         self.before(Call("is_directory", path))
         return self.inner.is_directory(path)
 
-    def iter_objects(self, path: str) -> Iterator[ListedObject]:
+    def iter_objects(self, path: str, watch: Watch | None = None) -> Iterator[ListedObject]:
         self.before(Call("list", path))
-        return self.inner.iter_objects(path)
+        return self.inner.iter_objects(path, watch)
 
     def open_reader(self, path: str, *, expected: Identity | None = None) -> RangeReader:
         self.before(Call("open", path))

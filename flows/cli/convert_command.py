@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,6 +22,7 @@ from ptbin.errors import StorageError, UsageError
 if TYPE_CHECKING:
     from ptbin import catalog
     from ptbin.catalog import Found, Job, Problem
+    from ptbin.catalog.entries import Entries
     from ptbin.options import ConvertOptions
 
 __all__ = ["convert_command"]
@@ -58,6 +58,7 @@ Exit status: 0 all converted or up to date; 1 some were rejected or failed;
 @click.argument("dest")
 @click.option("--include", multiple=True, metavar="GLOB", help="Only paths that match (repeatable).")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Not those that match (repeatable).")
+@click.option("--copy-links", is_flag=True, help="Follow symbolic links that lead out of SOURCE.")
 @conversion_options
 @click.option(
     "--force", is_flag=True, help="Convert what is up to date too, and replace whatever lies there."
@@ -72,6 +73,7 @@ def convert_command(
     dest: str,
     include: Sequence[str],
     exclude: Sequence[str],
+    copy_links: bool,
     force: bool,
     dry_run: bool,
     min_success: float | None,
@@ -109,17 +111,17 @@ def convert_command(
             current = [job] if _is_current(job, options, shared) else []
             return _print_plan([] if current else [job], current, [], options, shared)
         rule = catalog.OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout)
-        to_do, current, problems, alone = _planned(
-            source, rule, include, exclude, options, shared, named, must_exist=retry_failed is None
-        )
-        return _print_plan(to_do, current, problems, options, shared, alone)
+        to_do, current, problems, alone, entries = _planned(
+            source, rule, include, exclude, options, shared, named,
+            must_exist=retry_failed is None, copy_links=copy_links,
+        )  # fmt: skip
+        return _print_plan(to_do, current, problems, options, shared, alone, entries)
     if single is not None:
         job = _job_of(single, dest, names_one, naming, options)
         summary, lines = _convert_one(job, source, dest, options, shared)
     else:
         refuse_secrets(source, dest)
-        if not _list(source, include, exclude, shared, limit=1):
-            raise UsageError(f"no checkpoints to convert below SOURCE: {source}")
+        _refuse_nothing(source, include, exclude, shared, copy_links=copy_links)
         from flows.cli.on_prefect import run_flow
         from flows.run_record import new_run_id
 
@@ -133,6 +135,7 @@ def convert_command(
                 dest=dest,
                 include=list(include),
                 exclude=list(exclude),
+                copy_links=copy_links,
                 naming=naming,
                 min_success=min_success,
                 **listing,
@@ -196,15 +199,25 @@ def _job_of(found: Found, dest: str, names_one: bool, naming: Any, options: Conv
     return jobs[0]
 
 
-def _list(
-    source: str, include: Sequence[str], exclude: Sequence[str], shared: Shared, limit: int | None = None
-) -> list[Found]:
+def _refuse_nothing(
+    source: str, include: Sequence[str], exclude: Sequence[str], shared: Shared, *, copy_links: bool
+) -> None:
+    """Look for a first checkpoint, or a first problem. Raises UsageError where there is neither."""
     from ptbin import catalog
+    from ptbin.catalog.entries import Entries, nothing_below
+    from ptbin.catalog.globs import split_glob
 
+    shown = (*include, split_glob(source, shared.source_options)[1] or "")
+    entries = Entries(shown=shown, exclude=exclude, copy_links=copy_links)
     found = catalog.find_checkpoints(
-        source, include=tuple(include), exclude=tuple(exclude), storage_options=shared.source_options
+        source,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        storage_options=shared.source_options,
+        entries=entries,
     )
-    return list(islice(found, limit))
+    if next(found, None) is None and not entries.problems:
+        raise UsageError(nothing_below(source, entries))
 
 
 def _convert_one(
@@ -268,10 +281,12 @@ def _planned(
     named: Sequence[str] | None,
     *,
     must_exist: bool,
-) -> tuple[list[Job], list[Job], list[Problem], list[Job]]:
+    copy_links: bool,
+) -> tuple[list[Job], list[Job], list[Problem], list[Job], Entries]:
     """What a run would convert, pass over, refuse, and (by their names) leave alone."""
     from contextlib import closing
 
+    from ptbin.catalog.entries import nothing_below
     from ptbin.catalog.finished import read_finished
     from ptbin.catalog.named import NamedFiles
     from ptbin.catalog.worklist import WorkList
@@ -287,11 +302,12 @@ def _planned(
             exclude=exclude,
             source_options=shared.source_options,
             named=files,
+            copy_links=copy_links,
         )
         if files is not None and must_exist:
             problems += files.missing(source)
         if files is None and not problems and not work.count():
-            raise UsageError("no checkpoints to convert below SOURCE")
+            raise UsageError(nothing_below(source, work.entries))
         asked = list(work.iter_to_ask())
         rows = [
             read_finished(job, work.relative_manifest(job), dest_options=shared.dest_options) for job in asked
@@ -301,7 +317,8 @@ def _planned(
         to_do = [job for job in work.iter_to_do() if not is_companion(job.path)]
         alone = [job for job in work.iter_to_do() if is_companion(job.path)] + list(work.iter_left_alone())
         current = sorted(work.iter_current(), key=by_path)
-        return sorted(to_do, key=by_path), current, problems, sorted(alone, key=by_path)
+        alone.sort(key=by_path)
+        return sorted(to_do, key=by_path), current, problems, alone, work.entries
 
 
 def _print_plan(
@@ -311,6 +328,7 @@ def _print_plan(
     options: ConvertOptions,
     shared: Shared,
     alone: Sequence[Job] = (),
+    entries: Entries | None = None,
 ) -> int:
     """What would become of each, with what it would replace."""
     from ptbin.catalog.marks import iter_marked, look_at_job
@@ -319,6 +337,7 @@ def _print_plan(
     marked = list(iter_marked(to_do, lambda job: look_at_job(job, options, **sides)))
     problems = [*problems, *(item.problem for item in marked if item.problem is not None)]
     marked = [item for item in marked if item.problem is None]
+    skipped = dict(entries.counts) if entries is not None else {}
     if shared.as_json:
         print_json(
             {
@@ -326,10 +345,13 @@ def _print_plan(
                 "convert": [item.to_json() for item in marked],
                 "up_to_date": [job.source_uri for job in current],
                 "left_alone": [job.source_uri for job in alone],
+                "skipped": skipped,
                 "problems": [problem.to_json() for problem in problems],
             }
         )
     else:
-        for line in plan_lines(marked, current, problems, alone):
+        for line in plan_lines(marked, current, problems, alone, skipped):
             print_line(line)
+        if entries is not None and (text := entries.links_words()):
+            print_line(text)
     return 1 if problems else 0

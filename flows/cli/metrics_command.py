@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import click
 
 from flows.cli.printing import print_json
 from flows.cli.shared_options import Shared, shared_options
-from ptbin.errors import UsageError
-from ptbin.stores import open_store, public_uri
+from ptbin.errors import StorageError
+from ptbin.stores import public_uri
 
 __all__ = ["metrics_command"]
 
@@ -19,6 +18,7 @@ EPILOG = """\b
 Examples:
   ptbin metrics s3://models/weights
   ptbin metrics weights/ --textfile /var/lib/node_exporter/textfile/ptbin-weights.prom
+  ptbin metrics weights/ --pushgateway http://gateway:9091
 
 Gauges of the last run for each SOURCE, in OpenMetrics text that Prometheus's own format allows as well. The
 file is written whole under another name and renamed; node_exporter reads only names that end in .prom.
@@ -38,26 +38,34 @@ Exit status: 0 written; 2 the call was wrong, or there is no DEST."""
     metavar="N",
     help="Look back N runs, for other SOURCEs and the last success.",
 )
+@click.option("--pushgateway", metavar="URL", help="Push them to a Pushgateway instead of printing.")
+@click.option("--otlp", is_flag=True, help="Send them to OpenTelemetry (OTEL_EXPORTER_OTLP_ENDPOINT).")
 @shared_options
-def metrics_command(dest: str, textfile: str | None, last: int, **shared_values: Any) -> int:
+def metrics_command(
+    dest: str, textfile: str | None, last: int, pushgateway: str | None, otlp: bool, **shared_values: Any
+) -> int:
     """Print OpenMetrics text about the runs that wrote into DEST."""
     shared = Shared(**shared_values)
-    from ptbin.history.metrics import render_metrics
+    from flows.metric_targets import Otlp, Pushgateway, Target, Textfile
+    from ptbin.history.metrics import metrics_of_runs
+    from ptbin.history.openmetrics import render
     from ptbin.history.records import iter_runs
 
+    place = public_uri(dest)
+    targets: list[Target] = [Textfile(textfile)] if textfile is not None else []
+    if pushgateway is not None:
+        targets.append(Pushgateway(pushgateway, {"dest": place}))
+    if otlp:
+        targets.append(Otlp())
     runs = iter_runs(dest, last=last, storage_options=shared.dest_options)
-    text = render_metrics(public_uri(dest), runs, datetime.now(UTC))
-    if textfile is not None:
-        _write_whole(Path(textfile), text)
-    elif shared.as_json:
-        print_json({"dest": public_uri(dest), "openmetrics": text})
-    else:
-        click.echo(text, nl=False)
+    found = metrics_of_runs(place, runs, datetime.now(UTC))
+    for target in targets:
+        try:
+            target.send(found)
+        except OSError as error:
+            raise StorageError(f"metrics of {place} could not be sent: {error}") from error
+    if shared.as_json:
+        print_json({"dest": place, "openmetrics": render(found)})
+    elif not targets:
+        click.echo(render(found), nl=False)
     return 0
-
-
-def _write_whole(path: Path, text: str) -> None:
-    if not path.parent.is_dir():
-        raise UsageError(f"--textfile {path}: there is no folder {path.parent}")
-    store, place = open_store(str(path))
-    store.write_bytes(place, text.encode())

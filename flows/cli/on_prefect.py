@@ -41,14 +41,17 @@ def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **param
     with orchestrator() as server, open_live_run(live):
         with interrupts_held():
             flow = _find_flow(name)
+            from prefect import tags
+
             from flows.access import RunStoppedError
+            from flows.notices import TAG
             from flows.prefect.signals import INTERRUPTS, hold_signals, is_hidden_interrupt
 
         # Prefect's modules stay to the end: a full collection would walk a million objects of them, 0.1 s.
         gc.freeze()
         listener.stage("looking at SOURCE and DEST" if name != "verify" else "looking at DEST")
         try:
-            with hold_signals() as signals:
+            with hold_signals() as signals, tags(TAG):
                 state = flow(**parameters, run_id=run_id, return_state=True)
         except INTERRUPTS as error:
             if not live.summary.get("interrupted"):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flows.cli.interrupts import INTERRUPTED_STATUS
 from flows.cli.printing import align, print_error, print_json, print_line
 from flows.units import format_nbytes, left_out_words, short_detail
+from ptbin.catalog.entries import skipped_words
 from ptbin.errors import OutputExistsError
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ __all__ = [
 
 JSON_KEYS = (
     "run_id", "source", "dest", "converted", "up_to_date", "rejected", "failed", "known", "new", "resolved",
-    "left_alone", "source_bytes", "read_bytes", "written_bytes", "left_out", "seconds", "manifests",
-    "problems", "known_problems", "resolved_problems",
+    "left_alone", "skipped", "source_bytes", "read_bytes", "written_bytes", "left_out", "seconds",
+    "manifests", "problems", "known_problems", "resolved_problems",
 )  # fmt: skip
 """The `--json` summary of `convert`, in this order."""
 
@@ -72,6 +73,8 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
         rows.append(("known", str(summary["known"]), "failures that are acknowledged"))
     if summary["left_alone"]:
         rows.append(("left alone", str(summary["left_alone"]), LEFT_ALONE))
+    if summary.get("skipped"):
+        rows.append(("passed over", str(sum(summary["skipped"].values())), skipped_words(summary["skipped"])))
     if "copied" in summary:
         rows.insert(1, ("copied", str(summary["copied"]), "files as they are" if summary["copied"] else ""))
         rows += [("deleted", str(summary["deleted"]), f"{summary['kept']} kept" if summary["kept"] else "")]
@@ -185,7 +188,11 @@ def initial_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def plan_lines(
-    to_do: Sequence[Marked], up_to_date: Sequence[Job], problems: Sequence[Problem], alone: Sequence[Job] = ()
+    to_do: Sequence[Marked],
+    up_to_date: Sequence[Job],
+    problems: Sequence[Problem],
+    alone: Sequence[Job] = (),
+    skipped: Mapping[str, int] | None = None,
 ) -> list[str]:
     """What a run would do, one checkpoint a line."""
     rows = [marked_row("convert", item) for item in to_do]
@@ -198,7 +205,8 @@ def plan_lines(
     counts += f"of them replace {replaced}, " if replaced else ""
     counts += f"up to date {len(up_to_date)}, rejected {len(problems)}"
     counts += f", left alone {len(alone)}" if alone else ""
-    return [*align(rows, indent=""), "", f"{counts}; nothing was written"]
+    passed = [f"passed over: {skipped_words(skipped)}"] if skipped else []
+    return [*align(rows, indent=""), *passed, "", f"{counts}; nothing was written"]
 
 
 def marked_row(what: str, item: Marked) -> tuple[str, str, str]:

@@ -16,6 +16,7 @@ from flows.cli.shared_options import Shared, judging_options, run_options, share
 from flows.cli.summary import JSON_KEYS, SYNC_KEYS, conversion_lines, tell_summary
 from flows.units import format_nbytes
 from flows.wishes import build_options, refuse_secrets
+from ptbin.catalog.entries import skipped_words
 from ptbin.errors import OutputExistsError, UsageError
 
 if TYPE_CHECKING:
@@ -47,11 +48,14 @@ nothing was written; 130 interrupted."""
 @click.option(
     "--exclude", multiple=True, metavar="GLOB", help="Neither convert, copy nor delete these (repeatable)."
 )
+@click.option("--copy-links", is_flag=True, help="Follow symbolic links that lead out of SOURCE.")
 @click.option("--delete", is_flag=True, help="Delete from DEST what SOURCE no longer has.")
 @click.option(
     "--max-delete", type=click.IntRange(min=0), metavar="N", help="If more are gone than that, delete none."
 )
-@click.option("--checksum", is_flag=True, help="Compare by content; times and ETags are not believed.")
+@click.option(
+    "--checksum", is_flag=True, help="Compare by content, outputs too; times and ETags are not believed."
+)
 @click.option("--immutable", is_flag=True, help="Never change what is there; what differs is a failure.")
 @click.option("--backup-dir", metavar="PLACE", help="First copy there what is written over or deleted.")
 @click.option("--force", is_flag=True, help="Replace files in the way that ptbin did not make.")
@@ -65,6 +69,7 @@ def sync_command(
     dest: str,
     include: Sequence[str],
     exclude: Sequence[str],
+    copy_links: bool,
     delete: bool,
     max_delete: int | None,
     checksum: bool,
@@ -99,7 +104,7 @@ def sync_command(
         return _print_plan(
             source, dest, include, exclude, naming, options, shared,
             delete=delete, max_delete=max_delete, checksum=checksum, immutable=immutable,
-            backs_up=backup_dir is not None, force=force,
+            backs_up=backup_dir is not None, force=force, copy_links=copy_links,
         )  # fmt: skip
     from flows.cli.on_prefect import run_flow
     from flows.run_record import new_run_id
@@ -114,6 +119,7 @@ def sync_command(
             dest=dest,
             include=list(include),
             exclude=list(exclude),
+            copy_links=copy_links,
             delete=delete,
             max_delete=max_delete,
             checksum=checksum,
@@ -143,10 +149,12 @@ def _print_plan(
     immutable: bool,
     backs_up: bool,
     force: bool,
+    copy_links: bool,
 ) -> int:
     """What a run would do, found as a run finds it; nothing is written, not even a lease."""
     from ptbin.catalog import OutputRule
     from ptbin.catalog.companions import copied_along
+    from ptbin.catalog.entries import nothing_below
     from ptbin.catalog.finished import read_finished
     from ptbin.catalog.marks import iter_marked, look_at_job
     from ptbin.catalog.mirroring import alone, excess, iter_gone
@@ -164,9 +172,10 @@ def _print_plan(
             exclude=exclude,
             source_options=shared.source_options,
             copies=copied_along(include),
+            copy_links=copy_links,
         )
         if not problems and not work.count():
-            raise UsageError(f"nothing to mirror below SOURCE: {source}")
+            raise UsageError(nothing_below(source, work.entries, "nothing to mirror"))
         asked = list(work.iter_to_ask())
         rows = [
             read_finished(
@@ -223,6 +232,7 @@ def _print_plan(
         "keep": [item.output for item in found if item.kept or told],
         "back_up": saved if backs_up else [],
         "left_alone": [job.source_uri for job in left],
+        "skipped": dict(work.entries.counts),
         "problems": told,
     }
     if shared.as_json:
@@ -230,6 +240,8 @@ def _print_plan(
     else:
         for line in _plan_lines(plan, compares=checksum):
             print_line(line)
+        if text := work.entries.links_words():
+            print_line(text)
     return 1 if plan["problems"] else 0
 
 
@@ -255,6 +267,8 @@ def _plan_lines(plan: dict[str, Any], *, compares: bool) -> list[str]:
         for name, key in (("convert", "convert"), ("copy", "copy"), ("delete", "delete"))
     )
     lines = [*align(rows, indent=""), ""] if rows else []
+    if plan["skipped"]:
+        lines.append(f"passed over: {skipped_words(plan['skipped'])}")
     lines.append(
         f"would {counts}, up to date {plan['up_to_date']}, refused {len(plan['problems'])}; nothing written"
     )

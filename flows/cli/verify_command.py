@@ -30,7 +30,7 @@ Examples:
 Reads back every byte that the manifests vouch for. DEST is one output, one manifest, or a directory or
 prefix, where outputs without a manifest are reported too, and where checksum lists, registry records and
 statements of provenance must say what the manifests say. A registry's URI (mlflow+http://...) stands for the
-place of its files.
+place of its files. Damage is noted in the output's manifest: the next convert or sync makes that output anew.
 
 \b
 Exit status: 0 all proven; 1 something is not what its manifest says;
@@ -164,6 +164,7 @@ def _verify_one(
         storage_options=shared.dest_options,
         source_options=shared.source_options,
         progress=listener.moved,
+        note=True,
     )
     if public_key is not None:
         from ptbin.proof.signatures import verify_signatures

@@ -41,6 +41,7 @@ __all__ = [
     "OrchestratorError",
     "await_server",
     "import_prefect",
+    "is_embedded",
     "orchestrator",
 ]
 
@@ -125,6 +126,11 @@ class Orchestrator:
             return int(_post_json(f"{self.api_url}/task_runs/count", question))
         except (OSError, ValueError):
             return -1
+
+
+def is_embedded() -> bool:
+    """Whether this process's flows run on a server that it started itself, and that ends with it."""
+    return _embedded
 
 
 def import_prefect() -> None:

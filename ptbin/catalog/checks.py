@@ -8,7 +8,7 @@ from typing import Any
 
 from ptbin.catalog.globs import split_glob
 from ptbin.errors import NotFoundInStoreError, UsageError
-from ptbin.stores import Place, place_of
+from ptbin.stores import Place, WatchQuietly, place_of
 
 __all__ = ["check_call", "check_mirror", "real_uri"]
 
@@ -70,7 +70,7 @@ def check_call(
     place = place_of(root, source_options)
     is_directory = place.is_directory()
     if is_directory:
-        if next(iter(place.iter_objects()), None) is None:
+        if next(iter(place.iter_objects(WatchQuietly())), None) is None:
             raise UsageError(f"{place.uri}: nothing is there to convert")
     elif pattern is not None:
         raise UsageError(f"{place.uri}: no such directory or prefix")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ptbin.catalog.globs import matches
 from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, OTHER_SUFFIXES, suffix_of
@@ -20,19 +21,21 @@ COMPANIONS = (
 """Names of what belongs to models beside their weights, whatever the folder."""
 
 
-def copied_along(include: Sequence[str]) -> Callable[[ListedObject], bool]:
+@dataclass(frozen=True, slots=True)
+class copied_along:  # noqa: N801 - called as a function, and asked as one
     """Says of a file below SOURCE whether it goes along as it is: a model's companion, or one of `include`.
 
     What by its name may be a checkpoint is one of them only where `include` says so, and then its content
     decides (`is_doubtful`).
     """
 
-    def is_copied(item: ListedObject) -> bool:
+    include: Sequence[str] = ()
+
+    def __call__(self, item: ListedObject) -> bool:
+        """Whether this one goes along."""
         if _is_companion(item.path):
             return True
-        return item.path.isprintable() and any(matches(item.path, glob) for glob in include)
-
-    return is_copied
+        return any(matches(item.path, glob) for glob in self.include)
 
 
 def is_doubtful(item: ListedObject) -> bool:
@@ -44,7 +47,7 @@ def _is_companion(path: str) -> bool:
     name = path.rpartition("/")[2]
     if is_sidecar(name):
         return True
-    if suffix_of(name) in CHECKPOINT_SUFFIXES or not name.isprintable():
+    if suffix_of(name) in CHECKPOINT_SUFFIXES:
         return False
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANIONS)
 

@@ -18,13 +18,14 @@ from ptbin.errors import (
     UnsupportedFormatError,
     VerificationError,
 )
+from ptbin.manifests.damage import damaged_file, is_damaged, note_damage
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, dump_manifest, parse_manifest
 from ptbin.options import ConvertOptions
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import read_selected
 from ptbin.sources.opening import SourcePlace, find_source
 from ptbin.splice import splice
-from ptbin.stores import Place, RangeReader, Where, Writer, place_of
+from ptbin.stores import ObjectStat, Place, RangeReader, Where, Writer, place_of
 
 __all__ = ["find_unchanged", "is_convertible", "release_companions"]
 
@@ -56,8 +57,8 @@ def find_unchanged(
 ) -> Published | None:
     """The finished output of `source` at `dest` if converting it anew would make the very same, else None.
 
-    The manifest is brought up to date where the source has another identity now. What is stored is believed
-    to be what the manifest says, if the sizes are right: `ptbin.verify` is for that.
+    The manifest is brought up to date where the source has another identity now. The stored files are read as
+    well: where they are not what the manifest says, that is noted in it, so that they may be replaced.
 
     Raises:
         CheckpointError: the source is damaged, unsafe, or has no single state dict.
@@ -73,12 +74,15 @@ def find_unchanged(
     stored = {output["path"]: output.get("sha256") for output in manifest["outputs"]}
     if manifest["options_fingerprint"] != options.fingerprint() or None in stored.values():
         return None
-    if not _sizes_are_right(output.parent, manifest):
+    if is_damaged(manifest) or not _sizes_are_right(output.parent, manifest):
         return None
     found = find_source(source)
     found.refuse_part(parts=options.parts)
     with found.open() as reader:
         if _digests(found, reader, output.name, options, stored, progress) != stored:
+            return None
+        if damaged := _damaged_files(output.parent, stored, progress):
+            note_damage(manifest_place, damaged)
             return None
         facts = {"uri": reader.uri, "size": reader.size, "identity": reader.identity.to_json()}
     if {name: manifest["source"].get(name) for name in facts} != facts:
@@ -130,6 +134,22 @@ def _sizes_are_right(folder: Place, manifest: Mapping[str, Any]) -> bool:
         return all((folder / item["path"]).stat().size == item["size"] for item in manifest["outputs"])
     except NotFoundInStoreError:
         return False
+
+
+def _damaged_files(folder: Place, stored: Mapping[str, Any], progress: Progress | None) -> dict[str, Any]:
+    """Of the stored files, those that do not have their SHA-256, and what is there instead."""
+    found = {}
+    for name, expected in stored.items():
+        digest = hashlib.sha256()
+        with (folder / name).open_reader() as reader:
+            for piece in reader.iter_range(0, reader.size):
+                digest.update(piece)
+                if progress is not None:
+                    progress(0)
+            there = ObjectStat(reader.uri, reader.size, reader.identity)
+        if digest.hexdigest() != expected:
+            found[name] = damaged_file(there, digest.hexdigest())
+    return found
 
 
 def _digests(

@@ -8,26 +8,26 @@ the files that may be parts of a checkpoint of several files.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ptbin.catalog.globs import matches, split_glob
+from ptbin.catalog.entries import Entries, hidden_part
+from ptbin.catalog.globs import is_excluded, matches, split_glob
 from ptbin.catalog.jobs import Found
 from ptbin.catalog.named import NamedFiles
 from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, OTHER_SUFFIXES, OUTPUT_SUFFIXES, suffix_of
-from ptbin.errors import NotFoundInStoreError, VerificationError
+from ptbin.errors import NotFoundInStoreError, StorageError, VerificationError
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.sources.folders import Group, Grouping, is_folder_part
 from ptbin.sources.opening import find_source
 from ptbin.sources.part_names import split_place
-from ptbin.stores import ListedObject, Place, is_partial_name, place_of
-from ptbin.stores.local import LocalStore
+from ptbin.stores import ListedObject, Place, Watch, WatchQuietly, is_partial_name, place_of
 
 __all__ = [
     "OWN_FOLDER",
     "SHARD_NUMBER",
+    "DestEntries",
     "find_checkpoints",
     "find_manifests",
     "find_one",
@@ -50,7 +50,7 @@ def find_checkpoints(
     storage_options: Mapping[str, Any] | None = None,
     is_other: Callable[[ListedObject], bool] = lambda _: False,
     other: Callable[[ListedObject], object] = lambda _: None,
-    broken: Callable[[str], object] | None = None,
+    entries: Entries | None = None,
     parts: bool = False,
     named: NamedFiles | None = None,
 ) -> Iterator[Found]:
@@ -62,7 +62,8 @@ def find_checkpoints(
         is_other: says of a file that belongs to no group whether it is handed to `other` and is no candidate.
         parts: each part of a checkpoint that ptbin does not put together is a candidate; else all are one.
         named: where given, only what it names is a candidate, whatever `include` says.
-        broken: told of each symbolic link that leads nowhere, unless `exclude` takes it away.
+        entries: asked what becomes of hidden files, links, pipes and folders that cannot be read; left out,
+            they are passed over.
 
     Raises:
         NotFoundInStoreError: SOURCE does not exist.
@@ -74,23 +75,16 @@ def find_checkpoints(
         if named is None or named.takes(one.path):
             yield one
         return
-
-    def tell(link: str) -> None:
-        name = os.path.relpath(link, top.path)
-        # What the link was, a file or a folder, nobody knows: `run1/**` speaks of the latter.
-        if broken is not None and not any(
-            matches(name, glob) or matches(f"{name}/", glob) for glob in exclude
-        ):
-            broken(link)
-
-    if broken is not None and isinstance(top.store, LocalStore):
-        listed = top.store.iter_objects(top.path, broken=tell)
-    else:
-        listed = top.iter_objects()
-    for found in _grouped((item for item in listed if not _is_our_own(item.path)), parts=parts):
+    shown = (*include, pattern[1:]) if pattern is not None else tuple(include)
+    asked = entries or Entries(shown=shown, exclude=exclude)
+    asked.uri_of = lambda name: (top / name).uri
+    listed = (
+        item for item in top.iter_objects(asked) if not _is_our_own(item.path) and asked.takes(item.path)
+    )
+    for found in _grouped(listed, parts=parts):
         if isinstance(found, ListedObject):
             if pattern is None or matches(f"/{found.path}", pattern):
-                if is_other(found) and not any(matches(found.path, glob) for glob in exclude):
+                if is_other(found) and not is_excluded(found.path, exclude):
                     other(found)
                     continue
                 if named is not None and not named.takes(found.path):
@@ -138,7 +132,7 @@ def _is_wanted(group: Group, pattern: str | None, include: Sequence[str], exclud
     paths = [group.handle, *(member.path for member in group.members)]
     if pattern is not None and not any(matches(f"/{path}", pattern) for path in paths):
         return False
-    if any(matches(group.handle, glob) for glob in exclude):
+    if is_excluded(group.handle, exclude):
         return False
     return not include or any(matches(path, glob) for glob in include for path in paths)
 
@@ -170,17 +164,31 @@ def _is_candidate(item: ListedObject, include: Sequence[str], exclude: Sequence[
     """True: by its name a checkpoint. False: its content must tell. None: passed over."""
     # A slash at the end, of a key that holds something, does not hide it: that is refused by name later.
     name = item.path.rstrip("/").rpartition("/")[2]
-    if any(matches(item.path, glob) for glob in exclude):
+    if is_excluded(item.path, exclude):
         return None
     if include:
         return True if any(matches(item.path, glob) for glob in include) else None
     suffix = suffix_of(name)
-    if suffix in OTHER_SUFFIXES or name.startswith(".") or ".tfevents." in name:
+    if suffix in OTHER_SUFFIXES or ".tfevents." in name:
         return None
     return suffix in CHECKPOINT_SUFFIXES
 
 
-def find_manifests(dest: str, *, storage_options: Mapping[str, Any] | None = None) -> Iterator[str]:
+class DestEntries(Watch):
+    """What a listing of DEST cannot read; `lost+found` at its root is not ptbin's."""
+
+    def __init__(self) -> None:
+        self.problems: list[tuple[str, StorageError]] = []
+
+    def cannot_read(self, path: str, error: StorageError) -> None:
+        """Kept; the listing goes on."""
+        if path != "lost+found":
+            self.problems.append((path, error))
+
+
+def find_manifests(
+    dest: str, *, storage_options: Mapping[str, Any] | None = None, watch: Watch | None = None
+) -> Iterator[str]:
     """URIs of all manifests at or below DEST (DEST may be one manifest, or one output that has one)."""
     place = place_of(dest, storage_options)
     if not place.is_directory():
@@ -188,7 +196,7 @@ def find_manifests(dest: str, *, storage_options: Mapping[str, Any] | None = Non
         single.stat()
         yield single.uri
         return
-    for item in place.iter_objects():
+    for item in place.iter_objects(watch or WatchQuietly()):
         if item.path.endswith(MANIFEST_SUFFIX) and not is_in_own_folder(item.path):
             yield item.uri
 
@@ -220,18 +228,21 @@ def split_manifest(root: Place, path: str) -> str | None:
 
 
 def find_orphans(dest: str, *, storage_options: Mapping[str, Any] | None = None) -> Iterator[str]:
-    """URIs of weights below DEST that no manifest vouches for; shards are vouched for by their output's."""
+    """URIs of weights below DEST that no manifest vouches for; shards are vouched for by their output's.
+
+    Hidden files are not looked at, as in SOURCE.
+    """
     root = place_of(dest, storage_options)
     if not root.is_directory():
         return
     outputs: dict[str, str] = {}
     manifests: set[str] = set()
-    for item in root.iter_objects():
+    for item in root.iter_objects(WatchQuietly()):
         if is_in_own_folder(item.path):
             continue
         if item.path.endswith(MANIFEST_SUFFIX):
             manifests.add(item.path.removesuffix(MANIFEST_SUFFIX))
-        elif item.path.endswith(tuple(OUTPUT_SUFFIXES.values())):
+        elif item.path.endswith(tuple(OUTPUT_SUFFIXES.values())) and not hidden_part(item.path):
             outputs[item.path] = item.uri
     for name, uri in outputs.items():
         if {name, SHARD_NUMBER.sub("", name)} & manifests:

@@ -21,6 +21,7 @@ from typing import Any
 from ptbin.catalog.finding import OWN_FOLDER
 from ptbin.catalog.jobs import Job
 from ptbin.errors import NotFoundInStoreError, StorageError, VerificationError
+from ptbin.manifests.damage import is_damaged
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.options import ConvertOptions
 from ptbin.sources.sidecars import change_of
@@ -142,6 +143,7 @@ def row_of(manifest: Mapping[str, Any], path: str, identity: str) -> FinishedRow
     source, level = manifest["source"], manifest["verification"].get("level", "none")
     if (
         not identity
+        or is_damaged(manifest)
         or level not in LEVELS
         or not manifest["outputs"]
         or not isinstance(source.get("size"), int)

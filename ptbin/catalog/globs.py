@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptbin.errors import StorageError
 from ptbin.stores import place_of
 
-__all__ = ["matches", "root_of", "split_glob"]
+__all__ = ["is_excluded", "matches", "root_of", "split_glob"]
 
 _GLOB = re.compile(r"[*?\[]")
 
@@ -23,6 +24,26 @@ def matches(path: str, pattern: str) -> bool:
     return _compiled(pattern).fullmatch(path) is not None
 
 
+def is_excluded(path: str, globs: Sequence[str]) -> bool:
+    """Whether one of the globs takes `path` away, or a folder it lies in (`debug`, `debug/`, `debug/**`)."""
+    if not globs:
+        return False
+    if path.endswith("/"):
+        return _folder_is_excluded(path.rstrip("/"), tuple(globs))
+    above = path.rpartition("/")[0]
+    return any(matches(path, glob) for glob in globs) or _folder_is_excluded(above, tuple(globs))
+
+
+@functools.lru_cache(maxsize=4096)
+def _folder_is_excluded(folder: str, globs: tuple[str, ...]) -> bool:
+    if not folder:
+        return False
+    if any(matches(folder, glob.rstrip("/")) or matches(f"{folder}/", glob) for glob in globs):
+        return True
+    return _folder_is_excluded(folder.rpartition("/")[0], globs)
+
+
+@functools.lru_cache(maxsize=512)
 def _compiled(pattern: str) -> re.Pattern[str]:
     pieces = []
     position = 0

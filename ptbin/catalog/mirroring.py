@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ptbin.catalog.checks import real_uri
 from ptbin.catalog.companions import is_sidecar
 from ptbin.catalog.finding import SHARD_NUMBER, split_bases
-from ptbin.catalog.globs import matches
+from ptbin.catalog.globs import is_excluded
 from ptbin.catalog.planning import relative_output
 from ptbin.errors import LimitExceededError, NotFoundInStoreError, VerificationError
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
@@ -190,7 +190,7 @@ class _Mirror:
         return self._roots[place]
 
     def _is_excluded(self, *paths: str) -> bool:
-        return any(matches(path, glob) for path in paths for glob in self._exclude)
+        return any(is_excluded(path, self._exclude) or self._work.entries.hides(path) for path in paths)
 
     # -- whether it is what was made -------------------------------------------------------------
 

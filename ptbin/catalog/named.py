@@ -39,6 +39,10 @@ class NamedFiles:
         self._left -= found
         return bool(found)
 
+    def holds(self, path: str) -> bool:
+        """Whether `path` is on the list, or a folder of something that is."""
+        return path in self._wanted or any(name.startswith(f"{path}/") for name in self._wanted)
+
     def missing(self, source: str) -> list[Problem]:
         """A problem for each path that no listing of `source` came upon."""
         detail = "it is named, and there is no such file below SOURCE that could be a checkpoint"

@@ -11,6 +11,7 @@ from ptbin.errors import OutputCollisionError
 from ptbin.options import Layout, Naming, OutputFormat
 from ptbin.sources.folders import INDEX_SUFFIX
 from ptbin.stores import ListedObject
+from ptbin.values.names import bad_name, shown_path
 
 __all__ = ["OutputRule", "plan_outputs", "relative_output", "settle_collision"]
 
@@ -108,6 +109,12 @@ class OutputRule:
 
 def _unsafe_path(path: str, uri: str) -> Problem | None:
     parts = path.split("/")
+    for number, part in enumerate(parts):
+        if why := bad_name(part):
+            # Of a folder, once for all that lies in it.
+            after = "/".join(parts[number + 1 :])
+            place = shown_path(uri.removesuffix(f"/{after}") + "/" if after else uri)
+            return Problem(place, "unsafe_path", f"the name {part!a} {why}; rename it first")
     if any(part in ("", ".", "..") for part in parts) or "\\" in path or "\0" in path:
         return Problem(uri, "unsafe_path", f"{path!r} is no plain relative path; rename the object first")
     return None

@@ -17,6 +17,7 @@ from typing import Any
 
 from ptbin.catalog.collisions import settle_collisions, suffixes_beside
 from ptbin.catalog.companions import is_doubtful, is_sidecar
+from ptbin.catalog.entries import Entries
 from ptbin.catalog.finding import SHARD_NUMBER, find_checkpoints, is_in_own_folder, split_bases
 from ptbin.catalog.finished import (
     INDEX_FOLDER,
@@ -25,6 +26,7 @@ from ptbin.catalog.finished import (
     digest_of,
     iter_segment,
 )
+from ptbin.catalog.globs import split_glob
 from ptbin.catalog.jobs import Found, Job, Problem
 from ptbin.catalog.jobtable import CURRENT, PAGE, TO_ASK, TO_DO, JobTable
 from ptbin.catalog.named import NamedFiles
@@ -32,14 +34,13 @@ from ptbin.catalog.planning import OutputRule
 from ptbin.errors import (
     LimitExceededError,
     NotFoundInStoreError,
-    StorageError,
     VerificationError,
 )
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.manifests.vouching import ASIDE_SUFFIX, CLAIM_TARGET_SUFFIX
 from ptbin.options import ConvertOptions
 from ptbin.sources.folders import INDEX_SUFFIX
-from ptbin.stores import ListedObject, identity_text, place_of
+from ptbin.stores import ListedObject, WatchQuietly, identity_text, place_of
 
 __all__ = ["WorkList"]
 
@@ -57,6 +58,8 @@ class WorkList(JobTable):
         self._source_options: Mapping[str, Any] | None = None
         self.own_files: set[str] | None = None
         """Paths below DEST of the files in `_ptbin` itself; None where DEST was not listed."""
+        self.entries = Entries()
+        """What the listing of SOURCE passed over."""
 
     # -- planning --------------------------------------------------------------------------------
 
@@ -78,12 +81,13 @@ class WorkList(JobTable):
         copies: Callable[[ListedObject], bool] | None = None,
         distrust: bool = False,
         named: NamedFiles | None = None,
+        copy_links: bool = False,
     ) -> list[Problem]:
         """Fill the list; what cannot be done at all. `tick` is called now and then, and may raise.
 
         With `options.force` nothing is up to date; with `distrust` everything is to be done that is not
         compared by its content. `copies` says which files go along as they are, `named` which files alone are
-        looked at.
+        looked at; `copy_links` follows links that lead out of SOURCE. `entries` says what was passed over.
 
         Raises:
             NotFoundInStoreError, StorageError: from the stores.
@@ -94,7 +98,13 @@ class WorkList(JobTable):
             self._options, self._source_options = options, source_options
             self._read_dest(tick)
             others: list[ListedObject] = []
-            broken: list[str] = []
+            shown = (*include, *getattr(copies, "include", ()), split_glob(source, source_options)[1] or "")
+            self.entries = Entries(
+                shown=shown,
+                exclude=exclude,
+                copy_links=copy_links,
+                is_named=named.holds if named is not None else lambda _: False,
+            )
             found = find_checkpoints(
                 source,
                 include=include,
@@ -102,12 +112,12 @@ class WorkList(JobTable):
                 storage_options=source_options,
                 is_other=copies or (lambda _: False),
                 other=others.append,
-                broken=broken.append if copies is not None else None,
+                entries=self.entries,
                 parts=options.parts,
                 named=named,
             )
             problems = self._add(found, others, tick)
-            problems += [_broken_link(link) for link in broken]
+            problems += self.entries.problems
             problems += settle_collisions(self, self._options)
             self._find_free_places()
             if not options.force and not distrust:
@@ -140,9 +150,11 @@ class WorkList(JobTable):
     def _read_dest(self, tick: Callable[[], object]) -> None:
         self.own_files = set()
         self.db.execute("BEGIN")
-        for number, item in enumerate(self.dest.iter_objects()):
+        for number, item in enumerate(self.dest.iter_objects(WatchQuietly())):
             if number % PAGE == 0:
                 tick()
+            if not item.path.isascii() and not _is_text(item.path):
+                continue  # under no name that ptbin writes
             if not is_in_own_folder(item.path):
                 row = (item.path, item.size, identity_text(item.identity))
                 self.db.execute("INSERT OR REPLACE INTO stored VALUES (?, ?, ?)", row)
@@ -170,19 +182,19 @@ class WorkList(JobTable):
         self, found: Iterable[Found], others: list[ListedObject], tick: Callable[[], object]
     ) -> list[Problem]:
         """`others` fills while `found` is read, and is emptied here."""
-        problems = []
+        problems: dict[str, Problem] = {}
         self.db.execute("BEGIN")
         for number, job in enumerate(self._jobs(found, others)):
             if number % PAGE == 0:
                 tick()
             if isinstance(job, Problem):
-                problems.append(job)
+                problems.setdefault(job.source, job)  # of a folder's name, one for all in it
                 continue
             self._insert(job)
         self.db.execute("COMMIT")
         self.db.execute("CREATE INDEX IF NOT EXISTS places ON jobs (place)")
         self._put_sidecars_beside_weights()
-        return problems
+        return list(problems.values())
 
     def _insert(self, job: Job) -> None:
         kind, value = (job.identity.kind, job.identity.value) if job.identity else (None, None)
@@ -454,15 +466,19 @@ class WorkList(JobTable):
                 yield _load(text)
 
 
+def _is_text(path: str) -> bool:
+    """Whether a path can be written as UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _is_folder(job: Job) -> bool:
     """Whether a checkpoint of several files is named by its folder, and not by an index in it."""
     several = job.identity is not None and job.identity.kind == JOINT_KIND
     return several and not job.path.endswith(INDEX_SUFFIX)
-
-
-def _broken_link(link: str) -> Problem:
-    detail = f"{link} is a symbolic link that leads nowhere; what lay below it cannot be mirrored"
-    return Problem(link, StorageError.reason, detail)
 
 
 def _dump(row: FinishedRow) -> str:

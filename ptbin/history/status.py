@@ -16,6 +16,7 @@ from typing import Any
 
 from ptbin.catalog import Job, OutputRule, Problem
 from ptbin.catalog.companions import copied_along
+from ptbin.catalog.entries import nothing_below
 from ptbin.catalog.finished import read_finished
 from ptbin.catalog.globs import root_of, split_glob
 from ptbin.catalog.mirroring import alone, iter_gone
@@ -51,6 +52,7 @@ class Question:
     exclude: tuple[str, ...] = ()
     copied: tuple[str, ...] | None = None
     run: str = ""
+    copy_links: bool = False
 
 
 @dataclass(slots=True)
@@ -70,7 +72,7 @@ class Status:
         default_factory=lambda: dict.fromkeys(
             (
                 *("up_to_date", "new", "changed", "failed", "refused", "known"),
-                *("orphaned", "left_alone", "not_checkpoints"),
+                *("orphaned", "left_alone", "not_checkpoints", "skipped"),
             ),
             0,
         )
@@ -124,6 +126,7 @@ def question_of_last_run(
                 tuple(selection["exclude"]),
                 tuple(selection["copied"]) if run.text("kind") == "sync" else None,
                 run.run_id,
+                bool(selection.get("copy_links")),
             )
         except (PtbinError, LookupError, TypeError, ValueError):
             continue  # written by another version, or by hand
@@ -160,9 +163,10 @@ def status_of(
             exclude=question.exclude,
             source_options=source_options,
             copies=copied_along(question.copied or ()) if mirrors else None,
+            copy_links=question.copy_links,
         )
         if not problems and not work.count():
-            raise UsageError(f"nothing to convert below SOURCE: {source}")
+            raise UsageError(nothing_below(source, work.entries, "nothing to convert"))
         _ask(work, options, source_options, dest_options)
         ledger = read_ledger(
             place_of(dest, dest_options),
@@ -172,6 +176,7 @@ def status_of(
         )
         status = Status(question.run)
         status.counts["up_to_date"] = work.count_current()
+        status.counts["skipped"] = work.entries.counts.total()
         status.counts["left_alone"] = sum(1 for _ in work.iter_left_alone())
         for job in work.iter_to_do():
             _place(status, work, ledger, job)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptbin.errors import VerificationError
+from ptbin.values.names import bad_name
 
 __all__ = [
     "MANIFEST_SUFFIX",
@@ -27,6 +28,8 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
+MAX_NAME_NBYTES = 1024
+"""Of a key in S3; file systems hold less, and say so themselves."""
 MANIFEST_SUFFIX = ".manifest.json"
 
 _REQUIRED: dict[str, type | tuple[type, ...]] = {
@@ -96,11 +99,7 @@ def parse_manifest(data: bytes, uri: str) -> dict[str, Any]:
         path = output.get("path") if isinstance(output, dict) else None
         if not isinstance(path, str) or not path or not isinstance(output.get("size"), int):
             raise VerificationError(f"{uri}: the manifest names an output without path or size")
-        if (
-            not path.isprintable()
-            or len(path.encode("utf-8", "replace")) > 255
-            or "\ud800" <= max(path) <= "\udfff"
-        ):
+        if bad_name(path) or len(path.encode("utf-8", "replace")) > MAX_NAME_NBYTES:
             raise VerificationError(f"{uri}: the manifest names an output by what is no file name")
         if "/" in path or "\\" in path or path in (".", ".."):
             raise VerificationError(f"{uri}: the manifest names {path!r}, which lies outside its folder")

@@ -38,6 +38,7 @@ from ptbin.errors import (
     StorageError,
     VerificationError,
 )
+from ptbin.manifests.damage import DAMAGED
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, dump_manifest, hex_crc32, parse_manifest
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, dump_statement, statement_of
 from ptbin.stores import PARTIAL_SUFFIX, Place, identity_text
@@ -403,6 +404,18 @@ def _rows_of(manifest: Mapping[str, Any]) -> list[_Vouched]:
             str(identities.get(output["path"], "")),
         )
         for output in manifest["outputs"]
+    ] + _damaged_rows(manifest)
+
+
+def _damaged_rows(manifest: Mapping[str, Any]) -> list[_Vouched]:
+    """What `verify` found in the place of files of the output: it may be replaced, for it is nobody's."""
+    files = manifest.get(DAMAGED, {}).get("files") if isinstance(manifest.get(DAMAGED), dict) else None
+    if not isinstance(files, dict):
+        return []
+    return [
+        _Vouched(name, file["size"], file.get("sha256") or "", None, str(file.get("identity", "")))
+        for name, file in files.items()
+        if isinstance(file, dict) and isinstance(file.get("size"), int)
     ]
 
 

@@ -293,6 +293,15 @@ class _Plan:
         def replace(match: re.Match[str]) -> str:
             if match[1] not in groups:
                 raise UsageError(f"recipe {self.recipe.name!r}: {template!r} names no group {match[1]!r}")
-            return groups[match[1]]
+            if match[2] is None:
+                return groups[match[1]]
+            if not groups[match[1]].isdecimal():
+                raise UsageError(
+                    f"recipe {self.recipe.name!r}: {template!r}: {groups[match[1]]!r} is no number"
+                )
+            number = int(groups[match[1]]) + int(match[2].replace(" ", ""))
+            if number < 0:
+                raise UsageError(f"recipe {self.recipe.name!r}: {template!r} comes to {number}")
+            return str(number)
 
-        return re.sub(r"\{(\w+)\}", replace, template)
+        return re.sub(r"\{(\w+)(?: ?([+-] ?\d{1,9}))?\}", replace, template)

@@ -6,8 +6,8 @@ A recipe is a JSON object that a user may write (docs/parts.md) or one of the sh
      "tensors": [{"from": "regex", "to": "name {group}", "steps": [{"split": [0, ["heads", -1, 2]]}]}],
      "others": "keep"}
 
-Every rule is a selection and an order of elements. None computes: sums and means are refused by whoever
-would need them.
+Every rule is a selection and an order of elements. None computes, but for the sums and means over ranks that
+`merge` asks for: small tensors, which the manifest names.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ MAX_VALUE = 1 << 48
 Expression = int | str
 """A whole number, or arithmetic (`+ - * /`) over the names of values."""
 
-How = Literal["rows", "columns", "equal", "gated", "to dim"]
-_HOWS = ("rows", "columns", "equal", "gated", "to dim")
+How = Literal["rows", "columns", "equal", "gated", "to dim", "sum", "mean"]
+_HOWS = ("rows", "columns", "equal", "gated", "to dim", "sum", "mean")
 _STEPS = {"split": 2, "take": 3, "cut": 2, "order": None, "flatten": 2, "unstack": 2}
 
 
@@ -42,7 +42,8 @@ class Merge:
     Attributes:
         how: `rows` and `columns` concatenate along the first and second dimension; `equal` takes one of equal
             copies; `gated` parts are two blocks of rows each, of which all first ones come first; `to dim`
-            parts are rows where they are as wide as the value `dim`, columns where together they are.
+            parts are rows where they are as wide as the value `dim`, columns where together they are; `sum`
+            and `mean` are computed where the parts are not what they come to.
         heads: value that counts the pieces there are, where more ranks than that hold copies (`n_kv_heads`).
         when: value that decides whether the rule counts; it must be stated, and 0 passes the rule over.
         cut: value that counts the rows of the whole, where it is stated; rows behind them are padding.

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ptbin.errors import IncompleteCheckpointError
 from ptbin.merging.tiles import Part, plain_part
-from ptbin.values.tensors import ByteRange, InMemory, TensorRef
+from ptbin.values.tensors import ByteRange, InMemory, Joined, TensorRef
 
 __all__ = ["Replicas", "refuse_unequal"]
 
@@ -50,7 +50,8 @@ def refuse_unequal(reader: Readable, groups: Iterable[Replicas]) -> int:
     for group in groups:
         first, *others = group.parts
         for part in group.parts:
-            plain_part(part, group.name)
+            if not _in_ranges(part.tensor):
+                plain_part(part, group.name)
             if (part.tensor.shape, part.tensor.dtype) != (first.tensor.shape, first.tensor.dtype):
                 raise IncompleteCheckpointError(
                     f"{reader.uri}: {group.name[:200]!r} is {_form(first)} in {first.home} and {_form(part)} "
@@ -78,11 +79,23 @@ def _digest(reader: Readable, tensor: TensorRef) -> tuple[bytes, int]:
     """Of the bytes that the tensor touches, which copies of one stride have in one order."""
     digest = hashlib.sha256(repr(tensor.stride if not tensor.contiguous else None).encode())
     place = tensor.storage.place
+    if isinstance(place, Joined):
+        for inner in place.parts:
+            for piece in _range(reader, inner, 0, inner.nbytes):
+                digest.update(piece)
+        return digest.digest(), place.nbytes
     assert isinstance(place, (ByteRange, InMemory))
     first, end = tensor.span
     for piece in _range(reader, place, first, end - first):
         digest.update(piece)
     return digest.digest(), end - first
+
+
+def _in_ranges(tensor: TensorRef) -> bool:
+    """Whether it fills ranges that lie one behind the other."""
+    place = tensor.storage.place
+    plain = tensor.quantizer is None and not tensor.flags and not tensor.attributes
+    return isinstance(place, Joined) and plain and tensor.contiguous and tensor.nbytes == place.nbytes
 
 
 def _range(reader: Readable, place: ByteRange | InMemory, offset: int, nbytes: int) -> Iterator[bytes]:

@@ -67,6 +67,44 @@ _LLAMA_HF = [
     {"from": r"rope\.freqs", "to": None},
 ]
 
+# Layers of a pipeline, counted over all that it does: GPT-NeoX has the embedding first and something without
+# weights behind it, Bloom one without weights before it as well (tools/ckpts/convert_neox_to_hf.py,
+# transformers' convert_bloom_original_checkpoint_to_pytorch.py).
+_LAYERS_MERGES = [
+    {"names": r".*(word_embeddings|final_linear)\.weight", "how": "rows"},
+    {"names": r".*(attention\.query_key_value|mlp\.dense_h_to_4h|mlp\.w[13])\.(weight|bias)", "how": "rows"},
+    {"names": r".*(attention\.dense|mlp\.dense_4h_to_h|mlp\.w2)\.weight", "how": "columns"},
+    {"names": r".*norm\.(weight|bias|scale)", "how": "mean"},
+    {"names": r".*rotary_emb\.inv_freq|.*attention\.(bias|masked_bias)", "how": "equal"},
+]
+_ROW_BIASES = r".*(attention\.dense|mlp\.dense_4h_to_h)\.bias"
+_NEOX_MERGES = [*_LAYERS_MERGES, {"names": _ROW_BIASES, "how": "sum"}]
+_BLOOM_MERGES = [*_LAYERS_MERGES, {"names": _ROW_BIASES + r"|\d+\.(weight|bias)", "how": "mean"}]
+
+_NORMS = "input_layernorm|post_attention_layernorm"
+_BLOCK = r"(?:sequential\.)?(?P<n>\d+)\."
+_NEOX_HF = [
+    {"from": _BLOCK + r"attention\.(?:rotary_emb\.inv_freq|bias|masked_bias)", "to": None},
+    *_renamed(
+        {
+            _BLOCK + r"word_embeddings\.weight": "gpt_neox.embed_in.weight",
+            _BLOCK + r"(?P<rest>(?:attention\.(?:query_key_value|dense)|mlp|" + _NORMS + r")\..+)": (
+                "gpt_neox.layers.{n - 2}.{rest}"
+            ),
+            _BLOCK + r"norm\.(?P<what>weight|bias)": "gpt_neox.final_layer_norm.{what}",
+            _BLOCK + r"final_linear\.weight": "embed_out.weight",
+        }
+    ),
+]
+_BLOOM_HF = _renamed(
+    {
+        _BLOCK + r"word_embeddings\.weight": "word_embeddings.weight",
+        _BLOCK + r"word_embeddings\.norm\.(?P<what>weight|bias)": "word_embeddings_layernorm.{what}",
+        _BLOCK + r"(?P<rest>(?:self_attention|mlp|" + _NORMS + r")\..+)": "h.{n - 3}.{rest}",
+        _BLOCK + r"(?P<what>weight|bias)": "ln_f.{what}",
+    }
+)
+
 _EXPERT = r"(?P<mlp>.+)\.experts\.(?P<e>\d+)\."
 _MIXTRAL = r"(?P<layer>.+)\.block_sparse_moe\.experts\.(?P<e>\d+)\."
 
@@ -105,6 +143,16 @@ SHIPPED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-hf": (
         "Meta's consolidated.NN.pth put together, under transformers' names",
         {"merge": _META_MERGES, "tensors": _LLAMA_HF},
+    ),
+    "neox-layers": ("GPT-NeoX's tensor-parallel ranks put together, its own names", {"merge": _NEOX_MERGES}),
+    "neox-hf": (
+        "GPT-NeoX's layers or ranks put together, under transformers' names",
+        {"merge": _NEOX_MERGES, "tensors": _NEOX_HF},
+    ),
+    "bloom-layers": ("Bloom's tensor-parallel ranks put together, its own names", {"merge": _BLOOM_MERGES}),
+    "bloom-hf": (
+        "Bloom's layers put together, under transformers' names",
+        {"merge": _BLOOM_MERGES, "tensors": _BLOOM_HF},
     ),
     "moe-fuse": (
         "one tensor per expert (transformers 4, vLLM) to fused experts (transformers 5)",

@@ -16,7 +16,7 @@ from typing import Any
 
 from ptbin.errors import UsageError
 from ptbin.proof.verification import Issue
-from ptbin.stores import Place
+from ptbin.stores import Place, WatchQuietly
 
 __all__ = ["SIGNATURE", "verify_signatures"]
 
@@ -49,7 +49,11 @@ def verify_signatures(
     root = dest.file
     if not root.is_directory():
         root = root.parent
-    found = [root / item.path for item in root.iter_objects() if PurePosixPath(item.path).name == SIGNATURE]
+    found = [
+        root / item.path
+        for item in root.iter_objects(WatchQuietly())
+        if PurePosixPath(item.path).name == SIGNATURE
+    ]
     issues = []
     signed = []
     for place in found:

@@ -2,7 +2,7 @@
 
 Needs nothing but the manifest and the store: files by size and SHA-256, tensors by theirs. Finds a
 single flipped bit, a missing or resized file, and says which tensors are hit. Returns issues; raises
-only where it could not look.
+only where it could not look. Writes nothing, unless it is to note damage in the manifest.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import LimitExceededError, NotFoundInStoreError, StorageError, VerificationError
+from ptbin.manifests.damage import damaged_file, note_damage
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, hex_crc32, parse_manifest
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, statement_of
 from ptbin.proof.digests import digest_file
 from ptbin.proof.output import stored_tensor
-from ptbin.stores import Place, place_of
+from ptbin.stores import ObjectStat, Place, place_of
 
 if TYPE_CHECKING:
     from ptbin.stores.place import Where
@@ -53,18 +54,22 @@ def verify(
     storage_options: Mapping[str, Any] | None = None,
     source_options: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
+    note: bool = False,
 ) -> list[Issue]:
     """Check one manifest; an empty list means that everything it says is true.
 
     Args:
         level: `checksum` reads every byte; `load` opens the output with torch as well; `none` looks at
             sizes only.
+        note: note damaged files in the manifest, so that the next conversion makes them anew.
 
     Raises:
         StorageError: the store failed in another way than by not having the file.
     """
     del source_options
-    return verify_outputs(manifest_uri, level=level, storage_options=storage_options, progress=progress)[0]
+    return verify_outputs(
+        manifest_uri, level=level, storage_options=storage_options, progress=progress, note=note
+    )[0]
 
 
 def verify_outputs(
@@ -73,6 +78,7 @@ def verify_outputs(
     level: str = "checksum",
     storage_options: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
+    note: bool = False,
 ) -> tuple[list[Issue], dict[str, tuple[str, str]]]:
     """As `verify`, and by the URI of each output the SHA-256 and the run that the manifest states."""
     place = place_of(manifest_uri, storage_options)
@@ -87,9 +93,15 @@ def verify_outputs(
         return [Issue("bad_manifest", uri, str(error))], {}
     folder, output_place = place.parent, place.without(MANIFEST_SUFFIX)
     issues: list[Issue] = []
+    damaged: dict[str, Any] = {}
     for output in manifest["outputs"]:
         mine = [row for row in rows if row.get("file") == output["path"]]
-        issues.extend(_verify_output(folder / output["path"], output, mine, level, progress))
+        found, file = _verify_output(folder / output["path"], output, mine, level, progress)
+        issues.extend(found)
+        if file is not None:
+            damaged[output["path"]] = file
+    if note and damaged:
+        note_damage(place, damaged)
     if "provenance" in manifest:
         issues.extend(_verify_statement(output_place, manifest))
     if level == "load" and not issues and "restore" not in manifest["options"]:
@@ -142,17 +154,20 @@ def _verify_output(
     rows: list[dict[str, Any]],
     level: str,
     progress: Callable[[int], None] | None,
-) -> Iterable[Issue]:
+) -> tuple[list[Issue], dict[str, Any] | None]:
+    """The issues of one file, and what is there where that is not what the manifest says."""
     uri = place.uri
     try:
         reader = place.open_reader()
     except NotFoundInStoreError:
-        return [Issue("missing_output", uri, "the manifest names this file, and it is not there")]
+        return [Issue("missing_output", uri, "the manifest names this file, and it is not there")], None
     with reader:
+        there = ObjectStat(uri, reader.size, reader.identity)
         if reader.size != output["size"]:
-            return [Issue("size_mismatch", uri, f"{reader.size} bytes, the manifest says {output['size']}")]
+            detail = f"{reader.size} bytes, the manifest says {output['size']}"
+            return [Issue("size_mismatch", uri, detail)], damaged_file(there, None)
         if level == "none":
-            return []
+            return [], None
         places = [stored_tensor(row) for row in rows]
         digests = digest_file(reader, [], places, progress)
     issues: list[Issue] = []
@@ -170,7 +185,7 @@ def _verify_output(
         stated = f"SHA-256 {sha256}" if sha256 is not None else f"CRC-32 {crc32}"
         found = f"SHA-256 {digests.sha256}" if sha256 is not None else f"CRC-32 {hex_crc32(digests.crc32)}"
         issues.append(Issue("checksum_mismatch", uri, f"found {found}, expected {stated}; hit: {what}"))
-    return issues
+    return issues, damaged_file(there, digests.sha256) if issues else None
 
 
 def _verify_statement(output: Place, manifest: dict[str, Any]) -> Iterable[Issue]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from ptbin.errors import IncompleteCheckpointError
 from ptbin.reading.containers.checkpoint import Checkpoint
+from ptbin.reading.containers.hf_shards import SHARDING_INFO
 from ptbin.reading.pickle.wrappers import WRAPPER, local_tensor, piece_of, placement_of
 from ptbin.values.nodes import DictNode, Instance, Opaque, iter_nodes
 from ptbin.values.tensors import TensorRef
@@ -52,14 +53,17 @@ _ARGUMENTS = (
 MAX_DEPTH = 4
 
 WRAPPER_GLOBAL = tuple(WRAPPER.rsplit(".", 1))
-SHARDING_INFO = "DCP_SHARDING_INFO"
 MAX_SHARDING_NBYTES = 64 << 20
 _WHOLE_CONTAINERS = (
     "torch_dcp",
     "deepspeed_zero",
     "deepspeed_experts",
+    "deepspeed_layers",
+    "deepspeed_ranks",
+    "deepspeed_universal",
     "torch_ranks",
     "meta_parts",
+    "hf_shards",
     "megatron_parts",
     "raw",
     "torch_export",

@@ -51,6 +51,8 @@ REASONS = {
     "constant": "constant of the program",
     "example_inputs": "example inputs of the program",
     "padding": "padding of flat partitions or of vocabularies",
+    "summed": "summed over ranks; the tensor of this name is computed, not copied",
+    "averaged": "averaged over ranks, which differ; the tensor of this name is computed, not copied",
     "scaling_state": "scaling factors of Transformer Engine, which each rank keeps for itself",
     "unreferenced": "a record of the archive that no pickle names",
     "unviewed": "bytes of storages that no tensor shows",

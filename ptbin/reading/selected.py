@@ -112,7 +112,7 @@ def read_selected(reader: RandomReader, options: ConvertOptions) -> Selected:
         IncompleteCheckpointError: parts are missing, or copies of the selected tensors differ.
     """
     try:
-        checkpoint = read_checkpoint(reader, options.limits, options.recipe)
+        checkpoint = read_checkpoint(reader, options.limits, options.recipe, parts=options.parts)
     except CorruptArchiveError as error:
         if options.on_unsafe == "reject":
             refuse_unsafe_fragment(error, reader.uri)

@@ -13,7 +13,7 @@ from ptbin.catalog.finding import OWN_FOLDER
 from ptbin.errors import LimitExceededError, NotFoundInStoreError, VerificationError
 from ptbin.proof.verification import Issue
 from ptbin.registries.record import RECORD, ModelRecord
-from ptbin.stores import Store, open_store
+from ptbin.stores import Store, WatchQuietly, open_store
 
 __all__ = ["verify_records"]
 
@@ -39,7 +39,7 @@ def verify_records(
     root = root.rstrip("/")
     issues: list[Issue] = []
     records = []
-    for item in store.iter_objects(root):
+    for item in store.iter_objects(root, WatchQuietly()):
         parts = item.path.split("/")
         if parts[0] == OWN_FOLDER and parts[-1] == CHECKSUM_LIST:
             sums: dict[str, str] = {}

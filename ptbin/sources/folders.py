@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ptbin.sources.companions import companion_of
+from ptbin.sources.deepspeed_names import UNIVERSAL_OPTIMIZER, deepspeed_checkpoint
 from ptbin.sources.part_names import (
     META_PARAMETERS,
     find_parts,
@@ -40,15 +41,18 @@ COMMON_STATE = "common.pt"
 
 _INDEX = re.compile(r"^(?P<stem>.+)\.(?P<kind>bin|safetensors)\.index\.json$")
 _SHARD = re.compile(r"^(?P<stem>.+)-\d{5,}-of-\d{5,}\.(?P<kind>bin|safetensors)$")
-_OPTIM_STATES = re.compile(r"^(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt$")
-# Experts and pipeline layers: parts of the same checkpoint that its reader does not join.
-_ELSEWHERE = re.compile(r"^((layer_\d+_)?expert_\d+_mp_rank_\d+|layer_\d+-(.+-)?)_?model_states\.pt$")
-_EXPERT = re.compile(r"^layer_\d+_expert_\d+_mp_rank_00_model_states\.pt$")
-MODEL_STATES = "mp_rank_00_model_states.pt"
-_MODEL_STATES = re.compile(r"^(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt$")
+_OWN_FOLDER = (
+    "torch_dcp",
+    "deepspeed_zero",
+    "deepspeed_experts",
+    "deepspeed_layers",
+    "deepspeed_ranks",
+    "deepspeed_universal",
+)
+_EACH_BY_ITSELF = ("deepspeed_experts", "deepspeed_layers", "deepspeed_ranks")
+"""Whose files are weights by themselves, for callers that take parts knowingly."""
 
-_OWN_FOLDER = ("torch_dcp", "deepspeed_zero", "deepspeed_experts")
-_MERGED = ("torch_ranks", "meta_parts", "megatron_parts")
+_MERGED = ("torch_ranks", "meta_parts", "megatron_parts", "hf_shards")
 """Parts that are put together; a name such as `rank0.pt` is a weaker sign than a folder's index."""
 
 
@@ -68,8 +72,8 @@ class Group:
     """The files of one checkpoint, by path below the listed place.
 
     Attributes:
-        kind: `torch_dcp`, `deepspeed_zero`, `deepspeed_experts`, `torch_ranks`, `meta_parts`,
-            `megatron_parts`, `sharded`, or `parts` for that nothing here puts together.
+        kind: one of `_OWN_FOLDER` or `_MERGED`, `sharded`, or `parts` for
+            those that nothing here puts together.
         handle: path of the folder (empty for the listed place itself), the index file or the first part.
         folder: path of the folder.
         why: of `parts`, what they are and what to do.
@@ -95,7 +99,8 @@ class Group:
 def is_folder_part(name: str) -> bool:
     """Whether a file of this name (by `split_place`) may be part of a checkpoint of several files."""
     suffixes = (".distcp", INDEX_SUFFIX, "_states.pt", ".bin", ".safetensors")
-    if name in (DCP_METADATA, LIGHTNING_METADATA, COMMON_STATE, META_PARAMETERS) or name.endswith(suffixes):
+    beside = (DCP_METADATA, LIGHTNING_METADATA, COMMON_STATE, META_PARAMETERS, UNIVERSAL_OPTIMIZER)
+    if name in beside or name.endswith(suffixes):
         return True
     return may_be_part(name)
 
@@ -103,7 +108,7 @@ def is_folder_part(name: str) -> bool:
 class Grouping:
     """Files of a listing, held back until it ends because a later one may claim them.
 
-    With `parts` those that ptbin does not put together stay single: the caller takes each knowingly.
+    With `parts` those that are weights by themselves stay single: the caller takes each knowingly.
     """
 
     def __init__(self, *, parts: bool = False) -> None:
@@ -119,7 +124,9 @@ class Grouping:
         single: list[ListedObject] = []
         for folder, items in self._folders.items():
             found = _groups_in(folder, items)
-            if not self._parts:
+            if self._parts:
+                found = [group for group in found if group.kind not in _EACH_BY_ITSELF]
+            else:
                 found += _parts_in(folder, items, found)
             claimed = {member.path for group in found for member in group.members}
             groups.extend(found)
@@ -128,7 +135,8 @@ class Grouping:
 
 
 def _groups_in(folder: str, items: Sequence[ListedObject]) -> list[Group]:
-    names = {item.path.rpartition("/")[2]: item for item in items}
+    cut = len(folder) + 1 if folder else 0
+    names = {item.path[cut:]: item for item in items}
     groups: list[Group] = []
 
     def add(kind: str, handle: str, members: Iterable[str]) -> None:
@@ -138,15 +146,9 @@ def _groups_in(folder: str, items: Sequence[ListedObject]) -> list[Group]:
     if DCP_METADATA in names and chunks:
         beside = (DCP_METADATA, LIGHTNING_METADATA, COMMON_STATE)
         add("torch_dcp", folder, [name for name in beside if name in names] + chunks)
-    optimizers = [name for name in names if _OPTIM_STATES.match(name)]
-    if optimizers:
-        models = [name for name in names if _MODEL_STATES.match(name) or _ELSEWHERE.match(name)]
-        add("deepspeed_zero", folder, optimizers + models)
-    experts = [name for name in names if _EXPERT.match(name)]
-    pipeline = any(_ELSEWHERE.match(name) and name not in experts for name in names)
-    ranks = [name for name in names if _MODEL_STATES.match(name)]
-    if experts and not optimizers and not pipeline and ranks == [MODEL_STATES]:
-        add("deepspeed_experts", folder, [MODEL_STATES, *experts])
+    kind, members = deepspeed_checkpoint(names)
+    if kind:
+        add(kind, folder, members)
     for name in sorted(names):
         match = _INDEX.match(name)
         if match is None:

@@ -36,6 +36,9 @@ MAX_LISTED = 200_000
 MAX_INDEX_NBYTES = 256 << 20
 MAX_SHOWN = 20
 """Names of missing files in one message."""
+MEGATRON_TRACKER = "latest_checkpointed_iteration.txt"
+_TRACKERS = ("latest", MEGATRON_TRACKER)
+"""Files that name the last checkpoint: DeepSpeed's its tag, Megatron-LM's its iteration, or `release`."""
 _PLAIN_HEADS = (b"PK\x03\x04", b"\x80")
 
 
@@ -123,9 +126,12 @@ def find_source(where: Where, storage_options: Mapping[str, Any] | None = None) 
     listed = itertools.islice(place.iter_objects(), MAX_LISTED)
     direct = [item for item in listed if not split_place(item.path)[0]]
     found = main_handle(direct)
-    if found is None and any(item.path == "latest" for item in direct):
-        # DeepSpeed: the tag of the last checkpoint, which is the name of a folder beside this file
-        tag = (place / "latest").read_bytes(limit=4096).decode("utf-8", "replace").strip()
+    tracker = next((item.path for item in direct if item.path in _TRACKERS), None)
+    if found is None and tracker is not None:
+        # the last checkpoint, which is a folder next to this file
+        tag = (place / tracker).read_bytes(limit=4096).decode("utf-8", "replace").strip()
+        if tracker == MEGATRON_TRACKER and tag.isdecimal():
+            tag = f"iter_{int(tag):07d}"
         if _is_plain_name(tag) and (place / tag).is_directory():
             return find_source(place / tag)
     if found is None:

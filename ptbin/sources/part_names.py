@@ -18,6 +18,15 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from ptbin.sources.companions import companion_of
+from ptbin.sources.deepspeed_names import (
+    EXPERT,
+    LAYER,
+    MODEL_STATES,
+    OPTIM_STATES,
+    UNIVERSAL_OPTIMIZER,
+    deepspeed_checkpoint,
+    is_universal_name,
+)
 
 __all__ = [
     "META_PARAMETERS",
@@ -27,6 +36,7 @@ __all__ = [
     "is_meta_name",
     "is_only_rank",
     "is_rank_name",
+    "is_torch_shard",
     "may_be_part",
     "split_place",
 ]
@@ -45,10 +55,6 @@ _IN_RANK_FOLDER = re.compile(r"^.+\.(?:pt|pth|ckpt)$")
 _MEGATRON_FILES = ("model_optim_rng.pt", "model_rng.pt", "model_weights.ckpt")
 
 _META = re.compile(r"^consolidated\.(?P<n>\d{2})(?P<tail>\.(?:pth|pt|bin|safetensors))$")
-_LAYER = re.compile(r"^layer_\d+-(?:.+-)?model_states\.pt$")
-_ZERO_3 = re.compile(r"^zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt$")
-_EXPERT = re.compile(r"^(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt$")
-_MODEL_STATES = re.compile(r"^mp_rank_(?P<n>\d+)_model_states\.pt$")
 _OF_WORLD = re.compile(rf"^(?P<stem>.*)world_size_(?P<of>\d+)_rank_(?P<n>\d+)(?P<tail>{_WEIGHTS})$")
 _TORCH_SHARD = re.compile(r"^shard-(?P<n>\d{5})-model-\d{5}-of-\d{5}\.safetensors$")
 _HF_SHARD = re.compile(r"^(?P<stem>.+)-(?P<n>\d{5,})-of-(?P<of>\d{5,})(?P<tail>\.(?:bin|safetensors))$")
@@ -65,7 +71,7 @@ _CONTEST = re.compile(
 )
 
 _PATTERNS = (
-    *(_META, _LAYER, _ZERO_3, _EXPERT, _MODEL_STATES, _OF_WORLD, _TORCH_SHARD, _HF_SHARD, _CHUNKS),
+    *(_META, LAYER, EXPERT, MODEL_STATES, _OF_WORLD, _TORCH_SHARD, _HF_SHARD, _CHUNKS),
     *_COUNTED,
 )
 
@@ -93,9 +99,15 @@ class Parts:
 def split_place(path: str) -> tuple[str, str]:
     """Folder of the checkpoint that a file may be part of, and the file's name in it.
 
-    The name is the last step of the path, but where that lies in a rank's own folder (`mp_rank_00/...`).
+    The name is the last step of the path, but where that lies in a folder of its own, of a rank
+    (`mp_rank_00/...`) or of a parameter (`zero/<name>/fp32.pt`).
     """
+    universal = is_universal_name(path)
+    if universal is not None:
+        return universal["folder"] or "", universal["name"]
     above, _, name = path.rpartition("/")
+    if path.endswith(f"/{UNIVERSAL_OPTIMIZER}") or path == UNIVERSAL_OPTIMIZER:
+        return path[: -len(UNIVERSAL_OPTIMIZER)].rstrip("/"), UNIVERSAL_OPTIMIZER
     folder, _, last = above.rpartition("/")
     if _RANK_FOLDER.match(last) and _IN_RANK_FOLDER.match(name):
         return folder, f"{last}/{name}"
@@ -117,6 +129,11 @@ def is_rank_name(name: str) -> bool:
 def is_meta_name(name: str) -> bool:
     """Whether a file of this name is one of Meta's parts."""
     return _META.match(name) is not None
+
+
+def is_torch_shard(name: str) -> bool:
+    """Whether a file of this name is one rank's of torch's Hugging Face shards."""
+    return _TORCH_SHARD.match(name) is not None
 
 
 def is_megatron_name(name: str) -> bool:
@@ -196,26 +213,30 @@ def _of_meta(names: Sequence[str], known: Collection[str]) -> list[Parts]:
     return found
 
 
+_DEEPSPEED = {
+    "deepspeed_universal": "files of DeepSpeed's universal checkpoint, a folder for each parameter",
+    "deepspeed_layers": "files of DeepSpeed's pipeline, each a layer or less of the model",
+    "deepspeed_experts": "DeepSpeed's mixture of experts, which lie in files of their own",
+    "deepspeed_ranks": "DeepSpeed's model states of tensor-parallel ranks",
+}
+
+
 def _of_deepspeed(names: Sequence[str]) -> list[Parts]:
-    layers = [name for name in names if _LAYER.match(name)]
-    experts = [name for name in names if _EXPERT.match(name)]
-    states = {name: int(match["n"]) for name in names if (match := _MODEL_STATES.match(name))}
-    zero_3 = [name for name in names if _ZERO_3.match(name)]
-    members = (*states, *layers, *experts, *zero_3)
-    way_out = "merge them with DeepSpeed's ds_to_universal.py"
-    if layers:
-        why = f"{len(layers)} files of DeepSpeed's pipeline, each a layer or less of the model"
-    elif experts:
-        why = f"DeepSpeed's mixture of experts: {len(experts)} experts lie in files of their own"
-        way_out = "convert the folder, which takes mp_rank_00_model_states.pt and all experts of that rank"
-    elif zero_3:
+    kind, found = deepspeed_checkpoint(names)
+    members = tuple(name for name in found if not OPTIM_STATES.match(name) and companion_of(name) is None)
+    stage_3 = [name for name in members if (match := MODEL_STATES.match(name)) and match["rank"] is not None]
+    stage_3 = stage_3 or [name for name in names if (match := MODEL_STATES.match(name)) and match["rank"]]
+    if stage_3 and kind in ("", "deepspeed_zero", "deepspeed_ranks"):
+        members = members or tuple(stage_3)
         why = "DeepSpeed's model states of ZeRO stage 3, whose parameters lie in the *_optim_states.pt files"
-        way_out = "convert the folder with those files in it"
-    elif states and max(states.values()) > 0:
-        why = f"DeepSpeed's model states of {len(states)} tensor-parallel ranks"
-    else:
+        return [Parts(members, f"{why} ({_listed(members)}); convert the folder with those files in it")]
+    if kind not in _DEEPSPEED:
         return []
-    return [Parts(members, f"{why} ({_listed(members)}); {way_out}")]
+    return [
+        Parts(
+            members, f"{_DEEPSPEED[kind]} ({_listed(members)}); convert the folder, which takes all of them"
+        )
+    ]
 
 
 def _of_rank_folders(names: Sequence[str]) -> list[Parts]:
@@ -268,8 +289,10 @@ def _of_torch(names: Sequence[str]) -> list[Parts]:
         Parts(
             members,
             f"shards that torch.distributed.checkpoint wrote, one file for each rank ({_listed(members)}); "
-            "torch's consolidate_safetensors_files merges them; where the folder above holds the merged "
-            "model, leave these out with --exclude",
+            "convert the folder, which takes all of them; where the folder above holds the merged "
+            "model, leave "
+            "these out with --exclude",
+            "hf_shards",
         )
     ]
 

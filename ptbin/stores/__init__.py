@@ -21,6 +21,7 @@ from ptbin.stores.faults import public_uri
 from ptbin.stores.opening import open_store, register_store
 from ptbin.stores.place import Place, Where, place_of
 from ptbin.stores.values import identity_text
+from ptbin.stores.watching import Watch, WatchQuietly
 
 __all__ = [
     "PARTIAL_SUFFIX",
@@ -31,6 +32,8 @@ __all__ = [
     "Place",
     "RangeReader",
     "Store",
+    "Watch",
+    "WatchQuietly",
     "Where",
     "Writer",
     "identity_text",

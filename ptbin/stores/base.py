@@ -26,6 +26,7 @@ from ptbin.stores.values import (
     refuse_too_large,
     target_of_partial,
 )
+from ptbin.stores.watching import Watch
 from ptbin.stores.writer import CopyRefused, Writer
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ __all__ = [
     "Pending",
     "RangeReader",
     "Store",
+    "Watch",
     "Writer",
     "check_range",
     "is_partial_name",
@@ -71,10 +73,14 @@ class Store(ABC):
         """Whether `path` is a directory, or a prefix with anything below it."""
 
     @abstractmethod
-    def iter_objects(self, path: str) -> Iterator[ListedObject]:
+    def iter_objects(self, path: str, watch: Watch | None = None) -> Iterator[ListedObject]:
         """Everything below `path`, lazily and never from a cache; nothing where there is no such prefix.
 
-        Unfinished outputs are passed over. Raises NotFoundInStoreError where the bucket is missing.
+        Unfinished outputs are passed over. `watch` says what becomes of folders that cannot be read, of links
+        that lead elsewhere and of what is not a file.
+
+        Raises:
+            NotFoundInStoreError: the bucket is missing.
         """
 
     @abstractmethod

@@ -32,6 +32,7 @@ from ptbin.stores.base import (
     Pending,
     RangeReader,
     Store,
+    Watch,
     Writer,
     check_range,
     is_partial_name,
@@ -189,8 +190,9 @@ class FsspecStore(Store):
         except NotFoundInStoreError:
             return False
 
-    def iter_objects(self, path: str) -> Iterator[ListedObject]:
+    def iter_objects(self, path: str, watch: Watch | None = None) -> Iterator[ListedObject]:
         """One `ls` for each directory, by name; memory: the directories between the root and here."""
+        watch = watch or Watch()
         root = path.rstrip("/")
         pending = [iter(self._entries(path))]
         while pending:
@@ -199,8 +201,10 @@ class FsspecStore(Store):
                 pending.pop()
                 continue
             name = self._name(info)
+            relative = name[len(root) :].lstrip("/")
             if info["type"] == "directory":
-                pending.append(iter(self._entries(name)))
+                if watch.enters(relative):
+                    pending.append(iter(self._entries_below(name, relative, watch)))
                 continue
             if is_partial_name(name):
                 continue
@@ -208,11 +212,22 @@ class FsspecStore(Store):
                 try:
                     found = self.stat(name)
                 except NotFoundInStoreError:
-                    continue  # a broken link, a link to a directory, or deleted meanwhile
+                    if info["type"] == "link":  # leads nowhere or to a directory; else deleted meanwhile
+                        watch.passes(relative, "dangling_link")
+                    continue
                 size, identity = found.size, found.identity
             else:
                 size, identity = info["size"], identity_from(info, info["size"])
-            yield ListedObject(name[len(root) :].lstrip("/"), self.uri_of(name), size, identity)
+            yield ListedObject(relative, self.uri_of(name), size, identity)
+
+    def _entries_below(self, directory: str, relative: str, watch: Watch) -> list[dict[str, Any]]:
+        try:
+            return self._entries(directory)
+        except StorageError as error:
+            if error.transient:
+                raise
+            watch.cannot_read(relative, error)
+            return []
 
     def _entries(self, directory: str) -> list[dict[str, Any]]:
         def ask() -> list[dict[str, Any]]:

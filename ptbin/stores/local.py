@@ -13,7 +13,7 @@ import os
 import stat as stat_module
 from typing import TYPE_CHECKING
 
-from ptbin.errors import CorruptArchiveError, NotFoundInStoreError, StorageError
+from ptbin.errors import AccessDeniedError, CorruptArchiveError, NotFoundInStoreError, StorageError
 from ptbin.stores.base import (
     MIB,
     PARTIAL_SUFFIX,
@@ -22,6 +22,7 @@ from ptbin.stores.base import (
     ObjectStat,
     RangeReader,
     Store,
+    Watch,
     check_range,
     is_partial_name,
     refuse_other_object,
@@ -58,26 +59,33 @@ class LocalStore(Store):
         except OSError as error:
             raise fault(error, "read", path) from error
 
-    def iter_objects(
-        self, path: str, *, broken: Callable[[str], object] = lambda _: None
-    ) -> Iterator[ListedObject]:
+    def iter_objects(self, path: str, watch: Watch | None = None) -> Iterator[ListedObject]:
         """Depth first, by name. Symbolic links are followed, but never back into a directory above.
 
-        Broken links, files that vanish meanwhile, pipes and devices are passed over. A directory that
-        may not be read raises AccessDeniedError: passing it over would hide checkpoints. `broken` is told of
-        each link that leads nowhere (its path), for those who must not take what was below it for gone.
+        Broken links, files that vanish meanwhile, pipes and devices are passed over. Unless `watch` says
+        otherwise, a directory that may not be read raises AccessDeniedError: passing it over would hide
+        checkpoints.
         """
         if not os.path.isdir(path):
             return
+        watch = watch or Watch()
         with mapped_faults("list", path):
             root = os.stat(path)
+        real_root = os.path.join(os.path.realpath(path), "")
+        cut = len(os.path.join(path, ""))
         pending: list[tuple[Iterator[os.DirEntry[str]], tuple[int, int]]] = []
         above: set[tuple[int, int]] = set()
 
         def enter(directory: str, status: os.stat_result) -> None:
             key = (status.st_dev, status.st_ino)
             if key not in above:
-                pending.append((_sorted_entries(directory), key))
+                try:
+                    pending.append((_sorted_entries(directory), key))
+                except StorageError as error:
+                    if directory == path:
+                        raise
+                    watch.cannot_read(directory[cut:], error)
+                    return
                 above.add(key)
 
         enter(path, root)
@@ -88,19 +96,34 @@ class LocalStore(Store):
                 pending.pop()
                 above.discard(key)
                 continue
+            relative = entry.path[cut:]
             try:
                 status = entry.stat()
             except OSError as error:
                 if error.errno in (errno.ENOENT, errno.ELOOP):
                     if entry.is_symlink():
-                        broken(entry.path)
+                        watch.passes(relative, "dangling_link")
                     continue
-                with mapped_faults("list", entry.path):
-                    raise
+                failed = fault(error, "list", entry.path)
+                if not isinstance(failed, StorageError):
+                    raise failed from error
+                if isinstance(failed, AccessDeniedError) and not entry.is_symlink() and len(pending) > 1:
+                    # A folder that shows its names and nothing else: all the others would answer the same.
+                    relative = os.path.dirname(relative)
+                    above.discard(pending.pop()[1])
+                watch.cannot_read(relative, failed)
+                continue
+            if entry.is_symlink():
+                target = os.path.realpath(entry.path)
+                if not os.path.join(target, "").startswith(real_root) and not watch.follows(relative, target):
+                    watch.passes(relative, "outside_link")
+                    continue
             if stat_module.S_ISDIR(status.st_mode):
-                enter(entry.path, status)
-            elif stat_module.S_ISREG(status.st_mode) and not is_partial_name(entry.name):
-                relative = os.path.relpath(entry.path, path)
+                if watch.enters(relative):
+                    enter(entry.path, status)
+            elif not stat_module.S_ISREG(status.st_mode):
+                watch.passes(relative, "special_file")
+            elif not is_partial_name(entry.name):
                 yield ListedObject(relative, entry.path, status.st_size, identity_of(status))
 
     def open_reader(self, path: str, *, expected: Identity | None = None) -> LocalReader:

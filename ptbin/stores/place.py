@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ptbin.stores.base import Store
     from ptbin.stores.reader import RangeReader
     from ptbin.stores.values import Identity, ListedObject, ObjectStat
+    from ptbin.stores.watching import Watch
     from ptbin.stores.writer import Writer
 
 __all__ = ["Place", "Where", "place_of"]
@@ -117,9 +118,9 @@ class Place:
         """As `Store.is_directory`."""
         return self.store.is_directory(self.path)
 
-    def iter_objects(self) -> Iterator[ListedObject]:
+    def iter_objects(self, watch: Watch | None = None) -> Iterator[ListedObject]:
         """As `Store.iter_objects`."""
-        return self.store.iter_objects(self.path)
+        return self.store.iter_objects(self.path, watch)
 
     def open_reader(self, *, expected: Identity | None = None) -> RangeReader:
         """As `Store.open_reader`."""

@@ -25,6 +25,7 @@ from ptbin.stores.base import (
     ListedObject,
     ObjectStat,
     Store,
+    Watch,
     is_partial_name,
     refuse_other_object,
     refuse_too_large,
@@ -120,8 +121,9 @@ class S3Store(Store):
         bucket, key = self.client.split(path)
         return bucket, key if not key or key.endswith("/") else key + "/"
 
-    def iter_objects(self, path: str) -> Iterator[ListedObject]:
+    def iter_objects(self, path: str, watch: Watch | None = None) -> Iterator[ListedObject]:
         """In the order of the keys' UTF-8 bytes; costs and memory as `s3_listing` says."""
+        del watch  # keys are files
         bucket, prefix = self._prefix(path)
         for key, size, etag in iter_entries(
             self.client, self.uri_of(path), bucket, prefix, page_keys=self.page_keys

@@ -170,7 +170,7 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
         **{f"tp_rank_{n:02d}_pp_rank_000/megatron_gpt.ckpt": {"state_dict": weights(n)} for n in range(2)}
     ),
     "deepspeed pipeline": _write_all(
-        **{f"layer_{n:02d}-model_00-model_states.pt": weights(n) for n in range(3)},
+        **{f"layer_{n:02d}-model_00-model_states.pt": weights(n) for n in (0, 1, 3)},
         **{"mp_rank_00_model_states.pt": {"module": None, "mp_world_size": 1}},
     ),
     "deepspeed experts, no model": _write_all(
@@ -186,7 +186,7 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
     ),
     "world size in the name": _write_all(**{"model_world_size_2_rank_0.pt": weights()}),
     "deepspeed pipeline without tensor parallel": _write_all(
-        **{f"layer_{n:02d}-model_states.pt": weights(n) for n in range(2)}
+        **{f"layer_{n:02d}-model_states.pt": weights(n) for n in (0, 2, 3)}
     ),
     "deepspeed stage 3 without its optimizer": _write_all(
         **{f"zero_pp_rank_{n}_mp_rank_00_model_states.pt": {"module": weights()} for n in range(2)}

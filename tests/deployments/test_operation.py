@@ -9,12 +9,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -300,43 +297,3 @@ def test_parameters_of_the_wrong_kind_are_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(OSError, match="409"):
         stack.run("convert/convert-nightly", **places, workers="many")
-
-
-@pytest.mark.slow
-def test_a_failed_run_calls_the_webhook(
-    stack: PrefectStack, worker: subprocess.Popen[bytes], tmp_path: Path
-) -> None:
-    heard: list[dict[str, Any]] = []
-
-    class Hook(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *arguments: Any) -> None: ...
-
-    server = HTTPServer(("127.0.0.1", 0), Hook)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    source = tmp_path / "bad"
-    source.mkdir()
-    (source / "cut.pt").write_bytes(b"PK\3\4" + b"\0" * 100)
-    url = f"http://127.0.0.1:{server.server_address[1]}/hook"
-    make = (
-        "from prefect.blocks.webhook import Webhook\n"
-        f"hook = Webhook(method='POST', url={url!r}, allow_private_urls=True)\n"
-        "print(hook.save('ptbin-alerts', overwrite=True))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", make], env=stack.environment, capture_output=True, text=True, check=True
-    )
-    automation(stack, "notify-on-failure", **{"00000000-0000-0000-0000-000000000000": done.stdout.strip()})
-    try:
-        run = stack.run("convert/convert-nightly", source=str(source), dest=str(tmp_path / "out"))
-        assert stack.wait_for_end(run)["type"] == "FAILED"
-        wait_for(lambda: heard, 60, "the webhook's call")
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert heard[0]["flow_run"] == run
-    assert "ptbin convert Failed: converted 0, up to date 0, rejected 1" in heard[0]["text"]

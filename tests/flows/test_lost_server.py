@@ -104,9 +104,9 @@ def test_artifacts_that_cannot_be_sent_are_logged_once(caplog: pytest.LogCapture
     def fail(*_: Any) -> None:
         raise ConnectionError("nobody there")
 
-    for name in ("_publish_link", "_publish_table"):
+    for name in ("_publish_report", "_publish_table"):
         pytest.MonkeyPatch().setattr(f"flows.artifacts.{name}", fail)
-    artifacts.link("/place", "report")
+    artifacts.report("essence")
     artifacts.table([], "")
     artifacts.end()
     assert [record.getMessage() for record in caplog.records] == [

@@ -48,14 +48,18 @@ def some() -> dict[str, Any]:
 def test_the_page_needs_nothing_but_itself_and_is_the_same_every_time() -> None:
     page = render_report(some())
     assert page == render_report(some())
-    asked: list[str] = []
+    asked: list[str | None] = []
+
+    links: list[str | None] = []
 
     class Attributes(HTMLParser):
         def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            asked.extend(name for name, _ in attrs if name in {"src", "href", "srcset", "action", "data"})
+            asked.extend(value for name, value in attrs if name in {"src", "srcset", "action", "data"})
+            links.extend(value for name, value in attrs if name == "href")
 
     Attributes().feed(page)
     assert asked == []
+    assert set(links) == {"run.json", "SHA256SUMS"}
     assert "url(" not in page
     assert "@import" not in page
 
@@ -217,3 +221,75 @@ def test_what_was_left_out_is_listed_by_role() -> None:
     ]
     assert "Left out: optimizer 3.00 KiB, averaged copy 900 B." in render_report(record(*rows))
     assert "Left out:" not in render_report(record(row("c.ckpt", size=10, weights_bytes=10)))
+
+
+def night() -> dict[str, Any]:
+    """A record as a run writes it, with runs before it."""
+    facts = {
+        "began": "2026-11-24T02:00:00Z", "ended": "2026-11-24T02:04:05Z", "host": "worker-1",
+        "version": "0.2.0",
+        "source_uri": "s3://training/runs", "dest_uri": "s3://models/weights", "dest": "s3://models/weights",
+        "prefect_url": "http://prefect.example/runs/flow-run/7", "previous_run": "20261123T020000Z-b",
+        "history": [
+            {"run_id": "20261122T020000Z-a", "began": "2026-11-22T02:00:00Z", "converted": 40, "seconds": 9},
+            {"run_id": "20261123T020000Z-b", "began": "2026-11-23T02:00:00Z", "up_to_date": 40, "failed": 3},
+        ],
+        "resolved_problems": [
+            {"source": "s3://training/runs/x.pt", "reason": "storage_error", "since": "2026-11-20T02"},
+        ],
+    }  # fmt: skip
+    return record(
+        row("run 1/big#1.ckpt", size=3000, weights_bytes=1000, left_out={"optimizer": 1900}, tensors=3,
+            manifest="s3://models/weights/run 1/big#1.bin.manifest.json", verdict="unknown",
+            outputs=[{"path": "big#1.bin", "size": 1100, "sha256": "ab" * 32}]),
+        row("z-new.pt", "rejected", reason="corrupt_archive", detail="cut", novelty="new",
+            since="2026-11-24T02:00:00Z"),
+        row("a-old.pt", "rejected", reason="unsafe_pickle", detail="os", novelty="old",
+            since="2026-11-01T02:00:00Z", globals=["os.system"], verdict="unsafe"),
+        **facts,
+    )  # fmt: skip
+
+
+def test_problems_come_first_and_new_ones_are_marked() -> None:
+    page = render_report(night())
+    assert page.index("2 failed, 1 of them new") < page.index('class="tiles"')
+    assert page.index("z-new.pt") < page.index("a-old.pt")
+    assert '<b class="new">new</b> <code>z-new.pt</code>' in page
+    assert "since 2026-11-01" in page
+
+
+def test_it_says_where_when_and_by_what_and_what_came_before() -> None:
+    page = render_report(night())
+    text = re.sub(r"<[^>]+>", "", page)
+    assert "from s3://training/runs to s3://models/weights" in text
+    assert "2026-11-24 02:00:00 UTC to 2026-11-24 02:04:05 UTC on worker-1, ptbin 0.2.0" in text
+    assert 'href="http://prefect.example/runs/flow-run/7"' in page
+    assert 'href="../20261123T020000Z-b/report.html"' in page
+    assert "up to date 40 → 0" in text
+    assert "resolved: s3://training/runs/x.pt (storage_error, since 2026-11-20)" in text
+    assert render_report({**night(), "prefect_url": "javascript:alert(1)"}).count("javascript:") == 0
+
+
+def test_rows_open_to_outputs_verdict_globals_and_accounting(chromium: Any, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(render_report(night()))
+    page = Page(chromium, path, 390)
+    for summary in page.page.query_selector_all("tbody summary"):
+        summary.click()
+    details = page.page.eval_on_selector_all("tbody details", "all => all.map(one => one.innerText)")
+    assert any("verdict" in text and "os.system" in text for text in details)
+    assert any("taken" in text and "left out: optimizer" in text and "tensors" in text for text in details)
+    links = page.page.eval_on_selector_all("tbody a", "all => all.map(one => one.getAttribute('href'))")
+    assert links == ["../../../run%201/big%231.bin", "../../../run%201/big%231.bin.manifest.json"]
+    assert page.eval("document.documentElement.scrollWidth") <= 390
+    bars = page.page.eval_on_selector_all("#history a", "all => all.map(one => one.getAttribute('href'))")
+    assert bars == ["../20261122T020000Z-a/report.html", "../20261123T020000Z-b/report.html"]
+    assert page.page.locator("#history rect.this").count() == 1
+    assert page.heard == []
+
+
+def test_very_many_rows_do_not_open_but_for_those_that_failed() -> None:
+    many = [row(f"{number}.pt", weights_bytes=1) for number in range(2001)]
+    failed = row("cut.pt", "failed", reason="storage_error", since="2026-11-01T02:00:00Z")
+    page = render_report(record(*many, failed))
+    assert page.count("<details>") == 1

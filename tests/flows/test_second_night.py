@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from click.testing import CliRunner
@@ -188,3 +191,43 @@ def test_a_part_stands_for_its_checkpoint_and_lines_are_taken_as_they_are() -> N
 def test_help_has_examples(command: str) -> None:
     result = CliRunner().invoke(cli, [command, "--help"])
     assert (result.exit_code, "Examples:" in result.output) == (0, True)
+
+
+def test_a_report_leads_to_the_run_before_it(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ids = []
+    for _ in range(3):
+        _, summary = run(source, out)
+        ids.append(summary["run_id"])
+    folder = out / "_ptbin/runs" / ids[-1]
+    record = json.loads((folder / "run.json").read_text())
+    assert record["previous_run"] == ids[1]
+    assert [row["run_id"] for row in record["history"]] == ids[:2]
+    assert (record["source_uri"], record["dest_uri"]) == (str(source), str(out))
+    assert record["version"]
+    page = (folder / "report.html").read_text()
+    assert (folder / f"../{ids[1]}/report.html").is_file()
+    assert f'href="../{ids[1]}/report.html"' in page
+    first = (out / "_ptbin/runs" / ids[0] / "report.html").read_text()
+    links = re.findall(r'href="(\.\./\.\./[^"]+)"', first)
+    assert links
+    assert all((folder / unquote(link)).is_file() for link in links)
+
+
+def test_a_report_warns_of_what_was_extracted_from_an_unsafe_pickle(tmp_path: Path) -> None:
+    import pickle
+
+    import torch
+
+    class Harm:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (os.system, ("true",))
+
+    source = tmp_path / "in"
+    source.mkdir()
+    torch.save({"state_dict": {"w": torch.zeros(3)}, "extra": Harm()}, source / "a.pt", pickle_module=pickle)
+    _, summary = run(source, tmp_path / "out", on_unsafe="extract")
+    folder = tmp_path / "out/_ptbin/runs" / summary["run_id"]
+    (row,) = json.loads((folder / "run.json").read_text())["checkpoints"]
+    assert (row["outcome"], row["verdict"]) == ("converted", "unsafe")
+    assert "Unsafe pickles" in (folder / "report.html").read_text()

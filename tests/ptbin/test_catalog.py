@@ -23,7 +23,7 @@ from ptbin.catalog import Found, Job, Problem, plan_outputs
 from ptbin.catalog.checks import check_mirror
 from ptbin.errors import StorageError, UsageError
 from ptbin.options import ConvertOptions
-from ptbin.stores import Identity, ListedObject, open_store
+from ptbin.stores import Identity, ListedObject, Watch, open_store
 from ptbin.stores.local import LocalStore
 from tests.fakes import CountingStore, HookedStore, registered
 from tests.servers.endpoint import S3Endpoint
@@ -174,7 +174,7 @@ class _Listing(HookedStore):
     def is_directory(self, path: str) -> bool:
         return True
 
-    def iter_objects(self, path: str) -> Iterator[ListedObject]:
+    def iter_objects(self, path: str, watch: Watch | None = None) -> Iterator[ListedObject]:
         return (ListedObject(one, f"listed://{one}", 1, None) for one in self.paths)
 
 

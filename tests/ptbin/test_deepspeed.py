@@ -24,9 +24,9 @@ from ptbin.errors import (
     UnsupportedTensorError,
 )
 from ptbin.options import Limits
-from ptbin.reading.containers import deepspeed as reading
 from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.containers.checkpoint import Checkpoint, as_checkpoint_errors
+from ptbin.reading.containers.deepspeed import buffers as reading
 from ptbin.reading.pickle.verdicts import judge_programs
 from ptbin.sources.opening import open_source
 from ptbin.values.nodes import DictNode, Opaque
@@ -507,8 +507,12 @@ def test_a_missing_file_is_named(tmp_path: Path, stage: int, name: str) -> None:
 @pytest.mark.parametrize(
     ("source", "copy", "error"),
     [
-        ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_pp_rank_0_mp_rank_01_optim_states.pt", "tensor"),
-        ("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt", "tensor, pipeline"),
+        (
+            "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+            "zero_pp_rank_0_mp_rank_01_optim_states.pt",
+            "zero_pp_rank_1_mp_rank_01_optim_states.pt is missing",
+        ),
+        ("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt", "mp_rank_01_optim_states.pt is missing"),
         (
             "zero_pp_rank_0_mp_rank_00_optim_states.pt",
             "zero_pp_rank_2_mp_rank_00_optim_states.pt",
@@ -582,7 +586,7 @@ def test_a_damaged_buffer_is_found_when_it_is_cast(tmp_path: Path) -> None:
 
 def test_pieces_are_bounded(tmp_path: Path) -> None:
     tag = folder_of(tmp_path, 3, 11)
-    with pytest.raises(LimitExceededError, match="pieces"):
+    with pytest.raises(LimitExceededError, match="tensors"):
         read(tag, Limits(tensors=30))  # no file has as many
 
 

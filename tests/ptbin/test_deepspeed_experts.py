@@ -36,7 +36,8 @@ def test_a_folder_is_one_model_with_its_experts(tmp_path: Path) -> None:
         assert_same_tensors(torch.load(tmp_path / "x.bin", weights_only=True), expected)
         assert (manifest["source"]["container"], manifest["selected"]) == ("deepspeed_experts", "module")
     found = [item.path for item in catalog.find_checkpoints(str(tmp_path / "run")) if item.certain]
-    assert sorted(found) == ["global_step2", "global_step2/expp_rank_0_mp_rank_00_optim_states.pt"]
+    assert found == ["global_step2"]
+    assert manifest["accounting"]["left_out"]["optimizer"] > 0
     assert ptbin.inspect(str(tmp_path / "run"))["selected"] == "module"
 
 
@@ -63,7 +64,7 @@ LAST = f"layer_1_expert_2_{MODEL}"
     ("change", "error", "message"),
     [
         (_remove(LAST), IncompleteCheckpointError, f"experts are missing: {LAST}"),
-        (_remove(MODEL), IncompleteCheckpointError, "lie in files of their own"),
+        (_remove(MODEL), IncompleteCheckpointError, "mp_rank_00_model_states.pt is missing"),
         (_model(num_experts=[2, 1 << 19]), IncompleteCheckpointError, "expert_7_.*, \\.\\.\\.;"),
         (_model(num_experts=[2]), CorruptArchiveError, "of no layer and expert"),
         (_model(num_experts=[2, -3]), CorruptArchiveError, "no numbers"),
@@ -76,7 +77,7 @@ LAST = f"layer_1_expert_2_{MODEL}"
         (
             _put("mp_rank_01_model_states.pt", {"module": weights()}),
             IncompleteCheckpointError,
-            "parts of one",
+            "mp_rank_01_model_states.pt next to experts",
         ),
         (_put("layer_00-model_00-model_states.pt", weights()), IncompleteCheckpointError, "pipeline"),
     ],
@@ -91,11 +92,15 @@ def test_what_is_not_whole_is_refused(
         ptbin.convert(str(folder), str(tmp_path / "x.bin"))
 
 
-def test_experts_next_to_zero_partitions_are_refused(tmp_path: Path) -> None:
-    write_experts(tmp_path / "run")
-    write(tmp_path / "run" / "zero_pp_rank_0_mp_rank_00_optim_states.pt", {"optimizer_state_dict": {}})
-    with pytest.raises(IncompleteCheckpointError, match="expert parallel"):
-        ptbin.convert(str(tmp_path / "run"), str(tmp_path / "x.bin"))
+def test_experts_next_to_zero_partitions_are_whole_in_their_own_files(tmp_path: Path) -> None:
+    expected = write_experts(tmp_path / "run")
+    for rank in range(2):
+        zero = {"optimizer_state_dict": {"zero_stage": 1, "partition_count": [2, 1]}, "flat": torch.ones(70)}
+        write(tmp_path / "run" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", zero)
+    manifest = ptbin.convert(str(tmp_path / "run"), str(tmp_path / "x.bin"))
+    assert_same_tensors(torch.load(tmp_path / "x.bin", weights_only=True), expected)
+    (row,) = [row for row in manifest["left_out"] if row["role"] == "optimizer" and row["nbytes"]]
+    assert row["path"] == "expp_rank_0_mp_rank_00_optim_states.pt and 2 more (not opened)"
 
 
 @pytest.mark.starts_processes

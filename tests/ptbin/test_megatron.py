@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import ptbin
+import tests.checkpoints
 from ptbin import ConvertOptions, catalog
-from ptbin.errors import CheckpointError, IncompleteCheckpointError, ModelMismatchError
+from ptbin.errors import CheckpointError, IncompleteCheckpointError
 from ptbin.reading.containers.megatron import megatron_facts
 from ptbin.values.nodes import DictNode
 from tests.bits import assert_same_tensors
-from tests.checkpoints.megatron import (
+from tests.checkpoints.megatron_core import CASES, VOCABULARY
+from tests.checkpoints.megatron_files import (
     Grid,
     Model,
     dist_entries,
@@ -110,6 +113,14 @@ def test_ranks_in_a_bucket_become_whole(tmp_path: Path) -> None:
     assert_same_tensors(found, whole(MODEL))
 
 
+@pytest.mark.parametrize(("tag", "name"), [("7\n", "iter_0000007"), ("release", "release")])
+def test_the_folder_above_means_its_last_iteration(tmp_path: Path, tag: str, name: str) -> None:
+    write_ranks(tmp_path / "in" / name, MODEL, whole(MODEL), GRID)
+    write_ranks(tmp_path / "in" / "iter_0000003", MODEL, whole(MODEL, seed=5), GRID)
+    (tmp_path / "in" / "latest_checkpointed_iteration.txt").write_text(tag)
+    assert_same_tensors(_converted(tmp_path / "in", tmp_path / "x.bin"), whole(MODEL))
+
+
 def test_weights_without_the_optimizer_and_of_one_rank(tmp_path: Path) -> None:
     model = Model()
     folder = write_ranks(tmp_path / "in", model, whole(model), Grid(), file="model_rng.pt")
@@ -155,6 +166,19 @@ def _without_a_layer(folder: Path) -> None:
         )
 
 
+def _of_a_million_ranks(folder: Path) -> None:
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    for path in folder.glob("*/*.pt"):
+        _changed(path, lambda state: vars(state["args"]).update(dict.fromkeys(sizes, 1 << 20)))
+
+
+def _holds_itself(folder: Path) -> None:
+    def change(state: dict[str, Any]) -> None:
+        state["model"].update({f"k{n}": state["model"] for n in range(40)})
+
+    _changed(folder / FIRST, change)
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "missing": (lambda folder: (folder / LAST).unlink(), "incomplete_checkpoint", LAST),
     "truncated": (
@@ -165,6 +189,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "another iteration": (
         lambda folder: _changed(folder / LAST, lambda state: state.update(iteration=8)),
         "incomplete_checkpoint",
+        LAST,
+    ),
+    "another rank's name": (
+        lambda folder: (folder / LAST).parent.rename(folder / "mp_rank_02_001"),
+        "incomplete_checkpoint",
+        "mp_rank_02_001",
+    ),
+    "sizes that no file has": (_of_a_million_ranks, "incomplete_checkpoint", "mp_rank_02_000"),
+    "a model that holds itself": (_holds_itself, "incomplete_checkpoint", FIRST),
+    "an average of the weights next to them": (
+        lambda folder: _changed(folder / LAST, lambda state: state.update(teacher={"w": torch.ones(3)})),
+        "ambiguous_state_dict",
         LAST,
     ),
     "another grid": (
@@ -210,6 +246,8 @@ def test_what_does_not_go_together_is_refused_by_name(folder: Path, tmp_path: Pa
 def test_one_rank_is_not_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(IncompleteCheckpointError, match="convert the folder"):
         ptbin.convert(str(folder / FIRST), str(tmp_path / "x.bin"))
+    found = _converted(folder / FIRST, tmp_path / "x.bin", parts=True)
+    assert found[NORM.replace("input_layernorm", "mlp.linear_fc2")].shape == (16, 12)
 
 
 def test_gated_or_not_has_to_be_stated(tmp_path: Path) -> None:
@@ -303,6 +341,44 @@ def test_facts_follow_from_arguments() -> None:
     assert "vocab_size" not in facts(vocab_size=None)
 
 
+# -- what megatron-core itself wrote ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("megatron")
+    with tarfile.open(Path(tests.checkpoints.__file__).parent / "made" / "megatron_core.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_megatrons_own_ranks_become_what_one_rank_has(real: Path, tmp_path: Path, case: str) -> None:
+    one = torch.load(real / f"{case}.pt", weights_only=True)
+    cut = ("embedding.word_embeddings.weight", "output_layer.weight")
+    expected = {name: tensor[:VOCABULARY] if name in cut else tensor for name, tensor in one.items()}
+    found = _converted(real / case, tmp_path / "x.bin", verify="load")
+    assert_same_tensors(found, expected)
+    assert list(found) == list(expected)
+    assert ptbin.inspect(str(real / case))["verdict"] == "safe"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_megatrons_own_torch_dist_holds_the_same_model(real: Path, tmp_path: Path, case: str) -> None:
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    folder = real / f"{case}_dist"
+    dcp_to_torch_save(folder, tmp_path / "ref.pt")
+    reference = torch.load(tmp_path / "ref.pt", weights_only=False)
+    tensors = {name: value for name, value in reference.items() if isinstance(value, torch.Tensor)}
+    assert_same_tensors(_converted(folder, tmp_path / "x.bin", verify="load"), tensors)
+    found = [
+        _converted(source, tmp_path / "x.bin", recipe="megatron-qwen") for source in (folder, real / case)
+    ]
+    assert_same_tensors(*found)
+    assert ptbin.inspect(str(folder))["verdict"] == "safe"
+
+
 # -- torch_dist ----------------------------------------------------------------------------------------------
 
 
@@ -333,163 +409,3 @@ def test_a_missing_file_of_a_torch_dist_folder_is_named(tmp_path: Path) -> None:
     (folder / "__0_0.distcp").rename(folder / "__1_0.distcp")
     with pytest.raises(IncompleteCheckpointError, match=r"__0_0\.distcp"):
         _converted(folder, tmp_path / "x.bin")
-
-
-# -- transformers' names -------------------------------------------------------------------------------------
-
-
-def _config(kind: str) -> Any:
-    transformers = pytest.importorskip("transformers")
-    sizes = {
-        "hidden_size": 64,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "vocab_size": 50,
-        "tie_word_embeddings": kind == "qwen3",
-    }
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    if kind == "llama":
-        return transformers.LlamaConfig(**sizes)
-    if kind == "qwen2":
-        return transformers.Qwen2Config(**sizes)
-    if kind == "qwen3":
-        return transformers.Qwen3Config(**sizes, head_dim=16)
-    if kind == "qwen2-moe":
-        return transformers.Qwen2MoeConfig(**sizes, **experts, shared_expert_intermediate_size=32)
-    if kind == "qwen3-moe":
-        return transformers.Qwen3MoeConfig(**sizes, **experts, head_dim=8)
-    return transformers.MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
-
-
-def _as_megatron(state: dict[str, torch.Tensor], groups: int) -> dict[str, torch.Tensor]:
-    """transformers' model as one rank of Megatron would save it."""
-
-    def put_together(above: str, ending: str) -> torch.Tensor:
-        parts = [state[f"{above}{n}_proj.{ending}"] for n in "qkv"]
-        rows = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
-        return torch.cat(rows, 1).flatten(0, 1)
-
-    top = {
-        "model.embed_tokens.weight": "embedding.word_embeddings.weight",
-        "model.norm.weight": "decoder.final_layernorm.weight",
-        "lm_head.weight": "output_layer.weight",
-    }
-    names = {
-        "self_attn.o_proj.weight": "self_attention.linear_proj.weight",
-        "self_attn.q_norm.weight": "self_attention.q_layernorm.weight",
-        "self_attn.k_norm.weight": "self_attention.k_layernorm.weight",
-        "input_layernorm.weight": "input_layernorm.weight",
-        "post_attention_layernorm.weight": "pre_mlp_layernorm.weight",
-        "mlp.down_proj.weight": "mlp.linear_fc2.weight",
-        "mlp.gate.weight": "mlp.router.weight",
-        "mlp.shared_expert.down_proj.weight": "mlp.shared_experts.linear_fc2.weight",
-        "mlp.shared_expert_gate.weight": "mlp.shared_experts.gate_weight",
-    }
-    found = {}
-    for name, tensor in state.items():
-        if name in top:
-            found[top[name]] = tensor
-            continue
-        number, below = name.removeprefix("model.layers.").split(".", 1)
-        above, old = f"decoder.layers.{number}.", f"model.layers.{number}."
-        if below in names:
-            found[above + names[below]] = tensor
-        elif below.startswith("self_attn.q_proj."):
-            ending = below.rpartition(".")[2]
-            found[f"{above}self_attention.linear_qkv.{ending}"] = put_together(f"{old}self_attn.", ending)
-        elif below.endswith("gate_proj.weight"):
-            up = state[name.replace("gate_proj", "up_proj")]
-            new = below.replace("shared_expert.", "shared_experts.").replace("gate_proj", "linear_fc1")
-            found[above + new] = torch.cat([tensor, up])
-        elif below.startswith("mlp.experts."):
-            matrix = "linear_fc2" if "down" in below else "linear_fc1"
-            for expert, own in enumerate(tensor):
-                found[f"{above}mlp.experts.local_experts.{expert}.{matrix}.weight"] = own
-    return found
-
-
-KINDS = {
-    "llama": "megatron-llama",
-    "qwen2": "megatron-qwen",
-    "qwen3": "megatron-qwen",
-    "qwen2-moe": "megatron-qwen",
-    "qwen3-moe": "megatron-qwen",
-    "mixtral": "megatron-mixtral",
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_transformers_computes_the_same_with_what_a_recipe_makes(tmp_path: Path, kind: str) -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(3)
-    config = _config(kind)
-    original = transformers.AutoModelForCausalLM.from_config(config).eval()
-    state = {
-        k: v for k, v in original.state_dict().items() if not (k == "lm_head.weight" and kind == "qwen3")
-    }
-    is_moe = kind.endswith("moe") or kind == "mixtral"
-    model = Model(
-        width=64,
-        hidden=48,
-        vocabulary=50,
-        tied=kind == "qwen3",
-        experts=4 if is_moe else 0,
-    )
-    tensors = _as_megatron(state, 4)
-    head = getattr(config, "head_dim", None) or 8
-    grid = Grid(tensor=2, pipeline=2, expert=2 if is_moe else 1)
-    sources = {
-        "ranks": write_ranks(tmp_path / "ranks", model, tensors, grid, rotary_base=10000),
-        "stacked": write_dist(tmp_path / "stacked", model, dist_entries(model, tensors)),
-        "module": write_dist(
-            tmp_path / "module", model, dist_entries(model, tensors, stacked=False), prefix="module."
-        ),
-    }
-    recipe = f'{{"like": "{KINDS[kind]}", "values": {{"kv_channels": {head}}}}}'
-    for source in sources.values():
-        (source / "config.json").write_text(config.to_json_string())
-        out = source.with_name(f"{source.name}-out")
-        ptbin.convert(str(source), str(out / "pytorch_model.bin"), ConvertOptions(recipe=recipe, layout="hf"))
-        read = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
-        assert_same_tensors(read.state_dict(), original.state_dict())
-    tokens = torch.arange(11)[None]
-    assert torch.equal(read(tokens).logits, original(tokens).logits)
-
-
-def test_all_experts_in_one_matrix_get_a_name_each(tmp_path: Path) -> None:
-    models = [Model(experts=4, kind=kind) for kind in ("fused", "local")]
-    fused = whole(models[0])
-    local = dict(fused)
-    for layer in range(2):
-        above = f"decoder.layers.{layer}.mlp.experts."
-        first = local.pop(above + "weight1").view(4, 16, 48)
-        second = local.pop(above + "weight2").view(4, 24, 16)
-        for expert in range(4):
-            local[f"{above}local_experts.{expert}.linear_fc1.weight"] = first[expert].T.contiguous()
-            local[f"{above}local_experts.{expert}.linear_fc2.weight"] = second[expert].T.contiguous()
-    grid = Grid(tensor=2, expert=2)
-    found = [
-        _converted(
-            write_ranks(tmp_path / model.kind, model, tensors, grid), tmp_path / "x.bin", recipe=recipe
-        )
-        for model, tensors in zip(models, (fused, local), strict=True)
-        for recipe in ["megatron-mixtral"]
-    ]
-    assert_same_tensors(*found)
-
-
-def test_a_recipe_for_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
-    model = Model(bias=True)
-    other = write_ranks(tmp_path / "in", model, whole(model), GRID)
-    _changed(
-        other / "mp_rank_00_000" / "model_optim_rng.pt",
-        lambda state: state["model"].update({"decoder.layers.0.input_layernorm.bias": torch.ones(16)}),
-    )
-    _changed(
-        other / "mp_rank_01_000" / "model_optim_rng.pt",
-        lambda state: state["model"].update({"decoder.layers.0.input_layernorm.bias": torch.ones(16)}),
-    )
-    with pytest.raises(ModelMismatchError, match=r"no rule for 1 tensors: .*input_layernorm\.bias"):
-        _converted(other, tmp_path / "x.bin", recipe="megatron-llama")

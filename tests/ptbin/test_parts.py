@@ -185,10 +185,10 @@ class _Lists(CountingStore):
 
     refuses = False
 
-    def iter_objects(self, path: str) -> Any:
+    def iter_objects(self, path: str, watch: Any = None) -> Any:
         if self.refuses:
             raise StorageError("no listing")
-        return super().iter_objects(path)
+        return super().iter_objects(path, watch)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +29,9 @@ from ptbin.errors import (
     UnsupportedTensorError,
 )
 from ptbin.options import OutputFormat
+from ptbin.reading.pickle import meshes
 from ptbin.reading.pickle.meshes import Placement, runs_of
+from ptbin.reading.pickle.torch_objects import TorchVocabulary
 from tests.bits import assert_same_tensors
 from tests.checkpoints.meshes import make_meshes
 from tests.checkpoints.old_meshes import Cut, save_as_torch_2_3
@@ -126,6 +130,28 @@ def test_sixty_four_ranks_of_three_mesh_dimensions(tmp_path: Path) -> None:
     }
     folder = _cut(tmp_path / "ranks", (4, 4, 4), tensors)
     assert_same_tensors(_converted(folder, tmp_path), {k: v for k, (v, _) in tensors.items()})
+
+
+def test_what_all_ranks_share_is_worked_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planning 405B in 64 files took three times as long while each tensor asked anew."""
+    from torch.distributed.tensor import Shard
+
+    folder = _cut(tmp_path / "ranks", (4,), {f"t{i}": (torch.ones(8, 2), [Shard(0)]) for i in range(40)})
+    counts = {"grids": 0, "tables": 0}
+    grid_of, made_table = meshes.grid_of, TorchVocabulary._made_table
+
+    def counted_grid(mesh: Any) -> Any:
+        counts["grids"] += 1
+        return grid_of(mesh)
+
+    def counted_table(self: TorchVocabulary) -> Any:
+        counts["tables"] += 1
+        return made_table(self)
+
+    monkeypatch.setattr(meshes, "grid_of", counted_grid)
+    monkeypatch.setattr(TorchVocabulary, "_made_table", counted_table)
+    ptbin.inspect(str(folder))
+    assert counts == {"grids": 4, "tables": 1}
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -249,6 +275,54 @@ def test_layout_hf_takes_the_folder_of_configuration_along(made: Path, tmp_path:
     ptbin.convert(str(tmp_path / "in"), dest, ConvertOptions(layout="hf"))
     assert (tmp_path / "out" / "config.json").read_text() == '{"torch_dtype": "float32"}'
     assert not (tmp_path / "out" / "evil.py").exists()
+
+
+def test_mappings_that_hold_one_another_are_looked_into_once(tmp_path: Path) -> None:
+    from torch.distributed.tensor import Shard
+
+    folder = _cut(tmp_path / "in", (2,), {"w": (torch.arange(6.0), [Shard(0)])})
+    for path in folder.iterdir():
+        state = torch.load(path, weights_only=False)
+        state |= {f"k{n}": state for n in range(40)}
+        torch.save(state, path)
+    found = _converted(folder, tmp_path, select=".", drop=("^k",))
+    assert_same_tensors(found, {"w": torch.arange(6.0)})
+
+
+def _tiny(kind: str) -> Any:
+    """A model of transformers with random weights."""
+    transformers: Any = importlib.import_module("transformers")
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    if kind == "llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+    if kind == "qwen":
+        config = transformers.Qwen3Config(**sizes, **heads, head_dim=8, tie_word_embeddings=True)
+        return transformers.Qwen3ForCausalLM(config)
+    config = transformers.MixtralConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=2)
+    return transformers.MixtralForCausalLM(config)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen", "mixtral"])
+def test_transformers_computes_the_same_from_the_merged_folder(tmp_path: Path, kind: str) -> None:
+    from torch.distributed.tensor import Replicate, Shard
+
+    model = _tiny(kind)
+    tensors: dict[str, tuple[torch.Tensor, list[Any]]] = {
+        name: (value, [Shard(0), Shard(value.dim() - 1) if value.dim() > 1 else Replicate()])
+        for name, value in model.state_dict().items()
+    }
+    folder = _cut(tmp_path / "ranks", (4, 2), tensors)
+    model.config.save_pretrained(folder / "huggingface")
+    dest = tmp_path / "hub" / "model.safetensors"
+    ptbin.convert(
+        str(folder), str(dest), ConvertOptions(format="safetensors", layout="hf", max_shard_size=20_000)
+    )
+    assert not any(name.startswith("model_world") for name in os.listdir(dest.parent))
+    again = type(model).from_pretrained(dest.parent)
+    tokens = torch.arange(9).reshape(1, 9)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
 def test_a_run_on_one_rank_is_its_only_file(tmp_path: Path) -> None:

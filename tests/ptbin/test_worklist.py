@@ -216,12 +216,12 @@ def names():
 
 class Source(LocalStore):
     def is_directory(self, path): return True
-    def iter_objects(self, path):
+    def iter_objects(self, path, watch=None):
         for name in names():
             yield ListedObject(name + ".ckpt", f"src://x/{name}.ckpt", 1000, Identity("etag", etag))
 
 class Dest(LocalStore):
-    def iter_objects(self, path):
+    def iter_objects(self, path, watch=None):
         yield from (ListedObject(item.path, item.uri, item.size, item.identity)
                     for item in LocalStore.iter_objects(self, path))
         for name in names():

@@ -206,12 +206,6 @@ class PrefectStack:
         """The work pools and all deployments, as README.md of deployments/ says."""
         for kind in ("process", "docker", "kubernetes"):
             template = ROOT / "deployments" / "work-pools" / f"{kind}.json"
-            if kind == "process":
-                # the template's directory is the one of a real installation
-                content = json.loads(template.read_text())
-                content["variables"]["properties"]["working_dir"]["default"] = str(self.folder)
-                template = self.folder / "process.json"
-                template.write_text(json.dumps(content))
             self.prefect(
                 "work-pool", "create", f"ptbin-{kind}", "--type", kind, "--base-job-template", str(template)
             )

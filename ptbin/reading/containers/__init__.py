@@ -15,9 +15,13 @@ from ptbin.reading.containers.archives import read_tar_archive
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder, Opening
 from ptbin.reading.containers.compressed import refuse_compressed
 from ptbin.reading.containers.dcp import read_dcp
-from ptbin.reading.containers.deepspeed import read_deepspeed
-from ptbin.reading.containers.deepspeed_experts import read_deepspeed_experts
+from ptbin.reading.containers.deepspeed.experts import read_deepspeed_experts
+from ptbin.reading.containers.deepspeed.layers import read_deepspeed_layers
+from ptbin.reading.containers.deepspeed.ranks import read_deepspeed_ranks
+from ptbin.reading.containers.deepspeed.universal import read_deepspeed_universal
+from ptbin.reading.containers.deepspeed.zero import read_deepspeed
 from ptbin.reading.containers.foreign import refuse_known_foreign
+from ptbin.reading.containers.hf_shards import read_hf_shards
 from ptbin.reading.containers.legacy import read_legacy, read_raw_pickle
 from ptbin.reading.containers.megatron_parts import read_megatron_parts
 from ptbin.reading.containers.meta_parts import read_meta_parts
@@ -27,8 +31,9 @@ from ptbin.reading.containers.sharded import read_indexed
 from ptbin.reading.containers.source import RandomReader, SourceFile
 from ptbin.reading.containers.torch_zip import read_zip
 from ptbin.reading.containers.zip_directory import refuse_prefixed_zip
+from ptbin.sources.deepspeed_names import deepspeed_checkpoint
 from ptbin.sources.folders import DCP_METADATA, INDEX_SUFFIX
-from ptbin.sources.part_names import is_megatron_name, is_meta_name, is_rank_name
+from ptbin.sources.part_names import is_megatron_name, is_meta_name, is_rank_name, is_torch_shard
 from ptbin.stores.joined import JoinedReader
 
 __all__ = ["FILES", "FOLDERS", "read_checkpoint"]
@@ -48,11 +53,12 @@ FILES: tuple[Callable[[Opening], Checkpoint | None], ...] = (
 
 FOLDERS: tuple[tuple[Callable[[Collection[str]], bool], Callable[[Folder], Checkpoint]], ...] = (
     (lambda names: DCP_METADATA in names, read_dcp),
-    (lambda names: any(name.endswith("_optim_states.pt") for name in names), read_deepspeed),
-    (
-        lambda names: any("_expert_" in name and name.endswith("_model_states.pt") for name in names),
-        read_deepspeed_experts,
-    ),
+    (lambda names: deepspeed_checkpoint(names)[0] == "deepspeed_universal", read_deepspeed_universal),
+    (lambda names: deepspeed_checkpoint(names)[0] == "deepspeed_layers", read_deepspeed_layers),
+    (lambda names: deepspeed_checkpoint(names)[0] == "deepspeed_experts", read_deepspeed_experts),
+    (lambda names: deepspeed_checkpoint(names)[0] == "deepspeed_zero", read_deepspeed),
+    (lambda names: deepspeed_checkpoint(names)[0] == "deepspeed_ranks", read_deepspeed_ranks),
+    (lambda names: any(is_torch_shard(name) for name in names), read_hf_shards),
     (lambda names: is_meta_name(next(iter(names))), read_meta_parts),
     (lambda names: is_megatron_name(next(iter(names))), read_megatron_parts),
     (lambda names: any(name.endswith(INDEX_SUFFIX) for name in names), read_indexed),
@@ -62,12 +68,13 @@ FOLDERS: tuple[tuple[Callable[[Collection[str]], bool], Callable[[Folder], Check
 
 
 def read_checkpoint(
-    reader: RandomReader, limits: Limits | None = None, recipe: str | None = None
+    reader: RandomReader, limits: Limits | None = None, recipe: str | None = None, *, parts: bool = False
 ) -> Checkpoint:
     """Recognise and index one file, or several that are one checkpoint.
 
     Args:
         recipe: `ConvertOptions.recipe`, for parts that do not say how they make a whole.
+        parts: `ConvertOptions.parts`, for files that do not say whether they are all.
 
     Raises:
         NotACheckpointError: no container of any kind.
@@ -79,7 +86,7 @@ def read_checkpoint(
         return read_file(Opening(SourceFile(reader), limits, read_file))
     for is_one, read in FOLDERS:
         if is_one(reader.names):
-            return read(Folder(reader, limits, read_file, recipe))
+            return read(Folder(reader, limits, read_file, recipe, parts))
     raise UnsupportedFormatError(f"{reader.uri}: a folder of no known kind")
 
 

@@ -156,12 +156,14 @@ class Folder:
     Attributes:
         read: recognises and indexes any one file.
         recipe: `ConvertOptions.recipe`, for parts that do not say how they make a whole.
+        parts: `ConvertOptions.parts`, for files that do not say whether they are all.
     """
 
     reader: JoinedReader
     limits: Limits
     read: ReadFile
     recipe: str | None = None
+    parts: bool = False
 
     def opening(self, name: str) -> Opening:
         """The one for a file of the folder."""
@@ -210,11 +212,10 @@ class MemoryReader:
 def read_part(reader: JoinedReader, name: str, opening: Opening) -> Checkpoint:
     """One file of the folder as a checkpoint by itself, its places moved into the whole's address space.
 
-    Its pickles are added to those of `opening`.
+    Its pickles, and the bytes that they carry in themselves, are added to those of `opening`.
     """
     part = reader.part(name)
-    inner = Opening(SourceFile(part), opening.limits, opening.read, opening.depth, opening.programs)
-    checkpoint = inner.checkpoint()
+    checkpoint = opening.another(SourceFile(part)).checkpoint()
     for storage in checkpoint.storages.values():
         assert storage.place is not None
         storage.place = move_place(storage.place, part.base)

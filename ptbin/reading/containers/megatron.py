@@ -8,7 +8,7 @@ configuration keeps most of the names.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ MAX_NUMBER = 1 << 40
 
 _MEGATRON = re.compile(r"^mp_rank_(?P<tp>\d{2,})(?:_(?P<second>\d{3}))?(?:_(?P<third>\d{3}))?$")
 _NEMO = re.compile(r"^tp_rank_(?P<tp>\d{2,})_pp_rank_(?P<pp>\d{3})$")
+_KINDS = ("tensor", "pipeline", "expert")
 _GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu", "fast-swiglu", "fast-geglu", "fast-reglu")
 
 
@@ -86,13 +87,13 @@ class Sizes:
     expert: int
     expert_tensor: int
 
-    def ranks(self) -> set[Rank]:
-        """Those that save: one for each piece of an expert (`get_expert_data_parallel_rank() == 0`)."""
-        return {
-            Rank(n % self.tensor, stage, n // self.expert_tensor % self.expert)
-            for n in range(max(self.expert * self.expert_tensor, self.tensor))
-            for stage in range(self.pipeline)
-        }
+    def ranks(self) -> Iterator[Rank]:
+        """Those that save, each once: one for each piece of an expert, where `expert_tensor` divides `tensor`
+        (`get_expert_data_parallel_rank() == 0`). As many as a file says: take no more than are needed.
+        """
+        for stage in range(self.pipeline):
+            for n in range(max(self.expert * self.expert_tensor, self.tensor)):
+                yield Rank(n % self.tensor, stage, n // self.expert_tensor % self.expert)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -130,16 +131,20 @@ def rank_of(name: str, sizes: Sizes | None) -> Rank | None:
     """
     folder = name.rpartition("/")[0]
     if (match := _NEMO.match(folder)) is not None:
-        return Rank(int(match["tp"]), int(match["pp"]))
-    if (match := _MEGATRON.match(folder)) is None:
+        rank = Rank(int(match["tp"]), int(match["pp"]))
+    elif (match := _MEGATRON.match(folder)) is not None:
+        numbers = [int(match[key]) for key in ("second", "third") if match[key] is not None]
+        kinds: tuple[str, ...] = ("pipeline", "expert")
+        if sizes is not None:
+            kinds = tuple(kind for kind in kinds if getattr(sizes, kind) > 1)
+            if len(kinds) != len(numbers):
+                return None
+        rank = Rank(int(match["tp"]), **dict(zip(kinds, numbers, strict=False)))
+    else:
         return None
-    numbers = [int(match[key]) for key in ("second", "third") if match[key] is not None]
-    if sizes is None:
-        return Rank(int(match["tp"]), *numbers)
-    kinds = [kind for kind in ("pipeline", "expert") if getattr(sizes, kind) > 1]
-    if len(kinds) != len(numbers):
-        return None
-    return Rank(int(match["tp"]), **dict(zip(kinds, numbers, strict=True)))
+    known = (Rank(sizes.tensor, sizes.pipeline, sizes.expert),) if sizes is not None else ()
+    beyond = any(getattr(rank, kind) >= getattr(end, kind) for end in known for kind in _KINDS)
+    return None if beyond else rank
 
 
 def folder_of(rank: Rank, like: str, sizes: Sizes) -> str:

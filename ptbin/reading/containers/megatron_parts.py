@@ -12,8 +12,9 @@ Costs: the index of each file. Memory: one small record for each tensor of each 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from ptbin.merging.recipes import Merge
@@ -30,8 +31,19 @@ from ptbin.reading.containers.megatron import (
     rank_of,
     sizes_of,
 )
+from ptbin.reading.containers.megatron_names import (
+    Path,
+    expert_in,
+    global_name,
+    is_expert,
+    orders_of,
+    piece_of,
+    split_like,
+)
 from ptbin.reading.containers.merges import merge_parts
 from ptbin.reading.containers.part_files import PartFiles
+from ptbin.reading.roles import role_of_content
+from ptbin.reading.tree import holds_data
 from ptbin.values.nodes import DictNode, Instance, Opaque
 from ptbin.values.tensors import TensorRef
 
@@ -42,12 +54,6 @@ MAX_DEPTH = 8
 MAX_SHOWN = 3
 
 _CHUNK = re.compile(r"^model(?P<n>\d{1,4})$")
-_LAYER = re.compile(r"^(?P<above>(?:.*\.)?layers\.)(?P<n>\d{1,6})(?P<below>\..+)$")
-_EXPERT = re.compile(
-    r"^(?P<above>.*\.local_experts\.)(?P<n>\d{1,6})(?P<below>\..+)$"
-    r"|^(?P<above2>.*\.experts\.linear_fc\d\.(?:weight|bias))(?P<n2>\d{1,6})$"
-)
-_EXPERTS = re.compile(r"\.(?:local_)?experts\.")
 _HEAD = re.compile(r"^(?P<above>(?:.*\.)?)(?:output_layer|word_embeddings_for_head)\.weight$")
 _EMBEDDING = re.compile(r"(?:^|\.)word_embeddings\.weight$")
 _EXTRA_STATE = "_extra_state"
@@ -61,8 +67,6 @@ _ROLES = {
     "rng_state": "random_state",
     "rerun_state_machine": "trainer_state",
 }
-
-Path = tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -113,7 +117,7 @@ class _Ranks:
                 self._set_up(name, own)
             else:
                 self._compare_sizes(name, own)
-            place = self._take(own, name, is_first=root is None)
+            place = self._take(own, name)
             root = own if root is None else root
         assert root is not None
         sizes = self._complete_sizes()
@@ -157,7 +161,7 @@ class _Ranks:
                 "files are not of one save"
             )
 
-    def _take(self, root: DictNode, name: str, *, is_first: bool) -> Path:
+    def _take(self, root: DictNode, name: str) -> Path:
         """Note every tensor of a file's model; where it lies."""
         rank = rank_of(name, self.sizes)
         if rank is None:
@@ -170,21 +174,25 @@ class _Ranks:
             models = [("state_dict", root)] if _is_flat(root) else []
         if not models:
             self.files.refuse(f"{name} holds no `model`")
-        for key, value in root.pairs if models[0][1] is not root else ():
-            if not _is_model(key) and not is_first:
-                self.files.leave(name, [value], _ROLES.get(key, "replica"))
+        if models[0][1] is not root:
+            rest = [(key, value) for key, value in root.pairs if not _is_model(key) and holds_data(value)]
+            for key, value in rest:
+                # What has no role here (an averaged copy, say) is one rank's piece: never chosen.
+                self.files.leave(name, [value], _ROLES.get(key) or role_of_content(value))
+            beside = {id(value) for _, value in rest}
+            root.pairs = [(key, value) for key, value in root.pairs if id(value) not in beside]
         for key, model in models:
             match = _CHUNK.match(key)
             chunk = int(match["n"]) if match is not None else 0
             held = self.chunks.setdefault((chunk, rank.pipeline), {}).setdefault(rank, {})
-            for path, value in _tensors(model):
+            for path, value in _values(model, set()):
                 dotted = ".".join(path)
                 if path[-1].endswith(_EXTRA_STATE):
                     self.files.leave(name, [value], "scaling_state")
                 elif isinstance(value, TensorRef):
                     held[dotted] = (path, value)
-                elif isinstance(value, (Opaque, Instance)):
-                    self.files.refuse(f"{name}: {dotted[:200]!r} is not a plain tensor")
+                elif isinstance(value, (DictNode, Opaque, Instance)):
+                    self.files.refuse(f"{name}: {dotted[:200]!r} is no plain tensor and no mapping of some")
         if models[0][1] is root:
             root.pairs = []
         return ("model" if _CHUNK.match(models[0][0]) else models[0][0],)
@@ -202,10 +210,10 @@ class _Ranks:
             self.files.refuse(
                 f"it was saved on {_described(sizes)}, whose files do not say who holds which experts"
             )
-        missing = sorted(sizes.ranks() - self.ranks.keys())
+        missing = list(islice((rank for rank in sizes.ranks() if rank not in self.ranks), MAX_SHOWN))
         if missing:
-            names = [folder_of(rank, self.names[0], sizes) for rank in missing[:MAX_SHOWN]]
-            more = f" and {len(missing) - MAX_SHOWN} more" if len(missing) > MAX_SHOWN else ""
+            names = [folder_of(rank, self.names[0], sizes) for rank in missing]
+            more = " and others" if len(missing) == MAX_SHOWN else ""
             self.files.refuse(
                 f"it was saved on {_described(sizes)}; not there: {', '.join(names)}{more}; fetch all "
                 "files of this save"
@@ -223,14 +231,14 @@ class _Ranks:
             rows = []
             for rank, held in self.chunks[key].items():
                 for order, (dotted, (path, tensor)) in zip(
-                    _orders(held, rank, experts), held.items(), strict=True
+                    orders_of(held, rank, experts), held.items(), strict=True
                 ):
-                    name = _global_name(dotted, rank, before, counts, experts)
+                    name = global_name(dotted, rank, before, counts, experts)
                     rows.append((order, rank, name, path, tensor))
             rows.sort(key=lambda row: row[:2])
             for _, rank, name, path, tensor in rows:
-                whole = self.found.setdefault(name, _Held(_split_like(path, name)))
-                piece = _piece(name, rank, sizes)
+                whole = self.found.setdefault(name, _Held(split_like(path, name)))
+                piece = piece_of(name, rank, sizes)
                 whole.parts.setdefault(piece, []).append(Part(tensor, self.ranks[rank]))
             for above, found in counts.items():
                 self._refuse_unlike(f"layers of {above[:100]!r}", found)
@@ -247,7 +255,7 @@ class _Ranks:
         found: dict[str, dict[Rank, int]] = {}
         for rank, tensors in held.items():
             for dotted in tensors:
-                if (expert := _expert_in(dotted)) is not None:
+                if (expert := expert_in(dotted)) is not None:
                     own = found.setdefault(expert[0], {})
                     own[rank] = max(own.get(rank, 0), expert[1] + 1)
         for above, counts in found.items():
@@ -280,7 +288,7 @@ class _Ranks:
     def _whole(self, name: str, held: _Held, sizes: Sizes) -> TensorRef:
         if is_grouped(name):
             return grouped_experts(self.files, name, held.parts, sizes, self.facts)
-        count = sizes.expert_tensor if _is_expert(name) else sizes.tensor
+        count = sizes.expert_tensor if is_expert(name) else sizes.tensor
         if self.is_old and count > 1 and "query_key_value" in name:
             self.files.refuse(
                 f"the rows of {name[:200]!r} are in the order of Megatron's checkpoint_version 0 or 1; load "
@@ -323,73 +331,16 @@ def _is_flat(root: DictNode) -> bool:
     return any(isinstance(value, TensorRef) for _, value in root.pairs)
 
 
-def _tensors(model: DictNode, above: Path = ()) -> Iterator[tuple[Path, Any]]:
+def _values(model: DictNode, seen: set[int], above: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """What lies in nested mappings; of one that was looked into before (they may hold one another) itself."""
+    seen.add(id(model))
     for key, value in model.pairs:
         if type(key) is not str:
             continue
-        if isinstance(value, DictNode) and len(above) < MAX_DEPTH:
-            yield from _tensors(value, (*above, key))
+        if isinstance(value, DictNode) and id(value) not in seen and len(above) < MAX_DEPTH:
+            yield from _values(value, seen, (*above, key))
         else:
             yield (*above, key), value
-
-
-def _expert_in(dotted: str) -> tuple[str, int, str] | None:
-    """What stands before an expert's number, the number, and what stands behind it."""
-    match = _EXPERT.match(dotted)
-    if match is None:
-        return None
-    return match["above"] or match["above2"], int(match["n"] or match["n2"]), match["below"] or ""
-
-
-def _orders(held: Iterable[str], rank: Rank, experts: dict[str, int]) -> Iterator[tuple[int, int, int]]:
-    """Where each tensor of a rank stands in the whole: an expert behind those of lower numbers."""
-    first: dict[str, int] = {}
-    for index, dotted in enumerate(held):
-        expert = _expert_in(dotted)
-        if expert is None:
-            yield index, 0, 0
-        else:
-            above, number, _ = expert
-            yield first.setdefault(above, index), rank.expert * experts[above] + number, index
-
-
-def _global_name(
-    dotted: str,
-    rank: Rank,
-    before: dict[str, int],
-    counts: dict[str, dict[Rank, int]],
-    experts: dict[str, int],
-) -> str:
-    if (expert := _expert_in(dotted)) is not None:
-        above, number, below = expert
-        dotted = f"{above}{rank.expert * experts[above] + number}{below}"
-    if (match := _LAYER.match(dotted)) is None or match["above"].startswith("mtp."):
-        return dotted  # the layers of multi-token prediction lie in one stage, all of them
-    above, number = match["above"], int(match["n"])
-    found = counts.setdefault(above, {})
-    found[rank] = max(found.get(rank, 0), number + 1)
-    return f"{above}{before.get(above, 0) + number}{match['below']}"
-
-
-def _is_expert(name: str) -> bool:
-    return _EXPERTS.search(name) is not None and "shared_expert" not in name
-
-
-def _piece(name: str, rank: Rank, sizes: Sizes) -> tuple[int, int]:
-    if not _is_expert(name):
-        return 0, rank.tensor
-    return rank.expert if is_grouped(name) else 0, rank.tensor % sizes.expert_tensor
-
-
-def _split_like(path: Path, name: str) -> Path:
-    """A dotted name as steps that have as many dots as those of a path."""
-    steps = name.split(".")
-    found = []
-    for step in path:
-        count = step.count(".") + 1
-        found.append(".".join(steps[:count]))
-        steps = steps[count:]
-    return tuple(found)
 
 
 def _put(tree: dict[Path, DictNode], path: Path, value: TensorRef) -> None:

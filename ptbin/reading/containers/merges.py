@@ -1,7 +1,7 @@
 """Parts of a name from several ranks as one tensor, by the rules of a recipe; what Megatron's kin need.
 
-The files themselves say nothing of how a tensor was cut, so a rule does: rows, columns, or equal copies. No
-rule for a name is an error, never a guess.
+The files themselves say nothing of how a tensor was cut, so a rule does: rows, columns, equal copies, or a
+sum. No rule for a name is an error, never a guess.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from ptbin.errors import UnsupportedTensorError
 from ptbin.merging.recipes import Merge
 from ptbin.merging.tiles import Part, plain_part
 from ptbin.merging.views import View, concatenated, view_of
 from ptbin.reading.containers.part_files import PartFiles
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["merge_parts"]
+__all__ = ["merge_parts", "take_first", "total_of"]
 
 
 def merge_parts(
@@ -37,14 +38,13 @@ def merge_parts(
             f"nothing says how {count} parts of {name[:200]!r} make a whole; a recipe with a `merge` "
             "rule for it does (docs/parts.md)"
         )
+    if merge.how == "equal":
+        return take_first(files, name, parts)
+    if merge.how in ("sum", "mean"):
+        return total_of(files, name, parts, mean=merge.how == "mean")
     for part in parts:
         plain_part(part, name)
     first = parts[0].tensor
-    if merge.how == "equal":
-        files.equal(name, first.storage, parts)
-        for part in parts[1:]:
-            files.leave(part.home, [part.tensor])
-        return first
     groups = _copies(parts, merge, facts)
     parts = [group[0] for group in groups]
     axis = _axis(files, name, parts, merge, facts)
@@ -71,6 +71,50 @@ def merge_parts(
         for part in group[1:]:
             files.leave(part.home, [part.tensor])
     return tensor
+
+
+def take_first(files: PartFiles, name: str, parts: Sequence[Part]) -> TensorRef:
+    """One of copies that have to be equal."""
+    first = parts[0].tensor
+    files.equal(name, first.storage, parts)
+    for part in parts[1:]:
+        files.leave(part.home, [part.tensor])
+    return first
+
+
+def total_of(files: PartFiles, name: str, parts: Sequence[Part], *, mean: bool) -> TensorRef:
+    """The sum of all ranks' parts, or their mean; where it comes to one of them, that one.
+
+    A mean of equal parts is any of them, a sum of zeros is zero. Otherwise the numbers are computed and the
+    parts left out under the role that says so.
+
+    Raises:
+        IncompleteCheckpointError: parts of unlike shapes or types.
+        UnsupportedTensorError: parts that are no plain floating numbers.
+        LimitExceededError: more of them than are computed in memory.
+    """
+    first = parts[0].tensor
+    for part in parts:
+        plain_part(part, name)
+        if (part.tensor.shape, part.tensor.dtype) != (first.shape, first.dtype):
+            files.refuse(
+                f"{name[:200]!r} is {first.dtype.name} {list(first.shape)} in {parts[0].home} and "
+                f"{part.tensor.dtype.name} {list(part.tensor.shape)} in {part.home}: the files are "
+                "not of one save"
+            )
+        if not files.small.can_read(part.tensor):
+            raise UnsupportedTensorError(
+                f"{part.home}: {name[:200]!r} is summed over ranks and no floating numbers"
+            )
+    if not files.small.fits(*(part.tensor for part in parts)):
+        files.small.refuse_more(name)
+    if files.small.are_equal(parts, zero=not mean):
+        return take_first(files, name, parts)
+    made = files.small.total(name, parts, mean=mean)
+    files.storages[f"computed/{name}"] = made.storage
+    for part in parts:
+        files.leave(part.home, [part.tensor], "averaged" if mean else "summed")
+    return made
 
 
 def _counts(files: PartFiles, name: str, count: int, merge: Merge, facts: Mapping[str, int]) -> bool:

@@ -14,11 +14,13 @@ from ptbin.errors import IncompleteCheckpointError
 from ptbin.merging.replicas import Replicas
 from ptbin.merging.tiles import Part
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder, Opening, move_place
+from ptbin.reading.containers.small_tensors import SmallTensors
 from ptbin.reading.containers.source import SourceFile
 from ptbin.stores.joined import JoinedReader
+from ptbin.values.dtypes import BY_NAME
 from ptbin.values.nodes import DictNode, Instance
 from ptbin.values.state_dict import Excluded
-from ptbin.values.tensors import Storage
+from ptbin.values.tensors import ByteRange, Storage, TensorRef
 
 __all__ = ["PartFiles", "mapping_of", "progress_of"]
 
@@ -54,14 +56,21 @@ def progress_of(root: Any, depth: int = 0) -> dict[str, int | float]:
 
 @dataclass(slots=True)
 class PartFiles:
-    """Files of one folder being put together."""
+    """Files of one folder being put together.
+
+    Attributes:
+        small: computes what has to be.
+        opened: files and their records, for layouts that account for what they leave of each.
+    """
 
     folder: Folder
     reader: JoinedReader = field(init=False)
     opening: Opening = field(init=False)
+    small: SmallTensors = field(init=False)
+    opened: list[tuple[str, DictNode]] = field(default_factory=list)
     storages: dict[str, Storage] = field(default_factory=dict)
     replicas: list[tuple[Storage, Replicas]] = field(default_factory=list)
-    left: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
+    left: dict[tuple[str, str | None], list[Any]] = field(default_factory=dict)
     made: dict[object, Storage] = field(default_factory=dict)
     _globals: set[tuple[str, str]] = field(default_factory=set)
     _progress: tuple[str, dict[str, int | float]] | None = None
@@ -69,6 +78,7 @@ class PartFiles:
     def __post_init__(self) -> None:
         self.reader = self.folder.reader
         self.opening = self.folder.opening(self.reader.names[0])
+        self.small = SmallTensors(self.reader)
 
     @property
     def uri(self) -> str:
@@ -116,9 +126,21 @@ class PartFiles:
         if len(found) > 1:
             self.replicas.append((taken, Replicas(name, found)))
 
-    def leave(self, name: str, nodes: Iterable[Any], role: str = "replica") -> None:
+    def leave(self, name: str, nodes: Iterable[Any], role: str | None = "replica") -> None:
         """Records of a file that do not go along: one row for each file and role."""
         self.left.setdefault((name, role), []).extend(nodes)
+
+    def leave_unopened(self, names: Iterable[str], role: str) -> None:
+        """Files that belong to the checkpoint and are not read, counted by their sizes: one row."""
+        nodes = []
+        for name in names:
+            part = self.reader.part(name)
+            storage = Storage(name, part.size, ByteRange(part.base, part.size))
+            nodes.append(TensorRef(storage, BY_NAME["uint8"], (part.size,), (1,)))
+        if nodes:
+            first = nodes[0].storage.key
+            more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
+            self.leave(f"{first}{more} (not opened)", nodes, role)
 
     def refuse(self, why: str) -> NoReturn:
         """Raise IncompleteCheckpointError."""

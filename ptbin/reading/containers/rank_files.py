@@ -116,6 +116,7 @@ class _Ranks:
                 )
             self.grids.clear()
             self.files.leave(name, self._take(own, name, is_first=root is None))
+            self.files.opening.vocabulary.grids.forget()
             root = own if root is None else root
         assert root is not None
         if not self.files.opening.vocabulary.placements and not any(
@@ -137,13 +138,16 @@ class _Ranks:
     def _take(self, root: DictNode, name: str, *, is_first: bool) -> Iterator[Any]:
         """Note every tensor of a file; yields what else it holds, if it is not the first one."""
         stack: list[tuple[Path, DictNode]] = [((), root)]
+        seen = {id(root)}  # mappings may hold one another
         while stack:
             path, node = stack.pop()
             below = []
             for key, value in node.pairs:
                 own = (*path, key)
                 if isinstance(value, DictNode) and len(path) < MAX_DEPTH:
-                    below.append((own, value))
+                    if id(value) not in seen:
+                        seen.add(id(value))
+                        below.append((own, value))
                     continue
                 if type(key) in (str, int) and (piece := self._piece(value, name, own)) is not None:
                     self.found.setdefault(own, []).append(piece)
@@ -172,7 +176,7 @@ class _Ranks:
         mesh = spec.get("mesh")
         grid = self.grids.get(id(mesh))
         if grid is None:
-            found = grid_of(mesh)
+            found = self.files.opening.vocabulary.grids.of(mesh)
             if found is None:
                 self._unsupported(name, path, "a distributed tensor whose device mesh cannot be read")
             grid = self.grids[id(mesh)] = found

@@ -23,6 +23,7 @@ from ptbin.values.tensors import TensorRef
 
 __all__ = [
     "Grid",
+    "Grids",
     "Placement",
     "Run",
     "attributes_of",
@@ -92,6 +93,25 @@ def grid_of(mesh: Any) -> Grid | None:
         return None
     ranks, world = _ranks_of(attributes, shape)
     return Grid(shape, coordinate, ranks, world)
+
+
+class Grids:
+    """Grids of meshes that were seen before: all tensors of a file have one or two, and each asks."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, Grid | None]] = {}
+
+    def of(self, mesh: Any) -> Grid | None:
+        """As `grid_of`."""
+        found = self._known.get(id(mesh))
+        if found is None:
+            # Holding the mesh keeps its identity from being given to another one.
+            found = self._known[id(mesh)] = (mesh, grid_of(mesh))
+        return found[1]
+
+    def forget(self) -> None:
+        """Let go of all meshes: the file that they were in has been read."""
+        self._known.clear()
 
 
 def _ranks_of(attributes: DictNode, shape: tuple[int, ...]) -> tuple[frozenset[int] | None, frozenset[int]]:

@@ -21,6 +21,7 @@ from ptbin.errors import (
     UnsupportedTensorError,
 )
 from ptbin.options import Limits
+from ptbin.reading.pickle.meshes import Grids
 from ptbin.reading.pickle.numpy_objects import iter_numpy_reducers
 from ptbin.reading.pickle.old_tensors import OldTensors
 from ptbin.reading.pickle.wrappers import placement_of, read_wrapper
@@ -111,6 +112,8 @@ class TorchVocabulary:
         self._nested: list[bytes] = []
         self.placements: list[Any] = []
         """Of distributed tensors that were read as their local ones: meshes and placements, else lost."""
+        self.grids = Grids()
+        self._table: Mapping[tuple[str, str], Reduce] | None = None
         self._old = OldTensors(self._view, self.charge, self._nested.append)
 
     def blobs(self) -> Iterator[bytes | bytearray]:
@@ -146,6 +149,12 @@ class TorchVocabulary:
         return reducer
 
     def reducers(self) -> Mapping[tuple[str, str], Reduce]:
+        """The table, made once: every distributed tensor looks into it, and every file of a checkpoint."""
+        if self._table is None:
+            self._table = self._made_table()
+        return self._table
+
+    def _made_table(self) -> Mapping[tuple[str, str], Reduce]:
         table: dict[tuple[str, str], Reduce] = {
             name: self._remembered(build) for name, build in iter_numpy_reducers()
         }
@@ -361,7 +370,7 @@ class TorchVocabulary:
 
     def _unwrapped(self, name: str, contents: Any, args: tuple[Any, ...], state: Any) -> Any:
         """A distributed tensor as `wrappers` reads it, any other wrapper as what cannot be taken."""
-        found = read_wrapper(args, state)
+        found = read_wrapper(args, state, self.grids)
         if isinstance(found, TensorRef):
             self.placements.append(placement_of(state))
         return _wrapped(name, contents) if found is None else found

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ptbin.reading.pickle.meshes import attributes_of, grid_of
+from ptbin.reading.pickle.meshes import Grids, attributes_of, grid_of
 from ptbin.values.nodes import DictNode, Global, Instance, Opaque
 from ptbin.values.tensors import TensorRef
 
@@ -30,7 +30,7 @@ _REASONS = {
 }
 
 
-def read_wrapper(args: tuple[Any, ...], state: Any) -> Any:
+def read_wrapper(args: tuple[Any, ...], state: Any, grids: Grids | None = None) -> Any:
     """The tensor that `args` of `_rebuild_wrapper_subclass` and its state make.
 
     A distributed tensor on one rank, or replicated on all, is its local tensor; any other one an `Opaque`
@@ -41,7 +41,7 @@ def read_wrapper(args: tuple[Any, ...], state: Any) -> Any:
     if name not in _REASONS:
         return None
     opaque = Opaque(name, _REASONS[name], contents=(args, state))
-    piece = piece_of(opaque)
+    piece = piece_of(opaque, grids)
     return local_tensor(opaque) if piece is not None and piece.is_whole else opaque
 
 
@@ -59,7 +59,7 @@ class Piece:
     is_whole: bool
 
 
-def piece_of(node: Any) -> Piece | None:
+def piece_of(node: Any, grids: Grids | None = None) -> Piece | None:
     """The record as a piece of a distributed tensor; None where it is something else."""
     if not isinstance(node, Opaque) or node.kind not in _REASONS:
         return None
@@ -71,7 +71,8 @@ def piece_of(node: Any) -> Piece | None:
         ranks = len(shards) if isinstance(shards, (list, tuple)) else None
         return Piece(node.kind, ranks, ranks == 1 and _is_of_size(local, metadata.get("size")))
     spec = attributes_of(attributes_of(state).get("_spec"))
-    grid, placements = grid_of(spec.get("mesh")), spec.get("placements")
+    mesh, placements = spec.get("mesh"), spec.get("placements")
+    grid = grid_of(mesh) if grids is None else grids.of(mesh)
     ranks = math.prod(grid.shape) if grid is not None else None
     found = placements if isinstance(placements, (tuple, list)) else ()
     names = [p.class_path.rpartition(".")[2] if isinstance(p, Instance) else "?" for p in found]

@@ -1,15 +1,14 @@
-"""DeepSpeed mixtures of experts without ZeRO: the model's states, and a file for each expert of each layer.
+"""DeepSpeed mixtures of experts: the model's states, and a file for each expert of each layer.
 
 A tag folder holds `mp_rank_00_model_states.pt`, whose `module` has all but the experts and whose
 `num_experts` counts those of each layer, and `layer_<l>_expert_<e>_mp_rank_00_model_states.pt`, each a flat
 state dict under the names that a model has whose experts all lie on one rank (deepspeed/runtime/engine.py,
-`_save_moe_checkpoint`). The optimizer's files (`expp_rank_<n>_...`) are companions and not read. Costs: the
-index of each file.
+`_save_moe_checkpoint`). Under ZeRO stages 1 and 2 these files are the same, and whole: the optimizer's files
+(`expp_rank_<n>_...`, `zero_pp_rank_<n>_...`) belong to the checkpoint and are not opened. Costs: the index of
+each file that is.
 """
 
 from __future__ import annotations
-
-import re
 
 from ptbin.errors import (
     CorruptArchiveError,
@@ -17,15 +16,16 @@ from ptbin.errors import (
     OutputCollisionError,
     UnsupportedFormatError,
 )
-from ptbin.reading.containers.checkpoint import Checkpoint, Folder, Opening, read_part
+from ptbin.reading.containers.checkpoint import Checkpoint, Folder
+from ptbin.reading.containers.deepspeed.models import mapping_in
+from ptbin.reading.containers.part_files import PartFiles
+from ptbin.sources.deepspeed_names import EXPERT, MODEL_STATES
 from ptbin.stores.joined import JoinedReader
 from ptbin.values.nodes import DictNode
-from ptbin.values.tensors import Storage
 
 __all__ = ["read_deepspeed_experts"]
 
 MODEL = "mp_rank_00_model_states.pt"
-_EXPERT = re.compile(r"^layer_(?P<layer>\d+)_expert_(?P<expert>\d+)_mp_rank_00_model_states\.pt$")
 MAX_SHOWN = 5
 
 
@@ -41,13 +41,13 @@ def read_deepspeed_experts(folder: Folder) -> Checkpoint:
     found = {
         (int(match["layer"]), int(match["expert"])): name
         for name in reader.names
-        if (match := _EXPERT.match(name)) is not None
+        if (match := EXPERT.match(name)) is not None and match["layer"] is not None and int(match["mp"]) == 0
     }
+    _refuse_other_ranks(reader)
     if MODEL not in reader.names:
         raise IncompleteCheckpointError(f"{reader.uri}: {MODEL} is missing; fetch the folder again, whole")
-    opening = folder.opening(MODEL)
-    storages: dict[str, Storage] = {}
-    root = _open(reader, MODEL, opening, storages)
+    files = PartFiles(folder)
+    root = mapping_in(files, MODEL)
     module = root.get("module")
     if not isinstance(module, DictNode):
         raise CorruptArchiveError(f"{reader.uri}: {MODEL} holds no mapping `module`")
@@ -59,31 +59,33 @@ def read_deepspeed_experts(folder: Folder) -> Checkpoint:
     _refuse_missing(reader.uri, root, found)
     home = dict.fromkeys(module.by_name(), MODEL)
     for _, name in sorted(found.items()):
-        for key, value in _open(reader, name, opening, storages).pairs:
+        for key, value in mapping_in(files, name).pairs:
             if not isinstance(key, str):
                 raise CorruptArchiveError(f"{reader.uri}: {name} has a key that is not a name")
             if key in home:
                 raise OutputCollisionError(f"{reader.uri}: {key[:200]!r} is in {home[key]} and in {name}")
             home[key] = name
             module.pairs.append((key, value))
-    return Checkpoint(
-        reader.uri,
-        reader.size,
-        "deepspeed_experts",
-        root,
-        opening.programs,
-        storages,
-        opening.vocabulary,
-        preferred="module",
-    )
+    beside = [name for name in reader.names if name.endswith("_optim_states.pt")]
+    files.leave_unopened(beside, "optimizer")
+    return files.checkpoint("deepspeed_experts", root, preferred="module")
 
 
-def _open(reader: JoinedReader, name: str, opening: Opening, storages: dict[str, Storage]) -> DictNode:
-    checkpoint = read_part(reader, name, opening)
-    storages.update({f"{name}/{key}": storage for key, storage in checkpoint.storages.items()})
-    if not isinstance(checkpoint.root, DictNode):
-        raise CorruptArchiveError(f"{reader.uri}: {name} holds no mapping")
-    return checkpoint.root
+def _refuse_other_ranks(reader: JoinedReader) -> None:
+    """Refuse experts of several tensor-parallel ranks, and those without a layer (before DeepSpeed 0.6)."""
+    for name in reader.names:
+        expert, states = EXPERT.match(name), MODEL_STATES.match(name)
+        if expert is not None and (expert["layer"] is None or int(expert["mp"])):
+            raise IncompleteCheckpointError(
+                f"{reader.uri}: {name} is of tensor-parallel ranks, or of a DeepSpeed that did not "
+                "count layers; "
+                "ptbin puts experts of one tensor-parallel rank together"
+            )
+        if states is not None and (states["rank"] is not None or int(states["mp"])):
+            raise IncompleteCheckpointError(
+                f"{reader.uri}: {name} next to experts: parts of one checkpoint that ptbin does not "
+                "put together"
+            )
 
 
 def _refuse_missing(uri: str, root: DictNode, found: dict[tuple[int, int], str]) -> None:

@@ -1,0 +1,125 @@
+"""Where metrics are sent: a text file, a Pushgateway, a collector of OpenTelemetry.
+
+`PTBIN_METRICS` names them for runs, separated by spaces: `textfile:/var/lib/node_exporter/ptbin.prom`,
+`pushgateway:http://gateway:9091`, `otlp` (the official SDK, set by its own `OTEL_EXPORTER_OTLP_*` variables).
+"""
+
+from __future__ import annotations
+
+import math
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from ptbin.errors import UsageError
+from ptbin.history.openmetrics import Family, render
+from ptbin.installed import MissingPackageError, missing_line
+from ptbin.stores import open_store
+
+__all__ = ["Otlp", "Pushgateway", "Target", "Textfile", "parse_targets"]
+
+PUSH_SECONDS = 10.0
+
+
+class Target(Protocol):
+    """Takes families, and what they were before no longer holds."""
+
+    def send(self, found: Sequence[Family]) -> None:
+        """Raises OSError where it cannot be reached."""
+
+
+class Textfile:
+    """A file that is written whole under another name and renamed."""
+
+    def __init__(self, path: str) -> None:
+        if not Path(path).parent.is_dir():
+            raise UsageError(f"metrics: there is no folder {Path(path).parent} for {path}")
+        self._store, self._path = open_store(path)
+
+    def send(self, found: Sequence[Family]) -> None:
+        self._store.write_bytes(self._path, render(found).encode())
+
+
+class Pushgateway:
+    """A group of Prometheus's Pushgateway, replaced at each push (PUT); `group` is its grouping key."""
+
+    def __init__(self, url: str, group: Mapping[str, str]) -> None:
+        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+            raise UsageError("metrics: a Pushgateway's address begins with http:// or https://")
+        parts = [f"{name}@base64/{_base64(value)}" for name, value in group.items()]
+        self._url = "/".join([url.rstrip("/"), "metrics/job/ptbin", *parts])
+
+    def send(self, found: Sequence[Family]) -> None:
+        request = urllib.request.Request(  # noqa: S310 - http, as checked
+            self._url, render(found).encode(), {"Content-Type": "text/plain; version=0.0.4"}, method="PUT"
+        )
+        with urllib.request.urlopen(request, timeout=PUSH_SECONDS):  # noqa: S310 - as above
+            pass
+
+
+class Otlp:
+    """A collector of OpenTelemetry, by its SDK: gauges of the same names."""
+
+    def __init__(self) -> None:
+        try:
+            from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+            from opentelemetry.sdk.metrics import MeterProvider
+            from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+            from opentelemetry.sdk.resources import Resource
+        except ImportError as error:
+            text = missing_line("opentelemetry-exporter-otlp-proto-http", "metrics to OpenTelemetry")
+            raise MissingPackageError(text) from error
+        # Sent when we say so: without an interval the reader has no thread.
+        reader = PeriodicExportingMetricReader(OTLPMetricExporter(), export_interval_millis=math.inf)
+        resource = Resource.create({"service.name": "ptbin"})
+        self._provider = MeterProvider([reader], resource, shutdown_on_exit=False)
+        self._meter = self._provider.get_meter("ptbin")
+        self._samples: dict[str, list[tuple[dict[str, str], float]]] = {}
+
+    def send(self, found: Sequence[Family]) -> None:
+        for family in found:
+            if family.full_name not in self._samples:
+                self._meter.create_observable_gauge(
+                    family.full_name, [self._observe(family.full_name)], description=family.help
+                )
+            self._samples[family.full_name] = family.samples
+        if not self._provider.force_flush(int(PUSH_SECONDS * 1000)):
+            raise OSError("the collector did not take them")
+
+    def _observe(self, name: str) -> Any:
+        from opentelemetry.metrics import Observation
+
+        def observe(_: Any) -> Iterable[Observation]:
+            return [Observation(value, labels) for labels, value in self._samples[name]]
+
+        return observe
+
+
+def parse_targets(text: str, group: Mapping[str, str]) -> list[Target]:
+    """The targets that `PTBIN_METRICS` names.
+
+    Raises:
+        UsageError: another kind, a folder that is not there, a package that is missing.
+    """
+    found: list[Target] = []
+    for word in text.split():
+        kind, _, rest = word.partition(":")
+        if kind == "textfile" and rest:
+            found.append(Textfile(rest))
+        elif kind == "pushgateway" and rest:
+            found.append(Pushgateway(rest, group))
+        elif word == "otlp":
+            found.append(Otlp())
+        else:
+            raise UsageError(
+                f"PTBIN_METRICS: {kind!r} is not a target; textfile:PATH, pushgateway:URL and otlp are"
+            )
+    return found
+
+
+def _base64(text: str) -> str:
+    import base64
+
+    return base64.urlsafe_b64encode(text.encode()).decode() or "="

@@ -1,0 +1,100 @@
+"""What a run tells those who do not watch it: its tags, the message of its state, the end of its log.
+
+Automations match the tag `ptbin`, and take the state's message as it is: the counts in its first line, then
+what failed, new failures first, then where the report is. So whatever a team makes of it, in Prefect's own
+templates, needs no more than `flow_run.state.message`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from flows.tally import Entry
+from flows.units import short_detail
+
+__all__ = [
+    "MAX_LISTED_FAILURES",
+    "TAG",
+    "failure_line",
+    "log_failures",
+    "state_message",
+    "tag_flow_run",
+    "untagged_tasks",
+]
+
+TAG = "ptbin"
+"""Of every flow run; `deployments/automations/` match it."""
+MAX_LISTED_FAILURES = 10
+MAX_LINE_LENGTH = 300
+
+
+def failure_line(entry: Entry) -> str:
+    """`new: run3/cut.pt: corrupt_archive: ...`, or `since 2026-11-01: ...`; one line."""
+    when = "new" if entry.novelty == "new" else f"since {entry.since[:10]}" if entry.since else entry.outcome
+    return _line(f"{when}: {entry.path}: {entry.reason}: {short_detail(entry.path, entry.detail)}")
+
+
+def state_message(counts: str, failures: Sequence[str], report: str | None = None) -> str:
+    """The message of a run's final state: counts, failures as `failure_line` writes them, the report."""
+    lines = [counts, *failures[:MAX_LISTED_FAILURES]]
+    if len(failures) > MAX_LISTED_FAILURES:
+        lines.append(f"and {len(failures) - MAX_LISTED_FAILURES:,} more")
+    if failures and report:
+        lines.append(f"report: {report}")
+    return "\n".join(lines)
+
+
+def log_failures(logger: logging.Logger | logging.LoggerAdapter[Any], failures: Sequence[str]) -> None:
+    """The list of what failed as the last words of a run's log: one record, however many there are."""
+    if failures:
+        shown = failures[: 10 * MAX_LISTED_FAILURES]
+        more = (
+            f"\nand {len(failures) - len(shown):,} more, in the report" if len(failures) > len(shown) else ""
+        )
+        logger.error("%d failed:\n%s%s", len(failures), "\n".join(shown), more)
+
+
+def tag_flow_run(tags: Iterable[str] = (TAG,)) -> None:
+    """Give this thread's flow run the tags that it lacks. Costs a request for a run that lacks any.
+
+    Deployments and the command line give them when they make the run, as automations want it: the server
+    keeps the tags for its events for some minutes as they were then. This is for flows that people call.
+    A server that does not answer is no reason to stop.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.context import FlowRunContext
+
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        return
+    missing = [tag for tag in tags if tag not in context.flow_run.tags]
+    if not missing:
+        return
+    wanted = [*context.flow_run.tags, *missing]
+    try:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(context.flow_run.id, tags=wanted)
+    except Exception as error:  # noqa: BLE001 - whatever Prefect's client comes to
+        logging.getLogger(__name__).warning("the run has no tag %s: %s", TAG, type(error).__name__)
+        return
+    context.flow_run.tags = wanted  # what this process tells of the run carries them as well
+
+
+@contextlib.contextmanager
+def untagged_tasks() -> Iterator[None]:
+    """Keep the tags of `prefect.tags(...)` to the flow run that was made in it.
+
+    Task runs would have them as well, and a task run with tags asks the server for concurrency limits.
+    """
+    from prefect.context import TagsContext
+
+    with TagsContext(current_tags=set()):
+        yield
+
+
+def _line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_LINE_LENGTH else f"{text[: MAX_LINE_LENGTH - 1]}…"

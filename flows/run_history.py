@@ -1,0 +1,89 @@
+"""What a run's record says of where it stood: machine, version, whole places, and the runs before it.
+
+The history is handed on: each record holds the last `KEPT_RUNS` runs of its flow and SOURCE into its DEST,
+so that one listing and the head of one earlier record are all that it costs. What cannot be read is left out.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from flows.tally import Tally
+from ptbin.catalog.globs import root_of
+from ptbin.errors import PtbinError
+from ptbin.history.records import RecordedRun, iter_runs
+from ptbin.stores import open_store, public_uri
+from ptbin.version import __version__
+
+__all__ = ["KEPT_RUNS", "facts_of_run", "run_url"]
+
+KEPT_RUNS = 30
+LOOKED_AT = 10
+"""How many earlier runs are looked at to find one of the same flow and SOURCE."""
+COUNTS = ("converted", "copied", "up_to_date", "rejected", "failed", "known", "new", "resolved", "seconds")
+
+
+def facts_of_run(
+    tally: Tally,
+    *,
+    source_options: Mapping[str, Any] | None = None,
+    dest_options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Fields for the record of a run that is about to end."""
+    previous = _previous(tally, dest_options)
+    history: list[Any] = []
+    if previous is not None:
+        before = previous.facts.get("history")
+        history = [row for row in before if isinstance(row, dict)] if isinstance(before, list) else []
+        history = [*history, _row(previous)][-KEPT_RUNS:]
+    return {
+        "host": socket.gethostname(),
+        "version": __version__,
+        "source_uri": _whole(tally.source, source_options, is_source=True),
+        "dest_uri": _whole(tally.dest, dest_options),
+        "prefect_url": run_url(),
+        "previous_run": previous.run_id if previous is not None else None,
+        "history": history,
+    }
+
+
+def run_url() -> str | None:
+    """The page of this thread's flow run; None on a server that ends with it, and where no UI is known."""
+    from prefect.context import FlowRunContext
+    from prefect.utilities.urls import url_for
+
+    from flows.prefect import orchestrator
+
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None or orchestrator.is_embedded():
+        return None
+    return url_for("flow-run", context.flow_run.id)
+
+
+def _previous(tally: Tally, dest_options: Mapping[str, Any] | None) -> RecordedRun | None:
+    try:
+        for run in iter_runs(tally.place, last=LOOKED_AT, storage_options=dest_options):
+            is_same = (run.text("kind"), run.text("source")) == (tally.kind, tally.source)
+            if not run.problem and is_same and run.run_id != tally.run_id:
+                return run
+    except PtbinError:
+        pass
+    return None
+
+
+def _row(run: RecordedRun) -> dict[str, Any]:
+    counts = {name: run.number(name) for name in COUNTS if run.number(name)}
+    return {"run_id": run.run_id, "began": run.began, "succeeded": run.succeeded, **counts}
+
+
+def _whole(place: str, options: Mapping[str, Any] | None, *, is_source: bool = False) -> str:
+    """The place as a URI or absolute path, without secrets."""
+    try:
+        if is_source:
+            return public_uri(root_of(place, options))
+        store, path = open_store(place, options)
+        return public_uri(store.uri_of(path))
+    except PtbinError:
+        return place

@@ -1,0 +1,1 @@
+"""DeepSpeed's folders: ZeRO partitions, tensor-parallel ranks, pipelines, experts, universal checkpoints."""

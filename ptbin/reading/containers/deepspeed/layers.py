@@ -1,0 +1,220 @@
+"""DeepSpeed's pipelines: a file for each layer and tensor-parallel rank, `layer_03-model_00-model_states.pt`.
+
+Each is a flat state dict of its layer; names here are those of DeepSpeed's `PipelineModule`, the number of
+the
+layer before the name (`3.attention.dense.weight`). How tensor-parallel ranks make a whole say
+`universal_checkpoint_info` or the names of GPT-NeoX and Bloom (`deepspeed_rules`). Layers without weights may
+have no file, so that only these are missed: one that the model states name (`param_shapes`) or count
+(`num_layers` of the training arguments), a rank of a layer, one among layers that are alike.
+
+The optimizer's files belong to the checkpoint and are not opened: the weights are whole without them. Costs:
+the index of each file, and small tensors that are summed over ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from ptbin.errors import CorruptArchiveError, UnsupportedFormatError
+from ptbin.merging.tiles import Part
+from ptbin.reading.containers.checkpoint import Checkpoint, Folder
+from ptbin.reading.containers.deepspeed.models import mapping_in
+from ptbin.reading.containers.deepspeed.rules import Rules, merge_ranks, merges_by_name, rules_of
+from ptbin.reading.containers.part_files import PartFiles, mapping_of
+from ptbin.sources.deepspeed_names import LAYER, MODEL_STATES, OPTIM_STATES
+from ptbin.values.nodes import DictNode
+from ptbin.values.tensors import TensorRef
+
+__all__ = ["read_deepspeed_layers"]
+
+MAX_LAYERS = 1 << 16
+_RANK = re.compile(r"^model_(\d+)$")
+# Which layers there are for `num_layers` blocks, by what only one family's blocks are called: the numbers
+# before, of and behind the blocks (GPT-NeoX's gpt2_model.py, Megatron-DeepSpeed's gpt_model.py).
+_FAMILIES = (
+    ("self_attention.query_key_value.weight", (1,), 3, (4,)),
+    ("attention.query_key_value.weight", (0,), 2, (3,)),
+)
+
+
+def read_deepspeed_layers(folder: Folder) -> Checkpoint:
+    """Index the files of all layers; `module` is the model.
+
+    Raises:
+        IncompleteCheckpointError: a layer or a rank of it is missing, or of another save; nothing says how
+            ranks make a whole.
+        UnsupportedFormatError: layers cut over other ranks than tensor-parallel ones.
+    """
+    files = PartFiles(folder)
+    reader = files.reader
+    layers = _layers(files)
+    count = max(rank for own in layers.values() for rank in own) + 1
+    for layer, own in layers.items():
+        absent = [rank for rank in range(count) if rank not in own]
+        if absent:
+            files.refuse(f"{_name_of(layer, absent[0], own)} is missing; fetch the folder again, whole")
+    states = sorted(name for name in reader.names if MODEL_STATES.match(name))
+    roots = [(name, mapping_in(files, name)) for name in states]
+    _refuse_missing_stage(files, roots)
+    held: dict[int, list[DictNode]] = {}
+    for layer, own in layers.items():
+        held[layer] = [mapping_in(files, own[rank]) for rank in range(count)]
+    _refuse_missing(files, layers, held, [root for _, root in roots])
+    rules = _rules(files, roots, held, folder.recipe)
+    module = DictNode("OrderedDict")
+    for layer, nodes in held.items():
+        names = [layers[layer][rank] for rank in range(count)]
+        module.pairs.extend(_merged(files, layer, names, nodes, rules))
+    root = DictNode("dict", [("module", module)])
+    if roots:
+        root.pairs.extend((key, value) for key, value in roots[0][1].pairs if key != "module")
+    for name, other in roots[1:]:
+        files.leave(name, [other.get("optimizer")], "optimizer")
+        files.leave(name, [value for key, value in other.pairs if key != "optimizer"], "trainer_state")
+    files.leave_unopened([name for name in reader.names if OPTIM_STATES.match(name)], "optimizer")
+    return files.checkpoint("deepspeed_layers", root, preferred="module")
+
+
+def _layers(files: PartFiles) -> dict[int, dict[int, str]]:
+    """Layer to tensor-parallel rank to file name."""
+    found: dict[int, dict[int, str]] = {}
+    for name in files.reader.names:
+        match = LAYER.match(name)
+        if match is None:
+            if "expert_" in name:
+                files.refuse(
+                    f"{name} is an expert of a layer of a pipeline, which ptbin does not put together"
+                )
+            continue
+        rank = _RANK.match(match["axes"] or "model_00")
+        if rank is None:
+            raise UnsupportedFormatError(
+                f"{files.uri}: {name} is cut over {match['axes']!r}, expected model_NN"
+            )
+        own = found.setdefault(int(match["layer"]), {})
+        if own.setdefault(int(rank[1]), name) != name:
+            raise CorruptArchiveError(f"{files.uri}: {own[int(rank[1])]} and {name} are of one rank")
+    return dict(sorted(found.items()))
+
+
+def _refuse_missing_stage(files: PartFiles, roots: list[tuple[str, DictNode]]) -> None:
+    """Model states are there of every stage and rank, where they count them."""
+    for name, root in roots:
+        degrees = root.get("checkpoint_parallel_dimensions")
+        degrees = degrees if isinstance(degrees, DictNode) else DictNode()
+        found = [degrees.get(key) for key in ("pp_degree", "tp_degree")]
+        count = math.prod(found) if all(type(n) is int and 0 < n < MAX_LAYERS for n in found) else 0
+        absent = [f"mp_rank_{n:02d}_model_states.pt" for n in range(min(count, MAX_LAYERS))]
+        absent = [other for other in absent if other not in files.reader.names]
+        if absent:
+            files.refuse(
+                f"{absent[0]} is missing of {count} that {name} counts; fetch the folder again, whole"
+            )
+
+
+def _name_of(layer: int, rank: int, like: dict[int, str] | None) -> str:
+    middle = (
+        "" if like and all("model_" not in name.partition("-")[2][:6] for name in like.values()) else None
+    )
+    axes = "" if middle == "" else f"model_{rank:02d}-"
+    return f"layer_{layer:02d}-{axes}model_states.pt"
+
+
+def _refuse_missing(
+    files: PartFiles,
+    layers: dict[int, dict[int, str]],
+    held: dict[int, list[DictNode]],
+    roots: list[DictNode],
+) -> None:
+    some = next(iter(layers.values()))
+    wanted = dict.fromkeys(_named_layers(roots))
+    wanted.update(dict.fromkeys(_counted_layers(roots, held)))
+    # Blocks are alike and follow one another.
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for layer, nodes in held.items():
+        alike.setdefault(tuple(nodes[0].by_name()), []).append(layer)
+    for names, found in alike.items():
+        if names and len(found) > 2:
+            wanted.update(dict.fromkeys(range(found[0], found[-1])))
+    missing = sorted(layer for layer in wanted if layer not in layers)
+    if missing:
+        name = _name_of(missing[0], 0, some)
+        files.refuse(f"{name} is missing ({len(missing)} layers in all); fetch the folder again, whole")
+
+
+def _named_layers(roots: list[DictNode]) -> Iterator[int]:
+    """Layers of which the model states name parameters."""
+    for root in roots:
+        groups = root.get("param_shapes")
+        for group in groups if isinstance(groups, (list, tuple)) else ():
+            for name, _ in group.pairs if isinstance(group, DictNode) else ():
+                first = name.partition(".")[0] if type(name) is str else ""
+                if first.isdecimal() and int(first) < MAX_LAYERS:
+                    yield int(first)
+
+
+def _counted_layers(roots: list[DictNode], held: dict[int, list[DictNode]]) -> Iterator[int]:
+    """Layers of a family of models that the training arguments count."""
+    for root in roots:
+        for key in ("args", "neox_args"):
+            arguments = mapping_of(root.get(key))
+            count = arguments.get("num_layers") if arguments is not None else None
+            if type(count) is not int or not 0 < count < MAX_LAYERS:
+                continue
+            names = {name for nodes in held.values() for name in nodes[0].by_name()}
+            for telling, before, first, behind in _FAMILIES:
+                if telling in names:
+                    yield from before
+                    yield from range(first, first + count)
+                    yield from (count + place for place in behind)
+                    break
+
+
+def _rules(
+    files: PartFiles,
+    roots: list[tuple[str, DictNode]],
+    held: dict[int, list[DictNode]],
+    recipe: str | None,
+) -> Rules:
+    name, root = next(
+        ((name, root) for name, root in roots if isinstance(root.get("universal_checkpoint_info"), DictNode)),
+        roots[0] if roots else ("", DictNode()),
+    )
+    rules = rules_of(files, root, name, recipe)
+    if rules.by_name and recipe is None:
+        names = [f"{layer}.{key}" for layer, nodes in held.items() for key in nodes[0].by_name()]
+        return Rules(rules.where, merges_by_name(names), by_name=True)
+    return rules
+
+
+def _merged(
+    files: PartFiles, layer: int, names: list[str], nodes: list[DictNode], rules: Rules
+) -> Iterator[tuple[str, Any]]:
+    for key, value in nodes[0].pairs:
+        if type(key) is not str:
+            raise CorruptArchiveError(f"{files.uri}: {names[0]} has a key that is not a name")
+        whole = f"{layer}.{key}"
+        if not isinstance(value, TensorRef):
+            yield whole, value
+            continue
+        parts = [Part(value, names[0])]
+        for name, node in zip(names[1:], nodes[1:], strict=True):
+            own = node.get(key)
+            if not isinstance(own, TensorRef):
+                files.refuse(f"{key[:200]!r} is in {names[0]} and not in {name}: they are not of one save")
+            parts.append(Part(own, name))
+        # The first and last layer may be one module, under whose name the rules know it.
+        tied = f"tied_modules.embed.{key}"
+        yield (
+            whole,
+            merge_ranks(files, tied if not rules.knows(whole) and rules.knows(tied) else whole, parts, rules),
+        )
+    known = {key for key, _ in nodes[0].pairs}
+    for name, node in zip(names[1:], nodes[1:], strict=True):
+        more = next((key for key, _ in node.pairs if key not in known), None)
+        if more is not None:
+            files.refuse(f"{str(more)[:200]!r} is in {name} and not in {names[0]}: they are not of one save")
+        files.leave(name, [value for _, value in node.pairs if not isinstance(value, TensorRef)])

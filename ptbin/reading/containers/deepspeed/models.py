@@ -1,0 +1,176 @@
+"""DeepSpeed's `*_model_states.pt` of one tensor-parallel rank: names, shapes, buffers, frozen parameters.
+
+One file for ZeRO stages 1 and 2, one for each data-parallel rank in stage 3, whose `module` has empty tensors
+in the places of its parameters (deepspeed/runtime/engine.py, `_common_checkpoint_state`, 0.19).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ptbin.errors import CorruptArchiveError, UnsupportedFormatError
+from ptbin.reading.containers.deepspeed.buffers import Buffers
+from ptbin.reading.containers.deepspeed.partitions import Cutter, Vector, refuse_overlap, short
+from ptbin.reading.containers.part_files import PartFiles
+from ptbin.values.nodes import DictNode
+from ptbin.values.tensors import TensorRef
+
+__all__ = ["ModelStates", "mapping_in", "shapes_in"]
+
+MAX_DIMENSIONS = 64
+MAX_EXTENT = 1 << 48
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def mapping_in(files: PartFiles, name: str) -> DictNode:
+    """The mapping that a file holds.
+
+    Raises:
+        CorruptArchiveError: it holds something else.
+    """
+    root = files.open(name).root
+    if not isinstance(root, DictNode):
+        raise CorruptArchiveError(f"{files.uri}: {name} holds no mapping")
+    return root
+
+
+def shapes_in(uri: str, node: Any, what: str) -> Shapes:
+    """Name to shape, checked."""
+    if not isinstance(node, DictNode):
+        raise CorruptArchiveError(f"{uri}: {what} is no mapping of names to shapes")
+    shapes: Shapes = {}
+    for name, shape in node.pairs:
+        if (
+            not isinstance(name, str)
+            or not isinstance(shape, (tuple, list))
+            or len(shape) > MAX_DIMENSIONS
+            or not all(type(n) is int and 0 <= n < MAX_EXTENT for n in shape)
+        ):
+            raise CorruptArchiveError(f"{uri}: {what} has {short(name)} with shape {short(shape)}")
+        shapes[name] = tuple(shape)
+    return shapes
+
+
+class ModelStates:
+    """The model states of one tensor-parallel rank.
+
+    Attributes:
+        names: its files, that of data-parallel rank 0 first.
+        root: of the first file.
+        module: its 16-bit weights, or what stands in their places.
+    """
+
+    def __init__(self, files: PartFiles, names: Sequence[str], label: str) -> None:
+        self.files = files
+        self.names = list(names)
+        self.label = label
+        self.root = self._open(self.names[0])
+        self.module: DictNode = self.root.get("module")
+
+    @property
+    def uri(self) -> str:
+        return self.files.uri
+
+    def _open(self, name: str) -> DictNode:
+        model = mapping_in(self.files, name)
+        self.files.opened.append((name, model))
+        where = f"{self.uri}: {name}"
+        if isinstance(model.get("ds_autoep_layers") or model.get("autoep_layers"), list):
+            raise UnsupportedFormatError(
+                f"{where}: experts are partitioned by AutoEP; convert it with DeepSpeed's ds_to_universal.py"
+            )
+        if not isinstance(model.get("module"), DictNode) or model.get("param_shapes") is None:
+            raise UnsupportedFormatError(
+                f"{where}: names no parameters of a ZeRO optimizer (pipeline parallel, or saved without it); "
+                "convert it with DeepSpeed's ds_to_universal.py"
+            )
+        if not isinstance(model.get("buffer_names"), list):
+            raise CorruptArchiveError(
+                f"{where}: no buffer_names, so these are no model states of DeepSpeed's"
+            )
+        return model
+
+    def groups(self) -> list[Shapes]:
+        """The parameters that the optimizer trains, group by group."""
+        node = self.root.get("param_shapes")
+        if not isinstance(node, (list, tuple)):
+            raise CorruptArchiveError(f"{self.uri}: param_shapes is no list of groups")
+        groups: list[Shapes] = []
+        seen: set[str] = set()
+        for entry in node:
+            shapes = shapes_in(self.uri, entry, "param_shapes")
+            twice = next((name for name in shapes if name in seen), None)
+            if twice is not None:
+                raise CorruptArchiveError(f"{self.uri}: param_shapes names {short(twice)} in two groups")
+            seen.update(shapes)
+            groups.append(shapes)
+        return groups
+
+    def is_whole(self) -> bool:
+        """Whether the module has its parameters: in stage 3 it has empty tensors in their places."""
+        held = self.module.by_name()
+        shapes = {name: shape for group in self.groups() for name, shape in group.items()}
+        shapes.update(self._frozen_shapes())
+        return all(isinstance(t := held.get(name), TensorRef) and t.shape == s for name, s in shapes.items())
+
+    def buffer_names(self) -> set[str]:
+        return {name for name in self.root.get("buffer_names") if isinstance(name, str)}
+
+    def buffers(self, casts: Buffers) -> dict[str, Any]:
+        """Buffers by name, as float32 where they are floating numbers."""
+        names = self.buffer_names()
+        return {n: casts.as_float32(value) for n, value in self.module.by_name().items() if n in names}
+
+    def ties(self, found: dict[str, Any]) -> None:
+        """Give tied parameters, which are stored once, their other names."""
+        shared = self.root.get("shared_params")
+        for name, target in shared.pairs if isinstance(shared, DictNode) else ():
+            if isinstance(name, str) and isinstance(target, str) and target in found:
+                found[name] = found[target]
+
+    def _frozen_shapes(self) -> Shapes:
+        node = self.root.get("frozen_param_shapes")
+        return {} if node is None else shapes_in(self.uri, node, "frozen_param_shapes")
+
+    def frozen(self, stage: int, cutter: Cutter) -> Iterator[tuple[str, TensorRef]]:
+        """Parameters that no optimizer holds, in the type they were trained with."""
+        shapes = self._frozen_shapes()
+        if not shapes:
+            return
+        fragments = [self._fragments(self.names[0], self.root, shapes)]
+        if stage <= 2:
+            for name, shape in shapes.items():
+                if fragments[0][name].shape != shape:
+                    raise CorruptArchiveError(
+                        f"{self.uri}: frozen {short(name)} has shape {list(fragments[0][name].shape)}, "
+                        f"expected {list(shape)}"
+                    )
+                yield name, fragments[0][name]
+            return
+        fragments += [self._fragments(file, self._open(file), shapes) for file in self.names[1:]]
+        for name, shape in shapes.items():
+            share = -(-math.prod(shape) // len(self.names))
+            vectors = []
+            for file, held in zip(self.names, fragments, strict=True):
+                vector = Vector(self.uri)
+                vector.append(held[name], f"frozen {short(name)} in {file}")
+                if vector.numel < share or vector.dtype != fragments[0][name].dtype:
+                    raise CorruptArchiveError(
+                        f"{self.uri}: frozen {short(name)} in {file} has {vector.numel} elements, a share "
+                        f"of shape {list(shape)} over {len(self.names)} ranks has {share}"
+                    )
+                vectors.append((vector, 0))
+            yield name, cutter.shared_out(f"{self.label}{name}", shape, vectors)
+
+    def _fragments(self, file: str, model: DictNode, shapes: Shapes) -> dict[str, TensorRef]:
+        node = model.get("frozen_param_fragments")
+        held = node.by_name() if isinstance(node, DictNode) else {}
+        for name in shapes:
+            if not isinstance(held.get(name), TensorRef):
+                raise CorruptArchiveError(f"{self.uri}: {file} has no fragment of frozen {short(name)}")
+        found = {name: held[name] for name in shapes}
+        refuse_overlap(f"{self.uri}: {file}", found.values())
+        return found

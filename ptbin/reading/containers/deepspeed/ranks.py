@@ -1,0 +1,87 @@
+"""DeepSpeed's tensor-parallel ranks without ZeRO: `mp_rank_<n>_model_states.pt`, each a slice of `module`.
+
+AutoTP and Megatron-DeepSpeed say in the files how the slices make a whole; GPT-NeoX's are known by their
+names
+(`deepspeed_rules`). Costs: the index of each file, and small tensors that are summed over ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ptbin.errors import CorruptArchiveError, IncompleteCheckpointError
+from ptbin.reading.containers.checkpoint import Checkpoint, Folder
+from ptbin.reading.containers.deepspeed.models import mapping_in
+from ptbin.reading.containers.deepspeed.rules import merge_states, rules_of, tensor_ranks_of
+from ptbin.reading.containers.part_files import PartFiles
+from ptbin.sources.deepspeed_names import MODEL_STATES
+from ptbin.values.nodes import DictNode
+
+__all__ = ["read_deepspeed_ranks"]
+
+
+def read_deepspeed_ranks(folder: Folder) -> Checkpoint:
+    """Index the ranks' files; `module` is the model.
+
+    Raises:
+        IncompleteCheckpointError: a rank is missing or of another save; nothing says how slices make a whole.
+    """
+    files = PartFiles(folder)
+    reader = files.reader
+    ranks: dict[int, str] = {}
+    for name in reader.names:
+        match = MODEL_STATES.match(name)
+        if match is None:
+            continue
+        if match["rank"] is not None:
+            files.refuse(
+                f"{name} is of ZeRO stage 3, whose parameters lie in the *_optim_states.pt files; "
+                "convert the "
+                "folder with those files in it"
+            )
+        ranks[int(match["mp"])] = name
+    missing = [number for number in range(max(ranks) + 1) if number not in ranks]
+    if missing:
+        raise IncompleteCheckpointError(
+            f"{files.uri}: mp_rank_{missing[0]:02d}_model_states.pt is missing of {max(ranks) + 1} "
+            "ranks or more; "
+            "fetch the folder again, whole"
+        )
+    names = [ranks[number] for number in sorted(ranks)]
+    roots = [_opened(files, name, len(names)) for name in names]
+    rules = rules_of(files, roots[0], names[0], folder.recipe)
+    buffers = roots[0].get("buffer_names")
+    buffer_names = (
+        set(buffers) if isinstance(buffers, list) and all(type(b) is str for b in buffers) else set()
+    )
+    module: DictNode = roots[0].get("module")
+    states = [(name, _mapping(root.get("module"))) for name, root in zip(names, roots, strict=True)]
+    module.pairs = merge_states(files, states, rules, buffer_names)
+    for name, root in zip(names[1:], roots[1:], strict=True):
+        files.leave(name, [root.get("optimizer")], "optimizer")
+        files.leave(
+            name, [value for key, value in root.pairs if key not in ("module", "optimizer")], "trainer_state"
+        )
+    return files.checkpoint("deepspeed_ranks", roots[0], preferred="module")
+
+
+def _mapping(module: DictNode) -> dict[Any, Any]:
+    return dict(module.pairs)
+
+
+def _opened(files: PartFiles, name: str, count: int) -> DictNode:
+    root = mapping_in(files, name)
+    if not isinstance(root.get("module"), DictNode):
+        raise CorruptArchiveError(f"{files.uri}: {name} holds no mapping `module`")
+    stated = tensor_ranks_of(root)
+    if stated is not None and stated != count:
+        files.refuse(
+            f"{name} is of {stated} tensor-parallel ranks, {count} are there; fetch the folder again, whole"
+        )
+    degrees = root.get("checkpoint_parallel_dimensions")
+    pipeline = degrees.get("pp_degree") if isinstance(degrees, DictNode) else None
+    if type(pipeline) is int and pipeline > 1:
+        files.refuse(
+            f"{name} is of {pipeline} stages of a pipeline, whose layers lie in files that are not there"
+        )
+    return root

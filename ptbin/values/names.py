@@ -1,0 +1,31 @@
+"""Which names files and folders may have: what every log, manifest and checksum list can carry. Pure."""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+
+__all__ = ["bad_name", "shown_path"]
+
+_NO_NAME_CATEGORIES = {"Cc", "Cs", "Zl", "Zp"}
+"""Control characters, separators of lines and paragraphs, and what bytes come as that are not UTF-8."""
+
+
+@functools.lru_cache(maxsize=4096)
+def bad_name(name: str) -> str:
+    """Why a name, of a file or a folder, cannot be used for an output's; empty where it can."""
+    if name.isprintable():
+        return ""
+    found = {unicodedata.category(character) for character in name} & _NO_NAME_CATEGORIES
+    if "Cs" in found:
+        return "is not UTF-8"
+    return "has a line break or another control character in it" if found else ""
+
+
+def shown_path(path: str) -> str:
+    r"""A path as text that any log and any JSON file takes: what is not UTF-8 in it as `\xff`."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return path

@@ -1,0 +1,121 @@
+"""Who is told: automations match the command line's runs on a shared server; new failures come first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.deployments.mailbox import Mailbox
+from tests.servers.prefect_stack import ROOT, PrefectStack, wait_for
+
+pytestmark = [pytest.mark.starts_servers, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def mailbox() -> Iterator[Mailbox]:
+    mailbox = Mailbox()
+    yield mailbox
+    mailbox.close()
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectStack]:
+    """A server that a team shares; no worker, no deployment."""
+    stack = PrefectStack(tmp_path_factory.mktemp("alerts"))
+    try:
+        stack.start_server()
+        yield stack
+    finally:
+        stack.stop()
+
+
+def run(stack: PrefectStack, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", *map(str, words)],
+        env=stack.environment,
+        cwd=stack.folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def automate(stack: PrefectStack, *words: str) -> subprocess.CompletedProcess[str]:
+    return run(stack, ROOT / "deployments" / "automate.py", *words)
+
+
+def test_a_failed_run_of_the_command_line_is_told_with_new_failures_first(
+    stack: PrefectStack, mailbox: Mailbox, tmp_path: Path
+) -> None:
+    blocks = f"""
+from prefect.blocks.notifications import SlackWebhook
+from prefect.blocks.webhook import Webhook
+Webhook(method="POST", url="http://{mailbox.address}/hook", allow_private_urls=True).save("ptbin-alerts")
+SlackWebhook(url="json://{mailbox.address}/slack").save("ptbin-alerts")
+"""
+    made = run(stack, "-c", blocks)
+    assert made.returncode == 0, made.stderr
+    nowhere = automate(stack, "notify-webhook", "--block", "webhook/nobody")
+    assert (nowhere.returncode, "no block webhook/nobody" in nowhere.stderr) == (2, True)
+    assert automate(stack, "notify-slack").returncode == 2  # it does not go through any block
+    for name, block in (("webhook", "webhook"), ("slack", "slack-webhook"), ("slack", "slack-webhook")):
+        done = automate(stack, f"notify-{name}", "--block", f"{block}/ptbin-alerts")
+        assert done.returncode == 0, done.stderr
+    assert len(stack.ask("/automations/filter")) == 2  # made anew, it takes the place of the first
+
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    source.mkdir()
+    for name in ("a", "b"):
+        torch.save({"state_dict": {"w": torch.zeros(3)}}, source / f"{name}.pt")
+    (source / "old.pt").write_bytes(b"PK\3\4" + b"\0" * 100)
+    convert = ("-m", "ptbin", "convert", source, dest, "--quiet")
+    assert run(stack, *convert).returncode == 1
+    (source / "z-new.pt").write_bytes(b"PK\3\4" + b"\0" * 90)
+    assert run(stack, *convert).returncode == 1
+    ended = stack.runs()
+    assert [flow_run["tags"] for flow_run in ended] == [["ptbin"], ["ptbin"]]
+    wait_for(lambda: len(mailbox.at("/hook")) == 2, 90, "the webhook's calls")
+    wait_for(lambda: len(mailbox.at("/slack")) == 2, 90, "the notifications")
+
+    second = next(letter for letter in mailbox.at("/hook") if letter["flow_run"] == ended[1]["id"])
+    assert second["state"] == "Failed"
+    first_failure, second_failure, report = second["failures"]
+    assert first_failure.startswith("new: z-new.pt: corrupt_archive: ")
+    assert second_failure.startswith("since 20")
+    assert ": old.pt: corrupt_archive: " in second_failure
+    assert (
+        report
+        == f"report: file://{next((dest / '_ptbin' / 'runs').glob('*')).parent}/"
+        + report.rpartition("/runs/")[2]
+    )
+    assert Path(report.removeprefix("report: file://")).is_file()
+    assert second["counts"] == "converted 0, up to date 2, rejected 2, failed 0"
+    assert second["url"].endswith(f"/runs/flow-run/{ended[1]['id']}")
+    assert second["text"].splitlines()[1:] == [*second["failures"], second["counts"], second["url"]]
+    slack = next(letter for letter in mailbox.at("/slack") if "z-new.pt" in letter["message"])
+    assert slack["title"].startswith("ptbin convert Failed: ")
+    assert slack["message"].lstrip().startswith("new: z-new.pt: corrupt_archive")
+
+
+@pytest.mark.filterwarnings(
+    "ignore:'imghdr' is deprecated:DeprecationWarning"
+)  # apprise's e-mail looks for it
+def test_an_e_mail_block_takes_the_template() -> None:
+    import yaml
+    from prefect.blocks.notifications import SendgridEmail
+    from prefect.server.events.actions import SendNotification
+    from pydantic import SecretStr
+
+    document = yaml.safe_load((ROOT / "deployments/automations/notify-email.yaml").read_text())
+    (action,) = document["actions"]
+    action["block_document_id"] = "3f5619e2-80c1-459f-9c09-e7ce2c331965"
+    assert "flow_run.state.message" in SendNotification.model_validate(action).body
+    block = SendgridEmail(
+        api_key=SecretStr("k"), sender_email="ptbin@models.example", to_emails=["you@models.example"]
+    )
+    assert "notify" in block.get_block_capabilities()

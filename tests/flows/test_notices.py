@@ -1,0 +1,143 @@
+"""What a run tells: tags, its state's message, the end of its log, the essence of its report, links."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.convert import convert
+from flows.notices import MAX_LISTED_FAILURES, failure_line, state_message
+from flows.prefect.orchestrator import Orchestrator
+from flows.report_link import link_of, served_at
+from flows.report_markdown import render_markdown
+from flows.tally import Entry, Tally
+from tests.servers.endpoint import S3Endpoint
+from tests.servers.fixtures import moto_s3
+
+__all__ = ["moto_s3"]
+
+Database = Callable[[str], list[tuple[Any, ...]]]
+
+
+def test_a_failed_run_says_what_failed_wherever_one_looks(
+    source: Path, tmp_path: Path, server: Orchestrator, database: Database
+) -> None:
+    dest = tmp_path / "out"
+    state = convert(str(source), str(dest), run_id="night-1", return_state=True)
+    server.settle(None, 0)
+    assert state.is_failed()
+    counts, *failures, report = (state.message or "").splitlines()
+    assert counts == "converted 12, up to date 0, rejected 4, failed 0, not checkpoints 1"
+    assert all(line.startswith("new: ") for line in failures)
+    assert sum("truncated.pt: corrupt_archive: " in line for line in failures) == 1
+    page = dest / "_ptbin/runs/night-1/report.html"
+    assert report == f"report: file://{page}"
+    ((run_id, tags),) = database(
+        "select id, tags from flow_run where name like '%/out' order by created desc limit 1"
+    )
+    assert json.loads(tags) == ["ptbin"]
+    logged = database(f"select level, message from log where flow_run_id = '{run_id}' order by timestamp")
+    (level, last), (_, end) = logged[-2:]
+    assert level == 40
+    assert last.splitlines() == ["4 failed:", *failures]
+    assert end.startswith("Finished in state Failed(")
+    assert not any("Traceback" in message for _, message in logged)
+    ((essence,),) = database(
+        f"select data from artifact where flow_run_id = '{run_id}' and key = 'ptbin-convert-report'"
+    )
+    text = json.loads(essence)
+    assert text.index("### What failed") < text.index("| what | how much |")
+    assert "| `truncated.pt` | **new** | `corrupt_archive` |" in text
+    assert f"(file://{page})" in text
+
+
+def test_a_flow_that_people_deploy_themselves_keeps_its_own_tags(
+    good_source: Path, tmp_path: Path, server: Orchestrator, database: Database
+) -> None:
+    from prefect import tags
+
+    with tags("team-a"):
+        state = convert(str(good_source), str(tmp_path / "tagged"), return_state=True)
+    assert state.message == "converted 6, up to date 0, rejected 0, failed 0"
+    ((found,),) = database("select tags from flow_run where name like '%/tagged'")
+    assert sorted(json.loads(found)) == ["ptbin", "team-a"]
+
+
+def entry(path: str, novelty: str = "new") -> Entry:
+    return Entry(
+        path,
+        f"/in/{path}",
+        10,
+        "rejected",
+        "corrupt_archive",
+        "cut\nshort",
+        novelty=novelty,
+        since="2026-11-01T02",
+    )
+
+
+def test_a_message_stays_short_and_each_failure_on_its_line() -> None:
+    lines = [failure_line(entry(f"{number}.pt")) for number in range(MAX_LISTED_FAILURES + 5)]
+    message = state_message("rejected 15", lines, "https://models.example/report.html").splitlines()
+    assert message[0] == "rejected 15"
+    assert message[1] == "new: 0.pt: corrupt_archive: cut short"
+    assert message[-2:] == ["and 5 more", "report: https://models.example/report.html"]
+    assert len(failure_line(entry("x" * 4000))) == 300
+    assert state_message("converted 3", [], "https://models.example/report.html") == "converted 3"
+    assert failure_line(entry("b.pt", "old")) == "since 2026-11-01: b.pt: corrupt_archive: cut short"
+
+
+def test_names_out_of_stores_are_no_markdown() -> None:
+    tally = Tally("r", "/in", "/out")
+    tally.entries.append(entry("a`|[x](http://evil)<b>.pt"))
+    tally.counts["rejected"] = 1
+    text = render_markdown(tally, tally.summary(1.0), "/out/report.html", None)
+    row = next(line for line in text.splitlines() if "evil" in line)
+    assert row.startswith("| ``a`\\|[x](http://evil)<b>.pt`` | **new** |")
+    assert "The whole report" not in text
+
+
+SERVED = (
+    "s3://models=https://models.example s3://models/private=https://private.example/x/ /srv/w=http://files"
+)
+
+
+@pytest.mark.parametrize(
+    ("uri", "options", "environment", "link"),
+    [
+        ("/srv/a b/r.html", {}, {}, "file:///srv/a%20b/r.html"),
+        ("/srv/w/r.html", {}, {"PTBIN_SERVED": SERVED}, "http://files/r.html"),
+        ("s3://models/r.html", {}, {"PTBIN_SERVED": SERVED}, "https://models.example/r.html"),
+        ("s3://models/private/r.html", {}, {"PTBIN_SERVED": SERVED}, "https://private.example/x/r.html"),
+        ("https://dav.example/r.html", {}, {}, "https://dav.example/r.html"),
+        ("s3://b/_ptbin/r.html", {}, {}, "https://console.aws.amazon.com/s3/object/b?prefix=_ptbin%2Fr.html"),
+        ("s3://b/r.html", {"endpoint_url": "http://127.0.0.1:9000"}, {}, None),
+        ("s3://b/r.html", {}, {"AWS_ENDPOINT_URL": "http://minio:9000"}, None),
+        ("gs://b/x/r.html", {}, {}, "https://console.cloud.google.com/storage/browser/_details/b/x/r.html"),
+        ("sftp://host/r.html", {}, {}, None),
+    ],
+)
+def test_a_report_has_the_link_that_opens_it(
+    uri: str, options: dict[str, Any], environment: dict[str, str], link: str | None
+) -> None:
+    assert link_of(uri, options, environment) == link
+
+
+def test_a_neighbour_with_a_longer_name_is_not_served() -> None:
+    assert served_at("s3://models-2/r.html", SERVED) is None
+
+
+def test_a_signed_link_opens_the_page_without_credentials(moto_s3: S3Endpoint) -> None:
+    import urllib.request
+
+    bucket = moto_s3.make_bucket()
+    moto_s3.store().write_bytes(f"{bucket}/out/r.html", b"<html>")
+    link = link_of(f"s3://{bucket}/out/r.html", moto_s3.storage_options, {"PTBIN_PRESIGN": "1h"})
+    assert link is not None
+    assert "X-Amz-Signature=" in link or "Signature=" in link
+    with urllib.request.urlopen(link, timeout=30) as answer:  # noqa: S310 - moto's
+        assert answer.read() == b"<html>"
