@@ -63,7 +63,10 @@ class Place:
     def parent(self) -> Place:
         """The folder that this lies in; of a root, the root."""
         folder, slash, _ = self._bare.rpartition("/")
-        return Place(self.store, folder or slash)
+        if not self._bare:
+            return self
+        # Of a key with `//` in it the folder's own path ends with a slash.
+        return Place(self.store, folder + slash if not folder or folder.endswith("/") else folder)
 
     @property
     def is_local(self) -> bool:
