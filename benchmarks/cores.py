@@ -29,12 +29,15 @@ MIB = 1 << 20
 SMALL_COUNT = 32
 
 PROVEN, NO_DIGEST, UNPROVEN = "ptbin", "ptbin --file-digest none", "ptbin --verify none"
-"""Rows: what each promises."""
-LEVELS = {
-    PROVEN: ("checksum", "sha256"),
-    NO_DIGEST: ("checksum", "none"),
-    UNPROVEN: ("none", "sha256"),
+CAST, SHARDS = "ptbin --dtype bfloat16", "ptbin --max-shard-size 500MB"
+ROWS: dict[str, dict[str, Any]] = {
+    PROVEN: {},
+    NO_DIGEST: {"file_digest": "none"},
+    UNPROVEN: {"verify": "none"},
+    CAST: {"dtype": "bfloat16"},
+    SHARDS: {"max_shard_size": 500_000_000},
 }
+"""What each of ours asks for."""
 
 
 class Bench:
@@ -49,14 +52,17 @@ class Bench:
     def left(self) -> float:
         return float(self._ends - time.monotonic())
 
-    def run(self, command: Sequence[str], cores: int) -> float:
-        """Seconds."""
+    def run(self, command: Sequence[str], cores: int) -> tuple[float, float | None]:
+        """Seconds of the process, and of its work alone where it says them."""
         whole = cores >= available() or shutil.which("taskset") is None
         bound = list(command) if whole else ["taskset", "-c", f"0-{cores - 1}", *command]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process compiles all that it imports
         began = time.monotonic()
-        subprocess.run(bound, check=True, env=environment, stdout=subprocess.DEVNULL)
-        return time.monotonic() - began
+        done = subprocess.run(bound, check=True, env=environment, capture_output=True, text=True)
+        taken = time.monotonic() - began
+        inside = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("worked ")]
+        return taken, float(inside[0]) if inside else None
 
     def rows(
         self,
@@ -76,9 +82,12 @@ class Bench:
             for folder in clear:
                 for file in folder.iterdir():
                     file.unlink()
-            taken = self.run(command, available() if all_cores else key[1])
+            taken, inside = self.run(command, available() if all_cores else key[1])
             self._longest[title + key[0], key[1]] = taken
             rows.setdefault(key[0], {}).setdefault(str(key[1]), []).append(round(taken, 3))
+            if inside is not None:
+                name = f"{key[0]}, without Python's start"
+                rows.setdefault(name, {}).setdefault(str(key[1]), []).append(round(inside, 3))
             print(f"{title}: {key[0]}, {key[1]}: {taken:.2f} s", flush=True)
             self.write()
 
@@ -118,6 +127,10 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def options_of(row: str) -> str:
+    return json.dumps(ROWS[row])
+
+
 def powers(limit: int) -> list[int]:
     counts = [1]
     while counts[-1] * 2 <= limit:
@@ -132,9 +145,7 @@ def child(*words: object) -> list[str]:
 class Large:
     """One checkpoint in a folder, and what is done with it."""
 
-    def __init__(
-        self, bench: Bench, folder: Path, gib: float, counts: list[int], title: str, rows: list[str]
-    ) -> None:
+    def __init__(self, bench: Bench, folder: Path, gib: float, counts: list[int], title: str) -> None:
         self._bench, self._title = bench, title
         source, given, out = folder / "in" / "large.pt", folder / "given" / "large.bin", folder / "out"
         for place in (source.parent, given.parent, out):
@@ -142,7 +153,7 @@ class Large:
         self._out = out
         most = max(counts)
         bench.run(child("checkpoint", source, int(gib * 1024)), most)
-        bench.run(child("convert", source, given, "none", "sha256"), most)  # what the peers copy and hash
+        bench.run(child("convert", source, given, options_of(UNPROVEN)), most)  # what the peers copy and hash
         copy = str(out / "copy")
         self._turn: dict[tuple[str, int], list[str]] = {
             ("cp", most): ["cp", str(given), copy],
@@ -152,11 +163,12 @@ class Large:
             ("a script: torch.load(mmap=True) + torch.save", most): child("torch", source, copy),
         }
         for n in reversed(counts):
-            for name in rows:
-                if name == UNPROVEN and n not in (most, min(4, most), 1):
-                    continue  # the kernel copies: the cores hardly matter
-                self._turn[name, n] = child("convert", source, out / "large.bin", *LEVELS[name])
-        self.profiled = child("profile", "{}", "convert", source, out / "large.bin", *LEVELS[PROVEN])
+            for name in ROWS:
+                # Where nothing is proven the kernel copies, and the cores hardly matter.
+                if name in (PROVEN, NO_DIGEST) or n in (most, 4):
+                    words = child("convert", source, out / "large.bin", options_of(name))
+                    self._turn[name, n] = words
+        self.profiled = child("profile", "{}", "convert", source, out / "large.bin", options_of(PROVEN))
 
     def turn(self, *, few_cores: bool = True) -> None:
         """`few_cores`: also the runs on one core and on two, which take longest."""
@@ -170,7 +182,7 @@ class Large:
 class Many:
     """32 small checkpoints, 1, 2, 4, ... at once."""
 
-    def __init__(self, bench: Bench, folder: Path, mib: int, counts: list[int], rows: list[str]) -> None:
+    def __init__(self, bench: Bench, folder: Path, mib: int, counts: list[int]) -> None:
         self._bench, self._out = bench, folder / "out"
         small, given = folder / "small", folder / "given"
         for place in (small, given, self._out):
@@ -179,7 +191,7 @@ class Many:
         for index in range(1, SMALL_COUNT):
             shutil.copyfile(small / "00.pt", small / f"{index:02}.pt")
         bench.run(
-            child("many", small, given, "none", "sha256", max(counts), "threads"),
+            child("many", small, given, options_of(UNPROVEN), max(counts), "threads"),
             max(counts),
         )
         self._turns: list[dict[tuple[str, int], list[str]]] = []
@@ -187,14 +199,15 @@ class Many:
             script = f"cp F '{self._out}/F' && sha256sum '{self._out}/F'"
             shell = f"cd '{given}' && ls *.bin | xargs -P {n} -I F sh -c \"{script}\""
             turn = {("cp + sha256sum, xargs -P", n): ["sh", "-c", shell]}
-            for name in rows:
+            for name in (PROVEN, NO_DIGEST, UNPROVEN):
                 for how in ("threads", "processes"):
                     if how == "threads" or name == PROVEN:
-                        words = child("many", small, self._out, *LEVELS[name], n, how)
+                        words = child("many", small, self._out, options_of(name), n, how)
                         turn[f"{name}, {how}", n] = words
             self._turns.append(turn)
+        self.steps = child("steps", small, self._out, max(counts), "{}")
         self.profiled = child(
-            "profile", "{}", "many", small, self._out, *LEVELS[PROVEN], max(counts), "threads"
+            "profile", "{}", "many", small, self._out, options_of(PROVEN), max(counts), "threads"
         )
 
     def turn(self) -> None:
@@ -223,40 +236,30 @@ def main() -> None:
     options = parse()
     counts = [int(n) for n in options.cores.split(",")] if options.cores else powers(available())
     bench = Bench(options)
-    rows = [PROVEN, UNPROVEN]
-    if (
-        subprocess.run(
-            [sys.executable, "-c", "import ptbin; ptbin.ConvertOptions(file_digest='none')"],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stderr=subprocess.DEVNULL,
-            check=False,
-        ).returncode
-        == 0
-    ):
-        rows.insert(1, NO_DIGEST)
     folders = [options.dir, *([options.disk] if options.disk else [])]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=False)
     try:
-        measure(bench, options, counts, rows)
+        measure(bench, options, counts)
     finally:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         bench.write()
 
 
-def measure(bench: Bench, options: argparse.Namespace, counts: list[int], rows: list[str]) -> None:
-    large = Large(bench, options.dir / "large", options.gib, counts, "large", rows)
+def measure(bench: Bench, options: argparse.Namespace, counts: list[int]) -> None:
+    large = Large(bench, options.dir / "large", options.gib, counts, "large")
     large.turn()
     if options.profile:
         profile(bench, options.dir, large.profiled, "one large")
-    many = Many(bench, options.dir / "many", options.small_mib, counts, rows)
+    many = Many(bench, options.dir / "many", options.small_mib, counts)
     many.turn()
     if options.profile:
         profile(bench, options.dir, many.profiled, "many at once")
+        profile(bench, options.dir, many.steps, "many at once, steps of MiB")
     disk = None
     if options.disk is not None:
-        disk = Large(bench, options.disk / "large", options.disk_gib, [max(counts)], "disk", rows)
+        disk = Large(bench, options.disk / "large", options.disk_gib, [max(counts)], "disk")
         disk.turn()
     for _ in range(options.runs - 1):
         large.turn(few_cores=False)

@@ -1,8 +1,9 @@
 """What `cores.py` measures, each in a process of its own: `python cores_child.py WHAT ARGUMENTS...`.
 
     checkpoint PATH MIB             a training dict with about MIB of weights and a quarter as much of Adam's
-    convert SOURCE DEST LEVEL DIGEST
-    many FOLDER OUT LEVEL DIGEST AT_ONCE threads|processes
+    convert SOURCE DEST OPTIONS     (a JSON object)
+    many FOLDER OUT OPTIONS AT_ONCE threads|processes
+    steps FOLDER OUT AT_ONCE JSON
     torch SOURCE DEST               the script that maps the checkpoint and saves its weights, proving nothing
     profile PATH WHAT ...           one of these, and into PATH where its threads were and what they used
 
@@ -40,22 +41,43 @@ def make_checkpoint(path: str, mib: str) -> None:
     torch.save({"model": model, "optimizer": {"state": moments, "param_groups": groups}}, path)
 
 
-def convert(source: str, dest: str, level: str, digest: str) -> None:
+def convert(source: str, dest: str, options: str) -> None:
     import ptbin
 
-    wishes: dict[str, Any] = {} if digest == "sha256" else {"file_digest": digest}
-    ptbin.convert(source, dest, ptbin.ConvertOptions(verify=level, force=True, **wishes))  # type: ignore[arg-type]
+    ptbin.convert(source, dest, ptbin.ConvertOptions(force=True, **json.loads(options)))
 
 
-def convert_many(folder: str, out: str, level: str, digest: str, at_once: str, how: str) -> None:
+def convert_many(folder: str, out: str, options: str, at_once: str, how: str) -> None:
+    import ptbin
+
+    hash((ptbin.convert, ptbin.ConvertOptions))  # imported now, before the clock runs
     names = sorted(os.listdir(folder))
+    began = time.monotonic()
     pool = ProcessPoolExecutor if how == "processes" else ThreadPoolExecutor
     with pool(int(at_once)) as workers:
-        jobs = [
-            workers.submit(convert, f"{folder}/{name}", f"{out}/{name}.bin", level, digest) for name in names
-        ]
+        jobs = [workers.submit(convert, f"{folder}/{name}", f"{out}/{name}.bin", options) for name in names]
         for job in jobs:
             job.result()
+        sys.stdout.write(f"worked {time.monotonic() - began:.3f}\n")
+
+
+def compare_steps(folder: str, out: str, at_once: str, place: str) -> None:
+    """Seconds with files hashed by the threads that write them, in steps of some sizes, and by lanes of each
+    file's own instead (0): how `written.STEP_NBYTES` was chosen.
+    """
+    from ptbin.cores import is_crowded
+    from ptbin.proof import written
+
+    found: dict[int, list[float]] = {}
+    for _ in range(3):
+        for mib in (0, 1, 2, 4, 16):
+            vars(written).update(is_crowded=is_crowded if mib else bool, STEP_NBYTES=mib * MIB)
+            for file in Path(out).iterdir():
+                file.unlink()
+            began = time.monotonic()
+            convert_many(folder, out, "{}", at_once, "threads")
+            found.setdefault(mib, []).append(round(time.monotonic() - began, 3))
+    Path(place).write_text(json.dumps(found) + "\n")
 
 
 def save_with_torch(source: str, dest: str) -> None:
@@ -161,6 +183,7 @@ KINDS: dict[str, Any] = {
     "checkpoint": make_checkpoint,
     "convert": convert,
     "many": convert_many,
+    "steps": compare_steps,
     "torch": save_with_torch,
     "profile": profiled,
 }

@@ -29,7 +29,7 @@ from flows.remembering import close_ledger, open_ledger
 from flows.report_link import link_of
 from flows.report_markdown import render_markdown
 from flows.run_history import facts_of_run
-from flows.run_record import record_files, record_folder
+from flows.run_record import manifests_by_tensor, record_files, record_folder
 from flows.selection import Selection
 from flows.tally import Tally
 from flows.units import format_nbytes
@@ -317,7 +317,8 @@ class Conversion:
             ),
         )
         try:
-            _record(write_run_record, self.live.run_id, folder, files)
+            by_tensor = manifests_by_tensor(tally.entries)
+            _record(write_run_record, self.live.run_id, folder, files, tally.place, by_tensor)
         except StorageError as error:
             # What was converted stays converted: a rerun finds it by its manifests, not by this record.
             tally.run_problems.append(Problem(folder, error.reason, one_line(f"run record: {error}")))

@@ -33,7 +33,7 @@ from ptbin.catalog.entries import nothing_below
 from ptbin.catalog.globs import root_of
 from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
 from ptbin.errors import UsageError
-from ptbin.options import Layout, Naming, OnUnsafe, OutputFormat, VerifyLevel
+from ptbin.options import FileDigest, Layout, Naming, OnUnsafe, OutputFormat, VerifyLevel
 from tasks.listing import list_checkpoints, work_of
 
 __all__ = ["convert"]
@@ -70,6 +70,7 @@ def convert(
     parts: bool = False,
     on_unsafe: OnUnsafe = "reject",
     verify: VerifyLevel = "checksum",
+    file_digest: FileDigest = "sha256",
     provenance: bool = False,
     force: bool = False,
     files_from: str | Sequence[str] | None = None,
@@ -107,6 +108,7 @@ def convert(
         parts=parts,
         on_unsafe=on_unsafe,
         verify=verify,
+        file_digest=file_digest,
         provenance=provenance,
         force=force,
     )

@@ -29,7 +29,7 @@ from flows.tally import Entry, Tally
 from flows.wishes import MAX_WORKERS, build_options, parse_duration, refuse_secrets
 from ptbin.catalog import Job, Problem
 from ptbin.errors import UsageError
-from ptbin.options import ConvertOptions, OnUnsafe, OutputFormat, VerifyLevel
+from ptbin.options import ConvertOptions, FileDigest, OnUnsafe, OutputFormat, VerifyLevel
 from ptbin.registries import Migration, wanted_names
 from ptbin.registries.planning import Versions
 from ptbin.registries.transfer import is_of_training
@@ -370,6 +370,7 @@ def migrate(
     parts: bool = False,
     on_unsafe: OnUnsafe = "reject",
     verify: VerifyLevel = "checksum",
+    file_digest: FileDigest = "sha256",
     provenance: bool = False,
     fail_fast: bool = False,
     runner: RunnerName = "threads",
@@ -400,6 +401,7 @@ def migrate(
         parts=parts,
         on_unsafe=on_unsafe,
         verify=verify,
+        file_digest=file_digest,
         provenance=provenance,
     )
     refuse_secrets(source, dest)

@@ -22,8 +22,9 @@ from typing import Any
 from flows.report import render_report
 from flows.tally import Entry, Tally
 from ptbin.errors import UsageError
+from ptbin.manifests.checksums import CHECKSUM_LIST, checksum_line
 
-__all__ = ["check_run_id", "new_run_id", "record_files", "record_folder", "sha256sums"]
+__all__ = ["check_run_id", "manifests_by_tensor", "new_run_id", "record_files", "record_folder", "sha256sums"]
 
 
 LISTS = ("initial", "problems", "known_problems", "resolved_problems", "versions", "manifests")
@@ -97,8 +98,9 @@ def record_files(
         "checkpoints": [_entry_json(entry) for entry in _in_order(tally.entries)],
     }
     files = {}
-    if lines := sha256sums(tally.entries, tally.place):
-        files["SHA256SUMS"] = lines.encode()
+    lines = sha256sums(tally.entries, tally.place)
+    if lines or manifests_by_tensor(tally.entries):
+        files[CHECKSUM_LIST] = lines.encode()
     files["report.html"] = render_report(record).encode()
     files["run.json"] = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
     return files
@@ -115,15 +117,16 @@ def sha256sums(entries: Iterable[Entry], dest: str) -> str:
         for output in entry.converted.outputs:
             if output.sha256 is not None:  # none where nothing was to be proven
                 lines.append((posixpath.join(folder, output.path), output.sha256))  # noqa: PERF401
-    return "".join(_checksum_line(path, digest) for path, digest in sorted(lines))
+    return "".join(checksum_line(path, digest) for path, digest in sorted(lines))
 
 
-def _checksum_line(path: str, digest: str) -> str:
-    # coreutils escapes a name that would break the line, and says so with a backslash before the digest
-    # (GNU coreutils manual, "md5sum invocation").
-    escaped = path.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
-    marker = "" if escaped == path else "\\"
-    return f"{marker}{digest}  {escaped}\n"
+def manifests_by_tensor(entries: Iterable[Entry]) -> list[str]:
+    """Manifests of outputs whose checksum lines are their tensors' (`manifests.checksums.tensor_lines`)."""
+    return [
+        entry.converted.manifest_uri
+        for entry in entries
+        if entry.converted is not None and any(output.by_tensor for output in entry.converted.outputs)
+    ]
 
 
 def _by_reason(entries: Iterable[Entry]) -> dict[str, dict[str, int]]:

@@ -25,6 +25,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 from flows.batches import BATCH_COUNT, BATCHES_PER_WORKER
 from flows.fanout import unexamined
 from flows.wishes import MAX_WORKERS, refuse_runner_secrets
+from ptbin.cores import available_cores, share_cores
 from ptbin.errors import UsageError
 from tasks.live import stop_all
 
@@ -32,7 +33,7 @@ __all__ = ["RUNNER_NAMES", "Runner", "RunnerName", "open_runner"]
 
 RunnerName = Literal["threads", "processes", "dask", "ray"]
 RUNNER_NAMES = ("threads", "processes", "dask", "ray")
-DEFAULT_WORKERS = 2
+MAX_DEFAULT_WORKERS = 16
 CONNECT_SECONDS = 20
 REMOTE_BATCH_COUNT = 250
 ORPHAN_SECONDS = 10.0
@@ -91,6 +92,11 @@ class Runner:
             runner.__exit__(None, None, None)
 
 
+def default_workers() -> int:
+    """As many as there are cores: each checkpoint then has one to itself, and the last one all of them."""
+    return max(2, min(MAX_DEFAULT_WORKERS, available_cores()))
+
+
 @contextlib.contextmanager
 def open_runner(name: RunnerName, address: str | None, workers: int | None) -> Iterator[Runner]:
     """The runner of that name; `address` is that of a running Dask scheduler or Ray head.
@@ -109,11 +115,11 @@ def open_runner(name: RunnerName, address: str | None, workers: int | None) -> I
     if address is not None and name in {"threads", "processes"}:
         raise UsageError(f"a runner address means nothing to {name}; it is for dask and ray")
     if name == "threads":
-        yield Runner(name, workers or DEFAULT_WORKERS, None)
+        yield Runner(name, workers or default_workers(), None)
         return
     with tempfile.TemporaryDirectory(prefix="ptbin-") as empty:
         if name == "processes":
-            width = workers or DEFAULT_WORKERS
+            width = workers or default_workers()
             runner = Runner(name, width, lambda: _processes(width))
         elif name == "dask":
             runner = _dask(address, workers)
@@ -130,7 +136,7 @@ def open_runner(name: RunnerName, address: str | None, workers: int | None) -> I
 
 
 def _processes(width: int) -> TaskRunner[Any]:
-    begin = functools.partial(_begin_process, os.getpid())
+    begin = functools.partial(_begin_process, os.getpid(), width)
     return ProcessPoolTaskRunner(max_workers=width, initializer=begin)
 
 
@@ -140,8 +146,10 @@ def _is_broken(runner: TaskRunner[Any] | None) -> bool:
     return bool(getattr(getattr(runner, "_executor", None), "_broken", False))
 
 
-def _begin_process(parent: int) -> None:
+def _begin_process(parent: int, processes: int) -> None:
     """In each process of a pool: leave signals to the flow's process, and end when that is gone.
+
+    They share the cores.
 
     Args:
         parent: its process id. Asked for here it would be another one's already if the flow's process was
@@ -150,6 +158,7 @@ def _begin_process(parent: int) -> None:
     # Ctrl-C reaches every process of the terminal's group. One that dies of it while its pool is being shut
     # down leaves the pool waiting for ever; the flow's process tells this one to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    share_cores(processes)
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -176,7 +185,7 @@ def _import(module: str, extra: str) -> Any:
 def _dask(address: str | None, workers: int | None) -> Runner:
     prefect_dask = _import("prefect_dask", "dask")
     distributed = _import("distributed", "dask")
-    width = workers or DEFAULT_WORKERS
+    width = workers or default_workers()
     if address is None:
         cluster = {"n_workers": width, "threads_per_worker": 1, "dashboard_address": None}
         return Runner("dask", width, lambda: prefect_dask.DaskTaskRunner(cluster_kwargs=cluster))
@@ -194,7 +203,7 @@ def _ray(address: str | None, workers: int | None, empty: str) -> Runner:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     prefect_ray = _import("prefect_ray", "ray")
     ray = _import("ray", "ray")
-    width = workers or DEFAULT_WORKERS
+    width = workers or default_workers()
     quiet = {"logging_level": "error", "log_to_driver": False, "configure_logging": False}
     # Ray's workers import from the working folder of whoever starts them, unless they are given another one.
     elsewhere = {"runtime_env": {"working_dir": empty}}

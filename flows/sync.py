@@ -35,7 +35,7 @@ from ptbin.catalog.mirroring import alone, excess
 from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
 from ptbin.errors import StorageError, UsageError
 from ptbin.manifests.manifest import manifest_uri
-from ptbin.options import ConvertOptions, Layout, Naming, OnUnsafe, OutputFormat, VerifyLevel
+from ptbin.options import ConvertOptions, FileDigest, Layout, Naming, OnUnsafe, OutputFormat, VerifyLevel
 from tasks.listing import list_mirror, work_of
 from tasks.mirroring import back_up_batch, compare_batch, copy_batch, delete_batch, find_gone, release_outputs
 from tasks.outcomes import Outcome, one_line
@@ -367,6 +367,7 @@ def sync(
     parts: bool = False,
     on_unsafe: OnUnsafe = "reject",
     verify: VerifyLevel = "checksum",
+    file_digest: FileDigest = "sha256",
     provenance: bool = False,
     force: bool = False,
     fail_fast: bool = False,
@@ -400,6 +401,7 @@ def sync(
         parts=parts,
         on_unsafe=on_unsafe,
         verify=verify,
+        file_digest=file_digest,
         provenance=provenance,
     )
     mirror = MirrorSettings(

@@ -12,7 +12,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import (
@@ -23,7 +23,7 @@ from ptbin.errors import (
 )
 from ptbin.installed import require_reader
 from ptbin.manifests.draft import Draft, DraftFile
-from ptbin.manifests.drafting import Written, draft_file, draft_manifest, stored_of
+from ptbin.manifests.drafting import Written, draft_manifest
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, dump_manifest, utc_now
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, add_source_digests, dump_statement, statement_of
 from ptbin.manifests.sidecars import copy_sidecars, put_text
@@ -37,28 +37,24 @@ from ptbin.manifests.vouching import (
     is_restored,
 )
 from ptbin.options import ConvertOptions
+from ptbin.output_files import write_files
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import Selected, read_selected
 from ptbin.sources.opening import SourcePlace, find_source
 from ptbin.sources.sidecars import find_sidecars
-from ptbin.splice import SpliceResult, check_copies, iter_recipe, splice
+from ptbin.splice import iter_recipe, splice
 from ptbin.stores import (
-    CopyRefused,
     Identity,
     ListedObject,
     Place,
     RangeReader,
     Writer,
-    identity_text,
     place_of,
 )
-from ptbin.values.digests import FileDigests
-from ptbin.values.segments import FilePlan
 from ptbin.writing.outputs import OutputPlan, plan_outputs
 from ptbin.writing.ties import tie_equal_tensors
 
 if TYPE_CHECKING:
-    from ptbin.proof.output import WrittenProof
     from ptbin.stores.place import Where
 
 __all__ = ["Progress", "Published", "commit", "convert", "publish", "publish_at", "stage", "would_replace"]
@@ -125,12 +121,8 @@ def stage(
     with _prepared(begin, end, options, guard, standing) as made:
         reader, at, output = made.reader, made.at, made.output
         obsolete = _outputs_of_before(at.manifest, made.name)
-        for plan in output.files:
-            writing = _Writing(plan, reader, at, progress)
-            result, file, digests = writing.run(
-                check_source=options.verify != "none", replaces=at.manifest is not None, notes=notes
-            )
-            written.append((plan, result, digests))
+        for one, file in write_files(output.files, reader, at, options, progress, notes):
+            written.append(one)
             files.append(file)
         files += [put_text(at, name, data) for name, data in output.texts]
         files += copy_sidecars(made.sidecars, made.source, at, dtype=options.dtype, notes=notes)
@@ -162,6 +154,7 @@ def stage(
         manifest,
         tuple(files),
         options.limits,
+        options.file_digest,
         claimed=at.has_claim,
         claim=at.claim,
     )
@@ -291,83 +284,6 @@ class _Nowhere(Writer):
     def _publish(self) -> None: ...
 
     def _discard(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Writing:
-    """One output file being written."""
-
-    plan: FilePlan
-    reader: RangeReader
-    at: OutputSite
-    progress: Progress | None
-
-    def run(
-        self, *, check_source: bool, replaces: bool, notes: list[str]
-    ) -> tuple[SpliceResult, DraftFile, FileDigests | None]:
-        """What came of it, what the file must be, and its digests where it was proven under no name yet.
-
-        Where it refuses to, everything is streamed through this process instead and `notes` says why.
-        """
-        try:
-            return self._once(check_source, replaces, copies=True)
-        except CopyRefused as refusal:
-            notes.append(f"streamed, because the store did not copy: {refusal}")
-            return self._once(check_source, replaces, copies=False)
-
-    def _once(
-        self, check_source: bool, replaces: bool, *, copies: bool
-    ) -> tuple[SpliceResult, DraftFile, FileDigests | None]:
-        plan = self.plan
-        place = self.at.place_of(plan.name)
-        with place.open_writer(size_hint=plan.plan.size, copies=copies, claim=self.at.claim) as writer:
-            descriptor = writer.written() if check_source else None
-            proof = self._proof(descriptor) if descriptor is not None else None
-            try:
-                if proof is not None:
-                    writer.reached = proof.reached
-                result = splice(
-                    plan.plan,
-                    self.reader,
-                    writer,
-                    self.progress,
-                    check_source=check_source,
-                    # A local file is proven before it gets its name, which shows a damaged source as well.
-                    check_moved=proof is None,
-                    # What a store copied is read when the output is proven. Before that only where a good
-                    # output stands in its place: a damaged source must not replace it.
-                    check_copied=check_source and replaces,
-                )
-                writer.settle()
-                self.reader.confirm()
-                file = draft_file(plan, result, writer.bytes_copied)
-                digests = self._proven(proof, file) if proof is not None else None
-            except BaseException:
-                if proof is not None:
-                    proof.give_up()
-                raise
-            self.at.check(plan.name, plan.plan.size, result.crc32)
-            self.at.withdraw_manifest((plan.name, plan.plan.size, result.crc32))
-            writer.expected_crc32 = result.crc32
-            writer.commit()
-        file = replace(file, identity=identity_text(writer.identity) or None)
-        if digests is not None and file.identity is not None:
-            file = replace(file, sha256=digests.sha256)
-        return result, file, digests
-
-    def _proof(self, descriptor: int) -> WrittenProof:
-        from ptbin.proof.output import WrittenProof
-
-        tensors = [(planned.name, stored_of(planned)) for planned in self.plan.tensors]
-        return WrittenProof(descriptor, self.plan.plan, tensors, self.at.place.uri)
-
-    def _proven(self, proof: WrittenProof, file: DraftFile) -> FileDigests:
-        try:
-            return proof.finish(file, self.progress)
-        except VerificationError:
-            # The source's own bytes may be what is wrong: then that is the answer.
-            check_copies(self.plan.plan, self.reader)
-            raise
 
 
 def _outputs_of_before(manifest: Mapping[str, Any] | None, name: str) -> set[str]:

@@ -21,13 +21,23 @@ from ptbin.errors import UsageError
 from ptbin.merging.shipped import find_recipe
 from ptbin.values.dtypes import CAST_NAMES
 
-__all__ = ["ConvertOptions", "Layout", "Limits", "Naming", "OnUnsafe", "OutputFormat", "VerifyLevel"]
+__all__ = [
+    "ConvertOptions",
+    "FileDigest",
+    "Layout",
+    "Limits",
+    "Naming",
+    "OnUnsafe",
+    "OutputFormat",
+    "VerifyLevel",
+]
 
 OutputFormat = Literal["torch", "raw", "safetensors"]
 Layout = Literal["mirror", "hf"]
 Naming = Literal["replace", "append"]
 OnUnsafe = Literal["reject", "extract"]
 VerifyLevel = Literal["none", "checksum", "load"]
+FileDigest = Literal["sha256", "none"]
 
 MIB = 1 << 20
 
@@ -95,6 +105,10 @@ class ConvertOptions:
     """Take one part of a checkpoint (a rank's file, a shard) as it is, knowing that it is not all of it."""
     on_unsafe: OnUnsafe = "reject"
     verify: VerifyLevel = "checksum"
+    file_digest: FileDigest = "sha256"
+    """`none`: no SHA-256 of a whole file of weights, for which one core takes long where the file is huge.
+    Every tensor's, one of the bytes between them, and the file's CRC-32 prove as much.
+    """
     provenance: bool = False
     """Write a statement of where the output comes from beside it; reads the whole source."""
     force: bool = False
@@ -111,6 +125,7 @@ class ConvertOptions:
             ("layout", Layout),
             ("on_unsafe", OnUnsafe),
             ("verify", VerifyLevel),
+            ("file_digest", FileDigest),
         )
         for name, kind in kinds:
             value = getattr(self, name)

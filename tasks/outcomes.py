@@ -38,11 +38,16 @@ NAMED_GLOBALS = 10
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One output: path relative to its manifest, size in bytes, hexadecimal SHA-256."""
+    """One output: path relative to its manifest, size in bytes, hexadecimal SHA-256.
+
+    Attributes:
+        by_tensor: its SHA-256 was not asked for; its tensors' digests in the manifest stand for it.
+    """
 
     path: str
     size: int
     sha256: str | None
+    by_tensor: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,7 @@ class Converted:
         return cls(
             manifest_uri=manifest_uri,
             outputs=tuple(
-                StoredFile(output["path"], int(output["size"]), output.get("sha256"))
+                StoredFile(output["path"], int(output["size"]), output.get("sha256"), "gaps_sha256" in output)
                 for output in manifest["outputs"]
             ),
             tensors=len(manifest["tensors"]),

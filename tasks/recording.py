@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from ptbin.catalog.finished import FinishedRow, write_segment
 from ptbin.history.failures import Unconverted, write_unconverted
+from ptbin.manifests.checksums import CHECKSUM_LIST, tensor_lines
 from tasks.live import find_live_run
 from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, worth_retrying
 
@@ -24,10 +25,19 @@ __all__ = ["merge_index", "write_index", "write_ledger", "write_run_record"]
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def write_run_record(run_id: str, folder_uri: str, files: Mapping[str, bytes]) -> None:
-    """Write each file whole, in order; `run.json` comes last, so its presence means the others are there."""
-    folder = find_live_run(run_id).dest_at(folder_uri)
+def write_run_record(
+    run_id: str, folder_uri: str, files: Mapping[str, bytes], dest: str = "", by_tensor: Sequence[str] = ()
+) -> None:
+    """Write each file whole, in order; `run.json` comes last, so its presence means the others are there.
+
+    `by_tensor`: manifests below `dest` of outputs without a SHA-256 of their own; the checksum list names
+    their tensors'.
+    """
+    live = find_live_run(run_id)
+    folder = live.dest_at(folder_uri)
     for name, data in files.items():
+        if name == CHECKSUM_LIST and by_tensor:
+            data += tensor_lines(by_tensor, dest, dest_options=live.dest_options).encode()
         (folder / name).write_bytes(data)
 
 

@@ -90,6 +90,13 @@ def content_options(function: Command) -> Command:
             help="Proof before an output counts: none, read it back, or also open it with torch.",
         ),
         click.option(
+            "--file-digest",
+            type=click.Choice(["sha256", "none"]),
+            default="sha256",
+            show_default=True,
+            help="none: huge files proven by their tensors' digests, on all cores; not for sha256sum -c.",
+        ),
+        click.option(
             "--on-unsafe",
             type=click.Choice(["reject", "extract"]),
             default="reject",
@@ -138,7 +145,7 @@ _CONTENT = (
     *("dtype", "max_shard_size", "tie_by_value", "recipe", "parts"),
     *("select", "flatten", "split", "strip_prefix"),
     *("rename", "drop"),
-    *("on_unsafe", "verify", "provenance"),
+    *("on_unsafe", "verify", "file_digest", "provenance"),
 )
 
 

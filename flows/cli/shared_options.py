@@ -110,7 +110,7 @@ def runner_options(function: Command) -> Command:
             "--workers",
             type=click.IntRange(1, MAX_WORKERS),
             metavar="N",
-            help="Batches worked on at once: 2, or as many as the cluster has threads.",
+            help="Batches worked on at once: one a core (2 to 16), or as many as the cluster has threads.",
         ),
         click.option(
             "--runner",

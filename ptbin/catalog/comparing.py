@@ -7,7 +7,7 @@ a digest, and the digest is held against the manifest. That reads the weights an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from ptbin.conversion import Published, plan_conversion
@@ -19,29 +19,47 @@ from ptbin.errors import (
     VerificationError,
 )
 from ptbin.manifests.damage import damaged_file, is_damaged, note_damage
+from ptbin.manifests.drafting import stored_of
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, dump_manifest, parse_manifest
 from ptbin.options import ConvertOptions
+from ptbin.proof.digests import OnePass, digest_file
+from ptbin.proof.verification import difference_of
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import read_selected
 from ptbin.sources.opening import SourcePlace, find_source
 from ptbin.splice import splice
 from ptbin.stores import ObjectStat, Place, RangeReader, Where, Writer, place_of
+from ptbin.values.segments import FilePlan
 
 __all__ = ["find_unchanged", "is_convertible", "release_companions"]
 
 Progress = Callable[[int], None]
+Digest = str | tuple[str | None, dict[tuple[int, int], str]]
+"""A file's SHA-256, or the one of what lies between its tensors, and theirs by their place."""
 
 
 class _Digest(Writer):
-    """Takes an output and keeps its SHA-256."""
+    """Takes an output and keeps no more of it than its digests."""
 
-    def __init__(self, uri: str) -> None:
-        super().__init__(uri)
-        self.sha256 = hashlib.sha256()
+    def __init__(self, plan: FilePlan, *, whole: bool) -> None:
+        super().__init__(plan.name)
+        tensors = [] if whole else [stored_of(tensor) for tensor in plan.tensors]
+        self._hashing = OnePass(plan.plan.size, (), tensors, "file" if whole else "gaps")
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        self.sha256.update(data)
+        self._hashing.take(self.bytes_written, memoryview(data))
         self.bytes_written += len(data)
+
+    def digest(self) -> Digest:
+        found = self._hashing.finish()
+        if found.sha256 is not None:
+            return found.sha256
+        tensors = {
+            (tensor.offset, tensor.nbytes): sha256
+            for tensor, sha256 in found.tensors.items()
+            if tensor.nbytes
+        }
+        return found.gaps_sha256, tensors
 
     def _publish(self) -> None: ...
 
@@ -71,7 +89,7 @@ def find_unchanged(
         manifest = parse_manifest(data, output.uri)
     except (NotFoundInStoreError, VerificationError):
         return None
-    stored = {output["path"]: output.get("sha256") for output in manifest["outputs"]}
+    stored = {output["path"]: _stated_digest(output, manifest["tensors"]) for output in manifest["outputs"]}
     if manifest["options_fingerprint"] != options.fingerprint() or None in stored.values():
         return None
     if is_damaged(manifest) or not _sizes_are_right(output.parent, manifest):
@@ -81,7 +99,7 @@ def find_unchanged(
     with found.open() as reader:
         if _digests(found, reader, output.name, options, stored, progress) != stored:
             return None
-        if damaged := _damaged_files(output.parent, stored, progress):
+        if damaged := _damaged_files(output.parent, manifest, progress):
             note_damage(manifest_place, damaged)
             return None
         facts = {"uri": reader.uri, "size": reader.size, "identity": reader.identity.to_json()}
@@ -129,6 +147,20 @@ def release_companions(manifest_place: Where, names: Collection[str]) -> None:
     place.write_bytes(dump_manifest(manifest))
 
 
+def _stated_digest(output: Mapping[str, Any], tensors: Iterable[Mapping[str, Any]]) -> Digest | None:
+    """What proves a file's bytes: its SHA-256, or those between its tensors and of each that is stored
+    contiguously; None where there is neither.
+    """
+    if output.get("sha256") is not None:
+        return str(output["sha256"])
+    if output.get("gaps_sha256") is None:
+        return None
+    rows = [row for row in tensors if row["file"] == output["path"] and row.get("stride") is None]
+    return output["gaps_sha256"], {
+        (row["offset"], row["nbytes"]): row["sha256"] for row in rows if row["nbytes"]
+    }
+
+
 def _sizes_are_right(folder: Place, manifest: Mapping[str, Any]) -> bool:
     try:
         return all((folder / item["path"]).stat().size == item["size"] for item in manifest["outputs"])
@@ -136,20 +168,16 @@ def _sizes_are_right(folder: Place, manifest: Mapping[str, Any]) -> bool:
         return False
 
 
-def _damaged_files(folder: Place, stored: Mapping[str, Any], progress: Progress | None) -> dict[str, Any]:
-    """Of the stored files, those that do not have their SHA-256, and what is there instead."""
-    found = {}
-    for name, expected in stored.items():
-        digest = hashlib.sha256()
-        with (folder / name).open_reader() as reader:
-            for piece in reader.iter_range(0, reader.size):
-                digest.update(piece)
-                if progress is not None:
-                    progress(0)
-            there = ObjectStat(reader.uri, reader.size, reader.identity)
-        if digest.hexdigest() != expected:
-            found[name] = damaged_file(there, digest.hexdigest())
-    return found
+def _damaged_files(folder: Place, manifest: Mapping[str, Any], progress: Progress | None) -> dict[str, Any]:
+    """The stored files that are not what the manifest says, as `note_damage` takes them."""
+    damaged: dict[str, Any] = {}
+    for output in manifest["outputs"]:
+        rows = [row for row in manifest["tensors"] if row["file"] == output["path"]]
+        with (folder / output["path"]).open_reader() as reader:
+            if difference_of(reader, output, rows, progress):
+                there = ObjectStat(reader.uri, reader.size, reader.identity)
+                damaged[output["path"]] = damaged_file(there, digest_file(reader, [], [], progress).sha256)
+    return damaged
 
 
 def _digests(
@@ -159,16 +187,16 @@ def _digests(
     options: ConvertOptions,
     stored: Mapping[str, Any],
     progress: Progress | None,
-) -> dict[str, str]:
-    """SHA-256 of every file that a conversion would write, by name."""
+) -> dict[str, Digest]:
+    """Digest of every file that a conversion would write, by name, of the kind that is stored."""
     with as_checkpoint_errors(reader.uri):
         _, output = plan_conversion(reader, options, name)
-    found: dict[str, str] = {}
+    found: dict[str, Digest] = {}
     for plan in output.files:
-        with _Digest(plan.name) as writer:
+        with _Digest(plan, whole=isinstance(stored.get(plan.name), str)) as writer:
             splice(plan.plan, reader, writer, progress)
             writer.commit()
-        found[plan.name] = writer.sha256.hexdigest()
+        found[plan.name] = writer.digest()
     found |= {name: hashlib.sha256(data).hexdigest() for name, data in output.texts}
     reader.check_unchanged()
     for sidecar in stored.keys() - found.keys():

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ptbin.catalog.asked import ask_for_named
 from ptbin.catalog.entries import Entries, hidden_part
 from ptbin.catalog.globs import is_excluded, matches, split_glob
 from ptbin.catalog.jobs import Found
@@ -61,7 +62,8 @@ def find_checkpoints(
         exclude: globs that take candidates away.
         is_other: says of a file that belongs to no group whether it is handed to `other` and is no candidate.
         parts: each part of a checkpoint that ptbin does not put together is a candidate; else all are one.
-        named: where given, only what it names is a candidate, whatever `include` says.
+        named: where given, only what it names is a candidate, whatever `include` says; a few plain files are
+            asked for one by one, without a listing (`ptbin.catalog.asked`).
         entries: asked what becomes of hidden files, links, pipes and folders that cannot be read; left out,
             they are passed over.
 
@@ -78,8 +80,11 @@ def find_checkpoints(
     shown = (*include, pattern[1:]) if pattern is not None else tuple(include)
     asked = entries or Entries(shown=shown, exclude=exclude)
     asked.uri_of = lambda name: (top / name).uri
+    alone = ask_for_named(top, named.paths) if named is not None and pattern is None else None
     listed = (
-        item for item in top.iter_objects(asked) if not _is_our_own(item.path) and asked.takes(item.path)
+        item
+        for item in (alone if alone is not None else top.iter_objects(asked))
+        if not _is_our_own(item.path) and asked.takes(item.path)
     )
     for found in _grouped(listed, parts=parts):
         if isinstance(found, ListedObject):

@@ -8,9 +8,8 @@ read of its manifest, and a look at each file that it lists.
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from ptbin.errors import LimitExceededError, NotFoundInStoreError, VerificationE
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, dump_statement, statement_of
 from ptbin.options import ConvertOptions
+from ptbin.proof.verification import difference_of
 from ptbin.sources.folders import INDEX_SUFFIX
 from ptbin.stores import Identity, Place, identity_text, place_of
 
@@ -36,8 +36,6 @@ __all__ = [
     "is_reached_plainly",
     "iter_gone",
 ]
-
-CHUNK_NBYTES = 1 << 20
 
 
 def alone(options: ConvertOptions) -> ConvertOptions:
@@ -211,7 +209,7 @@ class _Mirror:
             if not _is_named_after(name, base):
                 return (), f"its manifest lists {name}, which is not named after it"
             try:
-                kept = kept or self._difference(path, listed, made)
+                kept = kept or self._difference(path, listed, made, manifest["tensors"])
             except NotFoundInStoreError:
                 continue
             files.append(path)
@@ -219,7 +217,13 @@ class _Mirror:
             files.append(output + STATEMENT_SUFFIX)
         return tuple(files), kept
 
-    def _difference(self, path: str, listed: Mapping[str, Any], made: Identity) -> str:
+    def _difference(
+        self,
+        path: str,
+        listed: Mapping[str, Any],
+        made: Identity,
+        tensors: Iterable[Mapping[str, Any]],
+    ) -> str:
         """Why the file at `path` is not the one that the manifest lists; empty where it is."""
         if not is_reached_plainly(self._dest, path):
             return f"{path} lies behind a symbolic link"
@@ -227,16 +231,19 @@ class _Mirror:
         if stat.size != listed["size"]:
             return f"{path} is {stat.size} bytes long and no longer {listed['size']}: it is not what was made"
         # Manifests are written last. A file that is younger than its own has been touched or replaced since.
-        if _is_younger(stat.identity, made) and self._sha256(path) != listed.get("sha256"):
+        if _is_younger(stat.identity, made) and self._is_changed(path, listed, tensors):
             return f"{path} was written after its manifest, with other content: it is not what was made"
         return ""
 
-    def _sha256(self, path: str) -> str:
-        digest = hashlib.sha256()
-        with (self._dest / path).open_reader() as reader:
-            for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
-                digest.update(piece)
-        return digest.hexdigest()
+    def _is_changed(self, path: str, listed: Mapping[str, Any], tensors: Iterable[Mapping[str, Any]]) -> bool:
+        if all(listed.get(digest) is None for digest in ("sha256", "crc32")):
+            return True
+        rows = [row for row in tensors if row.get("file") == listed["path"]]
+        try:
+            with (self._dest / path).open_reader() as reader:
+                return difference_of(reader, listed, rows) != ""
+        except VerificationError:  # its rows are not internally consistent
+            return True
 
     def _is_statement(self, path: str, manifest: Mapping[str, Any]) -> bool:
         """A statement is made of the manifest alone, so one look tells whether it is this output's."""

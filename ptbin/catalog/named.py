@@ -26,11 +26,13 @@ class NamedFiles:
     """
 
     paths: Iterable[str]
+    """As they were given; afterwards, as a listing writes them."""
     _wanted: frozenset[str] = field(init=False)
     _left: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
         self._wanted = frozenset(path.removeprefix("./").rstrip("/") for path in self.paths)
+        self.paths = self._wanted
         self._left = set(self._wanted)
 
     def takes(self, *paths: str) -> bool:

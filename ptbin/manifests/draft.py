@@ -33,6 +33,7 @@ class DraftFile:
         copied_nbytes: of the file, that the store copied by itself.
         sha256: of the whole file, where it was proven before it got its name; then the manifest has the
             tensors' digests, too.
+        gaps_sha256: the same of the bytes that lie in no tensor, where the whole file's was not asked for.
         identity: which state of the file was stored (`manifest.identity_text`), where the store says it.
     """
 
@@ -43,6 +44,11 @@ class DraftFile:
     copied_nbytes: int = 0
     sha256: str | None = None
     identity: str | None = None
+    gaps_sha256: str | None = None
+
+    @property
+    def is_proven(self) -> bool:
+        return self.sha256 is not None or self.gaps_sha256 is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,7 @@ class Draft:
         dest_uri: name of the output; its manifest lies at this name with `.manifest.json` behind it.
         manifest: everything but digests and verification; its `outputs` stand for `files` in order.
         level: proof asked for.
+        file_digest: `sha256` of whole files, or `none` (`ConvertOptions.file_digest`).
     """
 
     source_uri: str
@@ -61,6 +68,7 @@ class Draft:
     manifest: dict[str, Any]
     files: tuple[DraftFile, ...]
     limits: Limits
+    file_digest: str = "sha256"
     claimed: bool = False
     """Whether there is a claim file at the place (`vouching`), to be deleted once the manifest is there."""
     claim: str = ""

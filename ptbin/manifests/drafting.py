@@ -53,10 +53,7 @@ def draft_manifest(
         "selected": selected.path,
         "options": options.to_json(),
         "options_fingerprint": options.fingerprint(),
-        "outputs": [
-            {"path": file.path, "size": file.size, "sha256": file.sha256, "crc32": hex_crc32(file.crc32)}
-            for file in files
-        ],
+        "outputs": [_output_row(file) for file in files],
         "tensors": _tensor_rows(written, output.owners, selected.state_dicts, accounting.credits),
         "left_out": [item.to_json() for item in (*accounting.left_out, *output.left_out)],
         "accounting": accounting.to_json(),
@@ -65,6 +62,13 @@ def draft_manifest(
         "verification": {},
         "tool": {"name": "ptbin", "version": __version__},
     }
+
+
+def _output_row(file: DraftFile) -> dict[str, Any]:
+    row = {"path": file.path, "size": file.size, "sha256": file.sha256, "crc32": hex_crc32(file.crc32)}
+    if file.gaps_sha256 is not None:
+        row["gaps_sha256"] = file.gaps_sha256
+    return row
 
 
 def draft_file(plan: FilePlan, result: SpliceResult, copied_nbytes: int = 0) -> DraftFile:

@@ -2,7 +2,8 @@
 
 It says nothing that the manifest does not say: `statement_of` makes it of a manifest, so that whoever has
 both can compare them. Subjects are the output's files; the resolved dependencies are the source's, with the
-SHA-256 of each as it was read, its size, and what its store told it apart by (ETag, version id, time).
+SHA-256 of each as it was read, its size, and what its store told it apart by (ETag, version id, time). Of a
+file whose SHA-256 was not asked for (`--file-digest none`) the subjects are its tensors.
 
 https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md, https://slsa.dev/spec/v1.0/provenance
 """
@@ -64,10 +65,7 @@ def statement_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
         parameters["registry"] = dict(registry["origin"])
     return {
         "_type": STATEMENT_TYPE,
-        "subject": [
-            {"name": output["path"], "digest": {"sha256": _required(output, "sha256")}}
-            for output in manifest["outputs"]
-        ],
+        "subject": [subject for output in manifest["outputs"] for subject in _subjects(output, manifest)],
         "predicateType": PREDICATE_TYPE,
         "predicate": {
             "buildDefinition": {
@@ -89,6 +87,17 @@ def statement_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
             },
         },
     }
+
+
+def _subjects(output: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The file, or where its SHA-256 was not asked for, each tensor in it as `file#name`."""
+    if output.get("sha256") is not None or output.get("gaps_sha256") is None:
+        return [{"name": output["path"], "digest": {"sha256": _required(output, "sha256")}}]
+    return [
+        {"name": f"{output['path']}#{row['name']}", "digest": {"sha256": _required(row, "sha256")}}
+        for row in manifest["tensors"]
+        if row["file"] == output["path"]
+    ]
 
 
 def _dependencies(source: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import CheckpointError, ChecksumMismatchError, VerificationError
 from ptbin.manifests.manifest import hex_crc32
-from ptbin.proof.digests import FOLLOWED_NBYTES, GrowingFile, digest_descriptor, digest_file
+from ptbin.proof.digests import digest_file
+from ptbin.proof.serial import serial_of
 from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.pickle.verdicts import judge_programs
 from ptbin.reading.selection import select_state_dict
@@ -37,9 +37,8 @@ from ptbin.values.tensors import ByteRange, TensorRef
 if TYPE_CHECKING:
     from ptbin.manifests.draft import Draft, DraftFile
     from ptbin.stores import Place, RangeReader
-    from ptbin.values.segments import Plan
 
-__all__ = ["READ_BACK", "STORE_CHECKSUM", "WrittenProof", "prove_output", "stored_tensor"]
+__all__ = ["READ_BACK", "STORE_CHECKSUM", "compare_checksums", "prove_output", "stored_tensor"]
 
 READ_BACK = "read back"
 STORE_CHECKSUM = "store checksum"
@@ -73,7 +72,7 @@ def prove_output(
         with place.open_reader() as reader:
             if identities is not None and (seen := identity_text(reader.identity)):
                 identities[file.path] = seen
-            if file.sha256 is not None:
+            if file.is_proven:
                 _check_same(reader, file, rows, draft)
                 continue
             # Provenance names the SHA-256 of every output, which no store states.
@@ -83,7 +82,10 @@ def prove_output(
                     _prove_by_store(reader, file, rows, draft, stated)
                     proven_by = STORE_CHECKSUM
                     continue
-            output["sha256"] = _prove_file(reader, file, rows, draft, progress)
+            digests = _prove_file(reader, file, rows, draft, progress)
+            output["sha256"] = digests.sha256
+            if digests.gaps_sha256 is not None:
+                output["gaps_sha256"] = digests.gaps_sha256
     if draft.manifest["options"]["format"] == "raw":
         check_raw_indexes(dest.parent, draft.manifest)
     if draft.level == "load":
@@ -91,66 +93,6 @@ def prove_output(
 
         prove_by_loading(draft, source, dest)
     return proven_by
-
-
-class WrittenProof:
-    """Proof of a local file that has no name yet: its bytes, read back, are what the source states.
-
-    Large files are read back while they are being written. Either `finish` or `give_up` must be called
-    before the descriptor is closed.
-
-    Args:
-        plan: the file's bytes, with the place of each record.
-        tensors: names, and where they lie in it.
-    """
-
-    def __init__(
-        self, descriptor: int, plan: Plan, tensors: Sequence[tuple[str, StoredTensor]], uri: str
-    ) -> None:
-        self._descriptor = descriptor
-        self._tensors = tensors
-        self._uri = uri
-        self._records = [(record.offset, record.nbytes) for record in plan.records]
-        self._growing: GrowingFile | None = None
-        if plan.size >= FOLLOWED_NBYTES:
-            self._growing = GrowingFile(
-                descriptor, plan.size, self._records, self._places, self._refuse_end, follow=True
-            )
-
-    @property
-    def _places(self) -> list[StoredTensor]:
-        return [place for _, place in self._tensors]
-
-    def _refuse_end(self, offset: int, nbytes: int) -> bytes:
-        raise VerificationError(f"{self._uri}: ends before byte {offset + nbytes}, more were written")
-
-    def reached(self, position: int) -> None:
-        """The first `position` bytes are written."""
-        if self._growing is not None:
-            self._growing.reached(position)
-
-    def finish(self, file: DraftFile, progress: Callable[[int], None] | None = None) -> FileDigests:
-        """The digests of the file, which is what `file` says.
-
-        Raises:
-            VerificationError: with the first difference found.
-        """
-        size = os.fstat(self._descriptor).st_size
-        if size != file.size:
-            raise VerificationError(f"{self._uri}: {size} bytes are there, {file.size} were written")
-        if self._growing is not None:
-            digests = self._growing.finish(progress)
-        else:
-            digests = digest_descriptor(
-                self._descriptor, size, self._records, self._places, progress, self._refuse_end
-            )
-        tensors = [(name, place.offset) for name, place in self._tensors]
-        _compare(self._uri, file, tensors, digests, VerificationError)
-        return digests
-
-    def give_up(self) -> None:
-        if self._growing is not None:
-            self._growing.give_up()
 
 
 def _prove_by_store(
@@ -189,23 +131,25 @@ def _prove_file(
     rows: list[dict[str, Any]],
     draft: Draft,
     progress: Callable[[int], None] | None,
-) -> str:
-    """SHA-256 of the file, once it has proven to be what was meant; its tensors' rows get theirs."""
+) -> FileDigests:
+    """Digests of the file, once it has proven to be what was meant; its tensors' rows get theirs."""
     _check_size(reader, file)
     if rows and draft.manifest["options"]["format"] != "raw":
         _check_structure(reader, draft, rows)
     # What the store copied differs from what the source states only where the source itself does.
     wrong = ChecksumMismatchError if file.copied_nbytes else VerificationError
     places = [stored_tensor(row, file.size) for row in rows]
-    digests = digest_file(reader, [(r.offset, r.nbytes) for r in file.records], places, progress)
-    _compare(reader.uri, file, [(row["name"], row["offset"]) for row in rows], digests, wrong)
+    serial = serial_of(draft.file_digest) if rows else "file"
+    records = [(r.offset, r.nbytes) for r in file.records]
+    digests = digest_file(reader, records, places, progress, serial=serial)
+    compare_checksums(reader.uri, file, [(row["name"], row["offset"]) for row in rows], digests, wrong)
     reader.confirm()
     for row, place in zip(rows, places, strict=True):
         row["sha256"] = digests.tensors[place]
-    return digests.sha256
+    return digests
 
 
-def _compare(
+def compare_checksums(
     uri: str,
     file: DraftFile,
     tensors: Sequence[tuple[str, int]],

@@ -1,8 +1,10 @@
 """Verification at any later time: a stored manifest against what is stored beside it.
 
-Needs nothing but the manifest and the store: files by size and SHA-256, tensors by theirs. Finds a
-single flipped bit, a missing or resized file, and says which tensors are hit. Returns issues; raises
-only where it could not look. Writes nothing, unless it is to note damage in the manifest.
+Needs nothing but the manifest and the store: files by size and SHA-256, tensors by theirs. A file whose
+SHA-256 was not asked for (`--file-digest none`) is checked by those of its tensors, of the bytes between
+them, and by its CRC-32. Finds a single flipped bit, a missing or resized file, and says which tensors are
+hit. Returns issues; raises only where it could not look. Writes nothing, unless it is to note damage in the
+manifest.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ from ptbin.manifests.manifest import MANIFEST_SUFFIX, hex_crc32, parse_manifest
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, statement_of
 from ptbin.proof.digests import digest_file
 from ptbin.proof.output import stored_tensor
-from ptbin.stores import ObjectStat, Place, place_of
+from ptbin.proof.serial import Serial
+from ptbin.stores import ObjectStat, Place, RangeReader, place_of
 
 if TYPE_CHECKING:
     from ptbin.stores.place import Where
 
 MAX_STATEMENT_NBYTES = 64 << 20
 
-__all__ = ["Issue", "verify", "verify_outputs"]
+__all__ = ["Issue", "difference_of", "verify", "verify_outputs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,24 +171,46 @@ def _verify_output(
             return [Issue("size_mismatch", uri, detail)], damaged_file(there, None)
         if level == "none":
             return [], None
-        places = [stored_tensor(row) for row in rows]
-        digests = digest_file(reader, [], places, progress)
-    issues: list[Issue] = []
-    sha256, crc32 = output.get("sha256"), output.get("crc32")
-    damaged = (sha256 is not None and digests.sha256 != sha256) or (
-        crc32 is not None and hex_crc32(digests.crc32) != crc32
-    )
-    hit = [
-        row["name"]
-        for row, place in zip(rows, places, strict=True)
-        if row.get("sha256") is not None and digests.tensors[place] != row["sha256"]
-    ]
-    if damaged or hit:
-        what = f"tensors {', '.join(hit[:5])}" if hit else "no tensor, but the file around them"
-        stated = f"SHA-256 {sha256}" if sha256 is not None else f"CRC-32 {crc32}"
-        found = f"SHA-256 {digests.sha256}" if sha256 is not None else f"CRC-32 {hex_crc32(digests.crc32)}"
-        issues.append(Issue("checksum_mismatch", uri, f"found {found}, expected {stated}; hit: {what}"))
-    return issues, damaged_file(there, digests.sha256) if issues else None
+        difference = difference_of(reader, output, rows, progress)
+        if not difference:
+            return [], None
+        # Read once more, for damage alone: what knows the file again is the SHA-256 of what it is now.
+        found = digest_file(reader, [], [], progress).sha256
+    return [Issue("checksum_mismatch", uri, difference)], damaged_file(there, found)
+
+
+def difference_of(
+    reader: RangeReader,
+    output: Mapping[str, Any],
+    rows: Iterable[Mapping[str, Any]],
+    progress: Callable[[int], None] | None = None,
+) -> str:
+    """How a file differs from what a manifest states of it and of its tensors; empty where it does not.
+
+    Hashes what there are digests of, and reads all of it once.
+
+    Args:
+        output: the manifest's row of the file. rows: those of the tensors in it.
+    """
+    sha256, gaps, crc32 = (output.get(key) for key in ("sha256", "gaps_sha256", "crc32"))
+    serial: Serial = "file" if sha256 is not None else "gaps" if gaps is not None else "nothing"
+    # Between tensors is what is in none of them, whether they have a digest or not.
+    places = [(row, stored_tensor(row)) for row in rows if gaps is not None or row.get("sha256") is not None]
+    digests = digest_file(reader, [], [place for _, place in places], progress, serial=serial)
+    stated = {"SHA-256": sha256, "SHA-256 between tensors": gaps if sha256 is None else None, "CRC-32": crc32}
+    found = {
+        "SHA-256": digests.sha256,
+        "SHA-256 between tensors": digests.gaps_sha256,
+        "CRC-32": hex_crc32(digests.crc32),
+    }
+    wrong = [kind for kind, digest in stated.items() if digest is not None and digest != found[kind]]
+    hit = [row["name"] for row, place in places if row.get("sha256") not in (None, digests.tensors[place])]
+    if not wrong and not hit:
+        return ""
+    what = f"tensors {', '.join(hit[:5])}" if hit else "no tensor, but the file around them"
+    if not wrong:
+        return f"its own digests are right, those of its tensors are not; hit: {what}"
+    return f"found {wrong[0]} {found[wrong[0]]}, expected {stated[wrong[0]]}; hit: {what}"
 
 
 def _verify_statement(output: Place, manifest: dict[str, Any]) -> Iterable[Issue]:

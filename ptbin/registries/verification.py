@@ -11,13 +11,14 @@ from typing import Any
 
 from ptbin.catalog.finding import OWN_FOLDER
 from ptbin.errors import LimitExceededError, NotFoundInStoreError, VerificationError
+from ptbin.manifests.checksums import CHECKSUM_LIST
 from ptbin.proof.verification import Issue
 from ptbin.registries.record import RECORD, ModelRecord
 from ptbin.stores import Store, WatchQuietly, open_store
 
 __all__ = ["verify_records"]
 
-CHECKSUM_LIST = "SHA256SUMS"
+
 MAX_NBYTES = 256 << 20
 _LINE = re.compile(r"(\\?)([0-9a-f]{64}) [ *](.+)")
 _ESCAPED = re.compile(r"\\(.)")
@@ -66,6 +67,10 @@ def _read_list(store: Store, path: str, sums: dict[str, str]) -> list[Issue]:
     wrong = 0
     # Not `splitlines`: a name may hold other characters that it takes for the end of a line.
     for line in text.removesuffix("\n").split("\n"):
+        if line.startswith(
+            "#"
+        ):  # a tensor's digest (`manifests.checksums`): for people, as the manifest has it
+            continue
         match = _LINE.fullmatch(line)
         if match is None:
             wrong += 1

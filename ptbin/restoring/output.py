@@ -20,7 +20,7 @@ from ptbin.errors import CheckpointError, VerificationError
 from ptbin.manifests.manifest import hex_crc32, utc_now
 from ptbin.manifests.vouching import OutputSite
 from ptbin.options import ConvertOptions
-from ptbin.proof.digests import digest_regions
+from ptbin.proof.digests import digest_descriptor
 from ptbin.proof.regions import sha256_of_tensor
 from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
@@ -130,7 +130,9 @@ class Output:
             self._nameless = []
         self._nameless = [t for t in self._nameless if isinstance(t.storage.place, ByteRange)]
         places = [stored_place(tensor) for tensor in (*(t for _, t in self._tensors), *self._nameless)]
-        self._digests = digest_regions(self._descriptor, self.size, records, places, _ended)
+        self._digests = digest_descriptor(
+            self._descriptor, self.size, records, places, None, _ended, serial="nothing"
+        )
         for (offset, nbytes), stated in records.items():
             found = self._digests.records[offset, nbytes]
             if stated is not None and found != stated:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from ptbin.errors import ChecksumMismatchError
 from ptbin.splice.moves import Move, with_moves
 from ptbin.splice.recipes import iter_recipe
+from ptbin.splice.side_by_side import SideBySide
 from ptbin.values.crc32 import combine_crc32
 from ptbin.values.segments import Combined, Computed, Copy, Late, Literal, Piece, Plan
 from ptbin.values.tensors import ByteRange
@@ -83,9 +84,16 @@ def splice(
         check_copies(plan, reader)
     crcs: dict[int, int] = {}
     overflows: dict[str, CastTally] = {}
-    with contextlib.closing(_Streams(pieces, reader, writer)) as streams:
+    with (
+        contextlib.closing(_Streams(pieces, reader, writer)) as streams,
+        contextlib.closing(SideBySide(pieces, reader, writer, check=check_source)) as ahead,
+    ):
         for piece in pieces:
-            if isinstance(piece, Literal):
+            crc = ahead.take(piece, overflows, report)
+            if crc is not None:
+                assert isinstance(piece, (Computed, Copy))
+                _accept(piece, crc, crcs, reader.uri)
+            elif isinstance(piece, Literal):
                 writer.write(piece.data)
             elif isinstance(piece, Late):
                 data = piece.build(crcs)
@@ -140,8 +148,8 @@ def _stream(stream: Iterator[bytes], piece: Copy | Computed, writer: Writer, rep
     return crc
 
 
-def _accept(piece: Copy, crc: int, crcs: dict[int, int], uri: str) -> None:
-    if piece.crc32 is not None and crc != piece.crc32:
+def _accept(piece: Copy | Computed, crc: int, crcs: dict[int, int], uri: str) -> None:
+    if isinstance(piece, Copy) and piece.crc32 is not None and crc != piece.crc32:
         raise ChecksumMismatchError(
             f"{uri}: {piece.what} has CRC-32 {crc:08x}, the archive states {piece.crc32:08x}; "
             "the file was damaged after it was written"

@@ -190,6 +190,7 @@ def _refuse_irregular(path: str, status: os.stat_result) -> None:
 class LocalReader(RangeReader):
     """One open descriptor, read by `pread`: no seek position, no buffer, no read-ahead of its own."""
 
+    is_shareable = True
     # Large enough to hide Python's cost per call, small enough to stay in the processor's cache.
     best_chunk_nbytes = 1 * MIB
 

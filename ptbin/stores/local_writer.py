@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from ptbin.errors import StorageError
 from ptbin.stores.base import MIB, PARTIAL_SUFFIX, Identity, Writer
 from ptbin.stores.faults import mapped_faults
+from ptbin.stores.reserving import RESERVE_NBYTES, Reservation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,10 +37,6 @@ COPY_NBYTES = 16 * MIB
 STREAM_NBYTES = 1 * MIB
 NAME_MAX = 255
 """Longest file name in bytes on every usual Linux filesystem (limits.h)."""
-RESERVE_NBYTES = 16 * MIB
-"""Outputs at least this large get their blocks reserved."""
-FALLOC_FL_KEEP_SIZE = 1
-"""Reserve blocks, leave the file's size alone (linux/falloc.h)."""
 
 # What a filesystem answers that cannot flush a directory (some network and FUSE mounts).
 NO_DIRECTORY_FSYNC_ERRNOS = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -86,12 +83,13 @@ class LocalWriter(Writer):
         self._descriptor = -1
         self._partial: str | None = None
         self._write_back = _WriteBack()
+        self._reservation: Reservation | None = None
         try:
             with mapped_faults("write", target):
                 _refuse_target(target)
                 self._retried_without_parents(self._begin)
                 if size_hint is not None and size_hint >= RESERVE_NBYTES:
-                    _reserve(self._descriptor, size_hint)
+                    self._reservation = Reservation(self._descriptor, size_hint)
         except BaseException:
             self.abort()
             raise
@@ -134,6 +132,8 @@ class LocalWriter(Writer):
     def _moved(self, nbytes: int) -> None:
         self.bytes_written += nbytes
         self._write_back.reached(self._descriptor, self.bytes_written)
+        if self._reservation is not None:
+            self._reservation.reached(self.bytes_written)
         if self.reached is not None:
             self.reached(self.bytes_written)
 
@@ -179,7 +179,7 @@ class LocalWriter(Writer):
         moved = 0
         while moved < nbytes:
             try:
-                asked = min(COPY_NBYTES, nbytes - moved)
+                asked = min(self.step_nbytes or COPY_NBYTES, nbytes - moved)
                 step = os.copy_file_range(source, self._descriptor, asked, offset + moved)
             except OSError:
                 break
@@ -284,25 +284,6 @@ class _WriteBack:
         if self._fault is not None:
             fault, self._fault = self._fault, None
             raise fault
-
-
-def _reserve(descriptor: int, nbytes: int) -> None:
-    """Reserve blocks for what is to come; a disk too small says so now and not after gigabytes.
-
-    `fallocate` itself, not `os.posix_fallocate`: where the filesystem cannot, the C library's stand-in
-    writes every block. Raises OSError (ENOSPC, EDQUOT, EFBIG) alone.
-    """
-    try:
-        import ctypes
-
-        function = ctypes.CDLL(None, use_errno=True).fallocate
-    except (ImportError, OSError, AttributeError):
-        return
-    function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    if function(descriptor, FALLOC_FL_KEEP_SIZE, 0, nbytes):
-        code = ctypes.get_errno()
-        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(code, os.strerror(code))
 
 
 def _refuse_target(target: str) -> None:

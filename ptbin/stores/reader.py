@@ -29,8 +29,11 @@ class RangeReader(ABC):
     """Random access to one object, pinned to the state it was in when this reader was opened.
 
     `requests` and `bytes_read` count what was asked of the store for content, retries and discarded
-    gaps included; stat calls are not counted. Not safe for use by several threads at once.
+    gaps included; stat calls are not counted.
     """
+
+    is_shareable: ClassVar[bool] = False
+    """Whether several threads may read at once."""
 
     gap_nbytes: ClassVar[int] = 0
     """Two ranges at most this far apart are fetched as one: a request costs more than these bytes."""

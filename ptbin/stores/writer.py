@@ -38,6 +38,9 @@ class Writer(ABC):
     reached: Callable[[int], None] | None = None
     """Called with the number of bytes that are in place, by writers whose `written` gives a descriptor."""
 
+    step_nbytes: int | None = None
+    """How much should at most be moved between two such calls, where that is less than the writer's step."""
+
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self.bytes_written = 0

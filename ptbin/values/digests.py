@@ -22,9 +22,15 @@ class StoredTensor:
 
 @dataclass(slots=True)
 class FileDigests:
-    """SHA-256 as hexadecimal text, CRC-32 as a number."""
+    """SHA-256 as hexadecimal text, CRC-32 as a number.
 
-    sha256: str = ""
+    Attributes:
+        sha256: of the whole file.
+        gaps_sha256: of the bytes that lie in no tensor that is stored contiguously, in the order of the file.
+    """
+
+    sha256: str | None = None
+    gaps_sha256: str | None = None
     crc32: int = 0
     records: dict[tuple[int, int], int] = field(default_factory=dict)
     """(offset, nbytes) to CRC-32."""

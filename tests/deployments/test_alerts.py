@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +14,11 @@ import pytest
 import torch
 
 from tests.deployments.mailbox import Mailbox
+from tests.servers.endpoint import S3Endpoint
+from tests.servers.fixtures import moto_s3
 from tests.servers.prefect_stack import ROOT, PrefectStack, wait_for
+
+__all__ = ["moto_s3"]
 
 pytestmark = [pytest.mark.starts_servers, pytest.mark.timeout(600)]
 
@@ -119,3 +126,55 @@ def test_an_e_mail_block_takes_the_template() -> None:
         api_key=SecretStr("k"), sender_email="ptbin@models.example", to_emails=["you@models.example"]
     )
     assert "notify" in block.get_block_capabilities()
+
+
+def test_what_arrives_is_converted_as_the_store_s_notification_says(
+    stack: PrefectStack, moto_s3: S3Endpoint, tmp_path: Path
+) -> None:
+    """A notification of MinIO's, replayed: bucket to event, event to run, run to weights."""
+    bucket = moto_s3.make_bucket()
+    torch.save({"state_dict": {"w": torch.ones(3)}}, tmp_path / "new.pt")
+    for name in ("new", "other"):
+        moto_s3.store().write_bytes(f"{bucket}/runs/a b/{name}.pt", (tmp_path / "new.pt").read_bytes())
+    dest = tmp_path / "weights"
+    stack.environment |= {
+        "PTBIN_SOURCE": f"s3://{bucket}/runs",
+        "PTBIN_DEST": str(dest),
+        "AWS_ENDPOINT_URL": moto_s3.url,
+        "AWS_ACCESS_KEY_ID": moto_s3.key,
+        "AWS_SECRET_ACCESS_KEY": moto_s3.secret,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "PTBIN_ARRIVALS_TOKEN": "pssst",
+    }
+    template = ROOT / "deployments" / "work-pools" / "process.json"
+    stack.prefect(
+        "work-pool", "create", "ptbin-process", "--type", "process", "--base-job-template", str(template)
+    )
+    stack.prefect("deploy", "--prefect-file", "deployments/prefect.yaml", "--name", "convert-arrivals")
+    stack.start_worker()
+    script = str(ROOT / "deployments" / "arrivals.py")
+    words = [f"s3://{bucket}/runs", "--listen", "127.0.0.1:0", "--every", "1s"]
+    stack.start_process(
+        "arrivals", [sys.executable, "-P", script, *words, "--token-variable", "PTBIN_ARRIVALS_TOKEN"]
+    )
+    log = stack.folder / "arrivals.log"
+    wait_for(lambda: log.read_text().startswith("listening on "), 90, "the listener's start")
+    url = f"http://{log.read_text().split()[2]}/"
+    entity = {"bucket": {"name": bucket}, "object": {"key": "runs%2Fa+b%2Fnew.pt"}}
+    record = {"eventName": "s3:ObjectCreated:Put", "eventSource": "minio:s3", "s3": entity}
+    body = json.dumps({"EventName": "s3:ObjectCreated:Put", "Records": [record]}).encode()
+
+    def post(token: str) -> int:
+        request = urllib.request.Request(url, body, {"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310 - as above
+            return int(answer.status)
+
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        post("guessed")
+    assert post("pssst") == 204
+    manifest = dest / "a b" / "new.bin.manifest.json"
+    wait_for(manifest.exists, 120, "the conversion of what arrived")
+    assert not (dest / "a b" / "other.bin").exists()
+    runs = [flow_run for flow_run in stack.runs() if flow_run["parameters"].get("files_from")]
+    assert [flow_run["parameters"]["files_from"] for flow_run in runs] == [["a b/new.pt"]]
+    assert stack.wait_for_end(runs[0]["id"])["message"].startswith("converted 1, ")

@@ -297,3 +297,37 @@ def test_parameters_of_the_wrong_kind_are_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(OSError, match="409"):
         stack.run("convert/convert-nightly", **places, workers="many")
+
+
+@pytest.fixture
+def busy_cores() -> Iterator[None]:
+    """Two processes on each core that do nothing but take its time: what is waited for comes late."""
+    loops = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 2))
+    ]
+    yield
+    for loop in loops:
+        loop.kill()
+        loop.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everything", [False, True], ids=["the worker alone", "its whole control group"])
+def test_a_worker_on_a_busy_machine_lets_its_runs_end_well(
+    stack: PrefectStack, places: dict[str, str], notes: Path, busy_cores: None, everything: bool
+) -> None:
+    worker = stack.start_worker("busy")
+    run = stack.run("convert/convert-nightly", **places, workers=2)
+    wait_for(lambda: finished(places) > 3, 400, "some outputs")
+    started = stack.running_in(worker)
+    for pid in [worker.pid, *(started if everything else [])]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    worker.wait(300)
+    assert stack.wait_for_end(run, 300)["type"] == "CRASHED"
+    wait_for(lambda: not any(map(is_alive, started)), 120, "the end of its processes")
+    (record,) = (Path(places["dest"]) / "_ptbin" / "runs").glob("*/run.json")
+    told = json.loads(record.read_text())
+    assert told["interrupted"]
+    assert told["converted"] == finished(places)
+    assert not list((Path(places["dest"]) / "_ptbin" / "leases").iterdir())

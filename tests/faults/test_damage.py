@@ -79,8 +79,8 @@ def test_damage_found_while_the_copy_is_under_way_leaves_the_good_output(
     position: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with files of gigabytes, which are read back as they are written."""
-    monkeypatch.setattr("ptbin.proof.output.FOLLOWED_NBYTES", 1)
-    monkeypatch.setattr("ptbin.proof.digests.FOLLOWED_NBYTES", 1)
+    monkeypatch.setattr("ptbin.proof.written.FOLLOWED_NBYTES", 1)
+    monkeypatch.setattr("ptbin.proof.growing.FOLLOWED_NBYTES", 1)
     source, output = tmp_path / "s.pt", tmp_path / "o.bin"
     torch.save({"a": torch.arange(500_000), "b": torch.ones(1000)}, source)
     manifest = ptbin.convert(str(source), str(output))

@@ -18,6 +18,7 @@ from flows.convert import convert
 from flows.prefect.orchestrator import Orchestrator
 from flows.run_record import new_run_id
 from ptbin.errors import StorageError, UsageError
+from ptbin.registries.verification import verify_records
 from ptbin.stores import Place, place_of
 from tasks.live import LiveRun, open_live_run
 from tasks.retrying import RETRIES
@@ -92,6 +93,24 @@ def test_the_run_record_can_be_checked_by_others(source: Path, tmp_path: Path) -
     outcomes = Counter(row["outcome"] for row in record["checkpoints"])
     assert outcomes == {"converted": 12, "rejected": 4, "not_a_checkpoint": 1}
     assert record["prefect_flow_run_id"] == summary["flow_run_id"]
+
+
+def test_without_digests_of_files_the_checksum_list_names_those_of_tensors(
+    good_source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    state, summary = run(good_source, out, file_digest="none")
+    assert state.is_completed()
+    (checksums,) = out.glob("_ptbin/runs/*/SHA256SUMS")
+    lines = checksums.read_text().splitlines()
+    rows = [
+        f"# {row['sha256']}  {row['file']}#{row['name']}"
+        for manifest in sorted(summary["manifests"])
+        for row in json.loads(Path(manifest).read_text())["tensors"]
+    ]
+    assert lines == rows
+    assert verify_records(str(out), {}) == []
+    assert run(good_source, out)[0].message.startswith("converted 0, up to date 6")
 
 
 def test_what_a_store_may_do_better_later_is_tried_again_alone(

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptbin.proof.digests import GROUP_NBYTES, GrowingFile, digest_descriptor
+from ptbin.proof.digests import digest_descriptor
+from ptbin.proof.growing import GROUP_NBYTES, GrowingFile
 from ptbin.values.digests import StoredTensor
 
 MIB = 1 << 20
@@ -89,9 +90,12 @@ def test_what_the_file_does_not_give_is_an_error(data: bytes, descriptor: int) -
 # -- while the file is being written -----------------------------------------------------------------
 
 
-@pytest.fixture(params=[1, 1 << 40], ids=["large groups followed", "groups when they are there"])
+@pytest.fixture(params=["large groups followed", "groups when they are there", "read ahead"])
 def follows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ptbin.proof.digests.FOLLOWED_NBYTES", request.param)
+    monkeypatch.setattr("ptbin.proof.growing.FOLLOWED_NBYTES", 1 if "followed" in request.param else 1 << 40)
+    if request.param == "read ahead":  # as with many cores
+        monkeypatch.setattr("ptbin.proof.growing.AHEAD_NBYTES", MIB)
+        monkeypatch.setattr("ptbin.proof.growing.AHEAD_CORES", 1)
 
 
 @pytest.fixture
@@ -125,7 +129,11 @@ def test_one_that_is_never_finished_lets_go_of_the_descriptor(data: bytes, growi
     os.pwrite(growing, data[: 20 * MIB], 0)
     file.reached(20 * MIB)
     file.give_up()
-    left = {thread for thread in set(threading.enumerate()) - threads if "ptbin-follow" in thread.name}
+    left = {
+        thread
+        for thread in set(threading.enumerate()) - threads
+        if "ptbin-" in thread.name and "hash" not in thread.name
+    }
     assert not left
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,22 @@ def test_ranks_in_a_bucket_become_whole(tmp_path: Path) -> None:
     found = torch.load(io.BytesIO(memory.cat("/megatron/x.bin")), weights_only=True)
     memory.rm("/megatron", recursive=True)
     assert_same_tensors(found, whole(MODEL))
+
+
+def test_parameters_that_are_views_of_one_buffer(folder: Path, tmp_path: Path) -> None:
+    """So Megatron's distributed optimizer has them, each at a multiple of 64 elements."""
+
+    def into_one_buffer(state: dict[str, Any]) -> None:
+        model = {name: value for name, value in state["model"].items() if value.dtype == torch.bfloat16}
+        starts = list(itertools.accumulate((-(-t.numel() // 64) * 64 for t in model.values()), initial=0))
+        buffer = torch.full((starts[-1],), 7.0).bfloat16()
+        for (name, tensor), start in zip(model.items(), starts[:-1], strict=True):
+            view = buffer[start : start + tensor.numel()].view(tensor.shape)
+            state["model"][name] = view.copy_(tensor)
+
+    for path in folder.glob("*/*.pt"):
+        _changed(path, into_one_buffer)
+    assert_same_tensors(_converted(folder, tmp_path / "x.bin", verify="load"), whole(MODEL))
 
 
 @pytest.mark.parametrize(("tag", "name"), [("7\n", "iter_0000007"), ("release", "release")])
