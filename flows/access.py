@@ -132,9 +132,8 @@ def running(live: LiveRun, dest: str | None, settings: RunSettings) -> Iterator[
             lease = live.lease
             if lease is None:
                 lease = acquire_lease(
-                    dest,
+                    live.dest_at(dest),
                     live.run_id,
-                    dest_options=live.dest_options,
                     lost=live.stop,
                     tick=live.tick,
                 )

@@ -35,7 +35,7 @@ from ptbin.errors import PtbinError, StorageError, UsageError
 from ptbin.history.failures import Ledger, write_unconverted
 from ptbin.options import ConvertOptions
 from ptbin.sources.companions import companion_of, is_companion
-from ptbin.stores import identity_text, open_store
+from ptbin.stores import identity_text
 from tasks.live import LiveRun, Settled
 from tasks.outcomes import Kind, Outcome, one_line
 
@@ -123,9 +123,7 @@ def preparing(live: LiveRun, asked: Asked, work_found: Callable[[], object]) -> 
     with contextlib.ExitStack() as stack:
         work = stack.enter_context(contextlib.closing(WorkList(asked.dest, dest_options=live.dest_options)))
         stack.callback(setattr, live, "work", None)
-        lease = acquire_lease(
-            asked.dest, live.run_id, dest_options=live.dest_options, lost=live.stop, tick=live.tick
-        )
+        lease = acquire_lease(live.dest_at(asked.dest), live.run_id, lost=live.stop, tick=live.tick)
         stack.callback(lease.release)
         try:
             problems = _plan(live, asked, work, work_found)
@@ -250,7 +248,7 @@ def _ask(live: LiveRun, asked: Asked, work: WorkList) -> None:
             rows += work.answer(jobs, answers, asked.options)
     if rows:  # also for the flow that may go on
         with contextlib.suppress(StorageError):
-            write_segment(asked.dest, f"{live.run_id}-0000", rows, dest_options=live.dest_options)
+            write_segment(live.dest_at(asked.dest), f"{live.run_id}-0000", rows)
 
 
 def _settle_known(live: LiveRun, asked: Asked, work: WorkList, tally: Tally) -> set[str] | None:
@@ -269,7 +267,7 @@ def _settle_known(live: LiveRun, asked: Asked, work: WorkList, tally: Tally) -> 
     with ThreadPoolExecutor(WIDTH) as pool:
         # By their names optimizers and the like: a run looks into each, for it may hold a model after all.
         looked = pool.map(
-            lambda job: is_convertible(job.source_uri, asked.options, source_options=live.source_options),
+            lambda job: is_convertible(live.source_at(job.source_uri), asked.options),
             companions,
         )
         for job, converts in zip(companions, looked, strict=True):
@@ -294,7 +292,6 @@ def _is_gone(live: LiveRun, asked: Asked) -> bool:
         asked.source,
         exclude=asked.exclude,
         source_options=live.source_options,
-        dest_options=live.dest_options,
         tick=live.tick,
     )
     return next(gone, None) is not None
@@ -305,7 +302,7 @@ def _leave(live: LiveRun, asked: Asked, work: WorkList, tally: Tally, alone: set
     ledger = close_ledger(tally, work, asked.selection, alone)
     if ledger is not None:
         with contextlib.suppress(StorageError):
-            write_unconverted(asked.dest, ledger, dest_options=live.dest_options)
+            write_unconverted(live.dest_at(asked.dest), ledger)
     seconds = time.monotonic() - live.began
     summary = tally.summary(seconds) | ({"deleted_paths": []} if asked.kind == "sync" else {})
     folder = record_folder(tally.place, tally.run_id)
@@ -317,9 +314,8 @@ def _leave(live: LiveRun, asked: Asked, work: WorkList, tally: Tally, alone: set
         selection=asked.selection.to_json(work.rule),
     )
     try:
-        store, place = open_store(folder, live.dest_options)
         for name, data in files.items():
-            store.write_bytes(f"{place}/{name}", data)
+            (live.dest_at(folder) / name).write_bytes(data)
     except StorageError as error:
         tally.run_problems.append(Problem(folder, error.reason, one_line(f"run record: {error}")))
         summary = tally.summary(seconds) | ({"deleted_paths": []} if asked.kind == "sync" else {})

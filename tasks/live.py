@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ptbin.stores import Place, place_of
 from tasks.credentials import Credentials
 
 if TYPE_CHECKING:
@@ -111,6 +112,14 @@ class LiveRun:
     summary: dict[str, Any] = field(default_factory=dict, repr=False)
     """Filled by the flow at its end, for the process that started it."""
 
+    def source_at(self, uri: str) -> Place:
+        """A place below SOURCE, with the run's storage options for it."""
+        return place_of(uri, self.source_options)
+
+    def dest_at(self, uri: str) -> Place:
+        """A place below DEST, likewise."""
+        return place_of(uri, self.dest_options)
+
     def moved(self, nbytes: int) -> None:
         """The progress callback handed to the engine.
 
@@ -198,7 +207,7 @@ def _watch(live: LiveRun, lease: str) -> None:
         with _lock:
             _runs.pop(live.run_id, None)
 
-    LeaseWatch(lease, live.dest_options, stop)
+    LeaseWatch(live.dest_at(lease), stop)
 
 
 def stop_all() -> None:

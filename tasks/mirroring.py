@@ -18,7 +18,6 @@ from ptbin.manifests.manifest import manifest_uri
 from ptbin.options import ConvertOptions
 from ptbin.sources.companions import MAX_POINTER_NBYTES, refuse_pointer
 from ptbin.sources.sidecars import change_of
-from ptbin.stores import open_store
 from ptbin.stores.copying import Copied, copy_file, same_content
 from ptbin.stores.limits import limit_requests
 from tasks.live import Interrupted, LiveRun, Ticket, enter_run, find_live_run
@@ -49,11 +48,9 @@ def _compare(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
             if job.copies:
                 return _compare_copy(live, job, options)
             same = find_unchanged(
-                job.source_uri,
-                job.dest_uri,
+                live.source_at(job.source_uri),
+                live.dest_at(job.dest_uri),
                 options,
-                source_options=live.source_options,
-                dest_options=live.dest_options,
                 progress=live.moved,
             )
     except Exception:  # noqa: BLE001 - whatever it is, the conversion meets it again and reports it
@@ -66,10 +63,8 @@ def _compare(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
 
 def _compare_copy(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
     same = same_content(
-        job.source_uri,
-        job.dest_uri,
-        source_options=live.source_options,
-        dest_options=live.dest_options,
+        live.source_at(job.source_uri),
+        live.dest_at(job.dest_uri),
         change=_change_of(job, options),
         progress=live.moved,
     )
@@ -110,11 +105,9 @@ def _copy(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
     try:
         with limit_requests(live.requests):
             copied = copy_file(
-                job.source_uri,
-                job.dest_uri,
+                live.source_at(job.source_uri),
+                live.dest_at(job.dest_uri),
                 expected=job.identity,
-                source_options=live.source_options,
-                dest_options=live.dest_options,
                 verify=options.verify != "none",
                 change=_change_of(job, options),
                 progress=live.moved,
@@ -154,10 +147,8 @@ def back_up_batch(ticket: Ticket, label: str, dest: str, backup: str, files: Seq
         try:
             with limit_requests(live.requests):
                 copy_file(
-                    f"{dest.rstrip('/')}/{path}",
-                    f"{backup.rstrip('/')}/{path}",
-                    source_options=live.dest_options,
-                    dest_options=live.dest_options,
+                    live.dest_at(dest) / path,
+                    live.dest_at(backup) / path,
                     progress=live.moved,
                 )
         except NotFoundInStoreError:
@@ -179,15 +170,15 @@ def delete_batch(ticket: Ticket, label: str, dest: str, files: Sequence[str]) ->
     """Delete files of DEST, in order: manifests come before what they vouch for."""
     del label
     live = enter_run(ticket)
-    store, folder = open_store(dest, live.dest_options)
+    folder = live.dest_at(dest)
 
     def delete(path: str) -> Outcome:
         live.moved(0)
-        if not is_reached_plainly(store, folder, path):
+        if not is_reached_plainly(folder, path):
             return Outcome(path, "not_tried")  # a link took its place: what it leads to is not ours
         try:
             with limit_requests(live.requests):
-                store.delete(f"{folder.rstrip('/')}/{path}")
+                (folder / path).delete()
         except Exception as error:  # noqa: BLE001 - as in `_copy`
             return outcome_of_error(path, error)
         return Outcome(path, "deleted")
@@ -227,7 +218,6 @@ def find_gone(run_id: str, source: str, exclude: Sequence[str]) -> list[Gone]:
                 source,
                 exclude=exclude,
                 source_options=live.source_options,
-                dest_options=live.dest_options,
                 tick=live.tick,
             )
         )
@@ -242,7 +232,7 @@ def release_outputs(run_id: str, listed: Mapping[str, Sequence[str]]) -> dict[st
         live.tick()
         try:
             with limit_requests(live.requests):
-                release_companions(uri, names, dest_options=live.dest_options)
+                release_companions(live.dest_at(uri), names)
         except Exception as error:  # noqa: BLE001 - as in `_copy`
             failed[uri] = outcome_of_error(uri, error)
     return failed

@@ -225,7 +225,6 @@ def _print_plan(
                     source,
                     exclude=exclude,
                     source_options=shared.source_options,
-                    dest_options=shared.dest_options,
                 )
             )
         current = work.count_current()

@@ -16,7 +16,7 @@ from flows.wishes import refuse_secrets
 from ptbin.errors import UsageError
 
 if TYPE_CHECKING:
-    from ptbin.stores import Store
+    from ptbin.stores import Place
 
 __all__ = ["verify_command"]
 
@@ -66,15 +66,15 @@ def verify_command(
     """Check every manifest at or below DEST against what is stored."""
     shared = Shared(**shared_values)
     from ptbin.registries import is_registry_uri, open_registry
-    from ptbin.stores import open_store
+    from ptbin.stores import place_of
 
     # A repository of a Hub is a place like any other: what was published is read back from there.
     if is_registry_uri(dest) and not ("/" in dest.removeprefix("hf://") and dest.startswith("hf://")):
         dest = open_registry(dest, None, shared.dest_options).home()
 
-    store, path = open_store(dest, shared.dest_options)
     with showing_progress(shared) as listener:
-        if store.is_directory(path):
+        place = place_of(dest, shared.dest_options)
+        if place.is_directory():
             from flows.cli.on_prefect import run_flow
             from flows.run_record import new_run_id
 
@@ -93,7 +93,7 @@ def verify_command(
                 runner_address=runner_address,
             )
         else:
-            _refuse_missing(store, path)
+            _refuse_missing(place)
             summary = _verify_one(dest, level, public_key, shared, listener)
     if shared.as_json:
         print_json({key: summary[key] for key in JSON_KEYS})
@@ -103,7 +103,7 @@ def verify_command(
     return 0 if not summary["issues"] else 1
 
 
-def _refuse_missing(store: Store, path: str) -> None:
+def _refuse_missing(place: Place) -> None:
     """A missing DEST is the caller's mistake, not an issue; of shards and split outputs only the manifest is
     there.
 
@@ -114,12 +114,12 @@ def _refuse_missing(store: Store, path: str) -> None:
     from ptbin.manifests.manifest import MANIFEST_SUFFIX
 
     try:
-        store.stat(path)
+        place.stat()
     except NotFoundInStoreError:
         try:
-            store.stat(path + MANIFEST_SUFFIX)
+            place.beside(MANIFEST_SUFFIX).stat()
         except NotFoundInStoreError:
-            store.stat(path)
+            place.stat()
 
 
 def _refuse_empty(dest: str, shared: Shared) -> None:
@@ -135,16 +135,16 @@ def _manifest_of(dest: str, shared: Shared) -> str:
     """The manifest of an output: next to it, or that of the output that `--split` made it a part of."""
     from ptbin.catalog.finding import split_manifest
     from ptbin.errors import NotFoundInStoreError
-    from ptbin.manifests.manifest import manifest_uri
-    from ptbin.stores import open_store
+    from ptbin.manifests.manifest import MANIFEST_SUFFIX, manifest_uri
+    from ptbin.stores import place_of
 
     uri = manifest_uri(dest)
-    store, path = open_store(dest, shared.dest_options)
+    place = place_of(dest, shared.dest_options)
     try:
-        store.stat(f"{path}.manifest.json")
+        place.beside(MANIFEST_SUFFIX).stat()
     except NotFoundInStoreError:
-        found = split_manifest(store, path)
-        return store.uri_of(found) if found is not None else uri
+        found = split_manifest(place.parent, place.name)
+        return (place.parent / found).uri if found is not None else uri
     return uri
 
 
@@ -168,14 +168,12 @@ def _verify_one(
     )
     if public_key is not None:
         from ptbin.proof.signatures import verify_signatures
-        from ptbin.stores import open_store
+        from ptbin.stores import place_of
 
-        store, path = open_store(uri, shared.dest_options)
         found += verify_signatures(
-            dest,
+            place_of(dest, shared.dest_options),
             public_key,
-            [store.uri_of(path)],
-            storage_options=shared.dest_options,
+            [place_of(uri, shared.dest_options).uri],
             progress=listener.moved,
         )
     issues = [issue.to_json() for issue in found]

@@ -41,7 +41,7 @@ from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.manifests.vouching import ASIDE_SUFFIX, CLAIM_TARGET_SUFFIX
 from ptbin.options import ConvertOptions
 from ptbin.sources.folders import INDEX_SUFFIX
-from ptbin.stores import ListedObject, WatchQuietly, identity_text, open_store
+from ptbin.stores import ListedObject, WatchQuietly, identity_text, place_of
 
 __all__ = ["WorkList"]
 
@@ -56,8 +56,7 @@ class WorkList(JobTable):
 
     def __init__(self, dest: str, *, dest_options: Mapping[str, Any] | None = None) -> None:
         super().__init__(OutputRule(dest))
-        self.dest = dest
-        self._dest_options = dest_options
+        self.dest = place_of(dest, dest_options)
         self._options = ConvertOptions()
         self._source_options: Mapping[str, Any] | None = None
         self.own_files: set[str] | None = None
@@ -101,7 +100,7 @@ class WorkList(JobTable):
         """
         with self.lock:
             self._clear()
-            self.rule = replace(rule, folds_case=folds_case(*open_store(self.dest, self._dest_options)))
+            self.rule = replace(rule, folds_case=folds_case(self.dest.store, self.dest.path))
             self._options, self._source_options = options, source_options
             self._read_dest(tick)
             others: list[ListedObject] = []
@@ -156,10 +155,9 @@ class WorkList(JobTable):
             self.db.execute(f"DELETE FROM {table}")  # noqa: S608 - names from the line above
 
     def _read_dest(self, tick: Callable[[], object]) -> None:
-        store, path = open_store(self.dest, self._dest_options)
         self.own_files = set()
         self.db.execute("BEGIN")
-        for number, item in enumerate(store.iter_objects(path, WatchQuietly())):
+        for number, item in enumerate(self.dest.iter_objects(WatchQuietly())):
             if number % PAGE == 0:
                 tick()
             if not item.path.isascii() and not _is_text(item.path):
@@ -174,7 +172,7 @@ class WorkList(JobTable):
         self.db.execute("COMMIT")
         for (segment,) in self.db.execute("SELECT path FROM segments ORDER BY path").fetchall():
             tick()
-            self.learn(iter_segment(store, f"{path.rstrip('/')}/{segment}"))
+            self.learn(iter_segment(self.dest / segment))
 
     def learn(self, rows: Iterable[FinishedRow]) -> None:
         """Take rows of the index in, those that speak of what DEST's listing shows."""
@@ -283,7 +281,7 @@ class WorkList(JobTable):
                 return not kind.copies
         from ptbin.catalog.comparing import is_convertible  # reads checkpoints: nobody else here does
 
-        return is_convertible(job.source_uri, self._options, source_options=self._source_options)
+        return is_convertible(place_of(job.source_uri, self._source_options), self._options)
 
     def _look_up(self, options: ConvertOptions, tick: Callable[[], object]) -> None:
         """Decide by the index; where a manifest is there that it does not know, that is to be asked."""
@@ -388,8 +386,7 @@ class WorkList(JobTable):
         Raises:
             StorageError: the store failed.
         """
-        store, path = open_store(self.dest, self._dest_options)
-        return store.discard_unfinished(path, self._is_unfinished)
+        return self.dest.store.discard_unfinished(self.dest.path, self._is_unfinished)
 
     def _is_unfinished(self, path: str) -> bool:
         """Whether what was to go to `path` is a planned output, or a claim that a manifest has overtaken."""
@@ -424,9 +421,8 @@ class WorkList(JobTable):
             return [name for row in rows for name, _ in row.outputs]
         if self._size_of(manifest) is None:
             return []
-        store, path = open_store(self.dest, self._dest_options)
         try:
-            found = parse_manifest(store.read_bytes(f"{path.rstrip('/')}/{manifest}"), manifest)
+            found = parse_manifest((self.dest / manifest).read_bytes(), manifest)
         except (NotFoundInStoreError, VerificationError, LimitExceededError):
             return []
         return [output["path"] for output in found["outputs"]]
