@@ -22,7 +22,8 @@ from ptbin.manifests.damage import damaged_file, is_damaged, note_damage
 from ptbin.manifests.drafting import stored_of
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, dump_manifest, parse_manifest
 from ptbin.options import ConvertOptions
-from ptbin.proof.digests import OnePass
+from ptbin.proof.digests import OnePass, digest_file
+from ptbin.proof.verification import difference_of
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import read_selected
 from ptbin.sources.opening import SourcePlace, find_source
@@ -99,7 +100,7 @@ def find_unchanged(
     with place.open() as reader:
         if _digests(place, reader, path.rpartition("/")[2], options, stored, progress) != stored:
             return None
-        if damaged := _damaged_files(store, path, stored, progress):
+        if damaged := _damaged_files(store, path, manifest, progress):
             note_damage(store, path + MANIFEST_SUFFIX, damaged)
             return None
         facts = {"uri": reader.uri, "size": reader.size, "identity": reader.identity.to_json()}
@@ -174,22 +175,18 @@ def _sizes_are_right(store: Store, path: str, manifest: Mapping[str, Any]) -> bo
 
 
 def _damaged_files(
-    store: Store, path: str, stored: Mapping[str, Any], progress: Progress | None
+    store: Store, path: str, manifest: Mapping[str, Any], progress: Progress | None
 ) -> dict[str, Any]:
-    """Of the stored files, those that do not have their SHA-256, and what is there instead."""
+    """The stored files that are not what the manifest says, as `note_damage` takes them."""
     folder = path[: -len(path.rsplit("/", 1)[-1])]
-    found = {}
-    for name, expected in stored.items():
-        digest = hashlib.sha256()
-        with store.open_reader(folder + name) as reader:
-            for piece in reader.iter_range(0, reader.size):
-                digest.update(piece)
-                if progress is not None:
-                    progress(0)
-            there = ObjectStat(reader.uri, reader.size, reader.identity)
-        if digest.hexdigest() != expected:
-            found[name] = damaged_file(there, digest.hexdigest())
-    return found
+    damaged: dict[str, Any] = {}
+    for output in manifest["outputs"]:
+        rows = [row for row in manifest["tensors"] if row["file"] == output["path"]]
+        with store.open_reader(folder + output["path"]) as reader:
+            if difference_of(reader, output, rows, progress):
+                there = ObjectStat(reader.uri, reader.size, reader.identity)
+                damaged[output["path"]] = damaged_file(there, digest_file(reader, [], [], progress).sha256)
+    return damaged
 
 
 def _digests(

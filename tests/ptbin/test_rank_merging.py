@@ -34,7 +34,7 @@ from ptbin.reading.pickle.meshes import Placement, runs_of
 from ptbin.reading.pickle.torch_objects import TorchVocabulary
 from tests.bits import assert_same_tensors
 from tests.checkpoints.meshes import make_meshes
-from tests.checkpoints.old_meshes import Cut, save_as_torch_2_3
+from tests.checkpoints.old_meshes import OLD_TORCHES, Cut, save_as_old_torch
 from tests.servers.endpoint import S3Endpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -194,25 +194,38 @@ def test_a_dimension_cut_along_all_of_a_mesh_is_in_each_rank_once(
     assert seen == [1] * size
 
 
-def test_files_of_torch_2_3_become_whole(tmp_path: Path) -> None:
-    whole = torch.randn(11, 3)
+@pytest.mark.parametrize("version", OLD_TORCHES)
+def test_files_of_older_torches_become_whole(tmp_path: Path, version: str) -> None:
+    """HSDP, FSDP over tensor parallelism, columns, uneven; pickled as torch 2.3 to 2.9 did."""
+    whole = {"hsdp": torch.randn(11, 3), "strided": torch.randn(8, 3), "columns": torch.randn(2, 7)}
     folder = tmp_path / "ranks"
     folder.mkdir()
-    for rank, coordinate in enumerate(itertools.product(range(2), range(2))):
-        piece = whole.chunk(2)[coordinate[1]].clone()
-        cut = Cut(piece, (11, 3), (2, 2), coordinate, (None, 0))
-        save_as_torch_2_3(folder / f"model_rank_{rank}.pt", {"w": cut, "plain": torch.ones(2)})
-    assert_same_tensors(_converted(folder, tmp_path), {"w": whole, "plain": torch.ones(2)})
+    for rank, (first, second) in enumerate(itertools.product(range(2), range(2))):
+        at = (first, second)
+
+        def placed(name: str, piece: torch.Tensor, shards: tuple[Any, ...], at: tuple[int, int] = at) -> Cut:
+            return Cut(piece.clone(), tuple(whole[name].shape), (2, 2), at, shards)
+
+        state: dict[str, Any] = {
+            "hsdp": placed("hsdp", whole["hsdp"].chunk(2)[second], (None, 0)),
+            # tensor parallelism (the second dimension of the mesh) cut first
+            "strided": placed("strided", whole["strided"].chunk(2)[second].chunk(2)[first], ((0, 2), 0)),
+            "columns": placed("columns", whole["columns"].chunk(2, 1)[first], (1, None)),
+            "plain": torch.ones(2),
+        }
+        save_as_old_torch(folder / f"model_rank_{rank}.pt", state, version)
+    assert_same_tensors(_converted(folder, tmp_path), {**whole, "plain": torch.ones(2)})
     report = ptbin.inspect(str(folder))
     assert (report["verdict"], report["container"]) == ("safe", "torch_ranks")
 
 
-def test_summands_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", OLD_TORCHES)
+def test_summands_are_refused(tmp_path: Path, version: str) -> None:
     for rank in range(2):
         cut = Cut(torch.ones(4), (4,), (2,), (rank,), ("sum",))
-        save_as_torch_2_3(tmp_path / f"model_rank_{rank}.pt", {"w": cut})
-    with pytest.raises(UnsupportedTensorError, match="a summand of the whole"):
-        ptbin.convert(str(tmp_path), str(tmp_path / "x.bin"))
+        save_as_old_torch(tmp_path / f"rank_{rank}.pt", {"w": cut}, version)
+    with pytest.raises(UnsupportedTensorError, match="summand"):
+        ptbin.convert(str(tmp_path), str(tmp_path / "out" / "x.bin"))
 
 
 def test_tied_tensors_stay_tied(tmp_path: Path) -> None:
@@ -445,13 +458,11 @@ def test_ranks_in_a_bucket_become_whole_there(tmp_path: Path, moto_s3: S3Endpoin
     for rank in range(2):
         path = tmp_path / f"model_world_size_2_rank_{rank}.pt"
         cuts = {"w": (big, 0), "v": (small, 1)}
-        save_as_torch_2_3(
-            path,
-            {
-                name: Cut(value.chunk(2, dim)[rank].clone(), tuple(value.shape), (2,), (rank,), (dim,))
-                for name, (value, dim) in cuts.items()
-            },
-        )
+        state = {
+            name: Cut(value.chunk(2, dim)[rank].clone(), tuple(value.shape), (2,), (rank,), (dim,))
+            for name, (value, dim) in cuts.items()
+        }
+        save_as_old_torch(path, state, "2.3")
         moto_s3.store().write_bytes(f"{bucket}/in/actor/{path.name}", path.read_bytes())
     source, dest = f"s3://{bucket}/in", f"s3://{bucket}/out/actor.bin"
     options = moto_s3.storage_options

@@ -15,7 +15,16 @@ from typing import Any
 from ptbin.reading.containers.part_files import mapping_of
 from ptbin.values.nodes import DictNode
 
-__all__ = ["Rank", "Sizes", "megatron_arguments", "megatron_facts", "rank_of", "sizes_of"]
+__all__ = [
+    "Rank",
+    "Sizes",
+    "described",
+    "folder_of",
+    "megatron_arguments",
+    "megatron_facts",
+    "rank_of",
+    "sizes_of",
+]
 
 MAX_SIZE = 1 << 20
 """Of one dimension of parallelism, and of other numbers that something is made for each of."""
@@ -155,3 +164,13 @@ def folder_of(rank: Rank, like: str, sizes: Sizes) -> str:
     stage = f"_{rank.pipeline:03d}" if sizes.pipeline > 1 else ""
     expert = f"_{rank.expert:03d}" if sizes.expert > 1 else ""
     return f"mp_rank_{rank.tensor:02d}{stage}{expert}/{file}"
+
+
+def described(sizes: Sizes | None) -> str:
+    """The ranks of a run, for messages."""
+    if sizes is None:
+        return "an unknown number of ranks"
+    found = f"{sizes.tensor} tensor-parallel x {sizes.pipeline} pipeline"
+    if sizes.expert > 1 or sizes.expert_tensor != sizes.tensor:
+        found += f" x {sizes.expert} expert-parallel ({sizes.expert_tensor} tensor-parallel in experts)"
+    return found + " ranks"

@@ -25,6 +25,7 @@ from ptbin.reading.containers.grouped_experts import grouped_experts, is_grouped
 from ptbin.reading.containers.megatron import (
     Rank,
     Sizes,
+    described,
     folder_of,
     megatron_arguments,
     megatron_facts,
@@ -157,7 +158,7 @@ class _Ranks:
     def _compare_sizes(self, name: str, root: DictNode) -> None:
         if (found := sizes_of(megatron_arguments(root))) != self.sizes:
             self.files.refuse(
-                f"{name} was saved on {_described(found)}, {self.names[0]} on {_described(self.sizes)}: the "
+                f"{name} was saved on {described(found)}, {self.names[0]} on {described(self.sizes)}: the "
                 "files are not of one save"
             )
 
@@ -165,7 +166,7 @@ class _Ranks:
         """Note every tensor of a file's model; where it lies."""
         rank = rank_of(name, self.sizes)
         if rank is None:
-            self.files.refuse(f"{name} is not named as one of the files of {_described(self.sizes)}")
+            self.files.refuse(f"{name} is not named as one of the files of {described(self.sizes)}")
         if rank in self.ranks:
             self.files.refuse(f"{name} and {self.ranks[rank]} are of one rank")
         self.ranks[rank] = name
@@ -208,14 +209,14 @@ class _Ranks:
             sizes = Sizes(tensor, pipeline, expert, tensor)
         if sizes.tensor % sizes.expert_tensor:
             self.files.refuse(
-                f"it was saved on {_described(sizes)}, whose files do not say who holds which experts"
+                f"it was saved on {described(sizes)}, whose files do not say who holds which experts"
             )
         missing = list(islice((rank for rank in sizes.ranks() if rank not in self.ranks), MAX_SHOWN))
         if missing:
             names = [folder_of(rank, self.names[0], sizes) for rank in missing]
             more = " and others" if len(missing) == MAX_SHOWN else ""
             self.files.refuse(
-                f"it was saved on {_described(sizes)}; not there: {', '.join(names)}{more}; fetch all "
+                f"it was saved on {described(sizes)}; not there: {', '.join(names)}{more}; fetch all "
                 "files of this save"
             )
         return sizes
@@ -350,12 +351,3 @@ def _put(tree: dict[Path, DictNode], path: Path, value: TensorRef) -> None:
             below = tree[path[:depth]] = DictNode("OrderedDict")
             tree[path[: depth - 1]].pairs.append((path[depth - 1], below))
     tree[path[:-1]].pairs.append((path[-1], value))
-
-
-def _described(sizes: Sizes | None) -> str:
-    if sizes is None:
-        return "an unknown number of ranks"
-    found = f"{sizes.tensor} tensor-parallel x {sizes.pipeline} pipeline"
-    if sizes.expert > 1 or sizes.expert_tensor != sizes.tensor:
-        found += f" x {sizes.expert} expert-parallel ({sizes.expert_tensor} tensor-parallel in experts)"
-    return found + " ranks"

@@ -86,6 +86,7 @@ _SAFE_NAMES: dict[str, frozenset[str]] = {
     "torch.distributed._tensor.api": frozenset(["DTensor"]),
     "torch.distributed.tensor._dtensor_spec": frozenset(["DTensorSpec", "TensorMeta", "ShardOrderEntry"]),
     "torch.distributed._tensor.placement_types": _PLACEMENTS | {"DTensorSpec", "TensorMeta"},
+    "torch.distributed._tensor._dtensor_spec": frozenset(["DTensorSpec", "TensorMeta"]),
     "torch.distributed.tensor.placement_types": _PLACEMENTS,
     "torch.distributed.device_mesh": frozenset(["DeviceMesh"]),
     "torch.distributed._mesh_layout": frozenset(["_MeshLayout", "_FlatLayout"]),

@@ -1,7 +1,9 @@
 """DeepSpeed's `*_model_states.pt` of one tensor-parallel rank: names, shapes, buffers, frozen parameters.
 
 One file for ZeRO stages 1 and 2, one for each data-parallel rank in stage 3, whose `module` has empty tensors
-in the places of its parameters (deepspeed/runtime/engine.py, `_common_checkpoint_state`, 0.19).
+in the places of its parameters (deepspeed/runtime/engine.py, `_common_checkpoint_state`, 0.19). All are
+opened:
+what they hold is accounted for, and their counters have to agree.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ class ModelStates:
         self.files = files
         self.names = list(names)
         self.label = label
-        self.root = self._open(self.names[0])
+        self.root, *self._others = [self._open(name) for name in self.names]
         self.module: DictNode = self.root.get("module")
 
     @property
@@ -150,7 +152,8 @@ class ModelStates:
                     )
                 yield name, fragments[0][name]
             return
-        fragments += [self._fragments(file, self._open(file), shapes) for file in self.names[1:]]
+        others = zip(self.names[1:], self._others, strict=True)
+        fragments += [self._fragments(file, model, shapes) for file, model in others]
         for name, shape in shapes.items():
             share = -(-math.prod(shape) // len(self.names))
             vectors = []

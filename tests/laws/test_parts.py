@@ -1,0 +1,125 @@
+"""The law over checkpoints in parts: every storage of every file is taken, or left out by a role, or stops
+it.
+
+Folders of all kinds, with something drawn put into one of their files. Files that are not opened are counted
+by
+their sizes. What is computed (a buffer cast to float32) is counted as well, and is not in here.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+import ptbin
+from ptbin.errors import PtbinError
+from tests.checkpoints.deepspeed_slices import (
+    rank_model,
+    write_layers,
+    write_ranks,
+    write_universal,
+    write_zero_ranks,
+)
+from tests.checkpoints.deepspeed_zero import by_hand
+from tests.checkpoints.llama import write_meta_parts
+from tests.checkpoints.parts import write_experts
+from tests.laws.law import SOUND_REASONS, Holdings
+
+EXAMPLES = int(os.environ.get("PTBIN_LAW_EXAMPLES", "0"))
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def _zero(folder: Path, stage: int) -> None:
+    model = rank_model()
+    by_hand(folder, [model], stage=stage, world_size=2, buffers={"mean": torch.randn(3)})
+
+
+def _layers(folder: Path) -> None:
+    model = {n: t for n, t in rank_model().items() if n in ("norm.weight", "up.bias")}
+    write_layers(folder, {0: {"a": torch.randn(4)}, 1: model, 2: model}, 1, count=2)
+
+
+KINDS: dict[str, Callable[[Path], Any]] = {
+    "zero 2": lambda folder: _zero(folder, 2),
+    "zero 3": lambda folder: _zero(folder, 3),
+    "zero 1 of two tensor-parallel ranks": lambda folder: write_zero_ranks(folder, 2, stage=1, world_size=2),
+    "tensor-parallel ranks": lambda folder: write_ranks(folder, 2),
+    "layers": _layers,
+    "experts": write_experts,
+    "universal": lambda folder: write_universal(folder, stage=1),
+    "meta": lambda folder: write_meta_parts(folder, 2),
+}
+"""Name to what writes one checkpoint below a folder."""
+
+EXTRAS: dict[str, Callable[[], Any]] = {
+    "array": lambda: np.arange(7.0),
+    "arrays": lambda: {"a": np.arange(5), "b": [np.ones((2, 3), np.float32)]},
+    "a single number": lambda: np.float64(3.5),
+    "optimizer": lambda: {
+        "state": {0: {"exp_avg": torch.randn(6), "step": torch.tensor(3.0)}},
+        "param_groups": [],
+    },
+    "generators": lambda: {"torch": torch.randint(0, 255, (16,), dtype=torch.uint8), "numpy": np.arange(624)},
+    "tensor": lambda: torch.randn(4),
+    "a view": lambda: torch.randn(9)[2:5],
+    "nested": lambda: {"deep": [{"er": torch.randn(2)}, "text", None]},
+}
+
+
+def _is_unopened(path: Path, kind: str) -> bool:
+    if path.name.endswith("_optim_states.pt"):
+        return not kind.startswith("zero")
+    return path.name in ("exp_avg.pt", "exp_avg_sq.pt", "optimizer_state.pt")
+
+
+@settings(
+    deadline=None,
+    max_examples=EXAMPLES or 60,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
+)
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    extra=st.sampled_from(["", *sorted(EXTRAS)]),
+    key=st.sampled_from(["rng_states", "extra", "lr_scheduler", "random_ltd", "ema", "optimizer_extra"]),
+    seed=st.integers(0, 99),
+)
+def test_every_byte_of_every_part_is_taken_or_named_or_stops_it(
+    kind: str, extra: str, key: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "run"
+        KINDS[kind](folder)
+        files = sorted(path for path in folder.rglob("*.pt*") if path.is_file())
+        opened = [path for path in files if not _is_unopened(path, kind)]
+        if extra:
+            path = random.Random(seed).choice(opened)
+            content = torch.load(path, weights_only=False)
+            if isinstance(content, dict):
+                torch.save({**content, key: EXTRAS[extra]()}, path)
+        source = next(iter(folder.glob("global_step*")), folder)
+        try:
+            manifest = ptbin.convert(str(source), str(Path(name) / "out" / "x.bin"))
+        except PtbinError as error:
+            if not extra or error.reason not in SOUND_REASONS:
+                raise
+            event(f"{kind}: {error.reason}")
+            return
+        held = sum(Holdings.of(torch.load(path, weights_only=False)).nbytes for path in opened)
+        unread = sum(path.stat().st_size for path in files if path not in opened)
+        accounting = manifest["accounting"]
+        assert accounting["source_tensor_bytes"] == held + unread
+        assert accounting["taken_bytes"] + sum(accounting["left_out"].values()) == held + unread
+        assert ptbin.verify(str(Path(name) / "out" / "x.bin.manifest.json")) == []
+        event(f"{kind}: taken")
