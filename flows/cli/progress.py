@@ -35,9 +35,11 @@ class Problems(Listener):
     def __init__(self) -> None:
         self.told: set[tuple[str, str]] = set()
         """Reason and detail of the problems that were printed: the summary does not print them again."""
+        self.leaves_them = False
+        """Whether problems are left to the report at the end, which is what the command is for."""
 
     def settled(self, file: Settled) -> None:
-        if file.reason:
+        if file.reason and not self.leaves_them:
             self.told.add((file.reason, file.detail))
             self.tell(f"{file.kind} {file.path}: {file.reason}: {short_detail(file.path, file.detail)}")
 

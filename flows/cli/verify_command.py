@@ -11,7 +11,7 @@ from flows.cli.printing import print_json, print_line
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared, runner_options, shared_options
 from flows.cli.started import began
-from flows.cli.summary import untold, verification_lines
+from flows.cli.summary import verification_lines
 from flows.wishes import refuse_secrets
 from ptbin.errors import UsageError
 
@@ -73,6 +73,7 @@ def verify_command(
         dest = open_registry(dest, None, shared.dest_options).home()
 
     with showing_progress(shared) as listener:
+        listener.leaves_them = not shared.quiet and not shared.as_json
         place = place_of(dest, shared.dest_options)
         if place.is_directory():
             from flows.cli.on_prefect import run_flow
@@ -98,7 +99,7 @@ def verify_command(
     if shared.as_json:
         print_json({key: summary[key] for key in JSON_KEYS})
     elif not shared.quiet:
-        for line in verification_lines(untold(summary, listener.told, "issues")):
+        for line in verification_lines(summary):
             print_line(line)
     return 0 if not summary["issues"] else 1
 
