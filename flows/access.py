@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -87,7 +86,6 @@ def join_run(run_id: str, settings: RunSettings) -> Iterator[LiveRun]:
         else:
             live = LiveRun(run_id, load_options(settings.source_options), load_options(settings.dest_options))
             stack.enter_context(open_live_run(live))
-        live.began = time.monotonic()  # not when the command line opened it, to start a server first
         live.summary["flow_run_id"] = current_flow_run_id()
         tag_flow_run()
         stack.enter_context(untagged_tasks())
@@ -136,17 +134,20 @@ def running(live: LiveRun, dest: str | None, settings: RunSettings) -> Iterator[
     with _stops_as_error(live), contextlib.ExitStack() as stack:
         lease = None
         if dest is not None:
-            work = stack.enter_context(contextlib.closing(WorkList(dest, dest_options=live.dest_options)))
-            live.work = work
-            stack.callback(setattr, live, "work", None)
-            lease = acquire_lease(
-                dest,
-                live.run_id,
-                dest_options=live.dest_options,
-                lost=live.stop,
-                tick=live.tick,
-            )
-            stack.callback(lease.release)
+            if live.work is None:
+                live.work = stack.enter_context(
+                    contextlib.closing(WorkList(dest, dest_options=live.dest_options))
+                )
+                stack.callback(setattr, live, "work", None)
+            lease = live.lease
+            if lease is None:
+                lease = acquire_lease(
+                    live.dest_at(dest),
+                    live.run_id,
+                    lost=live.stop,
+                    tick=live.tick,
+                )
+                stack.callback(lease.release)
         live.requests = RequestLimit(settings.max_requests)
         runner = stack.enter_context(open_runner(settings.runner, settings.runner_address, settings.workers))
         ticket = Ticket(

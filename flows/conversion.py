@@ -36,6 +36,7 @@ from ptbin.catalog.finished import FinishedRow
 from ptbin.errors import PtbinError, StorageError
 from ptbin.options import ConvertOptions
 from ptbin.sources.companions import companion_of
+from tasks.batches import FULL_AFTER
 from tasks.converting import convert_and_verify_batch, convert_batch, verify_batch
 from tasks.listing import discard_unfinished, find_up_to_date, work_of
 from tasks.live import Interrupted, Settled
@@ -79,6 +80,7 @@ class Conversion:
         self.live = run.live
         self.runner = run.runner
         self.work = work_of(run.live)
+        self.full = 0
         self.lines: list[str] = []
         self.index_rows: list[FinishedRow] = []
         self.segments = 0
@@ -350,6 +352,9 @@ class Conversion:
 
     def _settle(self, job: Job, outcome: Outcome) -> None:
         """One checkpoint has its final outcome."""
+        self.full += outcome.is_full
+        if self.full >= FULL_AFTER:
+            self.running.stop("there is no room left in DEST; free some, then run again")
         kind = self.tally.add(job, outcome).outcome
         facts = outcome.converted
         if facts is not None and facts.index_row is not None:

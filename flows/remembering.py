@@ -15,6 +15,7 @@ from ptbin.catalog.globs import root_of
 from ptbin.catalog.jobtable import CURRENT, LEFT_ALONE, TO_DO
 from ptbin.catalog.worklist import WorkList
 from ptbin.history.failures import Unconverted, read_ledger
+from ptbin.stores import place_of
 
 __all__ = ["close_ledger", "open_ledger"]
 
@@ -32,12 +33,11 @@ def open_ledger(
         PtbinError: what is acknowledged cannot be read.
     """
     tally.ledger = read_ledger(
-        tally.dest,
+        place_of(tally.dest, dest_options),
         run_id=tally.run_id,
         root=root_of(tally.source, source_options),
         now=tally.ledger.now,
         there=work.own_files,
-        dest_options=dest_options,
     )
 
 

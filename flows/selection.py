@@ -12,7 +12,7 @@ from ptbin.catalog.named import parse_lines
 from ptbin.errors import UsageError
 from ptbin.history.failures import read_unconverted
 from ptbin.history.records import read_rows
-from ptbin.stores import open_store
+from ptbin.stores import place_of
 
 __all__ = ["LAST", "Selection", "named_files"]
 
@@ -80,13 +80,12 @@ def named_files(
     if include or (files_from is not None and retry_failed is not None):
         raise UsageError("only one of --include, --files-from and --retry-failed can say what to look at")
     if isinstance(files_from, str):
-        store, path = open_store(files_from)
-        return parse_lines(store.read_bytes(path))
+        return parse_lines(place_of(files_from).read_bytes())
     if files_from is not None:
         return list(files_from)
     if retry_failed == LAST:
-        rows = read_unconverted(dest, dest_options=dest_options)
+        rows = read_unconverted(place_of(dest, dest_options))
         return [row.path for row in rows if row.is_failure and row.root == root]
-    found = read_rows(dest, str(retry_failed), storage_options=dest_options)
+    found = read_rows(place_of(dest, dest_options), str(retry_failed))
     failed = [row["path"] for row in found if row.get("outcome") in ("rejected", "failed", "known")]
     return [path.removeprefix(f"{root.rstrip('/')}/") for path in failed]

@@ -243,6 +243,7 @@ class Tally:
             "resolved": len(self.ledger.resolved),
             "left_alone": self.count("left_alone"),
             "skipped": dict(self.skipped),
+            "not_tried": self.count("not_tried"),
             "source_bytes": sum(entry.nbytes for entry, _ in done),
             "read_bytes": sum(facts.read_nbytes for _, facts in done),
             "written_bytes": sum(facts.written_nbytes for _, facts in done),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["format_nbytes", "format_seconds", "left_out_words", "short_detail"]
+__all__ = ["counted", "format_nbytes", "format_seconds", "left_out_words", "short_detail"]
 
 
 def format_nbytes(nbytes: float) -> str:
@@ -26,6 +26,11 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def counted(count: int, what: str) -> str:
+    """`1 tensor`, `2 tensors`."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def left_out_words(left_out: Mapping[str, int]) -> str:

@@ -13,7 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import (
     CheckpointError,
@@ -27,7 +27,15 @@ from ptbin.manifests.drafting import Written, draft_manifest
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, dump_manifest, utc_now
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, add_source_digests, dump_statement, statement_of
 from ptbin.manifests.sidecars import copy_sidecars, put_text
-from ptbin.manifests.vouching import Guard, OutputSite, Standing, claim_of, claim_path, end_claim, is_restored
+from ptbin.manifests.vouching import (
+    Guard,
+    OutputSite,
+    Standing,
+    claim_of,
+    claim_place,
+    end_claim,
+    is_restored,
+)
 from ptbin.options import ConvertOptions
 from ptbin.output_files import write_files
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
@@ -38,23 +46,25 @@ from ptbin.splice import iter_recipe, splice
 from ptbin.stores import (
     Identity,
     ListedObject,
+    Place,
     RangeReader,
-    Store,
     Writer,
-    open_store,
-    public_uri,
+    place_of,
 )
 from ptbin.writing.outputs import OutputPlan, plan_outputs
 from ptbin.writing.ties import tie_equal_tensors
 
-__all__ = ["Progress", "Published", "commit", "convert", "publish", "stage", "would_replace"]
+if TYPE_CHECKING:
+    from ptbin.stores.place import Where
+
+__all__ = ["Progress", "Published", "commit", "convert", "publish", "publish_at", "stage", "would_replace"]
 
 Progress = Callable[[int], None]
 
 
 def convert(
-    source: str,
-    dest: str,
+    source: Where,
+    dest: Where,
     options: ConvertOptions | None = None,
     *,
     source_options: Mapping[str, Any] | None = None,
@@ -65,9 +75,10 @@ def convert(
     """Convert one checkpoint and return its manifest.
 
     Args:
-        source: local path or fsspec URL of one checkpoint.
+        source: local path or fsspec URL of one checkpoint, or a `Place`.
         dest: where the output goes; its manifest goes beside it.
-        source_options, dest_options: fsspec storage options; they never reach manifests or messages.
+        source_options, dest_options: fsspec storage options, where places are given as text; they never reach
+            manifests or messages.
         progress: called with the bytes moved since its last call.
 
     Raises:
@@ -76,21 +87,14 @@ def convert(
         VerificationError: what was stored is not what the source says; the output is removed.
         StorageError: a store failed. UsageError: the call is wrong.
     """
-    draft = stage(
-        source,
-        dest,
-        options,
-        source_options=source_options,
-        dest_options=dest_options,
-        run_id=run_id,
-        progress=progress,
-    )
-    return commit(draft, source_options=source_options, dest_options=dest_options, progress=progress)
+    source, dest = place_of(source, source_options), place_of(dest, dest_options)
+    draft = stage(source, dest, options, run_id=run_id, progress=progress)
+    return publish_at(draft, source, dest, progress).manifest
 
 
 def stage(
-    source: str,
-    dest: str,
+    source: Where,
+    dest: Where,
     options: ConvertOptions | None = None,
     *,
     source_options: Mapping[str, Any] | None = None,
@@ -113,33 +117,26 @@ def stage(
     written: list[Written] = []
     files: list[DraftFile] = []
     notes: list[str] = []
-    with _prepared(
-        source,
-        dest,
-        options,
-        guard,
-        standing,
-        source_options=source_options,
-        dest_options=dest_options,
-    ) as made:
+    begin, end = place_of(source, source_options), place_of(dest, dest_options)
+    with _prepared(begin, end, options, guard, standing) as made:
         reader, at, output = made.reader, made.at, made.output
         obsolete = _outputs_of_before(at.manifest, made.name)
         for one, file in write_files(output.files, reader, at, options, progress, notes):
             written.append(one)
             files.append(file)
         files += [put_text(at, name, data) for name, data in output.texts]
-        files += copy_sidecars(made.sidecars, made.place, at, dtype=options.dtype, notes=notes)
+        files += copy_sidecars(made.sidecars, made.source, at, dtype=options.dtype, notes=notes)
         manifest = draft_manifest(reader, made.selected, output, written, files)
-        if part := made.place.incomplete or made.selected.checkpoint.part:
+        if part := made.source.incomplete or made.selected.checkpoint.part:
             manifest["part"] = part
         if options.provenance:
-            add_source_digests(manifest["source"], made.place, reader, progress)
+            add_source_digests(manifest["source"], made.source, reader, progress)
             manifest["provenance"] = made.name + STATEMENT_SUFFIX
             obsolete.discard(manifest["provenance"])
         bytes_read = reader.bytes_read
     for name in sorted(obsolete - {file.path for file in files}):
         if made.vouches_for(name):
-            at.store.delete(at.path_of(name))
+            at.place_of(name).delete()
         else:
             notes.append(f"{name} of the output before this one stays: it has other content by now")
     manifest["run_id"] = run_id or os.urandom(6).hex()
@@ -151,8 +148,8 @@ def stage(
     if notes:
         manifest["notes"] = notes
     return Draft(
-        source,
-        dest,
+        str(source),
+        str(dest),
         options.verify,
         manifest,
         tuple(files),
@@ -164,8 +161,8 @@ def stage(
 
 
 def would_replace(
-    source: str,
-    dest: str,
+    source: Where,
+    dest: Where,
     options: ConvertOptions | None = None,
     *,
     source_options: Mapping[str, Any] | None = None,
@@ -181,15 +178,8 @@ def would_replace(
         OutputExistsError: it would refuse to. CheckpointError: it would refuse the source.
     """
     options = options or ConvertOptions()
-    with _prepared(
-        source,
-        dest,
-        options,
-        guard,
-        standing,
-        source_options=source_options,
-        dest_options=dest_options,
-    ) as made:
+    begin, end = place_of(source, source_options), place_of(dest, dest_options)
+    with _prepared(begin, end, options, guard, standing) as made:
         for plan in made.output.files:
             if made.at.replaced.get(plan.name):
                 with _Nowhere(plan.name) as writer:
@@ -202,13 +192,17 @@ def would_replace(
 class _Prepared:
     """A conversion before its first byte is written: all that it takes, and a place that may be had."""
 
-    place: SourcePlace
+    source: SourcePlace
     reader: RangeReader
     selected: Selected
     output: OutputPlan
     sidecars: dict[str, ListedObject]
     at: OutputSite
-    name: str
+
+    @property
+    def name(self) -> str:
+        """Of the output."""
+        return self.at.place.name
 
     def vouches_for(self, name: str) -> bool:
         """Whether a file that the earlier manifest speaks of is there as it was written."""
@@ -232,36 +226,30 @@ def plan_conversion(reader: RangeReader, options: ConvertOptions, name: str) -> 
 
 @contextlib.contextmanager
 def _prepared(
-    source: str,
-    dest: str,
+    source: Place,
+    dest: Place,
     options: ConvertOptions,
     guard: Guard | None,
     standing: Standing | None,
-    *,
-    source_options: Mapping[str, Any] | None,
-    dest_options: Mapping[str, Any] | None,
 ) -> Iterator[_Prepared]:
     """Read the source's index, plan the output, and look at every place that it takes."""
-    place = find_source(source, source_options)
-    place.refuse_part(parts=options.parts)
-    store, path = open_store(dest, dest_options)
-    _refuse_same_file(place, store, path, source)
-    name = path.rstrip("/").rpartition("/")[2]
-    with place.open() as reader:
+    found = find_source(source)
+    found.refuse_part(parts=options.parts)
+    _refuse_same_file(found.place, dest)
+    with found.open() as reader:
         try:
             with as_checkpoint_errors(reader.uri):
-                selected, output = plan_conversion(reader, options, name)
+                selected, output = plan_conversion(reader, options, dest.name)
             # A listing speaks of the names that were planned; another split may have taken one since.
             known = standing if not options.split else None
             at = OutputSite(
-                store,
-                path,
+                dest,
                 None if options.force else guard,
                 standing=known,
                 restores=guard == "restored",
-                source_uri=place.store.uri_of(place.path),
+                source_uri=found.place.uri,
             )
-            sidecars = find_sidecars(place) if options.layout == "hf" else {}
+            sidecars = find_sidecars(found) if options.layout == "hf" else {}
             for plan in output.files:
                 at.check(plan.name, plan.plan.size)
             for text_name, data in output.texts:
@@ -271,23 +259,20 @@ def _prepared(
                     at.check(sidecar, item.size)
             if options.provenance:
                 at.check_statement()
-            yield _Prepared(place, reader, selected, output, sidecars, at, name)
+            yield _Prepared(found, reader, selected, output, sidecars, at)
         except CheckpointError:
             # An object that was replaced meanwhile looks damaged; say which of the two it is.
             reader.check_unchanged()
             raise
 
 
-def _refuse_same_file(place: SourcePlace, store: Store, path: str, source: str) -> None:
-    uris = place.store.uri_of(place.path), store.uri_of(path)
-    if place.store.protocol == store.protocol == "file":
+def _refuse_same_file(source: Place, dest: Place) -> None:
+    uris = source.uri, dest.uri
+    if source.is_local and dest.is_local:
         # By whatever links their folders are reached.
-        uris = (
-            os.path.realpath(place.path),
-            os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)),
-        )
+        uris = os.path.realpath(source.path), os.path.join(os.path.realpath(dest.parent.path), dest.name)
     if uris[0] == uris[1]:
-        raise UsageError(f"{public_uri(source)}: source and destination are the same file")
+        raise UsageError(f"{source.uri}: source and destination are the same file")
 
 
 class _Nowhere(Writer):
@@ -345,7 +330,12 @@ def publish(
     progress: Progress | None = None,
 ) -> Published:
     """As `commit`, for those who keep an index of what is finished."""
-    store, path = open_store(draft.dest_uri, dest_options)
+    source, dest = place_of(draft.source_uri, source_options), place_of(draft.dest_uri, dest_options)
+    return publish_at(draft, source, dest, progress)
+
+
+def publish_at(draft: Draft, source: Place, dest: Place, progress: Progress | None) -> Published:
+    """As `publish`, of a draft that was just staged between these places."""
     manifest = draft.manifest
     proven_by: str | None = None
     identities = {file.path: file.identity for file in draft.files if file.identity is not None}
@@ -353,15 +343,12 @@ def publish(
         if draft.level != "none":
             from ptbin.proof.output import prove_output
 
-            proven_by = prove_output(
-                draft, store, path, source_options=source_options, progress=progress, identities=identities
-            )
+            proven_by = prove_output(draft, source, dest, progress=progress, identities=identities)
     except (VerificationError, ChecksumMismatchError):
-        folder = path.rpartition("/")[0]
         for file in draft.files:
-            store.delete(f"{folder}/{file.path}")
+            (dest.parent / file.path).delete()
         if draft.claimed:
-            end_claim(store, path)
+            end_claim(dest)
         raise
     manifest["verification"] = {
         "level": draft.level,
@@ -377,12 +364,13 @@ def publish(
         if draft.claimed:
             files = [(file.path, file.size, file.crc32) for file in draft.files]
             files.append((manifest["provenance"], len(statement), zlib.crc32(statement)))
-            store.write_bytes(claim_path(path), claim_of(files, restored=is_restored(manifest)))
-        store.write_bytes(path + STATEMENT_SUFFIX, statement, claim=draft.claim)
-    identity = store.write_bytes(path + MANIFEST_SUFFIX, dump_manifest(manifest))
+            claim_place(dest).write_bytes(claim_of(files, restored=is_restored(manifest)))
+        dest.beside(STATEMENT_SUFFIX).write_bytes(statement, claim=draft.claim)
+    place = dest.beside(MANIFEST_SUFFIX)
+    identity = place.write_bytes(dump_manifest(manifest))
     if draft.claimed:
-        end_claim(store, path)
-    return Published(manifest, identity or store.stat(path + MANIFEST_SUFFIX).identity)
+        end_claim(dest)
+    return Published(manifest, identity or place.stat().identity)
 
 
 def _iso(seconds: float) -> str:

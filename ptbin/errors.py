@@ -21,6 +21,7 @@ __all__ = [
     "IncompleteCheckpointError",
     "LimitExceededError",
     "ModelMismatchError",
+    "NoSpaceError",
     "NoStateDictError",
     "NotACheckpointError",
     "NotFoundInStoreError",
@@ -168,6 +169,10 @@ class StorageError(PtbinError, OSError):
 
 class NotFoundInStoreError(StorageError, FileNotFoundError):
     """The path, bucket or prefix does not exist."""
+
+
+class NoSpaceError(StorageError):
+    """The disk is full, or a quota is used up: what else is written there would fail as well."""
 
 
 class AccessDeniedError(StorageError, PermissionError):

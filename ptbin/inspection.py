@@ -17,6 +17,7 @@ from ptbin.reading.search import find_state_dicts
 from ptbin.reading.selected import Selected, refuse_unsafe, select_from
 from ptbin.reading.selection import why_chosen
 from ptbin.sources.opening import find_source
+from ptbin.stores import Where
 from ptbin.values.state_dict import StateDict, tensors_of
 from ptbin.values.tensors import Joined, TensorRef, Tiled
 
@@ -24,7 +25,7 @@ __all__ = ["inspect"]
 
 
 def inspect(
-    uri: str,
+    uri: Where,
     *,
     storage_options: Mapping[str, Any] | None = None,
     limits: Limits | None = None,

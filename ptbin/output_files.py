@@ -62,7 +62,7 @@ def write_files(
         return (plan, result, digests), file
 
     threads = min(MAX_THREADS, len(plans), spare_cores())
-    if threads < 2 or not reader.is_shareable or place.store.protocol != "file":
+    if threads < 2 or not reader.is_shareable or not place.place.is_local:
         return [write(plan, progress) for plan in plans]
     stopping = _Stopping(progress)
     with ThreadPoolExecutor(threads, thread_name_prefix="ptbin-shard") as pool:
@@ -127,9 +127,8 @@ class _Writing:
         self, check_source: bool, replaces: bool, *, copies: bool
     ) -> tuple[SpliceResult, DraftFile, FileDigests | None]:
         plan = self.plan
-        store = self.place.store
-        path = self.place.path_of(plan.name)
-        opened = store.open_writer(path, size_hint=plan.plan.size, copies=copies, claim=self.place.claim)
+        place = self.place.place_of(plan.name)
+        opened = place.open_writer(size_hint=plan.plan.size, copies=copies, claim=self.place.claim)
         with at_work(), opened as writer:
             descriptor = writer.written() if check_source else None
             proof = self._proof(descriptor) if descriptor is not None else None
@@ -170,7 +169,7 @@ class _Writing:
         from ptbin.proof.written import WrittenProof
 
         tensors = [(planned.name, stored_of(planned)) for planned in self.plan.tensors]
-        uri = self.place.store.uri_of(self.place.path)
+        uri = self.place.place.uri
         return WrittenProof(descriptor, self.plan.plan, tensors, uri, self.serial)
 
     def _proven(self, proof: WrittenProof, file: DraftFile) -> FileDigests:

@@ -22,7 +22,11 @@ from tasks.live import Interrupted, Ticket, enter_run
 from tasks.outcomes import Outcome, outcome_of_error
 from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, worth_retrying
 
-__all__ = ["BatchTask", "Item", "batch_task", "path_of", "single_task"]
+__all__ = ["FULL_AFTER", "BatchTask", "Item", "batch_task", "path_of", "single_task"]
+
+
+FULL_AFTER = 3
+"""After so many failures for want of room the rest of a batch is not tried, and the run ends."""
 
 
 class _WithPath(Protocol):
@@ -77,6 +81,8 @@ def batch_task(
                 seconds = (time.monotonic() - began) / len(part)
                 for place, outcome in zip(places, outcomes, strict=True):
                     found[place] = replace(outcome, seconds=seconds)
+                if sum(outcome.is_full for outcome in found.values()) >= FULL_AFTER:
+                    break  # each of the rest would be read whole to find that out once more
             # What was finished before a stop is reported all the same: an interrupted run accounts for it.
             return [
                 found.get(place) or Outcome(path_of(item), "not_tried") for place, item in enumerate(items)

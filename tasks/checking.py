@@ -45,7 +45,5 @@ def check_signatures(
 ) -> list[dict[str, str]]:
     """Issues of the signatures below `dest`."""
     live = find_live_run(run_id)
-    found = verify_signatures(
-        dest, public_key, manifests, storage_options=live.dest_options, progress=live.moved
-    )
+    found = verify_signatures(live.dest_at(dest), public_key, manifests, progress=live.moved)
     return [issue.to_json() for issue in found]

@@ -51,9 +51,12 @@ def list_checkpoints(
 
     DEST is listed as well, and what its index of finished work knows is settled without a request each. With
     `distrust` nothing is taken for up to date. `named` are the paths below `source` that alone are looked at;
-    where they `must_exist`, those that are not there are problems.
+    where they `must_exist`, those that are not there are problems. A plan that was made before the flow
+    stands.
     """
     live = find_live_run(run_id)
+    if live.planned is not None:
+        return live.planned
     files = NamedFiles(named) if named is not None else None
     with limit_requests(live.requests):
         problems = work_of(live).plan(
@@ -88,6 +91,8 @@ def list_mirror(
     With `distrust` nothing is taken for up to date by times and ETags.
     """
     live = find_live_run(run_id)
+    if live.planned is not None:
+        return live.planned
     with limit_requests(live.requests):
         return work_of(live).plan(
             source,

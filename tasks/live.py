@@ -16,9 +16,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ptbin.stores import Place, place_of
 from tasks.credentials import Credentials
 
 if TYPE_CHECKING:
+    from ptbin.catalog import Problem
+    from ptbin.catalog.lease import Lease
     from ptbin.catalog.worklist import WorkList
     from ptbin.stores.limits import RequestLimit
 
@@ -93,17 +96,29 @@ class LiveRun:
     listener: Listener = field(default_factory=Listener, repr=False)
     stopping: threading.Event = field(default_factory=threading.Event, repr=False)
     began: float = field(default_factory=time.monotonic, repr=False)
-    """When the flow took it up."""
+    """When it began: for a person, the moment the command was given."""
     check: Callable[[], object] = field(default=lambda: None, repr=False)
     """Raises in the flow's own thread what a signal stands for, if one came."""
     stop_reason: str = field(default="", repr=False)
     """Why a run stops that nobody interrupted: its deadline has passed, its lease is lost."""
     work: WorkList | None = field(default=None, repr=False)
     """What the run is to do; its flow opens it, the listing fills it."""
+    planned: list[Problem] | None = field(default=None, repr=False)
+    """Where `work` was filled before the flow began: what the listing refused."""
+    lease: Lease | None = field(default=None, repr=False)
+    """On DEST, where it was acquired before the flow began."""
     requests: RequestLimit | None = field(default=None, repr=False)
     """How many requests all tasks of the run in this process may have under way together."""
     summary: dict[str, Any] = field(default_factory=dict, repr=False)
     """Filled by the flow at its end, for the process that started it."""
+
+    def source_at(self, uri: str) -> Place:
+        """A place below SOURCE, with the run's storage options for it."""
+        return place_of(uri, self.source_options)
+
+    def dest_at(self, uri: str) -> Place:
+        """A place below DEST, likewise."""
+        return place_of(uri, self.dest_options)
 
     def moved(self, nbytes: int) -> None:
         """The progress callback handed to the engine.
@@ -192,7 +207,7 @@ def _watch(live: LiveRun, lease: str) -> None:
         with _lock:
             _runs.pop(live.run_id, None)
 
-    LeaseWatch(lease, live.dest_options, stop)
+    LeaseWatch(live.dest_at(lease), stop)
 
 
 def stop_all() -> None:

@@ -30,7 +30,7 @@ from ptbin.registries.transfer import (
     scratch,
     transfer,
 )
-from ptbin.stores import identity_text
+from ptbin.stores import identity_text, place_of
 from ptbin.stores.copying import copy_file
 from ptbin.stores.limits import limit_requests
 from tasks.batches import batch_task, single_task
@@ -275,10 +275,8 @@ def _bring_along(
     brought = {}
     for uri, path in files:
         copied = copy_file(
-            uri,
-            f"{folder.uri.rstrip('/')}/{path}",
-            source_options=live.source_options,
-            dest_options={**live.dest_options, **folder.options},
+            live.source_at(uri),
+            place_of(folder.uri, {**live.dest_options, **folder.options}) / path,
             progress=live.moved,
             may_replace=brought_before(known, path),
             advice=ADVICE,

@@ -14,8 +14,9 @@ from ptbin.catalog.mirroring import Gone, is_reached_plainly, iter_gone
 from ptbin.errors import NotFoundInStoreError
 from ptbin.manifests.manifest import manifest_uri
 from ptbin.options import ConvertOptions
+from ptbin.sources.companions import MAX_POINTER_NBYTES, refuse_pointer
 from ptbin.sources.sidecars import change_of
-from ptbin.stores import Store, open_store
+from ptbin.stores import Place
 from ptbin.stores.copying import Copied, copy_file, same_content
 from ptbin.stores.limits import limit_requests
 from tasks.batches import batch_task, single_task
@@ -32,11 +33,9 @@ def compare_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
         if job.copies:
             return _compare_copy(live, job, options)
         same = find_unchanged(
-            job.source_uri,
-            job.dest_uri,
+            live.source_at(job.source_uri),
+            live.dest_at(job.dest_uri),
             options,
-            source_options=live.source_options,
-            dest_options=live.dest_options,
             progress=live.moved,
         )
     except Exception:  # noqa: BLE001 - whatever it is, the conversion meets it again and reports it
@@ -49,10 +48,8 @@ def compare_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
 
 def _compare_copy(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
     same = same_content(
-        job.source_uri,
-        job.dest_uri,
-        source_options=live.source_options,
-        dest_options=live.dest_options,
+        live.source_at(job.source_uri),
+        live.dest_at(job.dest_uri),
         change=_change_of(job, options),
         progress=live.moved,
     )
@@ -63,18 +60,25 @@ def _compare_copy(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
 
 
 def _change_of(job: Job, options: ConvertOptions) -> Callable[[bytes], bytes] | None:
-    return change_of(job.dest_uri.rpartition("/")[2], options.dtype)
+    """What is to become of the content on its way; a Git LFS pointer in place of a file is refused."""
+    change = change_of(job.dest_uri.rpartition("/")[2], options.dtype)
+    if job.source_size > MAX_POINTER_NBYTES:
+        return change
+
+    def looked_at(data: bytes) -> bytes:
+        refuse_pointer(data, job.source_uri)
+        return change(data) if change is not None else data
+
+    return looked_at
 
 
 @batch_task("copy batch")
 def copy_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
     """Copy a file as it is, but for what a cast makes wrong in it (`sidecars.change_of`)."""
     copied = copy_file(
-        job.source_uri,
-        job.dest_uri,
+        live.source_at(job.source_uri),
+        live.dest_at(job.dest_uri),
         expected=job.identity,
-        source_options=live.source_options,
-        dest_options=live.dest_options,
         verify=options.verify != "none",
         change=_change_of(job, options),
         progress=live.moved,
@@ -101,29 +105,22 @@ def _copied(job: Job, copied: Copied, options: ConvertOptions) -> Converted:
 def back_up_batch(live: LiveRun, path: str, dest: str, backup: str) -> Outcome:
     """Copy a file of DEST (its path below it) to the same path below the backup place."""
     try:
-        copy_file(
-            f"{dest.rstrip('/')}/{path}",
-            f"{backup.rstrip('/')}/{path}",
-            source_options=live.dest_options,
-            dest_options=live.dest_options,
-            progress=live.moved,
-        )
+        copy_file(live.dest_at(dest) / path, live.dest_at(backup) / path, progress=live.moved)
     except NotFoundInStoreError:
         return Outcome(path, "not_tried")  # gone meanwhile: nothing is lost by going on
     return Outcome(path, "copied")
 
 
 def _open_dest(live: LiveRun, dest: str) -> dict[str, Any]:
-    store, folder = open_store(dest, live.dest_options)
-    return {"store": store, "folder": folder}
+    return {"folder": live.dest_at(dest)}
 
 
 @batch_task("delete", opens=_open_dest)
-def delete_batch(_live: LiveRun, path: str, store: Store, folder: str) -> Outcome:
+def delete_batch(_live: LiveRun, path: str, folder: Place) -> Outcome:
     """Delete a file of DEST. They come in order: manifests before what they vouch for."""
-    if not is_reached_plainly(store, folder, path):
+    if not is_reached_plainly(folder, path):
         return Outcome(path, "not_tried")  # a link took its place: what it leads to is not ours
-    store.delete(f"{folder.rstrip('/')}/{path}")
+    (folder / path).delete()
     return Outcome(path, "deleted")
 
 
@@ -139,7 +136,6 @@ def find_gone(run_id: str, source: str, exclude: Sequence[str]) -> list[Gone]:
                 source,
                 exclude=exclude,
                 source_options=live.source_options,
-                dest_options=live.dest_options,
                 tick=live.tick,
             )
         )
@@ -154,7 +150,7 @@ def release_outputs(run_id: str, listed: Mapping[str, Sequence[str]]) -> dict[st
         live.tick()
         try:
             with limit_requests(live.requests):
-                release_companions(uri, names, dest_options=live.dest_options)
+                release_companions(live.dest_at(uri), names)
         except Exception as error:  # noqa: BLE001 - what is wrong with one must not stop the others
             failed[uri] = outcome_of_error(uri, error)
     return failed

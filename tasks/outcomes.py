@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ptbin.catalog.finished import FinishedRow, row_of
-from ptbin.errors import CheckpointError, OutputCollisionError, PtbinError
+from ptbin.errors import CheckpointError, NoSpaceError, OutputCollisionError, PtbinError
 from ptbin.stores import Identity, identity_text
 from tasks.retrying import is_transient
 
@@ -147,6 +147,8 @@ class Outcome:
     converted: Converted | None = None
     seconds: float = 0.0
     """What was spent on it in this step."""
+    is_full: bool = False
+    """It failed because there is no room in DEST."""
     written: Written | None = None
     """Of a version of a registered model: what registering it takes, or took."""
     issues: tuple[dict[str, Any], ...] = ()
@@ -178,6 +180,7 @@ def outcome_of_error(path: str, error: Exception) -> Outcome:
         error.reason,
         one_line(str(error)),
         transient=is_transient(error),
+        is_full=isinstance(error, NoSpaceError),
     )
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from ptbin.catalog.finished import FinishedRow, write_segment
 from ptbin.history.failures import Unconverted, write_unconverted
 from ptbin.manifests.checksums import CHECKSUM_LIST, tensor_lines
-from ptbin.stores import open_store
 from tasks.batches import single_task
 from tasks.live import find_live_run
 
@@ -23,24 +22,24 @@ def write_run_record(
     `by_tensor`: manifests below `dest` of outputs without a SHA-256 of their own; the checksum list names
     their tensors'.
     """
-    options = find_live_run(run_id).dest_options
-    store, folder = open_store(folder_uri, options)
+    live = find_live_run(run_id)
+    folder = live.dest_at(folder_uri)
     for name, data in files.items():
         if name == CHECKSUM_LIST and by_tensor:
-            data += tensor_lines(by_tensor, dest, dest_options=options).encode()
-        store.write_bytes(f"{folder}/{name}", data)
+            data += tensor_lines(by_tensor, dest, dest_options=live.dest_options).encode()
+        (folder / name).write_bytes(data)
 
 
 @single_task("write index")
 def write_index(run_id: str, dest: str, name: str, rows: Sequence[FinishedRow]) -> None:
     """Add what was finished to the index below `dest`, as a segment of that name."""
-    write_segment(dest, name, rows, dest_options=find_live_run(run_id).dest_options)
+    write_segment(find_live_run(run_id).dest_at(dest), name, rows)
 
 
 @single_task("write what was not converted")
 def write_ledger(run_id: str, dest: str, rows: Sequence[Unconverted]) -> None:
     """Put these rows in the place of those that earlier runs stored below `dest`."""
-    write_unconverted(dest, rows, dest_options=find_live_run(run_id).dest_options)
+    write_unconverted(find_live_run(run_id).dest_at(dest), rows)
 
 
 @single_task("merge index", retried=False)
@@ -51,7 +50,7 @@ def merge_index(run_id: str, dest: str, name: str) -> None:
     """
     live = find_live_run(run_id)
     assert live.work is not None, "the flow opens a work list first"
-    store, folder = open_store(dest, live.dest_options)
-    write_segment(dest, name, live.work.iter_finished(), dest_options=live.dest_options)
+    folder = live.dest_at(dest)
+    write_segment(folder, name, live.work.iter_finished())
     for path in live.work.segments():
-        store.delete(f"{folder.rstrip('/')}/{path}")
+        (folder / path).delete()

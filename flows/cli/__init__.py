@@ -6,6 +6,7 @@ Starts small: a command imports what it needs when it runs, so that `inspect` an
 
 from __future__ import annotations
 
+from flows.cli import started  # first: its clock begins
 from flows.cli.app import main
 
-__all__ = ["main"]
+__all__ = ["main", "started"]

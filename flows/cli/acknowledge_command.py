@@ -42,17 +42,17 @@ def acknowledge_command(
     """Say that the failures of PATHs in DEST are known: no reason for a run to fail."""
     shared = Shared(**shared_values)
     from ptbin.history.failures import acknowledge
+    from ptbin.stores import place_of
 
     today = datetime.now(UTC).date()
     if until.date() < today:
         raise UsageError(f"--until {until:%Y-%m-%d} is over; today is {today} (UTC)")
     failures = acknowledge(
-        dest,
+        place_of(dest, shared.dest_options),
         paths,
         because=" ".join(reason.split()),
         until=f"{until:%Y-%m-%d}",
         today=today,
-        dest_options=shared.dest_options,
     )
     if shared.as_json:
         known = [{"path": row.path, "source": row.source, "reason": row.reason} for row in failures]

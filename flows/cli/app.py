@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import click
 from click.shell_completion import shell_complete
@@ -24,9 +24,10 @@ from flows.cli.inspect_command import inspect_command
 from flows.cli.interrupts import INTERRUPTED_STATUS, Heard, hear_signals
 from flows.cli.metrics_command import metrics_command
 from flows.cli.migrate_command import migrate_command
-from flows.cli.printing import print_error
+from flows.cli.printing import print_error, print_json, printable
 from flows.cli.restore_command import restore_command
 from flows.cli.runs_command import runs_command
+from flows.cli.started import begin_again
 from flows.cli.status_command import status_command
 from flows.cli.sync_command import sync_command
 from flows.cli.verify_command import verify_command
@@ -55,10 +56,13 @@ Examples:
 Exit status: 0 all done; 1 some checkpoints failed or were rejected;
 2 the call was wrong, nothing was written; 130 interrupted.
 
+Every option can come from the environment: PTBIN_WORKERS=4 for all commands, PTBIN_CONVERT_WORKERS=4 for one.
+
 \b
 Completion in a shell: eval "$(_PTBIN_COMPLETE=bash_source ptbin)" (or zsh_source, fish_source)."""
 
 COMPLETION_VARIABLE = "_PTBIN_COMPLETE"
+_commands = 0
 
 
 @click.group(
@@ -92,6 +96,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     if instruction := os.environ.get(COMPLETION_VARIABLE):  # as click's own `main` has it
         return shell_complete(cli, {}, "ptbin", COMPLETION_VARIABLE, instruction)
+    global _commands  # noqa: PLW0603 - there is one at a time
+    _commands += 1
+    if _commands > 1:
+        begin_again()
     words = list(sys.argv[1:] if arguments is None else arguments)
     heard = Heard()
     try:
@@ -106,45 +114,74 @@ def run(arguments: Sequence[str] | None = None) -> int:
         click.echo(error.ctx.get_help() if error.ctx else "", err=True)
         return 2
     except click.ClickException as error:
-        print_error(_usage_line(error))
-        return 2
+        return _failed(words, "usage_error", _usage_line(error), 2)
     except (KeyboardInterrupt, click.Abort):
-        return _interrupted()
+        return _interrupted(words)
     except BrokenPipeError:
         # Whoever read our output has had enough; nothing may be flushed into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except PtbinError as error:
         if heard.interrupted:
-            return _interrupted()
+            return _interrupted(words)
         _print_traceback(words)
-        print_error(str(error))
-        return 1 if isinstance(error, CheckpointError) else 2
+        return _failed(words, error.reason, str(error), 1 if isinstance(error, CheckpointError) else 2)
     except ModuleNotFoundError as error:
         _print_traceback(words)
-        print_error(missing_line(str(error.name), "this command"))
-        return 2
+        return _failed(words, "not_installed", missing_line(str(error.name), "this command"), 2)
     except Exception as error:  # noqa: BLE001 - the last line of defence: a line, not a traceback
         if heard.interrupted:
-            return _interrupted()
+            return _interrupted(words)
         _print_traceback(words)
-        print_error(f"{type(error).__name__}: {error} (a fault in ptbin; --log-level debug shows where)")
-        return 1
+        detail = f"{type(error).__name__}: {error} (a fault in ptbin; --log-level debug shows where)"
+        return _failed(words, "internal_error", detail, 1)
     return status if isinstance(status, int) else 0
 
 
-def _interrupted() -> int:
+def _interrupted(words: Sequence[str]) -> int:
     print_error("interrupted", kind="ptbin")
+    if _wants_json(words):
+        print_json(
+            {"reason": "interrupted", "detail": "nothing was begun", "exit_status": INTERRUPTED_STATUS}
+        )
     return INTERRUPTED_STATUS
+
+
+def _failed(words: Sequence[str], reason: str, detail: str, status: int) -> int:
+    """An error that leaves no summary: a line for people, and the document that `--json` promises."""
+    print_error(detail)
+    if _wants_json(words):
+        print_json({"reason": reason, "detail": printable(" ".join(detail.split())), "exit_status": status})
+    return status
+
+
+def _wants_json(words: Sequence[str]) -> bool:
+    # From the words themselves: an error may come before any option was parsed.
+    return "--json" in words or os.environ.get("PTBIN_JSON", "") in {"1", "true", "yes"}
 
 
 def _usage_line(error: click.ClickException) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "ptbin"
-    return f"{error.format_message()} (see {command} --help)"
+    message = error.format_message()
+    if "unexpected extra argument" in message:
+        message += "; quote a glob ('runs/*.pt'), so that ptbin and not the shell expands it"
+    return f"{message} (see {command} --help)"
+
+
+def _read_environment(commands: Iterable[click.Command]) -> None:
+    """Let each option have its value from `PTBIN_<COMMAND>_<OPTION>` or `PTBIN_<OPTION>`."""
+    for command in commands:
+        for option in command.params:
+            if isinstance(option, click.Option) and option.envvar is None:
+                long = max(option.opts, key=len).lstrip("-").replace("-", "_").upper()
+                option.envvar = [f"PTBIN_{str(command.name).upper()}_{long}", f"PTBIN_{long}"]
 
 
 def _print_traceback(words: Sequence[str]) -> None:
     # Read from the words themselves: the error may have come before any option was parsed.
     if "--log-level=debug" in words or ("--log-level" in words and "debug" in words):
         traceback.print_exc()
+
+
+_read_environment(cli.commands.values())

@@ -15,7 +15,8 @@ from flows.cli.options import takes
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import Problems, showing_progress
 from flows.cli.shared_options import Shared, shared_options
-from flows.cli.summary import JSON_KEYS, conversion_lines, plan_lines, single_lines, tell_summary
+from flows.cli.started import began
+from flows.cli.summary import JSON_KEYS, conversion_lines, plan_lines, single_lines, tell_summary, untold
 from flows.options import CONVERT, chosen
 from flows.wishes import build_options, refuse_secrets
 from ptbin.errors import StorageError, UsageError
@@ -98,13 +99,26 @@ def convert_command(source: str, dest: str, dry_run: bool, **values: Any) -> int
         summary, lines = _convert_one(job, source, dest, options, shared)
     else:
         refuse_secrets(source, dest)
-        _refuse_nothing(source, include, exclude, shared, copy_links=asked["copy_links"])
-        from flows.cli.on_prefect import run_flow
+        from flows.cli.on_prefect import run_prepared
+        from flows.prepared import Asked
         from flows.run_record import new_run_id
 
+        wanted = Asked(
+            source,
+            dest,
+            catalog.OutputRule(dest, naming, OUTPUT_SUFFIXES[options.format], options.layout),
+            options,
+            tuple(include),
+            tuple(exclude),
+            asked["copy_links"],
+            named=named,
+            must_exist=asked["retry_failed"] is None,
+            always=asked["force"],
+            min_success=asked["min_success"],
+        )
         with showing_progress(shared) as listener:
-            summary = run_flow(
-                "convert",
+            summary = run_prepared(
+                wanted,
                 new_run_id(),
                 shared,
                 listener,
@@ -112,7 +126,7 @@ def convert_command(source: str, dest: str, dry_run: bool, **values: Any) -> int
                 dest=dest,
                 **asked,
             )
-        lines = conversion_lines(summary)
+        lines = conversion_lines(untold(summary, listener.told))
     return tell_summary(summary, JSON_KEYS, lines, shared)
 
 
@@ -171,27 +185,6 @@ def _job_of(found: Found, dest: str, names_one: bool, naming: Any, options: Conv
     return jobs[0]
 
 
-def _refuse_nothing(
-    source: str, include: Sequence[str], exclude: Sequence[str], shared: Shared, *, copy_links: bool
-) -> None:
-    """Look for a first checkpoint, or a first problem. Raises UsageError where there is neither."""
-    from ptbin import catalog
-    from ptbin.catalog.entries import Entries, nothing_below
-    from ptbin.catalog.globs import split_glob
-
-    shown = (*include, split_glob(source, shared.source_options)[1] or "")
-    entries = Entries(shown=shown, exclude=exclude, copy_links=copy_links)
-    found = catalog.find_checkpoints(
-        source,
-        include=tuple(include),
-        exclude=tuple(exclude),
-        storage_options=shared.source_options,
-        entries=entries,
-    )
-    if next(found, None) is None and not entries.problems:
-        raise UsageError(nothing_below(source, entries))
-
-
 def _convert_one(
     job: Job, source: str, dest: str, options: ConvertOptions, shared: Shared
 ) -> tuple[dict[str, Any], list[str]]:
@@ -200,14 +193,13 @@ def _convert_one(
     from flows.tally import Tally
     from ptbin.stores import public_uri
 
-    started = time.monotonic()
     tally = Tally(new_run_id(), public_uri(source), public_uri(dest))
     with showing_progress(shared) as listener:
         if _is_current(job, options, shared):
             tally.add_all([job], "up_to_date")
         else:
             tally.add(job, _outcome_of(job, tally.run_id, options, shared, listener))
-    summary = tally.summary(time.monotonic() - started)
+    summary = tally.summary(time.monotonic() - began())
     return summary | {"succeeded": tally.succeeded}, single_lines(tally.entries[0], job, summary["seconds"])
 
 

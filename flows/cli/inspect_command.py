@@ -10,7 +10,7 @@ from flows.cli.options import takes
 from flows.cli.printing import align, print_error, print_json, print_line
 from flows.cli.shared_options import Shared, shared_options
 from flows.options import INSPECT, chosen
-from flows.units import format_nbytes, left_out_words
+from flows.units import counted, format_nbytes, left_out_words
 from flows.wishes import build_options
 from ptbin.errors import CheckpointError
 
@@ -68,7 +68,7 @@ def _print_report(report: dict[str, Any]) -> None:
         [
             (
                 row["path"] or "(top)",
-                f"{row['tensors']} tensors",
+                counted(row["tensors"], "tensor"),
                 format_nbytes(row["nbytes"]),
                 row["role"] or "",
             )

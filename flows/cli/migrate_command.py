@@ -12,7 +12,7 @@ from flows.cli.options import takes
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared, shared_options
-from flows.cli.summary import MIGRATE_KEYS, mapping_lines, migration_lines, tell_summary
+from flows.cli.summary import MIGRATE_KEYS, mapping_lines, migration_lines, tell_summary, untold
 from flows.options import CONTENT, MIGRATE, chosen
 from flows.wishes import build_options, refuse_secrets
 
@@ -82,7 +82,7 @@ def migrate_command(source: str, dest: str, dry_run: bool, **values: Any) -> int
             dest=dest,
             **asked,
         )
-    return tell_summary(summary, MIGRATE_KEYS, migration_lines(summary), shared)
+    return tell_summary(summary, MIGRATE_KEYS, migration_lines(untold(summary, listener.told)), shared)
 
 
 def _print_mapping(

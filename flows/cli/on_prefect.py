@@ -5,17 +5,51 @@ from __future__ import annotations
 import gc
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.cli.interrupts import interrupts_held
 from flows.cli.progress import Problems
 from flows.cli.shared_options import Shared
+from flows.cli.started import began
 from flows.wishes import refuse_runner_secrets
 from ptbin.errors import PtbinError
 from ptbin.installed import require
 from tasks.live import LiveRun, open_live_run
 
-__all__ = ["run_flow"]
+if TYPE_CHECKING:
+    from flows.prepared import Asked
+
+__all__ = ["run_flow", "run_prepared"]
+
+
+def run_prepared(
+    asked: Asked, run_id: str, shared: Shared, listener: Problems, **parameters: Any
+) -> dict[str, Any]:
+    """As `run_flow`, with the plan made first: without Prefect where nothing is to be done.
+
+    The server starts while SOURCE is still listed, as soon as there is something to convert.
+
+    Raises:
+        PtbinError, KeyboardInterrupt: as `run_flow`; UsageError: there is nothing below SOURCE.
+    """
+    from flows.prepared import finish_in_step, preparing, refuse_nothing
+
+    refuse_runner_secrets(parameters.get("runner_address"))
+    live = LiveRun(run_id, shared.source_options, shared.dest_options, listener, began=began())
+
+    def start_server() -> None:
+        from flows.prefect.orchestrator import start_early
+
+        _check_installed()
+        _set_logging(shared)
+        start_early()
+
+    refuse_nothing(live, asked)
+    listener.stage("looking at SOURCE and DEST")
+    with preparing(live, asked, start_server) as is_planned:
+        if is_planned and (summary := finish_in_step(live, asked)) is not None:
+            return summary
+        return _run(asked.kind, live, shared, parameters)
 
 
 def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **parameters: Any) -> dict[str, Any]:
@@ -27,14 +61,29 @@ def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **param
             later has a summary all the same, with `interrupted` set. Prefect has recorded it as crashed.
     """
     refuse_runner_secrets(parameters.get("runner_address"))
+    live = LiveRun(run_id, shared.source_options, shared.dest_options, listener, began=began())
+    return _run(name, live, shared, parameters)
+
+
+def _check_installed() -> None:
     require("prefect", "more than one checkpoint at a time")
     require("jinja2", "the report of a run")
+
+
+def _set_logging(shared: Shared) -> None:
+    """Before Prefect is imported."""
     if shared.log_level in {"debug", "info"}:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", shared.log_level.upper())
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", shared.log_level.upper())
+
+
+def _run(name: str, live: LiveRun, shared: Shared, parameters: dict[str, Any]) -> dict[str, Any]:
+    _check_installed()
+    _set_logging(shared)
     from flows.prefect.orchestrator import import_prefect, orchestrator
 
-    live = LiveRun(run_id, shared.source_options, shared.dest_options, listener)
+    listener = live.listener
+    assert isinstance(listener, Problems)
     listener.stage("starting Prefect")
     with interrupts_held():
         import_prefect()
@@ -49,10 +98,11 @@ def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **param
 
         # Prefect's modules stay to the end: a full collection would walk a million objects of them, 0.1 s.
         gc.freeze()
-        listener.stage("looking at SOURCE and DEST" if name != "verify" else "looking at DEST")
+        if live.planned is None:
+            listener.stage("looking at SOURCE and DEST" if name != "verify" else "looking at DEST")
         try:
             with hold_signals() as signals, tags(TAG):
-                state = flow(**parameters, run_id=run_id, return_state=True)
+                state = flow(**parameters, run_id=live.run_id, return_state=True)
         except INTERRUPTS as error:
             if not live.summary.get("interrupted"):
                 raise KeyboardInterrupt from error

@@ -32,8 +32,15 @@ class Problems(Listener):
     def stage(self, text: str) -> None:
         """Say what is being waited for before anything can be counted."""
 
+    def __init__(self) -> None:
+        self.told: set[tuple[str, str]] = set()
+        """Reason and detail of the problems that were printed: the summary does not print them again."""
+        self.leaves_them = False
+        """Whether problems are left to the report at the end, which is what the command is for."""
+
     def settled(self, file: Settled) -> None:
-        if file.reason:
+        if file.reason and not self.leaves_them:
+            self.told.add((file.reason, file.detail))
             self.tell(f"{file.kind} {file.path}: {file.reason}: {short_detail(file.path, file.detail)}")
 
     def noted(self, text: str) -> None:
@@ -47,6 +54,7 @@ class PlainProgress(Problems):
     """A line now and then; with `each` also one for every file that is done."""
 
     def __init__(self, *, each: bool = False) -> None:
+        super().__init__()
         self._each = each
         self._lock = threading.Lock()
         self._files = self._files_done = self._nbytes_moved = 0
@@ -91,6 +99,7 @@ class BarProgress(Problems):
     """A live bar, drawn by rich. Problems are counted here; the summary, right below, tells them."""
 
     def __init__(self, progress: Any, *, each: bool = False) -> None:
+        super().__init__()
         self._each = each
         self._progress = progress
         self._task = progress.add_task("starting", total=None, moved="")

@@ -21,6 +21,7 @@ from flows.cli.summary import (
     marked_row,
     single_lines,
     tell_summary,
+    untold,
 )
 from flows.options import RESTORE, chosen
 from flows.wishes import refuse_secrets, restore_options
@@ -101,7 +102,7 @@ def restore_command(source: str, dest: str, dry_run: bool, **values: Any) -> int
                 dest=dest,
                 **asked,
             )
-        lines = conversion_lines(summary)
+        lines = conversion_lines(untold(summary, listener.told))
     lines += initial_lines(summary)
     return tell_summary(summary, (*JSON_KEYS, "initial"), lines, shared)
 

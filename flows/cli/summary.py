@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 from flows.cli.interrupts import INTERRUPTED_STATUS
 from flows.cli.printing import align, print_error, print_json, print_line
-from flows.units import format_nbytes, left_out_words, short_detail
+from flows.units import counted, format_nbytes, left_out_words, short_detail
 from ptbin.catalog.entries import skipped_words
 from ptbin.errors import OutputExistsError
 
@@ -31,13 +32,14 @@ __all__ = [
     "refused_row",
     "single_lines",
     "tell_summary",
+    "untold",
     "verification_lines",
 ]
 
 JSON_KEYS = (
     "run_id", "source", "dest", "converted", "up_to_date", "rejected", "failed", "known", "new", "resolved",
-    "left_alone", "skipped", "source_bytes", "read_bytes", "written_bytes", "left_out", "seconds",
-    "manifests", "problems", "known_problems", "resolved_problems",
+    "left_alone", "skipped", "not_tried", "source_bytes", "read_bytes", "written_bytes", "left_out",
+    "seconds", "manifests", "problems", "known_problems", "resolved_problems",
 )  # fmt: skip
 """The `--json` summary of `convert`, in this order."""
 
@@ -53,6 +55,18 @@ MIGRATE_KEYS = (
 LEFT_ALONE = "what training leaves next to weights: optimizers, schedulers, ..."
 SHOWN_PROBLEMS = 20
 SHOWN_VERSIONS = 40
+
+
+def untold(
+    summary: Mapping[str, Any], told: AbstractSet[tuple[str, str]], key: str = "problems"
+) -> dict[str, Any]:
+    """The summary without the problems that were printed while the run was under way; `told` counts them."""
+    left = [row for row in summary[key] if (row["reason"], row["detail"]) not in told]
+    return {**summary, key: left, "told": len(summary[key]) - len(left)}
+
+
+def _told_lines(summary: Mapping[str, Any]) -> list[str]:
+    return [counted(summary["told"], "problem") + ", told above"] if summary.get("told") else []
 
 
 def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -75,6 +89,8 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
         rows.append(("left alone", str(summary["left_alone"]), LEFT_ALONE))
     if summary.get("skipped"):
         rows.append(("passed over", str(sum(summary["skipped"].values())), skipped_words(summary["skipped"])))
+    if summary.get("not_tried"):
+        rows.append(("not tried", str(summary["not_tried"]), "the run ended before it came to them"))
     if "copied" in summary:
         rows.insert(1, ("copied", str(summary["copied"]), "files as they are" if summary["copied"] else ""))
         rows += [("deleted", str(summary["deleted"]), f"{summary['kept']} kept" if summary["kept"] else "")]
@@ -83,9 +99,11 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
     if summary["left_out"]:
         lines.append(f"left out: {left_out_words(summary['left_out'])}")
     if "copied" in summary and not any(summary[key] for key in ("converted", "copied", "deleted", "kept")):
-        lines += ["", "nothing to do: DEST is in step" if not summary["problems"] else "nothing was changed"]
+        fine = not summary["problems"] and not summary.get("told")
+        lines += ["", "nothing to do: DEST is in step" if fine else "nothing was changed"]
     if summary["problems"]:
         lines += ["", *_problem_lines(summary["problems"])]
+    lines += _told_lines(summary)
     if summary["known_problems"]:
         lines += ["", "known:", *_problem_lines(summary["known_problems"])]
     if summary["resolved"]:
@@ -120,10 +138,11 @@ def migration_lines(summary: Mapping[str, Any]) -> list[str]:
         lines += ["", *align([_version_row(row) for row in migrated[:SHOWN_VERSIONS]], indent="")]
         if len(migrated) > SHOWN_VERSIONS:
             lines.append(f"... and {len(migrated) - SHOWN_VERSIONS} more, in the run record")
-    elif not summary["problems"] and not summary["updated"]:
+    elif not summary["problems"] and not summary.get("told") and not summary["updated"]:
         lines += ["", "nothing to do: DEST is in step"]
     if summary["problems"]:
         lines += ["", *_problem_lines(summary["problems"])]
+    lines += _told_lines(summary)
     lines += ["", f"{summary['seconds']:.1f} s, run {summary['run_id']}"]
     if summary.get("record"):
         lines.append(f"run record and report: {summary['record']}")
@@ -168,7 +187,7 @@ def single_lines(entry: Entry, job: Job, seconds: float) -> list[str]:
     if entry.converted is None:
         return []
     written = format_nbytes(sum(output.size for output in entry.converted.outputs))
-    tensors = f"{entry.converted.tensors} tensors, {written} of {format_nbytes(entry.nbytes)}"
+    tensors = f"{counted(entry.converted.tensors, 'tensor')}, {written} of {format_nbytes(entry.nbytes)}"
     lines = [f"{job.path} -> {job.dest_uri}: {tensors}, {seconds:.1f} s"]
     if entry.converted.left_out:
         lines.append(f"left out: {left_out_words(entry.converted.left_out)}")
@@ -247,7 +266,7 @@ def verification_lines(summary: Mapping[str, Any]) -> list[str]:
     problems = [{"source": issue["uri"], **issue} for issue in summary["issues"]]
     if problems:
         lines += ["", *_problem_lines(problems)]
-    return [*lines, "", f"{summary['seconds']:.1f} s"]
+    return [*lines, *_told_lines(summary), "", f"{summary['seconds']:.1f} s"]
 
 
 def _problem_lines(problems: Sequence[Mapping[str, Any]]) -> list[str]:

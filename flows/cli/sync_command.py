@@ -13,7 +13,7 @@ from flows.cli.options import takes
 from flows.cli.printing import align, print_json, print_line
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared, shared_options
-from flows.cli.summary import JSON_KEYS, SYNC_KEYS, conversion_lines, tell_summary
+from flows.cli.summary import JSON_KEYS, SYNC_KEYS, conversion_lines, tell_summary, untold
 from flows.options import SYNC, chosen
 from flows.units import format_nbytes
 from flows.wishes import build_options, refuse_secrets
@@ -76,12 +76,30 @@ def sync_command(source: str, dest: str, dry_run: bool, **values: Any) -> int:
             delete=delete, max_delete=max_delete, checksum=asked["checksum"], immutable=asked["immutable"],
             backs_up=backup_dir is not None, force=asked["force"], copy_links=asked["copy_links"],
         )  # fmt: skip
-    from flows.cli.on_prefect import run_flow
+    from flows.cli.on_prefect import run_prepared
+    from flows.prepared import Asked
     from flows.run_record import new_run_id
+    from ptbin.catalog import OutputRule
+    from ptbin.catalog.mirroring import alone
+    from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
 
+    wanted = Asked(
+        source,
+        dest,
+        OutputRule(dest, asked["naming"], OUTPUT_SUFFIXES[options.format], options.layout),
+        alone(options),
+        (),
+        tuple(asked["exclude"]),
+        asked["copy_links"],
+        tuple(asked["include"]),
+        deletes=delete,
+        distrust=asked["checksum"],
+        always=asked["checksum"],
+        min_success=asked["min_success"],
+    )
     with showing_progress(shared) as listener:
-        summary = run_flow(
-            "sync",
+        summary = run_prepared(
+            wanted,
             new_run_id(),
             shared,
             listener,
@@ -89,7 +107,9 @@ def sync_command(source: str, dest: str, dry_run: bool, **values: Any) -> int:
             dest=dest,
             **asked,
         )
-    return tell_summary(summary, (*JSON_KEYS, *SYNC_KEYS), conversion_lines(summary), shared)
+    return tell_summary(
+        summary, (*JSON_KEYS, *SYNC_KEYS), conversion_lines(untold(summary, listener.told)), shared
+    )
 
 
 def _print_plan(
@@ -163,7 +183,6 @@ def _print_plan(
                     source,
                     exclude=exclude,
                     source_options=shared.source_options,
-                    dest_options=shared.dest_options,
                 )
             )
         current = work.count_current()

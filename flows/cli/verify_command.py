@@ -11,13 +11,14 @@ from flows.cli.options import takes
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared, shared_options
+from flows.cli.started import began
 from flows.cli.summary import verification_lines
 from flows.options import VERIFY, chosen
 from flows.wishes import refuse_secrets
 from ptbin.errors import UsageError
 
 if TYPE_CHECKING:
-    from ptbin.stores import Store
+    from ptbin.stores import Place
 
 __all__ = ["verify_command"]
 
@@ -48,15 +49,16 @@ def verify_command(dest: str, **values: Any) -> int:
     asked = chosen(VERIFY, values)
     shared = Shared.of(values)
     from ptbin.registries import is_registry_uri, open_registry
-    from ptbin.stores import open_store
+    from ptbin.stores import place_of
 
     # A repository of a Hub is a place like any other: what was published is read back from there.
     if is_registry_uri(dest) and not ("/" in dest.removeprefix("hf://") and dest.startswith("hf://")):
         dest = open_registry(dest, None, shared.dest_options).home()
 
-    store, path = open_store(dest, shared.dest_options)
     with showing_progress(shared) as listener:
-        if store.is_directory(path):
+        listener.leaves_them = not shared.quiet and not shared.as_json
+        place = place_of(dest, shared.dest_options)
+        if place.is_directory():
             from flows.cli.on_prefect import run_flow
             from flows.run_record import new_run_id
 
@@ -71,7 +73,7 @@ def verify_command(dest: str, **values: Any) -> int:
                 **asked,
             )
         else:
-            _refuse_missing(store, path)
+            _refuse_missing(place)
             summary = _verify_one(dest, asked["level"], asked["public_key"], shared, listener)
     if shared.as_json:
         print_json({key: summary[key] for key in JSON_KEYS})
@@ -81,7 +83,7 @@ def verify_command(dest: str, **values: Any) -> int:
     return 0 if not summary["issues"] else 1
 
 
-def _refuse_missing(store: Store, path: str) -> None:
+def _refuse_missing(place: Place) -> None:
     """A missing DEST is the caller's mistake, not an issue; of shards and split outputs only the manifest is
     there.
 
@@ -92,12 +94,12 @@ def _refuse_missing(store: Store, path: str) -> None:
     from ptbin.manifests.manifest import MANIFEST_SUFFIX
 
     try:
-        store.stat(path)
+        place.stat()
     except NotFoundInStoreError:
         try:
-            store.stat(path + MANIFEST_SUFFIX)
+            place.beside(MANIFEST_SUFFIX).stat()
         except NotFoundInStoreError:
-            store.stat(path)
+            place.stat()
 
 
 def _refuse_empty(dest: str, shared: Shared) -> None:
@@ -113,16 +115,16 @@ def _manifest_of(dest: str, shared: Shared) -> str:
     """The manifest of an output: next to it, or that of the output that `--split` made it a part of."""
     from ptbin.catalog.finding import split_manifest
     from ptbin.errors import NotFoundInStoreError
-    from ptbin.manifests.manifest import manifest_uri
-    from ptbin.stores import open_store
+    from ptbin.manifests.manifest import MANIFEST_SUFFIX, manifest_uri
+    from ptbin.stores import place_of
 
     uri = manifest_uri(dest)
-    store, path = open_store(dest, shared.dest_options)
+    place = place_of(dest, shared.dest_options)
     try:
-        store.stat(f"{path}.manifest.json")
+        place.beside(MANIFEST_SUFFIX).stat()
     except NotFoundInStoreError:
-        found = split_manifest(store, path)
-        return store.uri_of(found) if found is not None else uri
+        found = split_manifest(place.parent, place.name)
+        return (place.parent / found).uri if found is not None else uri
     return uri
 
 
@@ -134,7 +136,6 @@ def _verify_one(
     from ptbin.stores import public_uri
     from tasks.live import Settled
 
-    started = time.monotonic()
     listener.planned(1, 0, 0)
     uri = dest if dest.endswith(MANIFEST_SUFFIX) else _manifest_of(dest, shared)
     found = ptbin.verify(
@@ -147,14 +148,12 @@ def _verify_one(
     )
     if public_key is not None:
         from ptbin.proof.signatures import verify_signatures
-        from ptbin.stores import open_store
+        from ptbin.stores import place_of
 
-        store, path = open_store(uri, shared.dest_options)
         found += verify_signatures(
-            dest,
+            place_of(dest, shared.dest_options),
             public_key,
-            [store.uri_of(path)],
-            storage_options=shared.dest_options,
+            [place_of(uri, shared.dest_options).uri],
             progress=listener.moved,
         )
     issues = [issue.to_json() for issue in found]
@@ -166,6 +165,6 @@ def _verify_one(
         "proven": int(not issues),
         "failed": int(bool(issues)),
         "orphans": 0,
-        "seconds": round(time.monotonic() - started, 3),
+        "seconds": round(time.monotonic() - began(), 3),
         "issues": issues,
     }

@@ -12,8 +12,6 @@ task runs as were submitted; the wait is bounded, and its outcome is returned, n
 
 A server may be gone before its run has ended. The client would try for a minute at each of the requests with
 which a run ends, deaf to Ctrl-C; `await_server` waits once, and then has the rest fail at once.
-
-Costs: about 10 s to start a server with an existing home, 15-20 s with a fresh one, 250 MB.
 """
 
 from __future__ import annotations
@@ -21,44 +19,36 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
-import subprocess
-import sys
-import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from flows.prefect.undocumented import (
-    EPHEMERAL_SERVER,
-    drain_client_queues,
-    expect_no_server,
-    refresh_settings,
-)
-from ptbin.errors import PtbinError
+from flows.prefect.child import OrchestratorError, embedded_server
+from flows.prefect.early import begin_early, take_early
+from flows.prefect.undocumented import drain_client_queues, expect_no_server, refresh_settings
+from ptbin.stores import public_uri
 
 __all__ = [
     "ABSENT_SECONDS",
     "Orchestrator",
     "OrchestratorError",
     "await_server",
+    "chosen_settings",
     "import_prefect",
     "is_embedded",
     "orchestrator",
+    "start_early",
 ]
 
-TIMEOUT_SETTING = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
-STARTUP_SECONDS = 90.0
 RECORDING_SECONDS = 60.0
 INTERRUPTED_SECONDS = 1.5
 """The recorder writes at least once a second."""
 DRAIN_SECONDS = 20.0
-STOP_SECONDS = 15.0
 HEALTH_SECONDS = 3.0
+AWAY_SECONDS = 5.0
+"""How long a server may be away when a run begins."""
 ABSENT_SECONDS = 60.0
 """So long a server may be away, restarting, when a run wants to tell how it ended."""
 
@@ -71,27 +61,9 @@ CLIENT_DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
 }
-# The recorder takes one event at a time by default; batches cost a third of the server's time.
-# What does not fill a batch waits for the flush: after 5 s by default, and 1 is the least there is, because
-# the recorder rounds down and 0 is a busy loop (`prefect.server.services.task_run_recorder`).
-SERVER_DEFAULTS = {
-    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "200",
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "200",
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
-    "PREFECT_UI_ENABLED": "false",
-    "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
-}
-
 
 _embedded = False
 """Whether this process's flows run on the server that it started itself."""
-
-
-class OrchestratorError(PtbinError):
-    """Prefect's server could not be started or reached; nothing was converted."""
-
-    reason = "orchestrator_unavailable"
 
 
 @dataclass
@@ -157,15 +129,49 @@ def orchestrator() -> Iterator[Orchestrator]:
     Raises:
         OrchestratorError: no server could be started, with the last thing it said.
     """
+    early = take_early()
+    url, started = early.wait() if early is not None else (None, contextlib.ExitStack())
+    chosen = chosen_settings()
+    if api_url := chosen.get("PREFECT_API_URL"):
+        _refuse_absent(api_url)
+        yield Orchestrator(api_url, embedded=False)
+        return
+    with started as stack:
+        url = url or stack.enter_context(embedded_server(chosen))
+        with _use_api(url):
+            yield Orchestrator(url, embedded=True)
+
+
+def _refuse_absent(api_url: str) -> None:
+    """Raises OrchestratorError where the server does not answer, after some seconds: it may be starting."""
+    deadline = time.monotonic() + AWAY_SECONDS
+    while not server_answers():
+        if time.monotonic() > deadline:
+            raise OrchestratorError(
+                f"Prefect's server does not answer at {public_uri(api_url)} (PREFECT_API_URL); start it, or "
+                "unset PREFECT_API_URL to have one started for the run"
+            )
+        time.sleep(0.5)
+
+
+def start_early() -> None:
+    """Begin to import Prefect and to start its server, in a thread; `orchestrator` goes on with it."""
+
+    def start(stack: contextlib.ExitStack) -> str | None:
+        chosen = chosen_settings()
+        if "PREFECT_API_URL" in chosen:
+            return None
+        return stack.enter_context(embedded_server(chosen))
+
+    begin_early(start)
+
+
+def chosen_settings() -> dict[str, str]:
+    """What the user has set, wherever that was."""
     import_prefect()
     from prefect.settings import get_current_settings
 
-    chosen = get_current_settings().to_environment_variables(exclude_unset=True)
-    if api_url := chosen.get("PREFECT_API_URL"):
-        yield Orchestrator(api_url, embedded=False)
-        return
-    with _embedded_server(chosen) as url, _use_api(url):
-        yield Orchestrator(url, embedded=True)
+    return get_current_settings().to_environment_variables(exclude_unset=True)
 
 
 def server_answers() -> bool:
@@ -201,89 +207,6 @@ def await_server(check: Callable[[], object], seconds: float = ABSENT_SECONDS) -
     if not there:
         expect_no_server()
     return there
-
-
-@contextlib.contextmanager
-def _embedded_server(chosen: dict[str, str]) -> Iterator[str]:
-    """Start the child, wait until it is healthy, stop it gracefully at the end."""
-    home = Path(chosen.get("PREFECT_HOME", "~/.prefect")).expanduser()
-    if not os.access(home, os.W_OK):  # importing Prefect has tried to create it
-        raise OrchestratorError(
-            f"Prefect's home cannot be written, {home}: set PREFECT_HOME to a directory that can, "
-            "or PREFECT_API_URL to a running server"
-        )
-    with (
-        # Its migrations import from the working folder too (`prepend_sys_path` of Prefect's alembic.ini).
-        tempfile.TemporaryDirectory(prefix="ptbin-") as empty,
-        tempfile.TemporaryFile() as log,
-        socket.create_server(("127.0.0.1", 0), backlog=512) as listener,
-    ):
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
-        child = subprocess.Popen(
-            # -P: the script's own folder must not become a place to import from.
-            [
-                sys.executable,
-                "-P",
-                str(Path(__file__).with_name("embedded_server.py")),
-                str(listener.fileno()),
-            ],
-            env=_server_environment(chosen) | {"PREFECT_HOME": str(home.absolute())},
-            cwd=empty,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            pass_fds=[listener.fileno()],
-            # Ctrl-C reaches the foreground group: the server has to outlive it to record the crash.
-            start_new_session=True,
-        )
-        try:
-            listener.close()
-            _wait_until_healthy(child, url, log, float(chosen.get(TIMEOUT_SETTING, STARTUP_SECONDS)))
-            yield url
-        finally:
-            _stop(child)
-
-
-def _server_environment(chosen: dict[str, str]) -> dict[str, str]:
-    return {**SERVER_DEFAULTS, **os.environ, **chosen, **EPHEMERAL_SERVER}
-
-
-def _wait_until_healthy(child: subprocess.Popen[bytes], url: str, log: IO[bytes], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if child.poll() is not None:
-            raise OrchestratorError(
-                f"Prefect's embedded server ended with status {child.returncode} while starting: "
-                + _last_words(log)
-            )
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:  # noqa: S310 - our own http URL
-                if answer.status == 200:
-                    return
-        except OSError:
-            time.sleep(0.1)
-    raise OrchestratorError(
-        f"Prefect's embedded server did not answer within {seconds:.0f} s "
-        f"({TIMEOUT_SETTING}): {_last_words(log)}"
-    )
-
-
-def _last_words(log: IO[bytes]) -> str:
-    log.seek(0)
-    lines = log.read().decode(errors="replace").strip().splitlines()
-    return lines[-1].strip() if lines else "it said nothing"
-
-
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    if child.stdin is not None:
-        with contextlib.suppress(OSError):
-            child.stdin.close()
-    child.terminate()
-    try:
-        child.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from ptbin.errors import NotFoundInStoreError, StorageError
 from ptbin.sources.folders import is_folder_part
-from ptbin.stores import ListedObject, Store
+from ptbin.stores import ListedObject, Place
 
 __all__ = ["MAX_ASKED", "ask_for_named"]
 
@@ -18,7 +18,7 @@ MAX_ASKED = 200
 """More than these are as soon listed: a page of a listing holds a thousand."""
 
 
-def ask_for_named(store: Store, root: str, paths: Iterable[str]) -> list[ListedObject] | None:
+def ask_for_named(root: Place, paths: Iterable[str]) -> list[ListedObject] | None:
     """The named files that are there, in the order of a listing; None: it takes one to find them.
 
     Raises:
@@ -29,11 +29,11 @@ def ask_for_named(store: Store, root: str, paths: Iterable[str]) -> list[ListedO
         return None
     found = []
     for path in wanted:
-        place = f"{root.rstrip('/')}/{path}"
+        place = root / path
         try:
-            stat = store.stat(place)
+            stat = place.stat()
         except NotFoundInStoreError:
-            if store.is_directory(place):
+            if place.is_directory():
                 return None
             continue
         except StorageError:

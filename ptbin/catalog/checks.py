@@ -8,9 +8,9 @@ from typing import Any
 
 from ptbin.catalog.globs import split_glob
 from ptbin.errors import NotFoundInStoreError, UsageError
-from ptbin.stores import Store, WatchQuietly, open_store
+from ptbin.stores import Place, WatchQuietly, place_of
 
-__all__ = ["check_call", "check_mirror", "real_place"]
+__all__ = ["check_call", "check_mirror", "real_uri"]
 
 
 def check_mirror(
@@ -32,24 +32,24 @@ def check_mirror(
     """
     check_call(source, dest, source_options=source_options, dest_options=dest_options, writes=writes)
     root, pattern = split_glob(source, source_options)
-    store, path = open_store(root, source_options)
-    above, below = real_place(*open_store(dest, dest_options)), real_place(store, path)
+    place = place_of(root, source_options)
+    above, below = real_uri(place_of(dest, dest_options)), real_uri(place)
     if _lies_in(below, above):
         raise UsageError(
             f"the source {below} lies inside the destination {above}: what a mirror may delete and what it "
             "reads must be apart; choose another place"
         )
-    if delete and (pattern is not None or not store.is_directory(path)):
+    if delete and (pattern is not None or not place.is_directory()):
         raise UsageError(
             f"{source}: --delete needs a directory or prefix as SOURCE, for what else lies in DEST would "
             "count as gone; name the folder, and leave files out with --exclude"
         )
     if backup_dir is None:
         return
-    own = real_place(*open_store(backup_dir, dest_options))
-    for name, place in (("SOURCE", below), ("DEST", above)):
-        if own == place or _lies_in(own, place) or _lies_in(place, own):
-            raise UsageError(f"the backup place and {name} lie in one another: {own}, {place}")
+    own = real_uri(place_of(backup_dir, dest_options))
+    for name, other in (("SOURCE", below), ("DEST", above)):
+        if own == other or _lies_in(own, other) or _lies_in(other, own):
+            raise UsageError(f"the backup place and {name} lie in one another: {own}, {other}")
 
 
 def check_call(
@@ -67,27 +67,28 @@ def check_call(
         StorageError: no access to either, no such bucket, DEST not writable.
     """
     root, pattern = split_glob(source, source_options)
-    store, path = open_store(root, source_options)
-    if store.is_directory(path):
-        if next(iter(store.iter_objects(path, WatchQuietly())), None) is None:
-            raise UsageError(f"{store.uri_of(path)}: nothing is there to convert")
+    place = place_of(root, source_options)
+    is_directory = place.is_directory()
+    if is_directory:
+        if next(iter(place.iter_objects(WatchQuietly())), None) is None:
+            raise UsageError(f"{place.uri}: nothing is there to convert")
     elif pattern is not None:
-        raise UsageError(f"{store.uri_of(path)}: no such directory or prefix")
+        raise UsageError(f"{place.uri}: no such directory or prefix")
     else:
         try:
-            store.stat(path)
+            place.stat()
         except NotFoundInStoreError as error:
             raise UsageError(str(error)) from error
     if dest is None:
         return
-    dest_store, dest_path = open_store(dest, dest_options)
-    _refuse_overlap(store, path, dest_store, dest_path, is_directory=store.is_directory(path))
+    end = place_of(dest, dest_options)
+    _refuse_overlap(place, end, is_directory=is_directory)
     if writes:
-        dest_store.check_writable(dest_path)
+        end.check_writable()
 
 
-def _refuse_overlap(source: Store, path: str, dest: Store, dest_path: str, *, is_directory: bool) -> None:
-    above, below = (real_place(*place) for place in ((source, path), (dest, dest_path)))
+def _refuse_overlap(source: Place, dest: Place, *, is_directory: bool) -> None:
+    above, below = real_uri(source), real_uri(dest)
     if above == below:
         raise UsageError(f"{below}: source and destination are the same place")
     if is_directory and _lies_in(below, above):
@@ -101,6 +102,9 @@ def _lies_in(below: str, above: str) -> bool:
     return below.startswith(f"{above}/")
 
 
-def real_place(store: Store, path: str) -> str:
-    """The URI, local ones with symbolic links resolved: a link may lead from one place into the other."""
-    return (os.path.realpath(path) if store.protocol == "file" else store.uri_of(path)).rstrip("/")
+def real_uri(place: Place) -> str:
+    """The URI without a slash at its end, links in local paths resolved.
+
+    A link may lead from one place into the other.
+    """
+    return (os.path.realpath(place.path) if place.is_local else place.uri).rstrip("/")

@@ -40,7 +40,7 @@ def settle_collisions(table: JobTable, options: ConvertOptions) -> list[Problem]
         same = [pair for pair in same if pair not in alone]
         if not same:
             continue
-        wins, refused = settle_collision([job for _, job in same])
+        wins, refused = settle_collision([job for _, job in same], table.rule)
         problems += refused
         losers = [(REFUSED, number) for number, job in same if job not in wins]
         table.db.executemany("UPDATE jobs SET state = ? WHERE id = ?", losers)

@@ -28,7 +28,7 @@ from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import read_selected
 from ptbin.sources.opening import SourcePlace, find_source
 from ptbin.splice import splice
-from ptbin.stores import ObjectStat, RangeReader, Store, Writer, open_store
+from ptbin.stores import ObjectStat, Place, RangeReader, Where, Writer, place_of
 from ptbin.values.segments import FilePlan
 
 __all__ = ["find_unchanged", "is_convertible", "release_companions"]
@@ -67,12 +67,10 @@ class _Digest(Writer):
 
 
 def find_unchanged(
-    source: str,
-    dest: str,
+    source: Where,
+    dest: Where,
     options: ConvertOptions,
     *,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Published | None:
     """The finished output of `source` at `dest` if converting it anew would make the very same, else None.
@@ -84,36 +82,35 @@ def find_unchanged(
         CheckpointError: the source is damaged, unsafe, or has no single state dict.
         StorageError: a store failed.
     """
-    store, path = open_store(dest, dest_options)
+    output = place_of(dest)
+    manifest_place = output.beside(MANIFEST_SUFFIX)
     try:
-        data, identity = store.read_identified(path + MANIFEST_SUFFIX)
-        manifest = parse_manifest(data, store.uri_of(path))
+        data, identity = manifest_place.read_identified()
+        manifest = parse_manifest(data, output.uri)
     except (NotFoundInStoreError, VerificationError):
         return None
     stored = {output["path"]: _stated_digest(output, manifest["tensors"]) for output in manifest["outputs"]}
     if manifest["options_fingerprint"] != options.fingerprint() or None in stored.values():
         return None
-    if is_damaged(manifest) or not _sizes_are_right(store, path, manifest):
+    if is_damaged(manifest) or not _sizes_are_right(output.parent, manifest):
         return None
-    place = find_source(source, source_options)
-    place.refuse_part(parts=options.parts)
-    with place.open() as reader:
-        if _digests(place, reader, path.rpartition("/")[2], options, stored, progress) != stored:
+    found = find_source(source)
+    found.refuse_part(parts=options.parts)
+    with found.open() as reader:
+        if _digests(found, reader, output.name, options, stored, progress) != stored:
             return None
-        if damaged := _damaged_files(store, path, manifest, progress):
-            note_damage(store, path + MANIFEST_SUFFIX, damaged)
+        if damaged := _damaged_files(output.parent, manifest, progress):
+            note_damage(manifest_place, damaged)
             return None
         facts = {"uri": reader.uri, "size": reader.size, "identity": reader.identity.to_json()}
     if {name: manifest["source"].get(name) for name in facts} != facts:
         manifest["source"].update(facts)
-        written = store.write_bytes(path + MANIFEST_SUFFIX, dump_manifest(manifest))
-        identity = written or store.stat(path + MANIFEST_SUFFIX).identity
+        written = manifest_place.write_bytes(dump_manifest(manifest))
+        identity = written or manifest_place.stat().identity
     return Published(manifest, identity)
 
 
-def is_convertible(
-    uri: str, options: ConvertOptions, *, source_options: Mapping[str, Any] | None = None
-) -> bool:
+def is_convertible(source: Where, options: ConvertOptions) -> bool:
     """Whether a file is a checkpoint, judged by what of it is read before its weights are.
 
     One that is damaged or unsafe counts as such: it is the conversion that has to say so.
@@ -122,7 +119,7 @@ def is_convertible(
         StorageError: the store failed.
     """
     try:
-        with find_source(uri, source_options).open() as reader, as_checkpoint_errors(reader.uri):
+        with find_source(source).open() as reader, as_checkpoint_errors(reader.uri):
             # Not by the options' selection: a checkpoint without what they ask for is one all the same.
             read_selected(reader, ConvertOptions(on_unsafe=options.on_unsafe, limits=options.limits))
     except (NoStateDictError, UnsupportedFormatError):
@@ -132,9 +129,7 @@ def is_convertible(
     return True
 
 
-def release_companions(
-    manifest_uri: str, names: Collection[str], *, dest_options: Mapping[str, Any] | None = None
-) -> None:
+def release_companions(manifest_place: Where, names: Collection[str]) -> None:
     """Take files off an output's manifest that are kept by others from now on.
 
     Else a conversion to the same place would remove them: they are of its output before, and not of its new
@@ -143,13 +138,13 @@ def release_companions(
     Raises:
         StorageError: the store failed.
     """
-    store, path = open_store(manifest_uri, dest_options)
+    place = place_of(manifest_place)
     try:
-        manifest = parse_manifest(store.read_bytes(path), manifest_uri)
+        manifest = parse_manifest(place.read_bytes(), place.uri)
     except (NotFoundInStoreError, VerificationError):
         return
     manifest["outputs"] = [output for output in manifest["outputs"] if output["path"] not in names]
-    store.write_bytes(path, dump_manifest(manifest))
+    place.write_bytes(dump_manifest(manifest))
 
 
 def _stated_digest(output: Mapping[str, Any], tensors: Iterable[Mapping[str, Any]]) -> Digest | None:
@@ -166,23 +161,19 @@ def _stated_digest(output: Mapping[str, Any], tensors: Iterable[Mapping[str, Any
     }
 
 
-def _sizes_are_right(store: Store, path: str, manifest: Mapping[str, Any]) -> bool:
-    folder = path[: -len(path.rsplit("/", 1)[-1])]
+def _sizes_are_right(folder: Place, manifest: Mapping[str, Any]) -> bool:
     try:
-        return all(store.stat(folder + item["path"]).size == item["size"] for item in manifest["outputs"])
+        return all((folder / item["path"]).stat().size == item["size"] for item in manifest["outputs"])
     except NotFoundInStoreError:
         return False
 
 
-def _damaged_files(
-    store: Store, path: str, manifest: Mapping[str, Any], progress: Progress | None
-) -> dict[str, Any]:
+def _damaged_files(folder: Place, manifest: Mapping[str, Any], progress: Progress | None) -> dict[str, Any]:
     """The stored files that are not what the manifest says, as `note_damage` takes them."""
-    folder = path[: -len(path.rsplit("/", 1)[-1])]
     damaged: dict[str, Any] = {}
     for output in manifest["outputs"]:
         rows = [row for row in manifest["tensors"] if row["file"] == output["path"]]
-        with store.open_reader(folder + output["path"]) as reader:
+        with (folder / output["path"]).open_reader() as reader:
             if difference_of(reader, output, rows, progress):
                 there = ObjectStat(reader.uri, reader.size, reader.identity)
                 damaged[output["path"]] = damaged_file(there, digest_file(reader, [], [], progress).sha256)
@@ -190,7 +181,7 @@ def _damaged_files(
 
 
 def _digests(
-    place: SourcePlace,
+    source: SourcePlace,
     reader: RangeReader,
     name: str,
     options: ConvertOptions,
@@ -210,7 +201,7 @@ def _digests(
     reader.check_unchanged()
     for sidecar in stored.keys() - found.keys():
         try:
-            data = place.store.read_bytes(f"{place.folder}/{sidecar}")
+            data = (source.folder / sidecar).read_bytes()
         except NotFoundInStoreError:
             continue
         found[sidecar] = hashlib.sha256(data).hexdigest()

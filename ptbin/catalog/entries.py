@@ -28,12 +28,15 @@ from ptbin.values.names import shown_path
 __all__ = ["KINDS", "Entries", "hidden_part", "nothing_below", "skipped_words"]
 
 KINDS = {
-    "hidden": "hidden",
-    "special_file": "pipes, sockets or devices",
-    "dangling_link": "links that lead nowhere",
-    "outside_link": "links that lead out of SOURCE (--copy-links follows them)",
+    "hidden": ("hidden", "hidden"),
+    "special_file": ("pipe, socket or device", "pipes, sockets or devices"),
+    "dangling_link": ("link that leads nowhere", "links that lead nowhere"),
+    "outside_link": (
+        "link that leads out of SOURCE (--copy-links follows it)",
+        "links that lead out of SOURCE (--copy-links follows them)",
+    ),
 }
-"""What is passed over, and how to say it."""
+"""What is passed over, and how to say it of one and of many."""
 
 LISTED = 100
 NAMED = 5
@@ -143,7 +146,11 @@ def nothing_below(source: str, entries: Entries, nothing: str = "no checkpoints 
 
 def skipped_words(counts: Mapping[str, int]) -> str:
     """Counts by kind as words."""
-    return ", ".join(f"{counts[kind]} {text}" for kind, text in KINDS.items() if counts.get(kind))
+    return ", ".join(
+        f"{counts[kind]} {one if counts[kind] == 1 else many}"
+        for kind, (one, many) in KINDS.items()
+        if counts.get(kind)
+    )
 
 
 def hidden_part(path: str) -> str:

@@ -23,7 +23,7 @@ from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.sources.folders import Group, Grouping, is_folder_part
 from ptbin.sources.opening import find_source
 from ptbin.sources.part_names import split_place
-from ptbin.stores import ListedObject, Store, Watch, WatchQuietly, is_partial_name, open_store
+from ptbin.stores import ListedObject, Place, Watch, WatchQuietly, is_partial_name, place_of
 
 __all__ = [
     "OWN_FOLDER",
@@ -71,19 +71,19 @@ def find_checkpoints(
         NotFoundInStoreError: SOURCE does not exist.
     """
     root, pattern = split_glob(source, storage_options)
-    store, path = open_store(root, storage_options)
-    if pattern is None and not store.is_directory(path):
+    top = place_of(root, storage_options)
+    if pattern is None and not top.is_directory():
         one = find_one(source, storage_options=storage_options)
         if named is None or named.takes(one.path):
             yield one
         return
     shown = (*include, pattern[1:]) if pattern is not None else tuple(include)
     asked = entries or Entries(shown=shown, exclude=exclude)
-    asked.uri_of = lambda name: store.uri_of(f"{path.rstrip('/')}/{name}")
-    alone = ask_for_named(store, path, named.paths) if named is not None and pattern is None else None
+    asked.uri_of = lambda name: (top / name).uri
+    alone = ask_for_named(top, named.paths) if named is not None and pattern is None else None
     listed = (
         item
-        for item in (alone if alone is not None else store.iter_objects(path, asked))
+        for item in (alone if alone is not None else top.iter_objects(asked))
         if not _is_our_own(item.path) and asked.takes(item.path)
     )
     for found in _grouped(listed, parts=parts):
@@ -100,9 +100,8 @@ def find_checkpoints(
         elif named is not None and not named.takes(found.handle, *(part.path for part in found.members)):
             continue
         elif _is_wanted(found, pattern, include if named is None else (), exclude):
-            uri = store.uri_of(f"{path.rstrip('/')}/{found.handle}" if found.handle else path)
-            name = found.handle or path.rstrip("/").rpartition("/")[2]
-            yield Found(name, uri, found.size, found.identity, True)
+            uri = (top / found.handle).uri if found.handle else top.uri
+            yield Found(found.handle or top.name, uri, found.size, found.identity, True)
 
 
 def _grouped(items: Iterable[ListedObject], *, parts: bool) -> Iterator[ListedObject | Group]:
@@ -149,12 +148,12 @@ def find_one(source: str, *, storage_options: Mapping[str, Any] | None = None) -
     Raises:
         NotFoundInStoreError: nothing is there. UsageError: a folder that is not one checkpoint.
     """
-    place = find_source(source, storage_options)
-    name = place.path.rstrip("/").rpartition("/")[2]
-    if not place.parts:
-        stat = place.store.stat(place.path)
+    found = find_source(source, storage_options)
+    name = found.place.name
+    if not found.parts:
+        stat = found.place.stat()
         return Found(name, stat.uri, stat.size, stat.identity, True)
-    return Found(name, place.store.uri_of(place.path), place.size, place.identity, True)
+    return Found(name, found.place.uri, found.size, found.identity, True)
 
 
 def _is_our_own(path: str) -> bool:
@@ -196,13 +195,13 @@ def find_manifests(
     dest: str, *, storage_options: Mapping[str, Any] | None = None, watch: Watch | None = None
 ) -> Iterator[str]:
     """URIs of all manifests at or below DEST (DEST may be one manifest, or one output that has one)."""
-    store, path = open_store(dest, storage_options)
-    if not store.is_directory(path):
-        single = path if path.endswith(MANIFEST_SUFFIX) else path + MANIFEST_SUFFIX
-        store.stat(single)
-        yield store.uri_of(single)
+    place = place_of(dest, storage_options)
+    if not place.is_directory():
+        single = place.without(MANIFEST_SUFFIX).beside(MANIFEST_SUFFIX)
+        single.stat()
+        yield single.uri
         return
-    for item in store.iter_objects(path, watch or WatchQuietly()):
+    for item in place.iter_objects(watch or WatchQuietly()):
         if item.path.endswith(MANIFEST_SUFFIX) and not is_in_own_folder(item.path):
             yield item.uri
 
@@ -220,12 +219,12 @@ def split_bases(name: str) -> list[str]:
     return bases
 
 
-def split_manifest(store: Store, path: str) -> str | None:
-    """Path of the manifest that lists a file which `--split` made, if there is one next to it."""
+def split_manifest(root: Place, path: str) -> str | None:
+    """Path below `root` of the manifest next to a file which `--split` made, if one lists it."""
     name = path.rpartition("/")[2]
     for base in split_bases(path):
         try:
-            manifest = parse_manifest(store.read_bytes(base + MANIFEST_SUFFIX), base)
+            manifest = parse_manifest((root / (base + MANIFEST_SUFFIX)).read_bytes(), base)
         except (NotFoundInStoreError, VerificationError):
             continue
         if any(output["path"] == name for output in manifest["outputs"]):
@@ -238,12 +237,12 @@ def find_orphans(dest: str, *, storage_options: Mapping[str, Any] | None = None)
 
     Hidden files are not looked at, as in SOURCE.
     """
-    store, path = open_store(dest, storage_options)
-    if not store.is_directory(path):
+    root = place_of(dest, storage_options)
+    if not root.is_directory():
         return
     outputs: dict[str, str] = {}
     manifests: set[str] = set()
-    for item in store.iter_objects(path, WatchQuietly()):
+    for item in root.iter_objects(WatchQuietly()):
         if is_in_own_folder(item.path):
             continue
         if item.path.endswith(MANIFEST_SUFFIX):
@@ -254,5 +253,5 @@ def find_orphans(dest: str, *, storage_options: Mapping[str, Any] | None = None)
         if {name, SHARD_NUMBER.sub("", name)} & manifests:
             continue
         may_be_split = not manifests.isdisjoint(split_bases(name))
-        if not may_be_split or split_manifest(store, f"{path.rstrip('/')}/{name}") is None:
+        if not may_be_split or split_manifest(root, name) is None:
             yield uri

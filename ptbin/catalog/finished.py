@@ -25,7 +25,7 @@ from ptbin.manifests.damage import is_damaged
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.options import ConvertOptions
 from ptbin.sources.sidecars import change_of
-from ptbin.stores import Store, identity_text, open_store
+from ptbin.stores import Place, identity_text, place_of
 from ptbin.stores.copying import Copied, same_content
 
 __all__ = [
@@ -174,17 +174,15 @@ def read_finished(
     if job.copies:
         options = options or ConvertOptions()
         same = same_content(
-            job.source_uri,
-            job.dest_uri,
-            source_options=source_options,
-            dest_options=dest_options,
+            place_of(job.source_uri, source_options),
+            place_of(job.dest_uri, dest_options),
             change=change_of(_name_of(job), options.dtype),
         )
         return row_of_copy(job, path, same, options) if same is not None else None
-    store, place = open_store(job.dest_uri + MANIFEST_SUFFIX, dest_options)
+    place = place_of(job.dest_uri, dest_options).beside(MANIFEST_SUFFIX)
     try:
-        data, identity = store.read_identified(place)
-        return row_of(parse_manifest(data, store.uri_of(place)), path, identity_text(identity))
+        data, identity = place.read_identified()
+        return row_of(parse_manifest(data, place.uri), path, identity_text(identity))
     except (NotFoundInStoreError, VerificationError):
         return None
 
@@ -201,17 +199,16 @@ def is_up_to_date(
     """
     if options.force or job.identity is None:
         return False
-    store, path = open_store(job.dest_uri, dest_options)
+    place = place_of(job.dest_uri, dest_options)
     try:
-        manifest = parse_manifest(store.read_bytes(path + MANIFEST_SUFFIX), job.dest_uri)
+        manifest = parse_manifest(place.beside(MANIFEST_SUFFIX).read_bytes(), job.dest_uri)
     except (NotFoundInStoreError, VerificationError):
         return False
     row = row_of(manifest, "", "not asked for")
     if row is None or row.digest != digest_of(job, options) or not row.is_enough(options):
         return False
-    folder = path[: -len(path.rsplit("/", 1)[-1])]
     try:
-        return all(store.stat(folder + name).size == size for name, size in row.outputs)
+        return all((place.parent / name).stat().size == size for name, size in row.outputs)
     except NotFoundInStoreError:
         return False
 
@@ -219,12 +216,12 @@ def is_up_to_date(
 # -- segments ------------------------------------------------------------------------------------
 
 
-def iter_segment(store: Store, path: str) -> Iterator[FinishedRow]:
+def iter_segment(place: Place) -> Iterator[FinishedRow]:
     """The rows of a segment, as far as they can be read; damage ends it, or costs a line. Memory: a block."""
     inflater = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
     rest = b""
     try:
-        with store.open_reader(path) as reader:
+        with place.open_reader() as reader:
             for block in reader.iter_range(0, reader.size):
                 pending = block
                 while pending:
@@ -247,14 +244,11 @@ def _row(line: bytes) -> FinishedRow | None:
         return None
 
 
-def write_segment(
-    dest: str, name: str, rows: Iterable[FinishedRow], *, dest_options: Mapping[str, Any] | None = None
-) -> int:
+def write_segment(dest: Place, name: str, rows: Iterable[FinishedRow]) -> int:
     """Add a segment of that name, which must be nobody else's; how many rows it holds. None: nothing."""
-    store, path = open_store(f"{dest.rstrip('/')}/{INDEX_FOLDER}/{name}{SEGMENT_SUFFIX}", dest_options)
     deflater = zlib.compressobj(6, wbits=16 + zlib.MAX_WBITS)
     count = 0
-    with store.open_writer(path, copies=False) as writer:
+    with (dest / INDEX_FOLDER / f"{name}{SEGMENT_SUFFIX}").open_writer(copies=False) as writer:
         for row in rows:
             line = json.dumps(row.to_json(), separators=(",", ":")) + "\n"
             writer.write(deflater.compress(line.encode()))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptbin.errors import StorageError
-from ptbin.stores import open_store
+from ptbin.stores import place_of
 
 __all__ = ["is_excluded", "matches", "root_of", "split_glob"]
 
@@ -84,11 +84,11 @@ def split_glob(source: str, storage_options: Mapping[str, Any] | None) -> tuple[
     """
     if _GLOB.search(source) is None:
         return source, None
-    store, path = open_store(source, storage_options)
+    place = place_of(source, storage_options)
     with contextlib.suppress(StorageError, ValueError):
-        if store.is_directory(path):
+        if place.is_directory():
             return source, None
-        store.stat(path)
+        place.stat()
         return source, None
     fixed: list[str] = []
     parts = source.split("/")
@@ -102,5 +102,4 @@ def split_glob(source: str, storage_options: Mapping[str, Any] | None) -> tuple[
 
 def root_of(source: str, storage_options: Mapping[str, Any] | None) -> str:
     """URI of the place that paths below SOURCE are relative to: the same however SOURCE is written."""
-    store, path = open_store(split_glob(source, storage_options)[0], storage_options)
-    return store.uri_of(path)
+    return place_of(split_glob(source, storage_options)[0], storage_options).uri

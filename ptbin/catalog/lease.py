@@ -24,11 +24,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from ptbin.catalog.finding import OWN_FOLDER
 from ptbin.errors import DestinationBusyError, NotFoundInStoreError, StorageError
-from ptbin.stores import Store, open_store
+from ptbin.stores import Place, Where, place_of
 
 __all__ = ["LEASES_FOLDER", "PATIENCE", "Holder", "Lease", "LeaseWatch", "acquire_lease"]
 
@@ -118,12 +117,11 @@ class Lease:
     """A lease that this process holds; a thread renews it until `release`."""
 
     def __init__(
-        self, store: Store, path: str, holder: Holder, lost: Callable[[str], None], *, follows_dead: bool
+        self, place: Place, holder: Holder, lost: Callable[[str], None], *, follows_dead: bool
     ) -> None:
         self.follows_dead = follows_dead
         """Whether a run was killed here before this one: it may have left unfinished outputs."""
-        self._store = store
-        self._path = path
+        self._place = place
         self._holder = holder
         self._lost = lost
         self._lock = threading.Lock()
@@ -133,14 +131,14 @@ class Lease:
 
     @property
     def uri(self) -> str:
-        return self._store.uri_of(self._path)
+        return self._place.uri
 
     def tell_to_stop(self) -> None:
         """Have workers elsewhere stop; they hear of it within seconds. Errors are no news to anyone."""
         with contextlib.suppress(StorageError), self._lock:
             self._holder = replace(self._holder, stop=True, renewals=self._holder.renewals + 1)
             if not self._released.is_set():
-                self._store.write_bytes(self._path, self._holder.to_bytes())
+                self._place.write_bytes(self._holder.to_bytes())
 
     def release(self) -> None:
         """Let others begin. No error where the store fails: the lease dies of itself."""
@@ -150,19 +148,19 @@ class Lease:
             self._released.set()
         self._thread.join(RENEWAL_SECONDS)
         with contextlib.suppress(StorageError):
-            self._store.delete(self._path)
+            self._place.delete()
 
     def _renew(self) -> None:
         renewed = time.monotonic()
         while not self._released.wait(RENEWAL_SECONDS):
             try:
                 # Never written anew where it is gone: another run has taken this one for dead.
-                self._store.stat(self._path)
+                self._place.stat()
                 with self._lock:
                     if self._released.is_set():
                         return
                     self._holder = replace(self._holder, renewals=self._holder.renewals + 1)
-                    self._store.write_bytes(self._path, self._holder.to_bytes())
+                    self._place.write_bytes(self._holder.to_bytes())
                 renewed = time.monotonic()
             except NotFoundInStoreError:
                 self._lost("the run's lease was taken away: it was held for dead")
@@ -174,10 +172,9 @@ class Lease:
 
 
 def acquire_lease(
-    dest: str,
+    dest: Where,
     run_id: str,
     *,
-    dest_options: Mapping[str, Any] | None = None,
     lost: Callable[[str], None] = lambda _: None,
     tick: Callable[[], object] = lambda: None,
 ) -> Lease:
@@ -189,45 +186,45 @@ def acquire_lease(
         DestinationBusyError: another run works there.
         StorageError: the store failed.
     """
-    store, folder = open_store(f"{dest.rstrip('/')}/{LEASES_FOLDER}", dest_options)
-    path = f"{folder}/{run_id}.json"
+    folder = place_of(dest) / LEASES_FOLDER
+    place = folder / f"{run_id}.json"
     mine = Holder.here(run_id)
     removed = 0
     for attempt in range(ATTEMPTS):
-        store.write_bytes(path, mine.to_bytes())
-        others, dead = _living(store, folder, run_id)
+        place.write_bytes(mine.to_bytes())
+        others, dead = _living(folder, run_id)
         removed += dead
         if not others:
-            return Lease(store, path, mine, lost, follows_dead=removed > 0)
-        store.delete(path)
+            return Lease(place, mine, lost, follows_dead=removed > 0)
+        place.delete()
         # Two that began at once have both withdrawn now: whoever comes back first finds nobody.
         time.sleep(random.uniform(0.05, 0.3) * (1 + attempt))  # noqa: S311 - not a secret
-        removed += _wait_for_death(store, folder, run_id, others, tick)
-    raise DestinationBusyError(f"{store.uri_of(folder)}: other runs keep beginning there")
+        removed += _wait_for_death(folder, run_id, others, tick)
+    raise DestinationBusyError(f"{folder.uri}: other runs keep beginning there")
 
 
-def _living(store: Store, folder: str, run_id: str) -> tuple[dict[str, Holder], int]:
+def _living(folder: Place, run_id: str) -> tuple[dict[str, Holder], int]:
     """The leases of others, by path; how many of processes that are known to be gone were removed."""
     living, removed = {}, 0
-    for item in store.iter_objects(folder):
+    for item in folder.iter_objects():
         name = item.path.rpartition("/")[2]
         if not name.endswith(".json") or name == f"{run_id}.json":
             continue
-        path = f"{folder}/{item.path}"
+        place = folder / item.path
         try:
-            holder = Holder.from_bytes(store.read_bytes(path, limit=MAX_NBYTES), name.removesuffix(".json"))
+            holder = Holder.from_bytes(place.read_bytes(limit=MAX_NBYTES), name.removesuffix(".json"))
         except NotFoundInStoreError:
             continue
         if holder.is_gone():
-            store.delete(path)
+            place.delete()
             removed += 1
         else:
-            living[path] = holder
+            living[item.path] = holder
     return living, removed
 
 
 def _wait_for_death(
-    store: Store, folder: str, run_id: str, first: Mapping[str, Holder], tick: Callable[[], object]
+    folder: Place, run_id: str, first: Mapping[str, Holder], tick: Callable[[], object]
 ) -> int:
     """Until all that were there are gone or dead, which are removed and counted.
 
@@ -236,7 +233,7 @@ def _wait_for_death(
     began = time.monotonic()
     removed = 0
     while True:
-        now, dead = _living(store, folder, run_id)
+        now, dead = _living(folder, run_id)
         removed += dead
         if not now:
             return removed
@@ -246,13 +243,13 @@ def _wait_for_death(
             renewed = before is None or holder.renewals > before.renewals
             # A process of this machine that is not gone needs no renewal to be believed.
             if renewed or holder.boot == _boot() != "":
-                place = store.uri_of(folder).removesuffix("/" + LEASES_FOLDER)
+                place = folder.without("/" + LEASES_FOLDER).uri
                 raise DestinationBusyError(
                     f"{place}: run {holder.run_id} is at work there, process {holder.pid} on {holder.host}"
                 )
         if time.monotonic() > began + PATIENCE:
             for path in now:
-                store.delete(path)
+                (folder / path).delete()
             return removed + len(now)
         time.sleep(POLL_SECONDS)
 
@@ -260,8 +257,8 @@ def _wait_for_death(
 class LeaseWatch:
     """In a worker of a run elsewhere: calls `stop` once the run is over, told to stop, or dead."""
 
-    def __init__(self, uri: str, options: Mapping[str, Any] | None, stop: Callable[[], None]) -> None:
-        self._store, self._path = open_store(uri, options)
+    def __init__(self, lease: Where, stop: Callable[[], None]) -> None:
+        self._place = place_of(lease)
         self._stop = stop
         self._seen: int | None = None
         self._seen_at = time.monotonic()
@@ -275,7 +272,7 @@ class LeaseWatch:
     def is_over(self) -> bool:
         """One look at the lease."""
         try:
-            holder = Holder.from_bytes(self._store.read_bytes(self._path, limit=MAX_NBYTES), "")
+            holder = Holder.from_bytes(self._place.read_bytes(limit=MAX_NBYTES), "")
         except NotFoundInStoreError:
             return True
         except StorageError:

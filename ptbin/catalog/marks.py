@@ -16,6 +16,7 @@ from ptbin.conversion import would_replace
 from ptbin.errors import OutputExistsError, PtbinError
 from ptbin.options import ConvertOptions
 from ptbin.sources.sidecars import change_of
+from ptbin.stores import place_of
 from ptbin.stores.copying import find_in_place
 
 __all__ = ["Marked", "iter_marked", "look_at_job", "may_replace_copy"]
@@ -87,11 +88,9 @@ def look_at_job(
             standing=job.standing,
         )
     found = find_in_place(
-        job.source_uri,
-        job.dest_uri,
+        place_of(job.source_uri, source_options),
+        place_of(job.dest_uri, dest_options),
         may_replace_copy(job, options) or (lambda _: True),
-        source_options=source_options,
-        dest_options=dest_options,
         change=change_of(job.dest_uri.rpartition("/")[2], options.dtype),
     )
     return [job.dest_uri.rpartition("/")[2]] if found is None else []

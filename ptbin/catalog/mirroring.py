@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ptbin.catalog.checks import real_place
+from ptbin.catalog.checks import real_uri
 from ptbin.catalog.companions import is_sidecar
 from ptbin.catalog.finding import SHARD_NUMBER, split_bases
 from ptbin.catalog.globs import is_excluded
@@ -24,7 +24,7 @@ from ptbin.manifests.provenance import STATEMENT_SUFFIX, dump_statement, stateme
 from ptbin.options import ConvertOptions
 from ptbin.proof.verification import difference_of
 from ptbin.sources.folders import INDEX_SUFFIX
-from ptbin.stores import Identity, Store, identity_text, open_store
+from ptbin.stores import Identity, Place, identity_text, place_of
 
 if TYPE_CHECKING:
     from ptbin.catalog.worklist import WorkList
@@ -70,7 +70,6 @@ def iter_gone(
     *,
     exclude: Sequence[str] = (),
     source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
     tick: Callable[[], object] = lambda: None,
 ) -> Iterator[Gone]:
     """What earlier runs made of SOURCE and the planned one would not. What is excluded is passed over.
@@ -78,7 +77,7 @@ def iter_gone(
     Raises:
         StorageError: DEST could not be read.
     """
-    mirror = _Mirror(work, source, exclude, source_options, dest_options)
+    mirror = _Mirror(work, source, exclude, source_options)
     for path in work.iter_unexplained():
         tick()
         found = mirror.examine(path)
@@ -93,11 +92,11 @@ def excess(count: int, most: int | None) -> str:
     return f"{count} outputs are gone from SOURCE, more than the {most} allowed; none was deleted"
 
 
-def is_reached_plainly(store: Store, root: str, path: str) -> bool:
+def is_reached_plainly(root: Place, path: str) -> bool:
     """Whether `path` below `root` is what its name says: no symbolic link, and none on the way to it."""
-    if store.protocol != "file":
+    if not root.is_local:
         return True
-    place = os.path.join(os.path.realpath(root), path)
+    place = os.path.join(os.path.realpath(root.path), path)
     return os.path.realpath(place) == place
 
 
@@ -110,16 +109,15 @@ class _Mirror:
         source: str,
         exclude: Sequence[str],
         source_options: Mapping[str, Any] | None,
-        dest_options: Mapping[str, Any] | None,
     ) -> None:
         self._work = work
         self._rule = work.rule
         self._exclude = exclude
-        store, path = open_store(source, source_options)
-        self._root = real_place(store, path)
-        self._is_local = store.protocol == "file"
+        root = place_of(source, source_options)
+        self._root = real_uri(root)
+        self._is_local = root.is_local
         self._roots: dict[str, bool] = {}
-        self._store, self._dest = open_store(work.dest, dest_options)
+        self._dest = work.dest
 
     def examine(self, path: str) -> Gone | None:
         """What is to be said of a manifest or a copy at `path` below DEST; None: it is not this mirror's."""
@@ -131,10 +129,10 @@ class _Mirror:
         names = [self._name_of(row.source, lambda name: self._is_copy_at(name, path)) for row in rows]
         if None in names or any(self._is_excluded(name or "", path) for name in names):
             return None
-        if not is_reached_plainly(self._store, self._dest, path):
+        if not is_reached_plainly(self._dest, path):
             return Gone(path, (path,), f"{path} lies behind a symbolic link")
         try:
-            if identity_text(self._store.stat(self._at(path)).identity) != rows[0].identity:
+            if identity_text((self._dest / path).stat().identity) != rows[0].identity:
                 return Gone(path, (path,), f"{path} has changed since it was copied")
         except NotFoundInStoreError:
             return None
@@ -146,8 +144,8 @@ class _Mirror:
             if row.source and self._source_of(row.source, output) is None:
                 return None  # without a read: a run on another SOURCE made it
         try:
-            data, made = self._store.read_identified(self._at(path))
-            manifest = parse_manifest(data, self._store.uri_of(self._at(path)))
+            data, made = (self._dest / path).read_identified()
+            manifest = parse_manifest(data, (self._dest / path).uri)
         except (NotFoundInStoreError, VerificationError, LimitExceededError):
             return None  # not one of ours
         name = self._source_of(str(manifest["source"].get("uri", "")), output)
@@ -201,7 +199,7 @@ class _Mirror:
         folder, slash, base = output.rpartition("/")
         files = []
         kept = ""
-        if not is_reached_plainly(self._store, self._dest, output + MANIFEST_SUFFIX):
+        if not is_reached_plainly(self._dest, output + MANIFEST_SUFFIX):
             kept = f"{output} lies behind a symbolic link"
         for listed in manifest["outputs"]:
             name = listed["path"]
@@ -227,9 +225,9 @@ class _Mirror:
         tensors: Iterable[Mapping[str, Any]],
     ) -> str:
         """Why the file at `path` is not the one that the manifest lists; empty where it is."""
-        if not is_reached_plainly(self._store, self._dest, path):
+        if not is_reached_plainly(self._dest, path):
             return f"{path} lies behind a symbolic link"
-        stat = self._store.stat(self._at(path))
+        stat = (self._dest / path).stat()
         if stat.size != listed["size"]:
             return f"{path} is {stat.size} bytes long and no longer {listed['size']}: it is not what was made"
         # Manifests are written last. A file that is younger than its own has been touched or replaced since.
@@ -242,7 +240,7 @@ class _Mirror:
             return True
         rows = [row for row in tensors if row.get("file") == listed["path"]]
         try:
-            with self._store.open_reader(self._at(path)) as reader:
+            with (self._dest / path).open_reader() as reader:
                 return difference_of(reader, listed, rows) != ""
         except VerificationError:  # its rows are not internally consistent
             return True
@@ -251,12 +249,9 @@ class _Mirror:
         """A statement is made of the manifest alone, so one look tells whether it is this output's."""
         try:
             expected = dump_statement(statement_of(manifest))
-            return self._store.read_bytes(self._at(path)) == expected
+            return (self._dest / path).read_bytes() == expected
         except (NotFoundInStoreError, LimitExceededError, LookupError, TypeError):
             return False
-
-    def _at(self, path: str) -> str:
-        return f"{self._dest.rstrip('/')}/{path}"
 
 
 def _is_named_after(name: str, base: str) -> bool:

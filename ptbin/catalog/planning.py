@@ -50,7 +50,7 @@ def plan_outputs(
             jobs.setdefault(rule.place_of(planned_one), []).append(planned_one)
     planned: list[Job] = []
     for same in jobs.values():
-        wins, refused = settle_collision(same)
+        wins, refused = settle_collision(same, rule)
         planned.extend(wins)
         problems.extend(refused)
     return planned, problems
@@ -64,6 +64,8 @@ class OutputRule:
     naming: Naming = "replace"
     suffix: str = OUTPUT_SUFFIX
     layout: Layout = "mirror"
+    folds_case: bool = True
+    """Whether DEST takes names that differ only in case for one; where that is not known, it may."""
 
     @property
     def base(self) -> str:
@@ -103,8 +105,12 @@ class OutputRule:
         return job.dest_uri[len(self.base) + 1 :]
 
     def place_of(self, job: Job) -> str:
-        """Equal for two jobs that would write one file: the destination may not tell cases apart."""
-        return self.relative(job).casefold()
+        """Equal for two jobs that would write one file."""
+        return self.fold(self.relative(job))
+
+    def fold(self, path: str) -> str:
+        """Equal for two paths below DEST that are one file there."""
+        return path.casefold() if self.folds_case else path
 
 
 def _unsafe_path(path: str, uri: str) -> Problem | None:
@@ -120,7 +126,7 @@ def _unsafe_path(path: str, uri: str) -> Problem | None:
     return None
 
 
-def settle_collision(same: Sequence[Job]) -> tuple[list[Job], list[Problem]]:
+def settle_collision(same: Sequence[Job], rule: OutputRule) -> tuple[list[Job], list[Problem]]:
     """Of jobs that map to one output, what is done all the same, and what is refused."""
     if len(same) == 1:
         return list(same), []
@@ -138,10 +144,23 @@ def settle_collision(same: Sequence[Job]) -> tuple[list[Job], list[Problem]]:
             Problem(
                 job.source_uri,
                 OutputCollisionError.reason,
-                f"{job.path} and {named} both map to {job.dest_uri}; --naming append keeps them apart",
+                f"{job.path} and {named} both map to {job.dest_uri}; {_advice(same, rule)}",
             )
         )
     return [], problems
+
+
+def _advice(same: Sequence[Job], rule: OutputRule) -> str:
+    """What to do about jobs of one place, with the options that are given already."""
+    if len({rule.fold(job.path) for job in same}) < len(same):
+        return "DEST takes names that differ only in case for one: rename one, or leave it out by --exclude"
+    appended = {
+        rule.fold(job.path if job.copies else relative_output(job.path, "append", rule.suffix, rule.layout))
+        for job in same
+    }
+    if rule.naming == "replace" and len(appended) == len(same):
+        return "--naming append keeps them apart"
+    return "leave one out with --exclude"
 
 
 def relative_output(

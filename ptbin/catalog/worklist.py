@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ptbin.catalog.cases import folds_case
 from ptbin.catalog.collisions import settle_collisions, suffixes_beside
 from ptbin.catalog.companions import is_doubtful, is_sidecar
 from ptbin.catalog.entries import Entries
@@ -40,10 +41,12 @@ from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.manifests.vouching import ASIDE_SUFFIX, CLAIM_TARGET_SUFFIX
 from ptbin.options import ConvertOptions
 from ptbin.sources.folders import INDEX_SUFFIX
-from ptbin.stores import ListedObject, WatchQuietly, identity_text, open_store
+from ptbin.stores import ListedObject, WatchQuietly, identity_text, place_of
 
 __all__ = ["WorkList"]
 
+NEW_EVERY = 20
+"""Of so many jobs one is looked up while SOURCE is still listed."""
 JOINT_KIND = "parts"
 """Of identities of several files together (`stores.joined.joint_identity`)."""
 
@@ -53,12 +56,12 @@ class WorkList(JobTable):
 
     def __init__(self, dest: str, *, dest_options: Mapping[str, Any] | None = None) -> None:
         super().__init__(OutputRule(dest))
-        self.dest = dest
-        self._dest_options = dest_options
+        self.dest = place_of(dest, dest_options)
         self._options = ConvertOptions()
         self._source_options: Mapping[str, Any] | None = None
         self.own_files: set[str] | None = None
         """Paths below DEST of the files in `_ptbin` itself; None where DEST was not listed."""
+        self._on_new: Callable[[Job], bool] | None = None
         self.entries = Entries()
         """What the listing of SOURCE passed over."""
 
@@ -83,19 +86,21 @@ class WorkList(JobTable):
         distrust: bool = False,
         named: NamedFiles | None = None,
         copy_links: bool = False,
+        on_new: Callable[[Job], bool] | None = None,
     ) -> list[Problem]:
         """Fill the list; what cannot be done at all. `tick` is called now and then, and may raise.
 
         With `options.force` nothing is up to date; with `distrust` everything is to be done that is not
         compared by its content. `copies` says which files go along as they are, `named` which files alone are
         looked at; `copy_links` follows links that lead out of SOURCE. `entries` says what was passed over.
+        `on_new` is called with jobs of which DEST holds nothing, some of them, until it returns true.
 
         Raises:
             NotFoundInStoreError, StorageError: from the stores.
         """
         with self.lock:
             self._clear()
-            self.rule = rule
+            self.rule = replace(rule, folds_case=folds_case(self.dest.store, self.dest.path))
             self._options, self._source_options = options, source_options
             self._read_dest(tick)
             others: list[ListedObject] = []
@@ -117,6 +122,7 @@ class WorkList(JobTable):
                 parts=options.parts,
                 named=named,
             )
+            self._on_new = on_new
             problems = self._add(found, others, tick)
             problems += self.entries.problems
             problems += settle_collisions(self, self._options)
@@ -149,10 +155,9 @@ class WorkList(JobTable):
             self.db.execute(f"DELETE FROM {table}")  # noqa: S608 - names from the line above
 
     def _read_dest(self, tick: Callable[[], object]) -> None:
-        store, path = open_store(self.dest, self._dest_options)
         self.own_files = set()
         self.db.execute("BEGIN")
-        for number, item in enumerate(store.iter_objects(path, WatchQuietly())):
+        for number, item in enumerate(self.dest.iter_objects(WatchQuietly())):
             if number % PAGE == 0:
                 tick()
             if not item.path.isascii() and not _is_text(item.path):
@@ -167,7 +172,7 @@ class WorkList(JobTable):
         self.db.execute("COMMIT")
         for (segment,) in self.db.execute("SELECT path FROM segments ORDER BY path").fetchall():
             tick()
-            self.learn(iter_segment(store, f"{path.rstrip('/')}/{segment}"))
+            self.learn(iter_segment(self.dest / segment))
 
     def learn(self, rows: Iterable[FinishedRow]) -> None:
         """Take rows of the index in, those that speak of what DEST's listing shows."""
@@ -216,9 +221,19 @@ class WorkList(JobTable):
                 TO_DO,
             ),
         )
+        if self._on_new is not None and (cursor.lastrowid or 0) % NEW_EVERY == 1:
+            self._look_whether_new(job)
         folder, _, name = job.path.rpartition("/")
         if job.copies and self.rule.layout == "hf" and is_sidecar(name):
             self.db.execute("INSERT INTO sidecars VALUES (?, ?)", (folder, cursor.lastrowid))
+
+    def _look_whether_new(self, job: Job) -> None:
+        if (
+            self._size_of(self.relative_manifest(job)) is None
+            and self._on_new is not None
+            and self._on_new(job)
+        ):
+            self._on_new = None
 
     def _put_sidecars_beside_weights(self) -> None:
         """Where layout `hf` gives weights a folder of their own, configuration and tokenizer go there too.
@@ -236,7 +251,7 @@ class WorkList(JobTable):
             beside = "id IN (SELECT job FROM sidecars WHERE folder = ?)"
             for _, job in list(self.select(beside, (weights.path.rpartition("/")[0],))):
                 path = self.rule.beside_weights(job.path, output)
-                place = path.casefold() if path is not None else ""
+                place = self.rule.fold(path) if path is not None else ""
                 if path is None or self.db.execute("SELECT 1 FROM jobs WHERE place = ?", (place,)).fetchone():
                     continue
                 self._insert(replace(job, dest_uri=f"{self.rule.base}/{path}"))
@@ -266,7 +281,7 @@ class WorkList(JobTable):
                 return not kind.copies
         from ptbin.catalog.comparing import is_convertible  # reads checkpoints: nobody else here does
 
-        return is_convertible(job.source_uri, self._options, source_options=self._source_options)
+        return is_convertible(place_of(job.source_uri, self._source_options), self._options)
 
     def _look_up(self, options: ConvertOptions, tick: Callable[[], object]) -> None:
         """Decide by the index; where a manifest is there that it does not know, that is to be asked."""
@@ -348,7 +363,7 @@ class WorkList(JobTable):
             return [
                 name
                 for name in dict.fromkeys(self._outputs_before(manifest))
-                if self.db.execute(query, ((folder + name).casefold(),)).fetchone()
+                if self.db.execute(query, (self.rule.fold(folder + name),)).fetchone()
             ]
 
     def is_planned(self, path: str) -> bool:
@@ -361,7 +376,7 @@ class WorkList(JobTable):
             names |= {base for name in names for base in split_bases(name)}
         with self.lock:
             return any(
-                self.db.execute("SELECT 1 FROM jobs WHERE place = ?", (name.casefold(),)).fetchone()
+                self.db.execute("SELECT 1 FROM jobs WHERE place = ?", (self.rule.fold(name),)).fetchone()
                 for name in names
             )
 
@@ -371,8 +386,7 @@ class WorkList(JobTable):
         Raises:
             StorageError: the store failed.
         """
-        store, path = open_store(self.dest, self._dest_options)
-        return store.discard_unfinished(path, self._is_unfinished)
+        return self.dest.store.discard_unfinished(self.dest.path, self._is_unfinished)
 
     def _is_unfinished(self, path: str) -> bool:
         """Whether what was to go to `path` is a planned output, or a claim that a manifest has overtaken."""
@@ -407,9 +421,8 @@ class WorkList(JobTable):
             return [name for row in rows for name, _ in row.outputs]
         if self._size_of(manifest) is None:
             return []
-        store, path = open_store(self.dest, self._dest_options)
         try:
-            found = parse_manifest(store.read_bytes(f"{path.rstrip('/')}/{manifest}"), manifest)
+            found = parse_manifest((self.dest / manifest).read_bytes(), manifest)
         except (NotFoundInStoreError, VerificationError, LimitExceededError):
             return []
         return [output["path"] for output in found["outputs"]]
@@ -442,7 +455,7 @@ class WorkList(JobTable):
         place = path.removesuffix(MANIFEST_SUFFIX)
         with self.lock:
             found = self.db.execute(
-                "SELECT output, copies FROM jobs WHERE place = ?", (place.casefold(),)
+                "SELECT output, copies FROM jobs WHERE place = ?", (self.rule.fold(place),)
             ).fetchall()
         return any(output + ("" if copies else MANIFEST_SUFFIX) == path for output, copies in found)
 

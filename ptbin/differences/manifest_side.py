@@ -27,7 +27,7 @@ from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.keys import new_names
 from ptbin.reading.selection import select_state_dict
 from ptbin.sources.folders import INDEX_SUFFIX
-from ptbin.stores import ListedObject, RangeReader, open_store, public_uri
+from ptbin.stores import ListedObject, RangeReader, place_of, public_uri
 from ptbin.stores.joined import JoinedReader, part_base
 from ptbin.values.dtypes import BY_NAME
 from ptbin.values.state_dict import tensors_of
@@ -61,9 +61,9 @@ class ManifestSide(Side):
                 f"{public_uri(uri)} is a manifest: it lists one output, there is nothing to select"
             )
         self._limits = options.limits
-        self._store, self._path = open_store(uri, storage_options)
-        self.uri = self._store.uri_of(self._path)
-        data = self._store.read_bytes(self._path, limit=MAX_MANIFEST_NBYTES)
+        self._place = place_of(uri, storage_options)
+        self.uri = self._place.uri
+        data = self._place.read_bytes(limit=MAX_MANIFEST_NBYTES)
         self._parts: tuple[ListedObject, ...] | None = None
         self._storages: dict[Any, Storage] = {}
         with as_checkpoint_errors(self.uri):
@@ -108,7 +108,7 @@ class ManifestSide(Side):
         """
         if self._parts is None:
             self._parts = tuple(self._listed(output) for output in self._manifest["outputs"])
-        return JoinedReader(self._store, _folder(self._path), self._parts, uri=self.uri)
+        return JoinedReader(self._place.parent, self._parts, uri=self.uri)
 
     def has_weights(self) -> bool:
         """Whether the outputs are next to the manifest."""
@@ -119,7 +119,7 @@ class ManifestSide(Side):
         return True
 
     def _listed(self, output: Mapping[str, Any]) -> ListedObject:
-        found = self._store.stat(f"{_folder(self._path)}/{output['path']}")
+        found = (self._place.parent / output["path"]).stat()
         if found.size != output["size"]:
             raise CorruptArchiveError(
                 f"{found.uri}: {found.size} bytes, {self.uri} says {output['size']}; is it truncated?"
@@ -174,10 +174,6 @@ class ManifestSide(Side):
             if place not in found:
                 raise VerificationError(f"{self.uri}: {row['file']} has no tensor {row['name']!r}")
             self.tensors[name] = self.tensors[name]._replace(quantizer=found[place])
-
-
-def _folder(path: str) -> str:
-    return path.rpartition("/")[0]
 
 
 def _extent(row: Mapping[str, Any], tensor: SideTensor) -> int:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from ptbin.catalog.finding import OWN_FOLDER
 from ptbin.errors import NotFoundInStoreError, UsageError, VerificationError
-from ptbin.stores import open_store
+from ptbin.stores import Where, place_of
 
 __all__ = [
     "Acknowledgement",
@@ -227,13 +227,12 @@ def utc_text(moment: datetime) -> str:
 
 
 def read_ledger(
-    dest: str,
+    dest: Where,
     *,
     run_id: str = "",
     root: str = "",
     now: datetime | None = None,
     there: Collection[str] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
 ) -> Ledger:
     """What a run on DEST has to know; two reads, none of a file that a listing (`there`) shows is not there.
 
@@ -244,22 +243,21 @@ def read_ledger(
     before: dict[str, Unconverted] = {}
     known: list[Acknowledgement] = []
     if there is None or UNCONVERTED in there:
-        before = {row.source: row for row in read_unconverted(dest, dest_options=dest_options)}
+        before = {row.source: row for row in read_unconverted(dest)}
     if there is None or KNOWN in there:
-        known = read_known(dest, dest_options=dest_options)
+        known = read_known(dest)
     return Ledger(run_id, root, before, known, now or datetime.now(UTC))
 
 
-def read_unconverted(dest: str, *, dest_options: Mapping[str, Any] | None = None) -> Iterator[Unconverted]:
+def read_unconverted(dest: Where) -> Iterator[Unconverted]:
     """The rows, as far as they can be read: a damaged line is passed over. Memory: a block.
 
     Raises:
         StorageError: the store failed otherwise than by having no such file.
     """
-    store, path = open_store(f"{dest.rstrip('/')}/{UNCONVERTED}", dest_options)
     rest = b""
     try:
-        with store.open_reader(path) as reader:
+        with (place_of(dest) / UNCONVERTED).open_reader() as reader:
             for block in reader.iter_range(0, reader.size):
                 *lines, rest = (rest + bytes(block)).split(b"\n")
                 for line in lines:
@@ -278,16 +276,13 @@ def _row(line: bytes) -> Unconverted | None:
         return None
 
 
-def write_unconverted(
-    dest: str, rows: Iterable[Unconverted], *, dest_options: Mapping[str, Any] | None = None
-) -> None:
+def write_unconverted(dest: Where, rows: Iterable[Unconverted]) -> None:
     """Put the rows in the place of all that were stored. For whoever holds the lease on DEST.
 
     Raises:
         StorageError: the store failed; what was stored before is still there.
     """
-    store, path = open_store(f"{dest.rstrip('/')}/{UNCONVERTED}", dest_options)
-    with store.open_writer(path, copies=False) as writer:
+    with (place_of(dest) / UNCONVERTED).open_writer(copies=False) as writer:
         for row in rows:
             facts = {name: value for name, value in asdict(row).items() if value}
             line = {"state": "", **facts}
@@ -295,48 +290,43 @@ def write_unconverted(
         writer.commit()
 
 
-def read_known(dest: str, *, dest_options: Mapping[str, Any] | None = None) -> list[Acknowledgement]:
+def read_known(dest: Where) -> list[Acknowledgement]:
     """Everything acknowledged, expired or not; nothing where there is no such file.
 
     Raises:
         VerificationError: the file is damaged, or was edited into something else.
         StorageError: the store failed.
     """
-    store, path = open_store(f"{dest.rstrip('/')}/{KNOWN}", dest_options)
+    place = place_of(dest) / KNOWN
     try:
-        data = store.read_bytes(path)
+        data = place.read_bytes()
     except NotFoundInStoreError:
         return []
     try:
         return [Acknowledgement.from_json(item) for item in json.loads(data)["known"]]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        where = store.uri_of(path)
         raise VerificationError(
-            f"{where} is not a list of acknowledged failures: {error}; mend it"
+            f"{place.uri} is not a list of acknowledged failures: {error}; mend it"
         ) from error
 
 
-def write_known(
-    dest: str, known: Iterable[Acknowledgement], *, dest_options: Mapping[str, Any] | None = None
-) -> None:
+def write_known(dest: Where, known: Iterable[Acknowledgement]) -> None:
     """Put these in the place of all that were stored. Of two writers at once, the last one's stay."""
     rows = [
         {name: value for name, value in asdict(item).items() if value is not None}
         for item in sorted(known, key=lambda item: item.path)
     ]
-    store, path = open_store(f"{dest.rstrip('/')}/{KNOWN}", dest_options)
     text = json.dumps({"schema_version": 1, "known": rows}, indent=2, ensure_ascii=False)
-    store.write_bytes(path, text.encode() + b"\n")
+    (place_of(dest) / KNOWN).write_bytes(text.encode() + b"\n")
 
 
 def acknowledge(
-    dest: str,
+    dest: Where,
     paths: Sequence[str],
     *,
     because: str,
     until: str,
     today: date,
-    dest_options: Mapping[str, Any] | None = None,
 ) -> list[Unconverted]:
     """Acknowledge what fails at `paths` (below SOURCE, or URIs) in DEST; the failures that are covered now.
 
@@ -349,7 +339,7 @@ def acknowledge(
     wanted = set(paths)
     failures = [
         row
-        for row in read_unconverted(dest, dest_options=dest_options)
+        for row in read_unconverted(dest)
         if row.is_failure and not wanted.isdisjoint((row.path, row.source))
     ]
     if missing := wanted.difference(*((row.path, row.source) for row in failures)):
@@ -359,16 +349,12 @@ def acknowledge(
         )
     at = utc_text(datetime.now(UTC))
     named = {name for row in failures for name in (row.path, row.source)}
-    kept = [
-        item
-        for item in read_known(dest, dest_options=dest_options)
-        if item.path not in named and not item.is_expired(today)
-    ]
+    kept = [item for item in read_known(dest) if item.path not in named and not item.is_expired(today)]
     added = [
         Acknowledgement(
             row.path if row.path in wanted else row.source, because, until, row.state, row.reason, at
         )
         for row in failures
     ]
-    write_known(dest, [*kept, *added], dest_options=dest_options)
+    write_known(dest, [*kept, *added])
     return failures

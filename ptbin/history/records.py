@@ -15,7 +15,7 @@ from typing import Any
 
 from ptbin.catalog.finding import OWN_FOLDER
 from ptbin.errors import LimitExceededError, NotFoundInStoreError, StorageError, UsageError
-from ptbin.stores import Store, open_store
+from ptbin.stores import Place, Where, place_of
 
 __all__ = ["RUNS_FOLDER", "RecordedRun", "iter_runs", "parse_head", "read_rows"]
 
@@ -74,7 +74,7 @@ class RecordedRun:
 
 
 def iter_runs(
-    dest: str, *, last: int | None = None, storage_options: Mapping[str, Any] | None = None
+    dest: Where, *, last: int | None = None, storage_options: Mapping[str, Any] | None = None
 ) -> Iterator[RecordedRun]:
     """The runs recorded below DEST, newest first, at most `last`. Each is read when it is asked for.
 
@@ -85,23 +85,23 @@ def iter_runs(
         UsageError: DEST does not exist, or is one file.
         StorageError: the store failed.
     """
-    store, root = open_store(dest, storage_options)
-    if not store.is_directory(root):
+    root = place_of(dest, storage_options)
+    if not root.is_directory():
         raise UsageError(f"no destination with runs in it: {dest} is not a directory or prefix")
-    folder = f"{root.rstrip('/')}/{RUNS_FOLDER}"
+    folder = root / RUNS_FOLDER
     names = [
         item.path.removesuffix(f"/{RECORD_NAME}")
-        for item in store.iter_objects(folder)
+        for item in folder.iter_objects()
         if item.path.count("/") == 1 and item.path.endswith(f"/{RECORD_NAME}")
     ]
     names.sort(key=lambda name: (_STAMP.match(name) is not None, name), reverse=True)
     for name in names[:last]:
-        yield _read_run(store, f"{folder}/{name}/{RECORD_NAME}", name)
+        yield _read_run(folder / name / RECORD_NAME, name)
 
 
-def _read_run(store: Store, path: str, run_id: str) -> RecordedRun:
+def _read_run(place: Place, run_id: str) -> RecordedRun:
     try:
-        with store.open_reader(path) as reader:
+        with place.open_reader() as reader:
             text = reader.read(0, min(reader.size, HEAD_NBYTES)).decode("utf-8", errors="replace")
     except StorageError as error:
         return RecordedRun(run_id, {}, str(error))
@@ -142,7 +142,7 @@ def _after_space(text: str, at: int) -> int:
 
 
 def read_rows(
-    dest: str, run_id: str, *, storage_options: Mapping[str, Any] | None = None
+    dest: Where, run_id: str, *, storage_options: Mapping[str, Any] | None = None
 ) -> list[Mapping[str, Any]]:
     """The rows of the checkpoints of one run; its record is read whole.
 
@@ -150,10 +150,9 @@ def read_rows(
         UsageError: there is no such run, or its record is damaged or too large to be held in memory.
         StorageError: the store failed.
     """
-    store, root = open_store(dest, storage_options)
-    path = f"{root.rstrip('/')}/{RUNS_FOLDER}/{run_id}/{RECORD_NAME}"
+    place = place_of(dest, storage_options) / RUNS_FOLDER / run_id / RECORD_NAME
     try:
-        rows = json.loads(store.read_bytes(path))["checkpoints"]
+        rows = json.loads(place.read_bytes())["checkpoints"]
     except NotFoundInStoreError as error:
         raise UsageError(
             f"no run {run_id} is recorded below {dest}; `ptbin runs {dest}` lists them"

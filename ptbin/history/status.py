@@ -27,7 +27,7 @@ from ptbin.history.failures import Ledger, Unconverted, read_ledger, written_at
 from ptbin.history.records import iter_runs
 from ptbin.options import ConvertOptions
 from ptbin.sources.companions import is_companion
-from ptbin.stores import identity_text, open_store
+from ptbin.stores import identity_text, place_of
 
 __all__ = ["Question", "Status", "question_of_last_run", "status_of"]
 
@@ -107,11 +107,11 @@ def question_of_last_run(
 
     Runs that looked at named files alone say how, and are passed over for what they looked at.
     """
-    store, path = open_store(dest, dest_options)
-    if not store.is_directory(path):
+    place = place_of(dest, dest_options)
+    if not place.is_directory():
         return None
     root = root_of(source, source_options)
-    for run in iter_runs(dest, last=RECORDS_READ, storage_options=dest_options):
+    for run in iter_runs(place, last=RECORDS_READ):
         selection = run.mapping("selection")
         if run.text("kind") not in ("convert", "sync") or not selection or selection.get("is_listed"):
             continue
@@ -169,11 +169,10 @@ def status_of(
             raise UsageError(nothing_below(source, work.entries, "nothing to convert"))
         _ask(work, options, source_options, dest_options)
         ledger = read_ledger(
-            dest,
+            place_of(dest, dest_options),
             root=root_of(source, source_options),
             now=now,
             there=work.own_files,
-            dest_options=dest_options,
         )
         status = Status(question.run)
         status.counts["up_to_date"] = work.count_current()
@@ -189,7 +188,6 @@ def status_of(
                 source,
                 exclude=question.exclude,
                 source_options=source_options,
-                dest_options=dest_options,
             ):
                 status.add("orphaned", path=gone.output)
     return status
@@ -251,5 +249,4 @@ def _add_failure(status: Status, ledger: Ledger, row: Unconverted, kind: str) ->
 def _is_whole_place(source: str, source_options: Mapping[str, Any] | None) -> bool:
     """Whether SOURCE is a folder or prefix: of a file or a glob nobody can say what is gone."""
     root, pattern = split_glob(source, source_options)
-    store, path = open_store(root, source_options)
-    return pattern is None and store.is_directory(path)
+    return pattern is None and place_of(root, source_options).is_directory()

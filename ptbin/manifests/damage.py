@@ -12,7 +12,7 @@ from typing import Any
 
 from ptbin.errors import LimitExceededError, StorageError, VerificationError
 from ptbin.manifests.manifest import dump_manifest, parse_manifest, utc_now
-from ptbin.stores import ObjectStat, Store, identity_text
+from ptbin.stores import ObjectStat, Place, identity_text
 
 __all__ = ["DAMAGED", "damaged_file", "is_damaged", "note_damage"]
 
@@ -29,18 +29,18 @@ def damaged_file(found: ObjectStat, sha256: str | None) -> dict[str, Any]:
     return {"size": found.size, "identity": identity_text(found.identity), "sha256": sha256}
 
 
-def note_damage(store: Store, path: str, files: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Note damage in the manifest at `path`, by name of each file; whether that could be done.
+def note_damage(place: Place, files: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Note damage in the manifest there, by name of each file; whether that could be done.
 
     A store that may not be written, or a manifest that is another one by now, is left as it is.
     """
     try:
-        data, seen = store.read_identified(path)
-        manifest = parse_manifest(data, store.uri_of(path))
+        data, seen = place.read_identified()
+        manifest = parse_manifest(data, place.uri)
         manifest[DAMAGED] = {"found": utc_now(), "files": dict(files)}
-        if store.stat(path).identity != seen:
+        if place.stat().identity != seen:
             return False
-        store.write_bytes(path, dump_manifest(manifest))
+        place.write_bytes(dump_manifest(manifest))
     except (StorageError, VerificationError, LimitExceededError):
         return False
     return True

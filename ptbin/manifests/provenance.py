@@ -38,7 +38,7 @@ def add_source_digests(
         source["sha256"] = _digest(reader, progress)
         return
     for part, row in zip(place.parts, source["files"], strict=True):
-        with place.store.open_reader(f"{place.folder}/{part.path}", expected=part.identity) as file:
+        with (place.folder / part.path).open_reader(expected=part.identity) as file:
             row["sha256"] = _digest(file, progress)
 
 

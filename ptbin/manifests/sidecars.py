@@ -37,15 +37,15 @@ def copy_sidecars(
     """
     for name, item in found.items():
         if name == "config.json" and dtype is not None:
-            data = source.store.read_bytes(f"{source.folder}/{item.path}", limit=MAX_CONFIG_NBYTES)
+            data = (source.folder / item.path).read_bytes(limit=MAX_CONFIG_NBYTES)
             data, note = with_dtype(data, dtype)
             notes += [note] if note else []
             yield put_text(at, name, data)
             continue
         crc = 0
         with (
-            source.store.open_reader(f"{source.folder}/{item.path}") as reader,
-            at.store.open_writer(at.path_of(name), size_hint=reader.size, claim=at.claim) as writer,
+            (source.folder / item.path).open_reader() as reader,
+            at.place_of(name).open_writer(size_hint=reader.size, claim=at.claim) as writer,
         ):
             for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
                 crc = zlib.crc32(piece, crc)
@@ -62,5 +62,5 @@ def put_text(at: OutputSite, name: str, data: bytes) -> DraftFile:
     crc = zlib.crc32(data)
     at.check(name, len(data), crc)
     at.withdraw_manifest((name, len(data), crc))
-    at.store.write_bytes(at.path_of(name), data, claim=at.claim)
+    at.place_of(name).write_bytes(data, claim=at.claim)
     return DraftFile(name, len(data), crc)

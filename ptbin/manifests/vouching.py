@@ -41,7 +41,7 @@ from ptbin.errors import (
 from ptbin.manifests.damage import DAMAGED
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, dump_manifest, hex_crc32, parse_manifest
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, dump_statement, statement_of
-from ptbin.stores import PARTIAL_SUFFIX, Store, identity_text
+from ptbin.stores import PARTIAL_SUFFIX, Place, identity_text
 
 __all__ = [
     "ASIDE_SUFFIX",
@@ -50,7 +50,7 @@ __all__ = [
     "OutputSite",
     "Standing",
     "claim_of",
-    "claim_path",
+    "claim_place",
     "end_claim",
     "is_restored",
 ]
@@ -71,21 +71,21 @@ NAME_MAX = 255
 """Longest file name in bytes (limits.h)."""
 
 
-def claim_path(path: str) -> str:
-    """Where the claim on the output at `path` lies."""
-    folder, slash, name = path.rpartition("/")
+def claim_place(output: Place) -> Place:
+    """Where the claim on an output lies."""
+    name = output.name
     if len(name.encode("utf-8", "surrogateescape")) + len(ASIDE_SUFFIX) > NAME_MAX:
         name = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-    return f"{folder}{slash}{name}{ASIDE_SUFFIX}"
+    return output.parent / f"{name}{ASIDE_SUFFIX}"
 
 
-def end_claim(store: Store, path: str) -> None:
-    """Delete the claim of the output at `path`, once its manifest is there or its files are gone.
+def end_claim(output: Place) -> None:
+    """Delete the claim of an output, once its manifest is there or its files are gone.
 
     One that stays behind is hidden and harms nobody: a store's fault is passed over.
     """
     with contextlib.suppress(StorageError):
-        store.delete(claim_path(path))
+        claim_place(output).delete()
 
 
 def is_restored(manifest: Mapping[str, Any]) -> bool:
@@ -124,8 +124,7 @@ class OutputSite:
 
     def __init__(
         self,
-        store: Store,
-        path: str,
+        place: Place,
         guard: Guard | None,
         *,
         standing: Standing | None = None,
@@ -136,15 +135,15 @@ class OutputSite:
 
         `source_uri`: what it is made of, for the claims that objects carry; empty: they carry none.
         """
-        self.store, self.path = store, path
-        self._folder, _, self._name = path.rpartition("/")
+        self.place = place
+        self._folder, self._name = place.parent, place.name
         self._guard = guard
         self._restores = restores or guard == "restored"
-        self._is_local = store.protocol == "file"
+        self._is_local = place.is_local
         self.claim = ""
         """What each file of the output is to carry, where the store has a place for it."""
-        if store.carries_claims and source_uri:
-            self.claim = _carried_claim(store.uri_of(path), source_uri, self._restores)
+        if place.store.carries_claims and source_uri:
+            self.claim = _carried_claim(place.uri, source_uri, self._restores)
         self._is_free = standing is not None and standing.size is None and standing.alone
         # Looking at a local file costs next to nothing, and is surer than a listing of some time ago.
         self._standing = standing if not self._is_local else None
@@ -163,16 +162,20 @@ class OutputSite:
         if self._is_free:
             return None
         try:
-            return parse_manifest(self.store.read_bytes(self.path + MANIFEST_SUFFIX), self.path)
+            return parse_manifest(self._manifest_place.read_bytes(), self.place.uri)
         except NotFoundInStoreError:
             return None
         except (VerificationError, LimitExceededError):
             self._foreign_manifest = "what is there, at the manifest's place, is not a manifest of ptbin's"
             return None
 
-    def path_of(self, name: str) -> str:
+    @property
+    def _manifest_place(self) -> Place:
+        return self.place.beside(MANIFEST_SUFFIX)
+
+    def place_of(self, name: str) -> Place:
         """Of a file of the output."""
-        return f"{self._folder}/{name}"
+        return self._folder / name
 
     # -- may it be replaced --------------------------------------------------------------------------
 
@@ -196,14 +199,14 @@ class OutputSite:
             OutputExistsError: something else lies there.
         """
         if self._foreign_manifest and self._guard is not None:
-            self._refuse(self.path + MANIFEST_SUFFIX, self._foreign_manifest)
+            self._refuse(self._manifest_place, self._foreign_manifest)
         if name in self._settled:
             return
-        path = self.path_of(name)
-        if self._is_free and not (self._is_local and os.path.lexists(path)):
+        place = self.place_of(name)
+        if self._is_free and not (self._is_local and os.path.lexists(place.path)):
             return
         try:
-            found, identity = self._stat(path, name)
+            found, identity = self._stat(place, name)
         except NotFoundInStoreError:
             if not self._is_local:
                 self._settled.add(name)
@@ -211,25 +214,25 @@ class OutputSite:
         if self._guard is None:
             self.replaced[name] = False
             return
-        reason = self._objection(path, name, found, identity)
+        reason = self._objection(place, name, found, identity)
         if not reason:
             self.replaced[name] = False
             if not self._is_local:
                 self._settled.add(name)
             return
-        if found == size and (crc32 is None or self._crc32(path) == crc32):
+        if found == size and (crc32 is None or self._crc32(place) == crc32):
             self.replaced[name] = True
             return
-        self._refuse(path, f"a file of {found} bytes is there, {reason}")
+        self._refuse(place, f"a file of {found} bytes is there, {reason}")
 
     def check_statement(self) -> None:
         """As `check`, for the statement of where the output comes from, which no manifest lists."""
         name = self._name + STATEMENT_SUFFIX
         if self._is_free or self._guard is None:
             return
-        path = self.path + STATEMENT_SUFFIX
+        place = self.place.beside(STATEMENT_SUFFIX)
         try:
-            there = self.store.read_bytes(path)
+            there = place.read_bytes()
         except NotFoundInStoreError:
             return
         except LimitExceededError:
@@ -243,26 +246,25 @@ class OutputSite:
         claimed = any(
             row.name == name and row.size == len(there) and row.crc32 == crc32 for row in self._claimed
         )
-        if claimed or self._carries_our_claim(path):
+        if claimed or self._carries_our_claim(place):
             self.replaced[name] = False
             return
-        self._refuse(path, "a file is there, and it is not the statement of the manifest next to it")
+        self._refuse(place, "a file is there, and it is not the statement of the manifest next to it")
 
-    def _refuse(self, path: str, what: str) -> None:
+    def _refuse(self, place: Place, what: str) -> None:
         raise OutputExistsError(
-            f"{self.store.uri_of(path)}: {what}; move it away, choose another DEST, or replace it with "
-            "--force"
+            f"{place.uri}: {what}; move it away, choose another DEST, or replace it with --force"
         )
 
-    def _stat(self, path: str, name: str) -> tuple[int, str]:
+    def _stat(self, place: Place, name: str) -> tuple[int, str]:
         if self._standing is not None and name == self._name:
             if self._standing.size is None:
-                raise NotFoundInStoreError(path)
+                raise NotFoundInStoreError(place.uri)
             return self._standing.size, self._standing.identity
-        found = self.store.stat(path)
+        found = place.stat()
         return found.size, identity_text(found.identity)
 
-    def _objection(self, path: str, name: str, size: int, identity: str) -> str:
+    def _objection(self, place: Place, name: str, size: int, identity: str) -> str:
         """Why the file may not be replaced; empty where it may."""
         reason = "and no manifest of ptbin's vouches for it"
         listed: list[_Vouched] = []
@@ -275,17 +277,17 @@ class OutputSite:
             else:
                 made = "restored" if is_restored(self.manifest) else "converted"
                 reason = f"and it is no longer what ptbin {made}: its manifest lists other content"
-        if self._has_content(path, size, identity, listed):
+        if self._has_content(place, size, identity, listed):
             return ""
         self._look_for_claim()
         claimed = [row for row in self._claimed if row.name == name]
-        if self._has_content(path, size, identity, claimed) or self._carries_our_claim(path):
+        if self._has_content(place, size, identity, claimed) or self._carries_our_claim(place):
             return ""
         return reason
 
-    def _carries_our_claim(self, path: str) -> bool:
+    def _carries_our_claim(self, place: Place) -> bool:
         """Whether a run before this one wrote what is there, and then no manifest any more."""
-        return bool(self.claim) and self.manifest is None and self.store.claim_of(path) == self.claim
+        return bool(self.claim) and self.manifest is None and place.store.claim_of(place.path) == self.claim
 
     def _may_vouch(self, manifest: Mapping[str, Any]) -> bool:
         return not self._restores or is_restored(manifest)
@@ -294,37 +296,37 @@ class OutputSite:
         """Whether the manifest lists a file that is there, with its content."""
         if self.manifest is None:
             return False
-        path = self.path_of(name)
+        place = self.place_of(name)
         try:
-            found = self.store.stat(path)
+            found = place.stat()
         except NotFoundInStoreError:
             return False
         rows = [row for row in _rows_of(self.manifest) if row.name == name]
-        return self._has_content(path, found.size, identity_text(found.identity), rows)
+        return self._has_content(place, found.size, identity_text(found.identity), rows)
 
-    def _has_content(self, path: str, size: int, identity: str, rows: Iterable[_Vouched]) -> bool:
+    def _has_content(self, place: Place, size: int, identity: str, rows: Iterable[_Vouched]) -> bool:
         rows = [row for row in rows if row.size == size]
         if not rows:
             return False
         if identity and any(row.identity == identity for row in rows):
             return True
-        crc32, sha256 = self._digests(path, identity)
+        crc32, sha256 = self._digests(place, identity)
         return any(row.sha256 == sha256 or (row.sha256 is None and row.crc32 == crc32) for row in rows)
 
-    def _digests(self, path: str, identity: str) -> tuple[str, str]:
-        if identity and (known := self._read.get((path, identity))) is not None:
+    def _digests(self, place: Place, identity: str) -> tuple[str, str]:
+        if identity and (known := self._read.get((place.path, identity))) is not None:
             return known
         crc, digest = 0, hashlib.sha256()
-        with self.store.open_reader(path) as reader:
+        with place.open_reader() as reader:
             for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
                 crc = zlib.crc32(piece, crc)
                 digest.update(piece)
-        self._read[path, identity] = hex_crc32(crc), digest.hexdigest()
-        return self._read[path, identity]
+        self._read[place.path, identity] = hex_crc32(crc), digest.hexdigest()
+        return self._read[place.path, identity]
 
-    def _crc32(self, path: str) -> int:
+    def _crc32(self, place: Place) -> int:
         crc = 0
-        with self.store.open_reader(path) as reader:
+        with place.open_reader() as reader:
             for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
                 crc = zlib.crc32(piece, crc)
         return crc
@@ -337,7 +339,7 @@ class OutputSite:
             return
         self._looked_for_claim = True
         try:
-            claim = json.loads(self.store.read_bytes(claim_path(self.path), limit=MAX_CLAIM_NBYTES))
+            claim = json.loads(claim_place(self.place).read_bytes(limit=MAX_CLAIM_NBYTES))
         except (NotFoundInStoreError, LimitExceededError, ValueError, RecursionError):
             return
         rows = _rows_of_claim(claim, restored=self._guard == "restored")
@@ -359,17 +361,17 @@ class OutputSite:
         fresh = [row for row in rows if row not in self._claimed]
         self._claimed += fresh
         if fresh or not self._has_claim:
-            self.store.write_bytes(claim_path(self.path), _dump_claim(self._claimed, self._restores))
+            claim_place(self.place).write_bytes(_dump_claim(self._claimed, self._restores))
             self._has_claim = True
         if self.manifest is not None and not self._is_withdrawn:
-            self.store.delete(self.path + MANIFEST_SUFFIX)
+            self._manifest_place.delete()
         self._is_withdrawn = True
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Publish the new output: its manifest, and then the end of the claim."""
-        self.store.write_bytes(self.path + MANIFEST_SUFFIX, dump_manifest(manifest))
+        self._manifest_place.write_bytes(dump_manifest(manifest))
         if self._has_claim:
-            end_claim(self.store, self.path)
+            end_claim(self.place)
 
     @property
     def has_claim(self) -> bool:

@@ -29,7 +29,7 @@ from ptbin.values.state_dict import tensors_of
 
 if TYPE_CHECKING:
     from ptbin.manifests.draft import Draft
-    from ptbin.stores import RangeReader, Store
+    from ptbin.stores import Place, RangeReader
     from ptbin.values.state_dict import StateDict
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.[^.]+$)")
@@ -37,9 +37,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.[^.]+$)")
 __all__ = ["open_output", "open_with_torch", "prove_by_loading", "rows_by_state_dict"]
 
 
-def prove_by_loading(
-    draft: Draft, store: Store, path: str, *, source_options: Mapping[str, Any] | None = None
-) -> None:
+def prove_by_loading(draft: Draft, source: Place, dest: Place) -> None:
     """Compare the output as torch loads it with the source.
 
     Raises:
@@ -48,10 +46,10 @@ def prove_by_loading(
     """
     options = ConvertOptions.from_json(draft.manifest["options"], verify="load", limits=draft.limits)
     identity = Identity.from_json(draft.manifest["source"]["identity"])
-    with open_source(draft.source_uri, source_options, expected=identity) as reader:
+    with open_source(source, expected=identity) as reader:
         selected = read_selected(reader, options)
         for rows, state_dict in zip(rows_by_state_dict(draft.manifest), selected.state_dicts, strict=True):
-            _compare_state_dict(store, path, draft.manifest, rows, state_dict, reader)
+            _compare_state_dict(dest, draft.manifest, rows, state_dict, reader)
         reader.check_unchanged()
 
 
@@ -68,27 +66,26 @@ def rows_by_state_dict(manifest: Mapping[str, Any]) -> list[list[dict[str, Any]]
 
 
 def _compare_state_dict(
-    store: Store,
-    path: str,
+    dest: Place,
     manifest: Mapping[str, Any],
     rows: list[dict[str, Any]],
     state_dict: StateDict,
     reader: RangeReader,
 ) -> None:
     by_name = {row["name"]: row for row in rows}
-    with open_output(store, path, {**manifest, "tensors": rows}) as loaded:
+    with open_output(dest, {**manifest, "tensors": rows}) as loaded:
         wanted = dict(item for name, value in state_dict.entries for item in tensors_of(name, value))
         found = dict(iter_loaded_tensors(loaded))
         in_order = manifest["options"]["format"] != "torch" or list(found) == list(by_name)
         if found.keys() != by_name.keys() or not in_order:
-            raise VerificationError(f"{store.uri_of(path)}: torch loads other names than the source has")
+            raise VerificationError(f"{dest.uri}: torch loads other names than the source has")
         for name, tensor in found.items():
             ref = wanted[name]
             target = by_name[name]["dtype"]
             stream = iter_logical_bytes(ref, reader)
             if target != ref.dtype.name:
                 stream = _cast_by_torch(stream, ref.dtype, target)
-            _compare(store.uri_of(path), name, tensor, target, ref.shape, stream)
+            _compare(dest.uri, name, tensor, target, ref.shape, stream)
 
 
 def _cast_by_torch(stream: Iterator[bytes], source: DType, target: str) -> Iterator[bytes]:
@@ -116,28 +113,27 @@ def _cast_block(torch: Any, data: bytes, source: DType, target: str) -> bytes:
 
 
 @contextlib.contextmanager
-def open_output(store: Store, path: str, manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def open_output(dest: Place, manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """All files of an output, by the reader their format is meant for; name to value.
 
     Raises:
         VerificationError: a reader refuses a file. UsageError: safetensors is not installed.
     """
-    folder = path.rpartition("/")[0]
     form = manifest["options"].get("format", "torch")
     files = dict.fromkeys(row["file"] for row in manifest["tensors"])
     with contextlib.ExitStack() as stack:
         merged: dict[str, Any] = {}
         for name in files:
-            place = f"{folder}/{name}"
+            place = dest.parent / name
             rows = [row for row in manifest["tensors"] if row["file"] == name]
             if form == "torch":
-                merged.update(stack.enter_context(open_with_torch(store, place)))
+                merged.update(stack.enter_context(open_with_torch(place)))
                 continue
-            local = stack.enter_context(_local_copy(store, place))
+            local = stack.enter_context(_local_copy(place))
             try:
                 merged.update(_safetensors(local, rows) if form == "safetensors" else _raw(local, rows))
             except (RuntimeError, ValueError, OSError) as error:
-                raise VerificationError(f"{store.uri_of(place)}: cannot be loaded: {error}") from error
+                raise VerificationError(f"{place.uri}: cannot be loaded: {error}") from error
         yield merged
 
 
@@ -162,11 +158,11 @@ def _raw(local: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _local_copy(store: Store, path: str) -> Iterator[Path]:
+def _local_copy(place: Place) -> Iterator[Path]:
     """The file as one of this machine; remote ones by a temporary copy."""
-    with tempfile.TemporaryDirectory(prefix="ptbin-") as folder, store.open_reader(path) as reader:
+    with tempfile.TemporaryDirectory(prefix="ptbin-") as folder, place.open_reader() as reader:
         if reader.is_local:
-            yield Path(path)
+            yield Path(place.path)
             return
         local = Path(folder) / "output"
         with local.open("wb") as file:
@@ -176,7 +172,7 @@ def _local_copy(store: Store, path: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def open_with_torch(store: Store, path: str) -> Iterator[Any]:
+def open_with_torch(place: Place) -> Iterator[Any]:
     """The output as `torch.load(weights_only=True, mmap=True)` sees it; remote ones by a temporary file."""
     require_reader("torch")
     import torch
@@ -184,11 +180,11 @@ def open_with_torch(store: Store, path: str) -> Iterator[Any]:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < (2, 10):
         raise UsageError(f"--verify load needs torch 2.10 or later, found {torch.__version__}")
-    with _local_copy(store, path) as local:
+    with _local_copy(place) as local:
         try:
             loaded = torch.load(local, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:
-            raise VerificationError(f"{store.uri_of(path)}: torch cannot load it: {error}") from error
+            raise VerificationError(f"{place.uri}: torch cannot load it: {error}") from error
         yield loaded
 
 

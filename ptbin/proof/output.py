@@ -36,7 +36,7 @@ from ptbin.values.tensors import ByteRange, TensorRef
 
 if TYPE_CHECKING:
     from ptbin.manifests.draft import Draft, DraftFile
-    from ptbin.stores import RangeReader, Store
+    from ptbin.stores import Place, RangeReader
 
 __all__ = ["READ_BACK", "STORE_CHECKSUM", "compare_checksums", "prove_output", "stored_tensor"]
 
@@ -50,10 +50,9 @@ MAX_UNFOLDED_NBYTES = 1 << 30
 
 def prove_output(
     draft: Draft,
-    store: Store,
-    path: str,
+    source: Place,
+    dest: Place,
     *,
-    source_options: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
     identities: dict[str, str] | None = None,
 ) -> str:
@@ -66,11 +65,11 @@ def prove_output(
         VerificationError: with the first difference found.
         ChecksumMismatchError: the difference is in bytes that the store copied: the source holds them so.
     """
-    folder = path.rpartition("/")[0]
     proven_by = READ_BACK
     for file, output in zip(draft.files, draft.manifest["outputs"], strict=True):
         rows = [row for row in draft.manifest["tensors"] if row["file"] == file.path]
-        with store.open_reader(f"{folder}/{file.path}") as reader:
+        place = dest.parent / file.path
+        with place.open_reader() as reader:
             if identities is not None and (seen := identity_text(reader.identity)):
                 identities[file.path] = seen
             if file.is_proven:
@@ -78,7 +77,7 @@ def prove_output(
                 continue
             # Provenance names the SHA-256 of every output, which no store states.
             if draft.level == "checksum" and file.copied_nbytes and "provenance" not in draft.manifest:
-                stated = store.crc32_of(f"{folder}/{file.path}")
+                stated = place.store.crc32_of(place.path)
                 if stated is not None:
                     _prove_by_store(reader, file, rows, draft, stated)
                     proven_by = STORE_CHECKSUM
@@ -88,11 +87,11 @@ def prove_output(
             if digests.gaps_sha256 is not None:
                 output["gaps_sha256"] = digests.gaps_sha256
     if draft.manifest["options"]["format"] == "raw":
-        check_raw_indexes(store, folder, draft.manifest)
+        check_raw_indexes(dest.parent, draft.manifest)
     if draft.level == "load":
         from ptbin.proof.load import prove_by_loading
 
-        prove_by_loading(draft, store, path, source_options=source_options)
+        prove_by_loading(draft, source, dest)
     return proven_by
 
 
@@ -175,7 +174,7 @@ def compare_checksums(
         )
 
 
-def check_raw_indexes(store: Store, folder: str, manifest: Mapping[str, Any]) -> None:
+def check_raw_indexes(folder: Place, manifest: Mapping[str, Any]) -> None:
     """The stored indexes of format `raw`, one for each state dict, say of every tensor what was planned.
 
     Raises:
@@ -187,17 +186,19 @@ def check_raw_indexes(store: Store, folder: str, manifest: Mapping[str, Any]) ->
     for output in manifest["outputs"]:
         if not output["path"].endswith(INDEX_SUFFIX):
             continue
-        path = f"{folder}/{output['path']}"
+        file = folder / output["path"]
         try:
-            index = json.loads(store.read_bytes(path))
+            index = json.loads(file.read_bytes())
             found = {(row["file"], name): dict(row) for name, row in index["tensors"].items()}
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise VerificationError(f"{path}: what was stored is not an index: {error}") from error
+            raise VerificationError(f"{file.uri}: what was stored is not an index: {error}") from error
         count += len(found)
         if any(planned.get(place) != row for place, row in found.items()):
-            raise VerificationError(f"{path}: the stored index is not the planned one")
+            raise VerificationError(f"{file.uri}: the stored index is not the planned one")
     if count != len(planned):
-        raise VerificationError(f"{folder}: the indexes list {count} tensors, {len(planned)} were written")
+        raise VerificationError(
+            f"{folder.uri}: the indexes list {count} tensors, {len(planned)} were written"
+        )
 
 
 def stored_tensor(row: Mapping[str, Any], file_size: int | None = None) -> StoredTensor:

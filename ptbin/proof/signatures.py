@@ -10,13 +10,13 @@ import hashlib
 import importlib
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ptbin.errors import UsageError
 from ptbin.proof.verification import Issue
-from ptbin.stores import Store, WatchQuietly, open_store
+from ptbin.stores import Place, WatchQuietly
 
 __all__ = ["SIGNATURE", "verify_signatures"]
 
@@ -29,11 +29,10 @@ GIT_FILES = (".git", ".gitattributes", ".github", ".gitignore")
 
 
 def verify_signatures(
-    dest: str,
+    dest: Place,
     public_key: str,
     manifests: Iterable[str],
     *,
-    storage_options: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Issue]:
     """Check every signature at or below DEST with one public key; reads all that is signed.
@@ -47,23 +46,21 @@ def verify_signatures(
     """
     if not Path(public_key).is_file():
         raise UsageError(f"{public_key}: no such public key")
-    store, root = open_store(dest, storage_options)
-    root = root.rstrip("/")
-    if not store.is_directory(root):
-        root = root.rpartition("/")[0]
+    root = dest.file
+    if not root.is_directory():
+        root = root.parent
     found = [
-        item.path
-        for item in store.iter_objects(root, WatchQuietly())
-        if item.path.rpartition("/")[2] == SIGNATURE
+        root / item.path
+        for item in root.iter_objects(WatchQuietly())
+        if PurePosixPath(item.path).name == SIGNATURE
     ]
     issues = []
     signed = []
-    for path in found:
-        folder = f"{root}/{path}".rpartition("/")[0]
-        problem = _verify_folder(store, folder, public_key, progress)
+    for place in found:
+        problem = _verify_folder(place.parent, public_key, progress)
         if problem is not None:
-            issues.append(Issue("bad_signature", store.uri_of(f"{root}/{path}"), problem))
-        signed.append(store.uri_of(folder) + "/")
+            issues.append(Issue("bad_signature", place.uri, problem))
+        signed.append(place.parent.uri + "/")
     issues += [
         Issue("not_signed", uri, f"no {SIGNATURE} in its folder or above it")
         for uri in manifests
@@ -72,9 +69,7 @@ def verify_signatures(
     return issues
 
 
-def _verify_folder(
-    store: Store, folder: str, public_key: str, progress: Callable[[int], None] | None
-) -> str | None:
+def _verify_folder(folder: Place, public_key: str, progress: Callable[[int], None] | None) -> str | None:
     """What is wrong with one signed folder."""
     try:
         verifying: Any = importlib.import_module("model_signing.verifying")
@@ -84,11 +79,11 @@ def _verify_folder(
         ) from error
     with tempfile.TemporaryDirectory(prefix="ptbin-") as scratch:
         local = Path(scratch) / SIGNATURE
-        local.write_bytes(store.read_bytes(f"{folder}/{SIGNATURE}", limit=MAX_NBYTES))
-        hashing = _StoreHashing(store, folder, progress)
+        local.write_bytes((folder / SIGNATURE).read_bytes(limit=MAX_NBYTES))
+        hashing = _StoreHashing(folder, progress)
         config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
         try:
-            config.set_hashing_config(hashing).verify(Path(folder), local)
+            config.set_hashing_config(hashing).verify(Path(folder.path), local)
         except Exception as error:  # noqa: BLE001 - a forged signature fails in many ways, all of them this
             text = _DIGESTS.sub("", f"{type(error).__name__}: {error}")
             return " ".join(text.split())[:500]
@@ -98,8 +93,7 @@ def _verify_folder(
 class _StoreHashing:
     """Stands where the library has its own hashing of local folders."""
 
-    def __init__(self, store: Store, folder: str, progress: Callable[[int], None] | None) -> None:
-        self._store = store
+    def __init__(self, folder: Place, progress: Callable[[int], None] | None) -> None:
         self._folder = folder
         self._progress = progress
         self._ignored: set[str] = {SIGNATURE, *GIT_FILES}
@@ -115,11 +109,11 @@ class _StoreHashing:
         manifest: Any = importlib.import_module("model_signing.manifest")
         del files_to_hash
         items = []
-        for listed in self._store.iter_objects(self._folder):
+        for listed in self._folder.iter_objects():
             if listed.path.split("/")[0] in self._ignored:
                 continue
             digest = hashlib.sha256()
-            with self._store.open_reader(f"{self._folder}/{listed.path}") as reader:
+            with (self._folder / listed.path).open_reader() as reader:
                 for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
                     digest.update(piece)
                     if self._progress is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import LimitExceededError, NotFoundInStoreError, StorageError, VerificationError
 from ptbin.manifests.damage import damaged_file, note_damage
@@ -21,7 +21,10 @@ from ptbin.manifests.provenance import STATEMENT_SUFFIX, statement_of
 from ptbin.proof.digests import digest_file
 from ptbin.proof.output import stored_tensor
 from ptbin.proof.serial import Serial
-from ptbin.stores import ObjectStat, RangeReader, Store, open_store
+from ptbin.stores import ObjectStat, Place, RangeReader, place_of
+
+if TYPE_CHECKING:
+    from ptbin.stores.place import Where
 
 MAX_STATEMENT_NBYTES = 64 << 20
 
@@ -48,7 +51,7 @@ class Issue:
 
 
 def verify(
-    manifest_uri: str,
+    manifest_uri: Where,
     *,
     level: str = "checksum",
     storage_options: Mapping[str, Any] | None = None,
@@ -73,7 +76,7 @@ def verify(
 
 
 def verify_outputs(
-    manifest_uri: str,
+    manifest_uri: Where,
     *,
     level: str = "checksum",
     storage_options: Mapping[str, Any] | None = None,
@@ -81,33 +84,33 @@ def verify_outputs(
     note: bool = False,
 ) -> tuple[list[Issue], dict[str, tuple[str, str]]]:
     """As `verify`, and by the URI of each output the SHA-256 and the run that the manifest states."""
-    store, path = open_store(manifest_uri, storage_options)
-    uri = store.uri_of(path)
+    place = place_of(manifest_uri, storage_options)
+    uri = place.uri
     try:
-        manifest = parse_manifest(store.read_bytes(path), uri)
+        manifest = parse_manifest(place.read_bytes(), uri)
         rows = manifest["tensors"]
         _check_rows(manifest, uri)
     except NotFoundInStoreError:
         return [Issue("no_manifest", uri, "there is no manifest")], {}
     except VerificationError as error:
         return [Issue("bad_manifest", uri, str(error))], {}
-    folder = path[: -len(path.rsplit("/", 1)[-1])]
+    folder, output_place = place.parent, place.without(MANIFEST_SUFFIX)
     issues: list[Issue] = []
     damaged: dict[str, Any] = {}
     for output in manifest["outputs"]:
         mine = [row for row in rows if row.get("file") == output["path"]]
-        found, file = _verify_output(store, folder + output["path"], output, mine, level, progress)
+        found, file = _verify_output(folder / output["path"], output, mine, level, progress)
         issues.extend(found)
         if file is not None:
             damaged[output["path"]] = file
     if note and damaged:
-        note_damage(store, path, damaged)
+        note_damage(place, damaged)
     if "provenance" in manifest:
-        issues.extend(_verify_statement(store, path.removesuffix(MANIFEST_SUFFIX), manifest))
+        issues.extend(_verify_statement(output_place, manifest))
     if level == "load" and not issues and "restore" not in manifest["options"]:
-        issues.extend(_verify_by_loading(store, path.removesuffix(MANIFEST_SUFFIX), manifest))
+        issues.extend(_verify_by_loading(output_place, manifest))
     stated = {
-        store.uri_of(folder + output["path"]): (output["sha256"], str(manifest.get("run_id", "")))
+        (folder / output["path"]).uri: (output["sha256"], str(manifest.get("run_id", "")))
         for output in manifest["outputs"]
         if isinstance(output.get("sha256"), str)
     }
@@ -149,17 +152,16 @@ def _check_accounting(manifest: Mapping[str, Any], uri: str) -> None:
 
 
 def _verify_output(
-    store: Store,
-    path: str,
+    place: Place,
     output: Mapping[str, Any],
     rows: list[dict[str, Any]],
     level: str,
     progress: Callable[[int], None] | None,
 ) -> tuple[list[Issue], dict[str, Any] | None]:
     """The issues of one file, and what is there where that is not what the manifest says."""
-    uri = store.uri_of(path)
+    uri = place.uri
     try:
-        reader = store.open_reader(path)
+        reader = place.open_reader()
     except NotFoundInStoreError:
         return [Issue("missing_output", uri, "the manifest names this file, and it is not there")], None
     with reader:
@@ -211,12 +213,12 @@ def difference_of(
     return f"found {wrong[0]} {found[wrong[0]]}, expected {stated[wrong[0]]}; hit: {what}"
 
 
-def _verify_statement(store: Store, path: str, manifest: dict[str, Any]) -> Iterable[Issue]:
+def _verify_statement(output: Place, manifest: dict[str, Any]) -> Iterable[Issue]:
     """The statement beside the output says what the manifest says, all of it and nothing else."""
-    place = path + STATEMENT_SUFFIX
-    uri = store.uri_of(place)
+    place = output.beside(STATEMENT_SUFFIX)
+    uri = place.uri
     try:
-        stated = json.loads(store.read_bytes(place, limit=MAX_STATEMENT_NBYTES))
+        stated = json.loads(place.read_bytes(limit=MAX_STATEMENT_NBYTES))
         wanted = statement_of(manifest)
     except NotFoundInStoreError:
         return [Issue("provenance_missing", uri, "the manifest names this statement, and it is not there")]
@@ -227,13 +229,13 @@ def _verify_statement(store: Store, path: str, manifest: dict[str, Any]) -> Iter
     return []
 
 
-def _verify_by_loading(store: Store, path: str, manifest: dict[str, Any]) -> Iterable[Issue]:
+def _verify_by_loading(output: Place, manifest: dict[str, Any]) -> Iterable[Issue]:
     from ptbin.proof.load import open_output, rows_by_state_dict
     from ptbin.proof.loaded import iter_loaded_tensors
 
     for rows in rows_by_state_dict(manifest):
         try:
-            with open_output(store, path, {**manifest, "tensors": rows}) as loaded:
+            with open_output(output, {**manifest, "tensors": rows}) as loaded:
                 found = {
                     n: (str(t.dtype).removeprefix("torch."), list(t.shape))
                     for n, t in iter_loaded_tensors(loaded)
@@ -241,10 +243,10 @@ def _verify_by_loading(store: Store, path: str, manifest: dict[str, Any]) -> Ite
         except StorageError:
             raise
         except VerificationError as error:
-            return [Issue("load_failed", store.uri_of(path), str(error))]
+            return [Issue("load_failed", output.uri, str(error))]
         if found != {row["name"]: (row["dtype"], row["shape"]) for row in rows}:
             detail = "torch loads other tensors than the manifest lists"
-            return [Issue("load_failed", store.uri_of(path), detail)]
+            return [Issue("load_failed", output.uri, detail)]
     return []
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ptbin.errors import UsageError
-from ptbin.registries.base import Folder, Place, Registration, Registry, RegistryError
+from ptbin.registries.base import Folder, Registration, Registry, RegistryError, VersionSite
 from ptbin.registries.layouts import Layout, parse_layout
 from ptbin.registries.planning import Migration, ModelPlan, Step, plan_migration, wanted_names
 from ptbin.registries.values import Model, Version
@@ -25,12 +25,12 @@ __all__ = [
     "Migration",
     "Model",
     "ModelPlan",
-    "Place",
     "Registration",
     "Registry",
     "RegistryError",
     "Step",
     "Version",
+    "VersionSite",
     "is_registry_uri",
     "open_registry",
     "parse_layout",

@@ -15,7 +15,7 @@ from ptbin.errors import StorageError, UsageError
 from ptbin.registries.layouts import Style
 from ptbin.registries.values import Model, Version
 
-__all__ = ["Folder", "Name", "Place", "Registration", "Registry", "RegistryError"]
+__all__ = ["Folder", "Name", "Registration", "Registry", "RegistryError", "VersionSite"]
 
 
 class RegistryError(StorageError):
@@ -45,7 +45,7 @@ class Name:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class VersionSite:
     """Where the files of a version to be go.
 
     Attributes:
@@ -172,7 +172,7 @@ class Registry(ABC):
         return None
 
     @abstractmethod
-    def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> Place:
+    def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> VersionSite:
         """Where the files of that version go; the same again where a run was killed.
 
         Nothing that is registered is touched before `register`.
@@ -187,7 +187,7 @@ class Registry(ABC):
         del model, version, dest_version
 
     @abstractmethod
-    def abandon(self, place: Place) -> None:
+    def abandon(self, place: VersionSite) -> None:
         """Give the place up: the version is not to be."""
 
     def tidy(self, fingerprints: Collection[str]) -> None:

@@ -18,12 +18,12 @@ from ptbin.catalog.companions import COMPANIONS
 from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, suffix_of
 from ptbin.errors import NotFoundInStoreError, OutputExistsError, VerificationError
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
-from ptbin.registries.base import Folder, Name, Place, Registration, Registry, RegistryError
+from ptbin.registries.base import Folder, Name, Registration, Registry, RegistryError, VersionSite
 from ptbin.registries.layouts import Layout
 from ptbin.registries.record import CLAIM, OWN_FILES, RECORD, ModelRecord, VersionRecord, is_plain_path
 from ptbin.registries.values import Model, Origin, Version, natural_order
 from ptbin.sources.sidecars import PATTERNS
-from ptbin.stores import ListedObject, identity_text, open_store, public_uri
+from ptbin.stores import ListedObject, Place, identity_text, open_store, public_uri
 from ptbin.stores.copying import copy_file, same_content
 from ptbin.stores.local import LocalStore
 
@@ -61,6 +61,9 @@ class FolderRegistry(Registry):
         # However it was spelled: it tells versions of this registry from those of another.
         self.uri = public_uri(self._store.uri_of(self._root or root))
         self._listed: dict[str, _Listed] | None = None
+
+    def _at(self, path: str) -> Place:
+        return Place(self._store, path)
 
     # -- source -------------------------------------------------------------------------------------
 
@@ -219,14 +222,14 @@ class FolderRegistry(Registry):
         above = self._above(model)
         return Folder(self._store.uri_of(f"{self._root}/{above}")) if self.layout.has_versions else None
 
-    def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> Place:
+    def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> VersionSite:
         folder = self.layout.folder(version.model, dest_version)
         path = f"{self._root}/{folder}"
         final = Folder(self._store.uri_of(path))
         if any(old.version == dest_version for old in model.versions):
             staging = Folder(self._store.uri_of(f"{self._root}/{STAGING}/{fingerprint}"))
-            return Place(staging, dest_version, final)
-        place = Place(final, dest_version)
+            return VersionSite(staging, dest_version, final)
+        place = VersionSite(final, dest_version)
         claim = {"model": version.model, "version": version.version, "fingerprint": fingerprint}
         self.check_place(model, version, dest_version)
         if not self._is_empty(path):
@@ -266,7 +269,7 @@ class FolderRegistry(Registry):
         for name in sorted(found, key=lambda name: (name == CLAIM, not name.endswith(MANIFEST_SUFFIX), name)):
             self._store.delete(f"{path}/{name}")
 
-    def abandon(self, place: Place) -> None:
+    def abandon(self, place: VersionSite) -> None:
         """Remove what was written; what is registered is never touched."""
         _, path = open_store(place.folder.uri, self._options)
         if place.current is None:
@@ -335,12 +338,7 @@ class FolderRegistry(Registry):
             if name in old.files and old.identities.get(name, there) == there:
                 continue
             uri = self._store.uri_of(f"{path}/{name}")
-            if name in staged and same_content(
-                self._store.uri_of(f"{staging}/{name}"),
-                uri,
-                source_options=self._options,
-                dest_options=self._options,
-            ):
+            if name in staged and same_content(self._at(f"{staging}/{name}"), self._at(f"{path}/{name}")):
                 continue
             raise OutputExistsError(
                 f"{uri}: a file of {item.size} bytes is there that no migration left so; move it away, or "
@@ -364,12 +362,7 @@ class FolderRegistry(Registry):
             if name.endswith(MANIFEST_SUFFIX):
                 self._store.delete(f"{path}/{name}")
         for name in sorted(staged, key=_manifests_first, reverse=True):
-            copy_file(
-                self._store.uri_of(f"{staging}/{name}"),
-                self._store.uri_of(f"{path}/{name}"),
-                source_options=self._options,
-                dest_options=self._options,
-            )
+            copy_file(self._at(f"{staging}/{name}"), self._at(f"{path}/{name}"))
 
     def known_files(self, model: str) -> Mapping[str, str]:
         record = self._read_record(model)

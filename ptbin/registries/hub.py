@@ -25,7 +25,7 @@ from ptbin.errors import (
     VerificationError,
 )
 from ptbin.registries.attempts import Attempts
-from ptbin.registries.base import Folder, Name, Place, Registration, Registry, RegistryError
+from ptbin.registries.base import Folder, Name, Registration, Registry, RegistryError, VersionSite
 from ptbin.registries.record import RECORD, ModelRecord, VersionRecord
 from ptbin.registries.values import Model, Origin, Version, natural_order
 from ptbin.stores import public_uri
@@ -42,7 +42,7 @@ _OPTIONS = ("endpoint", "token")
 
 
 @dataclass(frozen=True, slots=True)
-class _Staged(Place):
+class _Staged(VersionSite):
     """A folder on this machine, from which the files go to a revision of a repository."""
 
     published: str = ""
@@ -247,7 +247,7 @@ class HubRegistry(Registry):
             return "a version's tag is called so"
         return None
 
-    def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> Place:
+    def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> VersionSite:
         del version
         folder = str(self._staging / fingerprint)
         return _Staged(Folder(folder), folder, published=f"hf://{self._owner}/{model.name}@{dest_version}")
@@ -256,7 +256,7 @@ class HubRegistry(Registry):
     def _staging(self) -> Path:
         return Path(self.home()) / STAGING
 
-    def abandon(self, place: Place) -> None:
+    def abandon(self, place: VersionSite) -> None:
         shutil.rmtree(place.token, ignore_errors=True)
 
     def tidy(self, fingerprints: Collection[str]) -> None:

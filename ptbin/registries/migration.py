@@ -12,6 +12,7 @@ from ptbin.options import ConvertOptions
 from ptbin.registries import is_registry_uri, open_registry
 from ptbin.registries.base import Registry
 from ptbin.registries.planning import Migration, Versions, plan_migration, wanted_names
+from ptbin.stores import place_of
 from ptbin.stores.copying import find_in_place
 
 __all__ = ["ADVICE", "brought_before", "open_both", "prepare", "refuse_files_of_others"]
@@ -101,10 +102,8 @@ def refuse_files_of_others(
     known = dest.known_files(model)
     for uri, path in beside:
         find_in_place(
-            uri,
-            posixpath.join(folder.uri, path),
+            place_of(uri, source_options),
+            place_of(folder.uri, {**dest_options, **folder.options}) / path,
             brought_before(known, path),
-            source_options=source_options,
-            dest_options={**dest_options, **folder.options},
             advice=ADVICE,
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 from ptbin.errors import PtbinError
 from ptbin.registries.attempts import Attempts
-from ptbin.registries.base import Name, Place, Registration
+from ptbin.registries.base import Name, Registration, VersionSite
 from ptbin.registries.mlflow_client import MISSING, paged
 from ptbin.registries.mlflow_source import PAGE, PLACEHOLDER, TAG, MlflowSource, without_own
 from ptbin.registries.values import Model, Version
@@ -116,7 +116,7 @@ class MlflowRegistry(MlflowSource):
             "runs: each version has a new one, and links to the page of the old one",
         ]
 
-    def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> Place:
+    def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> VersionSite:
         del model
         experiment = self._experiment().experiment_id
         with self._faults(f"make a logged model for {version.path}"):
@@ -143,9 +143,9 @@ class MlflowRegistry(MlflowSource):
                     tags=tags,
                     params=dict(version.params),
                 )
-        return Place(self._connection.storage(str(logged.artifact_location)), str(logged.model_id))
+        return VersionSite(self._connection.storage(str(logged.artifact_location)), str(logged.model_id))
 
-    def abandon(self, place: Place) -> None:
+    def abandon(self, place: VersionSite) -> None:
         with contextlib.suppress(PtbinError):
             store, path = open_store(place.folder.uri, {**self._options, **place.folder.options})
             for item in list(store.iter_objects(path)):
@@ -176,7 +176,7 @@ class MlflowRegistry(MlflowSource):
                 if not _is_ready(logged)
             ]
         for logged in pending:
-            place = Place(self._connection.storage(str(logged.artifact_location)), str(logged.model_id))
+            place = VersionSite(self._connection.storage(str(logged.artifact_location)), str(logged.model_id))
             self.abandon(place)
         with self._faults("end runs that were left half done"):
             for run in _left(

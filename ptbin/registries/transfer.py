@@ -32,7 +32,7 @@ from ptbin.registries.record import OWN_FILES, is_plain_path
 from ptbin.sources.companions import companion_of, left_alone_as
 from ptbin.sources.opening import find_source
 from ptbin.sources.sidecars import PATTERNS, change_of
-from ptbin.stores import open_store
+from ptbin.stores import place_of
 from ptbin.stores.copying import copy_file
 
 __all__ = [
@@ -110,11 +110,10 @@ def examine(
         NoCheckpointError: there is none.
         OutputCollisionError: two files would be one there.
     """
-    store, root = open_store(source.uri, source_options)
-    root = root.rstrip("/")
+    root = place_of(source.uri, source_options).file
     sizes = {
         item.path: item.size
-        for item in store.iter_objects(root)
+        for item in root.iter_objects()
         if not _is_own(item.path) and (source.files is None or item.path in source.files)
     }
     # What an earlier conversion stated of a file is not true of what is made of it now.
@@ -137,9 +136,9 @@ def examine(
             if twins[candidate.path] == "left":
                 left.add(candidate.path)
             continue
-        place = find_source(candidate.uri, source_options)
-        place.refuse_part(parts=options.parts)
-        with place.open() as reader:
+        found_at = find_source(candidate.uri, source_options)
+        found_at.refuse_part(parts=options.parts)
+        with found_at.open() as reader:
             try:
                 with as_checkpoint_errors(reader.uri):
                     read_selected(reader, options)
@@ -156,19 +155,18 @@ def examine(
                     raise
                 continue
         found.append(candidate)
-        folder = place.folder[len(root) :].strip("/")
-        members |= {f"{folder}/{part.path}".lstrip("/") for part in place.parts} or {candidate.path}
+        members |= {(found_at.folder / part.path).relative_to(root) for part in found_at.parts} or {
+            candidate.path
+        }
     if not found:
-        raise NoCheckpointError(f"{store.uri_of(root)}: no checkpoint among its {len(sizes)} files")
+        raise NoCheckpointError(f"{root.uri}: no checkpoint among its {len(sizes)} files")
     prefix = found[0].path.rpartition("/")[0] if len(found) == 1 and style != "mirror" else ""
     suffix = OUTPUT_SUFFIXES[options.format]
     checkpoints = tuple(
         (item.path, item.uri, _output(item.path, style, suffix, alone=len(found) == 1)) for item in found
     )
     others = tuple((path, _without(path, prefix)) for path in sorted(sizes) if path not in members | left)
-    _refuse_collisions(
-        [output for *_, output in checkpoints] + [output for _, output in others], store.uri_of(root)
-    )
+    _refuse_collisions([output for *_, output in checkpoints] + [output for _, output in others], root.uri)
     return Contents(checkpoints, others, sum(sizes.values()), tuple(sorted(left)))
 
 
@@ -208,10 +206,8 @@ def transfer(
     files = [(f"{source.uri.rstrip('/')}/{path}", output) for path, output in contents.others]
     for uri, output in (*files, *extra):
         copy_file(
-            uri,
-            f"{base}/{output}",
-            source_options=source_options,
-            dest_options=dest_options,
+            place_of(uri, source_options),
+            place_of(f"{base}/{output}", dest_options),
             verify=options.verify != "none",
             change=change_of(output.rpartition("/")[2], options.dtype),
             progress=progress,
@@ -242,23 +238,23 @@ def own_first(contents: Contents, extra: Sequence[tuple[str, str]]) -> list[tupl
 
 
 def _job(path: str, uri: str, dest: str, source_options: Mapping[str, Any]) -> Job:
-    place = find_source(uri, source_options)
-    if place.parts:
-        size, identity = place.size, place.identity
+    found = find_source(uri, source_options)
+    if found.parts:
+        size, identity = found.size, found.identity
     else:
-        stat = place.store.stat(place.path)
+        stat = found.place.stat()
         size, identity = stat.size, stat.identity
     # The manifest names the source as the engine sees it.
-    return Job(place.store.uri_of(place.path), size, dest, path, True, identity)
+    return Job(found.place.uri, size, dest, path, True, identity)
 
 
 def _finished(job: Job, options: ConvertOptions, dest_options: Mapping[str, Any]) -> Published | None:
     """What is published there, if it is up to date."""
     if not is_up_to_date(job, options, dest_options=dest_options):
         return None
-    store, manifest = open_store(job.dest_uri + MANIFEST_SUFFIX, dest_options)
-    data, seen = store.read_identified(manifest)
-    return Published(parse_manifest(data, store.uri_of(manifest)), seen)
+    manifest = place_of(job.dest_uri, dest_options).beside(MANIFEST_SUFFIX)
+    data, seen = manifest.read_identified()
+    return Published(parse_manifest(data, manifest.uri), seen)
 
 
 def _convert(

@@ -27,6 +27,7 @@ from ptbin.restoring.options import RestoreOptions
 from ptbin.restoring.output import Output
 from ptbin.restoring.weights import Weights, open_weights
 from ptbin.sources.opening import SourcePlace, find_source
+from ptbin.stores import Place
 
 __all__ = ["restore_model"]
 
@@ -34,23 +35,18 @@ NAMED = 5
 
 
 def restore_model(
-    source: str,
+    source: Place,
     at: OutputSite,
     options: RestoreOptions,
     *,
-    source_options: Mapping[str, Any] | None = None,
     run_id: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Restore into a model and return the manifest. Errors as `ptbin.restore`."""
     with tempfile.TemporaryDirectory(prefix="ptbin-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        place = find_source(source, source_options)
-        weights = stack.enter_context(
-            open_weights(
-                source, options, folder, source_options=source_options, run_id=run_id, progress=progress
-            )
-        )
+        opened = find_source(source)
+        weights = stack.enter_context(open_weights(source, options, folder, run_id=run_id, progress=progress))
         out = stack.enter_context(Output.begin(at, folder, options, progress))
         # Both at once: the second imports torch while the first one builds the model.
         building = stack.enter_context(
@@ -59,7 +55,7 @@ def restore_model(
         checking = stack.enter_context(
             start_child("ptbin.restoring.check", "loading the restored file", pass_fds=out.passed)
         )
-        answer = _build(building, place, weights, out, options, folder)
+        answer = _build(building, opened, weights, out, options, folder)
         out.begin_hashing(stack)
         weights.check_given(answer["given"])
         found = _check(checking, out, options, answer, folder)
@@ -85,7 +81,7 @@ def restore_model(
 
 
 def _build(
-    child: Child, place: SourcePlace, weights: Weights, out: Output, options: RestoreOptions, folder: Path
+    child: Child, source: SourcePlace, weights: Weights, out: Output, options: RestoreOptions, folder: Path
 ) -> dict[str, Any]:
     """Let the child build, load and save.
 
@@ -94,7 +90,7 @@ def _build(
     """
     config = None
     if options.model == "transformers":
-        data = place.store.read_bytes(f"{place.folder}/config.json")
+        data = (source.folder / "config.json").read_bytes()
         config = folder / "config"
         config.mkdir()
         (config / "config.json").write_bytes(data)
@@ -118,15 +114,15 @@ def _build(
     answer = child.ask(request)
     if "mismatch" in answer:
         lines = [f"the weights do not fit {options.model}", *answer["mismatch"]]
-        raise ModelMismatchError("\n".join([*lines, *_other_choice(place, options, *answer["names"])]))
+        raise ModelMismatchError("\n".join([*lines, *_other_choice(source, options, *answer["names"])]))
     return answer
 
 
 def _other_choice(
-    place: SourcePlace, options: RestoreOptions, weights: Sequence[str], model: Sequence[str]
+    source: SourcePlace, options: RestoreOptions, weights: Sequence[str], model: Sequence[str]
 ) -> list[str]:
     """The state dict of the source that would fit better than the one that was taken, if there is one."""
-    with place.open() as reader:
+    with source.open() as reader:
         try:
             checkpoint = read_checkpoint(reader, options.conversion().limits)
             found = find_state_dicts(checkpoint, options.conversion().limits)

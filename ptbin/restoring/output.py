@@ -36,7 +36,7 @@ from ptbin.values.state_dict import tensors_of
 from ptbin.values.tensors import ByteRange, TensorRef
 
 if TYPE_CHECKING:
-    from ptbin.stores import Store
+    from ptbin.stores import Place
 
 __all__ = ["Output"]
 
@@ -68,7 +68,7 @@ class Output:
         # torch calls an archive's top folder after the file it writes to: one name, whatever DEST is called.
         link = folder / ("restored" + _SUFFIXES.get(options.form, ".pt"))
         with contextlib.ExitStack() as stack:
-            writer = stack.enter_context(at.store.open_writer(at.path, copies=False, claim=at.claim))
+            writer = stack.enter_context(at.place.open_writer(copies=False, claim=at.claim))
             descriptor = writer.lend()
             lent = descriptor is not None
             if descriptor is not None:
@@ -204,12 +204,11 @@ class Output:
 
     @property
     def _name(self) -> str:
-        return self._at.path.rpartition("/")[2]
+        return self._at.place.name
 
     def publish(self, manifest: dict[str, Any]) -> None:
         """Give the file its place, its manifest last. `manifest` has its tensors and gets the rest."""
         assert self._followed is not None
-        store, path = self._at.store, self._at.path
         crc32, size = self._digests.crc32, self.size
         sha256 = self._followed.sha256()
         if self._followed.crc32 != crc32:
@@ -232,7 +231,7 @@ class Output:
         if seen := identity_text(self._writer.identity):
             manifest["verification"]["identities"] = {self._name: seen}
         if not self._lent:
-            _read_back(store, path, sha256)
+            _read_back(self._at.place, sha256)
         manifest["tensors"] = tensors
         self._at.write_manifest(manifest)
 
@@ -276,12 +275,12 @@ def _ended(offset: int, nbytes: int) -> bytes:
     raise VerificationError(f"the restored file ends before byte {offset + nbytes}")
 
 
-def _read_back(store: Store, path: str, wanted: str) -> None:
+def _read_back(place: Place, wanted: str) -> None:
 
     digest = hashlib.sha256()
-    with store.open_reader(path) as reader:
+    with place.open_reader() as reader:
         for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
             digest.update(piece)
     if digest.hexdigest() != wanted:
-        store.delete(path)
-        raise VerificationError(f"{store.uri_of(path)}: what is stored is not what was written")
+        place.delete()
+        raise VerificationError(f"{place.uri}: what is stored is not what was written")

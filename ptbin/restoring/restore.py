@@ -8,22 +8,25 @@ does not vouch for as restored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ptbin.conversion import Progress, commit, stage
+from ptbin.conversion import Progress, publish_at, stage
 from ptbin.conversion import would_replace as conversion_would_replace
 from ptbin.errors import UsageError
 from ptbin.manifests.vouching import OutputSite, Standing
 from ptbin.restoring.models import restore_model
 from ptbin.restoring.options import RestoreOptions
-from ptbin.stores import open_store
+from ptbin.stores import Place, place_of
+
+if TYPE_CHECKING:
+    from ptbin.stores.place import Where
 
 __all__ = ["restore", "would_replace"]
 
 
 def restore(
-    source: str,
-    dest: str,
+    source: Where,
+    dest: Where,
     options: RestoreOptions | None = None,
     *,
     source_options: Mapping[str, Any] | None = None,
@@ -45,30 +48,29 @@ def restore(
         CheckpointError, VerificationError, StorageError, UsageError: as `ptbin.convert`.
     """
     options = options or RestoreOptions()
-    if dest.lower().endswith(".safetensors"):
-        raise UsageError(f"{dest}: restore makes files for torch; ptbin convert makes .safetensors")
+    source, dest = place_of(source, source_options), place_of(dest, dest_options)
+    if dest.name.lower().endswith(".safetensors"):
+        raise UsageError(f"{dest.uri}: restore makes files for torch; ptbin convert makes .safetensors")
     if options.model is None:
         draft = stage(
             source,
             dest,
             options.conversion(),
-            source_options=source_options,
-            dest_options=dest_options,
             run_id=run_id,
             progress=progress,
             guard="restored",
             standing=standing,
         )
         draft.manifest["options"]["restore"] = options.to_json()
-        return commit(draft, source_options=source_options, dest_options=dest_options, progress=progress)
-    at = _site_of(source, dest, options, source_options, dest_options, standing)
+        return publish_at(draft, source, dest, progress).manifest
+    at = _site_of(source, dest, options, standing)
     at.check_vouched()
-    return restore_model(source, at, options, source_options=source_options, run_id=run_id, progress=progress)
+    return restore_model(source, at, options, run_id=run_id, progress=progress)
 
 
 def would_replace(
-    source: str,
-    dest: str,
+    source: Where,
+    dest: Where,
     options: RestoreOptions,
     *,
     source_options: Mapping[str, Any] | None = None,
@@ -80,36 +82,25 @@ def would_replace(
     Raises:
         OutputExistsError: it would refuse to. CheckpointError: it would refuse the source.
     """
+    source, dest = place_of(source, source_options), place_of(dest, dest_options)
     if options.model is None:
         return conversion_would_replace(
             source,
             dest,
             options.conversion(),
-            source_options=source_options,
-            dest_options=dest_options,
             guard="restored",
             standing=standing,
         )
-    at = _site_of(source, dest, options, source_options, dest_options, standing)
+    at = _site_of(source, dest, options, standing)
     at.check_vouched()
     return sorted(at.replaced)
 
 
-def _site_of(
-    source: str,
-    dest: str,
-    options: RestoreOptions,
-    source_options: Mapping[str, Any] | None,
-    dest_options: Mapping[str, Any] | None,
-    standing: Standing | None,
-) -> OutputSite:
-    store, path = open_store(dest, dest_options)
-    source_store, source_path = open_store(source, source_options)
+def _site_of(source: Place, dest: Place, options: RestoreOptions, standing: Standing | None) -> OutputSite:
     return OutputSite(
-        store,
-        path,
+        dest,
         None if options.force else "restored",
         standing=standing,
         restores=True,
-        source_uri=source_store.uri_of(source_path),
+        source_uri=source.uri,
     )

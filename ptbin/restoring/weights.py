@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from ptbin.reading.selected import Selected, read_selected
 from ptbin.restoring.facts import Facts, View, view_of
 from ptbin.restoring.options import RestoreOptions
 from ptbin.sources.opening import find_source
-from ptbin.stores import open_store
+from ptbin.stores import Place, place_of
 from ptbin.values.digests import StoredTensor
 from ptbin.values.state_dict import tensors_of
 from ptbin.values.tensors import ByteRange, TensorRef
@@ -139,19 +139,18 @@ class Weights:
 
 @contextlib.contextmanager
 def open_weights(
-    source: str,
+    source: Place,
     options: RestoreOptions,
     folder: Path,
     *,
-    source_options: Mapping[str, Any] | None = None,
     run_id: str | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Weights]:
     """The weights at `source`; what has to be copied goes into `folder`. Errors as `ptbin.convert`."""
-    place = find_source(source, source_options)
+    found = find_source(source)
     conversion = options.conversion()
-    place.refuse_part(parts=conversion.parts)
-    with place.open() as reader:
+    found.refuse_part(parts=conversion.parts)
+    with found.open() as reader:
         if reader.is_local and reader.fileno() is not None:
             with as_checkpoint_errors(reader.uri):
                 selected = read_selected(reader, conversion)
@@ -161,17 +160,14 @@ def open_weights(
                     manifest["run_id"] = run_id
                 manifest["started_at"] = utc_now()
                 manifest["bytes_read"] = reader.size
-                yield Weights(place.path, manifest, {}, _tensors(selected), reader)
+                yield Weights(found.place.path, manifest, {}, _tensors(selected), reader)
                 return
-    archive = str(folder / "weights.bin")
-    manifest = convert(
-        source, archive, conversion, source_options=source_options, run_id=run_id, progress=progress
-    )
+    archive = place_of(folder / "weights.bin")
+    manifest = convert(source, archive, conversion, run_id=run_id, progress=progress)
     source_names = {row["name"]: row["source_name"] for row in manifest["tensors"]}
-    store, path = open_store(archive)
-    with store.open_reader(path) as reader:
+    with archive.open_reader() as reader:
         tensors = _tensors(read_selected(reader, ConvertOptions(select=".")))
-        yield Weights(archive, manifest, source_names, tensors, reader)
+        yield Weights(archive.path, manifest, source_names, tensors, reader)
 
 
 def _tensors(selected: Selected) -> dict[str, TensorRef]:

@@ -11,7 +11,7 @@ import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import (
     CorruptArchiveError,
@@ -22,9 +22,12 @@ from ptbin.errors import (
 )
 from ptbin.sources.folders import INDEX_SUFFIX, Group, main_handle
 from ptbin.sources.part_names import find_parts, may_be_part, split_place
-from ptbin.stores import Identity, ListedObject, ObjectStat, RangeReader, Store, open_store
+from ptbin.stores import Identity, ListedObject, ObjectStat, Place, RangeReader, place_of
 from ptbin.stores.base import refuse_other_object
 from ptbin.stores.joined import JoinedReader, joint_identity
+
+if TYPE_CHECKING:
+    from ptbin.stores.place import Where
 
 __all__ = ["SourcePlace", "find_source", "open_source", "parse_index"]
 
@@ -41,19 +44,18 @@ _PLAIN_HEADS = (b"PK\x03\x04", b"\x80")
 
 @dataclass(frozen=True, slots=True)
 class SourcePlace:
-    """What a URI was found to mean.
+    """What a place was found to mean.
 
     Attributes:
-        path: of the file, of the index file, or of the folder.
+        place: of the file, of the index file, or of the folder.
+        folder: which holds `parts`, or which a file lies in.
         parts: the files of a folder checkpoint, paths relative to `folder`; empty for one file.
-        folder: path of the folder that holds `parts`, or that a file lies in.
         found: of one file, what its store said of it.
         incomplete: why this is not all of a checkpoint, by its names; empty where they do not say so.
     """
 
-    store: Store
-    path: str
-    folder: str
+    place: Place
+    folder: Place
     parts: tuple[ListedObject, ...] = ()
     incomplete: str = ""
     found: ObjectStat | None = field(default=None, repr=False)
@@ -76,7 +78,7 @@ class SourcePlace:
         """
         if self.incomplete and (self.parts or not parts):
             way_out = "" if self.parts else "; --parts takes this one knowingly"
-            raise IncompleteCheckpointError(f"{self.store.uri_of(self.path)}: {self.incomplete}{way_out}")
+            raise IncompleteCheckpointError(f"{self.place.uri}: {self.incomplete}{way_out}")
 
     def open(self, expected: Identity | None = None) -> RangeReader:
         """A pinned reader; a lone part can be opened, several cannot.
@@ -88,67 +90,62 @@ class SourcePlace:
         self.refuse_part(parts=True)
         if not self.parts:
             if self.found is None:
-                return self.store.open_reader(self.path, expected=expected)
+                return self.place.open_reader(expected=expected)
             if expected is not None:
                 refuse_other_object(self.found.uri, self.found.identity, expected)
-            return self.store.open_found(self.path, self.found)
-        reader = JoinedReader(self.store, self.folder, self.parts, uri=self.store.uri_of(self.path))
+            return self.place.open_found(self.found)
+        reader = JoinedReader(self.folder, self.parts, uri=self.place.uri)
         if expected is not None:
             refuse_other_object(reader.uri, reader.identity, expected)
         return reader
 
 
 def open_source(
-    uri: str, storage_options: Mapping[str, Any] | None = None, *, expected: Identity | None = None
+    where: Where, storage_options: Mapping[str, Any] | None = None, *, expected: Identity | None = None
 ) -> RangeReader:
-    """The checkpoint at `uri`, opened.
+    """The checkpoint that lies there, opened.
 
     Raises:
         UsageError: a folder that is no checkpoint.
         NotFoundInStoreError, StorageError: from the store.
     """
-    return find_source(uri, storage_options).open(expected)
+    return find_source(where, storage_options).open(expected)
 
 
-def find_source(uri: str, storage_options: Mapping[str, Any] | None = None) -> SourcePlace:
-    """What `uri` means: a file, an index file with its shards, a folder. Errors as `open_source`."""
-    store, path = open_store(uri, storage_options)
-    path = path.rstrip("/") or path
-    if path.endswith(INDEX_SUFFIX):
-        return _indexed(store, path)
-    file = _look(store, path)
+def find_source(where: Where, storage_options: Mapping[str, Any] | None = None) -> SourcePlace:
+    """What a place means: a file, an index file with its shards, a folder. Errors as `open_source`."""
+    place = place_of(where, storage_options).file
+    if place.name.endswith(INDEX_SUFFIX):
+        return _indexed(place)
+    file = _look(place)
     if file is not None:
-        index = path + INDEX_SUFFIX
-        if path.endswith(".bin") and _is_raw(store, path, file, index):
-            return _indexed(store, index)
-        return SourcePlace(
-            store, path, path.rpartition("/")[0], incomplete=_why_part(store, path), found=file
-        )
-    listed = itertools.islice(store.iter_objects(path), MAX_LISTED)
+        index = place.beside(INDEX_SUFFIX)
+        if place.name.endswith(".bin") and _is_raw(place, file, index):
+            return _indexed(index)
+        return SourcePlace(place, place.parent, incomplete=_why_part(place), found=file)
+    listed = itertools.islice(place.iter_objects(), MAX_LISTED)
     direct = [item for item in listed if not split_place(item.path)[0]]
     found = main_handle(direct)
     tracker = next((item.path for item in direct if item.path in _TRACKERS), None)
     if found is None and tracker is not None:
         # the last checkpoint, which is a folder next to this file
-        tag = store.read_bytes(f"{path}/{tracker}", limit=4096).decode("utf-8", "replace").strip()
+        tag = (place / tracker).read_bytes(limit=4096).decode("utf-8", "replace").strip()
         if tracker == MEGATRON_TRACKER and tag.isdecimal():
             tag = f"iter_{int(tag):07d}"
-        if _is_plain_name(tag) and store.is_directory(f"{path}/{tag}"):
-            return find_source(f"{uri.rstrip('/')}/{tag}", storage_options)
+        if _is_plain_name(tag) and (place / tag).is_directory():
+            return find_source(place / tag)
     if found is None:
-        raise UsageError(
-            f"{store.uri_of(path)}: a directory that is not one checkpoint by itself; name a file in it"
-        )
+        raise UsageError(f"{place.uri}: a directory that is not one checkpoint by itself; name a file in it")
     if isinstance(found, ListedObject):
-        return SourcePlace(store, f"{path}/{found.path}", path)
+        return SourcePlace(place / found.path, place)
     if found.kind == "sharded":
-        return _indexed(store, f"{path}/{found.handle}")
+        return _indexed(place / found.handle)
     why = f"parts of one checkpoint: {found.why}" if found.kind == "parts" else ""
-    return SourcePlace(store, path, path, _ordered(found), why)
+    return SourcePlace(place, place, _ordered(found), why)
 
 
-def _look(store: Store, path: str) -> ObjectStat | None:
-    """The file at `path`; None where there is a folder.
+def _look(place: Place) -> ObjectStat | None:
+    """The file there; None where there is a folder.
 
     A file that holds nothing and has a folder beside it of the same name only marks that (some writers to
     object stores leave those).
@@ -157,21 +154,22 @@ def _look(store: Store, path: str) -> ObjectStat | None:
         NotFoundInStoreError: there is neither.
     """
     try:
-        found = store.look(path)
+        found = place.look()
     except NotFoundInStoreError:
-        if store.is_directory(path):
+        if place.is_directory():
             return None
         raise
-    return found if found.size or not store.is_directory(path) else None
+    return found if found.size or not place.is_directory() else None
 
 
-def _why_part(store: Store, path: str) -> str:
+def _why_part(place: Place) -> str:
     """What a single file is a part of; a listing of its folder, where the name calls for one."""
-    folder, name = split_place(path)
+    name = split_place(place.path)[1]
     if not may_be_part(name):
         return ""
     try:
-        listed = itertools.islice(store.iter_objects(folder), MAX_LISTED)
+        folder = place.without(f"/{name}")
+        listed = itertools.islice(folder.iter_objects(), MAX_LISTED)
         names = {item.path for item in listed if not split_place(item.path)[0]} | {name}
     except StorageError:
         names = {name}  # a store that hands out files and lists none
@@ -187,26 +185,26 @@ def _is_plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and "/" not in name and "\\" not in name and name.isprintable()
 
 
-def _is_raw(store: Store, path: str, found: ObjectStat, index: str) -> bool:
+def _is_raw(place: Place, found: ObjectStat, index: Place) -> bool:
     """Whether an index of ours vouches for a file that does not look like a torch file."""
     try:
-        with store.open_found(path, found) as reader:
+        with place.open_found(found) as reader:
             if reader.read(0, min(4, reader.size)).startswith(_PLAIN_HEADS):
                 return False
-        return parse_index(store.read_bytes(index, limit=MAX_INDEX_NBYTES), index).get("tensors") is not None
+        return parse_index(index.read_bytes(limit=MAX_INDEX_NBYTES), index.uri).get("tensors") is not None
     except (NotFoundInStoreError, CorruptArchiveError):
         return False
 
 
-def _indexed(store: Store, path: str) -> SourcePlace:
-    folder, _, name = path.rpartition("/")
-    stat = store.stat(path)
-    index = parse_index(store.read_bytes(path, limit=MAX_INDEX_NBYTES), stat.uri)
-    parts = [ListedObject(name, stat.uri, stat.size, stat.identity)]
+def _indexed(place: Place) -> SourcePlace:
+    folder = place.parent
+    stat = place.stat()
+    index = parse_index(place.read_bytes(limit=MAX_INDEX_NBYTES), stat.uri)
+    parts = [ListedObject(place.name, stat.uri, stat.size, stat.identity)]
     missing = []
     for shard in sorted(set(index["files"])):
         try:
-            found = store.stat(f"{folder}/{shard}")
+            found = (folder / shard).stat()
         except NotFoundInStoreError:
             missing.append(shard)
             continue
@@ -218,7 +216,7 @@ def _indexed(store: Store, path: str) -> SourcePlace:
         )
         named = len(set(index["files"]))
         why = f"{len(missing)} of the {named} files that this index names are missing: {shown}; fetch them"
-    return SourcePlace(store, path, folder, tuple(parts), why)
+    return SourcePlace(place, folder, tuple(parts), why)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def find_sidecars(source: SourcePlace) -> dict[str, ListedObject]:
     What lies next to the weights comes first. A file's path is below the source's folder.
     """
     found: dict[str, ListedObject] = {}
-    for item in itertools.islice(source.store.iter_objects(source.folder), MAX_LISTED):
+    for item in itertools.islice(source.folder.iter_objects(), MAX_LISTED):
         name = item.path.removeprefix(f"{HUGGING_FACE_FOLDER}/")
         if "/" in name or not any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS):
             continue

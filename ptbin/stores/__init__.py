@@ -19,7 +19,7 @@ from ptbin.stores.base import (
 )
 from ptbin.stores.faults import public_uri
 from ptbin.stores.opening import open_store, register_store
-from ptbin.stores.place import Place, place_of
+from ptbin.stores.place import Place, Where, place_of
 from ptbin.stores.values import identity_text
 from ptbin.stores.watching import Watch, WatchQuietly
 
@@ -34,6 +34,7 @@ __all__ = [
     "Store",
     "Watch",
     "WatchQuietly",
+    "Where",
     "Writer",
     "identity_text",
     "is_partial_name",

@@ -7,12 +7,11 @@ source is pinned: what arrives is one state of it, or nothing.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from ptbin.errors import NotFoundInStoreError, OutputExistsError, VerificationError
-from ptbin.stores import CopyRefused, Identity, RangeReader, Store, identity_text, open_store
+from ptbin.stores import CopyRefused, Identity, Place, RangeReader, identity_text
 from ptbin.stores.parts import Extent, Part
 
 __all__ = ["Copied", "copy_file", "find_in_place", "same_content"]
@@ -39,12 +38,10 @@ class Copied:
 
 
 def copy_file(
-    source: str,
-    dest: str,
+    source: Place,
+    dest: Place,
     *,
     expected: Identity | None = None,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
     verify: bool = True,
     change: Change | None = None,
     progress: Progress | None = None,
@@ -70,41 +67,35 @@ def copy_file(
             source,
             dest,
             may_replace,
-            source_options=source_options,
-            dest_options=dest_options,
             change=change,
             progress=progress,
             advice=advice,
         )
         if same is not None:
             return same
-    source_store, source_path = open_store(source, source_options)
-    dest_store, dest_path = open_store(dest, dest_options)
-    with source_store.open_reader(source_path, expected=expected) as reader:
+    with source.open_reader(expected=expected) as reader:
         if change is not None and reader.size <= MAX_CHANGED_NBYTES:
             content = reader.read(0, reader.size)
             wanted = change(content)
             if wanted != content:
                 reader.check_unchanged()
-                return _write_bytes(wanted, dest_store, dest_path, verify=verify)
+                return _write_bytes(wanted, dest, verify=verify)
         try:
-            crc32, copied, identity = _write(reader, dest_store, dest_path, progress, copies=True)
+            crc32, copied, identity = _write(reader, dest, progress, copies=True)
         except CopyRefused:
-            crc32, copied, identity = _write(reader, dest_store, dest_path, progress, copies=False)
+            crc32, copied, identity = _write(reader, dest, progress, copies=False)
         size = reader.size
-    if verify and not _arrived(dest_store, dest_path, size, crc32, progress):
-        dest_store.delete(dest_path)
-        raise VerificationError(f"{dest_store.uri_of(dest_path)}: not what was written; removed")
-    return Copied(size, copied, identity or dest_store.stat(dest_path).identity)
+    if verify and not _arrived(dest, size, crc32, progress):
+        dest.delete()
+        raise VerificationError(f"{dest.uri}: not what was written; removed")
+    return Copied(size, copied, identity or dest.stat().identity)
 
 
 def find_in_place(
-    source: str,
-    dest: str,
+    source: Place,
+    dest: Place,
     may_replace: Callable[[str], bool],
     *,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
     change: Change | None = None,
     progress: Progress | None = None,
     advice: str = FORCE,
@@ -114,9 +105,8 @@ def find_in_place(
     Raises:
         OutputExistsError: another file is there that may not be replaced.
     """
-    store, path = open_store(dest, dest_options)
     try:
-        there = store.stat(path)
+        there = dest.stat()
     except NotFoundInStoreError:
         return None
     if may_replace(identity_text(there.identity)):
@@ -124,31 +114,29 @@ def find_in_place(
     same = same_content(
         source,
         dest,
-        source_options=source_options,
-        dest_options=dest_options,
         change=change,
         progress=progress,
     )
     if same is None:
         raise OutputExistsError(
-            f"{store.uri_of(path)}: a file of {there.size} bytes is there that ptbin did not copy; {advice}"
+            f"{dest.uri}: a file of {there.size} bytes is there that ptbin did not copy; {advice}"
         )
     return same
 
 
-def _write_bytes(data: bytes, store: Store, path: str, *, verify: bool) -> Copied:
-    identity = store.write_bytes(path, data)
-    if verify and not _arrived(store, path, len(data), zlib.crc32(data), None):
-        store.delete(path)
-        raise VerificationError(f"{store.uri_of(path)}: not what was written; removed")
-    return Copied(len(data), 0, identity or store.stat(path).identity, changed=True)
+def _write_bytes(data: bytes, dest: Place, *, verify: bool) -> Copied:
+    identity = dest.write_bytes(data)
+    if verify and not _arrived(dest, len(data), zlib.crc32(data), None):
+        dest.delete()
+        raise VerificationError(f"{dest.uri}: not what was written; removed")
+    return Copied(len(data), 0, identity or dest.stat().identity, changed=True)
 
 
 def _write(
-    reader: RangeReader, store: Store, path: str, progress: Progress | None, *, copies: bool
+    reader: RangeReader, dest: Place, progress: Progress | None, *, copies: bool
 ) -> tuple[int | None, int, Identity | None]:
     """CRC-32 of what came through here (None: it did not), bytes copied elsewhere, the state stored."""
-    with store.open_writer(path, size_hint=reader.size, copies=copies) as writer:
+    with dest.open_writer(size_hint=reader.size, copies=copies) as writer:
         parts = [Part(0, reader.size, False)]
         if copies and reader.size and writer.moves_from(reader):
             parts = writer.lay_out([Extent(reader.size, True)]) or parts
@@ -170,15 +158,15 @@ def _write(
         return crc32, writer.bytes_copied, writer.identity
 
 
-def _arrived(store: Store, path: str, size: int, crc32: int | None, progress: Progress | None) -> bool:
+def _arrived(dest: Place, size: int, crc32: int | None, progress: Progress | None) -> bool:
     if crc32 is None:
-        return store.stat(path).size == size
+        return dest.stat().size == size
     # To ask for a checksum takes as long as to read a small file.
-    stated = store.crc32_of(path) if size > SMALL_NBYTES else None
+    stated = dest.store.crc32_of(dest.path) if size > SMALL_NBYTES else None
     if stated is not None:
         return stated == crc32
     found = 0
-    with store.open_reader(path) as reader:
+    with dest.open_reader() as reader:
         if reader.size != size:
             return False
         for piece in reader.iter_range(0, size):
@@ -189,11 +177,9 @@ def _arrived(store: Store, path: str, size: int, crc32: int | None, progress: Pr
 
 
 def same_content(
-    source: str,
-    dest: str,
+    source: Place,
+    dest: Place,
     *,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
     change: Change | None = None,
     progress: Progress | None = None,
 ) -> Copied | None:
@@ -201,13 +187,11 @@ def same_content(
 
     Reads both where sizes agree, or where `change` may have made them differ.
     """
-    source_store, source_path = open_store(source, source_options)
-    dest_store, dest_path = open_store(dest, dest_options)
     try:
-        dest_reader = dest_store.open_reader(dest_path)
+        dest_reader = dest.open_reader()
     except NotFoundInStoreError:
         return None
-    with dest_reader, source_store.open_reader(source_path) as source_reader:
+    with dest_reader, source.open_reader() as source_reader:
         if change is not None and max(source_reader.size, dest_reader.size) <= MAX_CHANGED_NBYTES:
             wanted = change(source_reader.read(0, source_reader.size))
             same = wanted == dest_reader.read(0, dest_reader.size)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ptbin.errors import (
     AccessDeniedError,
+    NoSpaceError,
     NotFoundInStoreError,
     PtbinError,
     SourceChangedError,
@@ -181,6 +182,8 @@ def _from_os_error(error: OSError, doing: str, uri: str) -> PtbinError:
     what = os.strerror(number) if number is not None else _one_line(error)
     advice = ADVICE.get(number) if number is not None else None
     transient = number in TRANSIENT_ERRNOS or isinstance(error, ConnectionError)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpaceError(f"cannot {doing} {uri}: {what}; {advice}")
     return StorageError(f"cannot {doing} {uri}: {what}{'; ' + advice if advice else ''}", transient=transient)
 
 

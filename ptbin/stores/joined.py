@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ptbin.errors import CorruptArchiveError
-from ptbin.stores.base import Identity, ListedObject, RangeReader, Store, check_range
+from ptbin.stores.base import Identity, ListedObject, RangeReader, check_range
 
 if TYPE_CHECKING:
+    from ptbin.stores.place import Place
     from ptbin.stores.ranges import Fetch
     from ptbin.stores.reader import WriteAt
 
@@ -46,18 +47,15 @@ def joint_identity(parts: Iterable[tuple[str, int, Identity | None]]) -> Identit
 class JoinedReader(RangeReader):
     """The parts in the order given; `names` are their paths below the folder."""
 
-    def __init__(
-        self, store: Store, folder: str, parts: Sequence[ListedObject], *, uri: str | None = None
-    ) -> None:
+    def __init__(self, folder: Place, parts: Sequence[ListedObject], *, uri: str | None = None) -> None:
         if len(parts) > MAX_PARTS:
-            raise CorruptArchiveError(f"{store.uri_of(folder)}: {len(parts)} files, the limit is {MAX_PARTS}")
+            raise CorruptArchiveError(f"{folder.uri}: {len(parts)} files, the limit is {MAX_PARTS}")
         identity = joint_identity((part.path, part.size, part.identity) for part in parts)
-        super().__init__(uri or store.uri_of(folder), sum(part.size for part in parts), identity)
+        super().__init__(uri or folder.uri, sum(part.size for part in parts), identity)
         self.parts = tuple(parts)
         self.names = tuple(part.path for part in parts)
         self._numbers = {part.path: index for index, part in enumerate(parts)}
-        self._store = store
-        self._paths = tuple(f"{folder.rstrip('/')}/{part.path}" for part in parts)
+        self._folder = folder
         self._open: OrderedDict[int, RangeReader] = OrderedDict()
         self._used: set[int] = set()
         self._closed_requests = 0
@@ -78,7 +76,7 @@ class JoinedReader(RangeReader):
         while len(self._open) >= OPEN_PARTS:
             _, oldest = self._open.popitem(last=False)
             self._retire(oldest)
-        reader = self._store.open_reader(self._paths[index], expected=self.parts[index].identity)
+        reader = (self._folder / self.names[index]).open_reader(expected=self.parts[index].identity)
         self._open[index] = reader
         self._used.add(index)
         return reader
@@ -148,7 +146,7 @@ class JoinedReader(RangeReader):
 
     @property
     def is_local(self) -> bool:
-        return self._store.protocol == "file"
+        return self._folder.is_local
 
     @property
     def server_side_store(self) -> object | None:

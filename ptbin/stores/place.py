@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from ptbin.errors import UsageError
 from ptbin.stores.opening import open_store
@@ -20,17 +20,18 @@ from ptbin.stores.values import READ_BYTES_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from typing import Any, TypeAlias
+    from typing import Any
 
     from ptbin.stores.base import Store
     from ptbin.stores.reader import RangeReader
     from ptbin.stores.values import Identity, ListedObject, ObjectStat
+    from ptbin.stores.watching import Watch
     from ptbin.stores.writer import Writer
 
-    Where: TypeAlias = "str | os.PathLike[str] | Place"
-    """What public functions take for a place."""
+__all__ = ["Place", "Where", "place_of"]
 
-__all__ = ["Place", "place_of"]
+Where: TypeAlias = "str | os.PathLike[str] | Place"
+"""What public functions take for a place."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -62,7 +63,10 @@ class Place:
     def parent(self) -> Place:
         """The folder that this lies in; of a root, the root."""
         folder, slash, _ = self._bare.rpartition("/")
-        return Place(self.store, folder or slash)
+        if not self._bare:
+            return self
+        # Of a key with `//` in it the folder's own path ends with a slash.
+        return Place(self.store, folder + slash if not folder or folder.endswith("/") else folder)
 
     @property
     def is_local(self) -> bool:
@@ -87,6 +91,10 @@ class Place:
     def beside(self, suffix: str) -> Place:
         """The file next to this one whose name has `suffix` behind it."""
         return Place(self.store, (self._bare or self.path) + suffix)
+
+    def without(self, suffix: str) -> Place:
+        """The file whose name this has without `suffix` at its end; this one where it is not there."""
+        return Place(self.store, self.path.removesuffix(suffix))
 
     def relative_to(self, folder: Place) -> str:
         """The path below `folder`. Raises ValueError where this does not lie there."""
@@ -113,9 +121,9 @@ class Place:
         """As `Store.is_directory`."""
         return self.store.is_directory(self.path)
 
-    def iter_objects(self) -> Iterator[ListedObject]:
+    def iter_objects(self, watch: Watch | None = None) -> Iterator[ListedObject]:
         """As `Store.iter_objects`."""
-        return self.store.iter_objects(self.path)
+        return self.store.iter_objects(self.path, watch)
 
     def open_reader(self, *, expected: Identity | None = None) -> RangeReader:
         """As `Store.open_reader`."""

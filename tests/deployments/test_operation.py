@@ -17,7 +17,8 @@ import pytest
 import torch
 import yaml
 
-from ptbin.manifests.vouching import claim_path
+from ptbin.manifests.vouching import claim_place
+from ptbin.stores import place_of
 from tests.servers.prefect_stack import FINAL, ROOT, PrefectStack, postgres_programs, prefect_stack, wait_for
 
 pytestmark = pytest.mark.timeout(900)
@@ -230,7 +231,7 @@ def test_a_worker_that_is_told_to_end_lets_its_runs_end_well(
     unfinished = [
         dest / f"{i:02}.bin" for i in range(COUNT) if not (dest / f"{i:02}.bin.manifest.json").exists()
     ]
-    claims = {Path(claim_path(str(output))) for output in unfinished}
+    claims = {Path(claim_place(place_of(output)).path) for output in unfinished}
     assert set(dest.rglob("*.ptbin-partial")) <= claims
 
 

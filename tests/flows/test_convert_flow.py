@@ -13,14 +13,13 @@ from typing import Any
 import pytest
 
 import ptbin
-import tasks.converting
-import tasks.recording
 from flows import stages
 from flows.convert import convert
 from flows.prefect.orchestrator import Orchestrator
 from flows.run_record import new_run_id
 from ptbin.errors import StorageError, UsageError
 from ptbin.registries.verification import verify_records
+from ptbin.stores import Place, place_of
 from tasks.live import LiveRun, open_live_run
 from tasks.retrying import RETRIES
 
@@ -202,10 +201,12 @@ def test_fail_fast_begins_nothing_new(
 def test_a_run_record_that_cannot_be_written_loses_no_output(
     good_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> Any:
-        raise StorageError("disk full")
+    def refuse(_: LiveRun, uri: str) -> Place:
+        if "/runs/" in uri:
+            raise StorageError("disk full")
+        return place_of(uri)
 
-    monkeypatch.setattr(tasks.recording, "open_store", refuse)
+    monkeypatch.setattr(LiveRun, "dest_at", refuse)
     state, summary = run(good_source, tmp_path / "out")
     assert state.is_failed()
     assert state.message == (

@@ -16,8 +16,8 @@ from flows.cli.app import run as command
 from flows.convert import convert
 from flows.run_record import new_run_id
 from flows.sync import sync
-from ptbin.manifests.vouching import claim_path
-from ptbin.stores import open_store
+from ptbin.manifests.vouching import claim_place
+from ptbin.stores import Place, open_store
 from ptbin.stores.s3_client import S3Client
 from tasks.live import LiveRun, open_live_run
 from tests.servers.endpoint import S3Endpoint
@@ -180,7 +180,7 @@ def test_what_a_killed_run_left_is_done_anew_though_its_source_has_changed(
     store, root = open_store(f"{shop.root}/out/a.bin", shop.options)
     assert ptbin.verify(f"{shop.root}/out/a.bin.manifest.json", storage_options=shop.options) == []
     with pytest.raises(FileNotFoundError):
-        store.stat(claim_path(root))
+        claim_place(Place(store, root)).stat()
 
 
 def test_a_claim_speaks_of_what_was_written_and_of_nothing_else(shop: Shop) -> None:

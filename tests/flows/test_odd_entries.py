@@ -118,6 +118,14 @@ def test_a_companion_whose_name_is_no_text_is_a_problem(store: Path, tmp_path: P
     assert len(reasons(summary)) == 2
 
 
+def test_a_git_lfs_pointer_among_companions_is_reported(store: Path, tmp_path: Path) -> None:
+    (store / "run/tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    summary = run(sync, store, tmp_path / "out")
+    assert reasons(summary) == {"run/tokenizer.json": "unsupported_format"}
+    assert "git lfs pull" in summary["problems"][0]["detail"]
+    assert not (tmp_path / "out/run/tokenizer.json").exists()
+
+
 @FLOWS
 def test_a_folder_that_cannot_be_read_is_one_problem(
     store: Path, tmp_path: Path, closed: Callable[[Path], None], flow: Any
@@ -223,6 +231,6 @@ def test_the_command_line_says_what_was_passed_over(
     (tmp_path / "x.pt").write_bytes(blank)
     ran = ptbin("convert", store, tmp_path / "out", "--dry-run")
     assert ran.returncode == 0
-    assert "1 hidden, 1 links that lead nowhere, 1 links that lead out of SOURCE" in ran.stdout
+    assert "1 hidden, 1 link that leads nowhere, 1 link that leads out of SOURCE" in ran.stdout
     ran = ptbin("convert", store, tmp_path / "out", "--dry-run", "--json", "--copy-links")
     assert json.loads(ran.stdout)["skipped"] == {"hidden": 1, "dangling_link": 1}

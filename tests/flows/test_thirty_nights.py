@@ -34,7 +34,7 @@ from ptbin.history.metrics import render_metrics
 from ptbin.history.records import iter_runs
 from ptbin.history.status import Question, Status, question_of_last_run, status_of
 from ptbin.options import ConvertOptions
-from ptbin.stores import open_store
+from ptbin.stores import open_store, place_of
 from ptbin.stores.local import LocalStore
 from tasks.outcomes import Converted, Outcome, outcome_of_error
 from tests.fakes import CountingStore, registered
@@ -80,7 +80,7 @@ class Store:
                 facts = tally.add(job, self.outcome(job, run_id)).converted
                 if facts is not None and facts.index_row is not None:
                     rows.append(replace(facts.index_row, manifest=work.relative_manifest(job)))
-            write_segment(str(self.dest), run_id, rows)
+            write_segment(place_of(self.dest), run_id, rows)
             left = close_ledger(tally, work, Selection(), {job.path for job in jobs})
             write_unconverted(str(self.dest), left or [])
         summary = tally.summary(60.0)

@@ -16,7 +16,7 @@ import pytest
 from ptbin.catalog import lease as lease_module
 from ptbin.catalog.lease import Holder, Lease, LeaseWatch, acquire_lease
 from ptbin.errors import DestinationBusyError
-from ptbin.stores import open_store
+from ptbin.stores import open_store, place_of
 from tests.servers.endpoint import S3Endpoint
 from tests.servers.fixtures import moto_s3
 
@@ -31,7 +31,7 @@ class Place:
     options: dict[str, Any]
 
     def acquire(self, run_id: str, lost: Callable[[str], None] = lambda _: None) -> Lease:
-        return acquire_lease(self.dest, run_id, dest_options=self.options, lost=lost)
+        return acquire_lease(place_of(self.dest, self.options), run_id, lost=lost)
 
     def put(self, holder: Holder) -> None:
         """A lease that nobody renews."""
@@ -172,7 +172,7 @@ def test_workers_elsewhere_hear_of_the_end(place: Place, end: str) -> None:
     if end == "dead":
         lease.release()
         place.put(elsewhere("run"))
-    LeaseWatch(lease.uri, place.options, stopped.set)
+    LeaseWatch(place_of(lease.uri, place.options), stopped.set)
     if end != "dead":
         assert not stopped.wait(0.9)  # longer than the patience: it is being renewed
     if end == "told to stop":

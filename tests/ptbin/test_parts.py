@@ -16,7 +16,8 @@ from ptbin.errors import CheckpointError, IncompleteCheckpointError, StorageErro
 from ptbin.sources.companions import is_companion
 from ptbin.sources.opening import find_source
 from ptbin.sources.part_names import find_parts, may_be_part
-from ptbin.stores import Store, open_store
+from ptbin.stores import Place
+from ptbin.stores.local import LocalStore
 from tests.checkpoints import factories
 from tests.checkpoints.parts import FOLDERS, weights, write
 from tests.fakes import CountingStore
@@ -193,20 +194,11 @@ class _Lists(CountingStore):
 @pytest.mark.parametrize(
     ("name", "listings"), [("epoch_1.pt", 0), ("model.bin", 0), ("consolidated.00.pth", 1), ("rank_3.pt", 1)]
 )
-def test_an_ordinary_name_costs_no_listing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, listings: int
-) -> None:
+def test_an_ordinary_name_costs_no_listing(tmp_path: Path, name: str, listings: int) -> None:
     write(tmp_path / name, weights())
-    made: list[_Lists] = []
-
-    def opened(uri: str, options: Any = None) -> tuple[Store, str]:
-        store, path = open_store(uri, options)
-        made.append(_Lists(store))
-        return made[-1], path
-
-    monkeypatch.setattr("ptbin.sources.opening.open_store", opened)
-    assert find_source(str(tmp_path / name)).incomplete == ""
-    assert sum(store.count("list") for store in made) == listings
+    store = _Lists(LocalStore())
+    assert find_source(Place(store, str(tmp_path / name))).incomplete == ""
+    assert store.count("list") == listings
     assert may_be_part(name) is bool(listings)
 
 
@@ -216,12 +208,9 @@ def test_a_store_that_lists_nothing_still_hands_out_files(
     for name in ("consolidated.00.pth", "consolidated.01.pth"):
         write(tmp_path / name, weights())
     monkeypatch.setattr(_Lists, "refuses", True)
-    monkeypatch.setattr(
-        "ptbin.sources.opening.open_store",
-        lambda uri, options=None: (_Lists(open_store(uri)[0]), open_store(uri)[1]),
-    )
-    assert find_source(str(tmp_path / "consolidated.00.pth")).incomplete == ""
-    assert find_source(str(tmp_path / "consolidated.01.pth")).incomplete != ""
+    folder = Place(_Lists(LocalStore()), str(tmp_path))
+    assert find_source(folder / "consolidated.00.pth").incomplete == ""
+    assert find_source(folder / "consolidated.01.pth").incomplete != ""
 
 
 def test_listings_hold_groups_of_rank_folders_together(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 import ptbin
 from ptbin.manifests.vouching import Standing
 from ptbin.options import ConvertOptions
+from ptbin.stores import place_of
 from ptbin.stores.copying import copy_file
 from ptbin.stores.s3_client import S3Client
 from tests.servers.endpoint import S3Endpoint
@@ -60,7 +61,7 @@ def _convert(source: str, dest: str, options: dict[str, Any]) -> None:
 
 
 def _copy(source: str, dest: str, options: dict[str, Any]) -> None:
-    copy_file(source, dest, source_options=options, dest_options=options)
+    copy_file(place_of(source, options), place_of(dest, options))
 
 
 # Reads; writes; all else. Of a checkpoint of 26 MiB.

@@ -21,6 +21,7 @@ from ptbin import ConvertOptions, RestoreOptions
 from ptbin.errors import ModelMismatchError, UsageError, VerificationError
 from ptbin.restoring.snapshot import Contents, mapped_views, other_tensors, ties_of
 from ptbin.restoring.weights import open_weights
+from ptbin.stores import place_of
 from tests.bits import assert_same_tensors, same_bits
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("warm_children")]
@@ -356,7 +357,7 @@ def test_what_torch_maps_is_held_against_what_ptbin_read(nets: Any, tmp_path: Pa
     loaded = torch.load(weights, weights_only=True, mmap=True)
     hashed, given = Contents().of_values(loaded), mapped_views(loaded, weights)
     assert given.keys() == loaded.keys() == hashed.keys()
-    with open_weights(weights, RestoreOptions(), tmp_path) as opened:
+    with open_weights(place_of(weights), RestoreOptions(), tmp_path) as opened:
         assert opened.archive == weights  # in its place, no copy
         opened.check_given(given)
         opened.check_given(hashed)  # not known where it lies, so it was hashed: the same bytes

@@ -21,6 +21,7 @@ from ptbin.catalog.companions import copied_along
 from ptbin.catalog.finished import FinishedRow, identity_text, read_finished, row_of, write_segment
 from ptbin.catalog.worklist import WorkList
 from ptbin.options import ConvertOptions
+from ptbin.stores import place_of
 from ptbin.stores.local import LocalStore
 from tests.fakes import CountingStore, registered
 
@@ -45,7 +46,7 @@ class World:
             path.write_bytes((folder / "x.pt").read_bytes())
         with self.planned() as work:
             rows = [self.convert(work, job) for job in work.iter_to_do()]
-        write_segment(str(self.dest), "first", rows)
+        write_segment(place_of(self.dest), "first", rows)
 
     @contextlib.contextmanager
     def planned(self, options: ConvertOptions = OPTIONS, prefix: str = "") -> Iterator[WorkList]:
@@ -88,7 +89,7 @@ def test_a_lost_index_costs_a_read_each_and_is_made_again(world: World) -> None:
         rows = [read_finished(job, work.relative_manifest(job)) for job in jobs]
         kept = work.answer(jobs, [row for row in rows if row is not None], OPTIONS)
         assert (work.count_current(), work.count_to_ask()) == (COUNT, 0)
-    write_segment(str(world.dest), "again", kept)
+    write_segment(place_of(world.dest), "again", kept)
     assert world.states() == (COUNT, 0, 0)
 
 
@@ -177,9 +178,9 @@ def test_a_copy_that_an_early_index_knows_is_compared_once_more(tmp_path: Path) 
         (job,) = work.iter_to_ask()
         row = read_finished(job, work.relative_manifest(job))
     assert row is not None
-    write_segment(dest, "first", [replace(row, source="")])
+    write_segment(place_of(dest), "first", [replace(row, source="")])
     assert states() == (0, 1)
-    write_segment(dest, "second", [row])
+    write_segment(place_of(dest), "second", [row])
     assert states() == (1, 0)
 
 
@@ -202,6 +203,7 @@ from ptbin.catalog import OutputRule
 from ptbin.catalog.finished import FinishedRow, job_digest, write_segment
 from ptbin.catalog.worklist import WorkList
 from ptbin.options import ConvertOptions
+from ptbin.stores import place_of
 from ptbin.stores import Identity, ListedObject, register_store
 from ptbin.stores.local import LocalStore
 
@@ -237,7 +239,7 @@ def rows():
         output = ((name.rpartition("/")[2] + ".bin", 900),)
         yield FinishedRow(f"{name}.bin.manifest.json", f"etag:{etag}", digest, "checksum", output)
 
-write_segment(folder, "all", rows())
+write_segment(place_of(folder), "all", rows())
 work = WorkList(f"dst://{folder}")
 problems = work.plan("src://x", OutputRule(f"dst://{folder}"), options)
 assert not problems

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from ptbin.errors import UsageError
-from ptbin.registries.base import Place, Registration, RegistryError
+from ptbin.registries.base import Registration, RegistryError, VersionSite
 from ptbin.registries.mlflow_client import Connection
 from ptbin.registries.mlflow_registry import MlflowRegistry
 from ptbin.registries.values import Metric, Model, RunLink, Version
@@ -281,7 +281,7 @@ def test_a_run_that_was_begun_is_taken_up_and_ends_with_its_version(
     killed_before_its_logged_model(registry, new, monkeypatch)
     assert runs(registry) == ["RUNNING"]
     place = registry.place(Model("m"), new, "1", new.fingerprint("options"))
-    assert isinstance(place, Place)
+    assert isinstance(place, VersionSite)
     assert runs(registry) == ["RUNNING"], "the same again"
     registry.abandon(place)
     assert (runs(registry), runs(registry, deleted=True)) == ([], ["FAILED"])

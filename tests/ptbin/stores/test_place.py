@@ -1,0 +1,67 @@
+"""Places: made of a text once, joined and cut without losing what a store means by a path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import ptbin
+from ptbin.errors import UsageError
+from ptbin.stores import Place, place_of
+
+SECRET = {"key": "k", "secret": "hush", "endpoint_url": "http://127.0.0.1:9"}
+
+
+@pytest.mark.parametrize(
+    ("start", "path", "uri"),
+    [
+        ("s3://b", "x.pt", "s3://b/x.pt"),
+        ("s3://b/run/", "x.pt", "s3://b/run/x.pt"),
+        ("s3://b/run", "/x.pt", "s3://b/run//x.pt"),
+        ("s3://b/odd//", "x.pt", "s3://b/odd//x.pt"),
+        ("/", "x.pt", "/x.pt"),
+        ("/data", "a/x.pt", "/data/a/x.pt"),
+        ("memory://m", "x.pt", "memory:///m/x.pt"),
+    ],
+)
+def test_what_is_joined_can_be_cut_again(start: str, path: str, uri: str) -> None:
+    options = SECRET if start.startswith("s3") else None
+    folder = place_of(start, options)
+    place = folder / path
+    assert place.uri.replace("memory://m", "memory:///m") == uri
+    assert place.relative_to(folder) == path
+    assert (place.parent / place.name).path == place.path
+    assert place.beside(".manifest.json").without(".manifest.json").path == place.path
+
+
+def test_a_neighbour_does_not_lie_below() -> None:
+    with pytest.raises(ValueError, match="does not lie below"):
+        place_of("/data/run10/x.pt").relative_to(place_of("/data/run1"))
+
+
+def test_a_slash_at_the_end_says_what_lies_below() -> None:
+    place = place_of("s3://b/file.pt/", SECRET)
+    assert place.means_below
+    assert place.file.uri == "s3://b/file.pt"
+    assert (place.name, place.parent.uri) == ("file.pt", "s3://b")
+    assert (place_of("/").parent.path, place_of("/").name) == ("/", "")
+
+
+def test_no_text_of_a_place_shows_its_options() -> None:
+    place = place_of("s3://b/x.pt", SECRET)
+    assert "hush" not in repr(place) + str(place) + f"{place}"
+
+
+def test_options_beside_a_place_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="storage options already"):
+        place_of(place_of(tmp_path), {"anon": True})
+
+
+def test_the_verbs_take_paths_and_places(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(30)}, tmp_path / "x.pt")
+    manifest = ptbin.convert(tmp_path / "x.pt", Place(place_of(tmp_path).store, str(tmp_path / "x.bin")))
+    assert manifest["outputs"][0]["path"] == "x.bin"
+    assert ptbin.verify(place_of(tmp_path) / "x.bin.manifest.json") == []
+    assert ptbin.inspect(tmp_path / "x.bin")["container"] == "torch_zip"
