@@ -11,7 +11,7 @@ from ptbin.catalog.comparing import find_unchanged, release_companions
 from ptbin.catalog.finished import row_of_copy
 from ptbin.catalog.marks import may_replace_copy
 from ptbin.catalog.mirroring import Gone, is_reached_plainly, iter_gone
-from ptbin.errors import NotFoundInStoreError
+from ptbin.errors import NoSpaceError, NotFoundInStoreError
 from ptbin.manifests.manifest import manifest_uri
 from ptbin.options import ConvertOptions
 from ptbin.sources.companions import MAX_POINTER_NBYTES, refuse_pointer
@@ -108,6 +108,9 @@ def back_up_batch(live: LiveRun, path: str, dest: str, backup: str) -> Outcome:
         copy_file(live.dest_at(dest) / path, live.dest_at(backup) / path, progress=live.moved)
     except NotFoundInStoreError:
         return Outcome(path, "not_tried")  # gone meanwhile: nothing is lost by going on
+    except NoSpaceError as error:
+        # There, not in DEST: a file that was not tried would be written over without a copy of it.
+        return replace(outcome_of_error(path, error), is_full=False)
     return Outcome(path, "copied")
 
 

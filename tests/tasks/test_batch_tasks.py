@@ -14,7 +14,7 @@ from ptbin.catalog import Job
 from ptbin.conversion import Published
 from ptbin.options import ConvertOptions
 from ptbin.stores import Identity
-from tasks import checking, converting
+from tasks import checking, converting, mirroring
 from tasks.checking import verify_manifests
 from tasks.converting import convert_batch, verify_batch
 from tasks.credentials import Credentials
@@ -28,6 +28,7 @@ from tasks.live import (
     is_open,
     open_live_run,
 )
+from tasks.mirroring import back_up_batch
 from tasks.outcomes import Outcome, Staged, one_line, outcome_of_error
 
 OPTIONS = ConvertOptions()
@@ -230,6 +231,18 @@ def test_one_manifest_that_cannot_be_read_hides_no_other(
     assert (a.transient, a.reason) == (True, "storage_error")
     assert (b.transient, b.reason) == (False, "internal_error")
     assert (c.kind, c.issues) == ("proven", ())
+
+
+def test_each_file_is_tried_where_the_backup_place_is_full(
+    live: LiveRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy_file(*_: Any, **__: Any) -> None:
+        raise errors.NoSpaceError("no space left")
+
+    monkeypatch.setattr(mirroring, "copy_file", copy_file)
+    values = {"dest": "memory://dest", "backup": "memory://backup"}
+    outcomes = back_up_batch.fn(Ticket("r"), [str(number) for number in range(5)], values)
+    assert [outcome.kind for outcome in outcomes] == ["failed"] * 5, "one not tried would be written over"
 
 
 def test_messages_are_one_bounded_line() -> None:
