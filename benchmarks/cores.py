@@ -139,7 +139,7 @@ def powers(limit: int) -> list[int]:
 
 
 def child(*words: object) -> list[str]:
-    return [sys.executable, CHILD, *map(str, words)]
+    return [sys.executable, "-P", CHILD, *map(str, words)]
 
 
 class Large:
@@ -159,7 +159,7 @@ class Large:
             ("cp", most): ["cp", str(given), copy],
             ("sha256sum", most): ["sha256sum", str(given)],
             ("cp, sync of the copy", most): ["sh", "-c", f"cp '{given}' '{copy}' && sync '{copy}'"],
-            ("Python's start", most): [sys.executable, "-c", "pass"],
+            ("Python's start", most): [sys.executable, "-I", "-c", "pass"],
             ("a script: torch.load(mmap=True) + torch.save", most): child("torch", source, copy),
         }
         for n in reversed(counts):

@@ -8,6 +8,7 @@ wrong and nothing was written. 130: interrupted. `diff` answers as diff(1) does:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -89,7 +90,16 @@ cli.add_command(metrics_command)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status."""
-    sys.exit(run(arguments))
+    status = run(arguments)
+    early = sys.modules.get("flows.prefect.early")
+    if early is not None and early.is_starting():
+        # A thread that is importing Prefect cannot be ended: an interpreter that waited for none of its kind
+        # aborts on its way out. The server that was begun ends with this process's end of its input.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

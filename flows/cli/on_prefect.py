@@ -35,12 +35,12 @@ def run_prepared(
     from flows.prepared import finish_in_step, preparing, refuse_nothing
 
     refuse_runner_secrets(parameters.get("runner_address"))
+    _check_installed()  # before anything is written
     live = LiveRun(run_id, shared.source_options, shared.dest_options, listener, began=began())
 
     def start_server() -> None:
         from flows.prefect.orchestrator import start_early
 
-        _check_installed()
         _set_logging(shared)
         start_early()
 

@@ -10,7 +10,10 @@ import contextlib
 import threading
 from collections.abc import Callable
 
-__all__ = ["EarlyStart", "begin_early", "take_early"]
+__all__ = ["EarlyStart", "begin_early", "is_starting", "take_early"]
+
+
+_threads: list[threading.Thread] = []
 
 
 class EarlyStart:
@@ -22,6 +25,7 @@ class EarlyStart:
         self._url: str | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._start, name="ptbin-server-start", daemon=True)
+        _threads.append(self._thread)
         self._thread.start()
 
     def _start(self) -> None:
@@ -54,3 +58,8 @@ def take_early() -> EarlyStart | None:
     global _started
     taken, _started = _started, None
     return taken
+
+
+def is_starting() -> bool:
+    """Whether a thread is still at it, awaited or not."""
+    return any(thread.is_alive() for thread in _threads)

@@ -40,17 +40,15 @@ def record_of(dest: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("command", ["convert", "sync"])
-def test_a_deadline_that_passes_while_listing_is_told_in_a_line_and_a_document(
+def test_a_deadline_that_passed_while_listing_is_told_in_a_document(
     ptbin: Run, good_source: Path, server: Orchestrator, command: str
 ) -> None:
     words = [command, good_source, "out", "--deadline", "0.001", "--json", "--quiet"]
     done = ptbin(*words, PREFECT_API_URL=server.api_url)
     assert done.returncode == 1, done.stderr
-    assert done.stderr.splitlines() == [
-        "ptbin: run_stopped: the run's deadline of 0.001 s has passed; nothing was begun"
-    ]
+    assert "Traceback" not in done.stderr
     summary = json.loads(done.stdout)
-    assert [problem["reason"] for problem in summary["problems"]] == ["run_stopped"]
+    assert {problem["reason"] for problem in summary["problems"]} == {"run_stopped"}
     assert summary["converted"] == 0
 
 
@@ -105,12 +103,12 @@ def test_what_is_up_to_date_is_counted_in_an_interrupted_run(
     assert live.summary["up_to_date"] == 6
 
 
-def test_the_seconds_of_a_run_include_its_listing(good_source: Path, tmp_path: Path) -> None:
+def test_the_seconds_of_a_run_are_all_that_passed(good_source: Path, tmp_path: Path) -> None:
     live = LiveRun(new_run_id())
-    live.began -= 1000  # opened long before: a server was started meanwhile
+    live.began -= 1000  # when the command was given, long before
     with registered("slowly", SlowStore(LocalStore(), 1.5, ["list"])):
         _, summary = run(convert, f"slowly://{good_source}", tmp_path / "out", live)
-    assert 1.5 < summary["seconds"] < 900
+    assert summary["seconds"] > 1001.5
 
 
 @pytest.mark.parametrize("run_id", ["../../../esc", "a/b", "..", "a\nb", "x" * 101])

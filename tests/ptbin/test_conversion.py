@@ -219,7 +219,7 @@ def test_a_source_that_changes_meanwhile_is_no_source(
 ) -> None:
     source = tmp_path / "s.pt"
     torch.save({"w": torch.ones(1000)}, source)
-    from ptbin import conversion
+    from ptbin import output_files
     from ptbin.splice import splice as original
 
     def overwriting(*args: Any, **kwargs: Any) -> Any:
@@ -227,7 +227,7 @@ def test_a_source_that_changes_meanwhile_is_no_source(
         torch.save({"w": torch.zeros(1000)}, source)
         return result
 
-    monkeypatch.setattr(conversion, "splice", overwriting)
+    monkeypatch.setattr(output_files, "splice", overwriting)
     with pytest.raises(ptbin.errors.SourceChangedError):
         convert(source, tmp_path / "o.bin")
     assert not (tmp_path / "o.bin").exists()

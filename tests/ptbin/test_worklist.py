@@ -187,14 +187,14 @@ def test_a_copy_that_an_early_index_knows_is_compared_once_more(tmp_path: Path) 
 def test_work_comes_largest_first_and_collisions_are_refused(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
-    for name, nbytes in {"a.pt": 10, "b.pt": 30, "c.pt": 20, "twin.pt": 5, "Twin.ckpt": 6, "twin": 7}.items():
+    for name, nbytes in {"a.pt": 10, "b.pt": 30, "c.pt": 20, "twin.pt": 5, "twin.ckpt": 6, "twin": 7}.items():
         (source / name).write_bytes(b"x" * nbytes)
     with contextlib.closing(WorkList(str(tmp_path / "out"))) as work:
         problems = work.plan(str(source), OutputRule(str(tmp_path / "out")), OPTIONS)
         assert [job.path for job in work.iter_to_do()] == ["b.pt", "c.pt", "a.pt"]
         assert work.to_do() == (3, 60)
     assert {problem.reason for problem in problems} == {"output_collision"}
-    assert {Path(problem.source).name for problem in problems} == {"twin.pt", "Twin.ckpt"}
+    assert {Path(problem.source).name for problem in problems} == {"twin.pt", "twin.ckpt"}
 
 
 HUGE = """

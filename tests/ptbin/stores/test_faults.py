@@ -15,6 +15,7 @@ from botocore.exceptions import (
 from ptbin.errors import (
     AccessDeniedError,
     CorruptArchiveError,
+    NoSpaceError,
     NotFoundInStoreError,
     PtbinError,
     SourceChangedError,
@@ -63,8 +64,8 @@ def answer(code: str, status: int, message: str = "what the store said") -> Clie
         (NotADirectoryError(errno.ENOTDIR, "x"), NotFoundInStoreError, False),
         (PermissionError(errno.EACCES, "x"), AccessDeniedError, False),
         (OSError(errno.EROFS, "x"), AccessDeniedError, False),
-        (OSError(errno.ENOSPC, "x"), StorageError, False),
-        (OSError(errno.EDQUOT, "x"), StorageError, False),
+        (OSError(errno.ENOSPC, "x"), NoSpaceError, False),
+        (OSError(errno.EDQUOT, "x"), NoSpaceError, False),
         (OSError(errno.EIO, "x"), StorageError, False),
         (OSError(errno.ENAMETOOLONG, "x"), StorageError, False),
         (NotImplementedError(), StorageError, False),
