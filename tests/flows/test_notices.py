@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,17 @@ def test_a_report_has_the_link_that_opens_it(
 
 def test_a_neighbour_with_a_longer_name_is_not_served() -> None:
     assert served_at("s3://models-2/r.html", SERVED) is None
+
+
+def test_what_cannot_be_signed_has_no_link_and_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    options = {"client_kwargs": {"region_name": "eu-west-1"}}
+    assert link_of("s3://bucket/out/r.html", options, {"PTBIN_PRESIGN": "1h"}) is None
+    assert link_of("s3://bucket/out/r.html", options, {"PTBIN_PRESIGN": "a while"}) is None
 
 
 def test_a_signed_link_opens_the_page_without_credentials(moto_s3: S3Endpoint) -> None:
