@@ -25,7 +25,7 @@ from flows.prefect.signals import INTERRUPTS
 from flows.remembering import close_ledger, open_ledger
 from flows.report_link import link_of
 from flows.report_markdown import render_markdown
-from flows.run_history import facts_of_run
+from flows.run_history import facts_of_run, run_url
 from flows.run_record import manifests_by_tensor, record_files, record_folder
 from flows.selection import Selection
 from flows.stages import Stage, Stages, count_of
@@ -297,7 +297,10 @@ class Conversion:
             flow_run_id=flow_run_id,
             selection=self.selection.to_json(self.work.rule) if self.keeps_ledger else None,
             facts=facts_of_run(
-                tally, source_options=self.live.source_options, dest_options=self.live.dest_options
+                tally,
+                source_options=self.live.source_options,
+                dest_options=self.live.dest_options,
+                prefect_url=run_url(),
             ),
         )
         try:

@@ -18,6 +18,7 @@ from itertools import islice
 from typing import Any, cast
 
 from flows.remembering import close_ledger, open_ledger
+from flows.run_history import facts_of_run
 from flows.run_record import record_files, record_folder
 from flows.selection import Selection
 from flows.tally import Tally
@@ -312,6 +313,7 @@ def _leave(live: LiveRun, asked: Asked, work: WorkList, tally: Tally, alone: set
         options=asked.options.to_json() | {"verify": asked.options.verify},
         flow_run_id=None,
         selection=asked.selection.to_json(work.rule),
+        facts=facts_of_run(tally, source_options=live.source_options, dest_options=live.dest_options),
     )
     try:
         for name, data in files.items():

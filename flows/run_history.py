@@ -30,8 +30,9 @@ def facts_of_run(
     *,
     source_options: Mapping[str, Any] | None = None,
     dest_options: Mapping[str, Any] | None = None,
+    prefect_url: str | None = None,
 ) -> dict[str, Any]:
-    """Fields for the record of a run that is about to end."""
+    """Fields for the record of a run that is about to end; `prefect_url` is its page, if it has one."""
     previous = _previous(tally, dest_options)
     history: list[Any] = []
     if previous is not None:
@@ -43,7 +44,7 @@ def facts_of_run(
         "version": __version__,
         "source_uri": _whole(tally.source, source_options, is_source=True),
         "dest_uri": _whole(tally.dest, dest_options),
-        "prefect_url": run_url(),
+        "prefect_url": prefect_url,
         "previous_run": previous.run_id if previous is not None else None,
         "history": history,
     }

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import ptbin
 from flows.cli import on_prefect
 from flows.cli.app import run as run_command
 from ptbin.catalog import OutputRule, cases
@@ -153,3 +154,21 @@ def test_each_problem_is_printed_once(
     told = capsys.readouterr()
     assert (told.out + told.err).count("unsafe_path") == 1
     assert "1 problem, told above" in told.out
+
+
+def test_quiet_nights_are_in_the_history_that_records_hand_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_prefect, "_run", None)  # nothing to do: Prefect is not asked
+    (tmp_path / "in").mkdir()
+    torch.save({"w": torch.ones(2)}, tmp_path / "in" / "a.pt")
+    ptbin.convert(tmp_path / "in" / "a.pt", tmp_path / "out" / "a.bin")
+    for _ in range(3):
+        assert run_command(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--quiet"]) == 0
+    found = [
+        json.loads(path.read_text()) for path in (tmp_path / "out" / "_ptbin" / "runs").glob("*/run.json")
+    ]
+    found.sort(key=lambda record: len(record["history"]))
+    runs = [record["run_id"] for record in found]
+    assert [record["previous_run"] for record in found] == [None, *runs[:2]]
+    assert [[row["run_id"] for row in record["history"]] for record in found] == [[], runs[:1], runs[:2]]
