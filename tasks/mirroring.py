@@ -14,7 +14,7 @@ from ptbin.catalog.mirroring import Gone, is_reached_plainly, iter_gone
 from ptbin.errors import NoSpaceError, NotFoundInStoreError
 from ptbin.manifests.manifest import manifest_uri
 from ptbin.options import ConvertOptions
-from ptbin.sources.companions import MAX_POINTER_NBYTES, refuse_pointer
+from ptbin.sources.pointers import MAX_POINTER_NBYTES, refuse_pointer
 from ptbin.sources.sidecars import change_of
 from ptbin.stores import Place
 from ptbin.stores.copying import Copied, copy_file, same_content
