@@ -143,16 +143,17 @@ postgres-packages:
 	  echo "no postgresql, and not root: the tests of the deployments will be skipped"; \
 	fi
 
-# promtool, which checks deployments/monitoring: unpacked into the environment, because the package would start a server.
+# Prometheus with promtool, and its Pushgateway, for the tests of deployments/monitoring: unpacked into the environment,
+# because the packages would start servers.
 prometheus-packages: $(VENV)/.created
-	@if [ -x $(VENV)/prometheus/usr/bin/promtool ] || command -v promtool >/dev/null; then :; \
+	@if [ -x $(VENV)/prometheus/usr/bin/promtool ] && [ -x $(VENV)/prometheus/usr/bin/prometheus-pushgateway ]; then :; \
 	elif command -v apt-get >/dev/null && command -v dpkg >/dev/null; then \
-	  echo "fetching promtool (for the tests of the alert rules)"; \
-	  { folder=$$(mktemp -d) && (cd $$folder && apt-get download prometheus) \
-	    && dpkg -x $$folder/prometheus_*.deb $(VENV)/prometheus && rm -r $$folder; } >/dev/null 2>&1 \
+	  echo "fetching prometheus and prometheus-pushgateway (for the tests of metrics, board and alert rules)"; \
+	  { folder=$$(mktemp -d) && (cd $$folder && apt-get download prometheus prometheus-pushgateway) \
+	    && for package in $$folder/*.deb; do dpkg -x $$package $(VENV)/prometheus; done && rm -r $$folder; } >/dev/null 2>&1 \
 	    || echo "not to be had here: those tests will be skipped"; \
 	else \
-	  echo "no promtool here: the tests of the alert rules will be skipped"; \
+	  echo "no apt-get here: tests of metrics on a real Prometheus will be skipped"; \
 	fi
 
 # A browser for the tests of the report and for the screenshots of demo-deploy.
