@@ -27,6 +27,7 @@ from flows.stages import Stage, Stages
 from flows.tally import Entry, Tally
 from flows.wishes import MAX_WORKERS, build_options, refuse_secrets
 from ptbin.catalog import Job, Problem
+from ptbin.catalog.request import RunRequest
 from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions
 from ptbin.registries import Migration, ModelPlan, wanted_names
@@ -109,9 +110,10 @@ class Migrating(Conversion):
         registries: Registries,
         plan: Migration,
     ) -> None:
-        super().__init__(run, options, tally, fail_fast)
+        super().__init__(run, tally, fail_fast)
+        self.options = options
         self.registries = registries
-        self.plan = plan
+        self.migration = plan
         self.versions = tally
         self.jobs = [
             VersionJob.of(model, step)
@@ -136,10 +138,10 @@ class Migrating(Conversion):
         there.tidy({job.parts[0].fingerprint for job in self.jobs})
 
     def run(self) -> None:
-        for line in loss_lines(self.plan):
+        for line in loss_lines(self.migration):
             self.logger.info("not kept: %s", line)
             self.live.listener.noted(f"not kept: {line}")
-        for step in self.plan.steps():
+        for step in self.migration.steps():
             if step.action == "up_to_date":
                 self._close(step.version.path, step.version.uri, Outcome(step.version.path, "up_to_date"))
             elif step.action == "refused":
@@ -151,7 +153,7 @@ class Migrating(Conversion):
         self.live.listener.planned(count, 0, up_to_date)
         self.logger.info("%d versions to migrate, %d up to date", count, up_to_date)
         self.progress.begin(count)
-        for plan in self.plan.models:
+        for plan in self.migration.models:
             if plan.problem and not plan.steps:
                 self.tally.run_problems.append(Problem(plan.model.name, "registry_error", plan.problem))
         self.stages.carry_out(*self._parts())
@@ -180,7 +182,7 @@ class Migrating(Conversion):
 
     def _update(self) -> None:
         """Metadata that differs of what is registered already: an alias that has moved, say."""
-        plans = [plan for plan in self.plan.models if plan.needs_update]
+        plans = [plan for plan in self.migration.models if plan.needs_update]
         if not plans or not self._keeps_on():
             return
 
@@ -254,7 +256,7 @@ class Migrating(Conversion):
         for job in self.jobs:
             if job.path in self.rows:
                 self._close(job.path, job.source_uri, Outcome(job.path, "not_tried"))
-        order = {step.version.path: index for index, step in enumerate(self.plan.steps())}
+        order = {step.version.path: index for index, step in enumerate(self.migration.steps())}
         self.versions.versions.sort(key=lambda row: order[f"{row['model']}/{row['version']}"])
 
     def _label(self, jobs: Sequence[Job | Staged]) -> str:
@@ -296,7 +298,8 @@ def migrate(source: str, dest: str, **asked: Any) -> State[Any]:
         if not here.has_models(lambda name: wanted_names(include, exclude, name)):
             raise UsageError(f"no models to migrate in SOURCE: {here.uri}")
         home = there.home()
-        with running(live, home, settings) as run:
+        request = RunRequest(source, home, options, "migrate")
+        with running(live, request, settings) as run:
             plan = plan_versions(
                 live.run_id,
                 quote(registries),
@@ -306,4 +309,4 @@ def migrate(source: str, dest: str, **asked: Any) -> State[Any]:
                 quote(options),
             )
             tally = MigrationTally(live.run_id, source, dest, home=home)
-            return Migrating(run, options, tally, asked["fail_fast"], registries, plan).carry_out([])
+            return Migrating(run, options, tally, asked["fail_fast"], registries, plan).carry_out()
