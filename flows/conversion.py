@@ -7,7 +7,7 @@ lost or fails on the way. An interrupted run still accounts for what it did.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from flows.units import format_nbytes
 from ptbin.catalog import Job, Problem
 from ptbin.catalog.finished import FinishedRow
 from ptbin.errors import PtbinError, StorageError
+from ptbin.history.failures import Unconverted
 from ptbin.sources.companions import companion_of
 from tasks.batches import FULL_AFTER
 from tasks.converting import convert_and_verify_batch, convert_batch, verify_batch
@@ -137,20 +138,30 @@ class Conversion:
         if not self.keeps_ledger:
             return
         try:
-            open_ledger(self.tally, self.plan)
+            self._read_ledger()
         except PtbinError as error:
             self.keeps_ledger = False
             self.tally.run_problems.append(Problem(self.tally.dest, error.reason, one_line(str(error))))
 
+    def _read_ledger(self) -> None:
+        open_ledger(self.tally, self.plan)
+
+    def _ledger_rows(self) -> Sequence[Unconverted] | None:
+        return close_ledger(self.tally, self.plan, self.stages.settled)
+
+    def _recorded_selection(self) -> Mapping[str, Any] | None:
+        """What of SOURCE the run looked at, for `ptbin status`."""
+        return self.plan.request.selection() if self.keeps_ledger else None
+
     def _close_ledger(self) -> None:
         if not self.keeps_ledger:
             return
-        rows = close_ledger(self.tally, self.plan, self.stages.settled)
+        rows = self._ledger_rows()
         if rows is None:
             return
         self.stages.task_runs += 1
         try:
-            _record(write_ledger, self.live.run_id, self.tally.dest, rows)
+            _record(write_ledger, self.live.run_id, self.tally.place, rows)
         except StorageError as error:
             self.logger.warning("what was not converted: %s", one_line(str(error)))
 
@@ -291,7 +302,7 @@ class Conversion:
             summary,
             options=options,
             flow_run_id=flow_run_id,
-            selection=self.plan.request.selection() if self.keeps_ledger else None,
+            selection=self._recorded_selection(),
             facts=facts_of_run(
                 tally,
                 source_options=self.live.source_options,

@@ -32,12 +32,12 @@ LISTS = ("initial", "problems", "known_problems", "resolved_problems", "versions
 
 
 def new_run_id() -> str:
-    """`<UTC time>-<id>`: names the run's folder and its manifests' `run_id`, and sorts by time.
+    """`<UTC time>-<id>`: sorts by time, and names the run's folder and its manifests' `run_id`.
 
-    Within a second the id does: its first half counts 16 microseconds, the other one is chance.
+    The id's first three digits are the fraction of the second, for runs that follow one another in it.
     """
     now = datetime.now(UTC)
-    return f"{now:%Y%m%dT%H%M%SZ}-{now.microsecond >> 4:04x}{uuid.uuid4().hex[:4]}"
+    return f"{now:%Y%m%dT%H%M%SZ}-{now.microsecond * 4096 // 1_000_000:03x}{uuid.uuid4().hex[:5]}"
 
 
 # It becomes a folder's name in DEST, and whoever may start a run says what it is.
