@@ -22,6 +22,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .peers
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# Without byte code of 37,000 modules, 35 s of a core: those that are imported get theirs then.
+INSTALL := $(PIP) install --no-compile $(PIP_ARGS) --constraint constraints.txt
 SOURCES := $(shell find ptbin tasks flows deployments -type f ! -name '*.pyc')
 
 # The packages lie in the top folder, where Python would find them before the installed ones. -P (here by
@@ -45,16 +47,16 @@ $(VENV)/.created:
 # What ptbin itself needs, which is all that `make demo` installs: anew only when the requirements change.
 # hatchling first, so that the build of our own wheel takes the pinned one and not whatever is newest.
 $(VENV)/.base: $(VENV)/.created pyproject.toml constraints.txt
-	$(PIP) install $(PIP_ARGS) --constraint constraints.txt hatchling
-	$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation .
+	$(INSTALL) hatchling
+	$(INSTALL) --no-build-isolation .
 	@touch $@
 
 # What the tests and checks need on top: other people's writers and readers, servers, linters.
 $(VENV)/.requirements: $(VENV)/.base
-	$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation '.[dev,interop,dask,ray,deployments,mlflow,hub,signing,aws,gcp,otlp]'
+	$(INSTALL) --no-build-isolation '.[dev,interop,dask,ray,deployments,mlflow,hub,signing,aws,gcp,otlp]'
 	@# DeepSpeed comes as source; its setup imports torch, and files beside it (hence no -P). Without it the
 	@# tests on real ZeRO folders are skipped.
-	-env -u PYTHONSAFEPATH DS_BUILD_OPS=0 $(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation deepspeed
+	-env -u PYTHONSAFEPATH DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation deepspeed
 	@touch $@
 
 # Not editable: what is tested is what a user gets.
@@ -170,7 +172,7 @@ browser-packages:
 # The site, with the references made from the command line's own help and the docstrings. What is installed is
 # what they are made from.
 $(VENV)/.docs: $(VENV)/.base
-	$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation '.[docs]'
+	$(INSTALL) --no-build-isolation '.[docs]'
 	@touch $@
 
 docs: $(VENV)/.docs $(VENV)/.installed
