@@ -7,7 +7,7 @@ lost or fails on the way. An interrupted run still accounts for what it did.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,7 @@ from flows.units import format_nbytes
 from ptbin.catalog import Job, Problem
 from ptbin.catalog.finished import FinishedRow
 from ptbin.errors import PtbinError, StorageError
+from ptbin.history.failures import Unconverted
 from ptbin.options import ConvertOptions
 from ptbin.sources.companions import companion_of
 from tasks.batches import FULL_AFTER
@@ -138,24 +139,32 @@ class Conversion:
         """What earlier runs failed at. Where that cannot be read, nothing is known, and the run fails."""
         if not self.keeps_ledger:
             return
-        live = self.live
         try:
-            open_ledger(
-                self.tally, self.work, source_options=live.source_options, dest_options=live.dest_options
-            )
+            self._read_ledger()
         except PtbinError as error:
             self.keeps_ledger = False
             self.tally.run_problems.append(Problem(self.tally.dest, error.reason, one_line(str(error))))
 
+    def _read_ledger(self) -> None:
+        options = {"source_options": self.live.source_options, "dest_options": self.live.dest_options}
+        open_ledger(self.tally, self.work, **options)
+
+    def _ledger_rows(self) -> Sequence[Unconverted] | None:
+        return close_ledger(self.tally, self.work, self.selection, self.stages.settled)
+
+    def _recorded_selection(self) -> Mapping[str, Any] | None:
+        """What of SOURCE the run looked at, for `ptbin status`."""
+        return self.selection.to_json(self.work.rule) if self.keeps_ledger else None
+
     def _close_ledger(self) -> None:
         if not self.keeps_ledger:
             return
-        rows = close_ledger(self.tally, self.work, self.selection, self.stages.settled)
+        rows = self._ledger_rows()
         if rows is None:
             return
         self.stages.task_runs += 1
         try:
-            _record(write_ledger, self.live.run_id, self.tally.dest, rows)
+            _record(write_ledger, self.live.run_id, self.tally.place, rows)
         except StorageError as error:
             self.logger.warning("what was not converted: %s", one_line(str(error)))
 
@@ -295,7 +304,7 @@ class Conversion:
             summary,
             options=options,
             flow_run_id=flow_run_id,
-            selection=self.selection.to_json(self.work.rule) if self.keeps_ledger else None,
+            selection=self._recorded_selection(),
             facts=facts_of_run(
                 tally,
                 source_options=self.live.source_options,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.cli.destination import one_file
+from flows.cli.help import GroupedOption, PlaceType
 from flows.cli.listing_options import RetryingCommand, holding_list, named_paths
 from flows.cli.options import takes
 from flows.cli.printing import print_json, print_line
@@ -17,7 +18,7 @@ from flows.cli.progress import Problems, showing_progress
 from flows.cli.shared_options import Shared, shared_options
 from flows.cli.started import began
 from flows.cli.summary import JSON_KEYS, conversion_lines, plan_lines, single_lines, tell_summary, untold
-from flows.options import CONVERT, chosen
+from flows.options import CONVERT, RUN, chosen
 from flows.wishes import build_options, refuse_secrets
 from ptbin.errors import StorageError, UsageError
 
@@ -53,10 +54,16 @@ Exit status: 0 all converted or up to date; 1 some were rejected or failed;
 
 
 @click.command("convert", epilog=EPILOG, cls=RetryingCommand)
-@click.argument("source")
-@click.argument("dest")
+@click.argument("source", type=PlaceType())
+@click.argument("dest", type=PlaceType())
 @takes(CONVERT)
-@click.option("--dry-run", is_flag=True, help="Print what would be done, and what would be replaced.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print what would be done, and what would be replaced.",
+    cls=GroupedOption,
+    group=RUN,
+)
 @shared_options
 def convert_command(source: str, dest: str, dry_run: bool, **values: Any) -> int:
     """Convert SOURCE, one checkpoint or a whole store of them, into DEST."""

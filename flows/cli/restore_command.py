@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.cli.destination import one_file
+from flows.cli.help import GroupedCommand, GroupedOption, PlaceType
 from flows.cli.options import takes
 from flows.cli.printing import align, print_json, print_line, print_lines_of_error
 from flows.cli.progress import showing_progress
@@ -23,7 +24,7 @@ from flows.cli.summary import (
     tell_summary,
     untold,
 )
-from flows.options import RESTORE, chosen
+from flows.options import RESTORE, RUN, chosen
 from flows.wishes import refuse_secrets, restore_options
 from ptbin.errors import CheckpointError, StorageError, UsageError, VerificationError
 
@@ -54,11 +55,17 @@ Exit status: 0 all restored; 1 some were rejected (the report says which keys do
 ONE_OUTPUT = (".pt", ".pth", ".ckpt", ".pt2", ".th")
 
 
-@click.command("restore", epilog=EPILOG)
-@click.argument("source")
-@click.argument("dest")
+@click.command("restore", epilog=EPILOG, cls=GroupedCommand)
+@click.argument("source", type=PlaceType())
+@click.argument("dest", type=PlaceType())
 @takes(RESTORE)
-@click.option("--dry-run", is_flag=True, help="Print what would be done, and what would be replaced.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print what would be done, and what would be replaced.",
+    cls=GroupedOption,
+    group=RUN,
+)
 @shared_options
 def restore_command(source: str, dest: str, dry_run: bool, **values: Any) -> int:
     """Restore SOURCE, weights that were taken out of checkpoints, into DEST."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flows.cli.help import GroupedCommand, PlaceType
 from flows.cli.options import takes
 from flows.cli.printing import align, print_json, print_line
 from flows.cli.shared_options import Shared, shared_options
@@ -46,9 +47,9 @@ Exit status: 0 all in step; 1 something is new, changed, fails or is refused, an
 2 the call was wrong."""
 
 
-@click.command("status", epilog=EPILOG)
-@click.argument("source")
-@click.argument("dest")
+@click.command("status", epilog=EPILOG, cls=GroupedCommand)
+@click.argument("source", type=PlaceType())
+@click.argument("dest", type=PlaceType())
 @takes(STATUS)
 @click.option("--sync", "mirrors", is_flag=True, help="DEST is a mirror: other files count, too.")
 @shared_options

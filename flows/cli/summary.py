@@ -47,8 +47,9 @@ SYNC_KEYS = ("copied", "deleted", "backed_up", "kept")
 """What `sync` adds to it."""
 
 MIGRATE_KEYS = (
-    "run_id", "source", "dest", "migrated", "up_to_date", "rejected", "failed", "skipped", "left_alone",
-    "updated", "source_bytes", "read_bytes", "written_bytes", "seconds", "versions", "manifests", "problems",
+    "run_id", "source", "dest", "migrated", "up_to_date", "rejected", "failed", "known", "new", "resolved",
+    "skipped", "left_alone", "updated", "source_bytes", "read_bytes", "written_bytes", "seconds", "versions",
+    "manifests", "problems", "known_problems", "resolved_problems",
 )  # fmt: skip
 """The `--json` summary of `migrate`; counts are of versions."""
 
@@ -126,6 +127,8 @@ def migration_lines(summary: Mapping[str, Any]) -> list[str]:
         ("rejected", str(summary["rejected"]), ""),
         ("failed", str(summary["failed"]), ""),
     ]
+    if summary["known"]:
+        rows.append(("known", str(summary["known"]), "failures that are acknowledged"))
     if summary["skipped"]:
         rows.append(("without a checkpoint", str(summary["skipped"]), "left where they are"))
     if summary["left_alone"]:
@@ -142,7 +145,11 @@ def migration_lines(summary: Mapping[str, Any]) -> list[str]:
         lines += ["", "nothing to do: DEST is in step"]
     if summary["problems"]:
         lines += ["", *_problem_lines(summary["problems"])]
+    if summary["known_problems"]:
+        lines += ["", "known:", *_problem_lines(summary["known_problems"])]
     lines += _told_lines(summary)
+    if summary["resolved"]:
+        lines += ["", f"{summary['resolved']} that failed before no longer do"]
     lines += ["", f"{summary['seconds']:.1f} s, run {summary['run_id']}"]
     if summary.get("record"):
         lines.append(f"run record and report: {summary['record']}")

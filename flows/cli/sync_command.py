@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.cli.destination import refuse_one_file
+from flows.cli.help import GroupedCommand, GroupedOption, PlaceType
 from flows.cli.options import takes
 from flows.cli.printing import align, print_json, print_line
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared, shared_options
 from flows.cli.summary import JSON_KEYS, SYNC_KEYS, conversion_lines, tell_summary, untold
-from flows.options import SYNC, chosen
+from flows.options import RUN, SYNC, chosen
 from flows.units import format_nbytes
 from flows.wishes import build_options, refuse_secrets
 from ptbin.catalog.entries import skipped_words
@@ -42,11 +43,17 @@ Exit status: 0 all in step; 1 some were rejected or failed; 2 the call was wrong
 nothing was written; 130 interrupted."""
 
 
-@click.command("sync", epilog=EPILOG)
-@click.argument("source")
-@click.argument("dest")
+@click.command("sync", epilog=EPILOG, cls=GroupedCommand)
+@click.argument("source", type=PlaceType())
+@click.argument("dest", type=PlaceType())
 @takes(SYNC)
-@click.option("--dry-run", is_flag=True, help="Print what would be done, and what would be replaced.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print what would be done, and what would be replaced.",
+    cls=GroupedOption,
+    group=RUN,
+)
 @shared_options
 def sync_command(source: str, dest: str, dry_run: bool, **values: Any) -> int:
     """Make DEST a mirror of SOURCE: checkpoints as weights, their companions as they are."""

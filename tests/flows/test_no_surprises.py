@@ -93,7 +93,7 @@ def test_a_full_disk_ends_the_batch_after_a_few() -> None:
         raise fault(OSError(errno.ENOSPC, "full"), "write", path)
 
     with open_live_run(LiveRun("full")):
-        outcomes = fill.fn(Ticket("full"), [str(number) for number in range(9)], {})
+        outcomes = fill.fn(Ticket("full"), [str(number) for number in range(9)], {}).result()
     assert [outcome.kind for outcome in outcomes] == ["failed"] * 3 + ["not_tried"] * 6
     assert "free some space" in outcomes[0].detail
 
