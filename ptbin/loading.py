@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import mmap
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -47,7 +46,7 @@ def load(
     strip_prefix: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Weights:
-    """The weights that lie there: a `.bin` of either format, safetensors, shards by their index, a checkpoint.
+    """The weights there: a `.bin` of either format, safetensors, shards by their index, a checkpoint.
 
     Reads only the index; each array when it is asked for. Close it, or use it as a context manager.
 

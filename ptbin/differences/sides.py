@@ -7,7 +7,7 @@ A side is a checkpoint of any container (`CheckpointSide`), read as a conversion
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ptbin.errors import UnsupportedTensorError, UsageError

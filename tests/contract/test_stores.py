@@ -145,6 +145,7 @@ class TestGoogle(StoreContract):
     @pytest.fixture
     def place(self, google_storage: dict[str, Any]) -> Place:
         store, bucket = open_store(f"gs://bucket-{os.urandom(6).hex()}", google_storage)
+        assert isinstance(store, FsspecStore)
         store.fs.mkdir(bucket)
         return Place(store, f"{bucket}/prefix", pins_every_read=False, has_folders=False)
 
@@ -155,6 +156,7 @@ class TestAzure(StoreContract):
     @pytest.fixture
     def place(self, azure_storage: dict[str, Any]) -> Place:
         store, container = open_store(f"az://container-{os.urandom(6).hex()}", azure_storage)
+        assert isinstance(store, FsspecStore)
         store.fs.mkdir(container)
         return Place(store, f"{container}/prefix", pins_every_read=False, has_folders=False)
 
