@@ -7,7 +7,7 @@ lost or fails on the way. An interrupted run still accounts for what it did.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,18 +27,17 @@ from flows.report_link import link_of
 from flows.report_markdown import render_markdown
 from flows.run_history import facts_of_run, run_url
 from flows.run_record import manifests_by_tensor, record_files, record_folder
-from flows.selection import Selection
 from flows.stages import Stage, Stages, count_of
 from flows.tally import Tally
 from flows.units import format_nbytes
 from ptbin.catalog import Job, Problem
 from ptbin.catalog.finished import FinishedRow
 from ptbin.errors import PtbinError, StorageError
-from ptbin.options import ConvertOptions
+from ptbin.history.failures import Unconverted
 from ptbin.sources.companions import companion_of
 from tasks.batches import FULL_AFTER
 from tasks.converting import convert_and_verify_batch, convert_batch, verify_batch
-from tasks.listing import discard_unfinished, find_up_to_date, work_of
+from tasks.listing import discard_unfinished, find_up_to_date, plan_of
 from tasks.live import Interrupted, Settled
 from tasks.outcomes import Outcome, Staged, one_line
 from tasks.recording import merge_index, write_index, write_ledger, write_run_record
@@ -73,18 +72,18 @@ class Conversion:
     artifact_key = "ptbin-convert"
     keeps_ledger = True
     """Whether what failed is remembered from run to run."""
-    selection = Selection()
 
-    def __init__(self, run: Running, options: ConvertOptions, tally: Tally, fail_fast: bool) -> None:
+    def __init__(self, run: Running, tally: Tally, fail_fast: bool) -> None:
         self.running = run
         self.live = run.live
         self.runner = run.runner
-        self.work = work_of(run.live)
+        self.plan = plan_of(run.live)
+        self.work = self.plan.work
         self.full = 0
         self.lines: list[str] = []
         self.index_rows: list[FinishedRow] = []
         self.segments = 0
-        self.options = options
+        self.options = self.plan.request.making
         self.tally = tally
         self.fail_fast = fail_fast
         self.logger = get_run_logger()
@@ -98,15 +97,15 @@ class Conversion:
         for problem, entry in zip(collisions, self.tally.add_collisions(collisions), strict=True):
             self._announce(problem.source, entry.outcome, problem.reason, problem.detail)
 
-    def carry_out(self, problems: Sequence[Problem]) -> State[Any]:
-        """The whole run from here on; `problems` is what the listing refused.
+    def carry_out(self) -> State[Any]:
+        """The whole run from here on.
 
         Whatever is raised on the way is raised again once the run has accounted for itself; a deadline that
         passes is no more than a reason to end.
         """
         self._open_ledger()
         self._note_passed_over()
-        self.refuse(problems)
+        self.refuse(self.plan.problems)
         try:
             self._clean_up()
             self.drop_up_to_date()
@@ -138,24 +137,31 @@ class Conversion:
         """What earlier runs failed at. Where that cannot be read, nothing is known, and the run fails."""
         if not self.keeps_ledger:
             return
-        live = self.live
         try:
-            open_ledger(
-                self.tally, self.work, source_options=live.source_options, dest_options=live.dest_options
-            )
+            self._read_ledger()
         except PtbinError as error:
             self.keeps_ledger = False
             self.tally.run_problems.append(Problem(self.tally.dest, error.reason, one_line(str(error))))
 
+    def _read_ledger(self) -> None:
+        open_ledger(self.tally, self.plan)
+
+    def _ledger_rows(self) -> Sequence[Unconverted] | None:
+        return close_ledger(self.tally, self.plan, self.stages.settled)
+
+    def _recorded_selection(self) -> Mapping[str, Any] | None:
+        """What of SOURCE the run looked at, for `ptbin status`."""
+        return self.plan.request.selection() if self.keeps_ledger else None
+
     def _close_ledger(self) -> None:
         if not self.keeps_ledger:
             return
-        rows = close_ledger(self.tally, self.work, self.selection, self.stages.settled)
+        rows = self._ledger_rows()
         if rows is None:
             return
         self.stages.task_runs += 1
         try:
-            _record(write_ledger, self.live.run_id, self.tally.dest, rows)
+            _record(write_ledger, self.live.run_id, self.tally.place, rows)
         except StorageError as error:
             self.logger.warning("what was not converted: %s", one_line(str(error)))
 
@@ -187,7 +193,8 @@ class Conversion:
 
     def _answer(self, asked: Sequence[tuple[Job, Outcome]]) -> None:
         rows = [row for _, outcome in asked if (row := _row_of(outcome)) is not None]
-        self._remember(self.work.answer([job for job, _ in asked], rows, self.options))
+        planning = self.plan.request.planning
+        self._remember(self.work.answer([job for job, _ in asked], rows, planning))
 
     def _keeps_on(self) -> bool:
         return not self.running.is_stopping and not (self.fail_fast and self.tally.has_problems)
@@ -295,7 +302,7 @@ class Conversion:
             summary,
             options=options,
             flow_run_id=flow_run_id,
-            selection=self.selection.to_json(self.work.rule) if self.keeps_ledger else None,
+            selection=self._recorded_selection(),
             facts=facts_of_run(
                 tally,
                 source_options=self.live.source_options,

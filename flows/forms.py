@@ -1,7 +1,8 @@
 """A flow's parameters, made of its options: Prefect makes a form of them and checks what is typed.
 
 The form is flat. Choices are enumerations; sizes and durations carry the pattern that they have to match,
-so that Prefect's server refuses others before it creates a run.
+so that Prefect's server refuses others before it creates a run. What ptbin refuses later ends the run with
+one line (`flows.endings`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 
+from flows.endings import fails_with_one_line
 from flows.wishes import parse_duration, parse_size
 from ptbin.values.options import Option
 
@@ -55,10 +57,11 @@ def takes(places: Sequence[Option], options: Sequence[Option]) -> Callable[[Func
             )
             for entry in every
         ]
-        function.__signature__ = inspect.Signature(parameters, return_annotation=Any)  # type: ignore[attr-defined]
+        run = fails_with_one_line(function)
+        run.__signature__ = inspect.Signature(parameters, return_annotation=Any)  # type: ignore[attr-defined]
         lines = [f"    {entry.name}: {entry.help}" for entry in every]
-        function.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Args:", *lines, ""])
-        return function
+        run.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Args:", *lines, ""])
+        return run
 
     return decorate
 

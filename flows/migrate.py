@@ -22,14 +22,17 @@ from flows.conversion import Conversion
 from flows.fanout import quote
 from flows.forms import PLACES, takes
 from flows.options import CONTENT, MIGRATE, chosen
+from flows.remembering_versions import VersionMemory, state_of
 from flows.run_record import new_run_id
 from flows.stages import Stage, Stages
 from flows.tally import Entry, Tally
 from flows.wishes import MAX_WORKERS, build_options, refuse_secrets
 from ptbin.catalog import Job, Problem
+from ptbin.catalog.request import RunRequest
 from ptbin.errors import UsageError
+from ptbin.history.failures import Unconverted
 from ptbin.options import ConvertOptions
-from ptbin.registries import Migration, ModelPlan, wanted_names
+from ptbin.registries import Migration, ModelPlan, Version, wanted_names
 from ptbin.registries.transfer import is_of_training
 from ptbin.registries.values import natural_order
 from tasks.live import Settled
@@ -71,6 +74,8 @@ class MigrationTally(Tally):
             f"rejected {self.count('rejected')}",
             f"failed {self.count('failed')}",
         ]
+        if known := self.count("known"):
+            parts.append(f"known failures {known}")
         if self.updated:
             parts.append(f"models updated {self.updated}")
         if skipped := self.count("not_a_checkpoint"):
@@ -79,6 +84,19 @@ class MigrationTally(Tally):
             parts.append(f"not tried {left}")
         parts.extend(f"{problem.reason}: {problem.detail}" for problem in self.run_problems)
         return ("interrupted: " if self.interrupted else "") + ", ".join(parts)
+
+    def add_version(self, version: Version, outcome: Outcome) -> Entry:
+        """One version that did not come along, or had to do no more: with what the ledger says of it."""
+        entry = Entry(
+            version.path,
+            version.uri,
+            0,
+            outcome.kind,
+            outcome.reason,
+            outcome.detail,
+            seconds=outcome.seconds,
+        )
+        return self._append(entry, state_of(version))
 
     def summary(self, seconds: float) -> dict[str, Any]:
         document = Tally.summary(self, seconds)
@@ -98,7 +116,6 @@ class Migrating(Conversion):
     """A run whose jobs are versions: moved by any worker, registered in order."""
 
     artifact_key = "ptbin-migrate"
-    keeps_ledger = False
 
     def __init__(
         self,
@@ -108,10 +125,13 @@ class Migrating(Conversion):
         fail_fast: bool,
         registries: Registries,
         plan: Migration,
+        memory: VersionMemory,
     ) -> None:
-        super().__init__(run, options, tally, fail_fast)
+        super().__init__(run, tally, fail_fast)
+        self.options = options
         self.registries = registries
-        self.plan = plan
+        self.migration = plan
+        self.memory = memory
         self.versions = tally
         self.jobs = [
             VersionJob.of(model, step)
@@ -135,23 +155,33 @@ class Migrating(Conversion):
         _, there = self.registries.open(self.live)
         there.tidy({job.parts[0].fingerprint for job in self.jobs})
 
+    def _read_ledger(self) -> None:
+        self.memory.open_ledger(self.tally, self.live.dest_options)
+
+    def _ledger_rows(self) -> Sequence[Unconverted] | None:
+        untried = {entry.path for entry in self.tally.entries if entry.outcome == "not_tried"}
+        return self.memory.close_ledger(self.tally, untried)
+
+    def _recorded_selection(self) -> None:
+        """`ptbin status` is about checkpoints."""
+
     def run(self) -> None:
-        for line in loss_lines(self.plan):
+        for line in loss_lines(self.migration):
             self.logger.info("not kept: %s", line)
             self.live.listener.noted(f"not kept: {line}")
-        for step in self.plan.steps():
+        for step in self.migration.steps():
             if step.action == "up_to_date":
-                self._close(step.version.path, step.version.uri, Outcome(step.version.path, "up_to_date"))
+                self._close(step.version, Outcome(step.version.path, "up_to_date"))
             elif step.action == "refused":
                 refused = Outcome(step.version.path, "rejected", step.reason, step.detail)
-                self._close(step.version.path, step.version.uri, refused)
-                self._announce(step.version.path, "rejected", step.reason, step.detail)
+                kind = self._close(step.version, refused)
+                self._announce(step.version.path, kind, step.reason, step.detail)
         count = len(self.jobs)
         up_to_date = self.tally.count("up_to_date")
         self.live.listener.planned(count, 0, up_to_date)
         self.logger.info("%d versions to migrate, %d up to date", count, up_to_date)
         self.progress.begin(count)
-        for plan in self.plan.models:
+        for plan in self.migration.models:
             if plan.problem and not plan.steps:
                 self.tally.run_problems.append(Problem(plan.model.name, "registry_error", plan.problem))
         self.stages.carry_out(*self._parts())
@@ -180,7 +210,7 @@ class Migrating(Conversion):
 
     def _update(self) -> None:
         """Metadata that differs of what is registered already: an alias that has moved, say."""
-        plans = [plan for plan in self.plan.models if plan.needs_update]
+        plans = [plan for plan in self.migration.models if plan.needs_update]
         if not plans or not self._keeps_on():
             return
 
@@ -202,7 +232,8 @@ class Migrating(Conversion):
     # -- accounting -----------------------------------------------------------------------------------
 
     def _settle(self, job: Job, outcome: Outcome) -> None:
-        self._close(job.path, job.source_uri, outcome)
+        assert isinstance(job, VersionJob)
+        kind = self._close(job.parts[0].version, outcome)
         facts = outcome.written
         read = written = nbytes = 0
         if facts is not None and outcome.kind == "converted":
@@ -213,7 +244,7 @@ class Migrating(Conversion):
             self.tally.files["copied"] += facts.copied
         if self.runner.is_remote:
             self.live.listener.moved(read)
-        kind = "migrated" if outcome.kind == "converted" else outcome.kind
+        kind = "migrated" if kind == "converted" else kind
         self.live.listener.settled(
             Settled(job.path, kind, nbytes, outcome.reason, outcome.detail, outcome.seconds, read, written)
         )
@@ -223,11 +254,17 @@ class Migrating(Conversion):
             now = f" as version {facts.dest_version}" if facts is not None else ""
             self.lines.append(f"{kind.replace('_', ' ')} {job.path}{now} in {outcome.seconds:.2f} s")
 
-    def _close(self, path: str, uri: str, outcome: Outcome) -> None:
-        """One version has its final outcome: a row of its own, and an entry for each checkpoint in it."""
+    def _close(self, version: Version, outcome: Outcome) -> str:
+        """One version has its final outcome: a row of its own, and an entry for each checkpoint in it.
+
+        Answers with the kind of it, which is `known` for a failure that is acknowledged.
+        """
+        path = version.path
         row = self.rows.pop(path)
         del row["action"]
-        row["outcome"] = "migrated" if outcome.kind == "converted" else outcome.kind
+        came_along = outcome.kind == "converted" and outcome.written is not None
+        kind = outcome.kind if came_along else self.versions.add_version(version, outcome).outcome
+        row["outcome"] = "migrated" if kind == "converted" else kind
         if outcome.written is not None and outcome.written.dest_version:
             row["dest_version"] = outcome.written.dest_version
         elif outcome.kind != "up_to_date":
@@ -238,23 +275,27 @@ class Migrating(Conversion):
         if outcome.reason or outcome.detail:
             row |= {"reason": outcome.reason or "no_checkpoint", "detail": outcome.detail}
         self.versions.versions.append(row)
+        if not came_along or outcome.written is None:
+            return kind
         self.tally.counts[outcome.kind] += 1
-        if outcome.kind != "converted" or outcome.written is None:
-            entry = Entry(path, uri, 0, outcome.kind, outcome.reason, outcome.detail, seconds=outcome.seconds)
-            self.tally.entries.append(entry)
-            return
         for inside, converted, size in outcome.written.parts:
             self.tally.entries.append(
                 Entry(
-                    f"{path}/{inside}", uri, size, "converted", converted=converted, seconds=outcome.seconds
+                    f"{path}/{inside}",
+                    version.uri,
+                    size,
+                    "converted",
+                    converted=converted,
+                    seconds=outcome.seconds,
                 )
             )
+        return kind
 
     def _account_for_the_rest(self) -> None:
         for job in self.jobs:
             if job.path in self.rows:
-                self._close(job.path, job.source_uri, Outcome(job.path, "not_tried"))
-        order = {step.version.path: index for index, step in enumerate(self.plan.steps())}
+                self._close(job.parts[0].version, Outcome(job.path, "not_tried"))
+        order = {step.version.path: index for index, step in enumerate(self.migration.steps())}
         self.versions.versions.sort(key=lambda row: order[f"{row['model']}/{row['version']}"])
 
     def _label(self, jobs: Sequence[Job | Staged]) -> str:
@@ -281,7 +322,7 @@ def loss_lines(plan: Migration) -> list[str]:
 def migrate(source: str, dest: str, **asked: Any) -> State[Any]:
     """Bring the models of the registry `source` into the registry `dest`, as weights.
 
-    Ends Completed, or Failed where a version was rejected or failed.
+    Ends Completed, or Failed where a version was rejected or failed that nobody acknowledged.
     """
     options = build_options(chosen(CONTENT, asked))
     include, exclude = list(asked["include"]), list(asked["exclude"])
@@ -296,7 +337,8 @@ def migrate(source: str, dest: str, **asked: Any) -> State[Any]:
         if not here.has_models(lambda name: wanted_names(include, exclude, name)):
             raise UsageError(f"no models to migrate in SOURCE: {here.uri}")
         home = there.home()
-        with running(live, home, settings) as run:
+        request = RunRequest(source, home, options, "migrate")
+        with running(live, request, settings) as run:
             plan = plan_versions(
                 live.run_id,
                 quote(registries),
@@ -306,4 +348,5 @@ def migrate(source: str, dest: str, **asked: Any) -> State[Any]:
                 quote(options),
             )
             tally = MigrationTally(live.run_id, source, dest, home=home)
-            return Migrating(run, options, tally, asked["fail_fast"], registries, plan).carry_out([])
+            memory = VersionMemory(here.uri, plan, include, exclude, asked["versions"])
+            return Migrating(run, options, tally, asked["fail_fast"], registries, plan, memory).carry_out()

@@ -12,14 +12,18 @@ from dataclasses import replace
 from typing import Any
 
 from flows.wishes import MAX_WORKERS
-from ptbin.options import ConvertOptions
+from ptbin.options import FILES, FORM, PROOF, ConvertOptions
 from ptbin.restoring.options import RestoreOptions
 from ptbin.values.options import Option, options_of
 
 __all__ = [
-    "CONTENT", "CONVERT", "DEFAULT_REQUESTS", "INSPECT", "MIGRATE", "MIRRORING", "RESTORE", "STATUS", "SYNC",
-    "VERIFY", "chosen",
+    "CONTENT", "CONVERT", "DEFAULT_REQUESTS", "INSPECT", "MIGRATE", "MIRRORING", "RESTORE", "RUN", "STATUS",
+    "SYNC", "VERIFY", "chosen",
 ]  # fmt: skip
+
+RUN = "How the run goes"
+MIRROR = "The mirror"
+REGISTRIES = "The registries"
 
 DEFAULT_REQUESTS = 64
 """What all tasks of a run may have under way together, unless it is asked for otherwise."""
@@ -31,18 +35,24 @@ CONTENT = tuple(entry for name, entry in _ENGINE.items() if name not in {"layout
 """What is in an output, and how far it is proven."""
 
 NAMING = Option(
-    "naming", "last.ckpt becomes last.bin, or last.ckpt.bin.", "replace", "choice", ("replace", "append")
+    "naming",
+    "last.ckpt becomes last.bin, or last.ckpt.bin.",
+    "replace",
+    "choice",
+    ("replace", "append"),
+    group=FORM,
 )
 PLACING = (_ENGINE["layout"], NAMING)
 
-INCLUDE = Option("include", "Only paths below SOURCE that match.", (), "list", metavar="GLOB")
-EXCLUDE = Option("exclude", "Not those that match.", (), "list", metavar="GLOB")
+INCLUDE = Option("include", "Only paths below SOURCE that match.", (), "list", metavar="GLOB", group=FILES)
+EXCLUDE = Option("exclude", "Not those that match.", (), "list", metavar="GLOB", group=FILES)
 
 COPY_LINKS = Option(
     "copy_links",
     "Follow symbolic links that lead out of SOURCE; else they are passed over and named.",
     False,
     "flag",
+    group=FILES,
 )
 
 RUNNER = (
@@ -52,6 +62,7 @@ RUNNER = (
         kind="count",
         metavar="N",
         most=MAX_WORKERS,
+        group=RUN,
     ),
     Option(
         "runner",
@@ -59,15 +70,17 @@ RUNNER = (
         "threads",
         "choice",
         ("threads", "processes", "dask", "ray"),
+        group=RUN,
     ),
     Option(
         "runner_address",
         "A running Dask scheduler or Ray head (tcp://HOST:8786, ray://HOST:10001).",
         metavar="ADDR",
+        group=RUN,
     ),
 )
 RUNNING = (
-    Option("fail_fast", "Begin nothing new after the first problem.", False, "flag"),
+    Option("fail_fast", "Begin nothing new after the first problem.", False, "flag", group=RUN),
     *RUNNER,
     Option(
         "max_requests",
@@ -75,8 +88,9 @@ RUNNING = (
         DEFAULT_REQUESTS,
         "count",
         metavar="N",
+        group=RUN,
     ),
-    Option("deadline", "Stop the run after that long: 90, 45m, 6h, 1h30m.", kind="duration"),
+    Option("deadline", "Stop the run after that long: 90, 45m, 6h, 1h30m.", kind="duration", group=RUN),
 )
 """How a run is carried out, whatever it does."""
 
@@ -86,6 +100,7 @@ JUDGING = (
         "Succeed if that share of the checkpoints does (0.99), acknowledged failures aside.",
         kind="share",
         metavar="SHARE",
+        group=RUN,
     ),
 )
 
@@ -99,11 +114,13 @@ CONVERT = (
         "Only these paths below SOURCE: a file with one a line; on a command line - reads standard input.",
         kind="paths",
         metavar="FILE",
+        group=FILES,
     ),
     Option(
         "retry_failed",
         "Only what failed: in the run of this id (see `ptbin runs`), or (last) whatever fails now.",
         metavar="[RUN]",
+        group=FILES,
     ),
     *RUNNING,
     *JUDGING,
@@ -112,12 +129,31 @@ CONVERT = (
 MIRRORING = (
     replace(EXCLUDE, help="Neither convert, copy nor delete these."),
     Option(
-        "delete", "Delete from DEST what SOURCE no longer has; never when anything failed.", False, "flag"
+        "delete",
+        "Delete from DEST what SOURCE no longer has; never when anything failed.",
+        False,
+        "flag",
+        group=MIRROR,
     ),
-    Option("max_delete", "If more are gone than that, delete none.", kind="count", metavar="N", least=0),
-    Option("checksum", "Compare by content, outputs too; times and ETags are not believed.", False, "flag"),
-    Option("immutable", "Never change what is there; what differs is a failure.", False, "flag"),
-    Option("backup_dir", "First copy there what is written over or deleted.", metavar="PLACE"),
+    Option(
+        "max_delete",
+        "If more are gone than that, delete none.",
+        kind="count",
+        metavar="N",
+        least=0,
+        group=MIRROR,
+    ),
+    Option(
+        "checksum",
+        "Compare by content, outputs too; times and ETags are not believed.",
+        False,
+        "flag",
+        group=MIRROR,
+    ),
+    Option(
+        "immutable", "Never change what is there; what differs is a failure.", False, "flag", group=MIRROR
+    ),
+    Option("backup_dir", "First copy there what is written over or deleted.", metavar="PLACE", group=MIRROR),
 )
 """What `sync` does beyond converting."""
 
@@ -138,8 +174,9 @@ MIGRATE = (
         "Of DEST where it is a directory registry: mirror, hf, triton, a template such as "
         "models/{name}/v{version}, or both, hf:{name}. Of SOURCE where only that is one.",
         metavar="LAYOUT",
+        group=REGISTRIES,
     ),
-    Option("source_layout", "Of SOURCE, likewise.", metavar="LAYOUT"),
+    Option("source_layout", "Of SOURCE, likewise.", metavar="LAYOUT", group=REGISTRIES),
     replace(INCLUDE, help="Only models of such names."),
     replace(EXCLUDE, help="No models of such names."),
     Option(
@@ -148,6 +185,7 @@ MIGRATE = (
         "all",
         "choice",
         ("all", "latest", "aliased"),
+        group=REGISTRIES,
     ),
     *CONTENT,
     *RUNNING,
@@ -166,11 +204,13 @@ VERIFY = (
         "checksum",
         "choice",
         ("checksum", "load"),
+        group=PROOF,
     ),
     Option(
         "public_key",
         "Also check every model.sig (OpenSSF model-signing) with this key, and that all is signed.",
         metavar="PEM",
+        group=PROOF,
     ),
     *RUNNER,
 )

@@ -32,8 +32,12 @@ LISTS = ("initial", "problems", "known_problems", "resolved_problems", "versions
 
 
 def new_run_id() -> str:
-    """`<UTC time>-<id>`: sorts by time, and names the run's folder and its manifests' `run_id`."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
+    """`<UTC time>-<id>`: sorts by time, and names the run's folder and its manifests' `run_id`.
+
+    The id's first three digits are the fraction of the second, for runs that follow one another in it.
+    """
+    now = datetime.now(UTC)
+    return f"{now:%Y%m%dT%H%M%SZ}-{now.microsecond * 4096 // 1_000_000:03x}{uuid.uuid4().hex[:5]}"
 
 
 # It becomes a folder's name in DEST, and whoever may start a run says what it is.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ptbin.errors import short_detail
+
 __all__ = ["counted", "format_nbytes", "format_seconds", "left_out_words", "short_detail"]
 
 
@@ -37,9 +39,3 @@ def left_out_words(left_out: Mapping[str, int]) -> str:
     """What was left out, by role, largest first: `optimizer 1.90 GiB, averaged copy 922 MiB`."""
     largest = sorted(left_out.items(), key=lambda pair: -pair[1])
     return ", ".join(f"{role.replace('_', ' ')} {format_nbytes(nbytes)}" for role, nbytes in largest)
-
-
-def short_detail(path: str, detail: str) -> str:
-    """Engine messages begin with the URI, which the line has named already."""
-    head, colon, rest = detail.partition(": ")
-    return rest if colon and head.endswith(path) else detail

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 __all__ = [
@@ -57,6 +58,7 @@ def available_cores() -> int:
     return max(1, min(cores, _cgroup_cores() or cores) // _sharing)
 
 
+@cache
 def _cgroup_cores() -> int | None:
     """Whole cores that the control group grants, rounded up (Linux, cgroup v2 `cpu.max`, v1 `cpu.cfs_*`)."""
     for quota_file, period_file in (

@@ -35,6 +35,7 @@ __all__ = [
     "UnsupportedTensorError",
     "UsageError",
     "VerificationError",
+    "short_detail",
 ]
 
 
@@ -199,3 +200,9 @@ class VerificationError(PtbinError, ValueError):
     """What is stored is not what the source or the manifest says it should be."""
 
     reason = "verification_failed"
+
+
+def short_detail(path: str, detail: str) -> str:
+    """A message without the URI that it begins with, for a line that has named `path` already."""
+    head, colon, rest = detail.partition(": ")
+    return rest if colon and head.endswith(path) else detail

@@ -23,6 +23,11 @@ from ptbin.values.dtypes import CAST_NAMES
 from ptbin.values.options import option
 
 __all__ = [
+    "FILES",
+    "FORM",
+    "NAMES",
+    "PROOF",
+    "WEIGHTS",
     "ConvertOptions",
     "FileDigest",
     "Layout",
@@ -41,6 +46,13 @@ VerifyLevel = Literal["none", "checksum", "load"]
 FileDigest = Literal["sha256", "none"]
 
 MIB = 1 << 20
+
+FORM = "Form of the output"
+WEIGHTS = "Which weights"
+NAMES = "Names of tensors"
+PROOF = "Proof and safety"
+FILES = "Which files"
+"""Headings of the options in a command's help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,52 +90,83 @@ class ConvertOptions:
     """
 
     format: OutputFormat = option(
-        "torch", "torch: as pytorch_model.bin; raw: bare tensors and a JSON index; safetensors."
+        "torch", "torch: as pytorch_model.bin; raw: bare tensors and a JSON index; safetensors.", group=FORM
     )
     dtype: str | None = option(
-        None, "Cast floating-point tensors to this type, as torch does.", choices=CAST_NAMES
+        None, "Cast floating-point tensors to this type, as torch does.", choices=CAST_NAMES, group=FORM
     )
     max_shard_size: int | None = option(
-        None, "Cut larger outputs into shards of tensors with an index: 5GB, 500MiB, ...", kind="size"
+        None,
+        "Cut larger outputs into shards of tensors with an index: 5GB, 500MiB, ...",
+        kind="size",
+        group=FORM,
     )
-    tie_by_value: bool = option(False, "Store matrices that are equal bit for bit once, as tied.")
+    tie_by_value: bool = option(False, "Store matrices that are equal bit for bit once, as tied.", group=FORM)
     recipe: str | None = option(
         None,
         "How parts make a whole, and other names and cuts: llama-hf, moe-fuse, ..., or JSON (docs/parts.md).",
         metavar="NAME|FILE",
+        group=WEIGHTS,
     )
-    parts: bool = option(False, "Take one part of a checkpoint (a rank's file, a shard) as it is.")
+    parts: bool = option(
+        False, "Take one part of a checkpoint (a rank's file, a shard) as it is.", group=WEIGHTS
+    )
     select: str | tuple[str, ...] | None = option(
-        None, "The state dict to take, as `inspect` lists them; several: their union.", metavar="PATH"
+        None,
+        "The state dict to take, as `inspect` lists them; several: their union.",
+        metavar="PATH",
+        group=WEIGHTS,
     )
-    flatten: bool = option(False, "Make one state dict of nested mappings, names joined by dots.")
-    split: bool = option(False, "Give each state dict an output of its own: NAME.PATH.bin.")
+    flatten: bool = option(
+        False, "Make one state dict of nested mappings, names joined by dots.", group=WEIGHTS
+    )
+    split: bool = option(False, "Give each state dict an output of its own: NAME.PATH.bin.", group=WEIGHTS)
     strip_prefix: str | None = option(
-        None, "Take this off all names; auto: module. and _orig_mod., in any nesting.", metavar="PREFIX"
+        None,
+        "Take this off all names; auto: module. and _orig_mod., in any nesting.",
+        metavar="PREFIX",
+        group=NAMES,
     )
     rename: tuple[tuple[str, str], ...] = option(
-        (), "Replace in names what a regular expression finds (re.sub), in order.", metavar="OLD=NEW"
+        (),
+        "Replace in names what a regular expression finds (re.sub), in order.",
+        metavar="OLD=NEW",
+        group=NAMES,
     )
     drop: tuple[str, ...] = option(
-        (), "Leave out names in which one of these regular expressions is found.", metavar="REGEX"
+        (),
+        "Leave out names in which one of these regular expressions is found.",
+        metavar="REGEX",
+        group=NAMES,
     )
     verify: VerifyLevel = option(
-        "checksum", "Proof before an output counts: none, read it back, or also open it with torch (load)."
+        "checksum",
+        "Proof before an output counts: none, read it back, or also open it with torch (load).",
+        group=PROOF,
     )
     on_unsafe: OnUnsafe = option(
         "reject",
         "Pickles that can only be meant to run code: reject, or extract the weights (running nothing).",
+        group=PROOF,
     )
     file_digest: FileDigest = option(
-        "sha256", "none: huge files proven by their tensors' digests, on all cores; not for sha256sum -c."
+        "sha256",
+        "none: huge files proven by their tensors' digests, on all cores; not for sha256sum -c.",
+        group=PROOF,
     )
     provenance: bool = option(
-        False, "Write where it comes from next to each output (in-toto, SLSA); reads sources whole."
+        False,
+        "Write where it comes from next to each output (in-toto, SLSA); reads sources whole.",
+        group=PROOF,
     )
     layout: Layout = option(
-        "mirror", "hf: names that transformers looks for, configuration and tokenizer copied along."
+        "mirror",
+        "hf: names that transformers looks for, configuration and tokenizer copied along.",
+        group=FORM,
     )
-    force: bool = option(False, "Do again what is up to date, and replace whatever lies at its place.")
+    force: bool = option(
+        False, "Do again what is up to date, and replace whatever lies at its place.", group=FILES
+    )
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:

@@ -1,10 +1,10 @@
 """What all tasks have in common: `@batch_task` for what is done to many, `@single_task` for the rest.
 
 A function below `@batch_task` works on one thing: a checkpoint, a file, a manifest. The task that it becomes
-takes a batch of them and gives one outcome for each, in order. It finds or joins the live run, keeps to its
-limit of requests, stops where the run is being stopped, takes the time, and turns an error into an outcome,
-so that what is wrong with one never stops the others. It is never retried whole: that would redo what is
-finished; the flow retries the rest (`flows.stages`).
+takes a batch of them and ends in a state that holds one outcome for each, in order (`tasks.batch_states`).
+It finds or joins the live run, keeps to its limit of requests, stops where the run is being stopped, takes
+the time, and turns an error into an outcome, so that what is wrong with one never stops the others. It is
+never retried whole: that would redo what is finished; the flow retries the rest (`flows.stages`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 
 from ptbin.stores.limits import limit_requests
+from tasks.batch_states import state_of_batch
 from tasks.live import Interrupted, Ticket, enter_run
 from tasks.outcomes import Outcome, outcome_of_error
 from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, worth_retrying
@@ -37,7 +39,7 @@ class _WithPath(Protocol):
 Item = str | _WithPath
 """A job, or a path that is all there is to say."""
 
-BatchTask = Task[[Ticket, Sequence[Any], Mapping[str, Any]], list[Outcome]]
+BatchTask = Task[[Ticket, Sequence[Any], Mapping[str, Any]], State[list[Outcome]]]
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
@@ -60,7 +62,7 @@ def batch_task(
     """
 
     def decorate(do: Callable[..., Any]) -> BatchTask:
-        def run(ticket: Ticket, items: Sequence[Any], values: Mapping[str, Any]) -> list[Outcome]:
+        def run(ticket: Ticket, items: Sequence[Any], values: Mapping[str, Any]) -> State[list[Outcome]]:
             live = enter_run(ticket)
             found: dict[int, Outcome] = {}
             opened: Mapping[str, Any] | None = None
@@ -84,9 +86,9 @@ def batch_task(
                 if sum(outcome.is_full for outcome in found.values()) >= FULL_AFTER:
                     break  # each of the rest would be read whole to find that out once more
             # What was finished before a stop is reported all the same: an interrupted run accounts for it.
-            return [
-                found.get(place) or Outcome(path_of(item), "not_tried") for place, item in enumerate(items)
-            ]
+            return state_of_batch(
+                [found.get(place) or Outcome(path_of(item), "not_tried") for place, item in enumerate(items)]
+            )
 
         for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
             setattr(run, attribute, getattr(do, attribute))

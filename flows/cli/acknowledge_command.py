@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from flows.cli.help import GroupedCommand, PlaceType
 from flows.cli.printing import print_json, print_line
 from flows.cli.shared_options import Shared, shared_options
 from ptbin.errors import UsageError
@@ -28,8 +29,8 @@ changes. The list lies in DEST/_ptbin/known.json; delete an entry there to take 
 Exit status: 0 acknowledged; 2 the call was wrong, or nothing fails at a PATH: nothing was written."""
 
 
-@click.command("acknowledge", epilog=EPILOG)
-@click.argument("dest")
+@click.command("acknowledge", epilog=EPILOG, cls=GroupedCommand)
+@click.argument("dest", type=PlaceType())
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("--reason", required=True, metavar="TEXT", help="Why it is no longer news; reports show it.")
 @click.option(

@@ -21,6 +21,7 @@ from flows.cli.acknowledge_command import acknowledge_command
 from flows.cli.convert_command import convert_command
 from flows.cli.deployments_command import deployments_command
 from flows.cli.diff_command import diff_command
+from flows.cli.help import GroupedCommands
 from flows.cli.inspect_command import inspect_command
 from flows.cli.interrupts import INTERRUPTED_STATUS, Heard, hear_signals
 from flows.cli.metrics_command import metrics_command
@@ -60,14 +61,18 @@ Exit status: 0 all done; 1 some checkpoints failed or were rejected;
 Every option can come from the environment: PTBIN_WORKERS=4 for all commands, PTBIN_CONVERT_WORKERS=4 for one.
 
 \b
-Completion in a shell: eval "$(_PTBIN_COMPLETE=bash_source ptbin)" (or zsh_source, fish_source)."""
+Completion in a shell: eval "$(_PTBIN_COMPLETE=bash_source ptbin)" (or zsh_source, fish_source).
+
+ptbin COMMAND --help has examples and all options of a command."""
 
 COMPLETION_VARIABLE = "_PTBIN_COMPLETE"
 _commands = 0
 
 
 @click.group(
-    epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=GroupedCommands,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name="ptbin", message="%(prog)s %(version)s")
 def cli() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from flows.cli.help import GroupedCommand
 from flows.cli.printing import print_line
 from ptbin.errors import StorageError, UsageError
 
@@ -23,7 +24,7 @@ and the constraints.txt that this version was tested with; README.md among them 
 file there differs, the command stops before it writes anything, unless --force."""
 
 
-@click.command("deployments", epilog=EPILOG)
+@click.command("deployments", epilog=EPILOG, cls=GroupedCommand)
 @click.argument("folder", default="deployments", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--force", is_flag=True, help="Replace files that differ.")
 def deployments_command(folder: Path, force: bool) -> int:

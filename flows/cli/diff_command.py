@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
 
+from flows.cli.help import GroupedCommand, GroupedOption, PlaceType
 from flows.cli.printing import align, print_error, print_json, print_line
 from flows.cli.shared_options import Shared, shared_options
 from flows.units import format_nbytes
 from flows.wishes import parse_renames
 from ptbin.errors import PtbinError, UsageError
+from ptbin.options import NAMES, PROOF, WEIGHTS
 from ptbin.stores import public_uri
 
 if TYPE_CHECKING:
@@ -38,39 +39,110 @@ there are no --dest-options.
 Exit status: 0 equal; 1 different; 2 the call was wrong, or one of the two cannot be read."""
 
 
-class _Uri(click.ParamType[str]):
-    """A path or URI; shells complete it as a file."""
-
-    name = "uri"
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        del ctx, param
-        return [CompletionItem(incomplete, type="file")]
-
-
-@click.command("diff", epilog=EPILOG)
-@click.argument("a", type=_Uri())
-@click.argument("b", type=_Uri())
-@click.option("--select", multiple=True, metavar="PATH", help="The state dict to take, on both sides.")
-@click.option("--select-a", multiple=True, metavar="PATH", help="The same, of A alone.")
-@click.option("--select-b", multiple=True, metavar="PATH", help="The same, of B alone.")
-@click.option("--flatten", is_flag=True, help="One state dict of nested ones, names joined by dots.")
-@click.option("--parts", is_flag=True, help="Compare one part of a checkpoint (a rank's file, a shard).")
-@click.option("--strip-prefix", metavar="P", help="Take P off all names; auto: module. and _orig_mod.")
-@click.option("--rename", multiple=True, metavar="OLD=NEW", help="Regex replacement on names (repeatable).")
-@click.option("--drop", multiple=True, metavar="REGEX", help="Leave out names that match (repeatable).")
-@click.option("--rtol", type=float, default=0.0, metavar="X", help="Equal is |A - B| <= ATOL + RTOL * |B|.")
-@click.option("--atol", type=float, default=0.0, metavar="X", help="See --rtol. Without both: equal bits.")
-@click.option("--ignore-dtype", is_flag=True, help="Equal values of two types are equal.")
-@click.option("--ignore-ties", is_flag=True, help="Which names share memory does not matter.")
+@click.command("diff", epilog=EPILOG, cls=GroupedCommand)
+@click.argument("a", type=PlaceType())
+@click.argument("b", type=PlaceType())
+@click.option(
+    "--select",
+    multiple=True,
+    metavar="PATH",
+    help="The state dict to take, on both sides.",
+    cls=GroupedOption,
+    group=WEIGHTS,
+)
+@click.option(
+    "--select-a",
+    multiple=True,
+    metavar="PATH",
+    help="The same, of A alone.",
+    cls=GroupedOption,
+    group=WEIGHTS,
+)
+@click.option(
+    "--select-b",
+    multiple=True,
+    metavar="PATH",
+    help="The same, of B alone.",
+    cls=GroupedOption,
+    group=WEIGHTS,
+)
+@click.option(
+    "--flatten",
+    is_flag=True,
+    help="One state dict of nested ones, names joined by dots.",
+    cls=GroupedOption,
+    group=WEIGHTS,
+)
+@click.option(
+    "--parts",
+    is_flag=True,
+    help="Compare one part of a checkpoint (a rank's file, a shard).",
+    cls=GroupedOption,
+    group=WEIGHTS,
+)
+@click.option(
+    "--strip-prefix",
+    metavar="P",
+    help="Take P off all names; auto: module. and _orig_mod.",
+    cls=GroupedOption,
+    group=NAMES,
+)
+@click.option(
+    "--rename",
+    multiple=True,
+    metavar="OLD=NEW",
+    help="Regex replacement on names (repeatable).",
+    cls=GroupedOption,
+    group=NAMES,
+)
+@click.option(
+    "--drop",
+    multiple=True,
+    metavar="REGEX",
+    help="Leave out names that match (repeatable).",
+    cls=GroupedOption,
+    group=NAMES,
+)
+@click.option(
+    "--rtol",
+    type=float,
+    default=0.0,
+    metavar="X",
+    help="Equal is |A - B| <= ATOL + RTOL * |B|.",
+    cls=GroupedOption,
+    group="What is equal",
+)
+@click.option(
+    "--atol",
+    type=float,
+    default=0.0,
+    metavar="X",
+    help="See --rtol. Without both: equal bits.",
+    cls=GroupedOption,
+    group="What is equal",
+)
+@click.option(
+    "--ignore-dtype",
+    is_flag=True,
+    help="Equal values of two types are equal.",
+    cls=GroupedOption,
+    group="What is equal",
+)
+@click.option(
+    "--ignore-ties",
+    is_flag=True,
+    help="Which names share memory does not matter.",
+    cls=GroupedOption,
+    group="What is equal",
+)
 @click.option(
     "--on-unsafe",
     type=click.Choice(["reject", "extract"]),
     default="reject",
     show_default=True,
     help="Pickles that can only be meant to run code: refuse, or compare the weights (running nothing).",
+    cls=GroupedOption,
+    group=PROOF,
 )
 @click.option(
     "--all", "show_all", is_flag=True, help=f"Print every row, not the first {SHOWN_ROWS} of each kind."

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from flows.cli.help import GroupedCommand, PlaceType
 from flows.cli.options import takes
 from flows.cli.printing import align, print_error, print_json, print_line
 from flows.cli.shared_options import Shared, shared_options
@@ -26,12 +27,12 @@ Examples:
 Reads only the index, a few kilobytes of any file, and runs nothing of what is in it."""
 
 
-@click.command("inspect", epilog=EPILOG)
-@click.argument("uri")
+@click.command("inspect", epilog=EPILOG, cls=GroupedCommand)
+@click.argument("uri", type=PlaceType())
 @takes(INSPECT)
 @shared_options
 def inspect_command(uri: str, **values: Any) -> int:
-    """Describe the checkpoint at URI: container, state dicts, tensors, and the globals its pickle names."""
+    """Describe the checkpoint at URI: what is in it, and what convert would take."""
     options = Shared.of(values)
     import ptbin
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import click
 
+from flows.cli.help import GroupedCommand
 from flows.cli.shared_options import Shared
 
 __all__ = ["RetryingCommand", "holding_list", "named_paths"]
@@ -19,7 +20,7 @@ RUN_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 """As `flows.run_record.new_run_id` makes them."""
 
 
-class RetryingCommand(click.Command):
+class RetryingCommand(GroupedCommand):
     """Takes the word after `--retry-failed` for a run only if it looks like one: SOURCE may come next."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from flows.cli.help import GroupedCommand, PlaceType
 from flows.cli.printing import print_json
 from flows.cli.shared_options import Shared, shared_options
 from ptbin.errors import StorageError
@@ -27,8 +28,8 @@ file is written whole under another name and renamed; node_exporter reads only n
 Exit status: 0 written; 2 the call was wrong, or there is no DEST."""
 
 
-@click.command("metrics", epilog=EPILOG)
-@click.argument("dest")
+@click.command("metrics", epilog=EPILOG, cls=GroupedCommand)
+@click.argument("dest", type=PlaceType())
 @click.option("--textfile", metavar="PATH", help="Write a file (for node_exporter) instead of printing.")
 @click.option(
     "--last",

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from flows.cli.help import GroupedOption
 from flows.wishes import parse_duration, parse_size
 from ptbin.errors import UsageError
 from ptbin.values.options import Option
@@ -33,7 +34,7 @@ def takes(options: Sequence[Option]) -> Callable[[Command], Command]:
 
 def _click_option(entry: Option) -> Callable[[Any], Any]:
     flag = entry.flag or "--" + entry.name.replace("_", "-")
-    settings: dict[str, Any] = {"help": entry.help, "metavar": entry.metavar or None}
+    settings: dict[str, Any] = {"help": entry.help, "metavar": entry.metavar or None, "group": entry.group}
     if entry.kind == "flag":
         settings["is_flag"] = True
     elif entry.kind in {"list", "pairs", "paths"} and entry.name != "files_from":
@@ -56,7 +57,7 @@ def _click_option(entry: Option) -> Callable[[Any], Any]:
         settings["callback"] = _parse_json
     elif entry.name == "recipe":
         settings["callback"] = _read_recipe
-    return click.option(flag, entry.name, **settings)
+    return click.option(flag, entry.name, cls=GroupedOption, **settings)
 
 
 MAX_SHOWN_CHOICES = 4

@@ -1,7 +1,6 @@
-"""Progress on standard error: a live bar on a terminal, plain lines elsewhere.
+"""Progress on standard error: a live bar on a terminal, plain lines elsewhere, JSON lines where asked for.
 
-Both count files and bytes. How many bytes of a file will be moved is not known before its index is
-read, so the bar counts whole files by their size as they are done, and the bytes moved stand beside it.
+All tell the same numbers, those of `flows.cli.pace`.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
+from flows.cli.pace import Pace
 from flows.cli.printing import print_error, printable
 from flows.cli.shared_options import Shared
 from flows.units import format_nbytes, short_detail
@@ -50,110 +50,123 @@ class Problems(Listener):
         print_error(text, kind="ptbin")
 
 
-class PlainProgress(Problems):
-    """A line now and then; with `each` also one for every file that is done."""
+class _Counting(Problems):
+    """Keeps count, and shows it."""
 
     def __init__(self, *, each: bool = False) -> None:
         super().__init__()
         self._each = each
+        self._pace = Pace()
+
+    def planned(self, files: int, nbytes: int, up_to_date: int) -> None:
+        del up_to_date
+        self._pace.planned(files, nbytes)
+        self._show()
+
+    def moved(self, nbytes: int) -> None:
+        self._pace.moved(nbytes)
+        self._show()
+
+    def settled(self, file: Settled) -> None:
+        self._pace.settled(file.nbytes, problem=bool(file.reason))
+        self._show()
+
+    def _show(self) -> None:
+        raise NotImplementedError
+
+
+class _Timer:
+    """Due once every few seconds, for one thread."""
+
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._files = self._files_done = self._nbytes_moved = 0
-        self._told_at = time.monotonic()
+        self._due_since = time.monotonic()
+
+    def is_due(self) -> bool:
+        with self._lock:
+            now = time.monotonic()
+            if now < self._due_since + LINE_SECONDS:
+                return False
+            self._due_since = now
+            return True
+
+
+class PlainProgress(_Counting):
+    """A line now and then; with `each` also one for every file that is done."""
+
+    def __init__(self, *, each: bool = False) -> None:
+        super().__init__(each=each)
+        self._timer = _Timer()
 
     def stage(self, text: str) -> None:
         self.tell(text)
 
     def planned(self, files: int, nbytes: int, up_to_date: int) -> None:
-        self._files = files
-        self._told_at = time.monotonic()
+        self._timer = _Timer()
+        super().planned(files, nbytes, up_to_date)
         if files == 1:
             return  # one file is the call itself; it is news only where it takes long
         size = f", {format_nbytes(nbytes)}" if nbytes else ""
         done = f"; {up_to_date} up to date" if up_to_date else ""
         self.tell(f"{files} files to work on{size}{done}")
 
-    def moved(self, nbytes: int) -> None:
-        with self._lock:
-            self._nbytes_moved += nbytes
-        self._tell_sometimes()
-
     def settled(self, file: Settled) -> None:
-        super().settled(file)
+        Problems.settled(self, file)
         if self._each and not file.reason:
             self.tell(_checkpoint_line(file))
-        with self._lock:
-            self._files_done += 1
-        self._tell_sometimes()
+        super().settled(file)
 
-    def _tell_sometimes(self) -> None:
-        with self._lock:
-            now = time.monotonic()
-            if self._files == 0 or now < self._told_at + LINE_SECONDS:
-                return
-            self._told_at = now
-            text = f"{self._files_done} of {self._files} files, {format_nbytes(self._nbytes_moved)} moved"
-        self.tell(text)
+    def _show(self) -> None:
+        if self._timer.is_due() and (position := self._pace.now()).files:
+            self.tell(str(position))
 
 
-class BarProgress(Problems):
+class BarProgress(_Counting):
     """A live bar, drawn by rich. Problems are counted here; the summary, right below, tells them."""
 
     def __init__(self, progress: Any, *, each: bool = False) -> None:
-        super().__init__()
-        self._each = each
+        super().__init__(each=each)
         self._progress = progress
-        self._task = progress.add_task("starting", total=None, moved="")
-        self._lock = threading.Lock()
-        self._files = self._files_done = self._nbytes = self._nbytes_done = self._nbytes_moved = 0
-        self._problems = 0
+        self._task = progress.add_task("starting", total=None, position="")
 
     def stage(self, text: str) -> None:
         self._progress.update(self._task, description=text)
 
-    def planned(self, files: int, nbytes: int, up_to_date: int) -> None:
-        del up_to_date
-        self._files, self._nbytes = files, nbytes
-        # A single file has no half-way mark: what of it will be moved is known only when it is done.
-        self._progress.update(self._task, total=None if files == 1 else nbytes or files)
-        self._draw()
-
-    def moved(self, nbytes: int) -> None:
-        with self._lock:
-            self._nbytes_moved += nbytes
-        self._draw()
-
     def settled(self, file: Settled) -> None:
         if self._each and not file.reason:
             self.tell(_checkpoint_line(file))
-        with self._lock:
-            self._files_done += 1
-            self._nbytes_done += file.nbytes
-            self._problems += bool(file.reason)
-        self._draw()
+        super().settled(file)
 
     def tell(self, text: str) -> None:
         self._progress.console.print(
             f"ptbin: {printable(text)}", markup=False, highlight=False, soft_wrap=True
         )
 
-    def _draw(self) -> None:
-        problems = f", {self._problems} with problems" if self._problems else ""
+    def _show(self) -> None:
+        position = self._pace.now()
+        share = position.share
         self._progress.update(
             self._task,
-            description=f"{self._files_done} of {self._files} file{'s' if self._files != 1 else ''}",
-            completed=self._nbytes_done if self._nbytes else self._files_done,
-            moved=f"{format_nbytes(self._nbytes_moved)} moved{problems}",
+            description=position.files_words(),
+            total=None if share is None else 1.0,
+            completed=share or 0.0,
+            position=position.words(),
         )
 
 
-class JsonLines(Problems):
+class JsonLines(_Counting):
     """Every event as a JSON object on a line of its own, for a log collector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._timer = _Timer()
 
     def stage(self, text: str) -> None:
         self._print("stage", message=text)
 
     def planned(self, files: int, nbytes: int, up_to_date: int) -> None:
         self._print("planned", files=files, source_bytes=nbytes, up_to_date=up_to_date)
+        super().planned(files, nbytes, up_to_date)
 
     def settled(self, file: Settled) -> None:
         problem = {"reason": file.reason, "detail": file.detail} if file.reason else {}
@@ -168,6 +181,11 @@ class JsonLines(Problems):
             written_bytes=file.written_nbytes,
             **problem,
         )
+        super().settled(file)
+
+    def _show(self) -> None:
+        if self._timer.is_due():
+            self._print("progress", **self._pace.now().to_json())
 
     def tell(self, text: str) -> None:
         self._print("message", level="warning", message=text)
@@ -202,14 +220,14 @@ def showing_progress(shared: Shared) -> Iterator[Problems]:
 
 def _rich_progress() -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
+    console = Console(stderr=True)
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        TextColumn("{task.fields[moved]}"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
+        BarColumn(bar_width=8 if console.width < 100 else 28),  # the rest fits into 80 columns with 8
+        TextColumn("{task.fields[position]}"),
+        console=console,
         transient=True,
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flows.cli.help import GroupedCommand, PlaceType
 from flows.cli.printing import align, print_json, print_line
 from flows.cli.shared_options import Shared, shared_options
 from flows.units import format_nbytes, format_seconds
@@ -35,8 +36,8 @@ Reads DEST/_ptbin/runs: one listing, and one read for each run that is shown.
 Exit status: 0 the history was read; 2 the call was wrong, or there is no DEST."""
 
 
-@click.command("runs", epilog=EPILOG)
-@click.argument("dest")
+@click.command("runs", epilog=EPILOG, cls=GroupedCommand)
+@click.argument("dest", type=PlaceType())
 @click.option(
     "--last", type=click.IntRange(min=1), default=20, show_default=True, metavar="N", help="Show N runs."
 )

@@ -11,9 +11,13 @@ from typing import Any, TypeVar
 
 import click
 
+from flows.cli.help import ACCESS, PRINTING, GroupedOption
+
 __all__ = ["Shared", "shared_options"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+_PRINTING: dict[str, Any] = {"cls": GroupedOption, "group": PRINTING}
+_ACCESS: dict[str, Any] = {"cls": GroupedOption, "group": ACCESS}
 LOG_LEVELS = ["debug", "info", "warning", "error"]
 
 
@@ -72,14 +76,19 @@ class _StorageOptions(click.ParamType[Any]):
 def shared_options(function: Command) -> Command:
     """Add the shared options to a command; it gets them as `as_json`, `quiet`, `log_level`, ..."""
     decorators = [
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON document, nothing else."),
-        click.option("--quiet", "-q", is_flag=True, help="Neither progress nor summary, only problems."),
+        click.option(
+            "--json", "as_json", is_flag=True, help="Print one JSON document, nothing else.", **_PRINTING
+        ),
+        click.option(
+            "--quiet", "-q", is_flag=True, help="Neither progress nor summary, only problems.", **_PRINTING
+        ),
         click.option(
             "--source-options",
             type=_StorageOptions(),
             default="{}",
             metavar="JSON",
             help="fsspec storage options for SOURCE, or @FILE with them.",
+            **_ACCESS,
         ),
         click.option(
             "--dest-options",
@@ -87,18 +96,21 @@ def shared_options(function: Command) -> Command:
             default="{}",
             metavar="JSON",
             help="fsspec storage options for DEST, or @FILE with them.",
+            **_ACCESS,
         ),
         click.option(
             "--log-level",
             type=click.Choice(LOG_LEVELS),
             default="warning",
             help="What else to tell on standard error; info: a line per checkpoint; debug: tracebacks.",
+            **_PRINTING,
         ),
         click.option(
             "--log-format",
             type=click.Choice(["human", "json"]),
             default="human",
             help="json: progress as JSON lines, one per checkpoint with its duration and bytes.",
+            **_PRINTING,
         ),
     ]
     for decorator in reversed(decorators):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from flows.cli.help import GroupedCommand, PlaceType
 from flows.cli.options import takes
 from flows.cli.printing import align, print_json, print_line
 from flows.cli.shared_options import Shared, shared_options
@@ -15,7 +17,7 @@ from flows.wishes import build_options
 from ptbin.stores import public_uri
 
 if TYPE_CHECKING:
-    from ptbin.history.status import Question, Status
+    from ptbin.history.status import Status
 
 __all__ = ["status_command"]
 
@@ -46,9 +48,9 @@ Exit status: 0 all in step; 1 something is new, changed, fails or is refused, an
 2 the call was wrong."""
 
 
-@click.command("status", epilog=EPILOG)
-@click.argument("source")
-@click.argument("dest")
+@click.command("status", epilog=EPILOG, cls=GroupedCommand)
+@click.argument("source", type=PlaceType())
+@click.argument("dest", type=PlaceType())
 @takes(STATUS)
 @click.option("--sync", "mirrors", is_flag=True, help="DEST is a mirror: other files count, too.")
 @shared_options
@@ -58,17 +60,21 @@ def status_command(source: str, dest: str, mirrors: bool, **values: Any) -> int:
     shared = Shared.of(values)
     options = build_options(asked)
     include, exclude = tuple(asked["include"]), tuple(asked["exclude"])
-    from ptbin.history.status import Question, question_of_last_run, status_of
+    from ptbin.catalog.request import RunRequest
+    from ptbin.history.status import last_request, status_of
 
     places: dict[str, Any] = {"source_options": shared.source_options, "dest_options": shared.dest_options}
-    question = Question(options, asked["naming"], include, exclude, copied=include if mirrors else None)
-    if not _is_asked(("mirrors", *asked)):
-        question = question_of_last_run(source, dest, **places) or question
-    status = status_of(source, dest, question, **places)
+    request = RunRequest(source, dest, options, naming=asked["naming"], include=include, exclude=exclude)
+    if mirrors:
+        request = replace(request, kind="sync", include=(), copied=include)
+    run = ""
+    if not _is_asked(("mirrors", *asked)) and (found := last_request(source, dest, **places)) is not None:
+        request, run = found
+    status = status_of(request, run=run, **places)
     if shared.as_json:
-        print_json(_to_json(source, dest, question, status))
+        print_json(_to_json(source, dest, status))
     elif not shared.quiet:
-        for line in _lines(question, status):
+        for line in _lines(status):
             print_line(line)
     return 0 if status.is_in_step else 1
 
@@ -80,11 +86,11 @@ def _is_asked(names: Sequence[str]) -> bool:
     return any(source is not None and source.name != "DEFAULT" for source in sources)
 
 
-def _to_json(source: str, dest: str, question: Question, status: Status) -> dict[str, Any]:
+def _to_json(source: str, dest: str, status: Status) -> dict[str, Any]:
     return {
         "source": public_uri(source),
         "dest": public_uri(dest),
-        "as_run": question.run,
+        "as_run": status.run,
         "in_step": status.is_in_step,
         "counts": status.counts,
         "oldest_unconverted": status.oldest,
@@ -92,7 +98,7 @@ def _to_json(source: str, dest: str, question: Question, status: Status) -> dict
     }
 
 
-def _lines(question: Question, status: Status) -> list[str]:
+def _lines(status: Status) -> list[str]:
     rows = [
         (WORDS.get(kind, kind), f"{count:,}", MEANINGS.get(kind, "") if count else "")
         for kind, count in status.counts.items()
@@ -109,7 +115,7 @@ def _lines(question: Question, status: Status) -> list[str]:
     if status.oldest is not None:
         lines += ["", f"oldest unconverted: {status.oldest['path']}, since {_day(status.oldest['since'])}"]
     lines += ["", "all in step" if status.is_in_step else "not in step"]
-    return [*lines, f"asked as run {question.run} was"] if question.run else lines
+    return [*lines, f"asked as run {status.run} was"] if status.run else lines
 
 
 def _row(row: dict[str, str]) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flows.cli.help import GroupedCommand, PlaceType
 from flows.cli.options import takes
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import showing_progress
@@ -40,8 +41,8 @@ Exit status: 0 all proven; 1 something is not what its manifest says;
 2 the call was wrong; 130 interrupted."""
 
 
-@click.command("verify", epilog=EPILOG)
-@click.argument("dest")
+@click.command("verify", epilog=EPILOG, cls=GroupedCommand)
+@click.argument("dest", type=PlaceType())
 @takes(VERIFY)
 @shared_options
 def verify_command(dest: str, **values: Any) -> int:

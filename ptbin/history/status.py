@@ -1,58 +1,35 @@
 """How far DEST is in step with SOURCE, without a run: what is due, what fails since when, what is left over.
 
-Uses the plan of a run (`catalog.worklist`): the same two listings, the same index of finished work, the same
+Uses the plan of a run (`catalog.plan`): the same two listings, the same index of finished work, the same
 question to each manifest that the index does not know. What failed comes from `history.failures`.
 Nothing is written, no checkpoint is read. Memory: the first `MAX_LISTED` of each kind, and what fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from itertools import islice
 from typing import Any
 
-from ptbin.catalog import Job, OutputRule, Problem
-from ptbin.catalog.companions import copied_along
-from ptbin.catalog.entries import nothing_below
-from ptbin.catalog.finished import read_finished
+from ptbin.catalog import Job, Problem
 from ptbin.catalog.globs import root_of, split_glob
-from ptbin.catalog.mirroring import alone, iter_gone
-from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
+from ptbin.catalog.plan import Plan
+from ptbin.catalog.request import RunKind, RunRequest
 from ptbin.catalog.worklist import WorkList
-from ptbin.errors import PtbinError, UsageError
+from ptbin.errors import PtbinError
 from ptbin.history.failures import Ledger, Unconverted, read_ledger, written_at
 from ptbin.history.records import iter_runs
 from ptbin.options import ConvertOptions
 from ptbin.sources.companions import is_companion
 from ptbin.stores import identity_text, place_of
 
-__all__ = ["Question", "Status", "question_of_last_run", "status_of"]
+__all__ = ["Status", "last_request", "status_of"]
 
 MAX_LISTED = 1000
-ASKED_AT_ONCE = 500
 RECORDS_READ = 20
 """How far back the options of the last run on SOURCE are looked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What DEST is to hold: the options of the run that would make it so.
-
-    Attributes:
-        copied: of a mirror, the globs of what else is copied; None for a conversion.
-        run: the id of the run whose options these are; empty where the caller gave them.
-    """
-
-    options: ConvertOptions = field(default_factory=ConvertOptions)
-    naming: Any = "replace"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    copied: tuple[str, ...] | None = None
-    run: str = ""
-    copy_links: bool = False
 
 
 @dataclass(slots=True)
@@ -96,14 +73,14 @@ class Status:
             self.oldest = {"path": path, "since": since}
 
 
-def question_of_last_run(
+def last_request(
     source: str,
     dest: str,
     *,
     source_options: Mapping[str, Any] | None = None,
     dest_options: Mapping[str, Any] | None = None,
-) -> Question | None:
-    """What the newest recorded run from SOURCE was asked for; None where there is none among the last ones.
+) -> tuple[RunRequest, str] | None:
+    """What the newest recorded run from SOURCE was asked for, and its id; None: there is none of late.
 
     Runs that looked at named files alone say how, and are passed over for what they looked at.
     """
@@ -119,95 +96,62 @@ def question_of_last_run(
             if root_of(run.text("source"), source_options) != root:
                 continue
             options = ConvertOptions.from_json(run.mapping("options"))
-            return Question(
+            kind: RunKind = "sync" if run.text("kind") == "sync" else "convert"
+            request = RunRequest(
+                source,
+                dest,
                 options.replace(layout=selection["layout"]),
+                kind,
                 selection["naming"],
                 tuple(selection["include"]),
                 tuple(selection["exclude"]),
-                tuple(selection["copied"]) if run.text("kind") == "sync" else None,
-                run.run_id,
-                bool(selection.get("copy_links")),
+                tuple(selection["copied"]),
+                copy_links=bool(selection.get("copy_links")),
             )
+            return request, run.run_id
         except (PtbinError, LookupError, TypeError, ValueError):
             continue  # written by another version, or by hand
     return None
 
 
 def status_of(
-    source: str,
-    dest: str,
-    question: Question,
+    request: RunRequest,
     *,
+    run: str = "",
     now: datetime | None = None,
     source_options: Mapping[str, Any] | None = None,
     dest_options: Mapping[str, Any] | None = None,
 ) -> Status:
-    """Compare the two.
+    """Compare the two sides, as a run of that request would; `run`: the id of the one that was asked so.
 
     Raises:
         UsageError: there is nothing below SOURCE that could be converted.
         VerificationError: the list of what is acknowledged is damaged.
         StorageError: a store failed, or SOURCE does not exist.
     """
-    options = question.options
-    rule = OutputRule(dest, question.naming, OUTPUT_SUFFIXES[options.format], options.layout)
-    mirrors = question.copied is not None
-    if mirrors:
-        options = alone(options)
-    with closing(WorkList(dest, dest_options=dest_options)) as work:
-        problems = work.plan(
-            source,
-            rule,
-            options,
-            include=() if mirrors else question.include,
-            exclude=question.exclude,
-            source_options=source_options,
-            copies=copied_along(question.copied or ()) if mirrors else None,
-            copy_links=question.copy_links,
-        )
-        if not problems and not work.count():
-            raise UsageError(nothing_below(source, work.entries, "nothing to convert"))
-        _ask(work, options, source_options, dest_options)
+    with closing(Plan(request, source_options=source_options, dest_options=dest_options)) as plan:
+        plan.make()
+        plan.refuse_nothing()
+        plan.settle_unknown()
+        work = plan.work
         ledger = read_ledger(
-            place_of(dest, dest_options),
-            root=root_of(source, source_options),
+            place_of(request.dest, dest_options),
+            root=root_of(request.source, source_options),
             now=now,
             there=work.own_files,
         )
-        status = Status(question.run)
+        status = Status(run)
         status.counts["up_to_date"] = work.count_current()
         status.counts["skipped"] = work.entries.counts.total()
         status.counts["left_alone"] = sum(1 for _ in work.iter_left_alone())
         for job in work.iter_to_do():
             _place(status, work, ledger, job)
-        for problem in problems:
+        for problem in plan.problems:
             _refuse(status, ledger, problem)
-        if not question.include and _is_whole_place(source, source_options):
-            for gone in iter_gone(
-                work,
-                source,
-                exclude=question.exclude,
-                source_options=source_options,
-            ):
+        if not request.include and _is_whole_place(request.source, source_options):
+            for gone in plan.iter_gone():
                 status.add("orphaned", path=gone.output)
     return status
-
-
-def _ask(
-    work: WorkList,
-    options: ConvertOptions,
-    source_options: Mapping[str, Any] | None,
-    dest_options: Mapping[str, Any] | None,
-) -> None:
-    """Settle what the index of finished work does not know: a read each."""
-    left: Iterator[Job] = work.iter_to_ask()
-    while jobs := list(islice(left, ASKED_AT_ONCE)):
-        rows = []
-        for job in jobs:
-            path = work.relative_manifest(job)
-            row = read_finished(job, path, source_options=source_options, dest_options=dest_options)
-            rows += [row] if row is not None else []
-        work.answer(jobs, rows, options)
 
 
 def _place(status: Status, work: WorkList, ledger: Ledger, job: Job) -> None:

@@ -1,10 +1,8 @@
 """Digests of a stored file and of the tensors in it.
 
-A file on this machine is cut into groups of neighbouring records, which threads hash side by side on all
-cores (`growing.py`). Anything
-else comes as one stream through two lanes: the file's SHA-256 on the calling thread,
-SHA-256 and CRC-32 of tensors and records on a second one (hashlib and zlib release the interpreter lock).
-Views that are not contiguous are hashed by their logical order.
+A file is cut into groups of neighbouring records, which threads hash side by side on all cores: one on this
+machine by `growing.py`, anything else as it arrives, by `stream.py` (hashlib and zlib release the
+interpreter's lock). Views that are not contiguous are hashed by their logical order.
 
 Costs: a stream is read once, a local file once by each of two lanes, out of the page cache the second time;
 tensors that are not contiguous once more. Memory is a chunk for each thread.
@@ -12,8 +10,7 @@ tensors that are not contiguous once more. Memory is a chunk for each thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from ptbin.proof.groups import Group, GroupHash
@@ -22,6 +19,7 @@ from ptbin.proof.local_file import LocalFile
 from ptbin.proof.logical import ReadSpan
 from ptbin.proof.regions import strided_sha256
 from ptbin.proof.serial import Serial, SerialLane
+from ptbin.proof.stream import StreamHash
 from ptbin.values.digests import FileDigests, StoredTensor
 
 if TYPE_CHECKING:
@@ -56,24 +54,26 @@ def digest_file(
         return digest_descriptor(
             descriptor, reader.size, records, tensors, progress, reader.read, serial=serial
         )
-    one = OnePass(reader.size, records, tensors, serial)
-    pool = ThreadPoolExecutor(1) if reader.size > SMALL_NBYTES else None
+    distinct = list(dict.fromkeys(tensors))
+    strided = [tensor for tensor in distinct if tensor.stride is not None]
+    stream = StreamHash(reader.size, records, [t for t in distinct if t.stride is None], serial)
     try:
         position = 0
         for chunk in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
-            beside = pool.submit(one.group.take, position, chunk) if pool is not None else None
-            one.serial.take(position, chunk)
-            if beside is None:
-                one.group.take(position, chunk)
-            else:
-                beside.result()
+            stream.take(position, chunk)
             position += len(chunk)
             if progress is not None:
                 progress(len(chunk))
-    finally:
-        if pool is not None:
-            pool.shutdown()
-    return one.finish(lambda offset, nbytes: reader.iter_range(offset, nbytes, chunk_nbytes=CHUNK_NBYTES))
+        found = stream.finish()
+    except BaseException:
+        stream.give_up()
+        raise
+
+    def read(offset: int, nbytes: int) -> Iterator[bytes]:
+        return reader.iter_range(offset, nbytes, chunk_nbytes=CHUNK_NBYTES)
+
+    found.tensors.update((tensor, strided_sha256(tensor, read)) for tensor in strided)
+    return found
 
 
 def digest_descriptor(

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from ptbin.errors import UsageError
-from ptbin.options import ConvertOptions
+from ptbin.options import NAMES, ConvertOptions
 from ptbin.values.options import option, same_option
 
 __all__ = ["RestoreOptions", "SaveAs"]
 
 SaveAs = Literal["state-dict", "module", "torchscript", "exported"]
 
+MODEL = "The model"
 _UNRECORDED = ("force", "model_path")
 _LATER = {"strip_prefix": None, "rename": (), "train": False}
 """Options that came later, with their defaults: recorded only where set, so that outputs stay up to date."""
@@ -32,24 +33,31 @@ class RestoreOptions:
         None,
         "What builds the module; transformers: the architecture of config.json. Its code is run.",
         metavar="MODULE:CALLABLE",
+        group=MODEL,
     )
     model_args: dict[str, Any] | list[Any] | None = option(
         None,
         "Arguments for it: a JSON object of keyword arguments, or an array of positional ones.",
         metavar="JSON",
+        group=MODEL,
     )
-    model_path: str | None = option(None, "The folder in which its module lies.", metavar="DIR")
+    model_path: str | None = option(None, "The folder in which its module lies.", metavar="DIR", group=MODEL)
     save_as: SaveAs | None = option(
-        None, "What to save; with --model a whole module unless said otherwise.", flag="--as"
+        None, "What to save; with --model a whole module unless said otherwise.", flag="--as", group=MODEL
     )
     example: str | None = option(
         None,
         "Returns example inputs: to trace and export with, and to compare outputs by.",
         metavar="MODULE:CALLABLE",
+        group=MODEL,
     )
-    train: bool = option(False, "Trace or export in training mode.")
-    allow_missing: tuple[str, ...] = option((), "Names that the weights need not have.", metavar="GLOB")
-    allow_unexpected: tuple[str, ...] = option((), "Names that the model need not have.", metavar="GLOB")
+    train: bool = option(False, "Trace or export in training mode.", group=MODEL)
+    allow_missing: tuple[str, ...] = option(
+        (), "Names that the weights need not have.", metavar="GLOB", group=NAMES
+    )
+    allow_unexpected: tuple[str, ...] = option(
+        (), "Names that the model need not have.", metavar="GLOB", group=NAMES
+    )
     select: str | tuple[str, ...] | None = same_option(ConvertOptions, "select")
     strip_prefix: str | None = same_option(ConvertOptions, "strip_prefix")
     rename: tuple[tuple[str, str], ...] = same_option(ConvertOptions, "rename")

@@ -34,12 +34,24 @@ __all__ = ["LocalWriter", "identity_of", "open_unpublished"]
 
 COPY_NBYTES = 16 * MIB
 """One step of copying and of write-back; 8 to 16 MiB measured best, larger ones overlap less."""
+BLOCK_NBYTES = 4096
+"""A block of the filesystems that share them between files."""
 STREAM_NBYTES = 1 * MIB
 NAME_MAX = 255
 """Longest file name in bytes on every usual Linux filesystem (limits.h)."""
 
 # What a filesystem answers that cannot flush a directory (some network and FUSE mounts).
 NO_DIRECTORY_FSYNC_ERRNOS = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+def _up_to_whole_blocks(offset: int, nbytes: int) -> int:
+    """How many of the bytes from `offset` to take next: those before its first whole block, whole blocks, or
+    what is left after them.
+    """
+    before = -offset % BLOCK_NBYTES
+    if before:
+        return min(before, nbytes)
+    return nbytes // BLOCK_NBYTES * BLOCK_NBYTES or nbytes
 
 
 def open_unpublished(target: str) -> tuple[int, str | None]:
@@ -174,12 +186,16 @@ class LocalWriter(Writer):
         """Bytes moved.
 
         Fewer than asked for where the kernel refuses (EXDEV, EINVAL, ENOSYS, ...) or claims an early
-        end, as it does on some virtual and FUSE filesystems.
+        end, as it does on some virtual and FUSE filesystems. Where both places lie alike within their
+        blocks, whole blocks are asked for by themselves: XFS and btrfs share those, and nothing else.
         """
         moved = 0
+        alike = nbytes >= MIB and (os.lseek(self._descriptor, 0, os.SEEK_CUR) - offset) % BLOCK_NBYTES == 0
         while moved < nbytes:
             try:
                 asked = min(self.step_nbytes or COPY_NBYTES, nbytes - moved)
+                if alike:
+                    asked = _up_to_whole_blocks(offset + moved, asked)
                 step = os.copy_file_range(source, self._descriptor, asked, offset + moved)
             except OSError:
                 break

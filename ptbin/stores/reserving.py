@@ -20,7 +20,7 @@ RESERVE_NBYTES = 16 << 20
 STEP_NBYTES = 128 << 20
 FALLOC_FL_KEEP_SIZE = 1
 """Reserve blocks, leave the file's size alone (linux/falloc.h)."""
-TMPFS_MAGIC = 0x01021994
+TMPFS, XFS, BTRFS = 0x01021994, 0x58465342, 0x9123683E
 """statfs(2), `f_type`: the first word of its structure on Linux."""
 STATFS_NBYTES = 256
 """More than the structure has anywhere."""
@@ -38,11 +38,14 @@ class Reservation:
         self._fallocate = _system_fallocate()
         if self._fallocate is None:
             return
-        if not _is_tmpfs(descriptor):
-            self._reserve(0, nbytes)
-            return
+        kind = _filesystem(descriptor)
         status = os.fstatvfs(descriptor)
-        if status.f_blocks > 0 and status.f_bavail * status.f_frsize < nbytes:
+        fits = status.f_blocks == 0 or status.f_bavail * status.f_frsize >= nbytes
+        if kind != TMPFS:
+            if kind != BTRFS and (fits or kind != XFS):
+                self._reserve(0, nbytes)
+            return
+        if not fits:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._reserved = 0
         self.reached(0)
@@ -79,12 +82,13 @@ def _system_fallocate() -> Fallocate | None:
     return function
 
 
-def _is_tmpfs(descriptor: int) -> bool:
+def _filesystem(descriptor: int) -> int | None:
+    """Its kind, as `f_type` has it; None where nobody says."""
     if not sys.platform.startswith("linux"):
-        return False
+        return None
     import ctypes
 
     structure = (ctypes.c_long * (STATFS_NBYTES // ctypes.sizeof(ctypes.c_long)))()
     if ctypes.CDLL(None).fstatfs(descriptor, ctypes.byref(structure)):
-        return False
-    return structure[0] == TMPFS_MAGIC
+        return None
+    return structure[0]

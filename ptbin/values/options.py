@@ -27,6 +27,7 @@ class Option:
         metavar: how its value is written in help, `GLOB` say.
         flag: how it is called on a command line where that is not its name.
         most: upper limit of a count.
+        group: the heading in a command's help that it stands below.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Option:
     least: int = 1
     most: int | None = None
     required: bool = False
+    group: str = ""
 
 
 def option(
@@ -49,9 +51,11 @@ def option(
     choices: tuple[str, ...] = (),
     metavar: str = "",
     flag: str = "",
+    group: str = "",
 ) -> Any:
     """A field of an options object. Its kind follows from the field's type where it is not given."""
     facts = {"help": description, "kind": kind, "choices": choices, "metavar": metavar, "flag": flag}
+    facts["group"] = group
     return dataclasses.field(default=default, metadata=facts)
 
 

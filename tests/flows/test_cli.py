@@ -15,6 +15,7 @@ import ptbin
 from flows.cli import app
 from flows.cli.app import cli
 from flows.cli.interrupts import interrupts_held
+from flows.cli.pace import Pace
 from flows.cli.printing import align, printable
 from flows.cli.progress import PlainProgress
 from flows.cli.summary import JSON_KEYS
@@ -245,6 +246,7 @@ def test_progress_without_a_terminal_is_lines_now_and_then(
 ) -> None:
     now = 100.0
     monkeypatch.setattr("flows.cli.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("flows.cli.progress.Pace", lambda: Pace(lambda: now))
     progress = PlainProgress()
     progress.moved(10)  # before anything is planned there is nothing to compare with
     progress.planned(3, 3 << 20, 7)
@@ -255,7 +257,7 @@ def test_progress_without_a_terminal_is_lines_now_and_then(
     progress.settled(Settled("a", "rejected", 5, "corrupt_archive", "/src/a: cut short"))
     assert capsys.readouterr().err.splitlines() == [
         "ptbin: 3 files to work on, 3.00 MiB; 7 up to date",
-        "ptbin: 0 of 3 files, 2.00 MiB moved",
+        "ptbin: 0 of 3 files, 0 %, 2.00 MiB moved, 341 KiB/s, 6.0 s",
         "ptbin: rejected a: corrupt_archive: cut short",
     ]
 

@@ -14,10 +14,9 @@ import torch
 import ptbin
 from flows.cli import on_prefect
 from flows.cli.app import run as run_command
-from ptbin.catalog import OutputRule, cases
-from ptbin.catalog.companions import copied_along
+from ptbin.catalog import cases
+from ptbin.catalog.request import RunRequest
 from ptbin.catalog.worklist import WorkList
-from ptbin.options import ConvertOptions
 from ptbin.stores.faults import fault
 from tasks.batches import batch_task
 from tasks.live import LiveRun, Ticket, open_live_run
@@ -28,7 +27,7 @@ Captured = pytest.CaptureFixture[str]
 
 def plan(source: Path, dest: Path, **rule: Any) -> tuple[WorkList, list[str]]:
     work = WorkList(str(dest))
-    problems = work.plan(str(source), OutputRule(str(dest), **rule), ConvertOptions(), copies=copied_along())
+    problems = work.plan(RunRequest(str(source), str(dest), kind="sync", **rule))
     return work, [problem.detail for problem in problems]
 
 
@@ -93,7 +92,7 @@ def test_a_full_disk_ends_the_batch_after_a_few() -> None:
         raise fault(OSError(errno.ENOSPC, "full"), "write", path)
 
     with open_live_run(LiveRun("full")):
-        outcomes = fill.fn(Ticket("full"), [str(number) for number in range(9)], {})
+        outcomes = fill.fn(Ticket("full"), [str(number) for number in range(9)], {}).result()
     assert [outcome.kind for outcome in outcomes] == ["failed"] * 3 + ["not_tried"] * 6
     assert "free some space" in outcomes[0].detail
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flows import artifacts
 from flows.convert import convert
 from flows.notices import MAX_LISTED_FAILURES, failure_line, state_message
 from flows.prefect.orchestrator import Orchestrator
 from flows.report_link import link_of, served_at
 from flows.report_markdown import render_markdown
+from flows.run_record import new_run_id
 from flows.tally import Entry, Tally
+from ptbin.errors import UsageError
+from tasks.live import LiveRun, open_live_run
 from tests.servers.endpoint import S3Endpoint
 from tests.servers.fixtures import moto_s3
 
@@ -54,6 +59,70 @@ def test_a_failed_run_says_what_failed_wherever_one_looks(
     assert text.index("### What failed") < text.index("| what | how much |")
     assert "| `truncated.pt` | **new** | `corrupt_archive` |" in text
     assert f"(file://{page})" in text
+
+
+def test_a_run_that_could_not_begin_says_why_in_one_line(
+    tmp_path: Path, server: Orchestrator, database: Database
+) -> None:
+    with pytest.raises(UsageError, match="no such file or directory"):
+        convert(str(tmp_path / "nowhere"), str(tmp_path / "begun-nowhere"))
+    server.settle(None, 0)
+    ((run_id, state),) = database("select id, state_name from flow_run where name like '%/begun-nowhere'")
+    assert state == "Failed"
+    line = f"usage_error: cannot read {tmp_path / 'nowhere'}: no such file or directory"
+    logged = database(f"select level, message from log where flow_run_id = '{run_id}' order by timestamp")
+    assert logged[-2:] == [(40, line), (20, f"Finished in state Failed({line!r})")]
+    assert not any("Traceback" in message for _, message in logged)
+
+
+def test_task_runs_say_which_files_failed(source: Path, tmp_path: Path, server: Orchestrator) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    with open_live_run(LiveRun(new_run_id())) as live:
+        convert(str(source), str(tmp_path / "out"), run_id=live.run_id, return_state=True)
+    assert server.settle(live.summary["flow_run_id"], live.summary["task_runs"])
+    this_run = FlowRunFilter(id=FlowRunFilterId(any_=[live.summary["flow_run_id"]]))
+    with get_client(sync_client=True) as client:
+        states = [run.state for run in client.read_task_runs(flow_run_filter=this_run) if run.state]
+    assert all(state.is_completed() for state in states)
+    named = {state.name: state.message or "" for state in states if state.name != "Completed"}
+    told = [line for message in named.values() for line in message.splitlines()]
+    assert sum(line.startswith("truncated.pt: corrupt_archive: ") for line in told) == 1
+    assert sum(line.startswith("hostile.pkl: unsafe_pickle: ") for line in told) == 1
+    assert all(re.fullmatch(r"[12] of \d+ failed", str(name)) for name in named)
+    quiet = {state.message for state in states if state.name == "Completed"}
+    assert any(message and message.startswith("converted ") for message in quiet)
+    assert not any(message and "rejected" in message for message in quiet)
+
+
+def test_the_progress_artifact_is_updated_and_ends_at_100_percent(
+    good_source: Path, tmp_path: Path, server: Orchestrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import prefect.artifacts
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+    told: list[float] = []
+    update = prefect.artifacts.update_progress_artifact
+
+    def noted(artifact: Any, progress: float, **keywords: Any) -> Any:
+        told.append(progress)
+        return update(artifact, progress, **keywords)
+
+    monkeypatch.setattr(prefect.artifacts, "update_progress_artifact", noted)
+    monkeypatch.setattr(artifacts, "UPDATE_SECONDS", 0.0)
+    state = convert(str(good_source), str(tmp_path / "out"), workers=1, return_state=True)
+    wanted = ArtifactFilter(key=ArtifactFilterKey(any_=["ptbin-convert-progress"]))
+    with get_client(sync_client=True) as client:
+        (shown,) = [
+            artifact
+            for artifact in client.read_artifacts(artifact_filter=wanted)
+            if artifact.flow_run_id == state.state_details.flow_run_id
+        ]
+    assert float(str(shown.data)) == 100.0
+    assert told == sorted(told)
+    assert told[-1] == 100.0
 
 
 def test_a_flow_that_people_deploy_themselves_keeps_its_own_tags(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import click
 import jsonschema
 import pytest
+from click.testing import CliRunner
 
+from flows.cli import app
 from flows.cli.app import cli
+from flows.cli.help import COMMAND_GROUPS
 from flows.convert import convert
 from flows.migrate import migrate
 from flows.options import CONVERT, MIGRATE, RESTORE, SYNC, VERIFY
@@ -129,3 +134,65 @@ def test_a_kind_follows_from_the_type_of_a_field() -> None:
     assert kinds["flatten"] == "flag"
     assert (kinds["rename"], kinds["drop"], kinds["select"]) == ("pairs", "list", "paths")
     assert Option("x", "A letter.").kind == "text"
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_help_begins_with_examples_and_has_options_below_headings(name: str) -> None:
+    text = CliRunner().invoke(cli, [name, "--help"]).output
+    headings = re.findall(r"^(\w.*):$", text, re.MULTILINE)
+    assert len(headings) == len(set(headings))
+    assert text.index("Examples:") < text.index(f"{headings[0]}:")
+    grouped = {"convert": 8, "sync": 9, "migrate": 8, "restore": 6, "diff": 6}
+    assert len(headings) >= grouped.get(name, 1)
+    if name in FLOWS:  # what the engine or a flow takes has a heading of its own
+        assert "Options" not in headings
+    for option in cli.commands[name].params:
+        if isinstance(option, click.Option):
+            assert f"{option.opts[0]}" in text
+
+
+def test_the_commands_are_in_groups_with_whole_sentences() -> None:
+    text = CliRunner().invoke(cli, ["--help"]).output
+    assert {name for names in COMMAND_GROUPS.values() for name in names} == set(cli.commands)
+    assert [title for title in COMMAND_GROUPS if f"\n{title}:\n" not in text] == []
+    flat = " ".join(text.split())
+    sentences = [" ".join(str(command.help).split("\n\n")[0].split()) for command in cli.commands.values()]
+    assert [sentence for sentence in sentences if sentence.rstrip(".") not in flat] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (name, option)
+        for name, command in sorted(cli.commands.items())
+        for option in command.params
+        if isinstance(option, click.Option)
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_every_option_has_its_environment_variables(command: str, option: click.Option) -> None:
+    long = max(option.opts, key=len).lstrip("-").replace("-", "_").upper()
+    assert option.envvar == [f"PTBIN_{command.upper()}_{long}", f"PTBIN_{long}"]
+
+
+@pytest.mark.parametrize(
+    ("words", "number", "wanted"),
+    [
+        ("ptbin con", 1, "plain,convert"),
+        ("ptbin convert che", 2, "file,che"),
+        ("ptbin convert checkpoints/ wei", 3, "file,wei"),
+        ("ptbin convert --form", 2, "plain,--format"),
+        ("ptbin convert --format saf", 3, "plain,safetensors"),
+        ("ptbin verify wei", 2, "file,wei"),
+        ("ptbin status a", 2, "file,a"),
+        ("ptbin runs w", 2, "file,w"),
+    ],
+)
+def test_a_shell_completes(
+    words: str, number: int, wanted: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_PTBIN_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(number))
+    app.run([])
+    assert wanted in capsys.readouterr().out.splitlines()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import subprocess
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,14 @@ def test_the_report_shows_markup_in_names_as_text() -> None:
 def test_run_ids_sort_by_time_and_differ() -> None:
     assert re.fullmatch(r"\d{8}T\d{6}Z-[0-9a-f]{8}", new_run_id())
     assert new_run_id() != new_run_id()
+
+
+def test_runs_within_one_second_sort_as_they_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = datetime(2026, 11, 26, 16, 30, 9, 999_000, tzinfo=UTC)
+    ids = []
+    for number in range(4):
+        moment = first + timedelta(milliseconds=500 * number)
+        clock = type("Clock", (), {"now": staticmethod(lambda _zone, moment=moment: moment)})
+        monkeypatch.setattr("flows.run_record.datetime", clock)
+        ids.append(new_run_id())
+    assert ids == sorted(ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 import zipfile
@@ -136,6 +137,25 @@ def test_a_long_run_keeps_its_place_within_pages(tmp_path: Path) -> None:
             assert storage.place.offset % 4096 == place.offset % 4096
     ptbin.convert(str(tmp_path / "a.bin"), str(tmp_path / "b.bin"))
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
+
+
+def test_whole_blocks_are_copied_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """XFS and btrfs share those between the two files, and refuse to share a range with a part of one."""
+    import ptbin
+
+    asked: list[tuple[int, int, int]] = []
+    real = os.copy_file_range
+
+    def noted(source: int, dest: int, nbytes: int, offset: int) -> int:
+        asked.append((offset, os.lseek(dest, 0, os.SEEK_CUR), nbytes))
+        return real(source, dest, nbytes, offset)
+
+    torch.save({"first": torch.ones(77), "model": {"w": torch.ones(999, 2001)}}, tmp_path / "s.pt")
+    monkeypatch.setattr(os, "copy_file_range", noted)
+    ptbin.convert(str(tmp_path / "s.pt"), str(tmp_path / "a.bin"), ptbin.ConvertOptions(select="model"))
+    whole = [n for source, dest, n in asked if not (source % 4096 or dest % 4096 or n % 4096)]
+    assert sum(whole) > 999 * 2001 * 4 - 2 * 4096
+    assert torch.equal(torch.load(tmp_path / "a.bin")["w"], torch.ones(999, 2001))
 
 
 def test_foreign_framing_is_written_anew(tmp_path: Path) -> None:

@@ -58,13 +58,21 @@ def hashing(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     [("max 100000", 8, 1, 8), ("250000 100000", 8, 1, 3), ("50000 100000", 8, 1, 1), ("max 100000", 8, 3, 2)],
 )
 def test_cores_are_those_of_affinity_control_group_and_sharing(
-    quota: str, affinity: int, sharing: int, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quota: str,
+    affinity: int,
+    sharing: int,
+    count: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     (tmp_path / "cpu.max").write_text(quota + "\n")
     monkeypatch.setattr(cores, "Path", lambda text: tmp_path / Path(text).name)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)))
     monkeypatch.delattr(os, "process_cpu_count", raising=False)
     monkeypatch.setattr(cores, "_sharing", 1)
+    cores._cgroup_cores.cache_clear()
+    request.addfinalizer(cores._cgroup_cores.cache_clear)
     cores.share_cores(sharing)
     assert cores.available_cores() == count
 

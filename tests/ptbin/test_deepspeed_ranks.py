@@ -94,9 +94,32 @@ def _of_rank_1(change: Callable[[dict[str, Any]], object]) -> Callable[[int, dic
     return apply
 
 
-def _scaled(_: int, states: dict[str, Any]) -> None:
-    entry = states["universal_checkpoint_info"]["affine_map"]["params"][r"^grouped\.weight$"]
-    entry["ranks"][0]["pieces"][0]["scale"] = 0.5
+def _scaled_by(scale: Any, moved: float = 0.0) -> Callable[[int, dict[str, Any]], None]:
+    """The norm as a row-parallel layer keeps its bias: on every rank, divided by the number of ranks."""
+
+    def change(rank: int, states: dict[str, Any]) -> None:
+        norm = states["module"]["norm.weight"]
+        states["module"]["norm.weight"] = norm * scale + moved * rank if isinstance(scale, float) else norm
+        piece = {"shape": [5], "source": [0, [1]], "dest": [0, [1]], "locations": [0, 1], "scale": scale}
+        ranks = {n: {"shard_shape": [5], "pieces": [dict(piece)]} for n in range(2)}
+        params = states["universal_checkpoint_info"]["affine_map"]["params"]
+        params[r"^norm\.weight$"] = {"logical_shape": [5], "ranks": ranks}
+
+    return change
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_scaled_copies_are_computed_as_torch_does(tmp_path: Path, dtype: torch.dtype) -> None:
+    def change(rank: int, states: dict[str, Any]) -> None:
+        states["module"] = {name: tensor.to(dtype) for name, tensor in states["module"].items()}
+        _scaled_by(1 / 3)(rank, states)
+
+    whole = write_ranks(tmp_path / "run", 2, change)
+    found, manifest = converted(tmp_path / "run")
+    expected = whole["norm.weight"].to(dtype) * (1 / 3) / (1 / 3)
+    assert_same_tensors({"norm.weight": found["norm.weight"]}, {"norm.weight": expected})
+    told = {row["role"]: row["reason"] for row in manifest["left_out"]}
+    assert "computed, not copied" in told["scaled"]
 
 
 def _shifted(_: int, states: dict[str, Any]) -> None:
@@ -141,7 +164,10 @@ REFUSED: list[tuple[Any, type[PtbinError], str]] = [
     (_info(tp_replicated_parameter_patterns=[".*.*.*.*x"]), UnsupportedFormatError, "long to match"),
     (_info(tp_replicated_parameter_patterns=["("]), UnsupportedFormatError, "not a pattern"),
     (_info(sub_param_shard_widths={}), CorruptArchiveError, "widths of the sub-parameters of 'qkv.weight'"),
-    (_scaled, UnsupportedTensorError, "scaled"),
+    (_scaled_by(0.5, 1.0), IncompleteCheckpointError, "'norm.weight' should be the same in mp_rank_00"),
+    (_scaled_by(0.0), CorruptArchiveError, "scaled by 0.0"),
+    (_scaled_by(float("nan")), CorruptArchiveError, "scaled by nan"),
+    (_scaled_by("a half"), CorruptArchiveError, "scaled by a half"),
     (_shifted, CorruptArchiveError, "'grouped.weight' overlap"),
     (lambda _, s: s.pop("universal_checkpoint_info"), IncompleteCheckpointError, "nothing says how 2 parts"),
 ]

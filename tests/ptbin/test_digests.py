@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptbin.proof.digests import digest_descriptor
+from ptbin.proof.digests import digest_descriptor, digest_file
 from ptbin.proof.growing import GROUP_NBYTES, GrowingFile
+from ptbin.proof.regions import RegionLane
+from ptbin.stores.local import LocalStore
 from ptbin.values.digests import StoredTensor
+from tests.fakes import CountingStore
 
 MIB = 1 << 20
 
@@ -52,13 +55,20 @@ def cut(size: int, count: int, seed: int) -> list[tuple[int, int]]:
     return [*ranges, (points[0], 0)]
 
 
+@pytest.mark.parametrize("arrives", [False, True])
 @pytest.mark.parametrize("count", [1, 3, 40, 5000])
-def test_they_are_those_of_the_bytes(count: int, data: bytes, descriptor: int) -> None:
+def test_they_are_those_of_the_bytes(
+    count: int, arrives: bool, data: bytes, descriptor: int, tmp_path: Path
+) -> None:
     records = cut(len(data), count, count)
     tensors = [plain(*record) for record in records]
     tensors += [plain(MIB + 7, 20 * MIB), plain(0, len(data))]  # overlap each other and the records
     rows = StoredTensor(4096, 8 * 500 * 300, (500, 300), (1, 500), 8)
-    found = digest_descriptor(descriptor, len(data), records, [*tensors, rows], None, ended)
+    if arrives:
+        with CountingStore(LocalStore()).open_reader(str(tmp_path / "file")) as reader:
+            found = digest_file(reader, records, [*tensors, rows])
+    else:
+        found = digest_descriptor(descriptor, len(data), records, [*tensors, rows], None, ended)
     assert found.sha256 == hashlib.sha256(data).hexdigest()
     assert found.crc32 == zlib.crc32(data)
     assert found.records == {r: zlib.crc32(data[r[0] : r[0] + r[1]]) for r in records}
@@ -85,6 +95,59 @@ def test_an_interrupt_ends_all_of_it(data: bytes, descriptor: int) -> None:
 def test_what_the_file_does_not_give_is_an_error(data: bytes, descriptor: int) -> None:
     with pytest.raises(AssertionError, match="gave nothing"):
         digest_descriptor(descriptor, len(data) + MIB, [(0, len(data))], [], None, ended)
+
+
+# -- while the file arrives from elsewhere --------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("descriptor")
+def test_what_has_arrived_and_is_not_hashed_is_bounded(
+    data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several threads hash groups side by side, and whoever reads waits for them."""
+    most, hashed = 0, 0
+    threads: set[int] = set()
+    lock = threading.Lock()
+    real = RegionLane.take
+
+    def take(self: RegionLane, position: int, chunk: bytes | memoryview) -> None:
+        nonlocal most, hashed
+        real(self, position, chunk)
+        with lock:
+            threads.add(threading.get_ident())
+            most = max(most, store.nbytes("read") - hashed)
+            hashed += len(chunk)
+
+    monkeypatch.setattr(RegionLane, "take", take)
+    monkeypatch.setattr("ptbin.proof.stream.WAITING_NBYTES", 10 * MIB)
+    monkeypatch.setattr("ptbin.proof.stream.GROUP_NBYTES", 5 * MIB)
+    monkeypatch.setattr("ptbin.proof.digests.CHUNK_NBYTES", MIB)
+    monkeypatch.setattr("ptbin.cores._pool", None)
+    monkeypatch.setattr("ptbin.cores._slots", None)
+    monkeypatch.setattr("ptbin.cores.available_cores", lambda: 4)
+    store = CountingStore(LocalStore())
+    records = [(position, MIB) for position in range(0, len(data) - MIB, MIB)]
+    with store.open_reader(str(tmp_path / "file")) as reader:
+        found = digest_file(reader, records, [plain(*record) for record in records])
+    assert found.sha256 == hashlib.sha256(data).hexdigest()
+    assert hashed == len(data)
+    assert most <= 10 * MIB + 4 * MIB  # what waits, and what is read next
+    assert len(threads) > 1
+
+
+@pytest.mark.usefixtures("descriptor")
+def test_a_fault_while_hashing_reaches_whoever_asked(
+    data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take(self: RegionLane, position: int, chunk: bytes | memoryview) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr(RegionLane, "take", take)
+    with (
+        CountingStore(LocalStore()).open_reader(str(tmp_path / "file")) as reader,
+        pytest.raises(Interrupted),
+    ):
+        digest_file(reader, [(0, len(data))], [])
 
 
 # -- while the file is being written -----------------------------------------------------------------

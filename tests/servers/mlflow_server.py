@@ -85,7 +85,8 @@ def run_mlflow(
     """A server over `folder/mlflow.db`.
 
     Args:
-        database: what `mlflow.db` is copied from (`copy_empty`), which saves migrations; None: it makes one.
+        database: what `mlflow.db` is copied from (`copy_empty`), which saves the migrations; None: it makes
+            one.
         artifacts: options of `mlflow server` that say where artifacts go; none: below `folder`, by way of the
             server.
         environment: for the server and its clients.

@@ -15,6 +15,7 @@ from ptbin.conversion import Published
 from ptbin.options import ConvertOptions
 from ptbin.stores import Identity
 from tasks import checking, converting, mirroring
+from tasks.batches import BatchTask
 from tasks.checking import verify_manifests
 from tasks.converting import convert_batch, verify_batch
 from tasks.credentials import Credentials
@@ -91,8 +92,12 @@ def engine(monkeypatch: pytest.MonkeyPatch, behaviour: dict[str, Exception | Non
     return calls
 
 
+def batch_outcomes(task: BatchTask, items: Sequence[Any], values: dict[str, Any]) -> list[Outcome]:
+    return task.fn(Ticket("r"), items, values).result()
+
+
 def convert(jobs: Sequence[Job]) -> list[Outcome]:
-    return convert_batch.fn(Ticket("r"), jobs, {"options": OPTIONS})
+    return batch_outcomes(convert_batch, jobs, {"options": OPTIONS})
 
 
 def test_each_error_becomes_the_outcome_of_its_own_checkpoint(
@@ -129,7 +134,7 @@ def test_a_proof_that_fails_fails_its_own_output(live: LiveRun, monkeypatch: pyt
     engine(monkeypatch, {"bad": errors.VerificationError("digest")})
     jobs = [job("good"), job("bad")]
     staged = [Staged(one, Outcome(one.path, "staged", draft=one.source_uri)) for one in jobs]
-    good, bad = verify_batch.fn(Ticket("r"), staged, {})
+    good, bad = batch_outcomes(verify_batch, staged, {})
     assert good.converted is not None
     assert good.converted.manifest_uri == "/out/good.bin.manifest.json"
     assert (good.converted.tensors, good.converted.read_nbytes, good.converted.written_nbytes) == (2, 5, 4)
@@ -227,7 +232,7 @@ def test_one_manifest_that_cannot_be_read_hides_no_other(
         return [], {}
 
     monkeypatch.setattr(checking, "verify_outputs", verify_outputs)
-    a, b, c = verify_manifests.fn(Ticket("r"), ["a", "b", "c"], {"level": "checksum"})
+    a, b, c = batch_outcomes(verify_manifests, ["a", "b", "c"], {"level": "checksum"})
     assert (a.transient, a.reason) == (True, "storage_error")
     assert (b.transient, b.reason) == (False, "internal_error")
     assert (c.kind, c.issues) == ("proven", ())
@@ -241,7 +246,7 @@ def test_each_file_is_tried_where_the_backup_place_is_full(
 
     monkeypatch.setattr(mirroring, "copy_file", copy_file)
     values = {"dest": "memory://dest", "backup": "memory://backup"}
-    outcomes = back_up_batch.fn(Ticket("r"), [str(number) for number in range(5)], values)
+    outcomes = batch_outcomes(back_up_batch, [str(number) for number in range(5)], values)
     assert [outcome.kind for outcome in outcomes] == ["failed"] * 5, "one not tried would be written over"
 
 

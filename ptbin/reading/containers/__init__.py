@@ -14,7 +14,7 @@ from ptbin.options import Limits
 from ptbin.reading.containers.archives import read_tar_archive
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder, Opening
 from ptbin.reading.containers.compressed import refuse_compressed
-from ptbin.reading.containers.dcp import read_dcp
+from ptbin.reading.containers.dcp.folder import read_dcp
 from ptbin.reading.containers.deepspeed.experts import read_deepspeed_experts
 from ptbin.reading.containers.deepspeed.layers import read_deepspeed_layers
 from ptbin.reading.containers.deepspeed.ranks import read_deepspeed_ranks

@@ -2,7 +2,7 @@
 
 So verl, SkyRL and EasyR1 save (`model_world_size_8_rank_3.pt`), and all who call `torch.save` on each rank's
 state dict under FSDP or tensor parallelism. A DTensor says in the file itself where its piece lies
-(`meshes`), a ShardedTensor has the offsets. A plain tensor is a copy that every rank has, as torch's own
+(`rank_pieces`), a ShardedTensor has the offsets. A plain tensor is a copy that every rank has, as torch's own
 state dicts hold buffers: one is taken, the others must be equal. Files in which nothing is distributed are
 refused: whether they are copies or pieces, nothing says.
 
@@ -12,71 +12,36 @@ Costs: the index of each file. Memory: of each file what describes its pieces, o
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any, NoReturn
 
-from ptbin.errors import CorruptArchiveError, LimitExceededError, UnsupportedTensorError
-from ptbin.merging.tiles import Box, Part, plain_part, whole_tensor
+from ptbin.merging.tiles import Box, Part, whole_tensor
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
 from ptbin.reading.containers.part_files import PartFiles
-from ptbin.reading.pickle.meshes import (
-    Grid,
-    Placement,
-    attributes_of,
-    grid_of,
-    placements_of,
-    runs_of,
-    stated_orders,
+from ptbin.reading.containers.rank_pieces import (
+    Layout,
+    Path,
+    Piece,
+    RankPieces,
+    Shards,
+    described,
+    label_of,
+    number_in,
+    renumbered,
 )
-from ptbin.reading.pickle.wrappers import DTENSOR, SHARDED_TENSOR
-from ptbin.values.dtypes import DType, dtype_by_name
-from ptbin.values.nodes import DictNode, Opaque
+from ptbin.reading.pickle.meshes import attributes_of, grid_of
+from ptbin.reading.pickle.placements import runs_of
+from ptbin.values.dtypes import DType
+from ptbin.values.nodes import DictNode
 from ptbin.values.tensors import TensorRef, dense_strides
 
 __all__ = ["read_rank_files"]
 
-MAX_DIMENSIONS = 64
-MAX_EXTENT = 1 << 48
 MAX_DEPTH = 16
 MAX_SHOWN = 3
 
-Path = tuple[Any, ...]
 _Copies = dict[tuple[Any, ...], list[list[Box]]]
-_NUMBER = re.compile(r"\d+(?=\D*$)")
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """How a DTensor lies on its mesh; equal in every file that holds a piece of it."""
-
-    shape: tuple[int, ...]
-    dtype: DType
-    grid: tuple[int, ...]
-    placements: tuple[Placement, ...]
-    orders: tuple[tuple[int, tuple[int, ...]], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """One rank's piece of a DTensor."""
-
-    layout: _Layout
-    coordinate: tuple[int, ...]
-    part: Part
-
-
-@dataclass(frozen=True, slots=True)
-class _Shards:
-    """One rank's shards of a ShardedTensor, and where all shards are said to lie."""
-
-    shape: tuple[int, ...]
-    dtype: DType
-    everything: frozenset[tuple[tuple[int, ...], tuple[int, ...]]]
-    boxes: tuple[Box, ...]
-    home: str
 
 
 def read_rank_files(folder: Folder) -> Checkpoint:
@@ -94,12 +59,9 @@ def read_rank_files(folder: Folder) -> Checkpoint:
 class _Ranks:
     def __init__(self, folder: Folder) -> None:
         self.files = PartFiles(folder)
-        self.names = sorted(folder.reader.names, key=_number)
-        self.grids: dict[int, Grid] = {}
-        self.layouts: dict[_Layout, _Layout] = {}
+        self.names = sorted(folder.reader.names, key=number_in)
+        self.pieces = RankPieces(self.files, len(self.names))
         self.found: dict[Path, list[Any]] = {}
-        self.covered: set[int] = set()
-        self.world: set[int] = set()
 
     def read(self) -> Checkpoint:
         root: DictNode | None = None
@@ -108,19 +70,19 @@ class _Ranks:
             own = self.files.open(name).root
             # Of DTensors that their meshes call whole here: they came as plain tensors.
             for spec in self.files.opening.vocabulary.placements[known:]:
-                self._note(grid_of(attributes_of(spec).get("mesh")))
+                self.pieces.note(grid_of(attributes_of(spec).get("mesh")))
             if not isinstance(own, DictNode):
                 self.files.refuse(
                     f"{name} holds a {type(own).__name__}, and no state dict; save `model.state_dict()` on "
                     "each rank, or convert one file with --parts"
                 )
-            self.grids.clear()
+            self.pieces.begin_file()
             self.files.leave(name, self._take(own, name, is_first=root is None))
             self.files.opening.vocabulary.grids.forget()
             root = own if root is None else root
         assert root is not None
         if not self.files.opening.vocabulary.placements and not any(
-            isinstance(piece, _Shards) for pieces in self.found.values() for piece in pieces
+            isinstance(piece, Shards) for pieces in self.found.values() for piece in pieces
         ):
             self.files.refuse(
                 f"{len(self.names)} files of ranks ({_listed(self.names)}), and nothing in them "
@@ -149,115 +111,11 @@ class _Ranks:
                         seen.add(id(value))
                         below.append((own, value))
                     continue
-                if type(key) in (str, int) and (piece := self._piece(value, name, own)) is not None:
+                if type(key) in (str, int) and (piece := self.pieces.read(value, name, own)) is not None:
                     self.found.setdefault(own, []).append(piece)
                 elif not is_first:
                     yield value
             stack.extend(reversed(below))
-
-    def _piece(self, value: Any, name: str, path: Path) -> Any:
-        if isinstance(value, TensorRef):
-            return Part(value, name)
-        if not isinstance(value, Opaque) or not isinstance(value.contents, tuple) or len(value.contents) != 2:
-            return None
-        args, state = value.contents
-        if value.kind == DTENSOR:
-            return self._dtensor(args, state, name, path)
-        return self._sharded(args, state, name, path) if value.kind == SHARDED_TENSOR else None
-
-    def _dtensor(self, args: Any, state: Any, name: str, path: Path) -> _Piece:
-        attributes = attributes_of(state)
-        local, spec = attributes.get("_local_tensor"), attributes_of(attributes.get("_spec"))
-        shape = self._sizes(args[2] if isinstance(args, tuple) and len(args) > 2 else None, name, path)
-        if not isinstance(local, TensorRef):
-            self._unsupported(name, path, "a distributed tensor whose local part is not a plain tensor")
-        part = Part(local, name)
-        plain_part(part, _label(path))
-        mesh = spec.get("mesh")
-        grid = self.grids.get(id(mesh))
-        if grid is None:
-            found = self.files.opening.vocabulary.grids.of(mesh)
-            if found is None:
-                self._unsupported(name, path, "a distributed tensor whose device mesh cannot be read")
-            grid = self.grids[id(mesh)] = found
-            self._note(grid)
-            self.files.opening.vocabulary.placements.append(mesh)  # holds a tensor of ranks itself
-        placements = placements_of(spec, len(shape))
-        if isinstance(placements, str):
-            self._unsupported(name, path, f"a distributed tensor, and {placements}")
-        if len(placements) != len(grid.shape):
-            self._unsupported(name, path, "a distributed tensor with other placements than mesh dimensions")
-        layout = _Layout(
-            shape, local.dtype, grid.shape, placements, tuple(sorted(stated_orders(spec).items()))
-        )
-        layout = self.layouts.setdefault(layout, layout)
-        coordinate = grid.coordinate
-        if coordinate is None:
-            number = _number(name)
-            if math.prod(grid.shape) != len(self.names) or not 0 <= number < len(self.names):
-                self._unsupported(name, path, "a distributed tensor, and the file does not say of which rank")
-            coordinate = tuple(
-                number // step % n for n, step in zip(grid.shape, dense_strides(grid.shape), strict=True)
-            )
-        return _Piece(layout, coordinate, part)
-
-    def _note(self, grid: Grid | None) -> None:
-        if grid is not None and grid.ranks is not None:
-            self.covered |= grid.ranks
-            self.world |= grid.world
-
-    def _sharded(self, args: Any, state: Any, name: str, path: Path) -> _Shards:
-        if not isinstance(state, tuple) or len(state) < 2 or not isinstance(state[0], (list, tuple)):
-            self._unsupported(name, path, "a ShardedTensor whose state is unknown")
-        metadata = attributes_of(state[1])
-        listed = metadata.get("shards_metadata")
-        if not isinstance(listed, (list, tuple)):
-            self._unsupported(name, path, "a ShardedTensor that does not list its shards")
-        if len(listed) > self.files.folder.limits.tensors:
-            raise LimitExceededError(f"{self.files.uri}: {name} lists {len(listed)} shards of one tensor")
-        shape = self._sizes(metadata.get("size"), name, path)
-        everything = frozenset(self._shard_box(item, len(shape), name, path) for item in listed)
-        boxes = []
-        dtype = None
-        for shard in state[0]:
-            attributes = attributes_of(shard)
-            local = attributes.get("tensor")
-            if not isinstance(local, TensorRef):
-                self._unsupported(name, path, "a ShardedTensor whose shard is not a plain tensor")
-            start, extent = self._shard_box(attributes.get("metadata"), len(shape), name, path)
-            if local.shape != extent:
-                self._damaged(name, path, f"a shard of {list(local.shape)}, which should be {list(extent)}")
-            part = Part(local, name)
-            plain_part(part, _label(path))
-            dtype = local.dtype
-            boxes.append(Box(part, start, extent, 0, local.stride))
-        named = (
-            args[1].name if isinstance(args, tuple) and len(args) > 1 and hasattr(args[1], "name") else None
-        )
-        if dtype is None:
-            dtype = dtype_by_name(named) if isinstance(named, str) else None
-            if dtype is None:
-                self._unsupported(name, path, "a ShardedTensor of an unknown type")
-        return _Shards(shape, dtype, everything, tuple(boxes), name)
-
-    def _shard_box(
-        self, metadata: Any, dimensions: int, name: str, path: Path
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        attributes = attributes_of(metadata)
-        start = self._sizes(attributes.get("shard_offsets"), name, path)
-        extent = self._sizes(attributes.get("shard_sizes"), name, path)
-        if len(start) != dimensions or len(extent) != dimensions:
-            self._damaged(name, path, f"a shard of other than {dimensions} dimensions")
-        return start, extent
-
-    def _sizes(self, value: Any, name: str, path: Path) -> tuple[int, ...]:
-        if (
-            not isinstance(value, (tuple, list))
-            or len(value) > MAX_DIMENSIONS
-            or not all(type(n) is int and 0 <= n < MAX_EXTENT for n in value)
-        ):
-            self._damaged(name, path, "sizes that are not sizes")
-        return tuple(value)
 
     # -- one tensor of all files ---------------------------------------------------------------------
 
@@ -265,57 +123,50 @@ class _Ranks:
         first = pieces[0]
         if any(type(piece) is not type(first) for piece in pieces):
             homes = ", ".join(_home(piece) for piece in (first, pieces[-1]))
-            self.files.refuse(f"{_label(path)!r} is distributed in one of {homes} and plain in the other")
+            self.files.refuse(f"{label_of(path)!r} is distributed in one of {homes} and plain in the other")
         if isinstance(first, Part):
             return self._copy(path, pieces)
-        return self._of_shards(path, pieces) if isinstance(first, _Shards) else self._of_mesh(path, pieces)
+        return self._of_shards(path, pieces) if isinstance(first, Shards) else self._of_mesh(path, pieces)
 
     def _copy(self, path: Path, parts: list[Part]) -> TensorRef:
         taken, *others = parts
-        self.files.equal(_label(path), taken.tensor.storage, parts)
+        self.files.equal(label_of(path), taken.tensor.storage, parts)
         for other in others:
             self.files.leave(other.home, [other.tensor])
         return taken.tensor
 
-    def _of_mesh(self, path: Path, pieces: list[_Piece]) -> TensorRef:
+    def _of_mesh(self, path: Path, pieces: list[Piece]) -> TensorRef:
         first = pieces[0]
         for piece in pieces:
             if piece.layout is not first.layout:
                 self.files.refuse(
-                    f"{_label(path)!r} is {_described(first.layout)} in {first.part.home} and "
-                    f"{_described(piece.layout)} in {piece.part.home}: the files are not of one save"
+                    f"{label_of(path)!r} is {described(first.layout)} in {first.part.home} and "
+                    f"{described(piece.layout)} in {piece.part.home}: the files are not of one save"
                 )
             if not piece.part.tensor.numel:
                 # torch saves an empty view with all of the storage that it is a view of
                 self.files.leave(piece.part.home, [piece.part.tensor], "unviewed")
         layout = first.layout
-        readings = [self._boxes(piece_set, pieces) for piece_set in self._readings(layout, pieces)]
-        fitting = [boxes for boxes in readings if boxes is not None]
+        fitting = [_distinct(boxes) for boxes in self._readings(layout, pieces)]
         if not fitting:
             self._refuse_local_shape(path, pieces)
-        whole = [_distinct(boxes) for boxes in fitting]
-        complete = [found for found in whole if _numel(found) == math.prod(layout.shape)]
-        if not complete:
+        complete = next((found for found in fitting if _numel(found) == math.prod(layout.shape)), None)
+        if complete is None:
             self._refuse_missing(path, layout, pieces)
-        if len(complete) > 1 and any(_starts(found) != _starts(complete[0]) for found in complete):
-            self._unsupported(
-                first.part.home, path, "cut unevenly and strided, in a way that its sizes do not tell apart"
-            )
-        return self._fill(path, layout.shape, layout.dtype, complete[0])
+        return self._fill(path, layout.shape, layout.dtype, complete)
 
-    def _readings(self, layout: _Layout, pieces: list[_Piece]) -> Iterator[list[Any]]:
-        """The runs of each piece, for each way to read the placements."""
-        strided = any(placement.split_factor > 1 for placement in layout.placements)
+    def _readings(self, layout: Layout, pieces: list[Piece]) -> Iterator[list[list[Box]]]:
+        """The boxes of each piece, for each way to read the placements that agrees with the pieces' sizes."""
         orders = dict(layout.orders)
-        for way in (False, True) if strided else (False,):
+        for reading in layout.readings:
             runs = [
-                runs_of(layout.shape, layout.grid, piece.coordinate, layout.placements, orders, strided=way)
+                runs_of(layout.shape, layout.grid, piece.coordinate, layout.placements, orders, reading)
                 for piece in pieces
             ]
-            if None not in runs:
-                yield runs
+            if None not in runs and (boxes := self._boxes(runs, pieces)) is not None:
+                yield boxes
 
-    def _boxes(self, runs: list[Any], pieces: list[_Piece]) -> list[list[Box]] | None:
+    def _boxes(self, runs: list[Any], pieces: list[Piece]) -> list[list[Box]] | None:
         """Boxes of each piece; None where one has another shape than its place."""
         found = []
         for piece, dims in zip(pieces, runs, strict=True):
@@ -330,14 +181,14 @@ class _Ranks:
             found.append(boxes)
         return found
 
-    def _of_shards(self, path: Path, pieces: list[_Shards]) -> TensorRef:
+    def _of_shards(self, path: Path, pieces: list[Shards]) -> TensorRef:
         first = pieces[0]
         found: _Copies = {}
         for piece in pieces:
             if (piece.shape, piece.everything) != (first.shape, first.everything):
                 self.files.refuse(
-                    f"{_label(path)!r} is cut otherwise in {piece.home} than in {first.home}: the files are "
-                    "not of one save"
+                    f"{label_of(path)!r} is cut otherwise in {piece.home} than in {first.home}: the files "
+                    "are not of one save"
                 )
             for box in piece.boxes:
                 if 0 in box.shape:
@@ -347,13 +198,13 @@ class _Ranks:
         missing = sorted(box for box in first.everything if 0 not in box[1] and (box,) not in found)
         if missing:
             self.files.refuse(
-                f"{len(missing)} of {len(first.everything)} shards of {_label(path)!r} are in none of "
+                f"{len(missing)} of {len(first.everything)} shards of {label_of(path)!r} are in none of "
                 f"{len(self.names)} files ({_listed(self.names)}): that at {list(missing[0][0])}, say; fetch "
                 f"the rest{self._absent(range(len(first.everything)))}"
             )
         dtypes = {box.part.tensor.dtype.name for own in found.values() for boxes in own for box in boxes}
         if len(dtypes) > 1:
-            self.files.refuse(f"{_label(path)!r} is of different types in different files: {sorted(dtypes)}")
+            self.files.refuse(f"{label_of(path)!r} is of several types in different files: {sorted(dtypes)}")
         return self._fill(path, first.shape, first.dtype, found)
 
     def _fill(
@@ -364,7 +215,7 @@ class _Ranks:
         found: _Copies,
     ) -> TensorRef:
         """The tensor of one copy of each piece; the other copies must be equal."""
-        label = _label(path)
+        label = label_of(path)
         boxes = [box for _, (own, *_) in sorted(found.items()) for box in own]
         tensor = whole_tensor(
             f"{self.files.uri}: the pieces of {label!r}", label, dtype, shape, boxes, known=self.files.made
@@ -378,15 +229,15 @@ class _Ranks:
 
     def _refuse_absent_ranks(self) -> None:
         """Refuse where ranks of the mesh hold tensors that no file mentions: a stage of a pipeline, say."""
-        if absent := sorted(self.world - self.covered):
+        if absent := sorted(self.pieces.world - self.pieces.covered):
             self.files.refuse(
-                f"it was saved on {len(self.world)} ranks, and what {len(absent)} of them hold is in none of "
-                f"{len(self.names)} files{self._absent(absent)}; fetch all files of this save"
+                f"it was saved on {len(self.pieces.world)} ranks, and what {len(absent)} of them hold is in "
+                f"none of {len(self.names)} files{self._absent(absent)}; fetch all files of this save"
             )
 
     # -- refusals --------------------------------------------------------------------------------------
 
-    def _refuse_missing(self, path: Path, layout: _Layout, pieces: list[_Piece]) -> NoReturn:
+    def _refuse_missing(self, path: Path, layout: Layout, pieces: list[Piece]) -> NoReturn:
         known = {piece.coordinate for piece in pieces}
         steps = dense_strides(layout.grid)
         absent = [
@@ -395,39 +246,40 @@ class _Ranks:
             if coordinate not in known
         ]
         self.files.refuse(
-            f"{_label(path)!r} is cut over {math.prod(layout.grid)} ranks, and the pieces of {len(known)} "
+            f"{label_of(path)!r} is cut over {math.prod(layout.grid)} ranks, and the pieces of {len(known)} "
             f"are here{self._absent(absent)}; fetch all files of this save"
         )
 
     def _absent(self, ranks: Sequence[int]) -> str:
         """Names of the files that would be those of ranks, where there are none."""
-        names = [_NUMBER.sub(str(rank), self.names[0], count=1) for rank in ranks]
+        names = [renumbered(self.names[0], rank) for rank in ranks]
         missing = [name for name in names if name not in self.names]
         return f"; not there: {_listed(missing)}" if missing else ""
 
-    def _refuse_local_shape(self, path: Path, pieces: list[_Piece]) -> NoReturn:
+    def _refuse_local_shape(self, path: Path, pieces: list[Piece]) -> NoReturn:
         layout = pieces[0].layout
         for piece in pieces:
             runs = runs_of(
-                layout.shape, layout.grid, piece.coordinate, layout.placements, dict(layout.orders)
+                layout.shape,
+                layout.grid,
+                piece.coordinate,
+                layout.placements,
+                dict(layout.orders),
+                layout.readings[0],
             )
             if runs is None:
-                self._unsupported(piece.part.home, path, "cut in an order that its placements do not tell")
+                self.pieces.unsupported(
+                    piece.part.home, path, "cut in an order that its placements do not tell"
+                )
             expected = [sum(n for _, n in dim) for dim in runs]
             if tuple(expected) != piece.part.tensor.shape:
-                self._damaged(
+                self.pieces.damaged(
                     piece.part.home,
                     path,
-                    f"a piece of {list(piece.part.tensor.shape)} where {_described(layout)} puts one of "
+                    f"a piece of {list(piece.part.tensor.shape)} where {described(layout)} puts one of "
                     f"{expected}",
                 )
-        self._unsupported(pieces[0].part.home, path, "cut in a way that its pieces' sizes contradict")
-
-    def _unsupported(self, name: str, path: Path, why: str) -> NoReturn:
-        raise UnsupportedTensorError(f"{self.files.uri}: {name}: {_label(path)!r} is {why}")
-
-    def _damaged(self, name: str, path: Path, what: str) -> NoReturn:
-        raise CorruptArchiveError(f"{self.files.uri}: {name}: {_label(path)!r} has {what}")
+        self.pieces.unsupported(pieces[0].part.home, path, "cut in a way that its pieces' sizes contradict")
 
 
 def _distinct(boxes: list[list[Box]]) -> _Copies:
@@ -452,35 +304,14 @@ def _numel(found: _Copies) -> int:
     return sum(math.prod(extent) for key in found for _, extent in key)
 
 
-def _starts(found: _Copies) -> set[Any]:
-    return {(own[0].part.home, key) for key, copies in found.items() for own in copies}
-
-
 def _home(piece: Any) -> str:
-    home: str = piece.part.home if isinstance(piece, _Piece) else piece.home
+    home: str = piece.part.home if isinstance(piece, Piece) else piece.home
     return home
-
-
-def _described(layout: _Layout) -> str:
-    cuts = [
-        "replicated" if placement.dim is None else f"cut along dimension {placement.dim}"
-        for placement in layout.placements
-    ]
-    return f"{layout.dtype.name} {list(layout.shape)}, {', '.join(cuts)} on a mesh of {list(layout.grid)}"
-
-
-def _label(path: Path) -> str:
-    return ".".join(str(step) for step in path)[:200]
 
 
 def _listed(names: Sequence[str]) -> str:
     more = len(names) - MAX_SHOWN
     return ", ".join(names[:MAX_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def _number(name: str) -> int:
-    found = _NUMBER.search(name)
-    return int(found[0]) if found else -1
 
 
 class _Tree:

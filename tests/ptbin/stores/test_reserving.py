@@ -27,7 +27,7 @@ def test_blocks_are_reserved_ahead_of_the_writer(
 ) -> None:
     """As in tmpfs, where reserving takes long."""
     steps: list[tuple[int, int]] = []
-    monkeypatch.setattr(reserving, "_is_tmpfs", lambda descriptor: True)
+    monkeypatch.setattr(reserving, "_filesystem", lambda descriptor: reserving.TMPFS)
     monkeypatch.setattr(reserving, "STEP_NBYTES", 20 * MIB)
     real = reserving.Reservation._reserve
 
@@ -51,3 +51,21 @@ def test_a_tmpfs_too_small_says_so_before_anything_is_written() -> None:
     with pytest.raises(StorageError, match=r"(?i)no space"):
         LocalStore().open_writer(str(place), size_hint=1 << 60)
     assert not place.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "refused"), [(reserving.XFS, False), (reserving.BTRFS, False), (None, True)]
+)
+def test_blocks_that_may_be_shared_need_no_room(
+    kind: int | None, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reserving, "_filesystem", lambda descriptor: kind)
+    place = str(tmp_path / "out")
+    if refused:
+        with pytest.raises(StorageError):
+            LocalStore().open_writer(place, size_hint=1 << 60)
+        return
+    with LocalStore().open_writer(place, size_hint=1 << 60) as writer:
+        writer.write(b"x")
+        writer.commit()
+    assert Path(place).read_bytes() == b"x"

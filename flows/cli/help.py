@@ -1,0 +1,84 @@
+"""How the help of a command reads: examples first, then its options below headings.
+
+The heading of an option is its `group`, which `ptbin.values.options.Option` carries; options of one command
+say theirs where they are declared (`cls=GroupedOption, group=...`), those without one come first. Headings of
+commands are in `COMMAND_GROUPS`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+__all__ = ["ACCESS", "PRINTING", "GroupedCommand", "GroupedCommands", "GroupedOption", "PlaceType"]
+
+PRINTING = "What is printed"
+ACCESS = "Access to stores"
+UNGROUPED = "Options"
+
+COMMAND_GROUPS = {
+    "Checkpoints": ("inspect", "convert", "verify", "diff", "restore"),
+    "Whole stores": ("sync", "migrate", "status"),
+    "Runs and operation": ("runs", "acknowledge", "metrics", "deployments"),
+}
+
+
+class GroupedOption(click.Option):
+    """An option with the heading that it stands below."""
+
+    def __init__(self, *arguments: Any, group: str = "", **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.group = group or UNGROUPED
+
+
+class GroupedCommand(click.Command):
+    """A command whose help begins with its examples and has its options in groups."""
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        self.format_epilog(ctx, formatter)
+        self.format_options(ctx, formatter)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {UNGROUPED: []}
+        for option in self.get_params(ctx):
+            if isinstance(option, click.Option) and (record := option.get_help_record(ctx)) is not None:
+                last = PRINTING if "--help" in option.opts else UNGROUPED
+                groups.setdefault(getattr(option, "group", last), []).append(record)
+        for title, records in groups.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+class GroupedCommands(click.Group):
+    """The command of commands: each with its whole first sentence, below a heading."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        del ctx
+        for title, names in COMMAND_GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, _first_sentence(self.commands[name])) for name in names])
+
+
+class PlaceType(click.ParamType[str]):
+    """A path or a URL, as text; shells complete it as a path."""
+
+    name = "uri"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        del param, ctx
+        return str(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        del ctx, param
+        return [CompletionItem(incomplete, type="file")]
+
+
+def _first_sentence(command: click.Command) -> str:
+    return command.get_short_help_str(limit=1000)
