@@ -35,6 +35,7 @@ from ptbin.catalog.finished import FinishedRow
 from ptbin.errors import PtbinError, StorageError
 from ptbin.history.failures import Unconverted
 from ptbin.sources.companions import companion_of
+from tasks.assets import announce
 from tasks.batches import FULL_AFTER
 from tasks.converting import convert_and_verify_batch, convert_batch, verify_batch
 from tasks.listing import discard_unfinished, find_up_to_date, plan_of
@@ -318,6 +319,9 @@ class Conversion:
             tally.run_problems.append(Problem(folder, error.reason, one_line(f"run record: {error}")))
             summary = tally.summary(seconds)
             folder = ""
+        report = f"{folder}/report.html" if folder else ""
+        link = link_of(report, self.live.dest_options) if report else None
+        self._announce_outputs(link)
         message = tally.message()
         self.live.summary.update(
             summary,
@@ -327,14 +331,24 @@ class Conversion:
             interrupted=tally.interrupted,
             task_runs=self.stages.task_runs + 1,  # the run record
         )
-        report = f"{folder}/report.html" if folder else ""
-        link = link_of(report, self.live.dest_options) if report else None
         self._show(f"**{message}** in {seconds:.1f} s", folder, render_markdown(tally, summary, report, link))
         failures = [failure_line(entry) for entry in tally.problems]
         log_failures(self.logger, failures)
         return (Completed if tally.succeeded else Failed)(
             message=state_message(message, failures, link or report)
         )
+
+    def _announce_outputs(self, link: str | None) -> None:
+        """Prefect's assets of what was made; a run that made nothing has none."""
+        tally = self.tally
+        if not (made := tally.made()):
+            return
+        counts = {name: tally.count(name) for name in ("converted", "up_to_date", "rejected", "failed")}
+        facts = {"run": tally.run_id, "kind": tally.kind, **counts}
+        try:
+            self.stages.task_runs += announce(tally.source, tally.place, facts, made, report=link)
+        except Exception as error:  # noqa: BLE001 - whatever Prefect's client comes to
+            self.logger.warning("asset events are missing: %s", type(error).__name__)
 
     def _show(self, message: str, folder: str, essence: str) -> None:
         """The artifacts. All that matters is done by now: an interrupt only shortens this."""
