@@ -30,13 +30,13 @@ from ptbin.registries.transfer import (
     scratch,
     transfer,
 )
+from ptbin.runs.outcomes import Converted, Outcome, Staged, Written
+from ptbin.runs.retrying import is_transient
 from ptbin.stores import identity_text, place_of
 from ptbin.stores.copying import copy_file
 from ptbin.stores.limits import limit_requests
 from tasks.batches import batch_task, single_task
 from tasks.live import LiveRun, find_live_run
-from tasks.outcomes import Converted, Outcome, Staged, Written
-from tasks.retrying import is_transient
 
 __all__ = [
     "Registries",

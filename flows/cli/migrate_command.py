@@ -77,7 +77,7 @@ def migrate_command(source: str, dest: str, dry_run: bool, **values: Any) -> int
             here, there, asked["include"], asked["exclude"], asked["versions"], options, shared
         )
     from flows.cli.on_prefect import run_flow
-    from flows.run_record import new_run_id
+    from ptbin.runs.record import new_run_id
 
     with showing_progress(shared) as listener:
         summary = run_flow(

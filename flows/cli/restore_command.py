@@ -89,7 +89,7 @@ def restore_command(source: str, dest: str, dry_run: bool, **values: Any) -> int
     else:
         refuse_secrets(source, dest)
         from flows.cli.on_prefect import run_prepared
-        from flows.run_record import new_run_id
+        from ptbin.runs.record import new_run_id
 
         with showing_progress(shared) as listener:
             summary = run_prepared(request, new_run_id(), shared, listener, source=source, dest=dest, **asked)

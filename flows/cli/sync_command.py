@@ -69,7 +69,7 @@ def sync_command(source: str, dest: str, dry_run: bool, **values: Any) -> int:
         with closing(Plan(request, **sides)) as plan:
             return print_dry_run(plan_run(plan), shared)
     from flows.cli.on_prefect import run_prepared
-    from flows.run_record import new_run_id
+    from ptbin.runs.record import new_run_id
 
     with showing_progress(shared) as listener:
         summary = run_prepared(request, new_run_id(), shared, listener, source=source, dest=dest, **asked)

@@ -16,12 +16,12 @@ import ptbin
 from flows import stages
 from flows.convert import convert
 from flows.prefect.orchestrator import Orchestrator
-from flows.run_record import new_run_id
 from ptbin.errors import StorageError, UsageError
 from ptbin.registries.verification import verify_records
+from ptbin.runs.record import new_run_id
+from ptbin.runs.retrying import RETRIES
 from ptbin.stores import Place, place_of
 from tasks.live import LiveRun, open_live_run
-from tasks.retrying import RETRIES
 
 Database = Callable[[str], list[tuple[Any, ...]]]
 

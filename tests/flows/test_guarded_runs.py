@@ -14,9 +14,9 @@ import torch
 import ptbin
 from flows.cli.app import run as command
 from flows.convert import convert
-from flows.run_record import new_run_id
 from flows.sync import sync
 from ptbin.manifests.vouching import claim_place
+from ptbin.runs.record import new_run_id
 from ptbin.stores import Place, open_store
 from ptbin.stores.s3_client import S3Client
 from tasks.live import LiveRun, open_live_run

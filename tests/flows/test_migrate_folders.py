@@ -16,11 +16,11 @@ import torch
 from flows.cli.app import run as command
 from flows.migrate import migrate
 from flows.prefect.orchestrator import Orchestrator
-from flows.run_record import new_run_id
 from flows.verify import verify
 from ptbin.registries import Layout
 from ptbin.registries.folders import FolderRegistry
 from ptbin.registries.record import CLAIM
+from ptbin.runs.record import new_run_id
 from ptbin.stores import open_store
 from tasks.live import LiveRun, open_live_run
 from tests.servers.endpoint import S3Endpoint

@@ -9,13 +9,13 @@ import pytest
 
 import ptbin
 from flows import stages
-from flows.run_record import new_run_id
 from flows.verify import verify
 from ptbin.errors import StorageError
 from ptbin.proof.verification import verify_outputs
+from ptbin.runs.record import new_run_id
+from ptbin.runs.retrying import RETRIES
 from tasks import checking
 from tasks.live import LiveRun, open_live_run
-from tasks.retrying import RETRIES
 
 pytestmark = pytest.mark.usefixtures("server")
 

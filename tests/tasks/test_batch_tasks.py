@@ -13,6 +13,7 @@ from ptbin import errors
 from ptbin.catalog import Job
 from ptbin.conversion import Published
 from ptbin.options import ConvertOptions
+from ptbin.runs.outcomes import Outcome, Staged, one_line, outcome_of_error
 from ptbin.stores import Identity
 from tasks import checking, converting, mirroring
 from tasks.batches import BatchTask
@@ -30,7 +31,6 @@ from tasks.live import (
     open_live_run,
 )
 from tasks.mirroring import back_up_batch
-from tasks.outcomes import Outcome, Staged, one_line, outcome_of_error
 
 OPTIONS = ConvertOptions()
 

@@ -16,11 +16,11 @@ from typing import Any
 
 from ptbin.catalog import Job, Problem, is_rejection
 from ptbin.history.failures import Ledger
+from ptbin.runs.outcomes import Converted, Outcome
 from ptbin.sources.companions import is_companion
 from ptbin.stores import identity_text
-from tasks.outcomes import Converted, Outcome
 
-__all__ = ["Entry", "Tally"]
+__all__ = ["LISTED", "Entry", "Tally"]
 
 LISTED = 1000
 
@@ -68,6 +68,8 @@ class Tally:
     """Below which storage URI the run's own files lie, where that is not DEST."""
     files: Counter[str] = field(default_factory=Counter)
     """Of DEST's own files: `deleted`, `backed_up`."""
+    deleted: list[str] = field(default_factory=list)
+    """Of a mirror, paths below DEST, the first `LISTED`: nothing else tells of them afterwards."""
     kept: int = 0
     """Outputs that are gone from SOURCE and were not deleted."""
     ledger: Ledger = field(default_factory=Ledger)
@@ -272,4 +274,5 @@ class Tally:
                 {"source": row.source, "reason": row.reason, "since": row.since}
                 for row in self.ledger.resolved[:LISTED]
             ],
+            **({"deleted_paths": list(self.deleted)} if self.kind == "sync" else {}),
         }
