@@ -32,7 +32,6 @@ from ptbin.runs.remembering import close_ledger, open_ledger
 from ptbin.runs.result import RunResult
 from ptbin.runs.tally import Tally
 from ptbin.runs.units import format_nbytes
-from ptbin.sources.companions import companion_of
 from tasks.batches import FULL_AFTER
 from tasks.converting import convert_and_verify_batch, convert_batch, verify_batch
 from tasks.listing import discard_unfinished, find_up_to_date, plan_of
@@ -238,18 +237,12 @@ class Conversion:
     def _account_for_the_rest(self) -> None:
         """What the run did not come to is told as well."""
         self._count_current()
-        if len(self.stages.settled) < self.work.to_do()[0]:
-            left = (job for job in self.work.iter_to_do() if job.path not in self.stages.settled)
-            self.tally.add_all(left, "not_tried")
-        self.tally.add_all(self.work.iter_to_ask(), "not_tried")  # some, where the asking was cut short
+        self.tally.add_rest(self.work, self.stages.settled)
 
     def _count_current(self) -> None:
         if not self.counted_current:
             self.counted_current = True
-            self.tally.add_all(self.work.iter_current(), "up_to_date")
-            for job in self.work.iter_left_alone():
-                role = companion_of(job.path.rpartition("/")[2])
-                self.tally.add(job, Outcome(job.path, "left_alone", detail=role or ""))
+            self.tally.add_untouched(self.work)
 
     def _remember(self, rows: Iterable[FinishedRow]) -> None:
         """For the index of finished work, written every so often: a run may be killed before its end."""

@@ -14,16 +14,14 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from prefect import flow
-from prefect.task_runners import ThreadPoolTaskRunner
-
 from flows.access import RunSettings, join_run, running
 from flows.conversion import Conversion
-from flows.forms import PLACES, Text, takes
+from flows.forms import PLACES, Text
 from flows.options import CONVERT
 from flows.requests import convert_request
+from flows.run_flow import run_flow
 from flows.selection import named_files
-from flows.wishes import MAX_WORKERS, refuse_secrets
+from flows.wishes import refuse_secrets
 from ptbin import catalog
 from ptbin.catalog.globs import root_of
 from ptbin.runs.record import new_run_id
@@ -33,14 +31,7 @@ from tasks.listing import make_plan, plan_of
 __all__ = ["convert"]
 
 
-@flow(
-    name="convert",
-    flow_run_name="{source} to {dest}",
-    # Wide enough for any `workers`; the fan-out itself never has more in flight than it was told.
-    task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
-    persist_result=False,
-)
-@takes(PLACES, CONVERT)
+@run_flow(PLACES, CONVERT)
 def convert(source: Text, dest: Text, **asked: Any) -> Any:
     """Convert every checkpoint below `source` into `dest`.
 

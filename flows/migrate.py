@@ -13,17 +13,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefect import flow
-from prefect.task_runners import ThreadPoolTaskRunner
-
 from flows.access import Running, RunSettings, join_run, running
 from flows.batches import cut, iter_batches
 from flows.conversion import Conversion
 from flows.fanout import quote
-from flows.forms import PLACES, Text, takes
+from flows.forms import PLACES, Text
 from flows.options import CONTENT, MIGRATE, chosen
+from flows.run_flow import run_flow
 from flows.stages import Stage, Stages
-from flows.wishes import MAX_WORKERS, build_options, refuse_secrets
+from flows.wishes import build_options, refuse_secrets
 from ptbin.catalog import Job, Problem
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import UsageError
@@ -312,17 +310,12 @@ def loss_lines(plan: Migration) -> list[str]:
     return lines
 
 
-@flow(
-    name="migrate",
-    flow_run_name="{source} to {dest}",
-    task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
-    persist_result=False,
-)
-@takes(PLACES, MIGRATE)
+@run_flow(PLACES, MIGRATE)
 def migrate(source: Text, dest: Text, **asked: Any) -> Any:
     """Bring the models of the registry `source` into the registry `dest`, as weights.
 
-    Ends Completed, or Failed where a version was rejected or failed that nobody acknowledged.
+    Returns its `RunResult`; ends Failed (`RunFailedError`) where a version was rejected or failed that nobody
+    acknowledged.
     """
     source, dest = os.fspath(source), os.fspath(dest)
     options = build_options(chosen(CONTENT, asked))

@@ -143,9 +143,7 @@ def finish_in_step(live: LiveRun, min_success: float | None = None) -> dict[str,
         live.listener.settled(
             Settled(problem.source, entry.outcome, reason=problem.reason, detail=problem.detail)
         )
-    tally.add_all(work.iter_current(), "up_to_date")
-    for job in work.iter_left_alone():
-        tally.add(job, Outcome(job.path, "left_alone", detail=_role(job)))
+    tally.add_untouched(work)
     live.listener.planned(0, 0, tally.count("up_to_date"))
     return _leave(live, plan, tally, alone)
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from prefect import flow
-from prefect.task_runners import ThreadPoolTaskRunner
-
 from flows.access import Running, RunSettings, join_run, running
 from flows.conversion import Conversion
-from flows.forms import PLACES, Text, takes
+from flows.forms import PLACES, Text
 from flows.options import RESTORE
 from flows.requests import restore_request
+from flows.run_flow import run_flow
 from flows.stages import Stage
-from flows.wishes import MAX_WORKERS, refuse_secrets, restore_options
+from flows.wishes import refuse_secrets, restore_options
 from ptbin import RestoreOptions, catalog
 from ptbin.runs.record import new_run_id
 from ptbin.runs.tally import Tally
@@ -42,13 +40,7 @@ class Restoration(Conversion):
         return Stage(restore_batch, "restore", values, self._settle_all, self._label)
 
 
-@flow(
-    name="restore",
-    flow_run_name="{source} to {dest}",
-    task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
-    persist_result=False,
-)
-@takes(PLACES, RESTORE)
+@run_flow(PLACES, RESTORE)
 def restore(source: Text, dest: Text, **asked: Any) -> Any:
     """Restore every set of weights below `source` into `dest`.
 

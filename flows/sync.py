@@ -13,18 +13,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from prefect import flow
-from prefect.task_runners import ThreadPoolTaskRunner
-
 from flows.access import Running, RunSettings, join_run, running
 from flows.batches import cut
 from flows.conversion import LOGGED, Conversion
 from flows.fanout import quote
-from flows.forms import PLACES, Text, takes
+from flows.forms import PLACES, Text
 from flows.options import SYNC
 from flows.requests import sync_request
+from flows.run_flow import run_flow
 from flows.stages import Stage, Stages, count_of
-from flows.wishes import MAX_WORKERS, refuse_secrets
+from flows.wishes import refuse_secrets
 from ptbin.catalog import Job, Problem
 from ptbin.catalog.checks import check_mirror
 from ptbin.catalog.plan import plan_deletions
@@ -213,13 +211,7 @@ class Synchronization(Conversion):
         return failed
 
 
-@flow(
-    name="sync",
-    flow_run_name="{source} to {dest}",
-    task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
-    persist_result=False,
-)
-@takes(PLACES, SYNC)
+@run_flow(PLACES, SYNC)
 def sync(source: Text, dest: Text, **asked: Any) -> Any:
     """Make `dest` a mirror of `source`: checkpoints converted, their companions copied.
 

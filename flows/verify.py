@@ -7,19 +7,19 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from prefect import flow, get_run_logger
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect import get_run_logger
 
 from flows.access import Running, RunSettings, join_run, running
 from flows.artifacts import Artifacts, verification_rows
 from flows.batches import plan_batches
 from flows.fanout import quote
-from flows.forms import DEST, Text, takes
+from flows.forms import DEST, Text
 from flows.notices import final_state, log_failures, state_message
 from flows.options import VERIFY
 from flows.prefect.orchestrator import await_server
+from flows.run_flow import run_flow
 from flows.stages import Stage, Stages, count_of
-from flows.wishes import MAX_WORKERS, refuse_secrets
+from flows.wishes import refuse_secrets
 from ptbin.options import VerifyLevel
 from ptbin.runs.outcomes import Outcome
 from ptbin.runs.record import new_run_id
@@ -34,13 +34,7 @@ __all__ = ["verify"]
 ARTIFACT_KEY = "ptbin-verify"
 
 
-@flow(
-    name="verify",
-    flow_run_name="{dest}",
-    task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
-    persist_result=False,
-)
-@takes([DEST], VERIFY)
+@run_flow([DEST], VERIFY)
 def verify(dest: Text, **asked: Any) -> Any:
     """Verify every manifest below `dest` at `level` (`checksum` or `load`), and what stands beside them.
 

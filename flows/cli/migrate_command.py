@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from flows.cli.destination import refuse_one_file
-from flows.cli.help import GroupedCommand, GroupedOption, PlaceType
-from flows.cli.options import takes
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import showing_progress
-from flows.cli.shared_options import Shared, shared_options
+from flows.cli.shared_options import Shared
 from flows.cli.summary import MIGRATE_KEYS, mapping_lines, migration_lines, tell_summary, untold
-from flows.options import CONTENT, MIGRATE, RUN, chosen
+from flows.cli.two_places import two_places
+from flows.options import CONTENT, MIGRATE, chosen
 from flows.wishes import build_options, refuse_secrets
 
 if TYPE_CHECKING:
@@ -45,18 +42,7 @@ Exit status: 0 all in step; 1 some versions were rejected or failed; 2 the call 
 wrong, nothing was written; 130 interrupted."""
 
 
-@click.command("migrate", epilog=EPILOG, cls=GroupedCommand)
-@click.argument("source", type=PlaceType())
-@click.argument("dest", type=PlaceType())
-@takes(MIGRATE)
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Print which version would become which, write nothing.",
-    cls=GroupedOption,
-    group=RUN,
-)
-@shared_options
+@two_places("migrate", MIGRATE, EPILOG, dry_run="Print which version would become which, write nothing.")
 def migrate_command(source: str, dest: str, dry_run: bool, **values: Any) -> int:
     """Bring the models of one registry into another, as weights."""
     asked = chosen(MIGRATE, values)

@@ -34,7 +34,6 @@ from ptbin.runs.result import RunResult
 from ptbin.runs.retrying import RETRIES, retry_delay
 from ptbin.runs.steps import publish_job, stage_job
 from ptbin.runs.tally import Tally
-from ptbin.sources.companions import companion_of
 from ptbin.stores import place_of
 
 __all__ = ["convert_directory"]
@@ -154,7 +153,7 @@ class _Run:
         self.tally.add_collisions(self.plan.problems)
         try:
             self._remember(self.plan.settle_unknown(self.tick))
-            self._count_current()
+            self.tally.add_untouched(self.work)
             self._convert_all(workers)
         except BaseException as error:
             self.tally.interrupted = not isinstance(error, Exception)
@@ -228,12 +227,6 @@ class _Run:
             return False
         return True
 
-    def _count_current(self) -> None:
-        self.tally.add_all(self.work.iter_current(), "up_to_date")
-        for job in self.work.iter_left_alone():
-            role = companion_of(job.path.rpartition("/")[2])
-            self.tally.add(job, Outcome(job.path, "left_alone", detail=role or ""))
-
     def _remember(self, rows: Iterable[FinishedRow]) -> None:
         self._rows.extend(rows)
         if len(self._rows) >= SEGMENT_ROWS:
@@ -250,9 +243,7 @@ class _Run:
     def _finish(self, *, remembers: bool) -> RunResult:
         """Leave the index, what is not converted, and the record."""
         tally, sides = self.tally, self.plan.sides
-        left = (job for job in self.work.iter_to_do() if job.path not in self._settled)
-        tally.add_all(left, "not_tried")
-        tally.add_all(self.work.iter_to_ask(), "not_tried")
+        tally.add_rest(self.work, self._settled)
         if self.reason:
             tally.run_problems.append(Problem(tally.dest, "run_stopped", self.reason))
         self._write_index()

@@ -10,14 +10,15 @@ is new.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ptbin.catalog import Job, Problem, is_rejection
+from ptbin.catalog.worklist import WorkList
 from ptbin.history.failures import Ledger
 from ptbin.runs.outcomes import Converted, Outcome
-from ptbin.sources.companions import is_companion
+from ptbin.sources.companions import companion_of, is_companion
 from ptbin.stores import identity_text
 
 __all__ = ["LISTED", "Entry", "Tally"]
@@ -106,6 +107,21 @@ class Tally:
             if self.counts[outcome] < LISTED:
                 self.entries.append(Entry(job.path, job.source_uri, job.source_size, outcome))
             self.counts[outcome] += 1
+
+    def add_untouched(self, work: WorkList) -> None:
+        """What the plan shows to be up to date, and what training leaves next to weights, by its name."""
+        self.add_all(work.iter_current(), "up_to_date")
+        for job in work.iter_left_alone():
+            self.add(
+                job, Outcome(job.path, "left_alone", detail=companion_of(job.path.rpartition("/")[2]) or "")
+            )
+
+    def add_rest(self, work: WorkList, settled: Collection[str]) -> None:
+        """What the run did not come to; `settled` are the paths of what it did."""
+        if len(settled) < work.to_do()[0]:
+            left = (job for job in work.iter_to_do() if job.path not in settled)
+            self.add_all(left, "not_tried")
+        self.add_all(work.iter_to_ask(), "not_tried")  # some, where the asking was cut short
 
     def add_collisions(self, problems: Iterable[Problem]) -> list[Entry]:
         return [
