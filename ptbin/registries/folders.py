@@ -311,8 +311,8 @@ class FolderRegistry(Registry):
             if name in staged and same_content(staging / name, folder / name):
                 continue
             raise OutputExistsError(
-                f"{(folder / name).uri}: a file of {item.size} bytes is there that no migration left so; move it "
-                "away, or choose another DEST"
+                f"{(folder / name).uri}: a file of {item.size} bytes is there that no migration left so; "
+                "move it away, or choose another DEST"
             )
 
     def _replace(self, record: ModelRecord, old: VersionRecord, new: Registration, folder: Place) -> None:
