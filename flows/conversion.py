@@ -32,6 +32,7 @@ from ptbin.runs.remembering import close_ledger, open_ledger
 from ptbin.runs.result import RunResult
 from ptbin.runs.tally import Tally
 from ptbin.runs.units import format_nbytes
+from tasks.assets import announce
 from tasks.batches import FULL_AFTER
 from tasks.converting import convert_and_verify_batch, convert_batch, verify_batch
 from tasks.listing import discard_unfinished, find_up_to_date, plan_of
@@ -292,15 +293,28 @@ class Conversion:
             flow_run_id=current_flow_run_id(),
             prefect_url=run_url(),
         )
-        live.summary.update(summary, task_runs=self.stages.task_runs + 1)  # the run record
         message, folder, report = summary["message"], summary["record"], summary["report"]
         link = link_of(report, live.dest_options) if report else None
+        self._announce_outputs(link)
+        live.summary.update(summary, task_runs=self.stages.task_runs + 1)  # the run record
         text = f"**{message}** in {summary['seconds']:.1f} s"
         self._show(text, folder, render_markdown(tally, summary, report, link))
         failures = [failure_line(entry) for entry in tally.problems]
         log_failures(self.logger, failures)
         text = state_message(message, failures, link or report)
         return final_state(RunResult.of(tally.kind, summary), text)
+
+    def _announce_outputs(self, link: str | None) -> None:
+        """Prefect's assets of what was made; a run that made nothing has none."""
+        tally = self.tally
+        if not (made := tally.made()):
+            return
+        counts = {name: tally.count(name) for name in ("converted", "up_to_date", "rejected", "failed")}
+        facts = {"run": tally.run_id, "kind": tally.kind, **counts}
+        try:
+            self.stages.task_runs += announce(tally.source, tally.place, facts, made, report=link)
+        except Exception as error:  # noqa: BLE001 - whatever Prefect's client comes to
+            self.logger.warning("asset events are missing: %s", type(error).__name__)
 
     def _show(self, message: str, folder: str, essence: str) -> None:
         """The artifacts. All that matters is done by now: an interrupt only shortens this."""

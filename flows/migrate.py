@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,8 +160,10 @@ class Migrating(Conversion):
         untried = {entry.path for entry in self.tally.entries if entry.outcome == "not_tried"}
         return self.memory.close_ledger(self.tally, untried)
 
-    def _recorded_selection(self) -> None:
-        """`ptbin status` is about checkpoints."""
+    def _recorded_selection(self) -> Mapping[str, Any]:
+        sides = self.registries
+        layouts = {"source_layout": sides.source_layout, "layout": sides.dest_layout}
+        return self.memory.selection() | layouts
 
     def run(self) -> None:
         for line in loss_lines(self.migration):

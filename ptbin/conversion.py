@@ -41,6 +41,7 @@ from ptbin.output_files import write_files
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import Selected, read_selected
 from ptbin.sources.opening import SourcePlace, find_source
+from ptbin.sources.pointers import refuse_pointer_at
 from ptbin.sources.sidecars import find_sidecars
 from ptbin.splice import iter_recipe, splice
 from ptbin.stores import (
@@ -293,6 +294,7 @@ def _prepared(
             for text_name, data in output.texts:
                 at.check(text_name, len(data), zlib.crc32(data))
             for sidecar, item in sidecars.items():
+                refuse_pointer_at(found.folder / item.path, item.size)
                 if sidecar != "config.json" or options.dtype is None:  # which then gets another size
                     at.check(sidecar, item.size)
             if options.provenance:

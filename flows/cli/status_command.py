@@ -60,17 +60,24 @@ def status_command(source: str, dest: str, mirrors: bool, **values: Any) -> int:
     shared = Shared.of(values)
     options = build_options(asked)
     include, exclude = tuple(asked["include"]), tuple(asked["exclude"])
+    from flows.version_status import last_migration, refuse_registries, version_status
     from ptbin.catalog.request import RunRequest
     from ptbin.history.status import last_request, status_of
 
+    refuse_registries(source, dest)
     places: dict[str, Any] = {"source_options": shared.source_options, "dest_options": shared.dest_options}
     request = RunRequest(source, dest, options, naming=asked["naming"], include=include, exclude=exclude)
     if mirrors:
         request = replace(request, kind="sync", include=(), copied=include)
-    run = ""
-    if not _is_asked(("mirrors", *asked)) and (found := last_request(source, dest, **places)) is not None:
-        request, run = found
-    status = status_of(request, run=run, **places)
+    run, migration = "", None
+    if not _is_asked(("mirrors", *asked)):
+        migration = last_migration(source, dest, **places)
+        if migration is None and (found := last_request(source, dest, **places)) is not None:
+            request, run = found
+    if migration is not None:
+        status = version_status(migration, **places)
+    else:
+        status = status_of(request, run=run, **places)
     if shared.as_json:
         print_json(_to_json(source, dest, status))
     elif not shared.quiet:
@@ -90,10 +97,12 @@ def _to_json(source: str, dest: str, status: Status) -> dict[str, Any]:
     return {
         "source": public_uri(source),
         "dest": public_uri(dest),
+        "kind": status.kind,
         "as_run": status.run,
         "in_step": status.is_in_step,
         "counts": status.counts,
         "oldest_unconverted": status.oldest,
+        "idle_acknowledgements": status.idle,
         **{kind: status.listed.get(kind, []) for kind in KINDS},
     }
 
@@ -112,6 +121,9 @@ def _lines(status: Status) -> list[str]:
         lines += ["", f"{kind}:", *(f"  {_row(row)}" for row in listed[:SHOWN_ROWS])]
         if status.counts[kind] > SHOWN_ROWS:
             lines.append(f"  ... and {status.counts[kind] - SHOWN_ROWS:,} more")
+    if status.idle:
+        lines += ["", "acknowledged to no effect:"]
+        lines += [f"  {row['path']}, until {row['until']}: {row['why']}" for row in status.idle[:SHOWN_ROWS]]
     if status.oldest is not None:
         lines += ["", f"oldest unconverted: {status.oldest['path']}, since {_day(status.oldest['since'])}"]
     lines += ["", "all in step" if status.is_in_step else "not in step"]

@@ -29,8 +29,8 @@ from ptbin.proof.digests import OnePass, digest_file
 from ptbin.proof.verification import difference_of
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import read_selected
-from ptbin.sources.companions import MAX_POINTER_NBYTES, refuse_pointer
 from ptbin.sources.opening import SourcePlace, find_source
+from ptbin.sources.pointers import MAX_POINTER_NBYTES, refuse_pointer
 from ptbin.sources.sidecars import change_of
 from ptbin.splice import splice
 from ptbin.stores import ObjectStat, Place, RangeReader, Where, Writer, identity_text, place_of

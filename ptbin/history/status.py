@@ -37,14 +37,18 @@ class Status:
     """What was found. Lists hold the first `MAX_LISTED` of what is counted.
 
     Attributes:
+        run: the run that was asked what this was asked; empty where nobody was.
+        kind: of the run that would bring both in step.
         counts: by kind. `new`: never converted; `changed`: converted from another state or by other options;
             `failed`, `refused`: as the last run left them, and nothing has changed; `known`: those of them
             that are acknowledged; `orphaned`: outputs whose source is gone.
         listed: by kind, one JSON-able row each.
         oldest: of what is not converted, the path and since when it waits, where that is known.
+        idle: what is acknowledged to no effect, and why.
     """
 
     run: str = ""
+    kind: str = "convert"
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
             (
@@ -56,6 +60,7 @@ class Status:
     )
     listed: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     oldest: dict[str, str] | None = None
+    idle: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def is_in_step(self) -> bool:
@@ -67,6 +72,22 @@ class Status:
         rows = self.listed.setdefault(kind, [])
         if len(rows) < MAX_LISTED:
             rows.append({name: value for name, value in row.items() if value})
+
+    def add_failure(self, ledger: Ledger, row: Unconverted, kind: str) -> None:
+        """Count what fails as `kind`, or as `known` where it is acknowledged."""
+        facts = {"path": row.path, "reason": row.reason, "detail": row.detail, "since": row.since}
+        if (known := ledger.acknowledgement(row)) is not None:
+            self.add("known", **facts, because=known.because, until=known.until)
+        else:
+            self.add(kind, **facts)
+            self.waits(row.path, row.waits_since)
+
+    def note_idle(self, ledger: Ledger) -> None:
+        """Say what is acknowledged to no effect."""
+        self.idle = [
+            {"path": item.path, "because": item.because, "until": item.until, "why": why}
+            for item, why in ledger.idle()
+        ]
 
     def waits(self, path: str, since: str) -> None:
         if since and (self.oldest is None or since < self.oldest["since"]):
@@ -140,7 +161,7 @@ def status_of(
             now=now,
             there=work.own_files,
         )
-        status = Status(run)
+        status = Status(run, request.kind)
         status.counts["up_to_date"] = work.count_current()
         status.counts["skipped"] = work.entries.counts.total()
         status.counts["left_alone"] = sum(1 for _ in work.iter_left_alone())
@@ -148,6 +169,7 @@ def status_of(
             _place(status, work, ledger, job)
         for problem in plan.problems:
             _refuse(status, ledger, problem)
+        status.note_idle(ledger)
         if not request.include and _is_whole_place(request.source, source_options):
             for gone in plan.iter_gone():
                 status.add("orphaned", path=gone.output)
@@ -160,7 +182,7 @@ def _place(status: Status, work: WorkList, ledger: Ledger, job: Job) -> None:
     row = ledger.before.get(job.source_uri)
     if row is not None and row.state == state:
         if row.is_failure:
-            _add_failure(status, ledger, row, "failed")
+            status.add_failure(ledger, row, "failed")
         else:
             status.counts["left_alone" if row.outcome == "left_alone" else "not_checkpoints"] += 1
         return
@@ -178,16 +200,7 @@ def _refuse(status: Status, ledger: Ledger, problem: Problem) -> None:
     if row is None or row.reason != problem.reason:
         path = problem.source.removeprefix(f"{ledger.root.rstrip('/')}/")
         row = Unconverted(problem.source, path, ledger.root, "", "rejected", problem.reason, problem.detail)
-    _add_failure(status, ledger, replace(row, detail=problem.detail), "refused")
-
-
-def _add_failure(status: Status, ledger: Ledger, row: Unconverted, kind: str) -> None:
-    facts = {"path": row.path, "reason": row.reason, "detail": row.detail, "since": row.since}
-    if (known := ledger.acknowledgement(row)) is not None:
-        status.add("known", **facts, because=known.because, until=known.until)
-    else:
-        status.add(kind, **facts)
-        status.waits(row.path, row.waits_since)
+    status.add_failure(ledger, replace(row, detail=problem.detail), "refused")
 
 
 def _is_whole_place(source: str, source_options: Mapping[str, Any] | None) -> bool:
