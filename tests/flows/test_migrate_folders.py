@@ -68,10 +68,12 @@ def record(dest: Path, model: str = "net") -> dict[str, Any]:
 
 
 def files(dest: Path) -> set[str]:
+    """All but the runs' own: records, leases, the list of what is not converted."""
+    own = {"runs", "leases", "unconverted.jsonl"}
     return {
         path.relative_to(dest).as_posix()
         for path in dest.rglob("*")
-        if path.is_file() and "/_ptbin/runs/" not in path.as_posix() and "leases" not in path.parts
+        if path.is_file() and not ("_ptbin" in path.parts and own.intersection(path.parts))
     }
 
 
