@@ -17,10 +17,10 @@ from flows.cli.app import run as run_command
 from ptbin.catalog import cases
 from ptbin.catalog.request import RunRequest
 from ptbin.catalog.worklist import WorkList
+from ptbin.runs.outcomes import Outcome
 from ptbin.stores.faults import fault
 from tasks.batches import batch_task
 from tasks.live import LiveRun, Ticket, open_live_run
-from tasks.outcomes import Outcome
 
 Captured = pytest.CaptureFixture[str]
 
