@@ -23,6 +23,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .peers
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# Without byte code of 37,000 modules, 35 s of a core: those that are imported get theirs then.
+INSTALL := $(PIP) install --no-compile $(PIP_ARGS) --constraint constraints.txt
 SOURCES := $(shell find ptbin tasks flows deployments -type f ! -name '*.pyc')
 
 # The packages lie in the top folder, where Python would find them before the installed ones. -P (here by
@@ -46,16 +48,16 @@ $(VENV)/.created:
 # What ptbin itself needs, which is all that `make demo` installs: anew only when the requirements change.
 # hatchling first, so that the build of our own wheel takes the pinned one and not whatever is newest.
 $(VENV)/.base: $(VENV)/.created pyproject.toml constraints.txt
-	$(PIP) install $(PIP_ARGS) --constraint constraints.txt hatchling
-	$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation .
+	$(INSTALL) hatchling
+	$(INSTALL) --no-build-isolation .
 	@touch $@
 
 # What the tests and checks need on top: other people's writers and readers, servers, linters.
 $(VENV)/.requirements: $(VENV)/.base
-	$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation '.[dev,interop,dask,ray,deployments,mlflow,hub,signing,aws,gcp,otlp]'
+	$(INSTALL) --no-build-isolation '.[dev,interop,dask,ray,deployments,mlflow,hub,signing,aws,gcp,otlp]'
 	@# DeepSpeed comes as source; its setup imports torch, and files beside it (hence no -P). Without it the
 	@# tests on real ZeRO folders are skipped.
-	-env -u PYTHONSAFEPATH DS_BUILD_OPS=0 $(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation deepspeed
+	-env -u PYTHONSAFEPATH DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation deepspeed
 	@touch $@
 
 # Not editable: what is tested is what a user gets.
@@ -160,16 +162,17 @@ postgres-packages:
 	  echo "no postgresql, and not root: the tests of the deployments will be skipped"; \
 	fi
 
-# promtool, which checks deployments/monitoring: unpacked into the environment, because the package would start a server.
+# Prometheus with promtool, and its Pushgateway, for the tests of deployments/monitoring: unpacked into the environment,
+# because the packages would start servers.
 prometheus-packages: $(VENV)/.created
-	@if [ -x $(VENV)/prometheus/usr/bin/promtool ] || command -v promtool >/dev/null; then :; \
+	@if [ -x $(VENV)/prometheus/usr/bin/promtool ] && [ -x $(VENV)/prometheus/usr/bin/prometheus-pushgateway ]; then :; \
 	elif command -v apt-get >/dev/null && command -v dpkg >/dev/null; then \
-	  echo "fetching promtool (for the tests of the alert rules)"; \
-	  { folder=$$(mktemp -d) && (cd $$folder && apt-get download prometheus) \
-	    && dpkg -x $$folder/prometheus_*.deb $(VENV)/prometheus && rm -r $$folder; } >/dev/null 2>&1 \
+	  echo "fetching prometheus and prometheus-pushgateway (for the tests of metrics, board and alert rules)"; \
+	  { folder=$$(mktemp -d) && (cd $$folder && apt-get download prometheus prometheus-pushgateway) \
+	    && for package in $$folder/*.deb; do dpkg -x $$package $(VENV)/prometheus; done && rm -r $$folder; } >/dev/null 2>&1 \
 	    || echo "not to be had here: those tests will be skipped"; \
 	else \
-	  echo "no promtool here: the tests of the alert rules will be skipped"; \
+	  echo "no apt-get here: tests of metrics on a real Prometheus will be skipped"; \
 	fi
 
 # A browser for the tests of the report and for the screenshots of demo-deploy.
@@ -186,7 +189,7 @@ browser-packages:
 # The site, with the references made from the command line's own help and the docstrings. What is installed is
 # what they are made from.
 $(VENV)/.docs: $(VENV)/.base
-	$(PIP) install $(PIP_ARGS) --constraint constraints.txt --no-build-isolation '.[docs]'
+	$(INSTALL) --no-build-isolation '.[docs]'
 	@touch $@
 
 docs: $(VENV)/.docs $(VENV)/.installed

@@ -52,6 +52,7 @@ REASONS = {
     "example_inputs": "example inputs of the program",
     "padding": "padding of flat partitions or of vocabularies",
     "summed": "summed over ranks; the tensor of this name is computed, not copied",
+    "scaled": "multiplied by a number on each rank; the tensor of this name is computed, not copied",
     "averaged": "averaged over ranks, which differ; the tensor of this name is computed, not copied",
     "scaling_state": "scaling factors of Transformer Engine, which each rank keeps for itself",
     "unreferenced": "a record of the archive that no pickle names",

@@ -249,10 +249,14 @@ def write_layers(
     layers: Mapping[int, Mapping[str, torch.Tensor]],
     ranks: int,
     *,
-    count: int,
+    count: int | None = None,
     summed: bool = False,
+    optimizer: Mapping[str, Any] | None = None,
 ) -> None:
-    """Layer files of so many tensor-parallel ranks. `summed`: biases of row-parallel layers are summands."""
+    """Layer files of so many tensor-parallel ranks. `summed`: biases of row-parallel layers are summands.
+
+    `count` blocks are what the training arguments say; `optimizer` is what the model states keep of it.
+    """
     folder.mkdir(parents=True)
     for layer, state in layers.items():
         for rank in range(ranks):
@@ -270,9 +274,9 @@ def write_layers(
     for rank in range(ranks):
         states = {
             "module": None,
-            "args": argparse.Namespace(num_layers=count),
+            "args": argparse.Namespace(lr=0.1, **({"num_layers": count} if count else {})),
             "global_steps": 3,
-            "optimizer": None,
+            "optimizer": optimizer,
         }
         torch.save({**states, "mp_world_size": ranks}, folder / f"mp_rank_{rank:02d}_model_states.pt")
         torch.save(

@@ -23,16 +23,15 @@ import ptbin
 from flows.cli import app
 from flows.remembering import close_ledger, open_ledger
 from flows.run_record import record_files, record_folder
-from flows.selection import Selection
 from flows.tally import Tally
-from ptbin.catalog import OutputRule
 from ptbin.catalog.finished import write_segment
-from ptbin.catalog.worklist import WorkList
+from ptbin.catalog.plan import Plan
+from ptbin.catalog.request import RunRequest
 from ptbin.errors import CheckpointError, NotACheckpointError
 from ptbin.history.failures import Ledger, acknowledge, write_unconverted
 from ptbin.history.metrics import render_metrics
 from ptbin.history.records import iter_runs
-from ptbin.history.status import Question, Status, question_of_last_run, status_of
+from ptbin.history.status import Status, last_request, status_of
 from ptbin.options import ConvertOptions
 from ptbin.stores import open_store, place_of
 from ptbin.stores.local import LocalStore
@@ -68,11 +67,12 @@ class Store:
         self.number += 1
         run_id = f"{self.now:%Y%m%dT%H%M%SZ}-{self.number:08x}"
         tally = Tally(run_id, str(self.source), str(self.dest), ledger=Ledger(now=self.now))
-        rule = OutputRule(str(self.dest))
-        with contextlib.closing(WorkList(str(self.dest))) as work:
-            problems = work.plan(str(self.source), rule, OPTIONS)
-            open_ledger(tally, work)
-            tally.add_collisions(problems)
+        request = RunRequest(str(self.source), str(self.dest), OPTIONS)
+        with contextlib.closing(Plan(request)) as plan:
+            plan.make()
+            work = plan.work
+            open_ledger(tally, plan)
+            tally.add_collisions(plan.problems)
             tally.add_all(work.iter_current(), "up_to_date")
             jobs = list(work.iter_to_do())
             rows = []
@@ -81,7 +81,7 @@ class Store:
                 if facts is not None and facts.index_row is not None:
                     rows.append(replace(facts.index_row, manifest=work.relative_manifest(job)))
             write_segment(place_of(self.dest), run_id, rows)
-            left = close_ledger(tally, work, Selection(), {job.path for job in jobs})
+            left = close_ledger(tally, plan, {job.path for job in jobs})
             write_unconverted(str(self.dest), left or [])
         summary = tally.summary(60.0)
         files = record_files(
@@ -89,7 +89,7 @@ class Store:
             summary,
             options=OPTIONS.to_json() | {"verify": "checksum"},
             flow_run_id=None,
-            selection=Selection().to_json(rule),
+            selection=request.selection(),
             ended=self.now + timedelta(minutes=1),
         )
         store, folder = open_store(record_folder(str(self.dest), run_id))
@@ -114,8 +114,9 @@ class Store:
 
     def status(self) -> Status:
         """As of the coming afternoon."""
-        question = question_of_last_run(str(self.source), str(self.dest)) or Question()
-        return status_of(str(self.source), str(self.dest), question, now=self.now + timedelta(hours=12))
+        places = str(self.source), str(self.dest)
+        request, run = last_request(*places) or (RunRequest(*places), "")
+        return status_of(request, run=run, now=self.now + timedelta(hours=12))
 
     def metrics(self) -> dict[tuple[str, ...], float]:
         """By name, outcome and reason."""
@@ -246,7 +247,7 @@ def test_status_costs_a_listing_and_the_index_and_lists_no_more_than_it_shows(
         store.put(f"later{number}.pt")
     monkeypatch.setattr("ptbin.history.status.MAX_LISTED", 2)
     with registered("counting", CountingStore(LocalStore())) as counting:
-        status = status_of(str(store.source), f"counting://{store.dest}", Question(), now=store.now)
+        status = status_of(RunRequest(str(store.source), f"counting://{store.dest}"), now=store.now)
     assert (status.counts["up_to_date"], status.counts["new"], status.counts["failed"]) == (6, 5, 1)
     assert len(status.listed["new"]) == 2
     assert counting.count("list") == 1

@@ -46,7 +46,9 @@ def _zero(folder: Path, stage: int) -> None:
 
 def _layers(folder: Path) -> None:
     model = {n: t for n, t in rank_model().items() if n in ("norm.weight", "up.bias")}
-    write_layers(folder, {0: {"a": torch.randn(4)}, 1: model, 2: model}, 1, count=2)
+    layers = {0: {"a": torch.randn(4)}, 1: model, 2: model}
+    groups = [{"params": [0, 1, 2]}, {"params": [3, 4]}]
+    write_layers(folder, layers, 1, optimizer={"state": {}, "param_groups": groups})
 
 
 KINDS: dict[str, Callable[[Path], Any]] = {

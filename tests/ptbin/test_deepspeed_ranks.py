@@ -6,6 +6,7 @@ Real ones, and what DeepSpeed's own tools make of them, are in `test_deepspeed_r
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,9 +95,32 @@ def _of_rank_1(change: Callable[[dict[str, Any]], object]) -> Callable[[int, dic
     return apply
 
 
-def _scaled(_: int, states: dict[str, Any]) -> None:
-    entry = states["universal_checkpoint_info"]["affine_map"]["params"][r"^grouped\.weight$"]
-    entry["ranks"][0]["pieces"][0]["scale"] = 0.5
+def _scaled_by(scale: Any, moved: float = 0.0) -> Callable[[int, dict[str, Any]], None]:
+    """The norm as a row-parallel layer keeps its bias: on every rank, divided by the number of ranks."""
+
+    def change(rank: int, states: dict[str, Any]) -> None:
+        norm = states["module"]["norm.weight"]
+        states["module"]["norm.weight"] = norm * scale + moved * rank if isinstance(scale, float) else norm
+        piece = {"shape": [5], "source": [0, [1]], "dest": [0, [1]], "locations": [0, 1], "scale": scale}
+        ranks = {n: {"shard_shape": [5], "pieces": [dict(piece)]} for n in range(2)}
+        params = states["universal_checkpoint_info"]["affine_map"]["params"]
+        params[r"^norm\.weight$"] = {"logical_shape": [5], "ranks": ranks}
+
+    return change
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_scaled_copies_are_computed_as_torch_does(tmp_path: Path, dtype: torch.dtype) -> None:
+    def change(rank: int, states: dict[str, Any]) -> None:
+        states["module"] = {name: tensor.to(dtype) for name, tensor in states["module"].items()}
+        _scaled_by(1 / 3)(rank, states)
+
+    whole = write_ranks(tmp_path / "run", 2, change)
+    found, manifest = converted(tmp_path / "run")
+    expected = whole["norm.weight"].to(dtype) * (1 / 3) / (1 / 3)
+    assert_same_tensors({"norm.weight": found["norm.weight"]}, {"norm.weight": expected})
+    told = {row["role"]: row["reason"] for row in manifest["left_out"]}
+    assert "computed, not copied" in told["scaled"]
 
 
 def _shifted(_: int, states: dict[str, Any]) -> None:
@@ -141,7 +165,10 @@ REFUSED: list[tuple[Any, type[PtbinError], str]] = [
     (_info(tp_replicated_parameter_patterns=[".*.*.*.*x"]), UnsupportedFormatError, "long to match"),
     (_info(tp_replicated_parameter_patterns=["("]), UnsupportedFormatError, "not a pattern"),
     (_info(sub_param_shard_widths={}), CorruptArchiveError, "widths of the sub-parameters of 'qkv.weight'"),
-    (_scaled, UnsupportedTensorError, "scaled"),
+    (_scaled_by(0.5, 1.0), IncompleteCheckpointError, "'norm.weight' should be the same in mp_rank_00"),
+    (_scaled_by(0.0), CorruptArchiveError, "scaled by 0.0"),
+    (_scaled_by(float("nan")), CorruptArchiveError, "scaled by nan"),
+    (_scaled_by("a half"), CorruptArchiveError, "scaled by a half"),
     (_shifted, CorruptArchiveError, "'grouped.weight' overlap"),
     (lambda _, s: s.pop("universal_checkpoint_info"), IncompleteCheckpointError, "nothing says how 2 parts"),
 ]
@@ -272,14 +299,84 @@ def test_gpt_neox_without_a_pipeline_has_one_file_for_each_rank(tmp_path: Path) 
     assert_same_tensors(found, state)
 
 
-@pytest.mark.parametrize("layer", [0, 2, 3, 5])
-def test_a_missing_layer_is_named(tmp_path: Path, layer: int) -> None:
-    write_layers(tmp_path / "run", _neox()[1], 2, count=2)
-    for rank in range(2):
-        (tmp_path / "run" / f"layer_{layer:02d}-model_{rank:02d}-model_states.pt").unlink()
+def _without(folder: Path, layer: int) -> None:
+    for path in folder.glob(f"layer_{layer:02d}-*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("count", [2, None])
+@pytest.mark.parametrize("layer", [0, 2, 3, 5, 6])
+def test_a_missing_layer_is_named(tmp_path: Path, layer: int, count: int | None) -> None:
+    write_layers(tmp_path / "run", _neox()[1], 2, count=count)
+    _without(tmp_path / "run", layer)
     with pytest.raises(
         IncompleteCheckpointError, match=f"layer_{layer:02d}-model_00-model_states.pt is missing"
     ):
+        converted(tmp_path / "run")
+
+
+@pytest.mark.parametrize("layer", [1, 3, 4, 6])
+def test_a_missing_layer_of_bloom_is_named(tmp_path: Path, layer: int) -> None:
+    write_layers(tmp_path / "run", _bloom()[1], 2)
+    _without(tmp_path / "run", layer)
+    with pytest.raises(
+        IncompleteCheckpointError, match=f"layer_{layer:02d}-model_00-model_states.pt is missing"
+    ):
+        converted(tmp_path / "run")
+
+
+def _mixed_layers() -> dict[int, dict[str, torch.Tensor]]:
+    """A pipeline of no known family."""
+    g = torch.Generator().manual_seed(8)
+    rows = {0: 3, 1: 4, 2: 5, 4: 6}
+    return {
+        layer: {"weight": torch.randn(n, 2, generator=g), "bias": torch.ones(n)} for layer, n in rows.items()
+    }
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "parameters": {"state": {}, "param_groups": [{"params": list(range(6))}, {"params": [6, 7]}]},
+    "elements": {"fp32_groups_flat": [torch.zeros(50), torch.zeros(4)], "optimizer_state_dict": {}},
+}
+
+
+@pytest.mark.parametrize("told", OPTIMIZERS)
+def test_an_optimizer_shows_that_all_layers_are_here(tmp_path: Path, told: str) -> None:
+    write_layers(tmp_path / "run", _mixed_layers(), 1, optimizer=OPTIMIZERS[told])
+    found, _ = converted(tmp_path / "run")
+    expected = {f"{n}.{name}": t for n, own in _mixed_layers().items() for name, t in own.items()}
+    assert_same_tensors(found, expected)
+    for layer in _mixed_layers():
+        shutil.copytree(tmp_path / "run", tmp_path / f"{layer}" / "run")
+        _without(tmp_path / f"{layer}" / "run", layer)
+        with pytest.raises(IncompleteCheckpointError, match=rf"has \d+ {told}, the layers \d+\): if "):
+            converted(tmp_path / f"{layer}" / "run")
+
+
+@pytest.mark.parametrize("layer", [0, 2, 4])
+def test_layers_that_nothing_counts_are_taken_with_parts(tmp_path: Path, layer: int) -> None:
+    write_layers(tmp_path / "run", _mixed_layers(), 1)
+    with pytest.raises(IncompleteCheckpointError, match=r"if layer_03-.* or layer_05-.* is missing"):
+        converted(tmp_path / "run")
+    _without(tmp_path / "run", layer)
+    named = 3 if layer == 4 else layer  # behind the last one: the next number
+    with pytest.raises(IncompleteCheckpointError, match=f"layer_{named:02d}-model_00-model_states"):
+        converted(tmp_path / "run")
+    assert len(converted(tmp_path / "run", parts=True)[0]) == 6
+
+
+def test_missing_model_states_of_a_stage_are_named(tmp_path: Path) -> None:
+    write_layers(tmp_path / "run", _neox()[1], 2, count=2)
+    (tmp_path / "run" / "mp_rank_01_model_states.pt").unlink()
+    with pytest.raises(IncompleteCheckpointError, match=r"mp_rank_01_model_states\.pt is missing of 2"):
+        converted(tmp_path / "run")
+
+
+def test_model_states_of_another_step_are_named(tmp_path: Path) -> None:
+    write_layers(tmp_path / "run", _neox()[1], 2, count=2)
+    path = tmp_path / "run" / "mp_rank_01_model_states.pt"
+    torch.save({**torch.load(path, weights_only=False), "global_steps": 4}, path)
+    with pytest.raises(IncompleteCheckpointError, match=r"mp_rank_01_model_states\.pt says global_steps 4"):
         converted(tmp_path / "run")
 
 

@@ -102,12 +102,13 @@ class SmallTensors:
         with np.errstate(all="ignore"):
             found = np.zeros(parts[0].tensor.shape, wide)
             for part in parts:
-                found = self._rounded(found + self.numbers(part.tensor).astype(wide), dtype)
+                found = self.rounded(found + self.numbers(part.tensor).astype(wide), dtype)
             if mean:
                 found = (found / wide.type(len(parts))).astype(wide)
         return self.tensor(name, found, dtype)
 
-    def _rounded(self, numbers: np.ndarray[Any, Any], dtype: DType) -> np.ndarray[Any, Any]:
+    def rounded(self, numbers: np.ndarray[Any, Any], dtype: DType) -> np.ndarray[Any, Any]:
+        """The numbers as the type has them, in the width that they came in."""
         import numpy as np
 
         if dtype.name == "bfloat16":

@@ -2,7 +2,8 @@
 
 Source: deepspeed/checkpoint/affine.py (`ParamAffineMap`, version 1, 0.19). A piece gives its shape, and
 offset
-and strides on both sides; blocks that several ranks hold have to be equal. A scale is arithmetic and refused.
+and strides on both sides; blocks that several ranks hold have to be equal. Of a map with a scale (a bias that
+every rank holds divided by the number of ranks) the numbers are computed, as `rebuild` does.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from dataclasses import replace
 from typing import Any
 
 from ptbin.errors import CorruptArchiveError, UnsupportedTensorError
-from ptbin.merging.tiles import Box, Part
+from ptbin.merging.tiles import Box, Part, plain_part
 from ptbin.merging.views import View, view_of
+from ptbin.reading.containers.part_files import PartFiles
 from ptbin.values.nodes import DictNode
-from ptbin.values.tensors import dense_strides
+from ptbin.values.tensors import TensorRef, dense_strides
 
-__all__ = ["whole_of_pieces"]
+__all__ = ["is_scaled", "scaled_whole", "whole_of_pieces"]
 
 MAX_EXTENT = 1 << 48
 MAX_PIECES = 1 << 16
@@ -31,13 +33,9 @@ def whole_of_pieces(
 
     Raises:
         CorruptArchiveError: the map and the shards contradict each other.
-        UnsupportedTensorError: scaled pieces, or pieces that are no blocks of rows and columns.
+        UnsupportedTensorError: pieces that are no blocks of rows and columns.
     """
-    what = f"{where}: affine map of {name[:200]!r}"
-    shape = _sizes(entry.get("logical_shape") if isinstance(entry, DictNode) else None, what)
-    ranks = dict(_pairs(entry.get("ranks"), what))
-    if sorted(ranks, key=str) != sorted(range(len(parts)), key=str):
-        raise CorruptArchiveError(f"{what} is over {len(ranks)} ranks, {len(parts)} are there")
+    what, shape, ranks = _read(name, parts, entry, where)
     boxes: list[Box] = []
     copies: dict[tuple[Any, ...], list[tuple[View, str]]] = {}
     for rank, part in enumerate(parts):
@@ -55,7 +53,7 @@ def whole_of_pieces(
             raise CorruptArchiveError(f"{what}: no list of pieces")
         held = 0
         for piece in pieces:
-            extent, at, start = _piece(piece, shape, own, what)
+            extent, at, start, _ = _piece(piece, shape, own, what)
             held += math.prod(extent)
             if 0 in extent:
                 continue
@@ -79,14 +77,91 @@ def whole_of_pieces(
     return View(parts[0].tensor.dtype, shape, tuple(boxes)), groups
 
 
+def is_scaled(entry: Any) -> bool:
+    """Whether some rank holds a block of the parameter multiplied by a number."""
+    rows = [row for _, row in ranks.pairs] if isinstance(ranks := _get(entry, "ranks"), DictNode) else []
+    pieces = [piece for row in rows for piece in _listed(_get(row, "pieces"))]
+    return any(_get(piece, "scale") not in (None, 1, 1.0) for piece in pieces)
+
+
+def scaled_whole(files: PartFiles, name: str, parts: Sequence[Part], entry: Any, where: str) -> TensorRef:
+    """The parameter whose blocks the ranks hold scaled, computed: small tensors, in memory.
+
+    Raises:
+        CorruptArchiveError: the map and the shards contradict each other, or leave gaps.
+        IncompleteCheckpointError: ranks hold different numbers for one block.
+        UnsupportedTensorError: tensors of no floating numbers. LimitExceededError: more than fit in memory.
+    """
+    import numpy as np
+
+    what, shape, ranks = _read(name, parts, entry, where)
+    first = parts[0].tensor
+    for part in parts:
+        plain_part(part, name)
+        if not files.small.can_read(part.tensor) or part.tensor.dtype != first.dtype:
+            raise UnsupportedTensorError(f"{part.home}: {name[:200]!r} is scaled and of other numbers")
+    if math.prod(shape) > sum(part.tensor.numel for part in parts):
+        raise CorruptArchiveError(f"{what}: the shards are less than {list(shape)}")
+    if not files.small.fits(*(part.tensor for part in parts), *(part.tensor for part in parts)):
+        files.small.refuse_more(name)
+    wide = "f8" if first.dtype.name == "float64" else "f4"
+    whole, holder = np.zeros(shape, wide), np.full(shape, -1, np.int32)
+    for rank, part in enumerate(parts):
+        own = _sizes(_get(ranks[rank], "shard_shape"), what)
+        if math.prod(own) != part.tensor.numel:
+            raise CorruptArchiveError(f"{what} gives {part.home} a shard of {list(own)}")
+        shard = files.small.numbers(part.tensor).astype(wide).reshape(own)
+        for piece in _listed(_get(ranks[rank], "pieces")):
+            extent, at, start, scale = _piece(piece, shape, own, what)
+            here = tuple(slice(a, a + n) for a, n in zip(at, extent, strict=True))
+            found = shard[tuple(slice(a, a + n) for a, n in zip(start, extent, strict=True))]
+            if scale != 1:
+                with np.errstate(all="ignore"):
+                    found = files.small.rounded(found / found.dtype.type(scale), first.dtype)
+            known = holder[here]
+            if (known >= 0).any() and not ((known >= 0).all() and found.tobytes() == whole[here].tobytes()):
+                other = parts[int(known.max())].home
+                files.refuse(f"{name[:200]!r} should be the same in {other} and {part.home}, and differs")
+            whole[here] = found
+            holder[here] = rank
+    if (holder < 0).any():
+        raise CorruptArchiveError(f"{what} leaves gaps")
+    made = files.small.tensor(name, whole, first.dtype)
+    files.storages[f"computed/{name}"] = made.storage
+    for part in parts:
+        files.leave(part.home, [part.tensor], "scaled")
+    return made
+
+
+def _read(
+    name: str, parts: Sequence[Part], entry: Any, where: str
+) -> tuple[str, tuple[int, ...], dict[Any, Any]]:
+    """For messages; the parameter's shape; what each rank holds."""
+    what = f"{where}: affine map of {name[:200]!r}"
+    shape = _sizes(_get(entry, "logical_shape"), what)
+    ranks = dict(_pairs(_get(entry, "ranks"), what))
+    if sorted(ranks, key=str) != sorted(range(len(parts)), key=str):
+        raise CorruptArchiveError(f"{what} is over {len(ranks)} ranks, {len(parts)} are there")
+    return what, shape, ranks
+
+
+def _get(node: Any, key: str) -> Any:
+    return node.get(key) if isinstance(node, DictNode) else None
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) and len(value) <= MAX_PIECES else ()
+
+
 def _piece(
     piece: Any, shape: tuple[int, ...], shard: tuple[int, ...], what: str
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Extent, start in the whole and start in the shard."""
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], float]:
+    """Extent, start in the whole, start in the shard, and the scale of the shard's numbers."""
     if not isinstance(piece, DictNode):
         raise CorruptArchiveError(f"{what}: a piece that is none")
-    if piece.get("scale") not in (None, 1, 1.0):
-        raise UnsupportedTensorError(f"{what}: a piece is scaled, which is arithmetic and not merged")
+    scale = piece.get("scale", 1.0)
+    if type(scale) not in (int, float) or not math.isfinite(scale) or not scale:
+        raise CorruptArchiveError(f"{what}: a piece is scaled by {str(scale)[:40]}")
     extent = _sizes(piece.get("shape"), what)
     starts = []
     for side, of in (("source", shape), ("dest", shard)):
@@ -112,7 +187,7 @@ def _piece(
                 f"{what}: a piece of {list(extent)} at {found[0]} lies outside of {list(of)}"
             )
         starts.append(tuple(start))
-    return extent, starts[0], starts[1]
+    return extent, starts[0], starts[1], float(scale)
 
 
 def _sizes(value: Any, what: str) -> tuple[int, ...]:

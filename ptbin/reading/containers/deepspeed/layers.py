@@ -1,11 +1,11 @@
 """DeepSpeed's pipelines: a file for each layer and tensor-parallel rank, `layer_03-model_00-model_states.pt`.
 
 Each is a flat state dict of its layer; names here are those of DeepSpeed's `PipelineModule`, the number of
-the
-layer before the name (`3.attention.dense.weight`). How tensor-parallel ranks make a whole say
+the layer before the name (`3.attention.dense.weight`). How tensor-parallel ranks make a whole say
 `universal_checkpoint_info` or the names of GPT-NeoX and Bloom (`deepspeed_rules`). Layers without weights may
-have no file, so that only these are missed: one that the model states name (`param_shapes`) or count
-(`num_layers` of the training arguments), a rank of a layer, one among layers that are alike.
+have no file. That all are here is shown by names in the model states (`param_shapes`), by the training
+arguments' `num_layers` and where a known family keeps its layers, or by an optimizer that trains as much as
+the layers hold; a folder of which nothing shows it is refused.
 
 The optimizer's files belong to the checkpoint and are not opened: the weights are whole without them. Costs:
 the index of each file, and small tensors that are summed over ranks.
@@ -31,12 +31,14 @@ from ptbin.values.tensors import TensorRef
 __all__ = ["read_deepspeed_layers"]
 
 MAX_LAYERS = 1 << 16
+MAX_SHOWN = 3
 _RANK = re.compile(r"^model_(\d+)$")
 # Which layers there are for `num_layers` blocks, by what only one family's blocks are called: the numbers
-# before, of and behind the blocks (GPT-NeoX's gpt2_model.py, Megatron-DeepSpeed's gpt_model.py).
+# before, of and behind the blocks (GPT-NeoX's gpt2_model.py, Megatron-DeepSpeed's gpt_model.py), and that of
+# a head, which only models have whose embeddings are not tied.
 _FAMILIES = (
-    ("self_attention.query_key_value.weight", (1,), 3, (4,)),
-    ("attention.query_key_value.weight", (0,), 2, (3,)),
+    ("self_attention.query_key_value.weight", (1,), 3, 4, None),
+    ("attention.query_key_value.weight", (0,), 2, 3, 4),
 )
 
 
@@ -106,7 +108,11 @@ def _refuse_missing_stage(files: PartFiles, roots: list[tuple[str, DictNode]]) -
         degrees = root.get("checkpoint_parallel_dimensions")
         degrees = degrees if isinstance(degrees, DictNode) else DictNode()
         found = [degrees.get(key) for key in ("pp_degree", "tp_degree")]
-        count = math.prod(found) if all(type(n) is int and 0 < n < MAX_LAYERS for n in found) else 0
+        if not all(type(n) is int and 0 < n < MAX_LAYERS for n in found):
+            found = (
+                [size] if type(size := root.get("mp_world_size")) is int and 0 < size < MAX_LAYERS else [0]
+            )
+        count = math.prod(found)
         absent = [f"mp_rank_{n:02d}_model_states.pt" for n in range(min(count, MAX_LAYERS))]
         absent = [other for other in absent if other not in files.reader.names]
         if absent:
@@ -129,20 +135,61 @@ def _refuse_missing(
     held: dict[int, list[DictNode]],
     roots: list[DictNode],
 ) -> None:
+    """Refuse where a layer is known to be missing, or nothing shows that the first and the last are here."""
     some = next(iter(layers.values()))
-    wanted = dict.fromkeys(_named_layers(roots))
-    wanted.update(dict.fromkeys(_counted_layers(roots, held)))
-    # Blocks are alike and follow one another.
-    alike: dict[tuple[str, ...], list[int]] = {}
-    for layer, nodes in held.items():
-        alike.setdefault(tuple(nodes[0].by_name()), []).append(layer)
-    for names, found in alike.items():
-        if names and len(found) > 2:
-            wanted.update(dict.fromkeys(range(found[0], found[-1])))
+    named = list(_named_layers(roots))
+    of_family, head = _family_layers(roots, held)
+    wanted = dict.fromkeys((*named, *of_family))
     missing = sorted(layer for layer in wanted if layer not in layers)
     if missing:
         name = _name_of(missing[0], 0, some)
         files.refuse(f"{name} is missing ({len(missing)} layers in all); fetch the folder again, whole")
+    trained, here = _trained(roots), _tensors_in(held)
+    is_shown = named or trained in here or (of_family and (head is None or head in layers))
+    if is_shown or files.folder.parts:
+        return
+    absent = [number for number in range(max(layers) + 2) if number not in layers]
+    doubtful = " or ".join(_name_of(n, 0, some) for n in dict.fromkeys((*absent[:MAX_SHOWN], absent[-1])))
+    if trained:
+        why = f"the optimizer has {trained[1]} {trained[0]}, the layers {dict(here)[trained[0]]}"
+    elif of_family:
+        why = "nothing says whether the head is tied to the embedding"
+    else:
+        why = "neither the model states nor the training arguments name or count layers"
+    files.refuse(
+        f"nothing shows that these {len(layers)} layers are all ({why}): if {doubtful} is missing, fetch it; "
+        "if these are all, take them with --parts"
+    )
+
+
+def _trained(roots: list[DictNode]) -> tuple[str, int] | None:
+    """What the optimizers of all stages and ranks say of how much they train."""
+    elements = parameters = 0
+    for root in roots:
+        optimizer = root.get("optimizer")
+        optimizer = optimizer if isinstance(optimizer, DictNode) else DictNode()
+        flat, groups = optimizer.get("fp32_groups_flat"), optimizer.get("param_groups")
+        if isinstance(flat, list) and all(isinstance(tensor, TensorRef) for tensor in flat):
+            elements += sum(tensor.numel for tensor in flat)
+        elif isinstance(groups, list):
+            own = [group.get("params") for group in groups if isinstance(group, DictNode)]
+            parameters += sum(len(numbers) for numbers in own if isinstance(numbers, list))
+        else:
+            return None
+    if bool(elements) == bool(parameters):
+        return None
+    return ("elements", elements) if elements else ("parameters", parameters)
+
+
+def _tensors_in(held: dict[int, list[DictNode]]) -> list[tuple[str, int]]:
+    tensors = [
+        value
+        for nodes in held.values()
+        for node in nodes
+        for _, value in node.pairs
+        if isinstance(value, TensorRef)
+    ]
+    return [("elements", sum(tensor.numel for tensor in tensors)), ("parameters", len(tensors))]
 
 
 def _named_layers(roots: list[DictNode]) -> Iterator[int]:
@@ -156,21 +203,33 @@ def _named_layers(roots: list[DictNode]) -> Iterator[int]:
                     yield int(first)
 
 
-def _counted_layers(roots: list[DictNode], held: dict[int, list[DictNode]]) -> Iterator[int]:
-    """Layers of a family of models that the training arguments count."""
+def _family_layers(roots: list[DictNode], held: dict[int, list[DictNode]]) -> tuple[list[int], int | None]:
+    """Layers of a family of models, told by the names of its blocks, and where a head would be.
+
+    The training arguments count the blocks. Where they do not, there are as many as the layers behind them
+    leave room for: one more than the last one here, or not.
+    """
+    for telling, before, first, behind, head in _FAMILIES:
+        blocks = [layer for layer, nodes in held.items() if telling in nodes[0].by_name()]
+        if blocks:
+            least = max(blocks) - first + 1
+            stated = _stated_count(roots)
+            counts = [stated] if stated is not None else [least, least + 1]
+            found = [[*before, *range(first, first + count), count + behind] for count in counts]
+            heads = [None if head is None else count + head for count in counts]
+            best = min(range(len(counts)), key=lambda n: len({*found[n]} ^ ({*held} - {heads[n]})))
+            return found[best], heads[best]
+    return [], None
+
+
+def _stated_count(roots: list[DictNode]) -> int | None:
     for root in roots:
         for key in ("args", "neox_args"):
             arguments = mapping_of(root.get(key))
             count = arguments.get("num_layers") if arguments is not None else None
-            if type(count) is not int or not 0 < count < MAX_LAYERS:
-                continue
-            names = {name for nodes in held.values() for name in nodes[0].by_name()}
-            for telling, before, first, behind in _FAMILIES:
-                if telling in names:
-                    yield from before
-                    yield from range(first, first + count)
-                    yield from (count + place for place in behind)
-                    break
+            if type(count) is int and 0 < count < MAX_LAYERS:
+                return count
+    return None
 
 
 def _rules(

@@ -7,17 +7,34 @@ names
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ptbin.errors import CorruptArchiveError, IncompleteCheckpointError
+from ptbin.errors import CorruptArchiveError
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
 from ptbin.reading.containers.deepspeed.models import mapping_in
-from ptbin.reading.containers.deepspeed.rules import merge_states, rules_of, tensor_ranks_of
+from ptbin.reading.containers.deepspeed.rules import Rules, merge_states, rules_of, tensor_ranks_of
 from ptbin.reading.containers.part_files import PartFiles
 from ptbin.sources.deepspeed_names import MODEL_STATES
 from ptbin.values.nodes import DictNode
 
-__all__ = ["read_deepspeed_ranks"]
+__all__ = ["Ranks", "merge_model_states", "model_ranks", "read_deepspeed_ranks"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Model states of all tensor-parallel ranks, put together.
+
+    Attributes:
+        names: of the files, in the order of the ranks.
+        root: of the first one; its `module` is the whole.
+        rules: by which it was put together.
+    """
+
+    names: Sequence[str]
+    root: DictNode
+    rules: Rules
 
 
 def read_deepspeed_ranks(folder: Folder) -> Checkpoint:
@@ -27,42 +44,54 @@ def read_deepspeed_ranks(folder: Folder) -> Checkpoint:
         IncompleteCheckpointError: a rank is missing or of another save; nothing says how slices make a whole.
     """
     files = PartFiles(folder)
-    reader = files.reader
+    ranks = merge_model_states(files, model_ranks(files))
+    return files.checkpoint("deepspeed_ranks", ranks.root, preferred="module")
+
+
+def model_ranks(files: PartFiles) -> dict[int, str]:
+    """Tensor-parallel rank to the name of its model states."""
     ranks: dict[int, str] = {}
-    for name in reader.names:
+    for name in files.reader.names:
         match = MODEL_STATES.match(name)
         if match is None:
             continue
         if match["rank"] is not None:
             files.refuse(
-                f"{name} is of ZeRO stage 3, whose parameters lie in the *_optim_states.pt files; "
-                "convert the "
-                "folder with those files in it"
+                f"{name} is of ZeRO stage 3, whose parameters lie in the *_optim_states.pt files; convert "
+                "the folder with those files in it"
             )
         ranks[int(match["mp"])] = name
+    return ranks
+
+
+def merge_model_states(files: PartFiles, ranks: Mapping[int, str]) -> Ranks:
+    """Open the files and merge their `module`.
+
+    Raises: as `read_deepspeed_ranks`.
+    """
     missing = [number for number in range(max(ranks) + 1) if number not in ranks]
     if missing:
-        raise IncompleteCheckpointError(
-            f"{files.uri}: mp_rank_{missing[0]:02d}_model_states.pt is missing of {max(ranks) + 1} "
-            "ranks or more; "
-            "fetch the folder again, whole"
+        files.refuse(
+            f"mp_rank_{missing[0]:02d}_model_states.pt is missing of {max(ranks) + 1} ranks or more; fetch "
+            "the folder again, whole"
         )
     names = [ranks[number] for number in sorted(ranks)]
     roots = [_opened(files, name, len(names)) for name in names]
-    rules = rules_of(files, roots[0], names[0], folder.recipe)
+    rules = rules_of(files, roots[0], names[0], files.folder.recipe)
     buffers = roots[0].get("buffer_names")
     buffer_names = (
         set(buffers) if isinstance(buffers, list) and all(type(b) is str for b in buffers) else set()
     )
     module: DictNode = roots[0].get("module")
-    states = [(name, _mapping(root.get("module"))) for name, root in zip(names, roots, strict=True)]
-    module.pairs = merge_states(files, states, rules, buffer_names)
+    if len(roots) > 1:
+        states = [(name, _mapping(root.get("module"))) for name, root in zip(names, roots, strict=True)]
+        module.pairs = merge_states(files, states, rules, buffer_names)
     for name, root in zip(names[1:], roots[1:], strict=True):
         files.leave(name, [root.get("optimizer")], "optimizer")
         files.leave(
             name, [value for key, value in root.pairs if key not in ("module", "optimizer")], "trainer_state"
         )
-    return files.checkpoint("deepspeed_ranks", roots[0], preferred="module")
+    return Ranks(names, roots[0], rules)
 
 
 def _mapping(module: DictNode) -> dict[Any, Any]:

@@ -19,7 +19,7 @@ from ptbin.merging.recipes import Merge
 from ptbin.merging.shipped import find_recipe
 from ptbin.merging.tiles import Part
 from ptbin.merging.views import View, concatenated, view_of
-from ptbin.reading.containers.deepspeed.affine_maps import whole_of_pieces
+from ptbin.reading.containers.deepspeed.affine_maps import is_scaled, scaled_whole, whole_of_pieces
 from ptbin.reading.containers.merges import merge_parts, take_first, total_of
 from ptbin.reading.containers.part_files import PartFiles
 from ptbin.reading.containers.patterns import Patterns
@@ -183,6 +183,8 @@ def merge_ranks(
         )
     pattern = rules.affine_patterns.find(name)
     if pattern is not None and rules.affine is not None:
+        if is_scaled(rules.affine.get(pattern)):
+            return scaled_whole(files, name, parts, rules.affine.get(pattern), rules.where)
         whole, copies = whole_of_pieces(name, parts, rules.affine.get(pattern), rules.where)
         tensor = _without_padding(files, name, parts, whole, rules)
         for group in copies:
