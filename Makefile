@@ -6,7 +6,7 @@
 #   make test-quick  a part of it: no servers, no processes, nothing that takes seconds; 60 s on two cores
 #   make check       ruff, mypy, import rules
 #   make bench       whole-process measurements; writes docs/benchmarks*.md (about 12 GB of disk, BENCH_DIR;
-#                    16 GB of memory for the part on S3)
+#                    16 GB of memory for the part on S3, which is `make bench-s3` by itself)
 #   make test-slow   the suite with its slow part (archives beyond 4 GiB, every kill, automations)
 #   make test-stores the contract of stores on Google's and Azure's storage (emulated) and on sftp
 #   make docs        the documentation as a site, in site/ (installs MkDocs; no test needs it)
@@ -32,7 +32,7 @@ SOURCES := $(shell find ptbin tasks flows deployments -type f ! -name '*.pyc')
 # demo and bench do without: -P would hide a script's own neighbours too.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install demo docs test test-quick test-slow test-stores check bench bench-peers s3-server s3-packages store-packages browser-packages postgres-packages prometheus-packages demo-deploy clean
+.PHONY: install demo docs test test-quick test-slow test-stores check bench bench-s3 bench-peers s3-server s3-packages store-packages browser-packages postgres-packages prometheus-packages demo-deploy clean
 
 install: $(VENV)/.requirements $(VENV)/.installed
 
@@ -102,6 +102,10 @@ bench: install bench-peers s3-packages
 	for part in run.py "formats.py --report docs/benchmarks-formats.md" restore.py flow.py "s3.py --peers $(PEERS)"; do \
 	  env -u PYTHONSAFEPATH $(BIN)/python benchmarks/$$part $(if $(BENCH_DIR),--work-dir $(BENCH_DIR)) || status=1; \
 	done; exit $$status
+
+# S3's part alone: half an hour on a machine that does nothing else.
+bench-s3: install bench-peers s3-packages
+	env -u PYTHONSAFEPATH $(BIN)/python benchmarks/s3.py --peers $(PEERS) $(if $(BENCH_DIR),--work-dir $(BENCH_DIR))
 
 # Other people's tools to compare with, beside .venv because awscli pins other versions of what ptbin needs;
 # mergekit without its requirements, of which its loader needs those that .venv has. What cannot be had is left

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import ptbin
+from ptbin.errors import NotFoundInStoreError, VerificationError
 from ptbin.manifests.vouching import Standing
 from ptbin.options import ConvertOptions
 from ptbin.stores import place_of
@@ -57,9 +58,10 @@ TRANSFERS: list[tuple[str, str, str, str, Go, tuple[int, int, int]]] = [
     ("a small checkpoint, S3 to S3", "small", "s3", "s3", _convert, (2, 2, 0)),
     ("a small checkpoint, S3 to local", "small", "s3", "local", _convert, (1, 0, 0)),
     ("a small checkpoint, local to S3", "small", "local", "s3", _convert, (1, 2, 0)),
-    ("a small file, S3 to S3", "small", "s3", "s3", _copy, (2, 1, 0)),
+    # S3 answers a PUT with the MD5 of what it got: nothing is read back.
+    ("a small file, S3 to S3", "small", "s3", "s3", _copy, (1, 1, 0)),
     ("a small file, S3 to local", "small", "s3", "local", _copy, (1, 0, 0)),
-    ("a small file, local to S3", "small", "local", "s3", _copy, (1, 1, 0)),
+    ("a small file, local to S3", "small", "local", "s3", _copy, (0, 1, 0)),
     # The end with the index, the pickle, the weights; the state of the source when all was read.
     ("a large checkpoint, S3 to local", "large", "s3", "local", _convert, (3, 0, 1)),
     # The proof reads by 4 MiB.
@@ -101,3 +103,21 @@ def test_no_transfer_asks_more_than_it_needs(
     assert reads <= most[0], dict(sent)
     assert writes <= most[1], dict(sent)
     assert others <= most[2], dict(sent)
+
+
+def test_a_copy_that_arrived_otherwise_is_removed(
+    moto_s3: S3Endpoint, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = S3Client.send
+
+    async def damaging(self: S3Client, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        if method == "put_object":
+            parameters["Body"][100] ^= 1
+        return await send(self, method, parameters)
+
+    monkeypatch.setattr(S3Client, "send", damaging)
+    dest = place_of(f"s3://{moto_s3.make_bucket()}/x.pt", moto_s3.storage_options)
+    with pytest.raises(VerificationError, match="not what was written; removed"):
+        copy_file(place_of(checkpoints["small"]), dest)
+    with pytest.raises(NotFoundInStoreError):
+        dest.stat()
