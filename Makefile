@@ -3,10 +3,10 @@
 #   make demo        train small models, convert them through the Prefect flow, look at the results
 #   make demo-deploy a server, a worker and a schedule on loopback; pictures of the UI
 #   make test        the test suite, against the installed packages
-#   make test-quick  a part of it: no servers, no processes; about 100 s on two cores
+#   make test-quick  a part of it: no servers, no processes, nothing that takes seconds; 60 s on two cores
 #   make check       ruff, mypy, import rules
 #   make bench       whole-process measurements; writes docs/benchmarks*.md (about 12 GB of disk, BENCH_DIR;
-#                    16 GB of memory for the part on S3)
+#                    16 GB of memory for the part on S3, which is `make bench-s3` by itself)
 #   make test-slow   the suite with its slow part (archives beyond 4 GiB, every kill, automations)
 #   make test-stores the contract of stores on Google's and Azure's storage (emulated) and on sftp
 #   make docs        the documentation as a site, in site/ (installs MkDocs; no test needs it)
@@ -32,7 +32,7 @@ SOURCES := $(shell find ptbin tasks flows deployments -type f ! -name '*.pyc')
 # demo and bench do without: -P would hide a script's own neighbours too.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install demo docs test test-quick test-slow test-stores check bench bench-peers s3-server s3-packages store-packages browser-packages postgres-packages prometheus-packages demo-deploy clean
+.PHONY: install demo docs test test-quick test-slow test-stores check bench bench-s3 bench-peers s3-server s3-packages store-packages browser-packages postgres-packages prometheus-packages demo-deploy clean
 
 install: $(VENV)/.requirements $(VENV)/.installed
 
@@ -80,9 +80,9 @@ TEST_PROCESSES ?= 4
 test: install s3-packages browser-packages postgres-packages prometheus-packages
 	$(BIN)/python -m pytest $(if $(PYTEST_ARGS),$(PYTEST_ARGS),-n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder)
 
-# What starts neither a server nor a process: the loop while working on the engine.
+# What starts neither a server nor a process and takes no seconds: the loop while working on the engine.
 test-quick: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not starts_processes and not starts_servers" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not thorough and not starts_processes and not starts_servers" $(PYTEST_ARGS)
 
 test-slow: install s3-packages browser-packages postgres-packages prometheus-packages
 	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
@@ -102,6 +102,10 @@ bench: install bench-peers s3-packages
 	for part in run.py "formats.py --report docs/benchmarks-formats.md" restore.py flow.py "s3.py --peers $(PEERS)"; do \
 	  env -u PYTHONSAFEPATH $(BIN)/python benchmarks/$$part $(if $(BENCH_DIR),--work-dir $(BENCH_DIR)) || status=1; \
 	done; exit $$status
+
+# S3's part alone: half an hour on a machine that does nothing else.
+bench-s3: install bench-peers s3-packages
+	env -u PYTHONSAFEPATH $(BIN)/python benchmarks/s3.py --peers $(PEERS) $(if $(BENCH_DIR),--work-dir $(BENCH_DIR))
 
 # Other people's tools to compare with, beside .venv because awscli pins other versions of what ptbin needs;
 # mergekit without its requirements, of which its loader needs those that .venv has. What cannot be had is left

@@ -158,8 +158,8 @@ def _stopped_summary(
 ) -> dict[str, Any]:
     """That of a run that was stopped while it was still looking at what there is to do."""
     from flows.migrate import MigrationTally
-    from flows.tally import Tally
     from ptbin.catalog import Problem
+    from ptbin.runs.tally import Tally
 
     make = MigrationTally if name == "migrate" else Tally
     tally = make(live.run_id, parameters["source"], parameters["dest"], kind=name)

@@ -140,9 +140,7 @@ class Store(ABC):
 
     def read_bytes(self, path: str, *, limit: int = READ_BYTES_LIMIT) -> bytes:
         """A whole small object. Raises LimitExceededError where it is larger than `limit` bytes."""
-        with self.open_reader(path) as reader:
-            refuse_too_large(reader.uri, reader.size, limit)
-            return reader.read(0, reader.size)
+        return self.read_identified(path, limit=limit)[0]
 
     def read_identified(self, path: str, *, limit: int = READ_BYTES_LIMIT) -> tuple[bytes, Identity]:
         """A whole small object, and which state of it that is; errors as `read_bytes`."""

@@ -6,6 +6,7 @@ source is pinned: what arrives is one state of it, or nothing.
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ Progress = Callable[[int], None]
 Change = Callable[[bytes], bytes]
 CHUNK_NBYTES = 1 << 20
 SMALL_NBYTES = 256 * 1024
+ONE_PUT_NBYTES = 8 << 20
+"""What S3 takes in one request, and then answers with its MD5 for an ETag (where no key of KMS is used)."""
 MAX_CHANGED_NBYTES = 16 << 20
 FORCE = "move it away, choose another DEST, or replace it with --force"
 
@@ -56,7 +59,8 @@ def copy_file(
         may_replace: asked whether the file at `dest` may be replaced, by its identity as a text; one that
             holds the same bytes stays in any case. None: whatever is there is replaced.
         advice: what to do about a file that may not be, for the message.
-        verify: read what was streamed back and compare; a store's own copies are compared by their size.
+        verify: read what was streamed back and compare, unless the store answered with the MD5 of what it
+            got; a store's own copies are compared by their size.
 
     Raises:
         OutputExistsError: another file is there.
@@ -81,14 +85,12 @@ def copy_file(
                 reader.check_unchanged()
                 return _write_bytes(wanted, dest, verify=verify)
         try:
-            crc32, copied, identity = _write(reader, dest, progress, copies=True)
+            sent = _write(reader, dest, progress, copies=True)
         except CopyRefused:
-            crc32, copied, identity = _write(reader, dest, progress, copies=False)
-        size = reader.size
-    if verify and not _arrived(dest, size, crc32, progress):
-        dest.delete()
-        raise VerificationError(f"{dest.uri}: not what was written; removed")
-    return Copied(size, copied, identity or dest.stat().identity)
+            sent = _write(reader, dest, progress, copies=False)
+    if verify:
+        _check_arrival(sent, dest, progress)
+    return Copied(sent.size, sent.copied_nbytes, sent.identity or dest.stat().identity)
 
 
 def find_in_place(
@@ -124,18 +126,27 @@ def find_in_place(
     return same
 
 
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """What was written; `crc32` is None where it did not come through here, `md5` empty where it is large."""
+
+    size: int
+    crc32: int | None
+    md5: str
+    copied_nbytes: int
+    identity: Identity | None
+
+
 def _write_bytes(data: bytes, dest: Place, *, verify: bool) -> Copied:
     identity = dest.write_bytes(data)
-    if verify and not _arrived(dest, len(data), zlib.crc32(data), None):
-        dest.delete()
-        raise VerificationError(f"{dest.uri}: not what was written; removed")
+    if verify:
+        md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        _check_arrival(_Sent(len(data), zlib.crc32(data), md5, 0, identity), dest, None)
     return Copied(len(data), 0, identity or dest.stat().identity, changed=True)
 
 
-def _write(
-    reader: RangeReader, dest: Place, progress: Progress | None, *, copies: bool
-) -> tuple[int | None, int, Identity | None]:
-    """CRC-32 of what came through here (None: it did not), bytes copied elsewhere, the state stored."""
+def _write(reader: RangeReader, dest: Place, progress: Progress | None, *, copies: bool) -> _Sent:
+    md5 = hashlib.md5(usedforsecurity=False) if reader.size <= ONE_PUT_NBYTES else None
     with dest.open_writer(size_hint=reader.size, copies=copies) as writer:
         parts = [Part(0, reader.size, False)]
         if copies and reader.size and writer.moves_from(reader):
@@ -149,13 +160,24 @@ def _write(
                 continue
             for piece in reader.iter_range(part.start, part.nbytes):
                 crc32 = zlib.crc32(piece, crc32) if crc32 is not None else None
+                if md5 is not None:
+                    md5.update(piece)
                 writer.write(piece)
                 if progress is not None:
                     progress(len(piece))
         writer.settle()
         reader.confirm()
         writer.commit()
-        return crc32, writer.bytes_copied, writer.identity
+        digest = md5.hexdigest() if md5 is not None and crc32 is not None else ""
+        return _Sent(reader.size, crc32, digest, writer.bytes_copied, writer.identity)
+
+
+def _check_arrival(sent: _Sent, dest: Place, progress: Progress | None) -> None:
+    if sent.md5 and sent.identity == Identity("etag", sent.md5):
+        return
+    if not _arrived(dest, sent.size, sent.crc32, progress):
+        dest.delete()
+        raise VerificationError(f"{dest.uri}: not what was written; removed")
 
 
 def _arrived(dest: Place, size: int, crc32: int | None, progress: Progress | None) -> bool:

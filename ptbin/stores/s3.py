@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import AccessDeniedError, NotFoundInStoreError, PtbinError, StorageError, UsageError
@@ -74,10 +73,7 @@ class S3Store(Store):
         return ObjectStat(self.uri_of(path), answer["ContentLength"], Identity("etag", etag_of(answer)))
 
     def _head(self, path: str) -> dict[str, Any]:
-        bucket, key = self.client.split(path)
-        uri = self.uri_of(path)
-        if not key:
-            raise NotFoundInStoreError(f"cannot read {uri}: it is a bucket, not an object")
+        uri, (bucket, key) = self.uri_of(path), self._key_of(path)
         try:
             return self.client.call("head_object", "read", uri, Bucket=bucket, Key=key)
         except NotFoundInStoreError:
@@ -140,12 +136,14 @@ class S3Store(Store):
 
         A second request (HEAD) where the object is empty, or the server ignores ranges.
         """
-        bucket, key = self.client.split(path)
         uri = self.uri_of(path)
-        if not key:
-            raise NotFoundInStoreError(f"cannot read {uri}: it is a bucket, not an object")
+
+        def accept(nbytes: int) -> None:
+            if nbytes > TAIL_NBYTES:
+                raise StorageError(f"cannot read {uri}: the server ignores ranges")
+
         try:
-            answer, tail = self.client.repeated(partial(self._get_tail, uri, bucket, key))
+            tail, answer = self._get(path, accept, Range=f"bytes=-{TAIL_NBYTES}")
         except NotFoundInStoreError:
             raise
         except StorageError as error:
@@ -162,23 +160,32 @@ class S3Store(Store):
             tail,
         )
 
-    async def _get_tail(self, uri: str, bucket: str, key: str) -> tuple[dict[str, Any], bytes]:
-        answers: list[dict[str, Any]] = []
-        blocks: list[bytes] = []
+    def _get(self, path: str, accept: Callable[[int], None], **how: Any) -> tuple[bytes, dict[str, Any]]:
+        """One GET of an object, whose answer is one state of it; `accept` refuses too many bytes."""
+        uri, (bucket, key) = self.uri_of(path), self._key_of(path)
 
-        def accept(answer: dict[str, Any]) -> None:
-            answers.append(answer)
-            if answer["ContentLength"] > TAIL_NBYTES:
-                raise StorageError(f"cannot read {uri}: the server ignores ranges")
+        async def get() -> tuple[bytes, dict[str, Any]]:
+            answers: list[dict[str, Any]] = []
+            blocks: list[bytes] = []
 
-        await self.client.fetch(
-            "read", uri, accept, blocks.append, Bucket=bucket, Key=key, Range=f"bytes=-{TAIL_NBYTES}"
-        )
-        tail = b"".join(blocks)
-        if len(tail) != answers[0]["ContentLength"]:
-            came = f"{len(tail)} of {answers[0]['ContentLength']} bytes came"
-            raise StorageError(f"cannot read {uri}: {came}", transient=True)
-        return answers[0], tail
+            def begin(answer: dict[str, Any]) -> None:
+                answers.append(answer)
+                accept(answer["ContentLength"])
+
+            await self.client.fetch("read", uri, begin, blocks.append, Bucket=bucket, Key=key, **how)
+            data, size = b"".join(blocks), answers[0]["ContentLength"]
+            if len(data) != size:
+                raise StorageError(f"cannot read {uri}: {len(data)} of {size} bytes came", transient=True)
+            return data, answers[0]
+
+        return self.client.repeated(get)
+
+    def _key_of(self, path: str) -> tuple[str, str]:
+        """The bucket and the key of an object that is to be read."""
+        bucket, key = self.client.split(path)
+        if not key:
+            raise NotFoundInStoreError(f"cannot read {self.uri_of(path)}: it is a bucket, not an object")
+        return bucket, key
 
     def open_reader(self, path: str, *, expected: Identity | None = None) -> S3Reader:
         """By `look`."""
@@ -233,31 +240,10 @@ class S3Store(Store):
             return None
         return int.from_bytes(digest, "big") if len(digest) == 4 else None
 
-    def read_bytes(self, path: str, *, limit: int = READ_BYTES_LIMIT) -> bytes:
-        return self.read_identified(path, limit=limit)[0]
-
     def read_identified(self, path: str, *, limit: int = READ_BYTES_LIMIT) -> tuple[bytes, Identity]:
-        """One GET: whole answers come from one state of the object, so nothing needs pinning."""
-        bucket, key = self.client.split(path)
-        uri = self.uri_of(path)
-        if not key:
-            raise NotFoundInStoreError(f"cannot read {uri}: it is a bucket, not an object")
-
-        async def get() -> tuple[bytes, Identity]:
-            answers: list[dict[str, Any]] = []
-            blocks: list[bytes] = []
-
-            def accept(answer: dict[str, Any]) -> None:
-                answers.append(answer)
-                refuse_too_large(uri, answer["ContentLength"], limit)
-
-            await self.client.fetch("read", uri, accept, blocks.append, Bucket=bucket, Key=key)
-            data, size = b"".join(blocks), answers[0]["ContentLength"]
-            if len(data) != size:
-                raise StorageError(f"cannot read {uri}: {len(data)} of {size} bytes came", transient=True)
-            return data, Identity("etag", etag_of(answers[0]))
-
-        return self.client.repeated(get)
+        """One GET: nothing needs pinning."""
+        data, answer = self._get(path, lambda nbytes: refuse_too_large(self.uri_of(path), nbytes, limit))
+        return data, Identity("etag", etag_of(answer))
 
     def delete(self, path: str) -> None:
         bucket, key = self.client.split(path)

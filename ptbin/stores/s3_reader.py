@@ -39,8 +39,10 @@ __all__ = ["S3Reader", "S3Stat", "etag_of"]
 SCATTER_NBYTES = 32 * MIB
 """A request of a transfer to a place that takes bytes in any order: nothing is kept, so it may be large."""
 SCATTERS = 6
-ROOM_BLOCKS = 32
-"""Blocks that were received and wait to be written: at most a mebibyte each."""
+HANDED_OVER_NBYTES = 1 * MIB
+"""Blocks go from the loop to the thread that writes them so many bytes at a time: waking it costs."""
+ROOM = 24
+"""So many of these may wait to be written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +245,8 @@ class _Scattering:
     def __init__(self, fetch: Fetch, reached: list[int], write_at: WriteAt) -> None:
         self.future: Future[None] | None = None
         self.finished = False
+        self.received: list[bytes] = []
+        self.received_nbytes = 0
         self.jobs: list[tuple[Piece, int]] = []
         for piece in fetch.pieces:
             self.jobs.append((piece, reached[piece.index]))
@@ -273,22 +277,30 @@ class _Arrivals:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._room = asyncio.Semaphore(ROOM_BLOCKS)
-        self._queue: SimpleQueue[tuple[_Scattering, bytes | None]] = SimpleQueue()
+        self._room = asyncio.Semaphore(ROOM)
+        self._queue: SimpleQueue[tuple[_Scattering, list[bytes], bool]] = SimpleQueue()
 
     async def put(self, scattering: _Scattering, block: bytes) -> None:
-        await self._room.acquire()
-        self._queue.put((scattering, block))
+        scattering.received.append(block)
+        scattering.received_nbytes += len(block)
+        if scattering.received_nbytes >= HANDED_OVER_NBYTES:
+            await self._room.acquire()
+            self._hand_over(scattering, last=False)
+
+    def _hand_over(self, scattering: _Scattering, *, last: bool) -> None:
+        self._queue.put((scattering, scattering.received, last))
+        scattering.received, scattering.received_nbytes = [], 0
 
     def end(self, scattering: _Scattering, _: Future[None]) -> None:
-        self._queue.put((scattering, None))
+        self._hand_over(scattering, last=True)
 
     def all_of(self, awaited: _Scattering) -> Iterator[tuple[int, int, int]]:
         """Write what comes until all of `awaited` has come; its ranges, as `scatter` yields them."""
         while not awaited.finished:
-            scattering, block = self._queue.get()
-            if block is not None:
+            scattering, blocks, last = self._queue.get()
+            for block in blocks:
                 scattering.consume(block)
+            if not last:
                 self._loop.call_soon_threadsafe(self._room.release)
                 continue
             assert scattering.future is not None

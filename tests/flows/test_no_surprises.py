@@ -20,10 +20,10 @@ from flows.prefect.child import OrchestratorError
 from ptbin.catalog import cases
 from ptbin.catalog.request import RunRequest
 from ptbin.catalog.worklist import WorkList
+from ptbin.runs.outcomes import Outcome
 from ptbin.stores.faults import fault
 from tasks.batches import batch_task
 from tasks.live import LiveRun, Ticket, open_live_run
-from tasks.outcomes import Outcome
 
 Captured = pytest.CaptureFixture[str]
 

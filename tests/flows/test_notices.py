@@ -18,9 +18,9 @@ from flows.notices import MAX_LISTED_FAILURES, failure_line, state_message
 from flows.prefect.orchestrator import Orchestrator
 from flows.report_link import link_of, served_at
 from flows.report_markdown import render_markdown
-from flows.run_record import new_run_id
-from flows.tally import Entry, Tally
 from ptbin.errors import UsageError
+from ptbin.runs.record import new_run_id
+from ptbin.runs.tally import Entry, Tally
 from tasks.assets import asset_of
 from tasks.live import LiveRun, open_live_run
 from tests.servers.endpoint import S3Endpoint
@@ -98,6 +98,7 @@ def test_task_runs_say_which_files_failed(source: Path, tmp_path: Path, server: 
     assert not any(message and "rejected" in message for message in quiet)
 
 
+@pytest.mark.starts_processes
 def test_what_a_run_made_is_an_asset_with_its_source(
     good_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +11,16 @@ import pytest
 import torch
 
 import ptbin
+from ptbin.errors import NotFoundInStoreError, VerificationError
 from ptbin.manifests.vouching import Standing
 from ptbin.options import ConvertOptions
 from ptbin.stores import place_of
 from ptbin.stores.copying import copy_file
 from ptbin.stores.s3_client import S3Client
 from tests.servers.endpoint import S3Endpoint
+from tests.servers.faulty_proxy import faulty_proxy
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    send = S3Client.send
-
-    async def counted(self: S3Client, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
-        counts[method] += 1
-        return await send(self, method, parameters)
-
-    monkeypatch.setattr(S3Client, "send", counted)
-    return counts
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +59,10 @@ TRANSFERS: list[tuple[str, str, str, str, Go, tuple[int, int, int]]] = [
     ("a small checkpoint, S3 to S3", "small", "s3", "s3", _convert, (2, 2, 0)),
     ("a small checkpoint, S3 to local", "small", "s3", "local", _convert, (1, 0, 0)),
     ("a small checkpoint, local to S3", "small", "local", "s3", _convert, (1, 2, 0)),
-    ("a small file, S3 to S3", "small", "s3", "s3", _copy, (2, 1, 0)),
+    # S3 answers a PUT with the MD5 of what it got: nothing is read back.
+    ("a small file, S3 to S3", "small", "s3", "s3", _copy, (1, 1, 0)),
     ("a small file, S3 to local", "small", "s3", "local", _copy, (1, 0, 0)),
-    ("a small file, local to S3", "small", "local", "s3", _copy, (1, 1, 0)),
+    ("a small file, local to S3", "small", "local", "s3", _copy, (0, 1, 0)),
     # The end with the index, the pickle, the weights; the state of the source when all was read.
     ("a large checkpoint, S3 to local", "large", "s3", "local", _convert, (3, 0, 1)),
     # The proof reads by 4 MiB.
@@ -92,7 +82,6 @@ TRANSFERS: list[tuple[str, str, str, str, Go, tuple[int, int, int]]] = [
 )
 def test_no_transfer_asks_more_than_it_needs(
     moto_s3: S3Endpoint,
-    sent: Counter[str],
     checkpoints: dict[str, Path],
     tmp_path: Path,
     size: str,
@@ -105,11 +94,31 @@ def test_no_transfer_asks_more_than_it_needs(
     moto_s3.store().write_bytes(f"{bucket}/in/x.pt", checkpoints[size].read_bytes())
     source = f"s3://{bucket}/in/x.pt" if begin == "s3" else str(checkpoints[size])
     dest = f"s3://{bucket}/out/x.bin" if end == "s3" else str(tmp_path / "x.bin")
-    sent.clear()
-    go(source, dest, moto_s3.storage_options)
+    with faulty_proxy(moto_s3.url) as proxy:
+        go(source, dest, replace(moto_s3, url=proxy.url).storage_options)
+        sent = proxy.operations()
+    assert sent.total() > 0, "it went another way"
     reads = sent["get_object"]
     writes = sent["put_object"] + sent["upload_part"]
     others = sent.total() - reads - writes
     assert reads <= most[0], dict(sent)
     assert writes <= most[1], dict(sent)
     assert others <= most[2], dict(sent)
+
+
+def test_a_copy_that_arrived_otherwise_is_removed(
+    moto_s3: S3Endpoint, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = S3Client.send
+
+    async def damaging(self: S3Client, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        if method == "put_object":
+            parameters["Body"][100] ^= 1
+        return await send(self, method, parameters)
+
+    monkeypatch.setattr(S3Client, "send", damaging)
+    dest = place_of(f"s3://{moto_s3.make_bucket()}/x.pt", moto_s3.storage_options)
+    with pytest.raises(VerificationError, match="not what was written; removed"):
+        copy_file(place_of(checkpoints["small"]), dest)
+    with pytest.raises(NotFoundInStoreError):
+        dest.stat()
