@@ -36,7 +36,7 @@ def _text_of(value: Any) -> Any:
 
 Text = str | os.PathLike[str]
 """How a flow may be called from Python; its function gets a `str`."""
-PlaceText = Annotated[str, BeforeValidator(_text_of)]
+PlaceText = Annotated[str, Field(min_length=1), BeforeValidator(_text_of)]
 
 _OF_THE_RUN = (
     Option("source_options", "Where SOURCE's storage options lie: block:NAME, block:KIND/NAME or env:NAME."),
@@ -78,8 +78,6 @@ def takes(places: Sequence[Option], options: Sequence[Option]) -> Callable[[Func
 
 
 def _annotation(entry: Option) -> Any:
-    if entry.required:
-        return Annotated[str, Field(min_length=1)]
     made = _type_of(entry)
     return made | None if entry.default is None else made
 
