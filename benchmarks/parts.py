@@ -2,13 +2,12 @@
 
     python -m benchmarks.parts FOLDER [--ranks 8] [--mib 1024] [--rounds 3] [--plan-ranks 64] [--no-peers]
 
-Makes the files of all ranks of an FSDP2 run below FOLDER, and the same state dict as a folder of
-torch.distributed.checkpoint, then times in turn, the page cache warm: `cat` of all files into one and
-`sha256sum` of that; `ptbin convert` of the folder, proven and with its manifest; verl's merger in ten lines of
-torch; `dcp_to_torch_save`; `ptbin convert` of the same DCP folder. Then plans a model of 405 billion parameters:
-the rank files of `--plan-ranks` ranks at their true size, as sparse files that take no disk. Prints medians in
-seconds, each child's peak memory, and whether the bars hold; what was made is deleted. Needs three times the
-bytes of all ranks of free disk.
+Makes the files of all ranks of an FSDP2 run below FOLDER, then times in turn, the page cache warm: `cat` of
+all files into one and `sha256sum` of that; `ptbin convert` of the folder, proven and with its manifest;
+verl's merger in ten lines of torch. Of a DCP folder of as many bytes: `dcp_to_torch_save`, `ptbin convert`.
+Then plans a model of 405 billion parameters: the rank files of `--plan-ranks` ranks at their true size, as
+sparse files. Prints medians in seconds, each child's peak memory, and whether the bars hold; what was made is
+deleted. Needs twice the bytes of all ranks of free disk, and of memory, for the peers, as many.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m benchmarks.sparse_ranks FOLDER RANKS
 
-Written by torch itself, which leaves out the storages' bytes (`torch.serialization.skip_data`): the files have
-their true size and are holes. An FSDP2 run on one mesh dimension, as verl saves it.
+Written by torch itself, which leaves out the storages' bytes (`torch.serialization.skip_data`): the files
+have their true size and are holes. An FSDP2 run on one mesh dimension, as verl saves it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def write_sparse_ranks(folder: str, ranks: int) -> str:
         dist.destroy_process_group()
     held = sum(path.stat().st_size for path in Path(folder).iterdir())
     taken = sum(path.stat().st_blocks * 512 for path in Path(folder).iterdir())
-    return f"{elements / 1e9:.1f}e9 parameters, {held / 1e9:.1f} GB in {ranks} files, {taken / 1e6:.1f} MB of disk"
+    size = f"{held / 1e9:.1f} GB in {ranks} files, {taken / 1e6:.1f} MB of disk"
+    return f"{elements / 1e9:.1f}e9 parameters, {size}"
 
 
 if __name__ == "__main__":
