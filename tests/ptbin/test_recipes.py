@@ -126,7 +126,7 @@ DAMAGED = {"norms": "norm.weight", "shape": "output.weight", "key heads": "layer
     ("damage", "reason", "names"),
     [
         ("one", "incomplete_checkpoint", "consolidated.01.pth"),
-        ("gap", "incomplete_checkpoint", "not there: 1"),
+        ("gap", "incomplete_checkpoint", "not there: consolidated.01.pth"),
         ("truncated", "corrupt_archive", "consolidated.01.pth"),
         ("norms", "incomplete_checkpoint", "norm.weight"),
         ("shape", "incomplete_checkpoint", "not of one save"),
