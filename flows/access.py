@@ -21,7 +21,7 @@ from flows.run_record import check_run_id
 from flows.runners import Runner, RunnerName, open_runner
 from flows.wishes import parse_duration, refuse_runner_secrets
 from ptbin.catalog.lease import Lease, acquire_lease
-from ptbin.catalog.worklist import WorkList
+from ptbin.catalog.request import RunRequest
 from ptbin.errors import PtbinError
 from ptbin.stores.limits import RequestLimit
 from tasks.credentials import Credentials, load_options
@@ -122,8 +122,8 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(live: LiveRun, dest: str | None, settings: RunSettings) -> Iterator[Running]:
-    """Begin to work: with `dest` under the lease of that destination and with a work list into it.
+def running(live: LiveRun, request: RunRequest | None, settings: RunSettings) -> Iterator[Running]:
+    """Begin to work: with a request under the lease of its destination, and with a plan, not yet made.
 
     Raises:
         DestinationBusyError: another run works on DEST.
@@ -133,16 +133,13 @@ def running(live: LiveRun, dest: str | None, settings: RunSettings) -> Iterator[
     refuse_runner_secrets(settings.runner_address)
     with _stops_as_error(live), contextlib.ExitStack() as stack:
         lease = None
-        if dest is not None:
-            if live.work is None:
-                live.work = stack.enter_context(
-                    contextlib.closing(WorkList(dest, dest_options=live.dest_options))
-                )
-                stack.callback(setattr, live, "work", None)
+        if request is not None:
+            if live.plan is None:
+                stack.enter_context(live.open_plan(request))
             lease = live.lease
             if lease is None:
                 lease = acquire_lease(
-                    live.dest_at(dest),
+                    live.dest_at(request.dest),
                     live.run_id,
                     lost=live.stop,
                     tick=live.tick,

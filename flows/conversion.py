@@ -27,7 +27,6 @@ from flows.report_link import link_of
 from flows.report_markdown import render_markdown
 from flows.run_history import facts_of_run, run_url
 from flows.run_record import manifests_by_tensor, record_files, record_folder
-from flows.selection import Selection
 from flows.stages import Stage, Stages, count_of
 from flows.tally import Tally
 from flows.units import format_nbytes
@@ -35,11 +34,11 @@ from ptbin.catalog import Job, Problem
 from ptbin.catalog.finished import FinishedRow
 from ptbin.errors import PtbinError, StorageError
 from ptbin.history.failures import Unconverted
-from ptbin.options import ConvertOptions
 from ptbin.sources.companions import companion_of
+from tasks.assets import announce
 from tasks.batches import FULL_AFTER
 from tasks.converting import convert_and_verify_batch, convert_batch, verify_batch
-from tasks.listing import discard_unfinished, find_up_to_date, work_of
+from tasks.listing import discard_unfinished, find_up_to_date, plan_of
 from tasks.live import Interrupted, Settled
 from tasks.outcomes import Outcome, Staged, one_line
 from tasks.recording import merge_index, write_index, write_ledger, write_run_record
@@ -74,18 +73,18 @@ class Conversion:
     artifact_key = "ptbin-convert"
     keeps_ledger = True
     """Whether what failed is remembered from run to run."""
-    selection = Selection()
 
-    def __init__(self, run: Running, options: ConvertOptions, tally: Tally, fail_fast: bool) -> None:
+    def __init__(self, run: Running, tally: Tally, fail_fast: bool) -> None:
         self.running = run
         self.live = run.live
         self.runner = run.runner
-        self.work = work_of(run.live)
+        self.plan = plan_of(run.live)
+        self.work = self.plan.work
         self.full = 0
         self.lines: list[str] = []
         self.index_rows: list[FinishedRow] = []
         self.segments = 0
-        self.options = options
+        self.options = self.plan.request.making
         self.tally = tally
         self.fail_fast = fail_fast
         self.logger = get_run_logger()
@@ -99,15 +98,15 @@ class Conversion:
         for problem, entry in zip(collisions, self.tally.add_collisions(collisions), strict=True):
             self._announce(problem.source, entry.outcome, problem.reason, problem.detail)
 
-    def carry_out(self, problems: Sequence[Problem]) -> State[Any]:
-        """The whole run from here on; `problems` is what the listing refused.
+    def carry_out(self) -> State[Any]:
+        """The whole run from here on.
 
         Whatever is raised on the way is raised again once the run has accounted for itself; a deadline that
         passes is no more than a reason to end.
         """
         self._open_ledger()
         self._note_passed_over()
-        self.refuse(problems)
+        self.refuse(self.plan.problems)
         try:
             self._clean_up()
             self.drop_up_to_date()
@@ -146,15 +145,14 @@ class Conversion:
             self.tally.run_problems.append(Problem(self.tally.dest, error.reason, one_line(str(error))))
 
     def _read_ledger(self) -> None:
-        options = {"source_options": self.live.source_options, "dest_options": self.live.dest_options}
-        open_ledger(self.tally, self.work, **options)
+        open_ledger(self.tally, self.plan)
 
     def _ledger_rows(self) -> Sequence[Unconverted] | None:
-        return close_ledger(self.tally, self.work, self.selection, self.stages.settled)
+        return close_ledger(self.tally, self.plan, self.stages.settled)
 
     def _recorded_selection(self) -> Mapping[str, Any] | None:
         """What of SOURCE the run looked at, for `ptbin status`."""
-        return self.selection.to_json(self.work.rule) if self.keeps_ledger else None
+        return self.plan.request.selection() if self.keeps_ledger else None
 
     def _close_ledger(self) -> None:
         if not self.keeps_ledger:
@@ -196,7 +194,8 @@ class Conversion:
 
     def _answer(self, asked: Sequence[tuple[Job, Outcome]]) -> None:
         rows = [row for _, outcome in asked if (row := _row_of(outcome)) is not None]
-        self._remember(self.work.answer([job for job, _ in asked], rows, self.options))
+        planning = self.plan.request.planning
+        self._remember(self.work.answer([job for job, _ in asked], rows, planning))
 
     def _keeps_on(self) -> bool:
         return not self.running.is_stopping and not (self.fail_fast and self.tally.has_problems)
@@ -320,6 +319,9 @@ class Conversion:
             tally.run_problems.append(Problem(folder, error.reason, one_line(f"run record: {error}")))
             summary = tally.summary(seconds)
             folder = ""
+        report = f"{folder}/report.html" if folder else ""
+        link = link_of(report, self.live.dest_options) if report else None
+        self._announce_outputs(link)
         message = tally.message()
         self.live.summary.update(
             summary,
@@ -329,14 +331,24 @@ class Conversion:
             interrupted=tally.interrupted,
             task_runs=self.stages.task_runs + 1,  # the run record
         )
-        report = f"{folder}/report.html" if folder else ""
-        link = link_of(report, self.live.dest_options) if report else None
         self._show(f"**{message}** in {seconds:.1f} s", folder, render_markdown(tally, summary, report, link))
         failures = [failure_line(entry) for entry in tally.problems]
         log_failures(self.logger, failures)
         return (Completed if tally.succeeded else Failed)(
             message=state_message(message, failures, link or report)
         )
+
+    def _announce_outputs(self, link: str | None) -> None:
+        """Prefect's assets of what was made; a run that made nothing has none."""
+        tally = self.tally
+        if not (made := tally.made()):
+            return
+        counts = {name: tally.count(name) for name in ("converted", "up_to_date", "rejected", "failed")}
+        facts = {"run": tally.run_id, "kind": tally.kind, **counts}
+        try:
+            self.stages.task_runs += announce(tally.source, tally.place, facts, made, report=link)
+        except Exception as error:  # noqa: BLE001 - whatever Prefect's client comes to
+            self.logger.warning("asset events are missing: %s", type(error).__name__)
 
     def _show(self, message: str, folder: str, essence: str) -> None:
         """The artifacts. All that matters is done by now: an interrupt only shortens this."""

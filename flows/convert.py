@@ -10,6 +10,7 @@ Costs on Prefect's side: at most about 400 task runs and one artifact, however m
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from prefect import flow
@@ -18,20 +19,16 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.access import RunSettings, join_run, running
 from flows.conversion import Conversion
-from flows.fanout import quote
 from flows.forms import PLACES, takes
 from flows.options import CONVERT
+from flows.requests import convert_request
 from flows.run_record import new_run_id
-from flows.selection import Selection, named_files
+from flows.selection import named_files
 from flows.tally import Tally
-from flows.wishes import MAX_WORKERS, build_options, refuse_secrets
+from flows.wishes import MAX_WORKERS, refuse_secrets
 from ptbin import catalog
-from ptbin.catalog import OutputRule
-from ptbin.catalog.entries import nothing_below
 from ptbin.catalog.globs import root_of
-from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
-from ptbin.errors import UsageError
-from tasks.listing import list_checkpoints, work_of
+from tasks.listing import make_plan, plan_of
 
 __all__ = ["convert"]
 
@@ -51,9 +48,8 @@ def convert(source: str, dest: str, **asked: Any) -> State[Any]:
     takes `OLD=NEW`. Ends Completed, or Failed where a checkpoint was rejected or failed that nobody
     acknowledged.
     """
-    options = build_options(asked)
-    include, exclude = list(asked["include"]), list(asked["exclude"])
     files_from, retry_failed = asked["files_from"], asked["retry_failed"]
+    request = convert_request(source, dest, asked)
     refuse_secrets(source, dest, *([files_from] if isinstance(files_from, str) else []))
     settings = RunSettings.of(asked)
     with join_run(asked["run_id"] or new_run_id(), settings) as live:
@@ -63,27 +59,12 @@ def convert(source: str, dest: str, **asked: Any) -> State[Any]:
             root_of(source, live.source_options),
             files_from=files_from,
             retry_failed=retry_failed,
-            include=include,
+            include=request.include,
             dest_options=live.dest_options,
         )
-        with running(live, dest, settings) as run:
-            rule = OutputRule(dest, asked["naming"], OUTPUT_SUFFIXES[options.format], options.layout)
-            problems = list_checkpoints(
-                live.run_id,
-                source,
-                quote(rule),
-                quote(options),
-                include,
-                exclude,
-                named=quote(named),
-                must_exist=retry_failed is None,
-                copy_links=asked["copy_links"],
-            )
-            if named is None and not problems and not work_of(live).count():
-                raise UsageError(nothing_below(source, work_of(live).entries))
+        request = replace(request, named=tuple(named) if named is not None else None)
+        with running(live, request, settings) as run:
+            make_plan(live.run_id)
+            plan_of(live).refuse_nothing()
             tally = Tally(live.run_id, source, dest, min_success=asked["min_success"])
-            conversion = Conversion(run, options, tally, asked["fail_fast"])
-            conversion.selection = Selection(
-                tuple(include), tuple(exclude), is_listed=named is not None, copy_links=asked["copy_links"]
-            )
-            return conversion.carry_out(problems)
+            return Conversion(run, tally, asked["fail_fast"]).carry_out()

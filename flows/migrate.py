@@ -8,7 +8,7 @@ anything is written.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from flows.stages import Stage, Stages
 from flows.tally import Entry, Tally
 from flows.wishes import MAX_WORKERS, build_options, refuse_secrets
 from ptbin.catalog import Job, Problem
+from ptbin.catalog.request import RunRequest
 from ptbin.errors import UsageError
 from ptbin.history.failures import Unconverted
 from ptbin.options import ConvertOptions
@@ -126,9 +127,10 @@ class Migrating(Conversion):
         plan: Migration,
         memory: VersionMemory,
     ) -> None:
-        super().__init__(run, options, tally, fail_fast)
+        super().__init__(run, tally, fail_fast)
+        self.options = options
         self.registries = registries
-        self.plan = plan
+        self.migration = plan
         self.memory = memory
         self.versions = tally
         self.jobs = [
@@ -160,14 +162,16 @@ class Migrating(Conversion):
         untried = {entry.path for entry in self.tally.entries if entry.outcome == "not_tried"}
         return self.memory.close_ledger(self.tally, untried)
 
-    def _recorded_selection(self) -> None:
-        """`ptbin status` is about checkpoints."""
+    def _recorded_selection(self) -> Mapping[str, Any]:
+        sides = self.registries
+        layouts = {"source_layout": sides.source_layout, "layout": sides.dest_layout}
+        return self.memory.selection() | layouts
 
     def run(self) -> None:
-        for line in loss_lines(self.plan):
+        for line in loss_lines(self.migration):
             self.logger.info("not kept: %s", line)
             self.live.listener.noted(f"not kept: {line}")
-        for step in self.plan.steps():
+        for step in self.migration.steps():
             if step.action == "up_to_date":
                 self._close(step.version, Outcome(step.version.path, "up_to_date"))
             elif step.action == "refused":
@@ -179,7 +183,7 @@ class Migrating(Conversion):
         self.live.listener.planned(count, 0, up_to_date)
         self.logger.info("%d versions to migrate, %d up to date", count, up_to_date)
         self.progress.begin(count)
-        for plan in self.plan.models:
+        for plan in self.migration.models:
             if plan.problem and not plan.steps:
                 self.tally.run_problems.append(Problem(plan.model.name, "registry_error", plan.problem))
         self.stages.carry_out(*self._parts())
@@ -208,7 +212,7 @@ class Migrating(Conversion):
 
     def _update(self) -> None:
         """Metadata that differs of what is registered already: an alias that has moved, say."""
-        plans = [plan for plan in self.plan.models if plan.needs_update]
+        plans = [plan for plan in self.migration.models if plan.needs_update]
         if not plans or not self._keeps_on():
             return
 
@@ -293,7 +297,7 @@ class Migrating(Conversion):
         for job in self.jobs:
             if job.path in self.rows:
                 self._close(job.parts[0].version, Outcome(job.path, "not_tried"))
-        order = {step.version.path: index for index, step in enumerate(self.plan.steps())}
+        order = {step.version.path: index for index, step in enumerate(self.migration.steps())}
         self.versions.versions.sort(key=lambda row: order[f"{row['model']}/{row['version']}"])
 
     def _label(self, jobs: Sequence[Job | Staged]) -> str:
@@ -335,7 +339,8 @@ def migrate(source: str, dest: str, **asked: Any) -> State[Any]:
         if not here.has_models(lambda name: wanted_names(include, exclude, name)):
             raise UsageError(f"no models to migrate in SOURCE: {here.uri}")
         home = there.home()
-        with running(live, home, settings) as run:
+        request = RunRequest(source, home, options, "migrate")
+        with running(live, request, settings) as run:
             plan = plan_versions(
                 live.run_id,
                 quote(registries),
@@ -346,4 +351,4 @@ def migrate(source: str, dest: str, **asked: Any) -> State[Any]:
             )
             tally = MigrationTally(live.run_id, source, dest, home=home)
             memory = VersionMemory(here.uri, plan, include, exclude, asked["versions"])
-            return Migrating(run, options, tally, asked["fail_fast"], registries, plan, memory).carry_out([])
+            return Migrating(run, options, tally, asked["fail_fast"], registries, plan, memory).carry_out()

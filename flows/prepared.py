@@ -1,7 +1,7 @@
 """What the command line does before Prefect: it makes the run's plan, and ends a run that has nothing to do.
 
-The plan is the flow's own (`WorkList.plan`, the same options, under the lease of DEST), and the flow goes on
-with it: nothing is listed twice. A run with nothing to do leaves what every run leaves, its record, the index
+The plan is the flow's own (`ptbin.catalog.plan`, under the lease of DEST), and the flow goes on with it:
+nothing is listed twice. A run with nothing to do leaves what every run leaves, its record, the index
 and the list of what is not converted, and costs neither an import of Prefect nor a server.
 
 Knows nothing of Prefect. What is to be retried (a store that fails) is left to the flow.
@@ -11,108 +11,61 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
 from typing import Any, cast
 
 from flows.remembering import close_ledger, open_ledger
 from flows.run_history import facts_of_run
 from flows.run_record import record_files, record_folder
-from flows.selection import Selection
 from flows.tally import Tally
-from ptbin.catalog import Job, OutputRule, Problem, find_checkpoints
-from ptbin.catalog.companions import copied_along
+from ptbin.catalog import Job, Problem, find_checkpoints
 from ptbin.catalog.comparing import is_convertible
 from ptbin.catalog.entries import Entries, nothing_below
-from ptbin.catalog.finished import FinishedRow, read_finished, write_segment
+from ptbin.catalog.finished import write_segment
 from ptbin.catalog.globs import split_glob
 from ptbin.catalog.lease import acquire_lease
-from ptbin.catalog.mirroring import iter_gone
-from ptbin.catalog.named import NamedFiles
-from ptbin.catalog.worklist import WorkList
+from ptbin.catalog.plan import Plan
+from ptbin.catalog.request import RunRequest
 from ptbin.errors import PtbinError, StorageError, UsageError
 from ptbin.history.failures import Ledger, write_unconverted
-from ptbin.options import ConvertOptions
 from ptbin.sources.companions import companion_of, is_companion
 from ptbin.stores import identity_text
 from tasks.live import LiveRun, Settled
 from tasks.outcomes import Kind, Outcome, one_line
 
-__all__ = ["Asked", "finish_in_step", "preparing", "refuse_nothing"]
+__all__ = ["finish_in_step", "preparing", "refuse_nothing"]
 
 WIDTH = 8
 """Manifests and companions are asked side by side: that is waiting for small answers."""
-ASKED_AT_ONCE = 500
 MERGED_SEGMENTS = 16
 """With that many segments of the index the flow is to merge them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a run is asked for, as far as its plan depends on it.
-
-    Attributes:
-        copied: of a mirror, the globs of what else goes along; None for a conversion.
-        named: the paths that alone are looked at; `must_exist`: one that is not there is a problem.
-        always: there is work whatever the plan says (`--force`, `--checksum`).
-    """
-
-    source: str
-    dest: str
-    rule: OutputRule
-    options: ConvertOptions
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    copy_links: bool = False
-    copied: tuple[str, ...] | None = None
-    named: Sequence[str] | None = None
-    must_exist: bool = True
-    deletes: bool = False
-    distrust: bool = False
-    always: bool = False
-    min_success: float | None = None
-
-    @property
-    def kind(self) -> str:
-        """Of the run."""
-        return "convert" if self.copied is None else "sync"
-
-    @property
-    def selection(self) -> Selection:
-        """As the record says it."""
-        if self.copied is not None:
-            return Selection(exclude=self.exclude, copied=self.copied, copy_links=self.copy_links)
-        return Selection(
-            self.include, self.exclude, is_listed=self.named is not None, copy_links=self.copy_links
-        )
-
-
-def refuse_nothing(live: LiveRun, asked: Asked) -> None:
+def refuse_nothing(live: LiveRun, request: RunRequest) -> None:
     """Refuse a conversion of nothing before anything is written; the listing ends at the first candidate.
 
     Raises:
         UsageError: there is no checkpoint below SOURCE, and no problem.
     """
-    if asked.named is not None or asked.copied is not None:
+    if request.named is not None or request.kind == "sync":
         return
-    shown = (*asked.include, split_glob(asked.source, live.source_options)[1] or "")
-    entries = Entries(shown=shown, exclude=asked.exclude, copy_links=asked.copy_links)
+    shown = (*request.include, split_glob(request.source, live.source_options)[1] or "")
+    entries = Entries(shown=shown, exclude=request.exclude, copy_links=request.copy_links)
     found = find_checkpoints(
-        asked.source,
-        include=asked.include,
-        exclude=asked.exclude,
+        request.source,
+        include=request.include,
+        exclude=request.exclude,
         storage_options=live.source_options,
         entries=entries,
     )
     if next(found, None) is None and not entries.problems:
-        raise UsageError(nothing_below(asked.source, entries))
+        raise UsageError(nothing_below(request.source, entries, request.nothing))
 
 
 @contextlib.contextmanager
-def preparing(live: LiveRun, asked: Asked, work_found: Callable[[], object]) -> Iterator[bool]:
-    """Plan the run into `live`, under the lease of DEST; whether it could be planned.
+def preparing(live: LiveRun, request: RunRequest, work_found: Callable[[], object]) -> Iterator[None]:
+    """Make the run's plan, under the lease of DEST, so far as the stores allow it.
 
     `work_found` is called at most once, as soon as there is something to convert: the listing may still take
     long.
@@ -121,65 +74,38 @@ def preparing(live: LiveRun, asked: Asked, work_found: Callable[[], object]) -> 
         UsageError: there is nothing below SOURCE.
         DestinationBusyError: another run works on DEST.
     """
-    with contextlib.ExitStack() as stack:
-        work = stack.enter_context(contextlib.closing(WorkList(asked.dest, dest_options=live.dest_options)))
-        stack.callback(setattr, live, "work", None)
-        lease = acquire_lease(live.dest_at(asked.dest), live.run_id, lost=live.stop, tick=live.tick)
+    with live.open_plan(request) as plan, contextlib.ExitStack() as stack:
+        lease = acquire_lease(live.dest_at(request.dest), live.run_id, lost=live.stop, tick=live.tick)
         stack.callback(lease.release)
-        try:
-            problems = _plan(live, asked, work, work_found)
-        except StorageError:
-            yield False  # the flow tries again, and says what is wrong
-            return
-        live.work, live.planned, live.lease = work, problems, lease
-        yield True
+        ledgers: list[Ledger] = []
+
+        def found(job: Job) -> bool:
+            if not ledgers:
+                ledgers.append(_read_ledger(live, plan))
+            if _is_settled(job, ledgers[0]):
+                return False
+            work_found()
+            return True
+
+        # Where the store fails the flow tries again, and says what is wrong.
+        with contextlib.suppress(StorageError):
+            plan.make(live.tick, on_new=found)
+            plan.refuse_nothing()
+        live.lease = lease
+        yield
 
 
-def _plan(live: LiveRun, asked: Asked, work: WorkList, work_found: Callable[[], object]) -> list[Problem]:
-    files = NamedFiles(asked.named) if asked.named is not None else None
-    ledgers: list[Ledger] = []
-
-    def found(job: Job) -> bool:
-        if not ledgers:
-            ledgers.append(_read_ledger(live, asked, work))
-        if _is_settled(job, ledgers[0]):
-            return False
-        work_found()
-        return True
-
-    problems = work.plan(
-        asked.source,
-        asked.rule,
-        asked.options,
-        include=asked.include,
-        exclude=asked.exclude,
-        source_options=live.source_options,
-        tick=live.tick,
-        copies=copied_along(asked.copied) if asked.copied is not None else None,
-        distrust=asked.distrust,
-        named=files,
-        copy_links=asked.copy_links,
-        on_new=found,
-    )
-    if files is not None and asked.must_exist:
-        problems += files.missing(asked.source)
-    if files is None and not problems and not work.count():
-        what = "no checkpoints to convert" if asked.copied is None else "nothing to mirror"
-        raise UsageError(nothing_below(asked.source, work.entries, what))
-    return problems
-
-
-def _read_ledger(live: LiveRun, asked: Asked, work: WorkList) -> Ledger:
-    tally = _tally(live, asked)
+def _read_ledger(live: LiveRun, plan: Plan) -> Ledger:
+    tally = _tally(live, plan.request)
     try:
-        open_ledger(tally, work, source_options=live.source_options, dest_options=live.dest_options)
+        open_ledger(tally, plan)
     except PtbinError:
         return Ledger()
     return tally.ledger
 
 
-def _tally(live: LiveRun, asked: Asked) -> Tally:
-    return Tally(live.run_id, asked.source, asked.dest, kind=asked.kind, min_success=asked.min_success)
+def _tally(live: LiveRun, request: RunRequest, min_success: float | None = None) -> Tally:
+    return Tally(live.run_id, request.source, request.dest, kind=request.kind, min_success=min_success)
 
 
 def _is_settled(job: Job, ledger: Ledger) -> bool:
@@ -190,21 +116,26 @@ def _is_settled(job: Job, ledger: Ledger) -> bool:
     return row is not None and row.state == identity_text(job.identity) and not row.is_failure
 
 
-def finish_in_step(live: LiveRun, asked: Asked) -> dict[str, Any] | None:
+def finish_in_step(live: LiveRun, min_success: float | None = None) -> dict[str, Any] | None:
     """The summary of the run, where the plan shows that nothing is to be done; None: the flow has work."""
-    work, problems, lease = live.work, live.planned, live.lease
-    if work is None or problems is None or lease is None or lease.follows_dead or asked.always:
+    plan, lease = live.plan, live.lease
+    if plan is None or not plan.is_made or lease is None or lease.follows_dead:
         return None
-    live.tick()
-    _ask(live, asked, work)
-    tally = _tally(live, asked)
+    request, work = plan.request, plan.work
+    if request.compares or request.planning.force:
+        return None
+    rows = plan.settle_unknown(live.tick)
+    if rows:  # also for the flow that may go on
+        with contextlib.suppress(StorageError):
+            write_segment(live.dest_at(request.dest), f"{live.run_id}-0000", rows)
+    tally = _tally(live, request, min_success)
     try:
-        open_ledger(tally, work, source_options=live.source_options, dest_options=live.dest_options)
-        alone = _settle_known(live, asked, work, tally)
+        open_ledger(tally, plan)
+        alone = _settle_known(live, plan, tally)
         if (
             alone is None
             or len(work.segments()) >= MERGED_SEGMENTS
-            or (asked.deletes and _is_gone(live, asked))
+            or (request.deletes and next(plan.iter_gone(live.tick), None) is not None)
         ):
             return None
     except PtbinError:
@@ -212,51 +143,22 @@ def finish_in_step(live: LiveRun, asked: Asked) -> dict[str, Any] | None:
     tally.skipped.update(work.entries.counts)
     if text := work.entries.links_words():
         live.listener.noted(text)
-    for problem, entry in zip(problems, tally.add_collisions(problems), strict=True):
+    for problem, entry in zip(plan.problems, tally.add_collisions(plan.problems), strict=True):
         live.listener.settled(
             Settled(problem.source, entry.outcome, reason=problem.reason, detail=problem.detail)
         )
     tally.add_all(work.iter_current(), "up_to_date")
     for job in work.iter_left_alone():
-        tally.add(
-            job, Outcome(job.path, "left_alone", detail=companion_of(job.path.rpartition("/")[2]) or "")
-        )
+        tally.add(job, Outcome(job.path, "left_alone", detail=_role(job)))
     live.listener.planned(0, 0, tally.count("up_to_date"))
-    return _leave(live, asked, work, tally, alone)
+    return _leave(live, plan, tally, alone)
 
 
-def _ask(live: LiveRun, asked: Asked, work: WorkList) -> None:
-    """Settle what the index of finished work does not know: a read each."""
-    rows: list[FinishedRow] = []
-
-    def read(job: Job) -> FinishedRow | None:
-        try:
-            return read_finished(
-                job,
-                work.relative_manifest(job),
-                asked.options,
-                source_options=live.source_options,
-                dest_options=live.dest_options,
-            )
-        except PtbinError:
-            return None  # the conversion will meet the same problem and report it
-
-    left = work.iter_to_ask()
-    with ThreadPoolExecutor(WIDTH) as pool:
-        while jobs := list(islice(left, ASKED_AT_ONCE)):
-            live.tick()
-            answers = [row for row in pool.map(read, jobs) if row is not None]
-            rows += work.answer(jobs, answers, asked.options)
-    if rows:  # also for the flow that may go on
-        with contextlib.suppress(StorageError):
-            write_segment(live.dest_at(asked.dest), f"{live.run_id}-0000", rows)
-
-
-def _settle_known(live: LiveRun, asked: Asked, work: WorkList, tally: Tally) -> set[str] | None:
+def _settle_known(live: LiveRun, plan: Plan, tally: Tally) -> set[str] | None:
     """Count what is no checkpoint, by its name or earlier runs; None where anything else is to be done."""
     companions = []
     alone = {}
-    for job in work.iter_to_do():
+    for job in plan.work.iter_to_do():
         if job.copies or not _is_settled(job, tally.ledger):
             return None
         row = tally.ledger.before.get(job.source_uri)
@@ -268,7 +170,7 @@ def _settle_known(live: LiveRun, asked: Asked, work: WorkList, tally: Tally) -> 
     with ThreadPoolExecutor(WIDTH) as pool:
         # By their names optimizers and the like: a run looks into each, for it may hold a model after all.
         looked = pool.map(
-            lambda job: is_convertible(live.source_at(job.source_uri), asked.options),
+            lambda job: is_convertible(live.source_at(job.source_uri), plan.request.making),
             companions,
         )
         for job, converts in zip(companions, looked, strict=True):
@@ -285,34 +187,22 @@ def _role(job: Job) -> str:
     return companion_of(job.path.rpartition("/")[2]) or ""
 
 
-def _is_gone(live: LiveRun, asked: Asked) -> bool:
-    """Whether DEST holds anything that a mirror with deletions would look at."""
-    assert live.work is not None
-    gone = iter_gone(
-        live.work,
-        asked.source,
-        exclude=asked.exclude,
-        source_options=live.source_options,
-        tick=live.tick,
-    )
-    return next(gone, None) is not None
-
-
-def _leave(live: LiveRun, asked: Asked, work: WorkList, tally: Tally, alone: set[str]) -> dict[str, Any]:
+def _leave(live: LiveRun, plan: Plan, tally: Tally, alone: set[str]) -> dict[str, Any]:
     """What every run leaves in DEST, and its summary."""
-    ledger = close_ledger(tally, work, asked.selection, alone)
+    request = plan.request
+    ledger = close_ledger(tally, plan, alone)
     if ledger is not None:
         with contextlib.suppress(StorageError):
-            write_unconverted(live.dest_at(asked.dest), ledger)
+            write_unconverted(live.dest_at(request.dest), ledger)
     seconds = time.monotonic() - live.began
-    summary = tally.summary(seconds) | ({"deleted_paths": []} if asked.kind == "sync" else {})
+    summary = tally.summary(seconds) | ({"deleted_paths": []} if request.kind == "sync" else {})
     folder = record_folder(tally.place, tally.run_id)
     files = record_files(
         tally,
         summary,
-        options=asked.options.to_json() | {"verify": asked.options.verify},
+        options=request.making.to_json() | {"verify": request.making.verify},
         flow_run_id=None,
-        selection=asked.selection.to_json(work.rule),
+        selection=request.selection(),
         facts=facts_of_run(tally, source_options=live.source_options, dest_options=live.dest_options),
     )
     try:
@@ -320,7 +210,7 @@ def _leave(live: LiveRun, asked: Asked, work: WorkList, tally: Tally, alone: set
             (live.dest_at(folder) / name).write_bytes(data)
     except StorageError as error:
         tally.run_problems.append(Problem(folder, error.reason, one_line(f"run record: {error}")))
-        summary = tally.summary(seconds) | ({"deleted_paths": []} if asked.kind == "sync" else {})
+        summary = tally.summary(seconds) | ({"deleted_paths": []} if request.kind == "sync" else {})
         folder = ""
     return summary | {
         "message": tally.message(),

@@ -6,14 +6,12 @@ it did not fail at itself: whether it is settled, gone from SOURCE, or was not l
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
-from flows.selection import Selection
 from flows.tally import Tally
 from ptbin.catalog.globs import root_of
 from ptbin.catalog.jobtable import CURRENT, LEFT_ALONE, TO_DO
-from ptbin.catalog.worklist import WorkList
+from ptbin.catalog.plan import Plan
 from ptbin.history.failures import Unconverted, read_ledger
 from ptbin.stores import place_of
 
@@ -22,10 +20,7 @@ __all__ = ["close_ledger", "open_ledger"]
 
 def open_ledger(
     tally: Tally,
-    work: WorkList,
-    *,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
+    plan: Plan,
 ) -> None:
     """Give the tally what earlier runs failed at; after the listing, which says whether there is anything.
 
@@ -33,24 +28,22 @@ def open_ledger(
         PtbinError: what is acknowledged cannot be read.
     """
     tally.ledger = read_ledger(
-        place_of(tally.dest, dest_options),
+        place_of(tally.dest, plan.sides["dest_options"]),
         run_id=tally.run_id,
-        root=root_of(tally.source, source_options),
+        root=root_of(tally.source, plan.sides["source_options"]),
         now=tally.ledger.now,
-        there=work.own_files,
+        there=plan.work.own_files,
     )
 
 
-def close_ledger(
-    tally: Tally, work: WorkList, selection: Selection, settled_paths: Collection[str]
-) -> list[Unconverted] | None:
+def close_ledger(tally: Tally, plan: Plan, settled_paths: Collection[str]) -> list[Unconverted] | None:
     """What is to be stored at the end of the run; None where nothing was and nothing is to be."""
-    ledger = tally.ledger
+    ledger, work, request = tally.ledger, plan.work, plan.request
 
     def is_settled(row: Unconverted) -> bool:
         states = work.states_of(row.source)
         if not states:
-            return row.root == ledger.root and selection.takes(row.path)
+            return row.root == ledger.root and request.takes(row.path)
         return all(
             state in (CURRENT, LEFT_ALONE) or (state == TO_DO and row.path in settled_paths)
             for state in states

@@ -40,6 +40,10 @@ class VersionMemory:
     exclude: Sequence[str]
     versions: str
 
+    def selection(self) -> dict[str, Any]:
+        """For the run record: what `ptbin status` asks about."""
+        return {"include": list(self.include), "exclude": list(self.exclude), "versions": self.versions}
+
     def open_ledger(self, tally: Tally, dest_options: Mapping[str, Any] | None = None) -> None:
         """Give the tally what earlier migrations failed at.
 

@@ -14,18 +14,15 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.access import Running, RunSettings, join_run, running
 from flows.conversion import Conversion
-from flows.fanout import quote
 from flows.forms import PLACES, takes
 from flows.options import RESTORE
+from flows.requests import restore_request
 from flows.run_record import new_run_id
-from flows.selection import Selection
 from flows.stages import Stage
 from flows.tally import Tally
 from flows.wishes import MAX_WORKERS, refuse_secrets, restore_options
 from ptbin import RestoreOptions, catalog
-from ptbin.catalog import OutputRule
-from ptbin.errors import UsageError
-from tasks.listing import list_checkpoints, work_of
+from tasks.listing import make_plan, plan_of
 from tasks.restoring import restore_batch
 
 __all__ = ["restore"]
@@ -37,7 +34,7 @@ class Restoration(Conversion):
     artifact_key = "ptbin-restore"
 
     def __init__(self, run: Running, options: RestoreOptions, tally: Tally, fail_fast: bool) -> None:
-        super().__init__(run, options.conversion(), tally, fail_fast)
+        super().__init__(run, tally, fail_fast)
         self.restore_options = options
 
     def _making(self) -> Stage:
@@ -59,26 +56,13 @@ def restore(source: str, dest: str, **asked: Any) -> State[Any]:
     model is named: its code may have changed.
     """
     options = restore_options(asked)
-    include, exclude = list(asked["include"]), list(asked["exclude"])
+    request = restore_request(source, dest, asked, options)
     refuse_secrets(source, dest)
     settings = RunSettings.of(asked)
-    rule = OutputRule(dest, asked["naming"], ".pt")
     with join_run(asked["run_id"] or new_run_id(), settings) as live:
         catalog.check_call(source, dest, source_options=live.source_options, dest_options=live.dest_options)
-        with running(live, dest, settings) as run:
-            problems = list_checkpoints(
-                live.run_id,
-                source,
-                quote(rule),
-                quote(options.conversion()),
-                include,
-                exclude,
-                # A model's code may have changed: what it made is never up to date.
-                distrust=options.model is not None,
-            )
-            if not problems and not work_of(live).count():
-                raise UsageError(f"no weights to restore below SOURCE: {source}")
+        with running(live, request, settings) as run:
+            make_plan(live.run_id)
+            plan_of(live).refuse_nothing()
             tally = Tally(live.run_id, source, dest, kind="restore")
-            restoration = Restoration(run, options, tally, asked["fail_fast"])
-            restoration.selection = Selection(tuple(include), tuple(exclude))
-            return restoration.carry_out(problems)
+            return Restoration(run, options, tally, asked["fail_fast"]).carry_out()

@@ -1,59 +1,20 @@
-"""Which of the files below SOURCE a run looks at, as its parameters say and its record tells."""
+"""Which files below SOURCE alone a run looks at, as `--files-from` and `--retry-failed` say."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from ptbin.catalog import OutputRule
-from ptbin.catalog.globs import is_excluded, matches
 from ptbin.catalog.named import parse_lines
 from ptbin.errors import UsageError
 from ptbin.history.failures import read_unconverted
 from ptbin.history.records import read_rows
 from ptbin.stores import place_of
 
-__all__ = ["LAST", "Selection", "named_files"]
+__all__ = ["LAST", "named_files"]
 
 LAST = "last"
 """Of `--retry-failed`: all that fails as the last run which looked at it left it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Everything, unless globs or a list of files say less.
-
-    Attributes:
-        include: of `convert`, globs of what alone is looked at.
-        copied: of `sync`, globs of files that go along as they are.
-        copy_links: links that lead out of SOURCE are followed.
-        is_listed: only named files are looked at (`--files-from`, `--retry-failed`).
-    """
-
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    copied: tuple[str, ...] = ()
-    is_listed: bool = False
-    copy_links: bool = False
-
-    def takes(self, path: str) -> bool:
-        """Whether the run would have come upon a file at `path` below SOURCE, if it were there."""
-        if self.is_listed or is_excluded(path, self.exclude):
-            return False
-        return not self.include or any(matches(path, glob) for glob in self.include)
-
-    def to_json(self, rule: OutputRule) -> dict[str, Any]:
-        """For the run record, with how outputs are called: what `ptbin status` asks about."""
-        return {
-            "include": list(self.include),
-            "exclude": list(self.exclude),
-            "copied": list(self.copied),
-            "is_listed": self.is_listed,
-            "copy_links": self.copy_links,
-            "naming": rule.naming,
-            "layout": rule.layout,
-        }
 
 
 def named_files(

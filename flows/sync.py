@@ -21,26 +21,23 @@ from flows.batches import cut
 from flows.conversion import LOGGED, Conversion
 from flows.fanout import quote
 from flows.forms import PLACES, takes
-from flows.options import MIRRORING, SYNC, chosen
+from flows.options import SYNC
+from flows.requests import sync_request
 from flows.run_record import new_run_id
-from flows.selection import Selection
 from flows.stages import Stage, Stages, count_of
 from flows.tally import LISTED, Tally
-from flows.wishes import MAX_WORKERS, build_options, refuse_secrets
-from ptbin.catalog import Job, OutputRule, Problem
+from flows.wishes import MAX_WORKERS, refuse_secrets
+from ptbin.catalog import Job, Problem
 from ptbin.catalog.checks import check_mirror
-from ptbin.catalog.entries import nothing_below
-from ptbin.catalog.mirroring import alone, excess
-from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
-from ptbin.errors import StorageError, UsageError
+from ptbin.catalog.plan import plan_deletions
+from ptbin.errors import StorageError
 from ptbin.manifests.manifest import manifest_uri
-from ptbin.options import ConvertOptions
 from tasks.batches import BatchTask
-from tasks.listing import list_mirror, work_of
+from tasks.listing import make_plan, plan_of
 from tasks.mirroring import back_up_batch, compare_batch, copy_batch, delete_batch, find_gone, release_outputs
 from tasks.outcomes import Outcome, one_line
 
-__all__ = ["MirrorSettings", "Synchronization", "sync"]
+__all__ = ["Synchronization", "sync"]
 
 FILES_PER_BATCH = 200
 MIRROR_BATCHES = 80
@@ -49,29 +46,6 @@ MIRROR_BATCHES = 80
 
 INDEX_SECONDS = 10.0
 """How often the index of finished work is written while files are copied: only it vouches for copies."""
-
-
-class MirrorSettings:
-    """What `sync` does beyond converting."""
-
-    def __init__(
-        self,
-        *,
-        delete: bool = False,
-        max_delete: int | None = None,
-        checksum: bool = False,
-        immutable: bool = False,
-        backup_dir: str | None = None,
-        exclude: Sequence[str] = (),
-    ) -> None:
-        if max_delete is not None and not delete:
-            raise UsageError("a limit on deletions means nothing without --delete")
-        self.delete = delete
-        self.max_delete = max_delete
-        self.checksum = checksum
-        self.immutable = immutable
-        self.backup_dir = backup_dir
-        self.exclude = tuple(exclude)
 
 
 @dataclass(slots=True)
@@ -92,29 +66,20 @@ class Synchronization(Conversion):
     artifact_key = "ptbin-sync"
     tally: MirrorTally
 
-    def __init__(
-        self,
-        run: Running,
-        options: ConvertOptions,
-        tally: MirrorTally,
-        fail_fast: bool,
-        mirror: MirrorSettings,
-    ) -> None:
-        super().__init__(run, options, tally, fail_fast)
-        self.mirror = mirror
+    def __init__(self, run: Running, tally: MirrorTally, fail_fast: bool) -> None:
+        super().__init__(run, tally, fail_fast)
+        self.request = self.plan.request
         self.indexed = time.monotonic()
 
     def run(self) -> None:
-        if self.mirror.checksum:
+        if self.request.compares:
             self._compare_all()
-        if self.mirror.immutable:
-            self._refuse_changes()
-        if self.mirror.backup_dir is not None:
-            self._back_up()
-        if self.work.rule.layout == "hf":
+        self._give_up_all(self.plan.hold_back())
+        self._back_up()
+        if self.request.options.layout == "hf":
             self._release_companions()
         super().run()
-        if self.mirror.delete:
+        if self.request.deletes:
             self._delete_gone()
 
     # -- what is to be done -----------------------------------------------------------------------
@@ -136,22 +101,9 @@ class Synchronization(Conversion):
                 path = self.work.relative_manifest(job)
                 self._remember([replace(outcome.converted.index_row, manifest=path)])
 
-    def _refuse_changes(self) -> None:
-        """Outputs that are there and differ stay as they are; each is told."""
-        for job in list(self.work.iter_to_do()):
-            if not self.mirror.checksum and self.work.is_only_unproven(job):
-                self.work.settle_current(job)
-            elif self._present(job):
-                detail = f"{job.path} has changed, and {job.dest_uri} is not to be written over"
-                self._give_up(job, "immutable", detail)
-
-    def _present(self, job: Job) -> list[str]:
-        """What the job would write over; where that cannot be found out, it is given up, and nothing is."""
-        try:
-            return self.work.present(job)
-        except StorageError as error:
-            self._give_up(job, error.reason, one_line(f"what it would write over is not known: {error}"))
-            return []
+    def _give_up_all(self, refused: Iterable[tuple[Job, Problem]]) -> None:
+        for job, problem in refused:
+            self._give_up(job, problem.reason, one_line(problem.detail))
 
     def _give_up(self, job: Job, reason: str, detail: str) -> None:
         self.work.refuse(job)
@@ -196,13 +148,19 @@ class Synchronization(Conversion):
 
     def _back_up(self) -> None:
         """Copy what is written over to the backup place. A job whose file could not be saved is not done."""
-        owners = {path: job for job in list(self.work.iter_to_do()) for path in self._present(job)}
-        failed = self._each_file(
-            back_up_batch, "back up", list(owners), "copied", "backed_up", backup=self.mirror.backup_dir
-        )
+        owners, refused = self.plan.backups()
+        self._give_up_all(refused)
+        if not owners:
+            return
+        failed = self._save(list(owners))
         for job in {owners[path].path: owners[path] for path in failed}.values():
             outcome = next(failed[path] for path in failed if owners[path].path == job.path)
             self._give_up(job, outcome.reason, f"not backed up: {outcome.detail}")
+
+    def _save(self, files: Sequence[str]) -> dict[str, Outcome]:
+        return self._each_file(
+            back_up_batch, "back up", files, "copied", "backed_up", backup=self.request.backup_dir
+        )
 
     def _delete_gone(self) -> None:
         """What earlier runs put there and this one would not, if all went well and it is not too much."""
@@ -211,39 +169,28 @@ class Synchronization(Conversion):
             return
         self.stages.task_runs += 1
         try:
-            found = find_gone(self.live.run_id, tally.source, list(self.mirror.exclude))
+            found = find_gone(self.live.run_id)
         except StorageError as error:
             detail = one_line(f"what is gone from SOURCE is not known: {error}")
             tally.run_problems.append(Problem(tally.dest, error.reason, f"{detail}; nothing was deleted"))
             return
-        gone = [item for item in found if not item.kept]
-        changed = [item for item in found if item.kept]
-        for item in changed[:LOGGED]:
+        for item in [item for item in found if item.kept][:LOGGED]:
             self.logger.warning("kept %s: %s", item.output, item.kept)
-        tally.kept = len(changed)
-        if not gone:
-            return
-        if not tally.is_clean:  # what is known, and still fails, has its outputs planned: they stay
+        deletions = plan_deletions(found, is_clean=tally.is_clean, most=self.request.max_delete)
+        tally.kept = len(deletions.kept)
+        if deletions.problem:
+            tally.run_problems.append(Problem(tally.dest, "max_delete", deletions.problem))
+        elif not deletions.files and (count := sum(not item.kept for item in found)):
+            # What is known, and still fails, has its outputs planned: they stay.
             self.logger.warning(
-                "%d outputs are gone from SOURCE; nothing is deleted: there were problems", len(gone)
+                "%d outputs are gone from SOURCE; nothing is deleted: there were problems", count
             )
+        if self.request.backup_dir is not None and (failed := self._save(deletions.files)):
             tally.kept = len(found)
+            first = next(iter(failed.values()))
+            tally.run_problems.append(Problem(tally.dest, first.reason, f"not backed up: {first.detail}"))
             return
-        if too_many := excess(len(gone), self.mirror.max_delete):
-            tally.kept = len(found)
-            tally.run_problems.append(Problem(tally.dest, "max_delete", too_many))
-            return
-        files = list(dict.fromkeys(path for item in gone for path in item.files))
-        if self.mirror.backup_dir is not None:
-            failed = self._each_file(
-                back_up_batch, "back up", files, "copied", "backed_up", backup=self.mirror.backup_dir
-            )
-            if failed:
-                tally.kept = len(found)
-                first = next(iter(failed.values()))
-                tally.run_problems.append(Problem(tally.dest, first.reason, f"not backed up: {first.detail}"))
-                return
-        failed = self._each_file(delete_batch, "delete", files, "deleted", "deleted")
+        failed = self._each_file(delete_batch, "delete", deletions.files, "deleted", "deleted")
         for path, outcome in failed.items():
             tally.run_problems.append(Problem(f"{tally.dest}/{path}", outcome.reason, outcome.detail))
 
@@ -260,6 +207,8 @@ class Synchronization(Conversion):
     ) -> dict[str, Outcome]:
         """Have a task do something with files of DEST; count the good outcomes, return the others."""
         failed: dict[str, Outcome] = {}
+        if not files:
+            return failed
 
         def settle(final: Sequence[tuple[str, Outcome]]) -> None:
             for path, outcome in final:
@@ -289,40 +238,20 @@ def sync(source: str, dest: str, **asked: Any) -> State[Any]:
 
     Ends Completed, or Failed where anything was rejected, failed, or was not to be changed.
     """
-    options = build_options(asked, force=False)
-    mirror = MirrorSettings(**chosen(MIRRORING, asked))
-    include, exclude = list(asked["include"]), list(asked["exclude"])
-    refuse_secrets(source, dest, *([mirror.backup_dir] if mirror.backup_dir else []))
+    request = sync_request(source, dest, asked)
+    refuse_secrets(source, dest, *([request.backup_dir] if request.backup_dir else []))
     settings = RunSettings.of(asked)
     with join_run(asked["run_id"] or new_run_id(), settings) as live:
         check_mirror(
             source,
             dest,
-            delete=mirror.delete,
-            backup_dir=mirror.backup_dir,
+            delete=request.deletes,
+            backup_dir=request.backup_dir,
             source_options=live.source_options,
             dest_options=live.dest_options,
         )
-        with running(live, dest, settings) as run:
-            rule = OutputRule(dest, asked["naming"], OUTPUT_SUFFIXES[options.format], options.layout)
-            options = alone(options)
-            problems = list_mirror(
-                live.run_id,
-                source,
-                quote(rule),
-                quote(options),
-                include,
-                exclude,
-                distrust=mirror.checksum,
-                copy_links=asked["copy_links"],
-            )
-            if not problems and not work_of(live).count():
-                raise UsageError(nothing_below(source, work_of(live).entries, "nothing to mirror"))
+        with running(live, request, settings) as run:
+            make_plan(live.run_id)
+            plan_of(live).refuse_nothing()
             tally = MirrorTally(live.run_id, source, dest, kind="sync", min_success=asked["min_success"])
-            # What is up to date stays; what is done replaces whatever lies there.
-            forced = options.replace(force=asked["force"])
-            mirroring = Synchronization(run, forced, tally, asked["fail_fast"], mirror)
-            mirroring.selection = Selection(
-                exclude=tuple(exclude), copied=tuple(include), copy_links=asked["copy_links"]
-            )
-            return mirroring.carry_out(problems)
+            return Synchronization(run, tally, asked["fail_fast"]).carry_out()

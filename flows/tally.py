@@ -190,6 +190,12 @@ class Tally:
         """Failures that are acknowledged."""
         return sorted((e for e in self.entries if e.outcome == "known"), key=lambda entry: entry.path)
 
+    def made(self) -> list[tuple[Entry, Converted]]:
+        """What has an output that this run made."""
+        return [
+            (e, e.converted) for e in self.entries if e.converted is not None and e.converted.manifest_uri
+        ]
+
     def message(self) -> str:
         """The counts as one sentence, for the flow run's state."""
         parts = [

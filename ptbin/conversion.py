@@ -41,6 +41,7 @@ from ptbin.output_files import write_files
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import Selected, read_selected
 from ptbin.sources.opening import SourcePlace, find_source
+from ptbin.sources.pointers import refuse_pointer_at
 from ptbin.sources.sidecars import find_sidecars
 from ptbin.splice import iter_recipe, splice
 from ptbin.stores import (
@@ -57,7 +58,17 @@ from ptbin.writing.ties import tie_equal_tensors
 if TYPE_CHECKING:
     from ptbin.stores.place import Where
 
-__all__ = ["Progress", "Published", "commit", "convert", "publish", "publish_at", "stage", "would_replace"]
+__all__ = [
+    "Preview",
+    "Progress",
+    "Published",
+    "commit",
+    "convert",
+    "preview",
+    "publish",
+    "publish_at",
+    "stage",
+]
 
 Progress = Callable[[int], None]
 
@@ -160,7 +171,22 @@ def stage(
     )
 
 
-def would_replace(
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a conversion would do to the files at its place: names next to the output.
+
+    Attributes:
+        writes: all that it would write, its manifest included.
+        replaces: the files that it would write over, the manifest aside.
+        removes: files of the output before, which this one does not have.
+    """
+
+    writes: tuple[str, ...] = ()
+    replaces: tuple[str, ...] = ()
+    removes: tuple[str, ...] = ()
+
+
+def preview(
     source: Where,
     dest: Where,
     options: ConvertOptions | None = None,
@@ -169,23 +195,34 @@ def would_replace(
     dest_options: Mapping[str, Any] | None = None,
     guard: Guard | None = "any",
     standing: Standing | None = None,
-) -> list[str]:
-    """Names of the files at `dest` that `stage` would replace, found as it finds them. Writes nothing.
+    damaged: Mapping[str, Any] | None = None,
+) -> Preview:
+    """What `stage` and `publish` would do, found as they find it. Writes nothing.
 
     Reads the source's index, and its weights where a file that nothing vouches for may hold them already.
+    `damaged`: what the run would have noted in the manifest by then (`manifests.damage`).
 
     Raises:
         OutputExistsError: it would refuse to. CheckpointError: it would refuse the source.
     """
     options = options or ConvertOptions()
     begin, end = place_of(source, source_options), place_of(dest, dest_options)
-    with _prepared(begin, end, options, guard, standing) as made:
+    with _prepared(begin, end, options, guard, standing, damaged) as made:
         for plan in made.output.files:
             if made.at.replaced.get(plan.name):
                 with _Nowhere(plan.name) as writer:
                     result = splice(plan.plan, made.reader, writer, None)
                 made.at.check(plan.name, plan.plan.size, result.crc32)
-        return sorted(made.at.replaced)
+        names = [plan.name for plan in made.output.files]
+        names += [name for name, _ in made.output.texts]
+        names += made.sidecars
+        names += [made.name + STATEMENT_SUFFIX] if options.provenance else []
+        before = _outputs_of_before(made.at.manifest, made.name)
+        return Preview(
+            (*names, made.name + MANIFEST_SUFFIX),
+            tuple(sorted(made.at.replaced)),
+            tuple(name for name in sorted(before - set(names)) if made.vouches_for(name)),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +268,7 @@ def _prepared(
     options: ConvertOptions,
     guard: Guard | None,
     standing: Standing | None,
+    damaged: Mapping[str, Any] | None = None,
 ) -> Iterator[_Prepared]:
     """Read the source's index, plan the output, and look at every place that it takes."""
     found = find_source(source)
@@ -248,6 +286,7 @@ def _prepared(
                 standing=known,
                 restores=guard == "restored",
                 source_uri=found.place.uri,
+                damaged=damaged,
             )
             sidecars = find_sidecars(found) if options.layout == "hf" else {}
             for plan in output.files:
@@ -255,6 +294,7 @@ def _prepared(
             for text_name, data in output.texts:
                 at.check(text_name, len(data), zlib.crc32(data))
             for sidecar, item in sidecars.items():
+                refuse_pointer_at(found.folder / item.path, item.size)
                 if sidecar != "config.json" or options.dtype is None:  # which then gets another size
                     at.check(sidecar, item.size)
             if options.provenance:

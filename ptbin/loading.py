@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import mmap
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from ptbin.proof.logical import iter_logical_bytes
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import read_selected
 from ptbin.sources.opening import open_source
-from ptbin.stores import Identity, public_uri
+from ptbin.stores import Identity, Place, Where, place_of, public_uri
 from ptbin.values.dtypes import DType
 from ptbin.values.tensors import ByteRange, TensorRef
 
@@ -40,14 +39,14 @@ __all__ = ["Weights", "load"]
 
 
 def load(
-    uri: str | os.PathLike[str],
+    where: Where,
     *,
     names: Iterable[str] | None = None,
     select: str | None = None,
     strip_prefix: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Weights:
-    """The weights at `uri`: a `.bin` of either format, safetensors, shards by their index, a checkpoint.
+    """The weights there: a `.bin` of either format, safetensors, shards by their index, a checkpoint.
 
     Reads only the index; each array when it is asked for. Close it, or use it as a context manager.
 
@@ -60,19 +59,18 @@ def load(
         CheckpointError: it cannot be read, or is unsafe. StorageError: from the store.
     """
     chosen = None if names is None else tuple(names)
-    return _open(os.fspath(uri), chosen, select, strip_prefix, storage_options, None)
+    return _open(place_of(where, storage_options), chosen, select, strip_prefix, None)
 
 
 def _open(
-    uri: str,
+    place: Place,
     names: tuple[str, ...] | None,
     select: str | None,
     strip_prefix: str | None,
-    storage_options: Mapping[str, Any] | None,
     expected: Identity | None,
 ) -> Weights:
     """As `load`; `expected` is the state that the object must be in, for weights that were pickled."""
-    reader = open_source(uri, storage_options, expected=expected)
+    reader = open_source(place, expected=expected)
     try:
         with as_checkpoint_errors(reader.uri):
             options = ConvertOptions(select=select, strip_prefix=strip_prefix)
@@ -82,7 +80,7 @@ def _open(
             if absent := [name for name in names if name not in tensors]:
                 raise UsageError(f"{reader.uri} has no tensor {absent[0]!r}, and {len(tensors)} others")
             tensors = {name: tensors[name] for name in names}
-        again = (uri, names, select, strip_prefix, storage_options, reader.identity)
+        again = (place, names, select, strip_prefix, reader.identity)
     except BaseException:
         reader.close()
         raise
@@ -93,7 +91,7 @@ class Weights(Mapping[str, "NDArray[Any]"]):
     """Name to array, in the order of the file. Iterating over names reads nothing.
 
     Arrays that are views of a mapped file stay valid after `close`. Weights that are garbage close themselves
-    with a `ResourceWarning`. Unpickled, they are opened again, by their URI: the object must be in the same
+    with a `ResourceWarning`. Unpickled, they are opened again, at their place: the object must be in the same
     state, or `SourceChangedError` is raised. Storage options are pickled with them.
     """
 

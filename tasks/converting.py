@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import ptbin
 from ptbin.catalog import Job
-from ptbin.errors import CheckpointError, NotACheckpointError
+from ptbin.errors import CheckpointError
 from ptbin.manifests.manifest import manifest_uri
 from ptbin.options import ConvertOptions
-from ptbin.sources.companions import left_alone_as
 from tasks.batches import batch_task
 from tasks.live import LiveRun
-from tasks.outcomes import Converted, Outcome, Staged, outcome_of_error
+from tasks.outcomes import Converted, Outcome, Staged, outcome_of_job
 
 __all__ = ["convert_and_verify_batch", "convert_batch", "verify_batch"]
 
@@ -53,16 +52,8 @@ def _stage(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
             progress=live.moved,
             standing=job.standing,
         )
-    except NotACheckpointError as error:
-        # Only its place made it a candidate: a directory holds other things too.
-        return outcome_of_error(job.path, error) if job.certain else Outcome(job.path, "not_a_checkpoint")
     except CheckpointError as error:
-        role = left_alone_as(job.path, error)
-        return (
-            outcome_of_error(job.path, error)
-            if role is None
-            else Outcome(job.path, "left_alone", detail=role)
-        )
+        return outcome_of_job(job, error)
     return Outcome(job.path, "staged", draft=draft.to_json())
 
 

@@ -20,9 +20,9 @@ from ptbin.stores import Place, place_of
 from tasks.credentials import Credentials
 
 if TYPE_CHECKING:
-    from ptbin.catalog import Problem
     from ptbin.catalog.lease import Lease
-    from ptbin.catalog.worklist import WorkList
+    from ptbin.catalog.plan import Plan
+    from ptbin.catalog.request import RunRequest
     from ptbin.stores.limits import RequestLimit
 
 __all__ = [
@@ -101,10 +101,8 @@ class LiveRun:
     """Raises in the flow's own thread what a signal stands for, if one came."""
     stop_reason: str = field(default="", repr=False)
     """Why a run stops that nobody interrupted: its deadline has passed, its lease is lost."""
-    work: WorkList | None = field(default=None, repr=False)
-    """What the run is to do; its flow opens it, the listing fills it."""
-    planned: list[Problem] | None = field(default=None, repr=False)
-    """Where `work` was filled before the flow began: what the listing refused."""
+    plan: Plan | None = field(default=None, repr=False)
+    """What the run is to do: opened, and mostly made, by the command line, or else by the flow."""
     lease: Lease | None = field(default=None, repr=False)
     """On DEST, where it was acquired before the flow began."""
     requests: RequestLimit | None = field(default=None, repr=False)
@@ -119,6 +117,19 @@ class LiveRun:
     def dest_at(self, uri: str) -> Place:
         """A place below DEST, likewise."""
         return place_of(uri, self.dest_options)
+
+    @contextlib.contextmanager
+    def open_plan(self, request: RunRequest) -> Iterator[Plan]:
+        """The run's plan, not yet made, while the context lasts."""
+        from ptbin.catalog.plan import Plan
+
+        plan = Plan(request, source_options=self.source_options, dest_options=self.dest_options)
+        with contextlib.closing(plan):
+            self.plan = plan
+            try:
+                yield plan
+            finally:
+                self.plan = None
 
     def moved(self, nbytes: int) -> None:
         """The progress callback handed to the engine.

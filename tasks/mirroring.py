@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ptbin.catalog import Job
-from ptbin.catalog.comparing import find_unchanged, release_companions
+from ptbin.catalog.comparing import (
+    change_on_copying,
+    compare_job,
+    may_replace_copy,
+    release_companions,
+)
 from ptbin.catalog.finished import row_of_copy
-from ptbin.catalog.marks import may_replace_copy
-from ptbin.catalog.mirroring import Gone, is_reached_plainly, iter_gone
+from ptbin.catalog.mirroring import Gone, is_reached_plainly
 from ptbin.errors import NoSpaceError, NotFoundInStoreError
-from ptbin.manifests.manifest import manifest_uri
 from ptbin.options import ConvertOptions
-from ptbin.sources.companions import MAX_POINTER_NBYTES, refuse_pointer
-from ptbin.sources.sidecars import change_of
 from ptbin.stores import Place
-from ptbin.stores.copying import Copied, copy_file, same_content
+from ptbin.stores.copying import Copied, copy_file
 from ptbin.stores.limits import limit_requests
 from tasks.batches import batch_task, single_task
+from tasks.listing import plan_of
 from tasks.live import LiveRun, find_live_run
 from tasks.outcomes import Converted, Outcome, outcome_of_error
 
@@ -29,47 +31,11 @@ __all__ = ["back_up_batch", "compare_batch", "copy_batch", "delete_batch", "find
 @batch_task("compare batch")
 def compare_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
     """Whether an output is what its source would become now: `up_to_date`, else `changed`."""
-    try:
-        if job.copies:
-            return _compare_copy(live, job, options)
-        same = find_unchanged(
-            live.source_at(job.source_uri),
-            live.dest_at(job.dest_uri),
-            options,
-            progress=live.moved,
-        )
-    except Exception:  # noqa: BLE001 - whatever it is, the conversion meets it again and reports it
-        return Outcome(job.path, "changed")
+    sides: dict[str, Any] = {"source_options": live.source_options, "dest_options": live.dest_options}
+    same = compare_job(job, options, progress=live.moved, **sides)
     if same is None:
         return Outcome(job.path, "changed")
-    converted = Converted.from_manifest(same.manifest, manifest_uri(job.dest_uri), same.identity)
-    return Outcome(job.path, "up_to_date", converted=converted)
-
-
-def _compare_copy(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
-    same = same_content(
-        live.source_at(job.source_uri),
-        live.dest_at(job.dest_uri),
-        change=_change_of(job, options),
-        progress=live.moved,
-    )
-    if same is None:
-        return Outcome(job.path, "changed")
-    facts = replace(_copied(job, same, options), read_nbytes=0, written_nbytes=0, copied_nbytes=0)
-    return Outcome(job.path, "up_to_date", converted=facts)
-
-
-def _change_of(job: Job, options: ConvertOptions) -> Callable[[bytes], bytes] | None:
-    """What is to become of the content on its way; a Git LFS pointer in place of a file is refused."""
-    change = change_of(job.dest_uri.rpartition("/")[2], options.dtype)
-    if job.source_size > MAX_POINTER_NBYTES:
-        return change
-
-    def looked_at(data: bytes) -> bytes:
-        refuse_pointer(data, job.source_uri)
-        return change(data) if change is not None else data
-
-    return looked_at
+    return Outcome(job.path, "up_to_date", converted=Converted.known(same.row))
 
 
 @batch_task("copy batch")
@@ -80,7 +46,7 @@ def copy_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
         live.dest_at(job.dest_uri),
         expected=job.identity,
         verify=options.verify != "none",
-        change=_change_of(job, options),
+        change=change_on_copying(job, options),
         progress=live.moved,
         may_replace=may_replace_copy(job, options),
     )
@@ -128,20 +94,11 @@ def delete_batch(_live: LiveRun, path: str, folder: Place) -> Outcome:
 
 
 @single_task("find what is gone")
-def find_gone(run_id: str, source: str, exclude: Sequence[str]) -> list[Gone]:
+def find_gone(run_id: str) -> list[Gone]:
     """What earlier runs made of SOURCE and this one would not; reads the manifests of the candidates."""
     live = find_live_run(run_id)
-    assert live.work is not None, "the flow opens a work list first"
     with limit_requests(live.requests):
-        return list(
-            iter_gone(
-                live.work,
-                source,
-                exclude=exclude,
-                source_options=live.source_options,
-                tick=live.tick,
-            )
-        )
+        return list(plan_of(live).iter_gone(live.tick))
 
 
 @single_task("release companions", retried=False)

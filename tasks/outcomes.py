@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from ptbin.catalog import Job
 from ptbin.catalog.finished import FinishedRow, row_of
+from ptbin.catalog.jobs import passed_over_as
 from ptbin.errors import CheckpointError, NoSpaceError, OutputCollisionError, PtbinError
 from ptbin.stores import Identity, identity_text
 from tasks.retrying import is_transient
@@ -17,7 +19,16 @@ from tasks.retrying import is_transient
 if TYPE_CHECKING:
     from ptbin.registries import Version
 
-__all__ = ["Converted", "Kind", "Outcome", "Staged", "StoredFile", "Written", "outcome_of_error"]
+__all__ = [
+    "Converted",
+    "Kind",
+    "Outcome",
+    "Staged",
+    "StoredFile",
+    "Written",
+    "outcome_of_error",
+    "outcome_of_job",
+]
 
 Kind = Literal[
     "staged",
@@ -74,7 +85,7 @@ class Converted:
     """Of a restored model: names that keep the values which its code gave them."""
 
     @classmethod
-    def known(cls, row: FinishedRow) -> Converted:
+    def known(cls, row: FinishedRow | None) -> Converted:
         """Of an output that is up to date: nothing was read or written."""
         return cls("", (), 0, 0, 0, index_row=row)
 
@@ -181,6 +192,16 @@ def outcome_of_error(path: str, error: Exception) -> Outcome:
         one_line(str(error)),
         transient=is_transient(error),
         is_full=isinstance(error, NoSpaceError),
+    )
+
+
+def outcome_of_job(job: Job, error: Exception) -> Outcome:
+    """As `outcome_of_error`, of a candidate that may turn out to be no checkpoint, or none of a model."""
+    passed = passed_over_as(job, error)
+    return (
+        outcome_of_error(job.path, error)
+        if passed is None
+        else Outcome(job.path, passed[0], detail=passed[1])
     )
 
 

@@ -8,6 +8,7 @@ from ptbin.catalog.finished import FinishedRow, write_segment
 from ptbin.history.failures import Unconverted, write_unconverted
 from ptbin.manifests.checksums import CHECKSUM_LIST, tensor_lines
 from tasks.batches import single_task
+from tasks.listing import plan_of
 from tasks.live import find_live_run
 
 __all__ = ["merge_index", "write_index", "write_ledger", "write_run_record"]
@@ -49,8 +50,8 @@ def merge_index(run_id: str, dest: str, name: str) -> None:
     Nothing depends on it: where it fails half-way, some rows are there twice.
     """
     live = find_live_run(run_id)
-    assert live.work is not None, "the flow opens a work list first"
+    work = plan_of(live).work
     folder = live.dest_at(dest)
-    write_segment(folder, name, live.work.iter_finished())
-    for path in live.work.segments():
+    write_segment(folder, name, work.iter_finished())
+    for path in work.segments():
         (folder / path).delete()

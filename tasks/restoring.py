@@ -5,11 +5,11 @@ from __future__ import annotations
 import ptbin
 from ptbin import RestoreOptions
 from ptbin.catalog import Job
-from ptbin.errors import NotACheckpointError
+from ptbin.errors import CheckpointError
 from ptbin.manifests.manifest import manifest_uri
 from tasks.batches import batch_task
 from tasks.live import LiveRun
-from tasks.outcomes import Converted, Outcome, outcome_of_error
+from tasks.outcomes import Converted, Outcome, outcome_of_job
 
 __all__ = ["restore_batch"]
 
@@ -28,8 +28,7 @@ def restore_batch(live: LiveRun, job: Job, options: RestoreOptions) -> Outcome:
             progress=live.moved,
             standing=job.standing,
         )
-    except NotACheckpointError as error:
-        # Only its place made it a candidate: a directory holds other things too.
-        return outcome_of_error(job.path, error) if job.certain else Outcome(job.path, "not_a_checkpoint")
+    except CheckpointError as error:
+        return outcome_of_job(job, error)
     converted = Converted.from_manifest(manifest, manifest_uri(job.dest_uri))
     return Outcome(job.path, "converted", converted=converted)

@@ -22,6 +22,7 @@ FILES = {
     "from-a-stranger/model.pt": "canary_reduce_posix",
     "copies/cut.pt": "truncated",
     "copies/flipped.pt": "one_flipped_bit_in_a_storage",
+    "checkpoints/.snapshots/a.pt": "lightning_like",
     "ranks/mp_rank_00.pt": "megatron_tensor_parallel",
 }
 

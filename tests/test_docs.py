@@ -1,64 +1,53 @@
 """The documentation's commands run as they stand, and every reason has an entry.
 
-Each page's blocks run in order, in one shell, in a folder with the files of `tests.documented`. A block below
-`<!-- exits 1 -->` must exit with 1, any other one with 0.
+Each page's blocks run in order (`tests.pages`), in a folder with the files of `tests.documented`. Commands
+on other people's stores and servers cannot be run here: of those each word is parsed.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
+import shlex
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
+import click
 import pytest
+import torch
 
+import ptbin
+from flows.cli.app import cli
+from ptbin.options import ConvertOptions
 from tests.documented import prepare_documented_files
-from tests.servers.prefect_home import prefect_template
+from tests.pages import BLOCK, script_of
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 SCRIPTS = Path(sysconfig.get_path("scripts"))
-BLOCK = re.compile(r"^(?:<!-- exits (\d+) -->\n)?```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = ("troubleshooting.md", "reasons.md", "tutorial.md")
+PAGES = ("troubleshooting.md", "reasons.md", "listing.md", "cli.md")
+"""Those whose blocks are run here."""
 ROOMS = ("ptbin", "tasks", "flows")
 RUN_REASONS = {"immutable", "max_delete", "unsafe_path", "worker_lost", "internal_error"}
 """Those that no class carries."""
 
 
-def _script(text: str) -> str:
-    lines = []
-    for number, (status, language, code) in enumerate(BLOCK.findall(text), 1):
-        command = f"set -e\n{code}" if language == "sh" else f"{sys.executable} -P - <<'PYTHON'\n{code}PYTHON"
-        lines.append(f"(\n{command}\n)\nstatus=$?")
-        lines.append(
-            f'[ $status = {status or 0} ] || {{ echo "block {number} exited with $status"; exit 1; }}'
-        )
-    return "\n".join(lines)
-
-
-@pytest.mark.starts_servers
+@pytest.mark.starts_processes
 @pytest.mark.parametrize("page", PAGES)
-def test_a_pages_commands_do_what_it_says(
-    page: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_pages_commands_do_what_it_says(page: str, tmp_path: Path) -> None:
     if not (SCRIPTS / "ptbin").exists():
         pytest.skip("ptbin is not installed in this environment")
     folder = tmp_path / "folder"
     folder.mkdir()
     home = tmp_path / "home"
-    (home / ".prefect").mkdir(parents=True)
-    if page == "tutorial.md":  # it starts Prefect's server, as a newcomer without any settings does
-        shutil.copy(prefect_template(tmp_path_factory), home / ".prefect" / "prefect.db")
-    else:
-        prepare_documented_files(folder)
-        (folder / "weights").mkdir()
+    home.mkdir()
+    prepare_documented_files(folder)
+    (folder / "weights").mkdir()
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
     done = subprocess.run(
-        ["bash", "-c", _script((DOCS / page).read_text(encoding="utf-8"))],
+        ["bash", "-c", script_of((DOCS / page).read_text(encoding="utf-8"))],
         cwd=folder,
         env=kept | {"HOME": str(home), "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"},
         capture_output=True,
@@ -83,3 +72,78 @@ def test_every_reason_has_an_entry() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+RUN_ELSEWHERE = {"tutorial.md", "recipes.md", "diff.md", "migration.md"}
+"""By tests/test_newcomer.py, interop/test_recipes.py, flows/test_diff_command.py, and below. The way back in
+`migration.md` is run by tests/ptbin/registries/test_mlflow_registry.py."""
+PARSED_ONLY = {"provenance.md"}
+"""`pip install`, a key and a signature: tests/flows/test_migrate_flow.py makes the same calls."""
+
+
+def test_every_page_with_blocks_has_a_test_that_runs_them() -> None:
+    pages = {path.name for path in DOCS.glob("*.md") if BLOCK.search(path.read_text(encoding="utf-8"))}
+    assert pages == {*PAGES, *RUN_ELSEWHERE, *PARSED_ONLY}
+
+
+CODE = re.compile(r"^ *```sh\n(.*?)^ *```|^((?: {4,}[^\n]*\n)+)", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^ *(?:\$ )?(?:\S+=\S+ )*(ptbin [a-z].*)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", ROOT / "deployments" / "README.md", *sorted(DOCS.glob("*.md"))],
+    ids=lambda page: f"{page.parent.name}-{page.stem}",
+)
+def test_documented_commands_are_calls_that_exist(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("minio.json").write_text("{}")
+    blocks = CODE.findall(page.read_text(encoding="utf-8").replace("\\\n", " "))
+    text = "\n".join(fenced or indented for fenced, indented in blocks)
+    for line in COMMAND.findall(text):
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="|>&;")
+        lexer.whitespace_split = True
+        words = []
+        for word in lexer:
+            if word[0] in "|>&;":
+                break
+            words.append(word)
+        _parse(words[1:])
+
+
+def _parse(words: list[str]) -> None:
+    """Raises click's error for a command, an option or a value that there is not."""
+    with cli.make_context("ptbin", list(words)) as context:
+        rest = [*context._protected_args, *context.args]
+        if rest:
+            name, command, arguments = cli.resolve_command(context, rest)
+            assert command is not None
+            command.make_context(name, arguments, parent=context)
+
+
+def test_consumers_of_a_migrated_registry_load_as_the_page_says(tmp_path: Path) -> None:
+    page = (DOCS / "migration.md").read_text(encoding="utf-8")
+    (code,) = [code for _, language, code in BLOCK.findall(page) if language == "python"]
+    net, trained = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    torch.save(trained.state_dict(), tmp_path / "a.pt")
+    ptbin.convert(tmp_path / "a.pt", tmp_path / "data" / "model.bin")
+    mlflow = SimpleNamespace(artifacts=SimpleNamespace(download_artifacts=lambda _: str(tmp_path)))
+    exec(code, {"mlflow": mlflow, "torch": torch, "net": net})  # noqa: S102 - our own page
+    assert torch.equal(net.weight, trained.weight)
+
+
+def test_a_documented_recipe_is_one() -> None:
+    (text,) = re.findall(r"```json\n(.*?)```", (DOCS / "parts.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert ConvertOptions(recipe=text).recipe
+
+
+def test_a_command_that_there_is_not_would_be_found() -> None:
+    for words in (
+        ["convert", "a", "b", "--no-such-option"],
+        ["convert", "a", "b", "--format", "onnx"],
+        ["no"],
+    ):
+        with pytest.raises(click.UsageError):
+            _parse(words)

@@ -3,8 +3,9 @@
     python docs/demo/demo_deploy.py FOLDER [--screenshots DIR]
 
 Server up (on PostgreSQL where it is installed), work pools and deployments, a worker, a schedule that fires,
-the flow run Completed, its artifacts there, and a second run that finds nothing to do. Exits 0 only if all of
-that came to pass. Takes about two minutes. FOLDER is emptied first if an earlier demo made it.
+the flow run Completed, its artifacts there, a second run that finds nothing to do, and a third one, after a
+checkpoint was cut short, that ends Failed and says why. Exits 0 only if all of that came to pass. Takes about
+two minutes. FOLDER is emptied first if an earlier demo made it.
 """
 
 from __future__ import annotations
@@ -72,6 +73,16 @@ def scheduled_run(stack: PrefectStack) -> dict[str, Any]:
 ENDED = {"COMPLETED", "FAILED", "CRASHED"}
 
 
+def id_of(stack: PrefectStack, kind: str, run_id: str, **facts: str) -> str:
+    """Of an artifact or a task run of that flow run, of which these facts begin like that."""
+    key = {"artifacts": "flow_run_id", "task_runs": "flow_run_id"}[kind]
+    rows = stack.ask(f"/{kind}/filter", {kind: {key: {"any_": [run_id]}}})
+    found: str = next(
+        row["id"] for row in rows if all(str(row[name]).startswith(text) for name, text in facts.items())
+    )
+    return found
+
+
 def take_screenshots(stack: PrefectStack, run_id: str, report: Path, folder: Path) -> None:
     """The pages that an operator looks at; nothing where there is no browser."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -84,34 +95,37 @@ def take_screenshots(stack: PrefectStack, run_id: str, report: Path, folder: Pat
         return
     folder.mkdir(parents=True, exist_ok=True)
     deployment = stack.ask("/deployments/name/convert/convert-nightly", method="GET")["id"]
-    table = next(
-        item["id"]
-        for item in stack.ask("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run_id]}}})
-        if item["type"] == "table"
-    )
+    essence = id_of(stack, "artifacts", run_id, key="ptbin-convert-report")
+    failed = id_of(stack, "task_runs", run_id, state_name="1 of ")
+    desktop: dict[str, Any] = {"viewport": {"width": 1280, "height": 860}, "color_scheme": "light"}
+    phone = {"viewport": {"width": 390, "height": 1400}, "color_scheme": "light"}
     pages = {
-        "deployments": f"{stack.ui_url}/deployments",
-        "form": f"{stack.ui_url}/deployments/deployment/{deployment}/run",
-        "flow-run": f"{stack.ui_url}/runs/flow-run/{run_id}",
-        "artifact": f"{stack.ui_url}/artifacts/artifact/{table}",
-        "report": report.as_uri(),
+        "deployments": (f"{stack.ui_url}/deployments", desktop),
+        "form": (f"{stack.ui_url}/deployments/deployment/{deployment}/run", desktop),
+        "flow-run": (f"{stack.ui_url}/runs/flow-run/{run_id}", desktop),
+        "task-run": (f"{stack.ui_url}/runs/task-run/{failed}", desktop),
+        "artifact": (f"{stack.ui_url}/artifacts/artifact/{essence}", desktop),
+        "report": (report.as_uri(), desktop),
+        "report-dark": (report.as_uri(), desktop | {"color_scheme": "dark"}),
+        "report-phone": (report.as_uri(), phone),
     }
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        window = browser.new_context(viewport={"width": 1280, "height": 860}, color_scheme="light")
-        # The UI would call home for its analytics otherwise.
-        window.route(
-            lambda url: not url.startswith((stack.ui_url, "file:", "data:", "blob:")),
-            lambda route: route.abort(),
-        )
-        page = window.new_page()
-        for name, url in pages.items():
+        for name, (url, look) in pages.items():
+            window = browser.new_context(**look)
+            # The UI would call home for its analytics otherwise.
+            window.route(
+                lambda url: not url.startswith((stack.ui_url, "file:", "data:", "blob:")),
+                lambda route: route.abort(),
+            )
+            page = window.new_page()
             page.goto(url)
             with contextlib.suppress(Exception):
                 page.wait_for_load_state("networkidle", timeout=8000)
             time.sleep(1.5)
             page.screenshot(path=str(folder / f"{name}.png"))
             print(f"{folder / name}.png")
+            window.close()
         browser.close()
 
 
@@ -145,11 +159,20 @@ def main() -> int:
         say("the same once more: nothing is left to do")
         again = stack.wait_for_end(stack.run("convert/convert-nightly"))
         print(f"{again['type']}: {again['message']}")
+        say("a night on which a checkpoint was cut short")
+        (sound,) = (folder / "source").glob("cnn/last.ckpt")
+        (folder / "source" / "cnn" / "cut.ckpt").write_bytes(sound.read_bytes()[:-1000])
+        third = stack.run("convert/convert-nightly")
+        failed = stack.wait_for_end(third)
+        print(f"{failed['type']}: {failed['message']}")
         say("pictures of the UI, and of the report")
-        (report,) = sorted((folder / "dest" / "_ptbin" / "runs").glob("*/report.html"))[:1]
-        take_screenshots(stack, run["id"], report, arguments.screenshots or folder / "screenshots")
+        report = max((folder / "dest" / "_ptbin" / "runs").glob("*/report.html"))
+        take_screenshots(stack, third, report, arguments.screenshots or folder / "screenshots")
         stack.kill(worker)
     good = run["state"]["type"] == "COMPLETED" and again["type"] == "COMPLETED"
+    good = (
+        good and failed["type"] == "FAILED" and "\nnew: cnn/cut.ckpt: corrupt_archive: " in failed["message"]
+    )
     good = good and "converted 0, up to date" in again["message"] and "ptbin-convert" in artifacts
     say("all of it came to pass" if good else "NOT as it should be")
     return 0 if good else 1

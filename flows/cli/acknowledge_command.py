@@ -48,10 +48,13 @@ def acknowledge_command(
     today = datetime.now(UTC).date()
     if until.date() < today:
         raise UsageError(f"--until {until:%Y-%m-%d} is over; today is {today} (UTC)")
+    because = " ".join(reason.split())
+    if not because:
+        raise UsageError("--reason is empty; whoever reads the report wants to know why this is no news")
     failures = acknowledge(
         place_of(dest, shared.dest_options),
         paths,
-        because=" ".join(reason.split()),
+        because=because,
         until=f"{until:%Y-%m-%d}",
         today=today,
     )

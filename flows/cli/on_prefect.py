@@ -17,13 +17,13 @@ from ptbin.installed import require
 from tasks.live import LiveRun, open_live_run
 
 if TYPE_CHECKING:
-    from flows.prepared import Asked
+    from ptbin.catalog.request import RunRequest
 
 __all__ = ["run_flow", "run_prepared"]
 
 
 def run_prepared(
-    asked: Asked, run_id: str, shared: Shared, listener: Problems, **parameters: Any
+    request: RunRequest, run_id: str, shared: Shared, listener: Problems, **parameters: Any
 ) -> dict[str, Any]:
     """As `run_flow`, with the plan made first: without Prefect where nothing is to be done.
 
@@ -44,12 +44,12 @@ def run_prepared(
         _set_logging(shared)
         start_early()
 
-    refuse_nothing(live, asked)
+    refuse_nothing(live, request)
     listener.stage("looking at SOURCE and DEST")
-    with preparing(live, asked, start_server) as is_planned:
-        if is_planned and (summary := finish_in_step(live, asked)) is not None:
+    with preparing(live, request, start_server):
+        if (summary := finish_in_step(live, parameters.get("min_success"))) is not None:
             return summary
-        return _run(asked.kind, live, shared, parameters)
+        return _run(request.kind, live, shared, parameters)
 
 
 def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **parameters: Any) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _run(name: str, live: LiveRun, shared: Shared, parameters: dict[str, Any]) -
 
         # Prefect's modules stay to the end: a full collection would walk a million objects of them, 0.1 s.
         gc.freeze()
-        if live.planned is None:
+        if live.plan is None or not live.plan.is_made:
             listener.stage("looking at SOURCE and DEST" if name != "verify" else "looking at DEST")
         try:
             with hold_signals() as signals, tags(TAG):

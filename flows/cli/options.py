@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -19,6 +20,22 @@ __all__ = ["takes"]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 MAX_RECIPE_NBYTES = 1 << 20
+
+
+class ShareType(click.ParamType[float]):
+    """A share of 1, or the same in percent: `0.99`, `99%`."""
+
+    name = "float range"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = math.nan
+        if not 0 < share <= 1:
+            self.fail(f"{text!r} is not a share, such as 0.99 or 99%", param, ctx)
+        return share
 
 
 def takes(options: Sequence[Option]) -> Callable[[Command], Command]:
@@ -48,7 +65,7 @@ def _click_option(entry: Option) -> Callable[[Any], Any]:
         settings |= {"type": click.IntRange(entry.least, entry.most), "default": entry.default}
         settings["show_default"] = entry.default is not None
     elif entry.kind == "share":
-        settings["type"] = click.FloatRange(0, 1, min_open=True)
+        settings["type"] = ShareType()
     elif entry.kind == "size":
         settings |= {"callback": _checking(parse_size), "metavar": "SIZE"}
     elif entry.kind == "duration":

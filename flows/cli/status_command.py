@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,7 +17,7 @@ from flows.wishes import build_options
 from ptbin.stores import public_uri
 
 if TYPE_CHECKING:
-    from ptbin.history.status import Question, Status
+    from ptbin.history.status import Status
 
 __all__ = ["status_command"]
 
@@ -59,17 +60,28 @@ def status_command(source: str, dest: str, mirrors: bool, **values: Any) -> int:
     shared = Shared.of(values)
     options = build_options(asked)
     include, exclude = tuple(asked["include"]), tuple(asked["exclude"])
-    from ptbin.history.status import Question, question_of_last_run, status_of
+    from flows.version_status import last_migration, refuse_registries, version_status
+    from ptbin.catalog.request import RunRequest
+    from ptbin.history.status import last_request, status_of
 
+    refuse_registries(source, dest)
     places: dict[str, Any] = {"source_options": shared.source_options, "dest_options": shared.dest_options}
-    question = Question(options, asked["naming"], include, exclude, copied=include if mirrors else None)
+    request = RunRequest(source, dest, options, naming=asked["naming"], include=include, exclude=exclude)
+    if mirrors:
+        request = replace(request, kind="sync", include=(), copied=include)
+    run, migration = "", None
     if not _is_asked(("mirrors", *asked)):
-        question = question_of_last_run(source, dest, **places) or question
-    status = status_of(source, dest, question, **places)
+        migration = last_migration(source, dest, **places)
+        if migration is None and (found := last_request(source, dest, **places)) is not None:
+            request, run = found
+    if migration is not None:
+        status = version_status(migration, **places)
+    else:
+        status = status_of(request, run=run, **places)
     if shared.as_json:
-        print_json(_to_json(source, dest, question, status))
+        print_json(_to_json(source, dest, status))
     elif not shared.quiet:
-        for line in _lines(question, status):
+        for line in _lines(status):
             print_line(line)
     return 0 if status.is_in_step else 1
 
@@ -81,19 +93,21 @@ def _is_asked(names: Sequence[str]) -> bool:
     return any(source is not None and source.name != "DEFAULT" for source in sources)
 
 
-def _to_json(source: str, dest: str, question: Question, status: Status) -> dict[str, Any]:
+def _to_json(source: str, dest: str, status: Status) -> dict[str, Any]:
     return {
         "source": public_uri(source),
         "dest": public_uri(dest),
-        "as_run": question.run,
+        "kind": status.kind,
+        "as_run": status.run,
         "in_step": status.is_in_step,
         "counts": status.counts,
         "oldest_unconverted": status.oldest,
+        "idle_acknowledgements": status.idle,
         **{kind: status.listed.get(kind, []) for kind in KINDS},
     }
 
 
-def _lines(question: Question, status: Status) -> list[str]:
+def _lines(status: Status) -> list[str]:
     rows = [
         (WORDS.get(kind, kind), f"{count:,}", MEANINGS.get(kind, "") if count else "")
         for kind, count in status.counts.items()
@@ -107,10 +121,13 @@ def _lines(question: Question, status: Status) -> list[str]:
         lines += ["", f"{kind}:", *(f"  {_row(row)}" for row in listed[:SHOWN_ROWS])]
         if status.counts[kind] > SHOWN_ROWS:
             lines.append(f"  ... and {status.counts[kind] - SHOWN_ROWS:,} more")
+    if status.idle:
+        lines += ["", "acknowledged to no effect:"]
+        lines += [f"  {row['path']}, until {row['until']}: {row['why']}" for row in status.idle[:SHOWN_ROWS]]
     if status.oldest is not None:
         lines += ["", f"oldest unconverted: {status.oldest['path']}, since {_day(status.oldest['since'])}"]
     lines += ["", "all in step" if status.is_in_step else "not in step"]
-    return [*lines, f"asked as run {question.run} was"] if question.run else lines
+    return [*lines, f"asked as run {status.run} was"] if status.run else lines
 
 
 def _row(row: dict[str, str]) -> str:

@@ -11,13 +11,11 @@ from flows.cli.interrupts import INTERRUPTED_STATUS
 from flows.cli.printing import align, print_error, print_json, print_line
 from flows.units import counted, format_nbytes, left_out_words, short_detail
 from ptbin.catalog.entries import skipped_words
-from ptbin.errors import OutputExistsError
 
 if TYPE_CHECKING:
     from flows.cli.shared_options import Shared
     from flows.tally import Entry
-    from ptbin.catalog import Job, Problem
-    from ptbin.catalog.marks import Marked
+    from ptbin.catalog import Job
 
 __all__ = [
     "JSON_KEYS",
@@ -26,10 +24,7 @@ __all__ = [
     "conversion_lines",
     "initial_lines",
     "mapping_lines",
-    "marked_row",
     "migration_lines",
-    "plan_lines",
-    "refused_row",
     "single_lines",
     "tell_summary",
     "untold",
@@ -211,41 +206,6 @@ def initial_lines(summary: Mapping[str, Any]) -> list[str]:
     if len(summary["initial"]) > SHOWN_PROBLEMS:
         lines.append(f"... and in {len(summary['initial']) - SHOWN_PROBLEMS} more, by their manifests")
     return lines
-
-
-def plan_lines(
-    to_do: Sequence[Marked],
-    up_to_date: Sequence[Job],
-    problems: Sequence[Problem],
-    alone: Sequence[Job] = (),
-    skipped: Mapping[str, int] | None = None,
-) -> list[str]:
-    """What a run would do, one checkpoint a line."""
-    rows = [marked_row("convert", item) for item in to_do]
-    rows += [("up to date", format_nbytes(job.source_size), job.path) for job in up_to_date]
-    rows += [("leave alone", format_nbytes(job.source_size), job.path) for job in alone]
-    rows += [refused_row(problem) for problem in problems]
-    total = format_nbytes(sum(item.job.source_size for item in to_do))
-    replaced = sum(1 for item in to_do if item.replaces)
-    counts = f"would convert {len(to_do)} ({total}), "
-    counts += f"of them replace {replaced}, " if replaced else ""
-    counts += f"up to date {len(up_to_date)}, rejected {len(problems)}"
-    counts += f", left alone {len(alone)}" if alone else ""
-    passed = [f"passed over: {skipped_words(skipped)}"] if skipped else []
-    return [*align(rows, indent=""), *passed, "", f"{counts}; nothing was written"]
-
-
-def marked_row(what: str, item: Marked) -> tuple[str, str, str]:
-    """A line of a dry run: what would be done, and which files it would replace."""
-    replaced = f" (replaces {', '.join(item.replaces)})" if item.replaces else ""
-    job = item.job
-    return (what, format_nbytes(job.source_size), f"{job.path} -> {job.dest_uri}{replaced}")
-
-
-def refused_row(problem: Problem) -> tuple[str, str, str]:
-    """A line of a dry run: a source that would not be converted; where a file is in the way, which one."""
-    in_the_way = problem.reason == OutputExistsError.reason
-    return ("reject", problem.reason, problem.detail if in_the_way else problem.source)
 
 
 def tell_summary(

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from ptbin.catalog.finished import FinishedRow, row_of, row_of_copy
+from ptbin.catalog.jobs import Job
 from ptbin.conversion import Published, plan_conversion
 from ptbin.errors import (
     CheckpointError,
@@ -27,13 +30,26 @@ from ptbin.proof.verification import difference_of
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import read_selected
 from ptbin.sources.opening import SourcePlace, find_source
+from ptbin.sources.pointers import MAX_POINTER_NBYTES, refuse_pointer
+from ptbin.sources.sidecars import change_of
 from ptbin.splice import splice
-from ptbin.stores import ObjectStat, Place, RangeReader, Where, Writer, place_of
+from ptbin.stores import ObjectStat, Place, RangeReader, Where, Writer, identity_text, place_of
+from ptbin.stores.copying import same_content
 from ptbin.values.segments import FilePlan
 
-__all__ = ["find_unchanged", "is_convertible", "release_companions"]
+__all__ = [
+    "Unchanged",
+    "change_on_copying",
+    "compare_job",
+    "find_unchanged",
+    "is_convertible",
+    "may_replace_copy",
+    "release_companions",
+]
 
 Progress = Callable[[int], None]
+OnDamage = Callable[[Mapping[str, Any]], object]
+"""Gets what `manifests.damage.note_damage` would note: each damaged file by its name."""
 Digest = str | tuple[str | None, dict[tuple[int, int], str]]
 """A file's SHA-256, or the one of what lies between its tensors, and theirs by their place."""
 
@@ -66,17 +82,77 @@ class _Digest(Writer):
     def _discard(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Unchanged:
+    """An output that is what its source would become now; `row`: for the index of finished work."""
+
+    row: FinishedRow | None
+
+
+def compare_job(
+    job: Job,
+    options: ConvertOptions,
+    *,
+    source_options: Mapping[str, Any] | None = None,
+    dest_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    on_damage: OnDamage | None = None,
+) -> Unchanged | None:
+    """Whether the output, or the copy, is what its source would become now; None: it is to be done.
+
+    So it is wherever that cannot be found out: the run meets the same problem and reports it. `on_damage`: as
+    `find_unchanged`.
+    """
+    source, dest = place_of(job.source_uri, source_options), place_of(job.dest_uri, dest_options)
+    try:
+        if job.copies:
+            copy = same_content(source, dest, change=change_on_copying(job, options), progress=progress)
+            return Unchanged(row_of_copy(job, "", copy, options)) if copy is not None else None
+        same = find_unchanged(source, dest, options, progress=progress, on_damage=on_damage)
+    except Exception:  # noqa: BLE001 - whatever it is
+        return None
+    return Unchanged(row_of(same.manifest, "", identity_text(same.identity))) if same is not None else None
+
+
+def change_on_copying(job: Job, options: ConvertOptions) -> Callable[[bytes], bytes] | None:
+    """What becomes of a copied file's content on its way; a Git LFS pointer in place of a file is refused."""
+    change = change_of(job.dest_uri.rpartition("/")[2], options.dtype)
+    if job.source_size > MAX_POINTER_NBYTES:
+        return change
+
+    def looked_at(data: bytes) -> bytes:
+        refuse_pointer(data, job.source_uri)
+        return change(data) if change is not None else data
+
+    return looked_at
+
+
+def may_replace_copy(job: Job, options: ConvertOptions) -> Callable[[str], bool] | None:
+    """Which file a copy may replace, by its identity: one that the index of finished work knows.
+
+    None: any, or a listing has shown that there is none.
+    """
+    standing = job.standing
+    if options.force or standing is None:
+        return None
+    if standing.size is None and "://" in job.dest_uri:
+        return None  # which spares a request
+    return lambda identity: standing.is_known_copy and identity == standing.identity
+
+
 def find_unchanged(
     source: Where,
     dest: Where,
     options: ConvertOptions,
     *,
     progress: Progress | None = None,
+    on_damage: OnDamage | None = None,
 ) -> Published | None:
     """The finished output of `source` at `dest` if converting it anew would make the very same, else None.
 
     The manifest is brought up to date where the source has another identity now. The stored files are read as
-    well: where they are not what the manifest says, that is noted in it, so that they may be replaced.
+    well: where they are not what the manifest says, that is noted in it, so that they may be replaced. A dry
+    run gives `on_damage`, which gets the note instead; nothing is written then.
 
     Raises:
         CheckpointError: the source is damaged, unsafe, or has no single state dict.
@@ -100,10 +176,13 @@ def find_unchanged(
         if _digests(found, reader, output.name, options, stored, progress) != stored:
             return None
         if damaged := _damaged_files(output.parent, manifest, progress):
-            note_damage(manifest_place, damaged)
+            if on_damage is not None:
+                on_damage(damaged)
+            else:
+                note_damage(manifest_place, damaged)
             return None
         facts = {"uri": reader.uri, "size": reader.size, "identity": reader.identity.to_json()}
-    if {name: manifest["source"].get(name) for name in facts} != facts:
+    if on_damage is None and {name: manifest["source"].get(name) for name in facts} != facts:
         manifest["source"].update(facts)
         written = manifest_place.write_bytes(dump_manifest(manifest))
         identity = written or manifest_place.stat().identity

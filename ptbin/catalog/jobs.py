@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
-from ptbin.errors import CheckpointError
+from ptbin.errors import CheckpointError, NotACheckpointError
 from ptbin.manifests.vouching import Standing
+from ptbin.sources.companions import left_alone_as
 from ptbin.stores import Identity
 
-__all__ = ["Found", "Job", "Problem", "is_rejection", "problem_of"]
+__all__ = ["Found", "Job", "Problem", "is_rejection", "passed_over_as", "problem_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,20 @@ def problem_of(source: str, error: Exception) -> Problem:
     if not isinstance(reason, str):
         return Problem(source, "internal_error", f"{type(error).__name__}: {error}")
     return Problem(source, reason, str(error))
+
+
+def passed_over_as(
+    job: Job, error: Exception
+) -> tuple[Literal["not_a_checkpoint", "left_alone"], str] | None:
+    """What a candidate is that cannot be converted and need not be, with its role; None: it is a problem.
+
+    Only its place made it a candidate (a directory holds other things too), or it is what training leaves
+    next to weights.
+    """
+    if isinstance(error, NotACheckpointError):
+        return None if job.certain else ("not_a_checkpoint", "")
+    role = left_alone_as(job.path, error)
+    return ("left_alone", role) if role is not None else None
 
 
 def is_rejection(reason: str) -> bool:

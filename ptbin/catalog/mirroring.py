@@ -1,4 +1,4 @@
-"""What a mirror does beside converting: which other files go along, and what of DEST it may delete.
+"""What of DEST a mirror may delete.
 
 An output belongs to a mirror if it was made of a file below its SOURCE and lies where this mirror would put
 it. Whatever else lies in DEST is somebody's, even with a manifest of ptbin's beside it: the outputs of
@@ -21,7 +21,6 @@ from ptbin.catalog.planning import relative_output
 from ptbin.errors import LimitExceededError, NotFoundInStoreError, VerificationError
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, dump_statement, statement_of
-from ptbin.options import ConvertOptions
 from ptbin.proof.verification import difference_of
 from ptbin.sources.folders import INDEX_SUFFIX
 from ptbin.stores import Identity, Place, identity_text, place_of
@@ -31,19 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Gone",
-    "alone",
     "excess",
     "is_reached_plainly",
     "iter_gone",
 ]
-
-
-def alone(options: ConvertOptions) -> ConvertOptions:
-    """A mirror's options, once `OutputRule` has taken the layout: no conversion takes companions along.
-
-    They are copied by themselves. Of two owners of one file each would undo what the other did.
-    """
-    return options.replace(layout="mirror")
 
 
 # -- what SOURCE no longer has -------------------------------------------------------------------

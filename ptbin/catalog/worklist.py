@@ -32,6 +32,7 @@ from ptbin.catalog.jobs import Found, Job, Problem
 from ptbin.catalog.jobtable import CURRENT, PAGE, TO_ASK, TO_DO, JobTable
 from ptbin.catalog.named import NamedFiles
 from ptbin.catalog.planning import OutputRule
+from ptbin.catalog.request import RunRequest
 from ptbin.errors import (
     LimitExceededError,
     NotFoundInStoreError,
@@ -74,47 +75,40 @@ class WorkList(JobTable):
 
     def plan(
         self,
-        source: str,
-        rule: OutputRule,
-        options: ConvertOptions,
+        request: RunRequest,
         *,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
         source_options: Mapping[str, Any] | None = None,
         tick: Callable[[], object] = lambda: None,
-        copies: Callable[[ListedObject], bool] | None = None,
-        distrust: bool = False,
-        named: NamedFiles | None = None,
-        copy_links: bool = False,
         on_new: Callable[[Job], bool] | None = None,
     ) -> list[Problem]:
         """Fill the list; what cannot be done at all. `tick` is called now and then, and may raise.
 
-        With `options.force` nothing is up to date; with `distrust` everything is to be done that is not
-        compared by its content. `copies` says which files go along as they are, `named` which files alone are
-        looked at; `copy_links` follows links that lead out of SOURCE. `entries` says what was passed over.
-        `on_new` is called with jobs of which DEST holds nothing, some of them, until it returns true.
+        With `force` nothing is up to date; with `distrust` everything is to be done that is not compared by
+        its content. `entries` says what was passed over. `on_new` is called with jobs of which DEST holds
+        nothing, some of them, until it returns true.
 
         Raises:
             NotFoundInStoreError, StorageError: from the stores.
         """
+        source, options, copies = request.source, request.planning, request.copies
+        named = NamedFiles(request.named) if request.named is not None else None
         with self.lock:
             self._clear()
-            self.rule = replace(rule, folds_case=folds_case(self.dest.store, self.dest.path))
+            self.rule = replace(request.rule, folds_case=folds_case(self.dest.store, self.dest.path))
             self._options, self._source_options = options, source_options
             self._read_dest(tick)
             others: list[ListedObject] = []
-            shown = (*include, *getattr(copies, "include", ()), split_glob(source, source_options)[1] or "")
+            globs = (*request.include, *request.copied, split_glob(source, source_options)[1] or "")
             self.entries = Entries(
-                shown=shown,
-                exclude=exclude,
-                copy_links=copy_links,
+                shown=globs,
+                exclude=request.exclude,
+                copy_links=request.copy_links,
                 is_named=named.holds if named is not None else lambda _: False,
             )
             found = find_checkpoints(
                 source,
-                include=include,
-                exclude=exclude,
+                include=request.include,
+                exclude=request.exclude,
                 storage_options=source_options,
                 is_other=copies or (lambda _: False),
                 other=others.append,
@@ -125,9 +119,11 @@ class WorkList(JobTable):
             self._on_new = on_new
             problems = self._add(found, others, tick)
             problems += self.entries.problems
-            problems += settle_collisions(self, self._options)
+            problems += settle_collisions(self, options)
+            if named is not None and request.must_exist:
+                problems += named.missing(source)
             self._find_free_places()
-            if not options.force and not distrust:
+            if not options.force and not request.distrust:
                 self._look_up(options, tick)
             return problems
 

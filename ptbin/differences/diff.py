@@ -9,7 +9,6 @@ digests alone.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -24,6 +23,7 @@ from ptbin.options import ConvertOptions
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.pickle.collector import collector_paused
 from ptbin.reading.prefixes import wrapper_prefixes
+from ptbin.stores import Place, Where, place_of
 
 __all__ = ["diff"]
 
@@ -31,8 +31,8 @@ Progress = Callable[[int], None]
 
 
 def diff(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
+    a: Where,
+    b: Where,
     *,
     options: ConvertOptions | None = None,
     options_b: ConvertOptions | None = None,
@@ -70,12 +70,13 @@ def diff(
     if not all(math.isfinite(value) and value >= 0 for value in (rtol, atol)):
         raise UsageError(f"rtol {rtol} and atol {atol} must be finite and not negative")
     options = options or ConvertOptions()
-    second = storage_options if storage_options_b is None else storage_options_b
+    if storage_options_b is None and not isinstance(b, Place):
+        storage_options_b = storage_options
     with ExitStack() as stack:
         with collector_paused():
-            side_a = _open(os.fspath(a), options, storage_options)
+            side_a = _open(place_of(a, storage_options), options)
             stack.callback(side_a.close)
-            side_b = _open(os.fspath(b), options_b or options, second)
+            side_b = _open(place_of(b, storage_options_b), options_b or options)
             stack.callback(side_b.close)
             comparison = _Comparison(side_a, side_b, Tolerance(rtol, atol), check_dtype, progress)
             comparison.classify()
@@ -84,10 +85,10 @@ def diff(
             return comparison.result(check_ties=check_ties)
 
 
-def _open(uri: str, options: ConvertOptions, storage_options: Mapping[str, Any] | None) -> Side:
-    if is_manifest(uri):
-        return ManifestSide(uri, options, storage_options)
-    return CheckpointSide(uri, options, storage_options)
+def _open(place: Place, options: ConvertOptions) -> Side:
+    if is_manifest(place.name):
+        return ManifestSide(place, options)
+    return CheckpointSide(place, options)
 
 
 class _Comparison:

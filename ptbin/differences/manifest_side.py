@@ -27,7 +27,7 @@ from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.keys import new_names
 from ptbin.reading.selection import select_state_dict
 from ptbin.sources.folders import INDEX_SUFFIX
-from ptbin.stores import ListedObject, RangeReader, place_of, public_uri
+from ptbin.stores import ListedObject, Place, RangeReader
 from ptbin.stores.joined import JoinedReader, part_base
 from ptbin.values.dtypes import BY_NAME
 from ptbin.values.state_dict import tensors_of
@@ -40,9 +40,9 @@ MAX_MANIFEST_NBYTES = 2 << 30
 _SPARSE_INDICES = ("indices", "crow_indices", "ccol_indices")
 
 
-def is_manifest(uri: str) -> bool:
-    """Whether a URI names a manifest, by its suffix."""
-    return uri.endswith(MANIFEST_SUFFIX) or (uri.endswith(".json") and not uri.endswith(INDEX_SUFFIX))
+def is_manifest(name: str) -> bool:
+    """Whether a file of this name is a manifest, by its suffix."""
+    return name.endswith(MANIFEST_SUFFIX) or (name.endswith(".json") and not name.endswith(INDEX_SUFFIX))
 
 
 class ManifestSide(Side):
@@ -55,14 +55,12 @@ class ManifestSide(Side):
 
     container = "manifest"
 
-    def __init__(self, uri: str, options: ConvertOptions, storage_options: Mapping[str, Any] | None) -> None:
+    def __init__(self, place: Place, options: ConvertOptions) -> None:
         if options.selected_paths or options.flatten or options.split:
-            raise UsageError(
-                f"{public_uri(uri)} is a manifest: it lists one output, there is nothing to select"
-            )
+            raise UsageError(f"{place.uri} is a manifest: it lists one output, there is nothing to select")
         self._limits = options.limits
-        self._place = place_of(uri, storage_options)
-        self.uri = self._place.uri
+        self._place = place
+        self.uri = place.uri
         data = self._place.read_bytes(limit=MAX_MANIFEST_NBYTES)
         self._parts: tuple[ListedObject, ...] | None = None
         self._storages: dict[Any, Storage] = {}

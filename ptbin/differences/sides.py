@@ -7,7 +7,7 @@ A side is a checkpoint of any container (`CheckpointSide`), read as a conversion
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ptbin.errors import UnsupportedTensorError, UsageError
@@ -21,7 +21,7 @@ from ptbin.values.state_dict import StateDict, tensors_of
 from ptbin.values.tensors import SparseTensor, TensorRef
 
 if TYPE_CHECKING:
-    from ptbin.stores import RangeReader
+    from ptbin.stores import Place, RangeReader
 
 __all__ = ["CheckpointSide", "Side", "SideTensor", "quantizer_of", "refuse_sparse", "tie_groups"]
 
@@ -86,10 +86,10 @@ class CheckpointSide(Side):
         UsageError: options that no comparison can have. StorageError: from the store.
     """
 
-    def __init__(self, uri: str, options: ConvertOptions, storage_options: Mapping[str, Any] | None) -> None:
+    def __init__(self, place: Place, options: ConvertOptions) -> None:
         if options.split:
             raise UsageError("split makes several outputs; a comparison takes one state dict: --select PATH")
-        self._place = find_source(uri, storage_options)
+        self._place = find_source(place)
         self._place.refuse_part(parts=options.parts)
         self._reader = self._place.open()
         self._identity = self._reader.identity

@@ -2,8 +2,7 @@
 
 `DEST/_ptbin/unconverted.jsonl` has a line for each file that the last run which looked at it did not convert:
 failures with their reason, and files that turned out to be no checkpoints. It is written anew at a run's end;
-the lease on DEST keeps two runs from doing so at once. `DEST/_ptbin/known.json` has what people acknowledged
-(`ptbin acknowledge`); runs only read it.
+the lease on DEST keeps two runs from doing so at once. What people acknowledged is in `history.known`.
 
 A failure is *known* if it is acknowledged in this state and with this reason, *old* if it was there before,
 else *new*; so a source that changed is new. States are told apart by the source's identity in the listing
@@ -19,26 +18,23 @@ from datetime import UTC, date, datetime
 from typing import Any, Literal
 
 from ptbin.catalog.finding import OWN_FOLDER
-from ptbin.errors import NotFoundInStoreError, UsageError, VerificationError
+from ptbin.errors import NotFoundInStoreError, UsageError
+from ptbin.history.known import KNOWN, Acknowledgement, read_known, write_known
 from ptbin.stores import Where, place_of
 
 __all__ = [
-    "Acknowledgement",
     "Ledger",
     "Novelty",
     "Unconverted",
     "acknowledge",
-    "read_known",
     "read_ledger",
     "read_unconverted",
     "utc_text",
-    "write_known",
     "write_unconverted",
     "written_at",
 ]
 
 UNCONVERTED = f"{OWN_FOLDER}/unconverted.jsonl"
-KNOWN = f"{OWN_FOLDER}/known.json"
 FAILURES = ("rejected", "failed")
 MAX_LINE_NBYTES = 1 << 20
 """Longer lines are damage."""
@@ -94,49 +90,6 @@ class Unconverted:
             raise ValueError("not a row") from error
 
 
-@dataclass(frozen=True, slots=True)
-class Acknowledgement:
-    """A failure that someone knows of: until then it does not make a run fail.
-
-    Attributes:
-        path: of the checkpoint below SOURCE, or its URI.
-        because: what people are told.
-        until: the last day (UTC) on which it holds, as `YYYY-MM-DD`.
-        state: of the checkpoint; None, where written by hand: whatever its state is.
-        reason: the reason code; None, where written by hand: any reason.
-        at: when it was acknowledged.
-    """
-
-    path: str
-    because: str
-    until: str
-    state: str | None = None
-    reason: str | None = None
-    at: str = ""
-
-    def covers(self, failure: Unconverted, today: date) -> bool:
-        return (
-            self.path in (failure.path, failure.source)
-            and self.state in (None, failure.state)
-            and self.reason in (None, failure.reason)
-            and not self.is_expired(today)
-        )
-
-    def is_expired(self, today: date) -> bool:
-        return date.fromisoformat(self.until) < today
-
-    @classmethod
-    def from_json(cls, data: Any) -> Acknowledgement:
-        """Raises ValueError where something is missing or of the wrong kind, TypeError for unknown fields."""
-        if not isinstance(data, dict):
-            raise ValueError(f"{data!r} is not an object with path, because and until")
-        for name in ("path", "because", "until"):
-            if not isinstance(data.get(name), str):
-                raise ValueError(f"{data!r} has no text {name}")
-        date.fromisoformat(data["until"])
-        return cls(**data)
-
-
 @dataclass(slots=True)
 class Ledger:
     """One run's view: what was not converted before, what is acknowledged, and what this run adds.
@@ -185,6 +138,23 @@ class Ledger:
         """What acknowledges a failure today."""
         candidates = [*self._by_path.get(row.path, ()), *self._by_path.get(row.source, ())]
         return next((item for item in candidates if item.covers(row, self.now.date())), None)
+
+    def idle(self) -> list[tuple[Acknowledgement, str]]:
+        """What is acknowledged to no effect, and why: its day is over, or nothing like that fails."""
+        failing: dict[str, list[Unconverted]] = {}
+        for row in self.before.values():
+            if row.is_failure:
+                failing.setdefault(row.path, []).append(row)
+                failing.setdefault(row.source, []).append(row)
+        today = self.now.date()
+        found = []
+        for item in self.known:
+            there = failing.get(item.path, [])
+            if item.is_expired(today):
+                found.append((item, "its last day is over"))
+            elif not any(item.covers(row, today) for row in there):
+                found.append((item, "what fails there now is another" if there else "nothing fails there"))
+        return found
 
     def close(self, is_settled: Callable[[Unconverted], bool]) -> list[Unconverted]:
         """At the run's end: every row to be stored. Of the earlier ones that this run did not come upon
@@ -290,36 +260,6 @@ def write_unconverted(dest: Where, rows: Iterable[Unconverted]) -> None:
         writer.commit()
 
 
-def read_known(dest: Where) -> list[Acknowledgement]:
-    """Everything acknowledged, expired or not; nothing where there is no such file.
-
-    Raises:
-        VerificationError: the file is damaged, or was edited into something else.
-        StorageError: the store failed.
-    """
-    place = place_of(dest) / KNOWN
-    try:
-        data = place.read_bytes()
-    except NotFoundInStoreError:
-        return []
-    try:
-        return [Acknowledgement.from_json(item) for item in json.loads(data)["known"]]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise VerificationError(
-            f"{place.uri} is not a list of acknowledged failures: {error}; mend it"
-        ) from error
-
-
-def write_known(dest: Where, known: Iterable[Acknowledgement]) -> None:
-    """Put these in the place of all that were stored. Of two writers at once, the last one's stay."""
-    rows = [
-        {name: value for name, value in asdict(item).items() if value is not None}
-        for item in sorted(known, key=lambda item: item.path)
-    ]
-    text = json.dumps({"schema_version": 1, "known": rows}, indent=2, ensure_ascii=False)
-    (place_of(dest) / KNOWN).write_bytes(text.encode() + b"\n")
-
-
 def acknowledge(
     dest: Where,
     paths: Sequence[str],
@@ -333,9 +273,11 @@ def acknowledge(
     Expired acknowledgements are dropped, and of the same path earlier ones.
 
     Raises:
-        UsageError: nothing fails at one of them; nothing is written then.
+        UsageError: there is no DEST, or nothing fails at one of them; nothing is written then.
         VerificationError, StorageError: as `read_known`.
     """
+    if not place_of(dest).is_directory():
+        raise UsageError(f"no destination with runs in it: {dest} is not a directory or prefix")
     wanted = set(paths)
     failures = [
         row

@@ -150,6 +150,8 @@ def read_rows(
         UsageError: there is no such run, or its record is damaged or too large to be held in memory.
         StorageError: the store failed.
     """
+    if "/" in run_id:
+        raise UsageError(f"{run_id!r} is not the id of a run; `ptbin runs {dest}` lists them")
     place = place_of(dest, storage_options) / RUNS_FOLDER / run_id / RECORD_NAME
     try:
         rows = json.loads(place.read_bytes())["checkpoints"]

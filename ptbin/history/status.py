@@ -1,58 +1,35 @@
 """How far DEST is in step with SOURCE, without a run: what is due, what fails since when, what is left over.
 
-Uses the plan of a run (`catalog.worklist`): the same two listings, the same index of finished work, the same
+Uses the plan of a run (`catalog.plan`): the same two listings, the same index of finished work, the same
 question to each manifest that the index does not know. What failed comes from `history.failures`.
 Nothing is written, no checkpoint is read. Memory: the first `MAX_LISTED` of each kind, and what fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from itertools import islice
 from typing import Any
 
-from ptbin.catalog import Job, OutputRule, Problem
-from ptbin.catalog.companions import copied_along
-from ptbin.catalog.entries import nothing_below
-from ptbin.catalog.finished import read_finished
+from ptbin.catalog import Job, Problem
 from ptbin.catalog.globs import root_of, split_glob
-from ptbin.catalog.mirroring import alone, iter_gone
-from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
+from ptbin.catalog.plan import Plan
+from ptbin.catalog.request import RunKind, RunRequest
 from ptbin.catalog.worklist import WorkList
-from ptbin.errors import PtbinError, UsageError
+from ptbin.errors import PtbinError
 from ptbin.history.failures import Ledger, Unconverted, read_ledger, written_at
 from ptbin.history.records import iter_runs
 from ptbin.options import ConvertOptions
 from ptbin.sources.companions import is_companion
 from ptbin.stores import identity_text, place_of
 
-__all__ = ["Question", "Status", "question_of_last_run", "status_of"]
+__all__ = ["Status", "last_request", "status_of"]
 
 MAX_LISTED = 1000
-ASKED_AT_ONCE = 500
 RECORDS_READ = 20
 """How far back the options of the last run on SOURCE are looked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What DEST is to hold: the options of the run that would make it so.
-
-    Attributes:
-        copied: of a mirror, the globs of what else is copied; None for a conversion.
-        run: the id of the run whose options these are; empty where the caller gave them.
-    """
-
-    options: ConvertOptions = field(default_factory=ConvertOptions)
-    naming: Any = "replace"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    copied: tuple[str, ...] | None = None
-    run: str = ""
-    copy_links: bool = False
 
 
 @dataclass(slots=True)
@@ -60,14 +37,18 @@ class Status:
     """What was found. Lists hold the first `MAX_LISTED` of what is counted.
 
     Attributes:
+        run: the run that was asked what this was asked; empty where nobody was.
+        kind: of the run that would bring both in step.
         counts: by kind. `new`: never converted; `changed`: converted from another state or by other options;
             `failed`, `refused`: as the last run left them, and nothing has changed; `known`: those of them
             that are acknowledged; `orphaned`: outputs whose source is gone.
         listed: by kind, one JSON-able row each.
         oldest: of what is not converted, the path and since when it waits, where that is known.
+        idle: what is acknowledged to no effect, and why.
     """
 
     run: str = ""
+    kind: str = "convert"
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
             (
@@ -79,6 +60,7 @@ class Status:
     )
     listed: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     oldest: dict[str, str] | None = None
+    idle: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def is_in_step(self) -> bool:
@@ -91,19 +73,35 @@ class Status:
         if len(rows) < MAX_LISTED:
             rows.append({name: value for name, value in row.items() if value})
 
+    def add_failure(self, ledger: Ledger, row: Unconverted, kind: str) -> None:
+        """Count what fails as `kind`, or as `known` where it is acknowledged."""
+        facts = {"path": row.path, "reason": row.reason, "detail": row.detail, "since": row.since}
+        if (known := ledger.acknowledgement(row)) is not None:
+            self.add("known", **facts, because=known.because, until=known.until)
+        else:
+            self.add(kind, **facts)
+            self.waits(row.path, row.waits_since)
+
+    def note_idle(self, ledger: Ledger) -> None:
+        """Say what is acknowledged to no effect."""
+        self.idle = [
+            {"path": item.path, "because": item.because, "until": item.until, "why": why}
+            for item, why in ledger.idle()
+        ]
+
     def waits(self, path: str, since: str) -> None:
         if since and (self.oldest is None or since < self.oldest["since"]):
             self.oldest = {"path": path, "since": since}
 
 
-def question_of_last_run(
+def last_request(
     source: str,
     dest: str,
     *,
     source_options: Mapping[str, Any] | None = None,
     dest_options: Mapping[str, Any] | None = None,
-) -> Question | None:
-    """What the newest recorded run from SOURCE was asked for; None where there is none among the last ones.
+) -> tuple[RunRequest, str] | None:
+    """What the newest recorded run from SOURCE was asked for, and its id; None: there is none of late.
 
     Runs that looked at named files alone say how, and are passed over for what they looked at.
     """
@@ -119,95 +117,63 @@ def question_of_last_run(
             if root_of(run.text("source"), source_options) != root:
                 continue
             options = ConvertOptions.from_json(run.mapping("options"))
-            return Question(
+            kind: RunKind = "sync" if run.text("kind") == "sync" else "convert"
+            request = RunRequest(
+                source,
+                dest,
                 options.replace(layout=selection["layout"]),
+                kind,
                 selection["naming"],
                 tuple(selection["include"]),
                 tuple(selection["exclude"]),
-                tuple(selection["copied"]) if run.text("kind") == "sync" else None,
-                run.run_id,
-                bool(selection.get("copy_links")),
+                tuple(selection["copied"]),
+                copy_links=bool(selection.get("copy_links")),
             )
+            return request, run.run_id
         except (PtbinError, LookupError, TypeError, ValueError):
             continue  # written by another version, or by hand
     return None
 
 
 def status_of(
-    source: str,
-    dest: str,
-    question: Question,
+    request: RunRequest,
     *,
+    run: str = "",
     now: datetime | None = None,
     source_options: Mapping[str, Any] | None = None,
     dest_options: Mapping[str, Any] | None = None,
 ) -> Status:
-    """Compare the two.
+    """Compare the two sides, as a run of that request would; `run`: the id of the one that was asked so.
 
     Raises:
         UsageError: there is nothing below SOURCE that could be converted.
         VerificationError: the list of what is acknowledged is damaged.
         StorageError: a store failed, or SOURCE does not exist.
     """
-    options = question.options
-    rule = OutputRule(dest, question.naming, OUTPUT_SUFFIXES[options.format], options.layout)
-    mirrors = question.copied is not None
-    if mirrors:
-        options = alone(options)
-    with closing(WorkList(dest, dest_options=dest_options)) as work:
-        problems = work.plan(
-            source,
-            rule,
-            options,
-            include=() if mirrors else question.include,
-            exclude=question.exclude,
-            source_options=source_options,
-            copies=copied_along(question.copied or ()) if mirrors else None,
-            copy_links=question.copy_links,
-        )
-        if not problems and not work.count():
-            raise UsageError(nothing_below(source, work.entries, "nothing to convert"))
-        _ask(work, options, source_options, dest_options)
+    with closing(Plan(request, source_options=source_options, dest_options=dest_options)) as plan:
+        plan.make()
+        plan.refuse_nothing()
+        plan.settle_unknown()
+        work = plan.work
         ledger = read_ledger(
-            place_of(dest, dest_options),
-            root=root_of(source, source_options),
+            place_of(request.dest, dest_options),
+            root=root_of(request.source, source_options),
             now=now,
             there=work.own_files,
         )
-        status = Status(question.run)
+        status = Status(run, request.kind)
         status.counts["up_to_date"] = work.count_current()
         status.counts["skipped"] = work.entries.counts.total()
         status.counts["left_alone"] = sum(1 for _ in work.iter_left_alone())
         for job in work.iter_to_do():
             _place(status, work, ledger, job)
-        for problem in problems:
+        for problem in plan.problems:
             _refuse(status, ledger, problem)
-        if not question.include and _is_whole_place(source, source_options):
-            for gone in iter_gone(
-                work,
-                source,
-                exclude=question.exclude,
-                source_options=source_options,
-            ):
+        status.note_idle(ledger)
+        if not request.include and _is_whole_place(request.source, source_options):
+            for gone in plan.iter_gone():
                 status.add("orphaned", path=gone.output)
     return status
-
-
-def _ask(
-    work: WorkList,
-    options: ConvertOptions,
-    source_options: Mapping[str, Any] | None,
-    dest_options: Mapping[str, Any] | None,
-) -> None:
-    """Settle what the index of finished work does not know: a read each."""
-    left: Iterator[Job] = work.iter_to_ask()
-    while jobs := list(islice(left, ASKED_AT_ONCE)):
-        rows = []
-        for job in jobs:
-            path = work.relative_manifest(job)
-            row = read_finished(job, path, source_options=source_options, dest_options=dest_options)
-            rows += [row] if row is not None else []
-        work.answer(jobs, rows, options)
 
 
 def _place(status: Status, work: WorkList, ledger: Ledger, job: Job) -> None:
@@ -216,7 +182,7 @@ def _place(status: Status, work: WorkList, ledger: Ledger, job: Job) -> None:
     row = ledger.before.get(job.source_uri)
     if row is not None and row.state == state:
         if row.is_failure:
-            _add_failure(status, ledger, row, "failed")
+            status.add_failure(ledger, row, "failed")
         else:
             status.counts["left_alone" if row.outcome == "left_alone" else "not_checkpoints"] += 1
         return
@@ -234,16 +200,7 @@ def _refuse(status: Status, ledger: Ledger, problem: Problem) -> None:
     if row is None or row.reason != problem.reason:
         path = problem.source.removeprefix(f"{ledger.root.rstrip('/')}/")
         row = Unconverted(problem.source, path, ledger.root, "", "rejected", problem.reason, problem.detail)
-    _add_failure(status, ledger, replace(row, detail=problem.detail), "refused")
-
-
-def _add_failure(status: Status, ledger: Ledger, row: Unconverted, kind: str) -> None:
-    facts = {"path": row.path, "reason": row.reason, "detail": row.detail, "since": row.since}
-    if (known := ledger.acknowledgement(row)) is not None:
-        status.add("known", **facts, because=known.because, until=known.until)
-    else:
-        status.add(kind, **facts)
-        status.waits(row.path, row.waits_since)
+    status.add_failure(ledger, replace(row, detail=problem.detail), "refused")
 
 
 def _is_whole_place(source: str, source_options: Mapping[str, Any] | None) -> bool:

@@ -130,10 +130,13 @@ class OutputSite:
         standing: Standing | None = None,
         restores: bool = False,
         source_uri: str = "",
+        damaged: Mapping[str, Any] | None = None,
     ) -> None:
         """`guard` None: everything may be replaced. `restores`: what is written is a restored output.
 
-        `source_uri`: what it is made of, for the claims that objects carry; empty: they carry none.
+        Args:
+            source_uri: what it is made of, for the claims that objects carry; empty: they carry none.
+            damaged: of a dry run, what the run would have noted in the manifest by then (`damage`).
         """
         self.place = place
         self._folder, self._name = place.parent, place.name
@@ -157,6 +160,8 @@ class OutputSite:
         self._foreign_manifest = ""
         self.manifest = self._read_manifest()
         """The manifest that is there."""
+        if self.manifest is not None and damaged:
+            self.manifest[DAMAGED] = {"files": dict(damaged)}
 
     def _read_manifest(self) -> dict[str, Any] | None:
         if self._is_free:

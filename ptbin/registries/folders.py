@@ -7,45 +7,29 @@ that it lists count. A version that has changed at its source is written beside 
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from ptbin.catalog.companions import COMPANIONS
-from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, suffix_of
 from ptbin.errors import NotFoundInStoreError, OutputExistsError, VerificationError
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
 from ptbin.registries.base import Folder, Name, Registration, Registry, RegistryError, VersionSite
+from ptbin.registries.folder_listing import ONLY_VERSION, ListedModel, RegistryListing, list_registry
 from ptbin.registries.layouts import Layout
-from ptbin.registries.record import CLAIM, OWN_FILES, RECORD, ModelRecord, VersionRecord, is_plain_path
+from ptbin.registries.record import CLAIM, OWN_FILES, RECORD, ModelRecord, VersionRecord
 from ptbin.registries.values import Model, Origin, Version, natural_order
-from ptbin.sources.sidecars import PATTERNS
 from ptbin.stores import ListedObject, Place, identity_text, open_store, public_uri
 from ptbin.stores.copying import copy_file, same_content
 from ptbin.stores.local import LocalStore
 
 __all__ = ["ONLY_VERSION", "FolderRegistry"]
 
-ONLY_VERSION = "main"
-"""What the one version of a model is called where the template has no place for versions."""
 MAX_RECORD_NBYTES = 64 << 20
 STAGING = "_ptbin/staging"
 """Below it a folder for each version that is to take the place of its earlier state, by its fingerprint."""
 NOBODY = Origin("", "", "", "")
-
-
-@dataclass(slots=True)
-class _Listed:
-    """What a listing found of one model."""
-
-    versions: dict[str, list[ListedObject]] = field(default_factory=dict)
-    roots: dict[str, str] = field(default_factory=dict)
-    beside: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
-    has_record: bool = False
 
 
 class FolderRegistry(Registry):
@@ -60,7 +44,7 @@ class FolderRegistry(Registry):
         self._root = root.rstrip("/")
         # However it was spelled: it tells versions of this registry from those of another.
         self.uri = public_uri(self._store.uri_of(self._root or root))
-        self._listed: dict[str, _Listed] | None = None
+        self._listed: RegistryListing | None = None
 
     def _at(self, path: str) -> Place:
         return Place(self._store, path)
@@ -73,50 +57,22 @@ class FolderRegistry(Registry):
 
     def models(self, wanted: Callable[[str], bool]) -> list[Model]:
         listed = self._list()
-        return [
-            self._model(name, listed[name])
-            for name in sorted(listed, key=natural_order)
-            if wanted(name) and (listed[name].versions or listed[name].has_record)
+        found = [
+            self._model(name, model)
+            for name, model in listed.models.items()
+            if model.versions or model.unreadable or model.has_record
         ]
+        found += [Model(path, problem=text) for path, text in listed.unreadable.items()]
+        return sorted(
+            (model for model in found if wanted(model.name)), key=lambda model: natural_order(model.name)
+        )
 
-    def _list(self) -> dict[str, _Listed]:
-        if self._listed is not None:
-            return self._listed
-        listed: dict[str, _Listed] = {}
-        loose: list[str] = []
-        for item in self._store.iter_objects(self._root):
-            if item.path.split("/", 1)[0] == "_ptbin":
-                continue
-            if not is_plain_path(item.path):
-                loose.append(item.path)
-                continue
-            found = self.layout.split(item.path)
-            if found is None or not found[2]:
-                loose.append(item.path)
-                continue
-            name, version, _ = found
-            model = listed.setdefault(name, _Listed())
-            if item.path.rpartition("/")[2] in OWN_FILES and item.path == self._record_path(name):
-                loose.append(item.path)
-                continue
-            version = version or ONLY_VERSION
-            model.versions.setdefault(version, []).append(item)
-        above = {self.layout.model_folder(name): name for name in listed}
-        for path in loose:
-            if (owner := _name_above(path, above)) is None:
-                continue
-            if path == self._record_path(owner):
-                listed[owner].has_record = True
-            elif path.rpartition("/")[2] in OWN_FILES:
-                continue
-            elif is_plain_path(path) and _goes_along(path):
-                listed[owner].beside.append(path)
-            else:
-                listed[owner].left.append(path)
-        self._listed = listed
-        return listed
+    def _list(self) -> RegistryListing:
+        if self._listed is None:
+            self._listed = list_registry(self._store, self._root, self.layout)
+        return self._listed
 
-    def _model(self, name: str, listed: _Listed) -> Model:
+    def _model(self, name: str, listed: ListedModel) -> Model:
         try:
             record = self._read_record(name) if listed.has_record else None
         except RegistryError as error:
@@ -126,14 +82,13 @@ class FolderRegistry(Registry):
             )
         known = {row.version.version: row.version for row in record.versions} if record is not None else None
         versions = []
-        for version in sorted(listed.versions, key=natural_order):
+        for version in sorted({*listed.versions, *listed.unreadable}, key=natural_order):
             if known is not None and version not in known:
                 continue
-            if known is None and any(item.path.endswith(f"/{CLAIM}") for item in listed.versions[version]):
+            there = listed.versions.get(version, [])
+            if known is None and any(item.path.endswith(f"/{CLAIM}") for item in there):
                 continue  # a migration is at work on it, or was killed
-            items = [
-                item for item in listed.versions[version] if item.path.rpartition("/")[2] not in OWN_FILES
-            ]
+            items = [item for item in there if item.path.rpartition("/")[2] not in OWN_FILES]
             folder = self.layout.folder(name, version)
             base = known[version] if known is not None else Version(name, version, "")
             versions.append(
@@ -142,6 +97,7 @@ class FolderRegistry(Registry):
                     revision=_revision(items),
                     source=folder,
                     uri=self._store.uri_of(f"{self._root}/{folder}"),
+                    problem=listed.unreadable.get(version, ""),
                 )
             )
         if record is None:
@@ -175,7 +131,7 @@ class FolderRegistry(Registry):
 
     def model_files(self, model: str) -> Folder | None:
         above = self.layout.model_folder(model)
-        beside = self._list().get(model, _Listed()).beside
+        beside = self._list().model(model).beside
         if above is None or not beside:
             return None
         files = tuple(sorted(path[len(above) + 1 :] for path in beside))
@@ -183,9 +139,7 @@ class FolderRegistry(Registry):
 
     def model_files_left(self, model: str) -> list[str]:
         above = self.layout.model_folder(model)
-        return [
-            path[len(above or "") :].lstrip("/") for path in sorted(self._list().get(model, _Listed()).left)
-        ]
+        return [path[len(above or "") :].lstrip("/") for path in sorted(self._list().model(model).left)]
 
     # -- destination --------------------------------------------------------------------------------
 
@@ -422,26 +376,6 @@ def _revision(items: Sequence[ListedObject]) -> str:
         for item in items
     )
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def _name_above(path: str, above: Mapping[str | None, str]) -> str | None:
-    """The model in whose folder a file lies that is in no version."""
-    folder = path.rpartition("/")[0]
-    while folder:
-        if folder in above:
-            return above[folder]
-        folder = folder.rpartition("/")[0]
-    return None
-
-
-def _goes_along(path: str) -> bool:
-    """Whether a file of a model's own may be copied as it is. Checkpoints belong into versions."""
-    name = path.rpartition("/")[2]
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS):
-        return True
-    if suffix_of(name) in CHECKPOINT_SUFFIXES or not name.isprintable():
-        return False
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*COMPANIONS, "*.pbtxt"))
 
 
 def _manifests_first(name: str) -> tuple[bool, str]:

@@ -150,7 +150,7 @@ def _plan_model(
     chosen = _choose(model, versions)
     done = there.by_fingerprint()
     prints = {version.version: version.fingerprint(options_fingerprint) for version in chosen}
-    fresh = [version for version in chosen if prints[version.version] not in done]
+    fresh = [version for version in chosen if prints[version.version] not in done and not version.problem]
     names = dict(
         zip(
             (version.version for version in fresh),
@@ -165,6 +165,11 @@ def _plan_model(
     outdated = []
     for version in chosen:
         fingerprint = prints[version.version]
+        if version.problem:
+            steps.append(
+                Step(version, "refused", "", fingerprint, reason="storage_error", detail=version.problem)
+            )
+            continue
         known = done.get(fingerprint)
         if known is None:
             name = names[version.version]
@@ -186,14 +191,16 @@ def _plan_model(
         if _differs(known.description, known.tags, version.description, version.tags):
             outdated.append((known.version, version))
     left = {version.version for version in model.versions} - prints.keys()
-    lost_aliases = [
+    lost_of_model = [
         f"alias {alias}: version {target} is not taken along"
         for alias, target in sorted(model.aliases.items())
         if target in left
     ]
+    if not model.versions and not is_there:
+        lost_of_model.append("it is registered there without versions, so there is nothing to migrate")
     updates = is_there and _differs(there.description, there.tags, model.description, model.tags)
     return ModelPlan(
-        model, there, tuple(steps), aliases, tuple(outdated), updates, (*lost_aliases, *keepable.lost)
+        model, there, tuple(steps), aliases, tuple(outdated), updates, (*lost_of_model, *keepable.lost)
     )
 
 

@@ -31,6 +31,7 @@ from ptbin.registries.layouts import Style
 from ptbin.registries.record import OWN_FILES, is_plain_path
 from ptbin.sources.companions import companion_of, left_alone_as
 from ptbin.sources.opening import find_source
+from ptbin.sources.pointers import refuse_pointer
 from ptbin.sources.sidecars import PATTERNS, change_of
 from ptbin.stores import place_of
 from ptbin.stores.copying import copy_file
@@ -209,10 +210,20 @@ def transfer(
             place_of(uri, source_options),
             place_of(f"{base}/{output}", dest_options),
             verify=options.verify != "none",
-            change=change_of(output.rpartition("/")[2], options.dtype),
+            change=_looking_at(uri, change_of(output.rpartition("/")[2], options.dtype)),
             progress=progress,
         )
     return done
+
+
+def _looking_at(uri: str, change: Callable[[bytes], bytes] | None) -> Callable[[bytes], bytes]:
+    """The same change, which refuses a Git LFS pointer in place of a file."""
+
+    def looked_at(data: bytes) -> bytes:
+        refuse_pointer(data, uri)
+        return change(data) if change is not None else data
+
+    return looked_at
 
 
 def files_of(contents: Contents, done: Sequence[Transferred], extra: Sequence[str]) -> tuple[str, ...]:

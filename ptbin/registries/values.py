@@ -88,6 +88,7 @@ class Version:
         created: ISO 8601, empty where unknown.
         stage: a lifecycle stage of MLflow's, from before aliases.
         origin: set where a migration put it there.
+        problem: why it cannot be read whole, in its store's words.
         run, metrics, params: filled by `Registry.detail`.
     """
 
@@ -102,6 +103,7 @@ class Version:
     created: str = ""
     stage: str = ""
     origin: Origin | None = None
+    problem: str = ""
     run: RunLink | None = None
     metrics: tuple[Metric, ...] = ()
     params: Mapping[str, str] = field(default_factory=dict)

@@ -138,7 +138,7 @@ def _transformers(folder: str | None, weights: Mapping[str, Any]) -> tuple[nn.Mo
         raise RefusalError("--model transformers needs a config.json beside the weights")
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.set_verbosity_error()
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     names = getattr(config, "architectures", None) or []
     if not names or not hasattr(transformers, names[0]):

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ptbin.conversion import Progress, publish_at, stage
-from ptbin.conversion import would_replace as conversion_would_replace
+from ptbin.conversion import Preview, Progress, preview, publish_at, stage
 from ptbin.errors import UsageError
+from ptbin.manifests.manifest import MANIFEST_SUFFIX
 from ptbin.manifests.vouching import OutputSite, Standing
 from ptbin.restoring.models import restore_model
 from ptbin.restoring.options import RestoreOptions
@@ -21,7 +21,7 @@ from ptbin.stores import Place, place_of
 if TYPE_CHECKING:
     from ptbin.stores.place import Where
 
-__all__ = ["restore", "would_replace"]
+__all__ = ["preview_restore", "restore"]
 
 
 def restore(
@@ -68,7 +68,7 @@ def restore(
     return restore_model(source, at, options, run_id=run_id, progress=progress)
 
 
-def would_replace(
+def preview_restore(
     source: Where,
     dest: Where,
     options: RestoreOptions,
@@ -76,24 +76,18 @@ def would_replace(
     source_options: Mapping[str, Any] | None = None,
     dest_options: Mapping[str, Any] | None = None,
     standing: Standing | None = None,
-) -> list[str]:
-    """Names of the files at `dest` that `restore` would replace, found as it finds them. Writes nothing.
+) -> Preview:
+    """What `restore` would do, found as it finds it. Writes nothing.
 
     Raises:
         OutputExistsError: it would refuse to. CheckpointError: it would refuse the source.
     """
     source, dest = place_of(source, source_options), place_of(dest, dest_options)
     if options.model is None:
-        return conversion_would_replace(
-            source,
-            dest,
-            options.conversion(),
-            guard="restored",
-            standing=standing,
-        )
+        return preview(source, dest, options.conversion(), guard="restored", standing=standing)
     at = _site_of(source, dest, options, standing)
     at.check_vouched()
-    return sorted(at.replaced)
+    return Preview((dest.name, dest.name + MANIFEST_SUFFIX), tuple(sorted(at.replaced)))
 
 
 def _site_of(source: Place, dest: Place, options: RestoreOptions, standing: Standing | None) -> OutputSite:

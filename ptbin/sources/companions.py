@@ -16,11 +16,10 @@ from ptbin.errors import (
     AmbiguousStateDictError,
     IncompleteCheckpointError,
     NoStateDictError,
-    UnsupportedFormatError,
     UnsupportedTensorError,
 )
 
-__all__ = ["MAX_POINTER_NBYTES", "companion_of", "is_companion", "left_alone_as", "refuse_pointer"]
+__all__ = ["companion_of", "is_companion", "left_alone_as"]
 
 _NO_MODEL = (AmbiguousStateDictError, IncompleteCheckpointError, NoStateDictError, UnsupportedTensorError)
 """Of a file that is called a companion: it was read, and holds no single model."""
@@ -53,19 +52,6 @@ _PATTERNS = {
         *("sampler_[0-9]*.bin", "custom_checkpoint_[0-9]*.pkl", "dl_state_dict*.bin"),
     ),
 }
-
-
-LFS_POINTER = b"version https://git-lfs"
-MAX_POINTER_NBYTES = 1024
-"""Git LFS, docs/spec.md: a pointer is shorter than that."""
-
-
-def refuse_pointer(data: bytes, uri: str) -> None:
-    """Raises UnsupportedFormatError where a file's content is a Git LFS pointer and not the file."""
-    if len(data) <= MAX_POINTER_NBYTES and data.startswith(LFS_POINTER):
-        raise UnsupportedFormatError(
-            f"{uri}: a Git LFS pointer, not the file itself; run `git lfs pull` where it comes from"
-        )
 
 
 def companion_of(name: str) -> str | None:

@@ -396,6 +396,8 @@ class FsspecWriter(Writer):
                 raise StorageError(f"cannot write {self.uri}: it is a directory")
             _make_parents(store, path)
             self._file = store.fs.open(self._path, "wb", block_size=8 * MIB)
+            if hasattr(self._file, "set_pipelined"):  # paramiko's waits for an answer each 32 KiB else
+                self._file.set_pipelined(True)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         with mapped_faults("write", self.uri):

@@ -1,21 +1,16 @@
 """DeepSpeed ZeRO folders: real ones by DeepSpeed on gloo, and ones laid out by hand after its source.
 
-    made = train(tmp_path, world_size=2)       # {"stage1": tmp_path/"stage1/global_step2", ...}
+    made = train(tmp_path, {2: ["stage1"]})       # {2: {"stage1": tmp_path/"2/stage1/global_step2"}}
 
-`train` starts this file as a script, one process a rank, and each makes every variant in turn. What a folder
-means is asked of DeepSpeed itself, by the `zero_to_fp32` that it puts beside checkpoints (`consolidated`).
+`train` makes ranks of this file, and each makes every variant in turn. What a folder means is asked of
+DeepSpeed itself, by the `zero_to_fp32` that it puts beside checkpoints (`consolidated`).
 `by_hand` writes what `deepspeed/runtime/zero/stage_1_and_2.py` and `stage3.py` (`state_dict`) and
 `runtime/engine.py` (`_save_checkpoint`) write, 0.19, for cases that no short training brings about.
-
-Imports neither ptbin nor the rest of this package, so that the ranks start fast.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,9 +19,20 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["VARIANTS", "by_hand", "consolidate", "consolidated", "train"]
+from tests.checkpoints.ranks import run_ranks
+
+__all__ = ["VARIANTS", "by_hand", "consolidate", "consolidated", "run_rank", "train"]
 
 TAG = "global_step2"
+IMPORTS = (
+    "deepspeed",
+    "deepspeed.utils.zero_to_fp32",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.distributed.fsdp",
+)
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "DS_SKIP_CUDA_CHECK": "1", "DS_BUILD_OPS": "0"}
+"""DeepSpeed runs on the CPU and compiles nothing."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "stage1": {"zero_optimization": {"stage": 1}},
@@ -188,48 +194,14 @@ def _ones(count: int, like: torch.Tensor) -> torch.Tensor:
     return torch.ones(count, dtype=like.dtype)
 
 
-def environment() -> dict[str, str]:
-    """Settings under which DeepSpeed runs on the CPU and compiles nothing."""
+def train(folder: Path, worlds: Mapping[int, Sequence[str]]) -> dict[int, dict[str, Path]]:
+    """Two optimizer steps of each variant, by number of processes; their tag folders in the same order."""
+    starts = [(world, [str(folder / str(world)), *variants]) for world, variants in worlds.items()]
+    run_ranks(Path(__file__), starts, imports=IMPORTS, environment=ENVIRONMENT)
     return {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "DS_SKIP_CUDA_CHECK": "1",
-        "DS_BUILD_OPS": "0",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
+        world: {name: folder / str(world) / name / TAG for name in variants}
+        for world, variants in worlds.items()
     }
-
-
-def train(folder: Path, *, world_size: int, variants: tuple[str, ...] = tuple(VARIANTS)) -> dict[str, Path]:
-    """Two optimizer steps of each variant on `world_size` processes; variant to its tag folder."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = []
-    for rank in range(world_size):
-        settings = {
-            **environment(),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        command = [sys.executable, "-P", __file__, "train", str(folder), *variants]
-        processes.append(
-            subprocess.Popen(
-                command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    try:
-        said = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    if any(process.returncode for process in processes):
-        raise RuntimeError("DeepSpeed failed:\n" + "\n".join(text[-3000:] for text in said))
-    return {name: folder / name / TAG for name in variants}
 
 
 def consolidate(*tag_folders: Path) -> None:
@@ -237,8 +209,8 @@ def consolidate(*tag_folders: Path) -> None:
 
     In a process of its own, since importing DeepSpeed changes the process that does. `train` has done it.
     """
-    command = [sys.executable, "-P", __file__, "consolidate", *map(str, tag_folders)]
-    subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=240)
+    words = ["consolidate", *map(str, tag_folders)]
+    run_ranks(Path(__file__), [(1, words)], imports=IMPORTS[1:2], environment=ENVIRONMENT)
 
 
 def consolidated(tag_folder: Path) -> dict[str, torch.Tensor]:
@@ -254,17 +226,24 @@ def _consolidate(tag_folders: Sequence[Path]) -> None:
         torch.save(found, tag.parent / "fp32.pt")
 
 
-def _run_rank(folder: Path, variants: list[str]) -> None:
+def run_rank(rank: int, world: int, words: str, *names: str) -> None:
+    if words == "consolidate":
+        _consolidate([Path(name) for name in names])
+        return
+    folder = Path(words)
+    folder.mkdir(parents=True, exist_ok=True)
     # By name: DeepSpeed is not typed, and need not be installed.
     deepspeed = importlib.import_module("deepspeed")
     # Otherwise it compiles C++ for collectives in shared memory. (`deepspeed.comm.torch` is torch itself.)
     vars(sys.modules["deepspeed.comm.torch"])["build_shm_op"] = lambda: None
+    meet = f"file://{folder}/meet"
+    torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
     deepspeed.init_distributed(dist_backend="gloo")
-    for name in variants:
+    for name in names:
         _train_one(deepspeed, folder / name, VARIANTS[name])
     torch.distributed.barrier()
-    if torch.distributed.get_rank() == 0:
-        _consolidate([folder / name / TAG for name in variants])
+    if rank == 0:
+        _consolidate([folder / name / TAG for name in names])
     torch.distributed.destroy_process_group()
 
 
@@ -301,14 +280,3 @@ def _train_one(deepspeed: Any, folder: Path, extra: Mapping[str, Any]) -> None:
         engine.backward(loss)
         engine.step()
     engine.save_checkpoint(str(folder), tag=TAG, client_state={"epoch": 4})
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "consolidate":
-        _consolidate([Path(argument) for argument in sys.argv[2:]])
-    else:
-        _run_rank(Path(sys.argv[2]), sys.argv[3:])
-        # All of it is written. Sometimes a thread of torch outlives what it belongs to and ends the process
-        # with "terminate called without an active exception": no interpreter is taken down here.
-        sys.stdout.flush()
-        os._exit(0)

@@ -2,9 +2,8 @@
 
     folders = make_distributed(tmp_path)      # {"fsdp2": Path, ...}; about ten seconds
 
-Each world size is one start of that many processes, which write all of its folders: starting them is what
-takes the time. They meet in a file, so no port is needed. This file is also the ranks' program, and imports
-nothing of the suite, so that they start fast.
+Each world size is one start of that many processes, which write all of its folders. They meet in a file, so
+no port is needed. This file is also the ranks' program.
 
 Lightning's strategy itself wants a GPU; its folder is written by the functions that its `save_checkpoint`
 calls, in the same order (lightning/pytorch/strategies/fsdp.py, 2.6).
@@ -12,41 +11,27 @@ calls, in the same order (lightning/pytorch/strategies/fsdp.py, 2.6).
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["full_tensors", "make_distributed", "save_alone"]
+from tests.checkpoints.ranks import run_ranks
 
-TIMEOUT_SECONDS = 120
+__all__ = ["full_tensors", "make_distributed", "run_rank", "save_alone"]
+
+IMPORTS = (
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "lightning.fabric.strategies.fsdp",
+)
 
 
 def make_distributed(folder: Path) -> dict[str, Path]:
     """Every folder that takes more than one process, by name, below `folder`."""
-    for world in (2, 4):
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(rank), str(world), str(folder)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-            )
-            for rank in range(world)
-        ]
-        try:
-            said = [rank.communicate(timeout=TIMEOUT_SECONDS)[0] for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-        for rank, text in zip(ranks, said, strict=True):
-            if rank.returncode != 0:
-                raise RuntimeError(f"a rank of {world} failed with {rank.returncode}: {text[-3000:]}")
+    run_ranks(Path(__file__), [(world, [str(folder)]) for world in (2, 4)], imports=IMPORTS)
     return {path.name: path for path in folder.iterdir() if path.is_dir()}
 
 
@@ -197,10 +182,11 @@ class _App:
         raise NotImplementedError
 
 
-def _rank(rank: int, world: int, folder: Path) -> None:
+def run_rank(rank: int, world: int, words: str) -> None:
     import torch.distributed as dist
     from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
+    folder = Path(words)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)
     if world == 4:
         save({"model": _mesh()}, checkpoint_id=folder / "mesh")
@@ -241,11 +227,3 @@ def _lightning(rank: int, path: Path, model: dict[str, Any], moments: dict[str, 
             "hyper_parameters": {"lr": 0.1},
         }
         torch.save(rest, path / "meta.pt")
-
-
-if __name__ == "__main__":
-    _rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
-    # All of it is written. Now and then a thread of torch's outlives what it belongs to and ends the process
-    # with "terminate called without an active exception": no interpreter is taken down here.
-    sys.stdout.flush()
-    os._exit(0)

@@ -5,55 +5,37 @@
 Each folder holds `model_world_size_<world>_rank_<n>.pt`; next to it `<folder>.ref.pt` is the whole. `flat` is
 one dimension with uneven and empty pieces, `hsdp` replicates over the first, `fsdp_tp` is torch's own FSDP2
 over tensor parallelism (strided pieces), `uneven_tp` the same where nothing divides, `slice` a mesh cut out
-of a larger one, `stages` a pipeline whose stages hold other names. This file is also the ranks' program and
-imports nothing of the suite.
+of a larger one, `stages` a pipeline whose stages hold other names. This file is also the ranks' program.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["make_meshes"]
+from tests.checkpoints.ranks import run_ranks
 
-TIMEOUT_SECONDS = 180
+__all__ = ["make_meshes", "run_rank"]
+
+IMPORTS = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel")
 
 
 def make_meshes(folder: Path, world: int = 4) -> Path:
     """Start the ranks and wait for them; the folder."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(world), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        )
-        for rank in range(world)
-    ]
-    try:
-        told = [rank.communicate(timeout=TIMEOUT_SECONDS)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, text in zip(ranks, told, strict=True):
-        if rank.returncode != 0:
-            raise RuntimeError(f"a rank failed with {rank.returncode}: {text[-3000:]}")
+    run_ranks(Path(__file__), [(world, [str(folder)])], imports=IMPORTS)
     return folder
 
 
-def _rank(rank: int, world: int, folder: Path) -> None:
+def run_rank(rank: int, world: int, words: str) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+    folder = Path(words)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
 
     def save(kind: str, state: dict[str, Any], *, reference: bool = True) -> None:
@@ -106,9 +88,3 @@ def _rank(rank: int, world: int, folder: Path) -> None:
             torch.save(stages, folder / "stages.ref.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
-    sys.stdout.flush()
-    os._exit(0)  # as in `distributed`: a thread of torch's may outlive what it belongs to

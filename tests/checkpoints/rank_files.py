@@ -4,24 +4,27 @@
 
 `dtensors/model_world_size_2_rank_<n>.pt` as verl names them, `replicated/state.pt` (whole on every rank),
 `mesh_of_one/state.pt`, `partial/state.pt` (summands), `sharded_tensors/rank<n>.pt` (FSDP1), and
-`safetensors/` as torch's HuggingFaceStorageWriter writes it. This file is also the ranks'
-program and imports nothing of the suite.
+`safetensors/` as torch's HuggingFaceStorageWriter writes it. This file is also the ranks' program.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["full_tensors", "make_rank_files"]
+from tests.checkpoints.ranks import run_ranks
+
+__all__ = ["full_tensors", "make_rank_files", "run_rank"]
 
 WORLD = 2
-TIMEOUT_SECONDS = 120
+IMPORTS = (
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.hf_storage",
+    "torch.distributed.tensor",
+)
 
 
 def full_tensors() -> dict[str, torch.Tensor]:
@@ -35,24 +38,7 @@ def full_tensors() -> dict[str, torch.Tensor]:
 
 def make_rank_files(folder: Path) -> Path:
     """Start the ranks and wait for them; the folder."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        told = [rank.communicate(timeout=TIMEOUT_SECONDS)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, text in zip(ranks, told, strict=True):
-        if rank.returncode != 0:
-            raise RuntimeError(f"a rank failed with {rank.returncode}: {text[-3000:]}")
+    run_ranks(Path(__file__), [(WORLD, [str(folder)])], imports=IMPORTS)
     return folder
 
 
@@ -61,13 +47,14 @@ def _save(content: Any, path: Path) -> None:
     torch.save(content, path)
 
 
-def _rank(rank: int, folder: Path) -> None:
+def run_rank(rank: int, world: int, words: str) -> None:
+    folder = Path(words)
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     full = full_tensors()
     mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("fsdp",))
     state = {name: distribute_tensor(value, mesh, [Shard(0)]) for name, value in full.items()}
@@ -100,9 +87,3 @@ def _save_safetensors(state: dict[str, Any], path: Path) -> None:
     from torch.distributed.checkpoint.state_dict_saver import save
 
     save(state, storage_writer=HuggingFaceStorageWriter(path=str(path), save_distributed=True))
-
-
-if __name__ == "__main__":
-    _rank(int(sys.argv[1]), Path(sys.argv[2]))
-    sys.stdout.flush()
-    os._exit(0)  # as in `distributed`: a thread of torch's may outlive what it belongs to

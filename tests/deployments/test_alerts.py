@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -13,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.deployments.mailbox import Mailbox
+from tests.deployments.mailbox import Mailbox, MailServer
 from tests.servers.endpoint import S3Endpoint
 from tests.servers.fixtures import moto_s3
+from tests.servers.prefect_home import prefect_template
 from tests.servers.prefect_stack import ROOT, PrefectStack, wait_for
 
 __all__ = ["moto_s3"]
@@ -31,9 +33,18 @@ def mailbox() -> Iterator[Mailbox]:
 
 
 @pytest.fixture(scope="module")
+def post() -> Iterator[MailServer]:
+    post = MailServer()
+    yield post
+    post.close()
+
+
+@pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectStack]:
     """A server that a team shares; no worker, no deployment."""
     stack = PrefectStack(tmp_path_factory.mktemp("alerts"))
+    (stack.folder / "home").mkdir()
+    shutil.copyfile(prefect_template(tmp_path_factory), stack.folder / "home" / "prefect.db")
     try:
         stack.start_server()
         yield stack
@@ -57,23 +68,27 @@ def automate(stack: PrefectStack, *words: str) -> subprocess.CompletedProcess[st
 
 
 def test_a_failed_run_of_the_command_line_is_told_with_new_failures_first(
-    stack: PrefectStack, mailbox: Mailbox, tmp_path: Path
+    stack: PrefectStack, mailbox: Mailbox, post: MailServer, tmp_path: Path
 ) -> None:
+    mail = f"mailto://{post.address}?from=ptbin@models.example&to=you@models.example"
     blocks = f"""
 from prefect.blocks.notifications import SlackWebhook
 from prefect.blocks.webhook import Webhook
 Webhook(method="POST", url="http://{mailbox.address}/hook", allow_private_urls=True).save("ptbin-alerts")
 SlackWebhook(url="json://{mailbox.address}/slack").save("ptbin-alerts")
+SlackWebhook(url="{mail}").save("ptbin-mail")
 """
     made = run(stack, "-c", blocks)
     assert made.returncode == 0, made.stderr
     nowhere = automate(stack, "notify-webhook", "--block", "webhook/nobody")
     assert (nowhere.returncode, "no block webhook/nobody" in nowhere.stderr) == (2, True)
     assert automate(stack, "notify-slack").returncode == 2  # it does not go through any block
-    for name, block in (("webhook", "webhook"), ("slack", "slack-webhook"), ("slack", "slack-webhook")):
-        done = automate(stack, f"notify-{name}", "--block", f"{block}/ptbin-alerts")
+    chosen = {"webhook": "webhook/ptbin-alerts", "slack": "slack-webhook/ptbin-alerts"}
+    chosen["email"] = "slack-webhook/ptbin-mail"
+    for name in (*chosen, "slack"):
+        done = automate(stack, f"notify-{name}", "--block", chosen[name])
         assert done.returncode == 0, done.stderr
-    assert len(stack.ask("/automations/filter")) == 2  # made anew, it takes the place of the first
+    assert len(stack.ask("/automations/filter")) == 3  # made anew, it takes the place of the first
 
     source, dest = tmp_path / "source", tmp_path / "dest"
     source.mkdir()
@@ -88,6 +103,7 @@ SlackWebhook(url="json://{mailbox.address}/slack").save("ptbin-alerts")
     assert [flow_run["tags"] for flow_run in ended] == [["ptbin"], ["ptbin"]]
     wait_for(lambda: len(mailbox.at("/hook")) == 2, 90, "the webhook's calls")
     wait_for(lambda: len(mailbox.at("/slack")) == 2, 90, "the notifications")
+    wait_for(lambda: len(post.letters) == 2, 90, "the e-mails")
 
     second = next(letter for letter in mailbox.at("/hook") if letter["flow_run"] == ended[1]["id"])
     assert second["state"] == "Failed"
@@ -107,6 +123,16 @@ SlackWebhook(url="json://{mailbox.address}/slack").save("ptbin-alerts")
     slack = next(letter for letter in mailbox.at("/slack") if "z-new.pt" in letter["message"])
     assert slack["title"].startswith("ptbin convert Failed: ")
     assert slack["message"].lstrip().startswith("new: z-new.pt: corrupt_archive")
+    letter = next(letter for letter in post.letters if "z-new.pt" in str(letter))
+    assert (letter["to"], letter["from"]) == ("you@models.example", "ptbin@models.example")
+    assert letter["subject"].startswith("ptbin convert Failed: ")
+    text, page = (letter.get_body((kind,)) for kind in ("plain", "html"))
+    assert text is not None
+    assert page is not None
+    lines = [line.strip() for line in text.get_content().splitlines() if line.strip()]
+    assert lines == [*second["failures"], second["counts"], f"run: {second['url']}"]
+    assert f'<a href="{second["url"]}">' in page.get_content()
+    assert page.get_content().count("<br>") == 4, "a line each, where HTML is shown, too"
 
 
 @pytest.mark.filterwarnings(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -25,8 +23,7 @@ from ptbin.errors import UsageError
 from ptbin.history.metrics import MEANINGS
 from ptbin.history.openmetrics import Family
 from tasks.live import Listener, Settled
-
-MONITORING = Path(__file__).resolve().parents[2] / "deployments" / "monitoring"
+from tests.servers.prometheus import MONITORING, prometheus_program
 
 
 class Gateway:
@@ -186,15 +183,10 @@ def test_board_and_rules_ask_for_metrics_that_there_are() -> None:
     assert asked <= there
 
 
-def promtool() -> str | None:
-    ours = Path(sys.prefix) / "prometheus" / "usr" / "bin" / "promtool"  # make prometheus-packages
-    return str(ours) if ours.is_file() else shutil.which("promtool")
-
-
 @pytest.mark.parametrize("words", [("check", "rules", "alerts.yml"), ("test", "rules", "alerts.test.yml")])
 def test_the_rules_do_what_they_say(words: tuple[str, ...]) -> None:
-    program = promtool()
+    program = prometheus_program("promtool")
     if program is None:
-        pytest.skip("no promtool here: make prometheus-packages, or apt-get install prometheus")
+        pytest.skip("no promtool here: make prometheus-packages")
     done = subprocess.run([program, *words], cwd=MONITORING, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -404,3 +404,16 @@ def test_a_version_that_is_being_written_is_none_of_the_source(tmp_path: Path) -
     put(tmp_path / "source/net/2/model.pt")
     (tmp_path / "source/net/2" / CLAIM).write_text("{}")
     assert outcomes(run(tmp_path / "source", tmp_path / "dest")) == {"net/1": "migrated"}
+
+
+def test_a_pointer_among_the_files_of_a_version_is_reported(tmp_path: Path) -> None:
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    put(source / "net/1/model.pt")
+    put(source / "net/2/model.pt", 2.0)
+    (source / "net/2/tokenizer.json").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
+    )
+    summary = run(source, dest)
+    assert outcomes(summary) == {"net/1": "migrated", "net/2": "rejected"}
+    assert [problem["reason"] for problem in summary["problems"]] == ["unsupported_format"]
+    assert not (dest / "net/2/tokenizer.json").exists()

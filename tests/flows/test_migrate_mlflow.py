@@ -17,7 +17,7 @@ from flows.prefect.orchestrator import Orchestrator
 from ptbin.stores import open_store
 from tests.servers.endpoint import S3Endpoint
 from tests.servers.fixtures import moto_s3
-from tests.servers.mlflow_server import MlflowServer, run_mlflow
+from tests.servers.mlflow_server import MlflowServer, copy_empty, run_mlflow
 
 __all__ = ["moto_s3"]
 
@@ -31,10 +31,19 @@ GOOD = {
 
 
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MlflowServer, dict[str, Any], Path]]:
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database to copy: migrated and empty. `filled` puts it there."""
+    return tmp_path_factory.mktemp("empty") / "mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def filled(
+    tmp_path_factory: pytest.TempPathFactory, empty: Path
+) -> Iterator[tuple[MlflowServer, dict[str, Any], Path]]:
     """A server with three models: its artifacts go by way of itself; what each alias answers."""
     folder = tmp_path_factory.mktemp("source")
     with run_mlflow(folder) as server:
+        copy_empty(folder / "mlflow.db", empty)
         marker = folder / "was-run"
         said = server.run("fill", str(marker))
         yield server, said, marker
@@ -78,12 +87,16 @@ def without_run(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_one_server_into_another(
-    filled: tuple[MlflowServer, dict[str, Any], Path], migrate: Any, tmp_path: Path, moto_s3: S3Endpoint
+    filled: tuple[MlflowServer, dict[str, Any], Path],
+    migrate: Any,
+    empty: Path,
+    tmp_path: Path,
+    moto_s3: S3Endpoint,
 ) -> None:
     source, said, marker = filled
     bucket = moto_s3.make_bucket()
     artifacts = ("--default-artifact-root", f"s3://{bucket}/artifacts", "--no-serve-artifacts")
-    with run_mlflow(tmp_path / "dest", artifacts, s3_environment(moto_s3)) as dest:
+    with run_mlflow(tmp_path / "dest", artifacts, s3_environment(moto_s3), database=empty) as dest:
         options = json.dumps(moto_s3.storage_options)
         words = (source.uri, dest.uri, "--dest-options", options)
 
@@ -240,11 +253,12 @@ def test_killed_half_way_and_run_again(
     filled: tuple[MlflowServer, dict[str, Any], Path],
     migrate: Any,
     ptbin: Run,
+    empty: Path,
     tmp_path: Path,
     server: Orchestrator,
 ) -> None:
     source, said, _ = filled
-    with run_mlflow(tmp_path / "dest") as dest:
+    with run_mlflow(tmp_path / "dest", database=empty) as dest:
         for moment in moments:
             module, path, count = KILLS[moment]
             code = KILLED.format(module=module, path=path, count=count)
@@ -262,7 +276,7 @@ def test_killed_half_way_and_run_again(
         assert len(state["_logged"]) == 5
     if len(moments) < len(KILLS):
         return
-    with run_mlflow(tmp_path / "undisturbed") as undisturbed:
+    with run_mlflow(tmp_path / "undisturbed", database=empty) as undisturbed:
         status, _, log = migrate(source.uri, undisturbed.uri)
         assert status == 1, log
         calm = without_run(undisturbed.run("state"))
@@ -272,12 +286,13 @@ def test_killed_half_way_and_run_again(
 
 
 def test_moved_aliases_follow_and_those_of_others_stay(
-    filled: tuple[MlflowServer, dict[str, Any], Path], migrate: Any, tmp_path: Path
+    filled: tuple[MlflowServer, dict[str, Any], Path], migrate: Any, empty: Path, tmp_path: Path
 ) -> None:
     source, _, _ = filled
     folder = tmp_path / "dest"
     # A database without its server: what a migration on the machine itself does.
-    with run_mlflow(folder, ("--default-artifact-root", str(folder / "artifacts"), "--no-serve-artifacts")):
+    artifacts = ("--default-artifact-root", str(folder / "artifacts"), "--no-serve-artifacts")
+    with run_mlflow(folder, artifacts, database=empty):
         pass
     dest = f"mlflow+sqlite:///{folder}/mlflow.db"
     status, summary, log = migrate(source.uri, dest, "--include", "folders")

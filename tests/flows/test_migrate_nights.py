@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -95,6 +97,20 @@ def test_the_commands_of_the_second_day_know_migrations(
     night(registry, dest)
     assert run_command(["acknowledge", str(dest), "bert/2", "--reason", "cut", "--until", "2099-01-01"]) == 0
     assert "known until 2099-01-01: bert/2: corrupt_archive" in capsys.readouterr().out
+    assert run_command(["status", str(registry), str(dest), "--json"]) == 1
+    status = json.loads(capsys.readouterr().out)
+    assert status["kind"] == "migrate"
+    assert status["counts"]["up_to_date"] == 2
+    assert [row["path"] for row in status["failed"]] == ["resnet/2"]
+    assert status["failed"][0]["since"]
+    assert [row["path"] for row in status["known"]] == ["bert/2"]
+    (registry / "gpt/1").mkdir(parents=True)
+    shutil.copyfile(registry / "bert/1/model.pt", registry / "gpt/1/model.pt")
+    os.utime(registry / "resnet/1/model.pt", (1, 1))
+    assert run_command(["status", str(registry), str(dest), "--json"]) == 1
+    status = json.loads(capsys.readouterr().out)
+    assert [row["path"] for row in status["new"]] == ["gpt/1"]
+    assert [row["path"] for row in status["changed"]] == ["resnet/1"]
     assert run_command(["runs", str(dest)]) == 0
     assert "migrate" in capsys.readouterr().out
     assert run_command(["metrics", str(dest)]) == 0

@@ -14,10 +14,9 @@ import torch
 import ptbin
 from flows.cli import on_prefect
 from flows.cli.app import run as run_command
-from ptbin.catalog import OutputRule, cases
-from ptbin.catalog.companions import copied_along
+from ptbin.catalog import cases
+from ptbin.catalog.request import RunRequest
 from ptbin.catalog.worklist import WorkList
-from ptbin.options import ConvertOptions
 from ptbin.stores.faults import fault
 from tasks.batches import batch_task
 from tasks.live import LiveRun, Ticket, open_live_run
@@ -28,7 +27,7 @@ Captured = pytest.CaptureFixture[str]
 
 def plan(source: Path, dest: Path, **rule: Any) -> tuple[WorkList, list[str]]:
     work = WorkList(str(dest))
-    problems = work.plan(str(source), OutputRule(str(dest), **rule), ConvertOptions(), copies=copied_along())
+    problems = work.plan(RunRequest(str(source), str(dest), kind="sync", **rule))
     return work, [problem.detail for problem in problems]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from flows.report_markdown import render_markdown
 from flows.run_record import new_run_id
 from flows.tally import Entry, Tally
 from ptbin.errors import UsageError
+from tasks.assets import asset_of
 from tasks.live import LiveRun, open_live_run
 from tests.servers.endpoint import S3Endpoint
 from tests.servers.fixtures import moto_s3
@@ -94,6 +96,54 @@ def test_task_runs_say_which_files_failed(source: Path, tmp_path: Path, server: 
     quiet = {state.message for state in states if state.name == "Completed"}
     assert any(message and message.startswith("converted ") for message in quiet)
     assert not any(message and "rejected" in message for message in quiet)
+
+
+@pytest.mark.starts_processes
+def test_what_a_run_made_is_an_asset_with_its_source(
+    good_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[str, str, list[str], dict[str, Any]]] = []
+
+    def emit_event(event: str, resource: dict[str, str], **rest: Any) -> None:
+        if event.startswith("prefect.asset."):
+            origins = [one["prefect.resource.id"] for one in rest["related"] if "asset" in one.values()]
+            sent.append((event, resource["prefect.resource.id"], origins, rest.get("payload") or {}))
+
+    monkeypatch.setattr("prefect.events.emit_event", emit_event)
+    source, dest = f"file://{good_source}", f"file://{tmp_path / 'out'}"
+    convert(str(good_source), str(tmp_path / "out"), return_state=True)
+    made = {key: (origins, facts) for event, key, origins, facts in sent if "materialization.succ" in event}
+    assert made.keys() == {dest, *(f"{dest}/{number}.bin" for number in range(6))}
+    assert all(origins == [source] for origins, _ in made.values())
+    assert made[dest][1]["converted"] == 6
+    digest = hashlib.sha256((tmp_path / "out/3.bin").read_bytes()).hexdigest()
+    assert made[f"{dest}/3.bin"][1]["sha256"] == {"3.bin": digest}
+
+    sent.clear()
+    convert(str(good_source), str(tmp_path / "out"), return_state=True)
+    assert sent == [], "nothing was made"
+
+    monkeypatch.setattr("tasks.assets.MAX_OUTPUTS", 5)
+    convert(str(good_source), str(tmp_path / "out"), force=True, return_state=True)
+    assert [(event.rpartition(".")[2], key) for event, key, _, _ in sent] == [
+        ("referenced", source),
+        ("succeeded", dest),
+    ], "however many outputs there are"
+
+
+@pytest.mark.parametrize(
+    ("uri", "key"),
+    [
+        ("/srv/weights", "file:///srv/weights"),
+        ("s3://models/weights", "s3://models/weights"),
+        ("ftp://name:secret@host/weights", "ftp://name@host/weights"),
+        ("/srv/my weights", None),
+        ("mlflow+http://host:5000", None),
+    ],
+)
+def test_a_place_that_has_no_key_is_no_asset(uri: str, key: str | None) -> None:
+    asset = asset_of(uri)
+    assert (asset.key if asset is not None else None) == key
 
 
 def test_the_progress_artifact_is_updated_and_ends_at_100_percent(

@@ -126,6 +126,22 @@ def test_a_git_lfs_pointer_among_companions_is_reported(store: Path, tmp_path: P
     assert not (tmp_path / "out/run/tokenizer.json").exists()
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
+
+
+def test_a_pointer_next_to_weights_stops_the_model_that_it_would_go_along_with(
+    store: Path, tmp_path: Path
+) -> None:
+    (store / "run/tokenizer.json").write_bytes(POINTER)
+    summary = run(convert, store, tmp_path / "out", layout="hf", naming="append")
+    assert reasons(summary) == {"run/last.pt": "unsupported_format"}
+    assert "git lfs pull" in summary["problems"][0]["detail"]
+    assert not list((tmp_path / "out/run").rglob("*"))
+    (store / "run/tokenizer.json").write_bytes(b"{}")
+    assert run(convert, store, tmp_path / "out", layout="hf", naming="append")["succeeded"]
+    assert (tmp_path / "out/run/last.pt/tokenizer.json").read_bytes() == b"{}"
+
+
 @FLOWS
 def test_a_folder_that_cannot_be_read_is_one_problem(
     store: Path, tmp_path: Path, closed: Callable[[Path], None], flow: Any

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from flows.cli import app
 from flows.cli.app import cli
+from flows.cli.options import ShareType
 from flows.convert import convert
 from flows.run_record import new_run_id
 from flows.sync import sync
@@ -231,3 +232,14 @@ def test_a_report_warns_of_what_was_extracted_from_an_unsafe_pickle(tmp_path: Pa
     (row,) = json.loads((folder / "run.json").read_text())["checkpoints"]
     assert (row["outcome"], row["verdict"]) == ("converted", "unsafe")
     assert "Unsafe pickles" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("text", "share"), [("0.99", 0.99), ("99%", 0.99), (" 1", 1.0), ("100 %", 1.0)])
+def test_a_share_may_be_written_in_percent(text: str, share: float) -> None:
+    assert ShareType().convert(text, None, None) == share
+
+
+@pytest.mark.parametrize("text", ["99", "0", "-1", "101%", "nan", "most"])
+def test_what_is_no_share_is_named(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["convert", "in", "out", "--min-success", text]) == 2
+    assert f"'{text}' is not a share, such as 0.99 or 99%" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,21 +24,21 @@ import ptbin
 from flows.cli import app
 from flows.remembering import close_ledger, open_ledger
 from flows.run_record import record_files, record_folder
-from flows.selection import Selection
 from flows.tally import Tally
-from ptbin.catalog import OutputRule
 from ptbin.catalog.finished import write_segment
-from ptbin.catalog.worklist import WorkList
+from ptbin.catalog.plan import Plan
+from ptbin.catalog.request import RunRequest
 from ptbin.errors import CheckpointError, NotACheckpointError
 from ptbin.history.failures import Ledger, acknowledge, write_unconverted
 from ptbin.history.metrics import render_metrics
 from ptbin.history.records import iter_runs
-from ptbin.history.status import Question, Status, question_of_last_run, status_of
+from ptbin.history.status import Status, last_request, status_of
 from ptbin.options import ConvertOptions
 from ptbin.stores import open_store, place_of
 from ptbin.stores.local import LocalStore
 from tasks.outcomes import Converted, Outcome, outcome_of_error
 from tests.fakes import CountingStore, registered
+from tests.servers.prometheus import MONITORING, prometheus_program
 
 FIRST = datetime(2026, 11, 1, 2, 0, tzinfo=UTC)
 OPTIONS = ConvertOptions()
@@ -52,6 +53,8 @@ class Store:
         torch.save({"state_dict": {"w": torch.arange(8.0)}}, folder / "x.pt")
         self.good = (folder / "x.pt").read_bytes()
         self.number = 0
+        self.nights: list[dict[tuple[str, ...], float]] = []
+        """The metrics after each."""
 
     @property
     def now(self) -> datetime:
@@ -68,11 +71,12 @@ class Store:
         self.number += 1
         run_id = f"{self.now:%Y%m%dT%H%M%SZ}-{self.number:08x}"
         tally = Tally(run_id, str(self.source), str(self.dest), ledger=Ledger(now=self.now))
-        rule = OutputRule(str(self.dest))
-        with contextlib.closing(WorkList(str(self.dest))) as work:
-            problems = work.plan(str(self.source), rule, OPTIONS)
-            open_ledger(tally, work)
-            tally.add_collisions(problems)
+        request = RunRequest(str(self.source), str(self.dest), OPTIONS)
+        with contextlib.closing(Plan(request)) as plan:
+            plan.make()
+            work = plan.work
+            open_ledger(tally, plan)
+            tally.add_collisions(plan.problems)
             tally.add_all(work.iter_current(), "up_to_date")
             jobs = list(work.iter_to_do())
             rows = []
@@ -81,7 +85,7 @@ class Store:
                 if facts is not None and facts.index_row is not None:
                     rows.append(replace(facts.index_row, manifest=work.relative_manifest(job)))
             write_segment(place_of(self.dest), run_id, rows)
-            left = close_ledger(tally, work, Selection(), {job.path for job in jobs})
+            left = close_ledger(tally, plan, {job.path for job in jobs})
             write_unconverted(str(self.dest), left or [])
         summary = tally.summary(60.0)
         files = record_files(
@@ -89,12 +93,13 @@ class Store:
             summary,
             options=OPTIONS.to_json() | {"verify": "checksum"},
             flow_run_id=None,
-            selection=Selection().to_json(rule),
+            selection=request.selection(),
             ended=self.now + timedelta(minutes=1),
         )
         store, folder = open_store(record_folder(str(self.dest), run_id))
         for name, data in files.items():
             store.write_bytes(f"{folder}/{name}", data)
+        self.nights.append(self.metrics())
         return summary | {"succeeded": tally.succeeded, "page": files["report.html"].decode()}
 
     def outcome(self, job: ptbin.catalog.Job, run_id: str) -> Outcome:
@@ -114,8 +119,9 @@ class Store:
 
     def status(self) -> Status:
         """As of the coming afternoon."""
-        question = question_of_last_run(str(self.source), str(self.dest)) or Question()
-        return status_of(str(self.source), str(self.dest), question, now=self.now + timedelta(hours=12))
+        places = str(self.source), str(self.dest)
+        request, run = last_request(*places) or (RunRequest(*places), "")
+        return status_of(request, run=run, now=self.now + timedelta(hours=12))
 
     def metrics(self) -> dict[tuple[str, ...], float]:
         """By name, outcome and reason."""
@@ -139,7 +145,7 @@ def brief(summary: dict[str, Any]) -> dict[str, Any]:
     return {key: summary[key] for key in keys if summary[key]}
 
 
-def test_thirty_nights(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_thirty_nights(store: Store, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     store.put("a.pt")
     store.put("b.pt")
     assert store.status().counts["new"] == 2
@@ -233,6 +239,51 @@ def test_thirty_nights(store: Store, capsys: pytest.CaptureFixture[str]) -> None
     red = [int(run["began"][8:10]) for run in reversed(runs) if not run["succeeded"]]
     assert red == [3, 4, 8, 10, 12, 13, 14, 16]
     assert [run["known"] for run in reversed(runs)][4:9] == [1, 1, 1, 0, 1]
+    told = {"PtbinNewFailures": {3, 10, 12, 13, 16}, "PtbinRunFailed": set(red), "PtbinNoSuccess": {14}}
+    hold_rules_against(store.nights, told, tmp_path)
+
+
+def hold_rules_against(
+    nights: list[dict[tuple[str, ...], float]], told: dict[str, set[int]], folder: Path
+) -> None:
+    """Which alert fires on which night, as promtool plays the rules on the metrics of each of them."""
+    program = prometheus_program("promtool")
+    if program is None:
+        return  # `make prometheus-packages`
+    names = ("new_failures", "last_run_success", "last_success_timestamp_seconds")
+    began = FIRST.timestamp()  # promtool's clock begins with 0
+    series = [
+        {
+            "series": f"ptbin_{name}",
+            "values": " ".join(
+                f"{night[name,] - (began if name.endswith('timestamp_seconds') else 0):g}" for night in nights
+            ),
+        }
+        for name in names
+    ]
+    expected = [
+        {
+            "eval_time": f"{24 * number}h",
+            "expr": f'ALERTS{{alertname="{name}"}}',
+            "exp_samples": [
+                {
+                    "labels": f'ALERTS{{alertname="{name}", alertstate="firing", severity="{severity}"}}',
+                    "value": 1,
+                }
+            ]
+            if number + 1 in told[name]
+            else [],
+        }
+        for name, severity in zip(told, ("warning", "warning", "critical"), strict=True)
+        for number in range(len(nights))
+    ]
+    case = {"interval": "1d", "input_series": series, "promql_expr_test": expected}
+    rules = {"rule_files": [str(MONITORING / "alerts.yml")], "evaluation_interval": "1d", "tests": [case]}
+    (folder / "nights.yml").write_text(json.dumps(rules))
+    done = subprocess.run(
+        [program, "test", "rules", "nights.yml"], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_status_costs_a_listing_and_the_index_and_lists_no_more_than_it_shows(
@@ -246,7 +297,7 @@ def test_status_costs_a_listing_and_the_index_and_lists_no_more_than_it_shows(
         store.put(f"later{number}.pt")
     monkeypatch.setattr("ptbin.history.status.MAX_LISTED", 2)
     with registered("counting", CountingStore(LocalStore())) as counting:
-        status = status_of(str(store.source), f"counting://{store.dest}", Question(), now=store.now)
+        status = status_of(RunRequest(str(store.source), f"counting://{store.dest}"), now=store.now)
     assert (status.counts["up_to_date"], status.counts["new"], status.counts["failed"]) == (6, 5, 1)
     assert len(status.listed["new"]) == 2
     assert counting.count("list") == 1

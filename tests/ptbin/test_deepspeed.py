@@ -147,10 +147,8 @@ def needs_deepspeed() -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """Every variant on two ranks, some on three."""
     needs_deepspeed()
-    folder = tmp_path_factory.mktemp("deepspeed")
-    made = train(folder / "2", world_size=2)
-    three = train(folder / "3", world_size=3, variants=("stage2", "stage3_subgroups"))
-    return {**made, **{f"{name}_of_three": path for name, path in three.items()}}
+    made = train(tmp_path_factory.mktemp("deepspeed"), {2: list(VARIANTS), 3: ["stage2", "stage3_subgroups"]})
+    return {**made[2], **{f"{name}_of_three": path for name, path in made[3].items()}}
 
 
 REAL = (*VARIANTS, "stage2_of_three", "stage3_subgroups_of_three")

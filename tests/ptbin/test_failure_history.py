@@ -14,16 +14,15 @@ from flows.tally import Tally
 from ptbin.catalog import Job, Problem
 from ptbin.errors import UsageError, VerificationError
 from ptbin.history.failures import (
-    Acknowledgement,
     Ledger,
     Unconverted,
     acknowledge,
-    read_known,
     read_ledger,
     read_unconverted,
     write_unconverted,
     written_at,
 )
+from ptbin.history.known import Acknowledgement, read_known
 from ptbin.stores import Identity
 from tasks.outcomes import Outcome
 
@@ -147,16 +146,45 @@ def test_an_acknowledgement_holds_for_this_state_and_reason(tmp_path: Path) -> N
     assert (only.path, only.state, only.reason) == ("/in/cut.pt", "etag:1", "corrupt_archive")
 
 
+ENTRY = '"path": "x", "because": "y"'
+
+
 @pytest.mark.parametrize(
-    "text",
-    ["", "[]", '{"known": [3]}', '{"known": [{"path": "x"}]}', '{"known": [{"path": "x", "colour": "red"}]}',
-     '{"known": [{"path": "x", "because": "y", "until": "soon"}]}'],
-)  # fmt: skip
-def test_a_damaged_list_of_what_is_known_is_an_error(tmp_path: Path, text: str) -> None:
+    ("text", "told"),
+    [
+        ("", "Expecting value"),
+        ("[]", 'expected {"schema_version": 1, "known": [...]}'),
+        ('{"known": {"x": "y"}}', 'expected {"schema_version": 1, "known": [...]}'),
+        ('{"known": [3]}', "3 is not an object with path, because and until"),
+        ('{"known": [{"path": "x"}]}', "has no text 'because'"),
+        (f'{{"known": [{{{ENTRY}, "until": "2027-01-01", "colour": "red"}}]}}', "has a field 'colour'"),
+        (f'{{"known": [{{{ENTRY}, "until": "31.12.2026"}}]}}', "has no day as 'until', such as '2027-01-15'"),
+        (f'{{"known": [{{{ENTRY}, "until": "2027-01-01", "state": 5}}]}}', "has a field that is not text"),
+    ],
+)
+def test_a_list_of_what_is_known_that_was_edited_wrongly_says_where(
+    tmp_path: Path, text: str, told: str
+) -> None:
     (tmp_path / "_ptbin").mkdir()
     (tmp_path / "_ptbin/known.json").write_text(text)
-    with pytest.raises(VerificationError, match="mend it"):
+    with pytest.raises(VerificationError, match="mend it, or delete the file") as caught:
         read_ledger(str(tmp_path))
+    assert told in str(caught.value)
+
+
+def test_what_is_acknowledged_to_no_effect_is_told_with_the_reason() -> None:
+    entries = [
+        known(),
+        known(path="cut.pt", until="2026-11-09"),
+        known(path="cut.pt", state="etag:0"),
+        known(path="./cut.pt"),
+    ]
+    found = Ledger(before={"/in/cut.pt": BEFORE}, known=entries, now=NOW).idle()
+    assert found == [
+        (entries[1], "its last day is over"),
+        (entries[2], "what fails there now is another"),
+        (entries[3], "nothing fails there"),
+    ]
 
 
 def test_the_command_acknowledges_what_fails_and_nothing_else(
@@ -166,6 +194,9 @@ def test_the_command_acknowledges_what_fails_and_nothing_else(
     words = ["acknowledge", str(tmp_path), "cut.pt", "--reason", "issue 412", "--until"]
     assert run([*words, "2020-01-01"]) == 2
     assert run([*words, "soon"]) == 2
+    assert run(["acknowledge", str(tmp_path), "cut.pt", "--reason", " ", "--until", "2999-12-31"]) == 2
+    assert run(["acknowledge", str(tmp_path / "no"), "x", "--reason", "y", "--until", "2999-12-31"]) == 2
+    assert "no destination with runs in it" in capsys.readouterr().err
     assert run([*words, "2999-12-31", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["known"] == [{"path": "cut.pt", "source": "/in/cut.pt", "reason": "corrupt_archive"}]

@@ -16,9 +16,8 @@ import pytest
 import torch
 
 import ptbin
-from ptbin.catalog import OutputRule
-from ptbin.catalog.companions import copied_along
 from ptbin.catalog.finished import FinishedRow, identity_text, read_finished, row_of, write_segment
+from ptbin.catalog.request import RunRequest
 from ptbin.catalog.worklist import WorkList
 from ptbin.options import ConvertOptions
 from ptbin.stores import place_of
@@ -52,7 +51,7 @@ class World:
     def planned(self, options: ConvertOptions = OPTIONS, prefix: str = "") -> Iterator[WorkList]:
         dest = f"{prefix}{self.dest}"
         with contextlib.closing(WorkList(dest)) as work:
-            assert work.plan(str(self.source), OutputRule(dest), options) == []
+            assert work.plan(RunRequest(str(self.source), dest, options)) == []
             yield work
 
     def convert(self, work: WorkList, job: ptbin.catalog.Job) -> FinishedRow:
@@ -170,11 +169,11 @@ def test_a_copy_that_an_early_index_knows_is_compared_once_more(tmp_path: Path) 
 
     def states() -> tuple[int, int]:
         with contextlib.closing(WorkList(dest)) as work:
-            work.plan(str(tmp_path / "in"), OutputRule(dest), OPTIONS, copies=copied_along([]))
+            work.plan(RunRequest(str(tmp_path / "in"), dest, OPTIONS, "sync"))
             return work.count_current(), work.count_to_ask()
 
     with contextlib.closing(WorkList(dest)) as work:
-        work.plan(str(tmp_path / "in"), OutputRule(dest), OPTIONS, copies=copied_along([]))
+        work.plan(RunRequest(str(tmp_path / "in"), dest, OPTIONS, "sync"))
         (job,) = work.iter_to_ask()
         row = read_finished(job, work.relative_manifest(job))
     assert row is not None
@@ -190,7 +189,7 @@ def test_work_comes_largest_first_and_collisions_are_refused(tmp_path: Path) -> 
     for name, nbytes in {"a.pt": 10, "b.pt": 30, "c.pt": 20, "twin.pt": 5, "twin.ckpt": 6, "twin": 7}.items():
         (source / name).write_bytes(b"x" * nbytes)
     with contextlib.closing(WorkList(str(tmp_path / "out"))) as work:
-        problems = work.plan(str(source), OutputRule(str(tmp_path / "out")), OPTIONS)
+        problems = work.plan(RunRequest(str(source), str(tmp_path / "out"), OPTIONS))
         assert [job.path for job in work.iter_to_do()] == ["b.pt", "c.pt", "a.pt"]
         assert work.to_do() == (3, 60)
     assert {problem.reason for problem in problems} == {"output_collision"}
@@ -199,8 +198,8 @@ def test_work_comes_largest_first_and_collisions_are_refused(tmp_path: Path) -> 
 
 HUGE = """
 import json, sys
-from ptbin.catalog import OutputRule
 from ptbin.catalog.finished import FinishedRow, job_digest, write_segment
+from ptbin.catalog.request import RunRequest
 from ptbin.catalog.worklist import WorkList
 from ptbin.options import ConvertOptions
 from ptbin.stores import place_of
@@ -241,7 +240,7 @@ def rows():
 
 write_segment(place_of(folder), "all", rows())
 work = WorkList(f"dst://{folder}")
-problems = work.plan("src://x", OutputRule(f"dst://{folder}"), options)
+problems = work.plan(RunRequest("src://x", f"dst://{folder}", options))
 assert not problems
 # Not getrusage's, which begins with the peak of the process that started this one.
 (peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]

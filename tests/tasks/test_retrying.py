@@ -6,7 +6,7 @@ import pytest
 from prefect.states import Failed
 
 from ptbin.errors import AccessDeniedError, CorruptArchiveError, StorageError
-from tasks.listing import list_checkpoints, list_manifests, list_orphans
+from tasks.listing import list_manifests, list_orphans, make_plan
 from tasks.recording import write_run_record
 from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, retry_delay, worth_retrying
 
@@ -26,7 +26,7 @@ def test_only_transient_errors_of_a_store_are_worth_it(error: Exception, expecte
     assert worth_retrying(None, None, Failed(data=error)) is expected
 
 
-@pytest.mark.parametrize("task", [list_checkpoints, list_manifests, list_orphans, write_run_record])
+@pytest.mark.parametrize("task", [list_manifests, list_orphans, make_plan, write_run_record])
 def test_whole_tasks_retry_by_that_rule(task: object) -> None:
     assert getattr(task, "retry_condition_fn", None) is worth_retrying
     assert getattr(task, "retries", None) == RETRIES

@@ -18,13 +18,16 @@ from typing import Any
 import pytest
 
 from ptbin.errors import UsageError
+from ptbin.options import ConvertOptions
+from ptbin.registries import open_registry
 from ptbin.registries.base import Registration, RegistryError, VersionSite
+from ptbin.registries.migration import prepare
 from ptbin.registries.mlflow_client import Connection
 from ptbin.registries.mlflow_registry import MlflowRegistry
 from ptbin.registries.values import Metric, Model, RunLink, Version
 
 # MLflow and what it imports warn of one another.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -422,3 +425,13 @@ def test_a_server_that_goes_away_is_given_up_soon_and_tried_again_by_the_task() 
     with pytest.raises(RegistryError, match="no MLflow server answers") as caught:
         MlflowRegistry(registry.uri).check_readable()
     assert caught.value.transient
+
+
+def test_a_registered_model_without_versions_is_named(registry: MlflowRegistry, tmp_path: Path) -> None:
+    registry._client.create_registered_model("empty", description="not trained yet")
+    found = prepare(
+        registry, open_registry(str(tmp_path / "dest"), None, {}), (), (), "all", ConvertOptions()
+    )
+    (model,) = found.models
+    assert (model.model.name, model.steps, model.problem) == ("empty", (), "")
+    assert "without versions" in model.not_kept[0]

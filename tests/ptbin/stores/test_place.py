@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,30 @@ def test_the_verbs_take_paths_and_places(tmp_path: Path) -> None:
     assert manifest["outputs"][0]["path"] == "x.bin"
     assert ptbin.verify(place_of(tmp_path) / "x.bin.manifest.json") == []
     assert ptbin.inspect(tmp_path / "x.bin")["container"] == "torch_zip"
+    assert ptbin.inspect(place_of(tmp_path) / "x.bin")["container"] == "torch_zip"
+    assert ptbin.diff(tmp_path / "x.pt", place_of(tmp_path) / "x.bin").equal
+    for where in (tmp_path / "x.bin", place_of(tmp_path) / "x.bin"):
+        with ptbin.load(where) as weights:
+            assert weights["weight"].sum() == 30
+
+
+def test_options_that_a_side_brings_along_are_not_the_other_sides(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(30)}, tmp_path / "x.pt")
+    memory = place_of("memory://places/x.pt")
+    memory.write_bytes((tmp_path / "x.pt").read_bytes())
+    other = f"simplecache::file://{tmp_path}/x.pt"
+    assert ptbin.diff(other, memory, storage_options={"simplecache": {"expiry_time": 9}}).equal
+
+
+@pytest.mark.parametrize("start", ["s3://b/x", "memory://places/x", "/data/x"])
+def test_a_place_can_be_sent_to_another_process(start: str) -> None:
+    place = place_of(start, SECRET if start.startswith("s3") else None)
+    assert pickle.loads(pickle.dumps(place)).uri == place.uri
+
+
+def test_weights_at_a_place_are_opened_again_there(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(30)}, tmp_path / "x.pt")
+    place = place_of("memory://places/again.pt")
+    place.write_bytes((tmp_path / "x.pt").read_bytes())
+    with ptbin.load(place) as weights, pickle.loads(pickle.dumps(weights)) as again:
+        assert again["weight"].sum() == 30

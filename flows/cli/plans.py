@@ -1,0 +1,74 @@
+"""A dry run on the terminal: one document, or one line for each thing that the run would do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flows.cli.printing import align, print_json, print_line
+from flows.cli.shared_options import Shared
+from flows.units import format_nbytes
+from ptbin.catalog.entries import skipped_words
+from ptbin.errors import OutputExistsError
+
+if TYPE_CHECKING:
+    from ptbin.catalog import Problem
+    from ptbin.catalog.dry_run import DryRun, PlannedJob
+
+__all__ = ["print_dry_run"]
+
+
+def print_dry_run(found: DryRun, shared: Shared) -> int:
+    """Print what the run would do; the exit status: 1 where it would refuse anything."""
+    if shared.as_json:
+        print_json(found.to_json())
+    else:
+        for line in _lines(found):
+            print_line(line)
+        if found.links:
+            print_line(found.links)
+    return 1 if found.problems else 0
+
+
+def _lines(found: DryRun) -> list[str]:
+    verb = "restore" if found.request.kind == "restore" else "convert"
+    mirrors = found.request.kind == "sync"
+    rows = [_row("copy" if item.job.copies else verb, item) for item in found.jobs]
+    quiet = {"leave alone": found.left_alone, "not a checkpoint": found.not_checkpoints}
+    if not mirrors:
+        quiet = {"up to date": found.up_to_date, **quiet}
+    rows += [(what, format_nbytes(job.source_size), job.path) for what, jobs in quiet.items() for job in jobs]
+    files = {"back up": found.back_up, "delete": found.delete, "keep": found.keep}
+    rows += [(what, "", path) for what, paths in files.items() for path in paths]
+    rows += [_refused_row(problem) for problem in found.problems]
+    lines = [*align(rows, indent=""), ""] if rows else []
+    if found.skipped:
+        lines.insert(-1, f"passed over: {skipped_words(found.skipped)}")
+    return [*lines, f"would {_counts(found, verb)}; nothing was written"]
+
+
+def _counts(found: DryRun, verb: str) -> str:
+    made = [item for item in found.jobs if not item.job.copies]
+    parts = [f"{verb} {len(made)} ({format_nbytes(sum(item.job.source_size for item in made))})"]
+    if found.request.kind == "sync":
+        parts += [f"copy {len(found.jobs) - len(made)}", f"delete {len(found.delete)}"]
+    if replaced := sum(1 for item in found.jobs if item.files.replaces):
+        parts.append(f"of them replace {replaced}")
+    parts += [f"up to date {len(found.up_to_date)}", f"refused {len(found.problems)}"]
+    if found.left_alone:
+        parts.append(f"left alone {len(found.left_alone)}")
+    if found.not_checkpoints:
+        parts.append(f"not checkpoints {len(found.not_checkpoints)}")
+    return ", ".join(parts)
+
+
+def _row(what: str, item: PlannedJob) -> tuple[str, str, str]:
+    files, job = item.files, item.job
+    replaced = f" (replaces {', '.join(files.replaces)})" if files.replaces else ""
+    removed = f" (removes {', '.join(files.removes)})" if files.removes else ""
+    return (what, format_nbytes(job.source_size), f"{job.path} -> {job.dest_uri}{replaced}{removed}")
+
+
+def _refused_row(problem: Problem) -> tuple[str, str, str]:
+    """Where a file is in the way, which one; else the source that is refused."""
+    in_the_way = problem.reason == OutputExistsError.reason
+    return ("refuse", problem.reason, problem.detail if in_the_way else problem.source)
