@@ -3,7 +3,7 @@
 #   make demo        train small models, convert them through the Prefect flow, look at the results
 #   make demo-deploy a server, a worker and a schedule on loopback; pictures of the UI
 #   make test        the test suite, against the installed packages
-#   make test-quick  a part of it: no servers, no processes; about 100 s on two cores
+#   make test-quick  a part of it: no servers, no processes, nothing that takes seconds; 60 s on two cores
 #   make check       ruff, mypy, import rules
 #   make bench       whole-process measurements; writes docs/benchmarks*.md (about 12 GB of disk, BENCH_DIR;
 #                    16 GB of memory for the part on S3, which is `make bench-s3` by itself)
@@ -80,9 +80,9 @@ TEST_PROCESSES ?= 4
 test: install s3-packages browser-packages postgres-packages prometheus-packages
 	$(BIN)/python -m pytest $(if $(PYTEST_ARGS),$(PYTEST_ARGS),-n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder)
 
-# What starts neither a server nor a process: the loop while working on the engine.
+# What starts neither a server nor a process and takes no seconds: the loop while working on the engine.
 test-quick: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not starts_processes and not starts_servers" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not thorough and not starts_processes and not starts_servers" $(PYTEST_ARGS)
 
 test-slow: install s3-packages browser-packages postgres-packages prometheus-packages
 	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)

@@ -67,8 +67,10 @@ def takes(places: Sequence[Option], options: Sequence[Option]) -> Callable[[Func
 
 
 def _annotation(entry: Option) -> Any:
+    if entry.required:
+        return Annotated[str, Field(min_length=1)]
     made = _type_of(entry)
-    return made | None if entry.default is None and not entry.required else made
+    return made | None if entry.default is None else made
 
 
 def _type_of(entry: Option) -> Any:

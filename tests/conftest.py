@@ -47,6 +47,19 @@ def make_checkpoint(tmp_path: Path) -> Callable[[str], Checkpoint]:
 
 SECONDS = {starting.SERVERS: 3.0, starting.PROCESSES: 3.0}
 """What a test with a marker takes, about; one without: 0.1 s."""
+LONG = {
+    "test_runners.py": 350.0,
+    "test_migrate_mlflow.py": 220.0,
+    "test_operation.py": 200.0,
+    "test_isolation.py": 180.0,
+    "test_alerts.py": 80.0,
+    "test_cli_process.py": 80.0,
+    "test_docs.py": 60.0,
+    "test_interruptions.py": 60.0,
+    "test_guide.py": 45.0,
+    "test_several_at_once.py": 30.0,
+}
+"""What whole files take of which that says too little, beside others on two cores."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -61,8 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         starting.mark(item)
         marked = [SECONDS[name] for name in SECONDS if item.get_closest_marker(name)]
         seconds[item.path] += max(marked, default=0.1)
-    # The deployments wait for heartbeats, minutes in all.
-    items.sort(key=lambda item: (item.path.parent.name != "deployments", -seconds[item.path]))
+    items.sort(key=lambda item: -LONG.get(item.path.name, seconds[item.path]))
 
 
 @pytest.hookimpl(wrapper=True)

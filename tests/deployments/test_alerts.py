@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -16,6 +17,7 @@ import torch
 from tests.deployments.mailbox import Mailbox, MailServer
 from tests.servers.endpoint import S3Endpoint
 from tests.servers.fixtures import moto_s3
+from tests.servers.prefect_home import prefect_template
 from tests.servers.prefect_stack import ROOT, PrefectStack, wait_for
 
 __all__ = ["moto_s3"]
@@ -41,6 +43,8 @@ def post() -> Iterator[MailServer]:
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectStack]:
     """A server that a team shares; no worker, no deployment."""
     stack = PrefectStack(tmp_path_factory.mktemp("alerts"))
+    (stack.folder / "home").mkdir()
+    shutil.copyfile(prefect_template(tmp_path_factory), stack.folder / "home" / "prefect.db")
     try:
         stack.start_server()
         yield stack

@@ -16,6 +16,8 @@ import ptbin
 from ptbin.errors import ChecksumMismatchError, PtbinError
 from tests.bits import same_bits
 
+pytestmark = pytest.mark.thorough
+
 
 def small_state() -> dict[str, torch.Tensor]:
     torch.manual_seed(1)

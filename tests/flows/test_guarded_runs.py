@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from flows.run_record import new_run_id
 from flows.sync import sync
 from ptbin.manifests.vouching import claim_place
 from ptbin.stores import Place, open_store
-from ptbin.stores.s3_client import S3Client
 from tasks.live import LiveRun, open_live_run
 from tests.servers.endpoint import S3Endpoint
+from tests.servers.faulty_proxy import faulty_proxy
 from tests.servers.fixtures import moto_s3
 
 __all__ = ["moto_s3"]
@@ -251,35 +250,23 @@ def test_a_mirrors_own_copies_are_replaced_and_edited_ones_are_not(
 # -- what it costs -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Requests that concern one output in DEST, by method."""
-    counts: Counter[str] = Counter()
-    send = S3Client.send
-
-    async def counted(self: S3Client, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
-        if str(parameters.get("Key", "")).startswith("out/a."):
-            counts[method] += 1
-        return await send(self, method, parameters)
-
-    monkeypatch.setattr(S3Client, "send", counted)
-    return counts
-
-
 def test_the_listing_tells_what_is_there_without_a_request_for_each(
-    moto_s3: S3Endpoint, tmp_path: Path, sent: Counter[str]
+    moto_s3: S3Endpoint, tmp_path: Path
 ) -> None:
-    shop = Shop(f"s3://{moto_s3.make_bucket()}", tmp_path, moto_s3.storage_options)
-    shop.save("a.pt", 1.0)
-    shop.run(verify="none")
-    # The output, which carries its claim, and its manifest.
-    assert sent == {"put_object": 2}
-    shop.save("a.pt", 2.0)
-    sent.clear()
-    shop.run(verify="none")
-    # The earlier manifest is read once, withdrawn, and followed by the new one. What was there is claimed in
-    # a file of its own, and not looked at.
-    assert sent == {"get_object": 1, "put_object": 3, "delete_object": 2}
+    root = f"s3://{moto_s3.make_bucket()}"
+    with faulty_proxy(moto_s3.url) as proxy:
+        shop = Shop(root, tmp_path, replace(moto_s3, url=proxy.url).storage_options)
+        shop.save("a.pt", 1.0)
+        shop.run(verify="none")
+        # The output, which carries its claim, and its manifest.
+        assert proxy.operations("/out/a.") == {"put_object": 2}
+        shop.save("a.pt", 2.0)
+        proxy.requests.clear()
+        shop.run(verify="none")
+        # The earlier manifest is read once, withdrawn, and followed by the new one. What was there is claimed
+        # in a file of its own, and not looked at.
+        again = proxy.operations("/out/a.")
+    assert again == {"get_object": 1, "put_object": 3, "delete_object": 2}
 
 
 def test_readme_s_own_sequence_destroys_nothing(shop: Shop) -> None:

@@ -98,6 +98,7 @@ def test_task_runs_say_which_files_failed(source: Path, tmp_path: Path, server: 
     assert not any(message and "rejected" in message for message in quiet)
 
 
+@pytest.mark.starts_processes
 def test_what_a_run_made_is_an_asset_with_its_source(
     good_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,8 @@ def test_a_size_that_is_one_is_taken_by_the_form(text: str) -> None:
         ("workers", 257),
         ("min_success", 0),
         ("runner", "spark"),
+        ("source", ""),  # deployed by a shell that lacks PTBIN_SOURCE
+        ("dest", ""),
     ],
 )
 def test_what_is_wrong_is_refused_before_there_is_a_run(parameter: str, value: Any) -> None:

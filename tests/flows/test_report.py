@@ -288,6 +288,7 @@ def test_rows_open_to_outputs_verdict_globals_and_accounting(chromium: Any, tmp_
     assert page.heard == []
 
 
+@pytest.mark.thorough
 def test_very_many_rows_do_not_open_but_for_those_that_failed() -> None:
     many = [row(f"{number}.pt", weights_bytes=1) for number in range(2001)]
     failed = row("cut.pt", "failed", reason="storage_error", since="2026-11-01T02:00:00Z")

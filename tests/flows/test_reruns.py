@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from flows.convert import convert
 from flows.run_record import new_run_id
 from ptbin import catalog
 from ptbin.stores.s3 import S3Store
-from ptbin.stores.s3_client import S3Client
 from tasks.live import LiveRun, open_live_run
 from tests.servers.endpoint import S3Endpoint
+from tests.servers.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.servers.fixtures import moto_s3
 
 __all__ = ["moto_s3"]
@@ -31,9 +32,9 @@ RECORD = 1
 class Bucket:
     """Checkpoints below `in`, outputs below `out`."""
 
-    def __init__(self, endpoint: S3Endpoint, blank: bytes) -> None:
+    def __init__(self, endpoint: S3Endpoint, seen: S3Endpoint, blank: bytes) -> None:
         self.name = endpoint.make_bucket()
-        self.options = endpoint.storage_options
+        self.options = seen.storage_options
         self.store = endpoint.store()
         self.blank = blank
         self.add(range(COUNT))
@@ -62,55 +63,49 @@ class Bucket:
 
 
 @pytest.fixture
-def bucket(moto_s3: S3Endpoint, _blank: bytes) -> Bucket:
-    return Bucket(moto_s3, _blank)
+def proxy(moto_s3: S3Endpoint) -> Iterator[FaultyProxy]:
+    with faulty_proxy(moto_s3.url) as proxy:
+        yield proxy
 
 
 @pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    send = S3Client.send
-
-    async def counted(self: S3Client, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
-        counts[method] += 1
-        return await send(self, method, parameters)
-
-    monkeypatch.setattr(S3Client, "send", counted)
-    return counts
+def bucket(moto_s3: S3Endpoint, proxy: FaultyProxy, _blank: bytes) -> Bucket:
+    """What runs ask of it goes through the proxy, what the test asks does not."""
+    return Bucket(moto_s3, replace(moto_s3, url=proxy.url), _blank)
 
 
 def test_a_rerun_with_nothing_to_do_asks_for_no_object_by_itself(
-    bucket: Bucket, sent: Counter[str], monkeypatch: pytest.MonkeyPatch
+    bucket: Bucket, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert bucket.convert()["converted"] == COUNT
-    sent.clear()
+    proxy.requests.clear()
     assert bucket.convert()["up_to_date"] == COUNT
-    of_few = sent.total()
+    of_few = len(proxy.requests)
     assert len(bucket.index()) == 1
-    assert sent["get_object"] == 1 + RECORD
+    assert proxy.operations()["get_object"] == 1 + RECORD
     bucket.add(range(COUNT, 2 * COUNT))
     bucket.convert()
-    sent.clear()
+    proxy.requests.clear()
     assert bucket.convert()["up_to_date"] == 2 * COUNT
-    assert sent["get_object"] == 2 + RECORD  # two segments of the index
-    assert sent.total() == of_few + 1  # the second segment, whole
+    assert proxy.operations()["get_object"] == 2 + RECORD  # two segments of the index
+    assert len(proxy.requests) == of_few + 1  # the second segment, whole
     # Smaller pages: more listings, and nothing else.
     monkeypatch.setattr(S3Store, "page_keys", 10)
-    sent.clear()
+    proxy.requests.clear()
     assert bucket.convert()["up_to_date"] == 2 * COUNT
-    assert sent["get_object"] == 2 + RECORD
+    assert proxy.operations()["get_object"] == 2 + RECORD
 
 
-def test_a_lost_index_is_made_again_from_the_manifests(bucket: Bucket, sent: Counter[str]) -> None:
+def test_a_lost_index_is_made_again_from_the_manifests(bucket: Bucket, proxy: FaultyProxy) -> None:
     bucket.convert()
     for path in bucket.index():
         bucket.store.delete(f"{bucket.name}/out/_ptbin/index/{path}")
-    sent.clear()
+    proxy.requests.clear()
     assert bucket.convert()["up_to_date"] == COUNT
-    assert sent["get_object"] == COUNT + RECORD
-    sent.clear()
+    assert proxy.operations()["get_object"] == COUNT + RECORD
+    proxy.requests.clear()
     assert bucket.convert()["up_to_date"] == COUNT
-    assert sent["get_object"] == 1 + RECORD
+    assert proxy.operations()["get_object"] == 1 + RECORD
 
 
 def test_many_segments_become_one(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +120,7 @@ def test_many_segments_become_one(bucket: Bucket, monkeypatch: pytest.MonkeyPatc
 
 
 def test_of_two_runs_at_once_one_works_and_the_destination_is_sound(
-    bucket: Bucket, sent: Counter[str]
+    bucket: Bucket, proxy: FaultyProxy
 ) -> None:
     with ThreadPoolExecutor(2) as pool:
         both = [pool.submit(bucket.convert) for _ in range(2)]
@@ -141,9 +136,9 @@ def test_of_two_runs_at_once_one_works_and_the_destination_is_sound(
         assert ptbin.verify(manifest, storage_options=bucket.options) == []
     # The index may hold rows of manifests that the other run has replaced: they are not believed.
     bucket.convert()
-    sent.clear()
+    proxy.requests.clear()
     assert bucket.convert()["up_to_date"] == COUNT
-    assert sent["get_object"] == len(bucket.index()) + RECORD
+    assert proxy.operations()["get_object"] == len(bucket.index()) + RECORD
 
 
 def test_the_run_keeps_within_its_requests(bucket: Bucket, tmp_path: Path) -> None:

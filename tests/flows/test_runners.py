@@ -16,7 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from flows.convert import convert
 from flows.prefect.orchestrator import Orchestrator
+from flows.run_record import new_run_id
+from tasks.live import LiveRun, open_live_run
 from tests.servers.dask_cluster import DaskCluster, dask_cluster
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -114,6 +117,13 @@ def summary_of(process: subprocess.Popen[str], status: int = 0) -> dict[str, Any
     return found
 
 
+def convert_here(source: Path, dest: Path) -> dict[str, Any]:
+    """The summary of a run in this process, on threads: three seconds of a core less than a command."""
+    with open_live_run(LiveRun(new_run_id())) as live:
+        convert(source=str(source), dest=str(dest), run_id=live.run_id, return_state=True)
+    return live.summary
+
+
 def digests(dest: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(dest.rglob("*.bin"))}
 
@@ -140,7 +150,7 @@ def assert_all_there(dest: Path, count: int) -> None:
 @pytest.mark.parametrize("runner", ["processes", "dask", "ray"])
 def test_every_runner_makes_the_same_outputs(many: Path, tmp_path: Path, start: Start, runner: str) -> None:
     pytest.importorskip({"processes": "prefect", "dask": "prefect_dask", "ray": "prefect_ray"}[runner])
-    one = summary_of(start("convert", many, tmp_path / "threads", "--json"))
+    one = convert_here(many, tmp_path / "threads")
     other = summary_of(start("convert", many, tmp_path / runner, "--json", "--runner", runner))
     assert one["converted"] == other["converted"] == 40
     assert digests(tmp_path / "threads") == digests(tmp_path / runner)
@@ -196,7 +206,7 @@ def test_an_interrupted_run_ends_soon_and_accounts_for_itself(
     assert not list((dest / "_ptbin" / "leases").glob("*"))
     for worker in workers:
         wait_for(lambda worker=worker: not Path(f"/proc/{worker}").exists())  # type: ignore[misc]
-    again = summary_of(start("convert", many, dest, "--json"))
+    again = convert_here(many, dest)
     assert again["converted"] + again["up_to_date"] == 40
     assert again["up_to_date"] == told["converted"]
 
@@ -211,7 +221,7 @@ def test_processes_of_a_killed_run_end_by_themselves(
     for worker in workers:
         wait_for(lambda worker=worker: not Path(f"/proc/{worker}").exists())  # type: ignore[misc]
     # Nobody waits for the dead run's lease: its process is known to be gone.
-    again = summary_of(start("convert", many, tmp_path / "out", "--json"))
+    again = convert_here(many, tmp_path / "out")
     assert again["converted"] + again["up_to_date"] == 40
     assert_all_there(tmp_path / "out", 40)
 
@@ -283,9 +293,12 @@ def test_a_deadline_ends_the_run_and_says_what_it_did_not_come_to(
     many: Path, notes: Path, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PTBIN_TEST_SECONDS", "0.3")
-    summary = summary_of(start("convert", many, tmp_path / "out", "--json", "--deadline", "4s"), 1)
+    process = start("convert", many, tmp_path / "out", "--json", "--deadline", "10s")
+    wait_for(lambda: list((tmp_path / "out").rglob("*.manifest.json")))
+    notes.with_name(notes.name + ".hold").touch()  # from here on none gets done, however long the rest takes
+    summary = summary_of(process, 1)
     assert [problem["reason"] for problem in summary["problems"]] == ["run_stopped"]
-    assert "deadline of 4 s" in summary["problems"][0]["detail"]
+    assert "deadline of 10 s" in summary["problems"][0]["detail"]
     assert 0 < summary["converted"] < 40
     (record,) = (tmp_path / "out" / "_ptbin" / "runs").glob("*/run.json")
     told = json.loads(record.read_text())

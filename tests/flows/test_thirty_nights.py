@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -37,6 +38,7 @@ from ptbin.stores import open_store, place_of
 from ptbin.stores.local import LocalStore
 from tasks.outcomes import Converted, Outcome, outcome_of_error
 from tests.fakes import CountingStore, registered
+from tests.servers.prometheus import MONITORING, prometheus_program
 
 FIRST = datetime(2026, 11, 1, 2, 0, tzinfo=UTC)
 OPTIONS = ConvertOptions()
@@ -51,6 +53,8 @@ class Store:
         torch.save({"state_dict": {"w": torch.arange(8.0)}}, folder / "x.pt")
         self.good = (folder / "x.pt").read_bytes()
         self.number = 0
+        self.nights: list[dict[tuple[str, ...], float]] = []
+        """The metrics after each."""
 
     @property
     def now(self) -> datetime:
@@ -95,6 +99,7 @@ class Store:
         store, folder = open_store(record_folder(str(self.dest), run_id))
         for name, data in files.items():
             store.write_bytes(f"{folder}/{name}", data)
+        self.nights.append(self.metrics())
         return summary | {"succeeded": tally.succeeded, "page": files["report.html"].decode()}
 
     def outcome(self, job: ptbin.catalog.Job, run_id: str) -> Outcome:
@@ -140,7 +145,7 @@ def brief(summary: dict[str, Any]) -> dict[str, Any]:
     return {key: summary[key] for key in keys if summary[key]}
 
 
-def test_thirty_nights(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_thirty_nights(store: Store, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     store.put("a.pt")
     store.put("b.pt")
     assert store.status().counts["new"] == 2
@@ -234,6 +239,51 @@ def test_thirty_nights(store: Store, capsys: pytest.CaptureFixture[str]) -> None
     red = [int(run["began"][8:10]) for run in reversed(runs) if not run["succeeded"]]
     assert red == [3, 4, 8, 10, 12, 13, 14, 16]
     assert [run["known"] for run in reversed(runs)][4:9] == [1, 1, 1, 0, 1]
+    told = {"PtbinNewFailures": {3, 10, 12, 13, 16}, "PtbinRunFailed": set(red), "PtbinNoSuccess": {14}}
+    hold_rules_against(store.nights, told, tmp_path)
+
+
+def hold_rules_against(
+    nights: list[dict[tuple[str, ...], float]], told: dict[str, set[int]], folder: Path
+) -> None:
+    """Which alert fires on which night, as promtool plays the rules on the metrics of each of them."""
+    program = prometheus_program("promtool")
+    if program is None:
+        return  # `make prometheus-packages`
+    names = ("new_failures", "last_run_success", "last_success_timestamp_seconds")
+    began = FIRST.timestamp()  # promtool's clock begins with 0
+    series = [
+        {
+            "series": f"ptbin_{name}",
+            "values": " ".join(
+                f"{night[name,] - (began if name.endswith('timestamp_seconds') else 0):g}" for night in nights
+            ),
+        }
+        for name in names
+    ]
+    expected = [
+        {
+            "eval_time": f"{24 * number}h",
+            "expr": f'ALERTS{{alertname="{name}"}}',
+            "exp_samples": [
+                {
+                    "labels": f'ALERTS{{alertname="{name}", alertstate="firing", severity="{severity}"}}',
+                    "value": 1,
+                }
+            ]
+            if number + 1 in told[name]
+            else [],
+        }
+        for name, severity in zip(told, ("warning", "warning", "critical"), strict=True)
+        for number in range(len(nights))
+    ]
+    case = {"interval": "1d", "input_series": series, "promql_expr_test": expected}
+    rules = {"rule_files": [str(MONITORING / "alerts.yml")], "evaluation_interval": "1d", "tests": [case]}
+    (folder / "nights.yml").write_text(json.dumps(rules))
+    done = subprocess.run(
+        [program, "test", "rules", "nights.yml"], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_status_costs_a_listing_and_the_index_and_lists_no_more_than_it_shows(

@@ -13,7 +13,7 @@ from flows.cli.app import run
 from tests.bits import same_bits
 from tests.interop import test_recipes
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore")]
 
 PAGE = (Path(__file__).parents[2] / "docs" / "readers.md").read_text(encoding="utf-8")
 ROWS = dict(re.findall(r"^\| ([^|`-][^|]*?) \| ([^|]*?) ?\|", PAGE, re.MULTILINE))

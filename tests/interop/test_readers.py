@@ -19,7 +19,7 @@ from tests.checkpoints import FACTORIES, Checkpoint, Factory, factories
 from tests.checkpoints.models import trained, weights
 
 # what these libraries warn of among themselves
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore")]
 
 
 def _converted(made: Checkpoint, folder: Path) -> Path:

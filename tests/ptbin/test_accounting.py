@@ -234,6 +234,7 @@ def test_flattening_takes_lists_of_pairs(tmp_path: Path) -> None:
     assert len(state) == 4
 
 
+@pytest.mark.thorough
 def test_parts_that_many_share_are_not_looked_through_for_each(tmp_path: Path) -> None:
     """Names of metrics call for a look at what is below; 40 kilobytes of pickle could ask for 10^8 looks."""
     shared: list[Any] = [*({"a": {}} for _ in range(5000)), {"alpha": torch.randn(2)}]

@@ -230,6 +230,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     return loaded
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", [*SUBJECTS, "torch_tar"])
 def test_every_truncation_and_every_flipped_byte_is_an_error_or_changes_nothing(
     kind: str, tmp_path: Path

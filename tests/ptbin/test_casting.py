@@ -81,6 +81,7 @@ def padded(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.resize(values, -(-len(values) // 64) * 64)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_every_pattern_or_every_hard_one(source: str, target: str) -> None:
     itemsize = BY_NAME[source].itemsize

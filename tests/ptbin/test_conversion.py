@@ -99,6 +99,7 @@ def test_inspect_runs_nothing_and_reads_only_the_index(factory: Factory, tmp_pat
     json.dumps(report)
 
 
+@pytest.mark.thorough
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(state=state_dicts())
 def test_any_state_dict_survives(state: dict[str, torch.Tensor], tmp_path: Path) -> None:

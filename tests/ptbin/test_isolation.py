@@ -7,6 +7,7 @@ folder full of them.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +20,7 @@ import torch
 
 import ptbin
 from tests.bits import assert_same_tensors
+from tests.servers.prefect_home import prefect_template
 
 pytestmark = pytest.mark.starts_processes
 
@@ -166,8 +168,11 @@ def test_proof_by_loading(trap: Trap) -> None:
 
 
 @pytest.mark.parametrize("runner", ["processes", "dask", "ray"])
-def test_the_workers_of_a_flow(runner: str, trap: Trap) -> None:
+def test_the_workers_of_a_flow(runner: str, trap: Trap, tmp_path_factory: pytest.TempPathFactory) -> None:
     (trap.folder / "weights").mkdir()
+    if runner != "processes":  # with those the server's migrations run among the traps as well
+        (trap.folder / "prefect-home").mkdir()
+        shutil.copyfile(prefect_template(tmp_path_factory), trap.folder / "prefect-home" / "prefect.db")
     for number in range(2):
         torch.save(STATE_DICT, trap.folder / "weights" / f"{number}.pt")
     words = ["convert", "weights", "out", "--runner", runner, "--verify", "load"]

@@ -113,6 +113,7 @@ def test_a_pickle_says_the_same() -> None:
     _assert_same(PICKLE)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", range(20))
 def test_a_damaged_pickle_says_the_same(seed: int) -> None:
     chance = random.Random(seed)

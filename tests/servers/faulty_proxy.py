@@ -11,10 +11,11 @@ import http.client
 import socket
 import struct
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,6 +23,18 @@ if TYPE_CHECKING:
 __all__ = ["Fault", "FaultyProxy", "Request", "faulty_proxy"]
 
 Kind = Literal["503", "500", "403", "reset", "short", "lost-answer"]
+
+OPERATIONS = {
+    ("GET", "list-type"): "list_objects_v2",
+    ("GET", "uploads"): "list_multipart_uploads",
+    ("GET", "uploadId"): "list_parts",
+    ("POST", "uploads"): "create_multipart_upload",
+    ("POST", "uploadId"): "complete_multipart_upload",
+    ("POST", "delete"): "delete_objects",
+    ("PUT", "partNumber"): "upload_part",
+    ("DELETE", "uploadId"): "abort_multipart_upload",
+}
+"""By method and a name in the query (Amazon S3's API reference); all others: <method>_object or _bucket."""
 
 BODIES = {
     "503": (503, "SlowDown", "Please reduce your request rate."),
@@ -36,6 +49,20 @@ class Request:
     path: str
     range: str
     if_match: str = ""
+    copied_from: str = ""
+
+    @property
+    def operation(self) -> str:
+        """What S3 calls it: the API's name of a request with this method and query."""
+        place, _, query = self.path.partition("?")
+        key = place.strip("/").partition("/")[2]
+        asked = set(parse_qs(query, keep_blank_values=True))
+        for (method, wanted), name in OPERATIONS.items():
+            if method == self.method and wanted in asked:
+                return f"{name}_copy" if self.copied_from and name == "upload_part" else name
+        if self.method == "PUT" and self.copied_from:
+            return "copy_object"
+        return f"{self.method.lower()}_{'object' if key else 'bucket'}"
 
 
 @dataclass(frozen=True)
@@ -57,6 +84,10 @@ class FaultyProxy:
     def count(self, method: str, text: str = "") -> int:
         return sum(request.method == method and text in request.path for request in self.requests)
 
+    def operations(self, text: str = "") -> Counter[str]:
+        """The requests that came so far, by what S3 calls them, with this text in the path."""
+        return Counter(request.operation for request in self.requests if text in request.path)
+
     def strikes(self, request: Request) -> Kind | None:
         with self.lock:
             self.requests.append(request)
@@ -74,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length)
-        headers = (self.headers.get(name, "") for name in ("Range", "If-Match"))
+        headers = (self.headers.get(name, "") for name in ("Range", "If-Match", "x-amz-copy-source"))
         kind = self.proxy.strikes(Request(self.command, self.path, *headers))
         if kind == "reset":
             self._reset()

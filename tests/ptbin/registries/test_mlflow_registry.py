@@ -27,7 +27,7 @@ from ptbin.registries.mlflow_registry import MlflowRegistry
 from ptbin.registries.values import Metric, Model, RunLink, Version
 
 # MLflow and what it imports warn of one another.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module", autouse=True)
