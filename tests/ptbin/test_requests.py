@@ -16,6 +16,7 @@ from ptbin.manifests.vouching import Standing
 from ptbin.options import ConvertOptions
 from ptbin.stores import place_of
 from ptbin.stores.copying import copy_file
+from ptbin.stores.s3_client import S3Client
 from tests.servers.endpoint import S3Endpoint
 from tests.servers.faulty_proxy import faulty_proxy
 
