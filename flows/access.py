@@ -17,12 +17,12 @@ from flows.metering import metering
 from flows.notices import tag_flow_run, untagged_tasks
 from flows.options import DEFAULT_REQUESTS
 from flows.prefect.signals import hold_signals
-from flows.run_record import check_run_id
 from flows.runners import Runner, RunnerName, open_runner
 from flows.wishes import parse_duration, refuse_runner_secrets
 from ptbin.catalog.lease import Lease, acquire_lease
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import PtbinError
+from ptbin.runs.record import check_run_id
 from ptbin.stores.limits import RequestLimit
 from tasks.credentials import Credentials, load_options
 from tasks.live import Interrupted, LiveRun, Ticket, find_live_run, is_open, open_live_run
@@ -33,6 +33,7 @@ __all__ = [
     "Running",
     "current_flow_run_id",
     "join_run",
+    "run_url",
     "running",
 ]
 
@@ -182,3 +183,16 @@ def current_flow_run_id() -> str | None:
 
     found: str | None = flow_run.id
     return found
+
+
+def run_url() -> str | None:
+    """The page of this thread's flow run; None on a server that ends with it, and where no UI is known."""
+    from prefect.context import FlowRunContext
+    from prefect.utilities.urls import url_for
+
+    from flows.prefect import orchestrator
+
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None or orchestrator.is_embedded():
+        return None
+    return url_for("flow-run", context.flow_run.id)

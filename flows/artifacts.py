@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from flows.tally import Entry
-from flows.units import format_nbytes, short_detail
+from ptbin.runs.tally import Entry
+from ptbin.runs.units import format_nbytes, short_detail
 
 __all__ = ["MAX_ROWS", "Artifacts", "conversion_rows", "verification_rows"]
 

@@ -6,41 +6,37 @@ lost or fails on the way. An interrupted run still accounts for what it did.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from prefect import Task, get_run_logger
-from prefect.client.schemas.objects import State
-from prefect.states import Completed, Failed
 
-from flows.access import Running, current_flow_run_id
+from flows.access import Running, current_flow_run_id, run_url
 from flows.artifacts import Artifacts, conversion_rows
 from flows.batches import MAX_BATCHES, cut, iter_batches
 from flows.fanout import quote
-from flows.notices import failure_line, log_failures, state_message
+from flows.notices import failure_line, final_state, log_failures, state_message
 from flows.prefect.orchestrator import ABSENT_SECONDS, await_server
 from flows.prefect.signals import INTERRUPTS
-from flows.remembering import close_ledger, open_ledger
 from flows.report_link import link_of
 from flows.report_markdown import render_markdown
-from flows.run_history import facts_of_run, run_url
-from flows.run_record import manifests_by_tensor, record_files, record_folder
 from flows.stages import Stage, Stages, count_of
-from flows.tally import Tally
-from flows.units import format_nbytes
 from ptbin.catalog import Job, Problem
 from ptbin.catalog.finished import FinishedRow
 from ptbin.errors import PtbinError, StorageError
 from ptbin.history.failures import Unconverted
-from ptbin.sources.companions import companion_of
+from ptbin.runs.ending import end_run
+from ptbin.runs.outcomes import Outcome, Staged, one_line
+from ptbin.runs.remembering import close_ledger, open_ledger
+from ptbin.runs.result import RunResult
+from ptbin.runs.tally import Tally
+from ptbin.runs.units import format_nbytes
 from tasks.assets import announce
 from tasks.batches import FULL_AFTER
 from tasks.converting import convert_and_verify_batch, convert_batch, verify_batch
 from tasks.listing import discard_unfinished, find_up_to_date, plan_of
 from tasks.live import Interrupted, Settled
-from tasks.outcomes import Outcome, Staged, one_line
 from tasks.recording import merge_index, write_index, write_ledger, write_run_record
 
 __all__ = ["Conversion"]
@@ -48,8 +44,6 @@ __all__ = ["Conversion"]
 LOGGED = 1000
 """So many checkpoints have a line of their own in the flow run's log on the server."""
 SEGMENT_ROWS = 5_000
-MERGED_SEGMENTS = 16
-"""Where a run finds so many segments of the index, it puts one in their place."""
 ASKING_COUNT = 200
 ASKING_BATCHES = 50
 """With 200 batches, each written and proven, and the index, that is about 500 task runs at most."""
@@ -98,7 +92,7 @@ class Conversion:
         for problem, entry in zip(collisions, self.tally.add_collisions(collisions), strict=True):
             self._announce(problem.source, entry.outcome, problem.reason, problem.detail)
 
-    def carry_out(self) -> State[Any]:
+    def carry_out(self) -> Any:
         """The whole run from here on.
 
         Whatever is raised on the way is raised again once the run has accounted for itself; a deadline that
@@ -244,18 +238,12 @@ class Conversion:
     def _account_for_the_rest(self) -> None:
         """What the run did not come to is told as well."""
         self._count_current()
-        if len(self.stages.settled) < self.work.to_do()[0]:
-            left = (job for job in self.work.iter_to_do() if job.path not in self.stages.settled)
-            self.tally.add_all(left, "not_tried")
-        self.tally.add_all(self.work.iter_to_ask(), "not_tried")  # some, where the asking was cut short
+        self.tally.add_rest(self.work, self.stages.settled)
 
     def _count_current(self) -> None:
         if not self.counted_current:
             self.counted_current = True
-            self.tally.add_all(self.work.iter_current(), "up_to_date")
-            for job in self.work.iter_left_alone():
-                role = companion_of(job.path.rpartition("/")[2])
-                self.tally.add(job, Outcome(job.path, "left_alone", detail=role or ""))
+            self.tally.add_untouched(self.work)
 
     def _remember(self, rows: Iterable[FinishedRow]) -> None:
         """For the index of finished work, written every so often: a run may be killed before its end."""
@@ -276,15 +264,15 @@ class Conversion:
             self.logger.warning("index of finished work: %s", one_line(str(error)))
 
     def _merge_index(self) -> None:
-        if len(self.work.segments()) < MERGED_SEGMENTS:
+        if not self.plan.has_many_segments:
             return
         self.stages.task_runs += 1
         try:
-            _record(merge_index, self.live.run_id, self.tally.dest, f"{self.tally.run_id}-merged")
+            _record(merge_index, self.live.run_id, f"{self.tally.run_id}-merged")
         except StorageError as error:
             self.logger.warning("index of finished work: %s", one_line(str(error)))
 
-    def finish(self) -> State[Any]:
+    def finish(self) -> Any:
         """Leave the index, the run record, the summary and the artifacts; the state says how it went."""
         self._write_index()
         if not self.running.is_stopping:
@@ -293,50 +281,28 @@ class Conversion:
         if reason := self.live.stop_reason:
             tally.run_problems.append(Problem(tally.dest, "run_stopped", reason))
         self._close_ledger()
-        seconds = time.monotonic() - self.live.began
-        flow_run_id = current_flow_run_id()
-        summary = tally.summary(seconds)
-        options = self.options.to_json() | {"verify": self.options.verify}
-        folder = record_folder(tally.place, tally.run_id)
-        files = record_files(
+        live = self.live
+        summary = end_run(
             tally,
-            summary,
-            options=options,
-            flow_run_id=flow_run_id,
+            self.options,
+            began=live.began,
             selection=self._recorded_selection(),
-            facts=facts_of_run(
-                tally,
-                source_options=self.live.source_options,
-                dest_options=self.live.dest_options,
-                prefect_url=run_url(),
-            ),
+            source_options=live.source_options,
+            dest_options=live.dest_options,
+            write=lambda folder, *files: _record(write_run_record, live.run_id, folder, *files),
+            flow_run_id=current_flow_run_id(),
+            prefect_url=run_url(),
         )
-        try:
-            by_tensor = manifests_by_tensor(tally.entries)
-            _record(write_run_record, self.live.run_id, folder, files, tally.place, by_tensor)
-        except StorageError as error:
-            # What was converted stays converted: a rerun finds it by its manifests, not by this record.
-            tally.run_problems.append(Problem(folder, error.reason, one_line(f"run record: {error}")))
-            summary = tally.summary(seconds)
-            folder = ""
-        report = f"{folder}/report.html" if folder else ""
-        link = link_of(report, self.live.dest_options) if report else None
+        message, folder, report = summary["message"], summary["record"], summary["report"]
+        link = link_of(report, live.dest_options) if report else None
         self._announce_outputs(link)
-        message = tally.message()
-        self.live.summary.update(
-            summary,
-            message=message,
-            record=folder,
-            succeeded=tally.succeeded,
-            interrupted=tally.interrupted,
-            task_runs=self.stages.task_runs + 1,  # the run record
-        )
-        self._show(f"**{message}** in {seconds:.1f} s", folder, render_markdown(tally, summary, report, link))
+        live.summary.update(summary, task_runs=self.stages.task_runs + 1)  # the run record
+        text = f"**{message}** in {summary['seconds']:.1f} s"
+        self._show(text, folder, render_markdown(tally, summary, report, link))
         failures = [failure_line(entry) for entry in tally.problems]
         log_failures(self.logger, failures)
-        return (Completed if tally.succeeded else Failed)(
-            message=state_message(message, failures, link or report)
-        )
+        text = state_message(message, failures, link or report)
+        return final_state(RunResult.of(tally.kind, summary), text)
 
     def _announce_outputs(self, link: str | None) -> None:
         """Prefect's assets of what was made; a run that made nothing has none."""

@@ -10,44 +10,36 @@ Costs on Prefect's side: at most about 400 task runs and one artifact, however m
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
-from prefect import flow
-from prefect.client.schemas.objects import State
-from prefect.task_runners import ThreadPoolTaskRunner
-
 from flows.access import RunSettings, join_run, running
 from flows.conversion import Conversion
-from flows.forms import PLACES, takes
+from flows.forms import PLACES, Text
 from flows.options import CONVERT
 from flows.requests import convert_request
-from flows.run_record import new_run_id
+from flows.run_flow import run_flow
 from flows.selection import named_files
-from flows.tally import Tally
-from flows.wishes import MAX_WORKERS, refuse_secrets
+from flows.wishes import refuse_secrets
 from ptbin import catalog
 from ptbin.catalog.globs import root_of
+from ptbin.runs.record import new_run_id
+from ptbin.runs.tally import Tally
 from tasks.listing import make_plan, plan_of
 
 __all__ = ["convert"]
 
 
-@flow(
-    name="convert",
-    flow_run_name="{source} to {dest}",
-    # Wide enough for any `workers`; the fan-out itself never has more in flight than it was told.
-    task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
-    persist_result=False,
-)
-@takes(PLACES, CONVERT)
-def convert(source: str, dest: str, **asked: Any) -> State[Any]:
+@run_flow(PLACES, CONVERT)
+def convert(source: Text, dest: Text, **asked: Any) -> Any:
     """Convert every checkpoint below `source` into `dest`.
 
     `source_options` and `dest_options` name where storage options lie (`block:NAME`, `env:NAME`); `rename`
-    takes `OLD=NEW`. Ends Completed, or Failed where a checkpoint was rejected or failed that nobody
-    acknowledged.
+    takes `OLD=NEW`. Returns its `RunResult`, and ends Completed; where a checkpoint was rejected or failed
+    that nobody acknowledged it ends Failed, which raises `RunFailedError` with the same result.
     """
+    source, dest = os.fspath(source), os.fspath(dest)
     files_from, retry_failed = asked["files_from"], asked["retry_failed"]
     request = convert_request(source, dest, asked)
     refuse_secrets(source, dest, *([files_from] if isinstance(files_from, str) else []))

@@ -8,16 +8,17 @@ one line (`flows.endings`).
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from flows.endings import fails_with_one_line
 from flows.wishes import parse_duration, parse_size
 from ptbin.values.options import Option
 
-__all__ = ["PLACES", "takes"]
+__all__ = ["DEST", "PLACES", "Text", "takes"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -26,6 +27,16 @@ SOURCE = Option(
 )
 DEST = Option("dest", "Where the results go or are: a path or any fsspec URL.", required=True)
 PLACES = (SOURCE, DEST)
+
+
+def _text_of(value: Any) -> Any:
+    """A path as text: from Python, places may be given as `pathlib.Path`."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+Text = str | os.PathLike[str]
+"""How a flow may be called from Python; its function gets a `str`."""
+PlaceText = Annotated[str, BeforeValidator(_text_of)]
 
 _OF_THE_RUN = (
     Option("source_options", "Where SOURCE's storage options lie: block:NAME, block:KIND/NAME or env:NAME."),
@@ -53,7 +64,7 @@ def takes(places: Sequence[Option], options: Sequence[Option]) -> Callable[[Func
                 entry.name,
                 inspect.Parameter.POSITIONAL_OR_KEYWORD if entry.required else inspect.Parameter.KEYWORD_ONLY,
                 default=inspect.Parameter.empty if entry.required else entry.default,
-                annotation=_annotation(entry),
+                annotation=PlaceText if entry in places else _annotation(entry),
             )
             for entry in every
         ]

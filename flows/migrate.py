@@ -7,26 +7,21 @@ anything is written.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefect import flow
-from prefect.client.schemas.objects import State
-from prefect.task_runners import ThreadPoolTaskRunner
-
 from flows.access import Running, RunSettings, join_run, running
 from flows.batches import cut, iter_batches
 from flows.conversion import Conversion
 from flows.fanout import quote
-from flows.forms import PLACES, takes
+from flows.forms import PLACES, Text
 from flows.options import CONTENT, MIGRATE, chosen
-from flows.remembering_versions import VersionMemory, state_of
-from flows.run_record import new_run_id
+from flows.run_flow import run_flow
 from flows.stages import Stage, Stages
-from flows.tally import Entry, Tally
-from flows.wishes import MAX_WORKERS, build_options, refuse_secrets
+from flows.wishes import build_options, refuse_secrets
 from ptbin.catalog import Job, Problem
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import UsageError
@@ -35,6 +30,10 @@ from ptbin.options import ConvertOptions
 from ptbin.registries import Migration, ModelPlan, Version, wanted_names
 from ptbin.registries.transfer import is_of_training
 from ptbin.registries.values import natural_order
+from ptbin.runs.outcomes import Outcome, Staged
+from ptbin.runs.record import new_run_id
+from ptbin.runs.remembering_versions import VersionMemory, state_of
+from ptbin.runs.tally import Entry, Tally
 from tasks.live import Settled
 from tasks.migrating import (
     Registries,
@@ -45,7 +44,6 @@ from tasks.migrating import (
     transfer_batch,
     update_models,
 )
-from tasks.outcomes import Outcome, Staged
 
 __all__ = ["Migrating", "MigrationTally", "loss_lines", "migrate"]
 
@@ -314,18 +312,14 @@ def loss_lines(plan: Migration) -> list[str]:
     return lines
 
 
-@flow(
-    name="migrate",
-    flow_run_name="{source} to {dest}",
-    task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
-    persist_result=False,
-)
-@takes(PLACES, MIGRATE)
-def migrate(source: str, dest: str, **asked: Any) -> State[Any]:
+@run_flow(PLACES, MIGRATE)
+def migrate(source: Text, dest: Text, **asked: Any) -> Any:
     """Bring the models of the registry `source` into the registry `dest`, as weights.
 
-    Ends Completed, or Failed where a version was rejected or failed that nobody acknowledged.
+    Returns its `RunResult`; ends Failed (`RunFailedError`) where a version was rejected or failed that nobody
+    acknowledged.
     """
+    source, dest = os.fspath(source), os.fspath(dest)
     options = build_options(chosen(CONTENT, asked))
     include, exclude = list(asked["include"]), list(asked["exclude"])
     refuse_secrets(source, dest)

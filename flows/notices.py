@@ -12,14 +12,18 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from prefect.states import Completed, Failed
+
 from flows.prefect.undocumented import flow_run_context, without_tags
-from flows.tally import Entry
-from flows.units import short_detail
+from ptbin.runs.result import RunFailedError, RunResult
+from ptbin.runs.tally import Entry
+from ptbin.runs.units import short_detail
 
 __all__ = [
     "MAX_LISTED_FAILURES",
     "TAG",
     "failure_line",
+    "final_state",
     "log_failures",
     "state_message",
     "tag_flow_run",
@@ -96,3 +100,14 @@ def untagged_tasks() -> Iterator[None]:
 def _line(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= MAX_LINE_LENGTH else f"{text[: MAX_LINE_LENGTH - 1]}…"
+
+
+def final_state(result: RunResult, message: str) -> Any:
+    """The state that a flow returns, with its result: the flow's caller gets a `RunResult` of it.
+
+    Prefect returns a completed run's data to the caller and raises a failed run's, which has to be an
+    exception: `RunFailedError` holds the same result.
+    """
+    if result.succeeded:
+        return Completed(data=result, message=message)
+    return Failed(data=RunFailedError(result), message=message)

@@ -10,16 +10,11 @@ Knows nothing of Prefect. What is to be retried (a store that fails) is left to 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
-from flows.remembering import close_ledger, open_ledger
-from flows.run_history import facts_of_run
-from flows.run_record import record_files, record_folder
-from flows.tally import Tally
-from ptbin.catalog import Job, Problem, find_checkpoints
+from ptbin.catalog import Job, find_checkpoints
 from ptbin.catalog.comparing import is_convertible
 from ptbin.catalog.entries import Entries, nothing_below
 from ptbin.catalog.finished import write_segment
@@ -29,17 +24,18 @@ from ptbin.catalog.plan import Plan
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import PtbinError, StorageError, UsageError
 from ptbin.history.failures import Ledger, write_unconverted
+from ptbin.runs.ending import end_run
+from ptbin.runs.outcomes import Kind, Outcome
+from ptbin.runs.remembering import close_ledger, open_ledger
+from ptbin.runs.tally import Tally
 from ptbin.sources.companions import companion_of, is_companion
 from ptbin.stores import identity_text
 from tasks.live import LiveRun, Settled
-from tasks.outcomes import Kind, Outcome, one_line
 
 __all__ = ["finish_in_step", "preparing", "refuse_nothing"]
 
 WIDTH = 8
 """Manifests and companions are asked side by side: that is waiting for small answers."""
-MERGED_SEGMENTS = 16
-"""With that many segments of the index the flow is to merge them."""
 
 
 def refuse_nothing(live: LiveRun, request: RunRequest) -> None:
@@ -134,7 +130,7 @@ def finish_in_step(live: LiveRun, min_success: float | None = None) -> dict[str,
         alone = _settle_known(live, plan, tally)
         if (
             alone is None
-            or len(work.segments()) >= MERGED_SEGMENTS
+            or plan.has_many_segments
             or (request.deletes and next(plan.iter_gone(live.tick), None) is not None)
         ):
             return None
@@ -147,9 +143,7 @@ def finish_in_step(live: LiveRun, min_success: float | None = None) -> dict[str,
         live.listener.settled(
             Settled(problem.source, entry.outcome, reason=problem.reason, detail=problem.detail)
         )
-    tally.add_all(work.iter_current(), "up_to_date")
-    for job in work.iter_left_alone():
-        tally.add(job, Outcome(job.path, "left_alone", detail=_role(job)))
+    tally.add_untouched(work)
     live.listener.planned(0, 0, tally.count("up_to_date"))
     return _leave(live, plan, tally, alone)
 
@@ -194,28 +188,11 @@ def _leave(live: LiveRun, plan: Plan, tally: Tally, alone: set[str]) -> dict[str
     if ledger is not None:
         with contextlib.suppress(StorageError):
             write_unconverted(live.dest_at(request.dest), ledger)
-    seconds = time.monotonic() - live.began
-    summary = tally.summary(seconds) | ({"deleted_paths": []} if request.kind == "sync" else {})
-    folder = record_folder(tally.place, tally.run_id)
-    files = record_files(
+    return end_run(
         tally,
-        summary,
-        options=request.making.to_json() | {"verify": request.making.verify},
-        flow_run_id=None,
+        request.making,
+        began=live.began,
         selection=request.selection(),
-        facts=facts_of_run(tally, source_options=live.source_options, dest_options=live.dest_options),
-    )
-    try:
-        for name, data in files.items():
-            (live.dest_at(folder) / name).write_bytes(data)
-    except StorageError as error:
-        tally.run_problems.append(Problem(folder, error.reason, one_line(f"run record: {error}")))
-        summary = tally.summary(seconds) | ({"deleted_paths": []} if request.kind == "sync" else {})
-        folder = ""
-    return summary | {
-        "message": tally.message(),
-        "record": folder,
-        "succeeded": tally.succeeded,
-        "interrupted": False,
-        "task_runs": 0,
-    }
+        source_options=live.source_options,
+        dest_options=live.dest_options,
+    ) | {"task_runs": 0}

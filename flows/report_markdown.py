@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flows.tally import Entry, Tally
-from flows.units import format_nbytes, format_seconds, left_out_words, short_detail
+from ptbin.runs.tally import Entry, Tally
+from ptbin.runs.units import format_nbytes, format_seconds, left_out_words, short_detail
 
 __all__ = ["render_markdown"]
 

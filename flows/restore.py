@@ -6,22 +6,20 @@ Only the work of a batch differs, and that it is proven as part of it.
 
 from __future__ import annotations
 
+import os
 from typing import Any
-
-from prefect import flow
-from prefect.client.schemas.objects import State
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.access import Running, RunSettings, join_run, running
 from flows.conversion import Conversion
-from flows.forms import PLACES, takes
+from flows.forms import PLACES, Text
 from flows.options import RESTORE
 from flows.requests import restore_request
-from flows.run_record import new_run_id
+from flows.run_flow import run_flow
 from flows.stages import Stage
-from flows.tally import Tally
-from flows.wishes import MAX_WORKERS, refuse_secrets, restore_options
+from flows.wishes import refuse_secrets, restore_options
 from ptbin import RestoreOptions, catalog
+from ptbin.runs.record import new_run_id
+from ptbin.runs.tally import Tally
 from tasks.listing import make_plan, plan_of
 from tasks.restoring import restore_batch
 
@@ -42,19 +40,14 @@ class Restoration(Conversion):
         return Stage(restore_batch, "restore", values, self._settle_all, self._label)
 
 
-@flow(
-    name="restore",
-    flow_run_name="{source} to {dest}",
-    task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
-    persist_result=False,
-)
-@takes(PLACES, RESTORE)
-def restore(source: str, dest: str, **asked: Any) -> State[Any]:
+@run_flow(PLACES, RESTORE)
+def restore(source: Text, dest: Text, **asked: Any) -> Any:
     """Restore every set of weights below `source` into `dest`.
 
-    Ends Completed, or Failed where one was rejected or failed. What is up to date is passed over, unless a
-    model is named: its code may have changed.
+    Returns its `RunResult`; ends Failed (`RunFailedError`) where one was rejected or failed. What is up to
+    date is passed over, unless a model is named: its code may have changed.
     """
+    source, dest = os.fspath(source), os.fspath(dest)
     options = restore_options(asked)
     request = restore_request(source, dest, asked, options)
     refuse_secrets(source, dest)

@@ -23,10 +23,10 @@ from prefect.futures import PrefectFuture
 
 from flows.access import Running
 from flows.fanout import Work, fan_out
+from ptbin.runs.outcomes import Outcome, Staged, one_line
+from ptbin.runs.retrying import RETRIES, retry_delay
 from tasks.batches import BatchTask, path_of
 from tasks.live import Ticket
-from tasks.outcomes import Outcome, Staged, one_line
-from tasks.retrying import RETRIES, retry_delay
 
 __all__ = ["Settle", "Stage", "Stages", "count_of", "split_in_half"]
 

@@ -7,35 +7,33 @@ not put there. What is written over or deleted goes to the backup place first, i
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
-
-from prefect import flow
-from prefect.client.schemas.objects import State
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.access import Running, RunSettings, join_run, running
 from flows.batches import cut
 from flows.conversion import LOGGED, Conversion
 from flows.fanout import quote
-from flows.forms import PLACES, takes
+from flows.forms import PLACES, Text
 from flows.options import SYNC
 from flows.requests import sync_request
-from flows.run_record import new_run_id
+from flows.run_flow import run_flow
 from flows.stages import Stage, Stages, count_of
-from flows.tally import LISTED, Tally
-from flows.wishes import MAX_WORKERS, refuse_secrets
+from flows.wishes import refuse_secrets
 from ptbin.catalog import Job, Problem
 from ptbin.catalog.checks import check_mirror
 from ptbin.catalog.plan import plan_deletions
 from ptbin.errors import StorageError
 from ptbin.manifests.manifest import manifest_uri
+from ptbin.runs.outcomes import Outcome, one_line
+from ptbin.runs.record import new_run_id
+from ptbin.runs.tally import LISTED, Tally
 from tasks.batches import BatchTask
 from tasks.listing import make_plan, plan_of
 from tasks.mirroring import back_up_batch, compare_batch, copy_batch, delete_batch, find_gone, release_outputs
-from tasks.outcomes import Outcome, one_line
 
 __all__ = ["Synchronization", "sync"]
 
@@ -48,25 +46,12 @@ INDEX_SECONDS = 10.0
 """How often the index of finished work is written while files are copied: only it vouches for copies."""
 
 
-@dataclass(slots=True)
-class MirrorTally(Tally):
-    """A tally that also names what was deleted: nothing else tells of it afterwards."""
-
-    deleted: list[str] = field(default_factory=list)
-    """Paths below DEST, the first `LISTED`."""
-
-    def summary(self, seconds: float) -> dict[str, Any]:
-        """As a conversion's, with `deleted_paths`."""
-        return Tally.summary(self, seconds) | {"deleted_paths": list(self.deleted)}
-
-
 class Synchronization(Conversion):
     """A conversion that also compares, copies, backs up and deletes."""
 
     artifact_key = "ptbin-sync"
-    tally: MirrorTally
 
-    def __init__(self, run: Running, tally: MirrorTally, fail_fast: bool) -> None:
+    def __init__(self, run: Running, tally: Tally, fail_fast: bool) -> None:
         super().__init__(run, tally, fail_fast)
         self.request = self.plan.request
         self.indexed = time.monotonic()
@@ -226,18 +211,14 @@ class Synchronization(Conversion):
         return failed
 
 
-@flow(
-    name="sync",
-    flow_run_name="{source} to {dest}",
-    task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
-    persist_result=False,
-)
-@takes(PLACES, SYNC)
-def sync(source: str, dest: str, **asked: Any) -> State[Any]:
+@run_flow(PLACES, SYNC)
+def sync(source: Text, dest: Text, **asked: Any) -> Any:
     """Make `dest` a mirror of `source`: checkpoints converted, their companions copied.
 
-    Ends Completed, or Failed where anything was rejected, failed, or was not to be changed.
+    Returns its `RunResult`; ends Failed (`RunFailedError`) where anything was rejected, failed, or was not to
+    be changed.
     """
+    source, dest = os.fspath(source), os.fspath(dest)
     request = sync_request(source, dest, asked)
     refuse_secrets(source, dest, *([request.backup_dir] if request.backup_dir else []))
     settings = RunSettings.of(asked)
@@ -253,5 +234,5 @@ def sync(source: str, dest: str, **asked: Any) -> State[Any]:
         with running(live, request, settings) as run:
             make_plan(live.run_id)
             plan_of(live).refuse_nothing()
-            tally = MirrorTally(live.run_id, source, dest, kind="sync", min_success=asked["min_success"])
+            tally = Tally(live.run_id, source, dest, kind="sync", min_success=asked["min_success"])
             return Synchronization(run, tally, asked["fail_fast"]).carry_out()

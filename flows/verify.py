@@ -1,67 +1,56 @@
-"""The verify flow: every manifest below DEST is held against what is stored there.
-
-What is read is what the manifests vouch for, plus one listing for outputs that none of them does. One
-broken output never hides another. Nothing is written but a note in the manifest of a damaged output, so that
-the next conversion makes it anew.
-"""
+"""The verify flow: every manifest below DEST against what is stored there (`ptbin.runs.verifying`)."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from prefect import flow, get_run_logger
-from prefect.client.schemas.objects import State
-from prefect.states import Completed, Failed
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect import get_run_logger
 
 from flows.access import Running, RunSettings, join_run, running
 from flows.artifacts import Artifacts, verification_rows
 from flows.batches import plan_batches
 from flows.fanout import quote
-from flows.forms import DEST, takes
-from flows.notices import log_failures, state_message
+from flows.forms import DEST, Text
+from flows.notices import final_state, log_failures, state_message
 from flows.options import VERIFY
 from flows.prefect.orchestrator import await_server
-from flows.run_record import new_run_id
+from flows.run_flow import run_flow
 from flows.stages import Stage, Stages, count_of
-from flows.wishes import MAX_WORKERS, refuse_secrets
-from ptbin.errors import UsageError
+from flows.wishes import refuse_secrets
 from ptbin.options import VerifyLevel
+from ptbin.runs.outcomes import Outcome
+from ptbin.runs.record import new_run_id
+from ptbin.runs.result import RunResult
+from ptbin.runs.verifying import issues_of, orphan_issue, refuse_nothing_below, sum_up
 from tasks.checking import check_records, check_signatures, verify_manifests
 from tasks.listing import list_manifests, list_orphans
 from tasks.live import Settled
-from tasks.outcomes import Outcome
 
-__all__ = ["orphan_issue", "verify"]
+__all__ = ["verify"]
 
 ARTIFACT_KEY = "ptbin-verify"
 
 
-@flow(
-    name="verify",
-    flow_run_name="{dest}",
-    task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
-    persist_result=False,
-)
-@takes([DEST], VERIFY)
-def verify(dest: str, **asked: Any) -> State[Any]:
+@run_flow([DEST], VERIFY)
+def verify(dest: Text, **asked: Any) -> Any:
     """Verify every manifest below `dest` at `level` (`checksum` or `load`), and what stands beside them.
 
     Statements of provenance, checksum lists of runs and registry records are held against the manifests;
     signatures are checked where `public_key` is given.
 
-    Ends Completed where every output is proven and has a manifest, else Failed with the counts.
+    Returns its `RunResult`; ends Failed (`RunFailedError`) unless every output is proven and has a manifest.
     """
+    dest = os.fspath(dest)
     refuse_secrets(dest)
     settings = RunSettings.of(asked)
     public_key = asked["public_key"]
     with join_run(asked["run_id"] or new_run_id(), settings) as live:
         manifests, unread = list_manifests(live.run_id, dest)
         orphans = list_orphans(live.run_id, dest)
-        if not manifests and not orphans:
-            raise UsageError(f"nothing to verify below DEST, neither manifests nor outputs: {dest}")
+        refuse_nothing_below(dest, manifests, orphans)
         with running(live, None, settings) as run:
             verdicts, task_runs = _verify_all(run, manifests, asked["level"])
         issues = unread + [orphan_issue(uri) for uri in orphans]
@@ -70,39 +59,21 @@ def verify(dest: str, **asked: Any) -> State[Any]:
         issues += check_records(live.run_id, dest, quote(digests))
         if public_key is not None:
             issues += check_signatures(live.run_id, dest, public_key, quote(manifests))
-        proven = sorted(verdict.path for verdict in verdicts if verdict.kind == "proven")
-        message = (
-            f"proven {len(proven)}, failed {len(manifests) - len(proven)}, "
-            f"outputs without a manifest {len(orphans)}"
-        )
-        seconds = time.monotonic() - live.began
-        live.summary.update(
-            dest=dest,
-            manifests=len(manifests),
-            proven=len(proven),
-            failed=len(manifests) - len(proven),
-            orphans=len(orphans),
-            seconds=round(seconds, 3),
-            issues=issues,
-            message=message,
-            succeeded=not issues,
-            task_runs=task_runs + 3 + (public_key is not None),
-        )
+        summary = sum_up(dest, verdicts, orphans, issues, time.monotonic() - live.began)
+        task_runs += 3 + (public_key is not None)
+        live.summary.update(summary, run_id=live.run_id, task_runs=task_runs)
+        message = summary["message"]
         if await_server(live.check):
             artifacts = Artifacts(ARTIFACT_KEY, get_run_logger())
+            proven = sorted(verdict.path for verdict in verdicts if verdict.kind == "proven")
             artifacts.table(
-                verification_rows(proven, issues), f"**{message}** in {seconds:.1f} s, below `{dest}`"
+                verification_rows(proven, issues),
+                f"**{message}** in {summary['seconds']:.1f} s, below `{dest}`",
             )
             artifacts.end()
         failures = [f"{issue['reason']}: {issue['uri']}: {issue['detail']}" for issue in issues]
         log_failures(get_run_logger(), failures)
-        return (Failed if issues else Completed)(message=state_message(message, failures))
-
-
-def orphan_issue(uri: str) -> dict[str, Any]:
-    """An output that nothing vouches for: the run that wrote it did not finish with it."""
-    detail = "no manifest beside it: never proven, a rerun of the conversion replaces it"
-    return {"reason": "no_manifest", "uri": uri, "detail": detail}
+        return final_state(RunResult.of("verify", live.summary), state_message(message, failures))
 
 
 def _verify_all(run: Running, manifests: Sequence[str], level: VerifyLevel) -> tuple[list[Outcome], int]:
@@ -125,11 +96,3 @@ def _verify_all(run: Running, manifests: Sequence[str], level: VerifyLevel) -> t
     # Sizes stand in the manifests, which are not read twice: batches go by count alone.
     stages.carry_out((stage, plan_batches(manifests, nbytes=lambda _: 0, workers=run.runner.width)))
     return final, stages.task_runs
-
-
-def issues_of(outcome: Outcome) -> Sequence[dict[str, Any]]:
-    """What was found wrong; none where the outputs of a manifest are proven."""
-    if outcome.issues or outcome.kind == "proven":
-        return outcome.issues
-    detail = outcome.detail or "the run was stopped before it came to this manifest"
-    return [{"reason": outcome.reason or "run_stopped", "uri": outcome.path, "detail": detail}]

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flows.remembering_versions import state_of
 from ptbin.errors import PtbinError, UsageError
 from ptbin.history.failures import Ledger, Unconverted, read_ledger
 from ptbin.history.records import RecordedRun, iter_runs
@@ -20,6 +19,7 @@ from ptbin.options import ConvertOptions
 from ptbin.registries import ModelPlan, is_registry_uri
 from ptbin.registries.migration import open_both, prepare
 from ptbin.registries.planning import Step
+from ptbin.runs.remembering_versions import state_of
 from ptbin.stores import place_of, public_uri
 
 __all__ = ["LastMigration", "last_migration", "refuse_registries", "version_status"]

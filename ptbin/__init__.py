@@ -3,6 +3,7 @@
     import ptbin
     manifest = ptbin.convert("run1/last.ckpt", "weights/last.bin")
     issues = ptbin.verify("weights/last.bin.manifest.json")
+    result = ptbin.convert_directory("checkpoints", "weights")
 
 The engine: pure Python, no torch (but for `verify="load"`), no Prefect, no environment, no printing.
 """
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from ptbin.proof.verification import Issue, verify
     from ptbin.restoring.options import RestoreOptions
     from ptbin.restoring.restore import restore
+    from ptbin.runs.directories import convert_directory
+    from ptbin.runs.result import RunFailedError, RunResult
+    from ptbin.runs.verifying import verify_directory
 
 __all__ = [
     "ConvertOptions",
@@ -35,10 +39,13 @@ __all__ = [
     "Limits",
     "Published",
     "RestoreOptions",
+    "RunFailedError",
+    "RunResult",
     "__version__",
     "catalog",
     "commit",
     "convert",
+    "convert_directory",
     "diff",
     "errors",
     "inspect",
@@ -47,6 +54,7 @@ __all__ = [
     "restore",
     "stage",
     "verify",
+    "verify_directory",
 ]
 
 # Resolved on first use: `import ptbin` alone costs a few milliseconds.
@@ -65,6 +73,10 @@ _HOMES = {
     "load": "ptbin.loading",
     "RestoreOptions": "ptbin.restoring.options",
     "restore": "ptbin.restoring.restore",
+    "RunFailedError": "ptbin.runs.result",
+    "RunResult": "ptbin.runs.result",
+    "convert_directory": "ptbin.runs.directories",
+    "verify_directory": "ptbin.runs.verifying",
     "Issue": "ptbin.proof.verification",
     "verify": "ptbin.proof.verification",
 }

@@ -17,8 +17,8 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import ValidationError
 
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
+from ptbin.runs.outcomes import Converted
 from ptbin.stores import public_uri
-from tasks.outcomes import Converted
 
 __all__ = ["MAX_OUTPUTS", "announce", "asset_of"]
 

@@ -14,7 +14,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from ptbin.errors import short_detail
-from tasks.outcomes import Outcome
+from ptbin.runs.outcomes import Outcome
 
 __all__ = ["MAX_LISTED_FAILURES", "state_of_batch"]
 

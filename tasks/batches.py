@@ -18,11 +18,12 @@ from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
+from ptbin.runs.outcomes import Outcome, outcome_of_error
+from ptbin.runs.retrying import JITTER, RETRIES, RETRY_DELAYS
 from ptbin.stores.limits import limit_requests
 from tasks.batch_states import state_of_batch
 from tasks.live import Interrupted, Ticket, enter_run
-from tasks.outcomes import Outcome, outcome_of_error
-from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, worth_retrying
+from tasks.retrying import worth_retrying
 
 __all__ = ["FULL_AFTER", "BatchTask", "Item", "batch_task", "path_of", "single_task"]
 

@@ -6,30 +6,19 @@ from collections.abc import Mapping, Sequence
 
 from ptbin.options import VerifyLevel
 from ptbin.proof.signatures import verify_signatures
-from ptbin.proof.verification import verify_outputs
 from ptbin.registries.verification import verify_records
+from ptbin.runs.outcomes import Outcome
+from ptbin.runs.verifying import verify_manifest
 from tasks.batches import batch_task, single_task
 from tasks.live import LiveRun, find_live_run
-from tasks.outcomes import Outcome
 
 __all__ = ["check_records", "check_signatures", "verify_manifests"]
 
 
 @batch_task("verify manifests")
 def verify_manifests(live: LiveRun, uri: str, level: VerifyLevel) -> Outcome:
-    """Read back what a manifest vouches for: `proven`, or `failed` with its issues."""
-    issues, digests = verify_outputs(
-        uri, level=level, storage_options=live.dest_options, progress=live.moved, note=True
-    )
-    first = issues[0] if issues else None
-    return Outcome(
-        uri,
-        "proven" if first is None else "failed",
-        first.reason if first is not None else "",
-        first.detail if first is not None else "",
-        issues=tuple(issue.to_json() for issue in issues),
-        digests=tuple(digests.items()),
-    )
+    """As `ptbin.runs.verifying.verify_manifest`."""
+    return verify_manifest(uri, level, live.dest_options, live.moved)
 
 
 @single_task("verify records")

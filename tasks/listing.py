@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from ptbin import catalog
 from ptbin.catalog import Job
-from ptbin.catalog.finding import DestEntries
 from ptbin.catalog.plan import Plan
+from ptbin.runs.outcomes import Converted, Outcome
+from ptbin.runs.verifying import list_manifests_below
 from ptbin.stores.limits import limit_requests
-from ptbin.values.names import shown_path
 from tasks.batches import batch_task, single_task
 from tasks.live import LiveRun, find_live_run
-from tasks.outcomes import Converted, Outcome, one_line
 
 __all__ = [
     "discard_unfinished",
@@ -60,19 +59,8 @@ def find_up_to_date(live: LiveRun, job: Job) -> Outcome:
 
 @single_task("list manifests")
 def list_manifests(run_id: str, dest: str) -> tuple[list[str], list[dict[str, str]]]:
-    """The URI of every manifest below `dest`, and an issue for each folder that cannot be read."""
-    entries = DestEntries()
-    options = find_live_run(run_id).dest_options
-    found = list(catalog.find_manifests(dest, storage_options=options, watch=entries))
-    issues = [
-        {
-            "reason": error.reason,
-            "uri": f"{dest.rstrip('/')}/{shown_path(path)}",
-            "detail": one_line(str(error)),
-        }
-        for path, error in entries.problems
-    ]
-    return found, issues
+    """As `ptbin.runs.verifying.list_manifests_below`."""
+    return list_manifests_below(dest, find_live_run(run_id).dest_options)
 
 
 @single_task("list orphans")

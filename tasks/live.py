@@ -110,6 +110,11 @@ class LiveRun:
     summary: dict[str, Any] = field(default_factory=dict, repr=False)
     """Filled by the flow at its end, for the process that started it."""
 
+    @property
+    def sides(self) -> dict[str, Any]:
+        """The storage options of both, as functions of the engine take them."""
+        return {"source_options": self.source_options, "dest_options": self.dest_options}
+
     def source_at(self, uri: str) -> Place:
         """A place below SOURCE, with the run's storage options for it."""
         return place_of(uri, self.source_options)

@@ -30,13 +30,13 @@ from ptbin.registries.transfer import (
     scratch,
     transfer,
 )
-from ptbin.stores import identity_text, place_of
+from ptbin.runs.outcomes import Converted, Outcome, Staged, Written
+from ptbin.runs.retrying import is_transient
+from ptbin.stores import identity_text
 from ptbin.stores.copying import copy_file
 from ptbin.stores.limits import limit_requests
 from tasks.batches import batch_task, single_task
 from tasks.live import LiveRun, find_live_run
-from tasks.outcomes import Converted, Outcome, Staged, Written
-from tasks.retrying import is_transient
 
 __all__ = [
     "Registries",
@@ -276,7 +276,7 @@ def _bring_along(
     for uri, path in files:
         copied = copy_file(
             live.source_at(uri),
-            place_of(folder.uri, {**live.dest_options, **folder.options}) / path,
+            folder.place(live.dest_options) / path,
             progress=live.moved,
             may_replace=brought_before(known, path),
             advice=ADVICE,

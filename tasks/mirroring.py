@@ -17,13 +17,13 @@ from ptbin.catalog.finished import row_of_copy
 from ptbin.catalog.mirroring import Gone, is_reached_plainly
 from ptbin.errors import NoSpaceError, NotFoundInStoreError
 from ptbin.options import ConvertOptions
+from ptbin.runs.outcomes import Converted, Outcome, outcome_of_error
 from ptbin.stores import Place
 from ptbin.stores.copying import Copied, copy_file
 from ptbin.stores.limits import limit_requests
 from tasks.batches import batch_task, single_task
 from tasks.listing import plan_of
 from tasks.live import LiveRun, find_live_run
-from tasks.outcomes import Converted, Outcome, outcome_of_error
 
 __all__ = ["back_up_batch", "compare_batch", "copy_batch", "delete_batch", "find_gone", "release_outputs"]
 
@@ -31,8 +31,7 @@ __all__ = ["back_up_batch", "compare_batch", "copy_batch", "delete_batch", "find
 @batch_task("compare batch")
 def compare_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
     """Whether an output is what its source would become now: `up_to_date`, else `changed`."""
-    sides: dict[str, Any] = {"source_options": live.source_options, "dest_options": live.dest_options}
-    same = compare_job(job, options, progress=live.moved, **sides)
+    same = compare_job(job, options, progress=live.moved, **live.sides)
     if same is None:
         return Outcome(job.path, "changed")
     return Outcome(job.path, "up_to_date", converted=Converted.known(same.row))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ptbin.catalog.finished import FinishedRow, write_segment
 from ptbin.history.failures import Unconverted, write_unconverted
-from ptbin.manifests.checksums import CHECKSUM_LIST, tensor_lines
+from ptbin.runs.ending import write_record_files
 from tasks.batches import single_task
 from tasks.listing import plan_of
 from tasks.live import find_live_run
@@ -18,17 +18,9 @@ __all__ = ["merge_index", "write_index", "write_ledger", "write_run_record"]
 def write_run_record(
     run_id: str, folder_uri: str, files: Mapping[str, bytes], dest: str = "", by_tensor: Sequence[str] = ()
 ) -> None:
-    """Write each file whole, in order; `run.json` comes last, so its presence means the others are there.
-
-    `by_tensor`: manifests below `dest` of outputs without a SHA-256 of their own; the checksum list names
-    their tensors'.
-    """
-    live = find_live_run(run_id)
-    folder = live.dest_at(folder_uri)
-    for name, data in files.items():
-        if name == CHECKSUM_LIST and by_tensor:
-            data += tensor_lines(by_tensor, dest, dest_options=live.dest_options).encode()
-        (folder / name).write_bytes(data)
+    """As `ptbin.runs.ending.write_record_files`."""
+    options = find_live_run(run_id).dest_options
+    write_record_files(folder_uri, files, dest, by_tensor, options)
 
 
 @single_task("write index")
@@ -44,14 +36,6 @@ def write_ledger(run_id: str, dest: str, rows: Sequence[Unconverted]) -> None:
 
 
 @single_task("merge index", retried=False)
-def merge_index(run_id: str, dest: str, name: str) -> None:
-    """Put one segment in the place of all that the run has read. What another run added meanwhile stays.
-
-    Nothing depends on it: where it fails half-way, some rows are there twice.
-    """
-    live = find_live_run(run_id)
-    work = plan_of(live).work
-    folder = live.dest_at(dest)
-    write_segment(folder, name, work.iter_finished())
-    for path in work.segments():
-        (folder / path).delete()
+def merge_index(run_id: str, name: str) -> None:
+    """As `Plan.merge_index`."""
+    plan_of(find_live_run(run_id)).merge_index(name)

@@ -7,9 +7,9 @@ from ptbin import RestoreOptions
 from ptbin.catalog import Job
 from ptbin.errors import CheckpointError
 from ptbin.manifests.manifest import manifest_uri
+from ptbin.runs.outcomes import Converted, Outcome, outcome_of_job
 from tasks.batches import batch_task
 from tasks.live import LiveRun
-from tasks.outcomes import Converted, Outcome, outcome_of_job
 
 __all__ = ["restore_batch"]
 

@@ -9,6 +9,7 @@ wrong and nothing was written. 130: interrupted. `diff` answers as diff(1) does:
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import traceback
@@ -119,6 +120,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     heard = Heard()
     try:
         with hear_signals(heard):
+            _quieten_libraries(words)
             # Not `cli.main`: it would answer an interrupt with an empty line of its own.
             with cli.make_context("ptbin", words) as context:
                 status = cli.invoke(context)
@@ -153,6 +155,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     return status if isinstance(status, int) else 0
 
 
+def _quieten_libraries(words: Sequence[str]) -> None:
+    """What libraries of stores log goes nowhere, unless asked for: a line of ours tells their errors."""
+    if not _wants_debug(words) and not logging.getLogger().handlers:
+        logging.getLogger().addHandler(logging.NullHandler())
+
+
 def _interrupted(words: Sequence[str]) -> int:
     print_error("interrupted", kind="ptbin")
     if _wants_json(words):
@@ -178,9 +186,12 @@ def _wants_json(words: Sequence[str]) -> bool:
 def _usage_line(error: click.ClickException) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "ptbin"
-    message = error.format_message()
+    message = error.format_message().removesuffix(".")
     if "unexpected extra argument" in message:
+        takes = context.command.params if context is not None else []
         message += "; quote a glob ('runs/*.pt'), so that ptbin and not the shell expands it"
+        if any(option.name == "files_from" for option in takes):
+            message += ", or name files below one SOURCE with --files-from"
     return f"{message} (see {command} --help)"
 
 
@@ -194,9 +205,13 @@ def _read_environment(commands: Iterable[click.Command]) -> None:
 
 
 def _print_traceback(words: Sequence[str]) -> None:
-    # Read from the words themselves: the error may have come before any option was parsed.
-    if "--log-level=debug" in words or ("--log-level" in words and "debug" in words):
+    if _wants_debug(words):
         traceback.print_exc()
+
+
+def _wants_debug(words: Sequence[str]) -> bool:
+    # From the words themselves: an error may come before any option was parsed.
+    return "--log-level=debug" in words or ("--log-level" in words and "debug" in words)
 
 
 _read_environment(cli.commands.values())

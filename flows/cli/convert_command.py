@@ -10,15 +10,14 @@ from typing import Any
 import click
 
 from flows.cli.destination import one_file
-from flows.cli.help import GroupedOption, PlaceType
 from flows.cli.listing_options import RetryingCommand, holding_list, named_paths
-from flows.cli.options import takes
 from flows.cli.plans import print_dry_run
 from flows.cli.progress import showing_progress
-from flows.cli.shared_options import Shared, shared_options
+from flows.cli.shared_options import Shared
 from flows.cli.single import plan_one, run_one, single_job
 from flows.cli.summary import JSON_KEYS, conversion_lines, tell_summary, untold
-from flows.options import CONVERT, RUN, chosen
+from flows.cli.two_places import two_places
+from flows.options import CONVERT, chosen
 from flows.wishes import refuse_secrets
 from ptbin.errors import UsageError
 
@@ -47,18 +46,7 @@ Exit status: 0 all converted or up to date; 1 some were rejected or failed;
 2 the call was wrong, nothing was written; 130 interrupted."""
 
 
-@click.command("convert", epilog=EPILOG, cls=RetryingCommand)
-@click.argument("source", type=PlaceType())
-@click.argument("dest", type=PlaceType())
-@takes(CONVERT)
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Print what would be done, and what would be replaced.",
-    cls=GroupedOption,
-    group=RUN,
-)
-@shared_options
+@two_places("convert", CONVERT, EPILOG, cls=RetryingCommand)
 def convert_command(source: str, dest: str, dry_run: bool, **values: Any) -> int:
     """Convert SOURCE, one checkpoint or a whole store of them, into DEST."""
     asked = chosen(CONVERT, values)
@@ -97,7 +85,7 @@ def convert_command(source: str, dest: str, dry_run: bool, **values: Any) -> int
             return print_dry_run(plan_run(plan), shared)
     refuse_secrets(source, dest)
     from flows.cli.on_prefect import run_prepared
-    from flows.run_record import new_run_id
+    from ptbin.runs.record import new_run_id
 
     with showing_progress(shared) as listener:
         summary = run_prepared(request, new_run_id(), shared, listener, source=source, dest=dest, **asked)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ptbin.errors import UsageError
+from ptbin.errors import PtbinError, UsageError
 
-__all__ = ["one_file", "refuse_one_file"]
+if TYPE_CHECKING:
+    from ptbin.stores import Place
+
+__all__ = ["leaving_no_empty_folders", "one_file", "refuse_one_file"]
 
 _SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
 
@@ -58,6 +63,27 @@ def refuse_one_file(dest: str, storage_options: Mapping[str, Any], command: str)
             f"DEST ends in {found[0]}, and {command} fills a directory: write {dest}/ if it is to have "
             "that name"
         )
+
+
+@contextlib.contextmanager
+def leaving_no_empty_folders(dest: Place) -> Iterator[None]:
+    """Where the context ends with an error of ours, empty folders that it made at a local DEST go again."""
+    if not dest.is_local:
+        yield
+        return
+    root = Path(dest.path)
+    made = [
+        folder
+        for folder in (root / "_ptbin" / "leases", root / "_ptbin", root, *root.parents)
+        if not folder.exists()
+    ]
+    try:
+        yield
+    except PtbinError:
+        with contextlib.suppress(OSError):  # it is missing, or not empty: something was written
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def _is_directory(dest: str, storage_options: Mapping[str, Any]) -> bool:

@@ -10,10 +10,10 @@ import click
 from flows.cli.help import GroupedCommand, GroupedOption, PlaceType
 from flows.cli.printing import align, print_error, print_json, print_line
 from flows.cli.shared_options import Shared, shared_options
-from flows.units import format_nbytes
 from flows.wishes import parse_renames
 from ptbin.errors import PtbinError, UsageError
 from ptbin.options import NAMES, PROOF, WEIGHTS
+from ptbin.runs.units import format_nbytes
 from ptbin.stores import public_uri
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from flows.cli.options import takes
 from flows.cli.printing import align, print_error, print_json, print_line
 from flows.cli.shared_options import Shared, shared_options
 from flows.options import INSPECT, chosen
-from flows.units import counted, format_nbytes, left_out_words
 from flows.wishes import build_options
 from ptbin.errors import CheckpointError
+from ptbin.runs.units import counted, format_nbytes, left_out_words
 
 __all__ = ["inspect_command"]
 

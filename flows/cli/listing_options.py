@@ -17,7 +17,7 @@ __all__ = ["RetryingCommand", "holding_list", "named_paths"]
 
 LAST = "last"
 RUN_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
-"""As `flows.run_record.new_run_id` makes them."""
+"""As `ptbin.runs.record.new_run_id` makes them."""
 
 
 class RetryingCommand(GroupedCommand):

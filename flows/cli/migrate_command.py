@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-import click
+from typing import Any
 
 from flows.cli.destination import refuse_one_file
-from flows.cli.help import GroupedCommand, GroupedOption, PlaceType
-from flows.cli.options import takes
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import showing_progress
-from flows.cli.shared_options import Shared, shared_options
+from flows.cli.shared_options import Shared
 from flows.cli.summary import MIGRATE_KEYS, mapping_lines, migration_lines, tell_summary, untold
-from flows.options import CONTENT, MIGRATE, RUN, chosen
+from flows.cli.two_places import two_places
+from flows.options import CONTENT, MIGRATE, chosen
 from flows.wishes import build_options, refuse_secrets
-
-if TYPE_CHECKING:
-    from ptbin.options import ConvertOptions
-    from ptbin.registries import ModelPlan, Registry, Step
 
 __all__ = ["migrate_command"]
 
@@ -45,18 +37,7 @@ Exit status: 0 all in step; 1 some versions were rejected or failed; 2 the call 
 wrong, nothing was written; 130 interrupted."""
 
 
-@click.command("migrate", epilog=EPILOG, cls=GroupedCommand)
-@click.argument("source", type=PlaceType())
-@click.argument("dest", type=PlaceType())
-@takes(MIGRATE)
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Print which version would become which, write nothing.",
-    cls=GroupedOption,
-    group=RUN,
-)
-@shared_options
+@two_places("migrate", MIGRATE, EPILOG, dry_run="Print which version would become which, write nothing.")
 def migrate_command(source: str, dest: str, dry_run: bool, **values: Any) -> int:
     """Bring the models of one registry into another, as weights."""
     asked = chosen(MIGRATE, values)
@@ -73,11 +54,19 @@ def migrate_command(source: str, dest: str, dry_run: bool, **values: Any) -> int
     )
     here.check_readable()
     if dry_run:
-        return _print_mapping(
-            here, there, asked["include"], asked["exclude"], asked["versions"], options, shared
-        )
+        from ptbin.registries.dry_run import dry_run as plan_run
+        from ptbin.registries.migration import prepare
+
+        plan = prepare(here, there, asked["include"], asked["exclude"], asked["versions"], options)
+        document = plan_run(plan, here, there, options, shared.source_options, shared.dest_options)
+        if shared.as_json:
+            print_json(document)
+        else:
+            for line in mapping_lines(document):
+                print_line(line)
+        return 1 if document["problems"] else 0
     from flows.cli.on_prefect import run_flow
-    from flows.run_record import new_run_id
+    from ptbin.runs.record import new_run_id
 
     with showing_progress(shared) as listener:
         summary = run_flow(
@@ -90,94 +79,3 @@ def migrate_command(source: str, dest: str, dry_run: bool, **values: Any) -> int
             **asked,
         )
     return tell_summary(summary, MIGRATE_KEYS, migration_lines(untold(summary, listener.told)), shared)
-
-
-def _print_mapping(
-    here: Registry,
-    there: Registry,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    versions: Any,
-    options: ConvertOptions,
-    shared: Shared,
-) -> int:
-    """What a run would do; each version's checkpoints are looked into as a run does before it writes."""
-    from ptbin.registries.migration import prepare
-
-    plan = prepare(here, there, include, exclude, versions, options)
-    rows = [_row(here, there, step, model, options, shared) for model in plan.models for step in model.steps]
-    document: dict[str, Any] = {
-        "dry_run": True,
-        "source": here.uri,
-        "dest": there.uri,
-        "versions": rows,
-        "not_kept": [
-            *plan.never_kept,
-            *(f"{model.model.name}: {text}" for model in plan.models for text in model.not_kept),
-        ],
-        "updates": [model.model.name for model in plan.models if model.needs_update],
-        "problems": [
-            *(
-                {"source": model.model.name, "reason": "registry_error", "detail": model.problem}
-                for model in plan.models
-                if model.problem and not model.steps
-            ),
-            *(
-                {
-                    "source": f"{row['model']}/{row['version']}",
-                    "reason": row["reason"],
-                    "detail": row["detail"],
-                }
-                for row in rows
-                if row["action"] == "refused"
-            ),
-        ],
-    }
-    if shared.as_json:
-        print_json(document)
-    else:
-        for line in mapping_lines(document):
-            print_line(line)
-    return 1 if document["problems"] else 0
-
-
-def _row(
-    here: Registry,
-    there: Registry,
-    step: Step,
-    plan: ModelPlan,
-    options: ConvertOptions,
-    shared: Shared,
-) -> dict[str, Any]:
-    from ptbin.errors import PtbinError
-    from ptbin.registries.migration import refuse_files_of_others
-    from ptbin.registries.transfer import NoCheckpointError, examine, scratch
-
-    row = step.to_json()
-    if step.action != "migrate":
-        return row
-    try:
-        existing = plan.existing
-        there.check_place(existing, step.version, step.dest_version)
-        refuse_files_of_others(
-            there, plan.model.name, plan.beside, shared.source_options, shared.dest_options
-        )
-        folder = here.folder(step.version)
-        with scratch({**shared.source_options, **folder.options}) as (source_options,):
-            contents = examine(folder, there.style, options, source_options)
-    except NoCheckpointError as error:
-        return {**row, "action": "skip", "dest_version": None, "reason": error.reason, "detail": str(error)}
-    except PtbinError as error:
-        return {
-            **row,
-            "action": "refused",
-            "dest_version": None,
-            "reason": error.reason,
-            "detail": str(error),
-        }
-    return {
-        **row,
-        "replaces": any(old.version == step.dest_version for old in existing.versions),
-        "checkpoints": [path for path, *_ in contents.checkpoints],
-        "files": len(contents.others),
-    } | ({"left_behind": list(contents.left)} if contents.left else {})

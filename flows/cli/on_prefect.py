@@ -7,6 +7,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from flows.cli.destination import leaving_no_empty_folders
 from flows.cli.interrupts import interrupts_held
 from flows.cli.progress import Problems
 from flows.cli.shared_options import Shared
@@ -46,7 +47,7 @@ def run_prepared(
 
     refuse_nothing(live, request)
     listener.stage("looking at SOURCE and DEST")
-    with preparing(live, request, start_server):
+    with leaving_no_empty_folders(live.dest_at(request.dest)), preparing(live, request, start_server):
         if (summary := finish_in_step(live, parameters.get("min_success"))) is not None:
             return summary
         return _run(request.kind, live, shared, parameters)
@@ -157,8 +158,8 @@ def _stopped_summary(
 ) -> dict[str, Any]:
     """That of a run that was stopped while it was still looking at what there is to do."""
     from flows.migrate import MigrationTally
-    from flows.tally import Tally
     from ptbin.catalog import Problem
+    from ptbin.runs.tally import Tally
 
     make = MigrationTally if name == "migrate" else Tally
     tally = make(live.run_id, parameters["source"], parameters["dest"], kind=name)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from flows.units import counted, format_nbytes, format_seconds
+from ptbin.runs.units import counted, format_nbytes, format_seconds
 
 __all__ = ["Pace", "Position"]
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from flows.cli.printing import align, print_json, print_line
 from flows.cli.shared_options import Shared
-from flows.units import format_nbytes
 from ptbin.catalog.entries import skipped_words
 from ptbin.errors import OutputExistsError
+from ptbin.runs.units import format_nbytes
 
 if TYPE_CHECKING:
     from ptbin.catalog import Problem

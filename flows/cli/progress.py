@@ -17,8 +17,8 @@ from typing import Any
 from flows.cli.pace import Pace
 from flows.cli.printing import print_error, printable
 from flows.cli.shared_options import Shared
-from flows.units import format_nbytes, short_detail
 from ptbin.installed import is_installed
+from ptbin.runs.units import format_nbytes, short_detail
 from tasks.live import Listener, Settled
 
 __all__ = ["BarProgress", "JsonLines", "PlainProgress", "Problems", "showing_progress"]

@@ -6,17 +6,14 @@ from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from flows.cli.destination import one_file
-from flows.cli.help import GroupedCommand, GroupedOption, PlaceType
-from flows.cli.options import takes
 from flows.cli.plans import print_dry_run
 from flows.cli.progress import showing_progress
-from flows.cli.shared_options import Shared, shared_options
+from flows.cli.shared_options import Shared
 from flows.cli.single import plan_one, run_one, single_job
 from flows.cli.summary import JSON_KEYS, conversion_lines, initial_lines, tell_summary, untold
-from flows.options import RESTORE, RUN, chosen
+from flows.cli.two_places import two_places
+from flows.options import RESTORE, chosen
 from flows.wishes import refuse_secrets, restore_options
 from ptbin.errors import UsageError
 
@@ -47,18 +44,7 @@ Exit status: 0 all restored; 1 some were rejected (the report says which keys do
 ONE_OUTPUT = (".pt", ".pth", ".ckpt", ".pt2", ".th")
 
 
-@click.command("restore", epilog=EPILOG, cls=GroupedCommand)
-@click.argument("source", type=PlaceType())
-@click.argument("dest", type=PlaceType())
-@takes(RESTORE)
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Print what would be done, and what would be replaced.",
-    cls=GroupedOption,
-    group=RUN,
-)
-@shared_options
+@two_places("restore", RESTORE, EPILOG)
 def restore_command(source: str, dest: str, dry_run: bool, **values: Any) -> int:
     """Restore SOURCE, weights that were taken out of checkpoints, into DEST."""
     asked = chosen(RESTORE, values)
@@ -89,7 +75,7 @@ def restore_command(source: str, dest: str, dry_run: bool, **values: Any) -> int
     else:
         refuse_secrets(source, dest)
         from flows.cli.on_prefect import run_prepared
-        from flows.run_record import new_run_id
+        from ptbin.runs.record import new_run_id
 
         with showing_progress(shared) as listener:
             summary = run_prepared(request, new_run_id(), shared, listener, source=source, dest=dest, **asked)

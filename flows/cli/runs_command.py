@@ -10,7 +10,7 @@ import click
 from flows.cli.help import GroupedCommand, PlaceType
 from flows.cli.printing import align, print_json, print_line
 from flows.cli.shared_options import Shared, shared_options
-from flows.units import format_nbytes, format_seconds
+from ptbin.runs.units import format_nbytes, format_seconds
 from ptbin.stores import public_uri
 
 if TYPE_CHECKING:

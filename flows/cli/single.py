@@ -79,12 +79,12 @@ def run_one(
     job: Job, request: RunRequest, make: Callable[..., dict[str, Any]], shared: Shared
 ) -> tuple[dict[str, Any], list[str]]:
     """Summary, and lines for people. `make` is `ptbin.convert` or `ptbin.restore` with its options."""
-    from flows.run_record import new_run_id
-    from flows.tally import Tally
     from ptbin.manifests.manifest import manifest_uri
+    from ptbin.runs.outcomes import Converted, Outcome, outcome_of_error
+    from ptbin.runs.record import new_run_id
+    from ptbin.runs.tally import Tally
     from ptbin.stores import public_uri
     from tasks.live import Settled
-    from tasks.outcomes import Converted, Outcome, outcome_of_error
 
     tally = Tally(new_run_id(), public_uri(request.source), public_uri(request.dest), kind=request.kind)
     report: list[str] = []

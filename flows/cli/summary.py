@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from flows.cli.interrupts import INTERRUPTED_STATUS
 from flows.cli.printing import align, print_error, print_json, print_line
-from flows.units import counted, format_nbytes, left_out_words, short_detail
 from ptbin.catalog.entries import skipped_words
+from ptbin.runs.units import counted, format_nbytes, left_out_words, short_detail
 
 if TYPE_CHECKING:
     from flows.cli.shared_options import Shared
-    from flows.tally import Entry
     from ptbin.catalog import Job
+    from ptbin.runs.tally import Entry
 
 __all__ = [
     "JSON_KEYS",

@@ -5,16 +5,13 @@ from __future__ import annotations
 from contextlib import closing
 from typing import Any
 
-import click
-
 from flows.cli.destination import refuse_one_file
-from flows.cli.help import GroupedCommand, GroupedOption, PlaceType
-from flows.cli.options import takes
 from flows.cli.plans import print_dry_run
 from flows.cli.progress import showing_progress
-from flows.cli.shared_options import Shared, shared_options
+from flows.cli.shared_options import Shared
 from flows.cli.summary import JSON_KEYS, SYNC_KEYS, conversion_lines, tell_summary, untold
-from flows.options import RUN, SYNC, chosen
+from flows.cli.two_places import two_places
+from flows.options import SYNC, chosen
 from flows.wishes import refuse_secrets
 
 __all__ = ["sync_command"]
@@ -36,18 +33,7 @@ Exit status: 0 all in step; 1 some were rejected or failed; 2 the call was wrong
 nothing was written; 130 interrupted."""
 
 
-@click.command("sync", epilog=EPILOG, cls=GroupedCommand)
-@click.argument("source", type=PlaceType())
-@click.argument("dest", type=PlaceType())
-@takes(SYNC)
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Print what would be done, and what would be replaced.",
-    cls=GroupedOption,
-    group=RUN,
-)
-@shared_options
+@two_places("sync", SYNC, EPILOG)
 def sync_command(source: str, dest: str, dry_run: bool, **values: Any) -> int:
     """Make DEST a mirror of SOURCE: checkpoints as weights, their companions as they are."""
     asked = chosen(SYNC, values)
@@ -69,7 +55,7 @@ def sync_command(source: str, dest: str, dry_run: bool, **values: Any) -> int:
         with closing(Plan(request, **sides)) as plan:
             return print_dry_run(plan_run(plan), shared)
     from flows.cli.on_prefect import run_prepared
-    from flows.run_record import new_run_id
+    from ptbin.runs.record import new_run_id
 
     with showing_progress(shared) as listener:
         summary = run_prepared(request, new_run_id(), shared, listener, source=source, dest=dest, **asked)

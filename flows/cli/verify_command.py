@@ -61,7 +61,7 @@ def verify_command(dest: str, **values: Any) -> int:
         place = place_of(dest, shared.dest_options)
         if place.is_directory():
             from flows.cli.on_prefect import run_flow
-            from flows.run_record import new_run_id
+            from ptbin.runs.record import new_run_id
 
             refuse_secrets(dest)
             _refuse_empty(dest, shared)

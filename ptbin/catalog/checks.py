@@ -14,11 +14,11 @@ __all__ = ["check_call", "check_mirror", "real_uri"]
 
 
 def check_mirror(
-    source: str,
-    dest: str,
+    source: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
     *,
     delete: bool = False,
-    backup_dir: str | None = None,
+    backup_dir: str | os.PathLike[str] | None = None,
     source_options: Mapping[str, Any] | None = None,
     dest_options: Mapping[str, Any] | None = None,
     writes: bool = True,
@@ -53,8 +53,8 @@ def check_mirror(
 
 
 def check_call(
-    source: str,
-    dest: str | None,
+    source: str | os.PathLike[str],
+    dest: str | os.PathLike[str] | None,
     *,
     source_options: Mapping[str, Any] | None = None,
     dest_options: Mapping[str, Any] | None = None,

@@ -8,6 +8,7 @@ the files that may be parts of a checkpoint of several files.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.sources.folders import Group, Grouping, is_folder_part
 from ptbin.sources.opening import find_source
 from ptbin.sources.part_names import split_place
-from ptbin.stores import ListedObject, Place, Watch, WatchQuietly, is_partial_name, place_of
+from ptbin.stores import ListedObject, Place, Watch, WatchQuietly, Where, is_partial_name, place_of
 
 __all__ = [
     "OWN_FOLDER",
@@ -44,7 +45,7 @@ SHARD_NUMBER = re.compile(r"-\d{5,}-of-\d{5,}(?=\.[a-z]+$)")
 
 
 def find_checkpoints(
-    source: str,
+    source: str | os.PathLike[str],
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -142,7 +143,7 @@ def _is_wanted(group: Group, pattern: str | None, include: Sequence[str], exclud
     return not include or any(matches(path, glob) for glob in include for path in paths)
 
 
-def find_one(source: str, *, storage_options: Mapping[str, Any] | None = None) -> Found:
+def find_one(source: Where, *, storage_options: Mapping[str, Any] | None = None) -> Found:
     """SOURCE as one checkpoint: a file, an index with its shards, or a folder that is one.
 
     Raises:
@@ -192,7 +193,7 @@ class DestEntries(Watch):
 
 
 def find_manifests(
-    dest: str, *, storage_options: Mapping[str, Any] | None = None, watch: Watch | None = None
+    dest: Where, *, storage_options: Mapping[str, Any] | None = None, watch: Watch | None = None
 ) -> Iterator[str]:
     """URIs of all manifests at or below DEST (DEST may be one manifest, or one output that has one)."""
     place = place_of(dest, storage_options)
@@ -232,7 +233,7 @@ def split_manifest(root: Place, path: str) -> str | None:
     return None
 
 
-def find_orphans(dest: str, *, storage_options: Mapping[str, Any] | None = None) -> Iterator[str]:
+def find_orphans(dest: Where, *, storage_options: Mapping[str, Any] | None = None) -> Iterator[str]:
     """URIs of weights below DEST that no manifest vouches for; shards are vouched for by their output's.
 
     Hidden files are not looked at, as in SOURCE.

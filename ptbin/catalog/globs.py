@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import functools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from ptbin.errors import StorageError
 from ptbin.stores import place_of
 
 __all__ = ["is_excluded", "matches", "root_of", "split_glob"]
+
+Text = str | os.PathLike[str]
 
 _GLOB = re.compile(r"[*?\[]")
 
@@ -77,11 +80,12 @@ def _class_end(pattern: str, start: int) -> int:
     return end if end > 0 and "/" not in pattern[start:end] else 0
 
 
-def split_glob(source: str, storage_options: Mapping[str, Any] | None) -> tuple[str, str | None]:
+def split_glob(source: Text, storage_options: Mapping[str, Any] | None) -> tuple[str, str | None]:
     """SOURCE up to the first wildcard's folder, and the pattern below it; (SOURCE, None) without wildcard.
 
     An existing path wins over its reading as a pattern.
     """
+    source = os.fspath(source)
     if _GLOB.search(source) is None:
         return source, None
     place = place_of(source, storage_options)
@@ -100,6 +104,6 @@ def split_glob(source: str, storage_options: Mapping[str, Any] | None) -> tuple[
     return root, f"/{pattern}"
 
 
-def root_of(source: str, storage_options: Mapping[str, Any] | None) -> str:
+def root_of(source: Text, storage_options: Mapping[str, Any] | None) -> str:
     """URI of the place that paths below SOURCE are relative to: the same however SOURCE is written."""
     return place_of(split_glob(source, storage_options)[0], storage_options).uri

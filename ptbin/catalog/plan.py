@@ -19,7 +19,7 @@ from typing import Any
 
 from ptbin.catalog.comparing import compare_job
 from ptbin.catalog.entries import nothing_below
-from ptbin.catalog.finished import FinishedRow, read_finished
+from ptbin.catalog.finished import FinishedRow, read_finished, write_segment
 from ptbin.catalog.jobs import Job, Problem
 from ptbin.catalog.mirroring import Gone, excess, iter_gone
 from ptbin.catalog.request import RunRequest
@@ -31,6 +31,8 @@ __all__ = ["Deletions", "Plan", "plan_deletions"]
 WIDTH = 8
 """How many small answers are waited for side by side."""
 ASKED_AT_ONCE = 500
+MERGED_SEGMENTS = 16
+"""Where a run finds that many segments of the index, it puts one in their place."""
 
 Tick = Callable[[], object]
 
@@ -143,6 +145,28 @@ class Plan:
             if problem is not None:
                 self.work.refuse(job)
                 yield job, problem
+
+    # -- the index of finished work ------------------------------------------------------------------
+
+    @property
+    def has_many_segments(self) -> bool:
+        """Whether the index lies in so many files that one is to take their place."""
+        return len(self.work.segments()) >= MERGED_SEGMENTS
+
+    def merge_index(self, name: str) -> None:
+        """Put one segment in the place of all that were read, where they are many. What another run added
+        meanwhile stays.
+
+        Nothing depends on it: where it fails half-way, some rows are there twice.
+
+        Raises:
+            StorageError: the store failed.
+        """
+        if not self.has_many_segments:
+            return
+        write_segment(self.work.dest, name, self.work.iter_finished())
+        for path in self.work.segments():
+            (self.work.dest / path).delete()
 
     # -- files of DEST -------------------------------------------------------------------------------
 

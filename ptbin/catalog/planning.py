@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ _HF_STEMS = ("model", "pytorch_model", "adapter_model")
 
 def plan_outputs(
     found: Iterable[Found],
-    dest: str,
+    dest: str | os.PathLike[str],
     *,
     naming: Naming = "replace",
     format: OutputFormat = "torch",  # noqa: A002 - as ConvertOptions calls it
@@ -39,7 +40,7 @@ def plan_outputs(
     checkpoint a folder, unless it lies in one under a name of Hugging Face's already. `suffix` is that of
     the outputs where they are of another kind (`.pt`).
     """
-    rule = OutputRule(dest, naming, suffix or OUTPUT_SUFFIXES[format], layout)
+    rule = OutputRule(os.fspath(dest), naming, suffix or OUTPUT_SUFFIXES[format], layout)
     jobs: dict[str, list[Job]] = {}
     problems: list[Problem] = []
     for item in found:

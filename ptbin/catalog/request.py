@@ -6,6 +6,7 @@ The command line, the flows, `ptbin status` and `ptbin.convert_directory` make o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -67,6 +68,8 @@ class RunRequest:
     backup_dir: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("source", "dest"):
+            object.__setattr__(self, name, os.fspath(getattr(self, name)))
         if self.max_delete is not None and not self.deletes:
             raise UsageError("--max-delete means nothing without --delete")
 

@@ -10,7 +10,6 @@ segments of the index.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,28 +20,20 @@ from ptbin.catalog.companions import is_doubtful, is_sidecar
 from ptbin.catalog.entries import Entries
 from ptbin.catalog.finding import SHARD_NUMBER, find_checkpoints, is_in_own_folder, split_bases
 from ptbin.catalog.finished import (
-    INDEX_FOLDER,
-    SEGMENT_SUFFIX,
     FinishedRow,
     digest_of,
-    iter_segment,
 )
 from ptbin.catalog.globs import split_glob
+from ptbin.catalog.inventory import Inventory
 from ptbin.catalog.jobs import Found, Job, Problem
-from ptbin.catalog.jobtable import CURRENT, PAGE, TO_ASK, TO_DO, JobTable
+from ptbin.catalog.jobtable import CURRENT, PAGE, TO_ASK, TO_DO
 from ptbin.catalog.named import NamedFiles
-from ptbin.catalog.planning import OutputRule
 from ptbin.catalog.request import RunRequest
-from ptbin.errors import (
-    LimitExceededError,
-    NotFoundInStoreError,
-    VerificationError,
-)
-from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
+from ptbin.manifests.manifest import MANIFEST_SUFFIX
 from ptbin.manifests.vouching import ASIDE_SUFFIX, CLAIM_TARGET_SUFFIX
 from ptbin.options import ConvertOptions
 from ptbin.sources.folders import INDEX_SUFFIX
-from ptbin.stores import ListedObject, WatchQuietly, identity_text, place_of
+from ptbin.stores import ListedObject, place_of
 
 __all__ = ["WorkList"]
 
@@ -52,16 +43,13 @@ JOINT_KIND = "parts"
 """Of identities of several files together (`stores.joined.joint_identity`)."""
 
 
-class WorkList(JobTable):
+class WorkList(Inventory):
     """Made empty; `plan` fills it, once."""
 
     def __init__(self, dest: str, *, dest_options: Mapping[str, Any] | None = None) -> None:
-        super().__init__(OutputRule(dest))
-        self.dest = place_of(dest, dest_options)
+        super().__init__(dest, dest_options=dest_options)
         self._options = ConvertOptions()
         self._source_options: Mapping[str, Any] | None = None
-        self.own_files: set[str] | None = None
-        """Paths below DEST of the files in `_ptbin` itself; None where DEST was not listed."""
         self._on_new: Callable[[Job], bool] | None = None
         self.entries = Entries()
         """What the listing of SOURCE passed over."""
@@ -96,7 +84,7 @@ class WorkList(JobTable):
             self._clear()
             self.rule = replace(request.rule, folds_case=folds_case(self.dest.store, self.dest.path))
             self._options, self._source_options = options, source_options
-            self._read_dest(tick)
+            self.read_dest(tick)
             others: list[ListedObject] = []
             globs = (*request.include, *request.copied, split_glob(source, source_options)[1] or "")
             self.entries = Entries(
@@ -150,37 +138,6 @@ class WorkList(JobTable):
         for table in ("stored", "finished", "segments", "jobs", "sidecars"):
             self.db.execute(f"DELETE FROM {table}")  # noqa: S608 - names from the line above
 
-    def _read_dest(self, tick: Callable[[], object]) -> None:
-        self.own_files = set()
-        self.db.execute("BEGIN")
-        for number, item in enumerate(self.dest.iter_objects(WatchQuietly())):
-            if number % PAGE == 0:
-                tick()
-            if not item.path.isascii() and not _is_text(item.path):
-                continue  # under no name that ptbin writes
-            if not is_in_own_folder(item.path):
-                row = (item.path, item.size, identity_text(item.identity))
-                self.db.execute("INSERT OR REPLACE INTO stored VALUES (?, ?, ?)", row)
-            elif item.path.startswith(f"{INDEX_FOLDER}/") and item.path.endswith(SEGMENT_SUFFIX):
-                self.db.execute("INSERT OR REPLACE INTO segments VALUES (?)", (item.path,))
-            elif item.path.count("/") == 1:
-                self.own_files.add(item.path)
-        self.db.execute("COMMIT")
-        for (segment,) in self.db.execute("SELECT path FROM segments ORDER BY path").fetchall():
-            tick()
-            self.learn(iter_segment(self.dest / segment))
-
-    def learn(self, rows: Iterable[FinishedRow]) -> None:
-        """Take rows of the index in, those that speak of what DEST's listing shows."""
-        with self.lock:
-            self.db.execute("BEGIN")
-            for row in rows:
-                known = self.db.execute("SELECT identity FROM stored WHERE path = ?", (row.manifest,))
-                if (found := known.fetchone()) is not None and found[0] and found[0] == row.identity:
-                    values = (row.manifest, row.digest, _dump(row))
-                    self.db.execute("INSERT OR REPLACE INTO finished VALUES (?, ?, ?)", values)
-            self.db.execute("COMMIT")
-
     def _add(
         self, found: Iterable[Found], others: list[ListedObject], tick: Callable[[], object]
     ) -> list[Problem]:
@@ -225,7 +182,7 @@ class WorkList(JobTable):
 
     def _look_whether_new(self, job: Job) -> None:
         if (
-            self._size_of(self.relative_manifest(job)) is None
+            self.size_of(self.relative_manifest(job)) is None
             and self._on_new is not None
             and self._on_new(job)
         ):
@@ -288,20 +245,12 @@ class WorkList(JobTable):
             manifest = self.relative_manifest(job)
             if known := self.rows_of(manifest):
                 state = CURRENT if any(self._is_current(row, job, options) for row in known) else TO_DO
-            elif job.identity is not None and self._size_of(manifest) is not None:
+            elif job.identity is not None and self.size_of(manifest) is not None:
                 state = TO_ASK
             else:
                 continue
             self.db.execute("UPDATE jobs SET state = ? WHERE id = ?", (state, job_id))
         self.db.execute("COMMIT")
-
-    def rows_of(self, manifest: str) -> list[FinishedRow]:
-        """What is known of the stored state of a manifest or a copy. All of it is true: a copy that was only
-        touched at its source, say, is one state in DEST made of two states of SOURCE.
-        """
-        with self.lock:
-            found = self.db.execute("SELECT row FROM finished WHERE manifest = ?", (manifest,)).fetchall()
-        return [_load(text) for (text,) in found]
 
     def _is_current(self, row: FinishedRow, job: Job, options: ConvertOptions) -> bool:
         return row.is_enough(options) and self._is_of(row, job, options)
@@ -310,12 +259,7 @@ class WorkList(JobTable):
         if job.identity is None or row.digest != digest_of(job, options):
             return False
         folder = row.manifest[: -len(row.manifest.rsplit("/", 1)[-1])]
-        return all(self._size_of(folder + name) == size for name, size in row.outputs)
-
-    def _size_of(self, path: str) -> int | None:
-        with self.lock:
-            found = self.db.execute("SELECT size FROM stored WHERE path = ?", (path,)).fetchone()
-        return None if found is None else int(found[0])
+        return all(self.size_of(folder + name) == size for name, size in row.outputs)
 
     # -- what was planned ------------------------------------------------------------------------
 
@@ -326,7 +270,7 @@ class WorkList(JobTable):
     def was_made(self, job: Job) -> bool:
         """Whether DEST's listing shows what a run made of the job: its manifest, or the copy itself."""
         with self.lock:
-            return self._size_of(self.relative_manifest(job)) is not None
+            return self.size_of(self.relative_manifest(job)) is not None
 
     def answer(
         self, jobs: Sequence[Job], rows: Iterable[FinishedRow], options: ConvertOptions
@@ -358,7 +302,7 @@ class WorkList(JobTable):
         with self.lock:
             return [
                 name
-                for name in dict.fromkeys(self._outputs_before(manifest))
+                for name in dict.fromkeys(self.outputs_before(manifest))
                 if self.db.execute(query, (self.rule.fold(folder + name),)).fetchone()
             ]
 
@@ -389,7 +333,7 @@ class WorkList(JobTable):
         if path.endswith(ASIDE_SUFFIX):
             return self.is_planned(path.removesuffix(ASIDE_SUFFIX))  # a claim that was being written
         if path.endswith(CLAIM_TARGET_SUFFIX):
-            return self._size_of(path.removesuffix(CLAIM_TARGET_SUFFIX) + MANIFEST_SUFFIX) is not None
+            return self.size_of(path.removesuffix(CLAIM_TARGET_SUFFIX) + MANIFEST_SUFFIX) is not None
         return self.is_planned(path)
 
     # -- what was there before -------------------------------------------------------------------
@@ -407,21 +351,9 @@ class WorkList(JobTable):
         if not job.copies:
             folder = key[: -len(key.rsplit("/", 1)[-1])]
             named += [output + suffix for suffix in suffixes_beside(self._options)]
-            named += [folder + name for name in self._outputs_before(key)]
+            named += [folder + name for name in self.outputs_before(key)]
             named += self._shards_of(output)
-        return [path for path in dict.fromkeys(named) if self._size_of(path) is not None]
-
-    def _outputs_before(self, manifest: str) -> list[str]:
-        """Names of the files that a stored manifest lists."""
-        if rows := self.rows_of(manifest):
-            return [name for row in rows for name, _ in row.outputs]
-        if self._size_of(manifest) is None:
-            return []
-        try:
-            found = parse_manifest((self.dest / manifest).read_bytes(), manifest)
-        except (NotFoundInStoreError, VerificationError, LimitExceededError):
-            return []
-        return [output["path"] for output in found["outputs"]]
+        return [path for path in dict.fromkeys(named) if self.size_of(path) is not None]
 
     def _shards_of(self, output: str) -> list[str]:
         """What is stored under names that shards of this output may get."""
@@ -459,44 +391,8 @@ class WorkList(JobTable):
         """Whether a job is to be done for a stronger proof alone: its output would come out the same."""
         return any(self._is_of(row, job, self._options) for row in self.rows_of(self.relative_manifest(job)))
 
-    # -- the index afterwards --------------------------------------------------------------------
-
-    def segments(self) -> list[str]:
-        """Paths below DEST of the segments that were read."""
-        with self.lock:
-            return [path for (path,) in self.db.execute("SELECT path FROM segments ORDER BY path")]
-
-    def iter_finished(self) -> Iterator[FinishedRow]:
-        """Every row that DEST's listing bears out."""
-        with self.lock:
-            cursor = self.db.execute("SELECT row FROM finished")
-        while True:
-            with self.lock:
-                page = cursor.fetchmany(PAGE)
-            if not page:
-                return
-            for (text,) in page:
-                yield _load(text)
-
-
-def _is_text(path: str) -> bool:
-    """Whether a path can be written as UTF-8."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
 
 def _is_folder(job: Job) -> bool:
     """Whether a checkpoint of several files is named by its folder, and not by an index in it."""
     several = job.identity is not None and job.identity.kind == JOINT_KIND
     return several and not job.path.endswith(INDEX_SUFFIX)
-
-
-def _dump(row: FinishedRow) -> str:
-    return json.dumps(row.to_json(), separators=(",", ":"))
-
-
-def _load(text: str) -> FinishedRow:
-    return FinishedRow.from_json(json.loads(text))

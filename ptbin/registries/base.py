@@ -14,6 +14,7 @@ from typing import Any
 from ptbin.errors import StorageError, UsageError
 from ptbin.registries.layouts import Style
 from ptbin.registries.values import Model, Version
+from ptbin.stores import Place, place_of
 
 __all__ = ["Folder", "Name", "Registration", "Registry", "RegistryError", "VersionSite"]
 
@@ -34,6 +35,10 @@ class Folder:
     uri: str
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     files: tuple[str, ...] | None = None
+
+    def place(self, options: Mapping[str, Any] | None = None) -> Place:
+        """That place; `options` are the user's own."""
+        return place_of(self.uri, {**(options or {}), **self.options})
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from ptbin.errors import StorageError
 from ptbin.registries.layouts import Layout
 from ptbin.registries.record import OWN_FILES, RECORD, is_plain_path
 from ptbin.sources.sidecars import PATTERNS
-from ptbin.stores import ListedObject, Store, Watch
+from ptbin.stores import ListedObject, Place, Watch
 
 __all__ = ["ONLY_VERSION", "ListedModel", "RegistryListing", "list_registry"]
 
@@ -63,7 +63,7 @@ class _Unreadable(Watch):
         self.found[path] = str(error)
 
 
-def list_registry(store: Store, root: str, layout: Layout) -> RegistryListing:
+def list_registry(root: Place, layout: Layout) -> RegistryListing:
     """Read it.
 
     Raises:
@@ -72,7 +72,7 @@ def list_registry(store: Store, root: str, layout: Layout) -> RegistryListing:
     watch = _Unreadable()
     listing = RegistryListing()
     loose: list[str] = []
-    for item in store.iter_objects(root, watch):
+    for item in root.iter_objects(watch):
         if item.path.split("/", 1)[0] == "_ptbin":
             continue
         found = layout.split(item.path) if is_plain_path(item.path) else None

@@ -20,9 +20,8 @@ from ptbin.registries.folder_listing import ONLY_VERSION, ListedModel, RegistryL
 from ptbin.registries.layouts import Layout
 from ptbin.registries.record import CLAIM, OWN_FILES, RECORD, ModelRecord, VersionRecord
 from ptbin.registries.values import Model, Origin, Version, natural_order
-from ptbin.stores import ListedObject, Place, identity_text, open_store, public_uri
+from ptbin.stores import ListedObject, Place, identity_text, place_of, public_uri
 from ptbin.stores.copying import copy_file, same_content
-from ptbin.stores.local import LocalStore
 
 __all__ = ["ONLY_VERSION", "FolderRegistry"]
 
@@ -39,20 +38,16 @@ class FolderRegistry(Registry):
         self.layout = layout
         self.style = layout.style
         self._options = dict(options or {})
-        self._store, root = open_store(uri, self._options)
-        self.folds_case = isinstance(self._store, LocalStore)
-        self._root = root.rstrip("/")
+        self._root = place_of(uri, self._options).file
+        self.folds_case = self._root.is_local
         # However it was spelled: it tells versions of this registry from those of another.
-        self.uri = public_uri(self._store.uri_of(self._root or root))
+        self.uri = public_uri(self._root.uri)
         self._listed: RegistryListing | None = None
-
-    def _at(self, path: str) -> Place:
-        return Place(self._store, path)
 
     # -- source -------------------------------------------------------------------------------------
 
     def check_readable(self) -> None:
-        if not self._store.is_directory(self._root):
+        if not self._root.is_directory():
             raise self._refuse("no such directory or prefix")
 
     def models(self, wanted: Callable[[str], bool]) -> list[Model]:
@@ -69,7 +64,7 @@ class FolderRegistry(Registry):
 
     def _list(self) -> RegistryListing:
         if self._listed is None:
-            self._listed = list_registry(self._store, self._root, self.layout)
+            self._listed = list_registry(self._root, self.layout)
         return self._listed
 
     def _model(self, name: str, listed: ListedModel) -> Model:
@@ -96,7 +91,7 @@ class FolderRegistry(Registry):
                     base,
                     revision=_revision(items),
                     source=folder,
-                    uri=self._store.uri_of(f"{self._root}/{folder}"),
+                    uri=(self._root / folder).uri,
                     problem=listed.unreadable.get(version, ""),
                 )
             )
@@ -125,9 +120,10 @@ class FolderRegistry(Registry):
         return version
 
     def folder(self, version: Version) -> Folder:
-        return Folder(
-            self._store.uri_of(f"{self._root}/{self.layout.folder(version.model, version.version)}")
-        )
+        return Folder(self._place_of(version.model, version.version).uri)
+
+    def _place_of(self, model: str, version: str) -> Place:
+        return self._root / self.layout.folder(model, version)
 
     def model_files(self, model: str) -> Folder | None:
         above = self.layout.model_folder(model)
@@ -135,7 +131,7 @@ class FolderRegistry(Registry):
         if above is None or not beside:
             return None
         files = tuple(sorted(path[len(above) + 1 :] for path in beside))
-        return Folder(self._store.uri_of(f"{self._root}/{above}"), files=files)
+        return Folder((self._root / above).uri, files=files)
 
     def model_files_left(self, model: str) -> list[str]:
         above = self.layout.model_folder(model)
@@ -144,10 +140,10 @@ class FolderRegistry(Registry):
     # -- destination --------------------------------------------------------------------------------
 
     def check_writable(self) -> None:
-        self._store.check_writable(self._root)
+        self._root.check_writable()
 
     def home(self) -> str:
-        return self._store.uri_of(self._root)
+        return self._root.uri
 
     def name_problem(self, name: str) -> str | None:
         if name == "_ptbin" or name in OWN_FILES:
@@ -174,72 +170,55 @@ class FolderRegistry(Registry):
 
     def model_folder(self, model: str) -> Folder | None:
         above = self._above(model)
-        return Folder(self._store.uri_of(f"{self._root}/{above}")) if self.layout.has_versions else None
+        return Folder((self._root / above).uri) if self.layout.has_versions else None
 
     def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> VersionSite:
-        folder = self.layout.folder(version.model, dest_version)
-        path = f"{self._root}/{folder}"
-        final = Folder(self._store.uri_of(path))
+        folder = self._place_of(version.model, dest_version)
+        final = Folder(folder.uri)
         if any(old.version == dest_version for old in model.versions):
-            staging = Folder(self._store.uri_of(f"{self._root}/{STAGING}/{fingerprint}"))
-            return VersionSite(staging, dest_version, final)
+            return VersionSite(Folder(self._staging(fingerprint).uri), dest_version, final)
         place = VersionSite(final, dest_version)
         claim = {"model": version.model, "version": version.version, "fingerprint": fingerprint}
         self.check_place(model, version, dest_version)
-        if not self._is_empty(path):
-            if self._read_claim(path) == claim:
+        if not _is_empty(folder):
+            if _read_claim(folder) == claim:
                 return place
             # What was begun is of another state: none of it may stay beside what comes now.
-            self._empty(path)
-        self._store.write_bytes(f"{path}/{CLAIM}", json.dumps(claim).encode())
+            _empty(folder)
+        (folder / CLAIM).write_bytes(json.dumps(claim).encode())
         return place
 
+    def _staging(self, fingerprint: str) -> Place:
+        return self._root / STAGING / fingerprint
+
     def check_place(self, model: Model, version: Version, dest_version: str) -> None:
-        path = f"{self._root}/{self.layout.folder(version.model, dest_version)}"
-        if any(old.version == dest_version for old in model.versions) or self._is_empty(path):
+        folder = self._place_of(version.model, dest_version)
+        if any(old.version == dest_version for old in model.versions) or _is_empty(folder):
             return
-        found = self._read_claim(path)
+        found = _read_claim(folder)
         if (found.get("model"), found.get("version")) != (version.model, version.version):
             raise OutputExistsError(
-                f"{self._store.uri_of(path)} holds files that are not of {version.uri}; move them away, "
+                f"{folder.uri} holds files that are not of {version.uri}; move them away, "
                 "or choose another DEST or --layout"
             )
 
-    def _read_claim(self, path: str) -> dict[str, Any]:
-        """Empty where there is none that can be read."""
-        try:
-            found = json.loads(self._store.read_bytes(f"{path}/{CLAIM}", limit=MAX_RECORD_NBYTES))
-        except (NotFoundInStoreError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
-
-    def _is_empty(self, path: str) -> bool:
-        # Without versions a model's own record lies in the same folder.
-        return all(item.path == RECORD for item in self._store.iter_objects(path))
-
-    def _empty(self, path: str) -> None:
-        """Delete what lies there but a record. Manifests first: nothing may look finished meanwhile."""
-        found = [item.path for item in self._store.iter_objects(path) if item.path != RECORD]
-        for name in sorted(found, key=lambda name: (name == CLAIM, not name.endswith(MANIFEST_SUFFIX), name)):
-            self._store.delete(f"{path}/{name}")
-
     def abandon(self, place: VersionSite) -> None:
         """Remove what was written; what is registered is never touched."""
-        _, path = open_store(place.folder.uri, self._options)
+        folder = place.folder.place(self._options)
         if place.current is None:
-            claim = self._read_claim(path)
+            claim = _read_claim(folder)
             if not claim:
                 return
             record = self._read_record(str(claim.get("model")))
             if record is not None and record.row(place.token) is not None:
                 return  # a run was killed between registering it and taking the claim away
-        self._empty(path)
+        _empty(folder)
 
     def tidy(self, fingerprints: Collection[str]) -> None:
-        staging = f"{self._root}/{STAGING}"
-        for item in list(self._store.iter_objects(staging)):
+        staging = self._root / STAGING
+        for item in list(staging.iter_objects()):
             if item.path.split("/", 1)[0] not in fingerprints:
-                self._store.delete(f"{staging}/{item.path}")
+                (staging / item.path).delete()
 
     def register(self, model: Model, ready: Sequence[Registration]) -> list[str]:
         record = self._read_record(model.name) or ModelRecord(
@@ -257,33 +236,25 @@ class FolderRegistry(Registry):
             old = record.row(new.dest_version)
             if old is not None and (old.version.origin or NOBODY).fingerprint != new.fingerprint:
                 record = record.without_version(new.dest_version)
-                self._replace(record, old, new, f"{self._root}/{folder}")
+                self._replace(record, old, new, self._root / folder)
             path = folder[len(above) :].lstrip("/") or "."
-            identities = self._identities(f"{self._root}/{folder}", new.files)
+            identities = _identities(self._root / folder, new.files)
             record = record.with_version(VersionRecord(version, path, new.manifests, new.files, identities))
             aliases.update(dict.fromkeys(new.aliases, new.dest_version))
         self._write_record(
             replace(record, description=model.description or record.description, aliases=aliases)
         )
         for new in ready:
-            self._store.delete(f"{self._root}/{self.layout.folder(model.name, new.dest_version)}/{CLAIM}")
-            self._empty(f"{self._root}/{STAGING}/{new.fingerprint}")
+            (self._place_of(model.name, new.dest_version) / CLAIM).delete()
+            _empty(self._staging(new.fingerprint))
         return [new.dest_version for new in ready]
 
-    def _identities(self, path: str, files: Sequence[str]) -> dict[str, str]:
-        wanted = set(files)
-        return {
-            item.path: identity_text(item.identity)
-            for item in self._store.iter_objects(path)
-            if item.path in wanted and item.identity is not None
-        }
-
-    def _refuse_foreign(self, old: VersionRecord, new: Registration, path: str) -> None:
+    def _refuse_foreign(self, old: VersionRecord, new: Registration, folder: Place) -> None:
         """Raise OutputExistsError where a file is in the way that no migration put there, or not as it is."""
-        staging = f"{self._root}/{STAGING}/{new.fingerprint}"
-        staged = {item.path for item in self._store.iter_objects(staging)}
+        staging = self._staging(new.fingerprint)
+        staged = {item.path for item in staging.iter_objects()}
         goes = staged | (set(old.files) - set(new.files))
-        for item in self._store.iter_objects(path):
+        for item in folder.iter_objects():
             name = item.path
             if name not in goes or name in OWN_FILES:
                 continue
@@ -291,32 +262,31 @@ class FolderRegistry(Registry):
             # Records of ptbin 0.1 have no identities: what they list is taken for what was brought.
             if name in old.files and old.identities.get(name, there) == there:
                 continue
-            uri = self._store.uri_of(f"{path}/{name}")
-            if name in staged and same_content(self._at(f"{staging}/{name}"), self._at(f"{path}/{name}")):
+            if name in staged and same_content(staging / name, folder / name):
                 continue
             raise OutputExistsError(
-                f"{uri}: a file of {item.size} bytes is there that no migration left so; move it away, or "
-                "choose another DEST"
+                f"{(folder / name).uri}: a file of {item.size} bytes is there that no migration left so; "
+                "move it away, or choose another DEST"
             )
 
-    def _replace(self, record: ModelRecord, old: VersionRecord, new: Registration, path: str) -> None:
+    def _replace(self, record: ModelRecord, old: VersionRecord, new: Registration, folder: Place) -> None:
         """Bring the staged files where those of the version's earlier state are; it is not registered then.
 
         Killed on the way, the claim tells the next run to do the version anew.
         """
-        self._refuse_foreign(old, new, path)
+        self._refuse_foreign(old, new, folder)
         claim = {"model": new.version.model, "version": new.version.version}
-        self._store.write_bytes(f"{path}/{CLAIM}", json.dumps(claim).encode())
+        (folder / CLAIM).write_bytes(json.dumps(claim).encode())
         self._write_record(record)
         for name in sorted(set(old.files) - set(new.files), key=_manifests_first):
-            self._store.delete(f"{path}/{name}")
-        staging = f"{self._root}/{STAGING}/{new.fingerprint}"
-        staged = [item.path for item in self._store.iter_objects(staging)]
+            (folder / name).delete()
+        staging = self._staging(new.fingerprint)
+        staged = [item.path for item in staging.iter_objects()]
         for name in staged:
             if name.endswith(MANIFEST_SUFFIX):
-                self._store.delete(f"{path}/{name}")
+                (folder / name).delete()
         for name in sorted(staged, key=_manifests_first, reverse=True):
-            copy_file(self._at(f"{staging}/{name}"), self._at(f"{path}/{name}"))
+            copy_file(staging / name, folder / name)
 
     def known_files(self, model: str) -> Mapping[str, str]:
         record = self._read_record(model)
@@ -355,18 +325,48 @@ class FolderRegistry(Registry):
         return f"{self._above(name)}/{RECORD}"
 
     def _read_record(self, name: str) -> ModelRecord | None:
-        path = f"{self._root}/{self._record_path(name)}"
+        place = self._root / self._record_path(name)
         try:
-            data = self._store.read_bytes(path, limit=MAX_RECORD_NBYTES)
+            data = place.read_bytes(limit=MAX_RECORD_NBYTES)
         except NotFoundInStoreError:
             return None
         try:
-            return ModelRecord.from_bytes(data, self._store.uri_of(path))
+            return ModelRecord.from_bytes(data, place.uri)
         except VerificationError as error:
             raise RegistryError(str(error)) from error
 
     def _write_record(self, record: ModelRecord) -> None:
-        self._store.write_bytes(f"{self._root}/{self._record_path(record.name)}", record.to_bytes())
+        (self._root / self._record_path(record.name)).write_bytes(record.to_bytes())
+
+
+def _read_claim(folder: Place) -> dict[str, Any]:
+    """Empty where there is none that can be read."""
+    try:
+        found = json.loads((folder / CLAIM).read_bytes(limit=MAX_RECORD_NBYTES))
+    except (NotFoundInStoreError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_empty(folder: Place) -> bool:
+    # Without versions a model's own record lies in the same folder.
+    return all(item.path == RECORD for item in folder.iter_objects())
+
+
+def _empty(folder: Place) -> None:
+    """Delete what lies there but a record. Manifests first: nothing may look finished meanwhile."""
+    found = [item.path for item in folder.iter_objects() if item.path != RECORD]
+    for name in sorted(found, key=lambda name: (name == CLAIM, not name.endswith(MANIFEST_SUFFIX), name)):
+        (folder / name).delete()
+
+
+def _identities(folder: Place, files: Sequence[str]) -> dict[str, str]:
+    wanted = set(files)
+    return {
+        item.path: identity_text(item.identity)
+        for item in folder.iter_objects()
+        if item.path in wanted and item.identity is not None
+    }
 
 
 def _revision(items: Sequence[ListedObject]) -> str:

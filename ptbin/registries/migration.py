@@ -103,7 +103,7 @@ def refuse_files_of_others(
     for uri, path in beside:
         find_in_place(
             place_of(uri, source_options),
-            place_of(folder.uri, {**dest_options, **folder.options}) / path,
+            folder.place(dest_options) / path,
             brought_before(known, path),
             advice=ADVICE,
         )

@@ -18,7 +18,6 @@ from ptbin.registries.base import Name, Registration, VersionSite
 from ptbin.registries.mlflow_client import MISSING, paged
 from ptbin.registries.mlflow_source import PAGE, PLACEHOLDER, TAG, MlflowSource, without_own
 from ptbin.registries.values import Model, Version
-from ptbin.stores import open_store
 
 __all__ = ["EXPERIMENT", "MlflowRegistry"]
 
@@ -147,9 +146,9 @@ class MlflowRegistry(MlflowSource):
 
     def abandon(self, place: VersionSite) -> None:
         with contextlib.suppress(PtbinError):
-            store, path = open_store(place.folder.uri, {**self._options, **place.folder.options})
-            for item in list(store.iter_objects(path)):
-                store.delete(f"{path}/{item.path}")
+            folder = place.folder.place(self._options)
+            for item in list(folder.iter_objects()):
+                (folder / item.path).delete()
         with contextlib.suppress(PtbinError), self._faults("give up a logged model"):
             logged = self._client.get_logged_model(place.token)
             self._client.delete_logged_model(place.token)

@@ -14,7 +14,7 @@ from ptbin.errors import LimitExceededError, NotFoundInStoreError, VerificationE
 from ptbin.manifests.checksums import CHECKSUM_LIST
 from ptbin.proof.verification import Issue
 from ptbin.registries.record import RECORD, ModelRecord
-from ptbin.stores import Store, WatchQuietly, open_store
+from ptbin.stores import Place, WatchQuietly, place_of
 
 __all__ = ["verify_records"]
 
@@ -36,32 +36,31 @@ def verify_records(
     A list speaks of what its own run stored: what a later one wrote over is no contradiction, nor is what is
     not there any more.
     """
-    store, root = open_store(dest, storage_options)
-    root = root.rstrip("/")
+    root = place_of(dest, storage_options).file
     issues: list[Issue] = []
     records = []
-    for item in store.iter_objects(root, WatchQuietly()):
+    for item in root.iter_objects(WatchQuietly()):
         parts = item.path.split("/")
         if parts[0] == OWN_FOLDER and parts[-1] == CHECKSUM_LIST:
             sums: dict[str, str] = {}
-            path = f"{root}/{item.path}"
-            issues += _read_list(store, path, sums)
+            place = root / item.path
+            issues += _read_list(place, sums)
             for name, digest in sums.items():
-                found, run_id = digests.get(store.uri_of(f"{root}/{name}"), (digest, ""))
+                found, run_id = digests.get((root / name).uri, (digest, ""))
                 if found != digest and run_id == parts[-2]:
                     detail = f"{name}: the list says {digest}, its manifest {found}"
-                    issues.append(Issue("checksum_list_mismatch", store.uri_of(path), detail))
+                    issues.append(Issue("checksum_list_mismatch", place.uri, detail))
         elif parts[-1] == RECORD:
-            records.append(f"{root}/{item.path}")
+            records.append(root / item.path)
     for record in records:
-        issues += _check_record(store, record)
+        issues += _check_record(record)
     return issues
 
 
-def _read_list(store: Store, path: str, sums: dict[str, str]) -> list[Issue]:
-    uri = store.uri_of(path)
+def _read_list(place: Place, sums: dict[str, str]) -> list[Issue]:
+    uri = place.uri
     try:
-        text = store.read_bytes(path, limit=MAX_NBYTES).decode()
+        text = place.read_bytes(limit=MAX_NBYTES).decode()
     except (NotFoundInStoreError, LimitExceededError, UnicodeDecodeError) as error:
         return [Issue("checksum_list_mismatch", uri, f"not to be read: {error}")]
     wrong = 0
@@ -86,22 +85,21 @@ def _unescape(match: re.Match[str]) -> str:
     return {"n": "\n", "r": "\r"}.get(match[1], match[1])
 
 
-def _check_record(store: Store, path: str) -> list[Issue]:
+def _check_record(place: Place) -> list[Issue]:
     """Every version that is registered is there, finished, with its manifests; aliases lead to one."""
-    uri = store.uri_of(path)
+    uri = place.uri
     try:
-        record = ModelRecord.from_bytes(store.read_bytes(path, limit=MAX_NBYTES), uri)
+        record = ModelRecord.from_bytes(place.read_bytes(limit=MAX_NBYTES), uri)
     except (VerificationError, LimitExceededError) as error:
         return [Issue("bad_registry", uri, str(error))]
     issues = []
-    folder = path.rpartition("/")[0]
     known = set()
     for row in record.versions:
         known.add(row.version.version)
-        place = folder if row.path == "." else f"{folder}/{row.path}"
+        folder = place.parent if row.path == "." else place.parent / row.path
         for name in row.manifests:
             try:
-                store.stat(f"{place}/{name}")
+                (folder / name).stat()
             except NotFoundInStoreError:
                 issues.append(Issue("bad_registry", uri, f"version {row.version.version} has no {name}"))
     issues += [

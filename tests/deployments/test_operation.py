@@ -28,7 +28,8 @@ SLOW = """
 import os, time
 if "PTBIN_TEST_NOTES" in os.environ:
     import ptbin
-    really = ptbin.stage
+    import ptbin.runs.steps
+    really = ptbin.runs.steps.stage
     def stage(source, dest, *arguments, progress, **options):
         with open(os.environ["PTBIN_TEST_NOTES"], "a") as notes:
             notes.write(f"{source}\\n")
@@ -37,7 +38,7 @@ if "PTBIN_TEST_NOTES" in os.environ:
             time.sleep(0.02)
             progress(0)
         return really(source, dest, *arguments, progress=progress, **options)
-    ptbin.stage = stage
+    ptbin.runs.steps.stage = stage
 """
 COUNT = 24
 CRASHED = {"state": {"type": "CRASHED", "name": "Crashed"}, "force": True}

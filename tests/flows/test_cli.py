@@ -19,7 +19,7 @@ from flows.cli.pace import Pace
 from flows.cli.printing import align, printable
 from flows.cli.progress import PlainProgress
 from flows.cli.summary import JSON_KEYS
-from flows.units import format_nbytes, short_detail
+from ptbin.runs.units import format_nbytes, short_detail
 from tasks.live import Settled
 
 Captured = pytest.CaptureFixture[str]

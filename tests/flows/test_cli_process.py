@@ -36,12 +36,13 @@ SLOW = """
 import time
 from pathlib import Path
 import ptbin
+import ptbin.runs.steps
 def stage(source, dest, options, *, progress, **_):
     Path("staging").touch()
     while True:
         time.sleep(0.02)
         progress(1)
-ptbin.stage = stage
+ptbin.runs.steps.stage = stage
 def convert(source, dest, options, *, progress, **_):
     stage(source, dest, options, progress=progress)
 ptbin.convert = convert

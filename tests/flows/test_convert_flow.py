@@ -16,12 +16,12 @@ import ptbin
 from flows import stages
 from flows.convert import convert
 from flows.prefect.orchestrator import Orchestrator
-from flows.run_record import new_run_id
 from ptbin.errors import StorageError, UsageError
 from ptbin.registries.verification import verify_records
+from ptbin.runs.record import new_run_id
+from ptbin.runs.retrying import RETRIES
 from ptbin.stores import Place, place_of
 from tasks.live import LiveRun, open_live_run
-from tasks.retrying import RETRIES
 
 Database = Callable[[str], list[tuple[Any, ...]]]
 
@@ -49,7 +49,7 @@ def staging(monkeypatch: pytest.MonkeyPatch, trouble: Callable[[str], None]) -> 
         return real(source, *arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ptbin, "stage", stage)
+        patch.setattr("ptbin.runs.steps.stage", stage)
         patch.setattr(stages, "retry_delay", lambda retry: 0.01 * retry)
         yield attempts
 
@@ -157,7 +157,7 @@ def test_a_proof_is_tried_again_without_writing_again(
             raise StorageError("timed out", transient=True)
         return real(draft, **keywords)
 
-    monkeypatch.setattr(ptbin, "publish", publish)
+    monkeypatch.setattr("ptbin.runs.steps.publish", publish)
     with staging(monkeypatch, lambda _: None) as attempts:
         state, _ = run(good_source, tmp_path / "out")
     assert state.is_completed()
@@ -177,7 +177,7 @@ def test_a_task_run_that_dies_fails_its_own_batch(
     def stage(source: str, *arguments: Any, **keywords: Any) -> Any:
         return Dies() if source.endswith("2.pt") else real(source, *arguments, **keywords)
 
-    monkeypatch.setattr(ptbin, "stage", stage)
+    monkeypatch.setattr("ptbin.runs.steps.stage", stage)
     state, summary = run(good_source, tmp_path / "out")
     assert (state.message or "").splitlines()[0] == "converted 5, up to date 0, rejected 0, failed 1"
     assert summary["problems"][0]["reason"] == "internal_error"
@@ -201,12 +201,12 @@ def test_fail_fast_begins_nothing_new(
 def test_a_run_record_that_cannot_be_written_loses_no_output(
     good_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_: LiveRun, uri: str) -> Place:
+    def refuse(uri: str, options: Any) -> Place:
         if "/runs/" in uri:
             raise StorageError("disk full")
-        return place_of(uri)
+        return place_of(uri, options)
 
-    monkeypatch.setattr(LiveRun, "dest_at", refuse)
+    monkeypatch.setattr("ptbin.runs.ending.place_of", refuse)
     state, summary = run(good_source, tmp_path / "out")
     assert state.is_failed()
     assert state.message == (
@@ -268,7 +268,7 @@ def test_storage_options_never_reach_the_server(
             seen.append(keywords["source_options"])
             return real(*arguments, **keywords)
 
-        patch.setattr(ptbin, "stage", stage)
+        patch.setattr("ptbin.runs.steps.stage", stage)
         state = convert(str(good_source), str(tmp_path / "out"), run_id=live.run_id, return_state=True)
     assert state.is_completed()
     assert seen[0] == {"secret": secret}
@@ -301,7 +301,7 @@ def test_options_are_found_where_a_reference_says(
         seen.append((keywords["source_options"], keywords["dest_options"]))
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(ptbin, "stage", stage)
+    monkeypatch.setattr("ptbin.runs.steps.stage", stage)
     monkeypatch.setenv("MY_OPTIONS", '{"from": "env"}')
     block: Any = Secret
     block(value={"from": "block"}).save("my-options")

@@ -14,9 +14,9 @@ import torch
 import ptbin
 from flows.cli.app import run as run_command
 from flows.convert import convert
-from flows.run_record import new_run_id
 from flows.sync import sync
 from flows.verify import verify
+from ptbin.runs.record import new_run_id
 from tasks.live import LiveRun, open_live_run
 
 SCHEMA = json.loads(Path(str(ptbin.__file__)).with_name("manifest.schema.json").read_text())

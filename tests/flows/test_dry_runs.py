@@ -14,6 +14,7 @@ import torch
 import ptbin
 from flows.cli.app import run as command
 from flows.convert import convert
+from flows.migrate import migrate
 from flows.restore import restore
 from flows.sync import sync
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
@@ -244,3 +245,46 @@ def test_one_checkpoint(stage: Rehearsal, capfd: Captured, name: str) -> None:
     capfd.readouterr()
     command([*words, "--dry-run", "--json"])
     assert json.loads(capfd.readouterr().out)[name] == []
+
+
+@pytest.mark.parametrize("layout", [None, "hf"])
+def test_a_registry_that_is_migrated(tmp_path: Path, capfd: Captured, layout: str | None) -> None:
+    source, dest = tmp_path / "models", tmp_path / "dest"
+
+    def save(name: str, value: float) -> None:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"w": torch.full((8,), value)}, source / name)
+
+    def files() -> dict[str, int]:
+        found = (path for path in dest.rglob("*") if path.is_file())
+        names = {path: path.relative_to(dest).as_posix() for path in found}
+        return {
+            name: path.stat().st_mtime_ns
+            for path, name in names.items()
+            if not name.startswith("_ptbin/") and path.name != "registry.json"
+        }
+
+    def check(expected: dict[str, str]) -> None:
+        words = ["migrate", str(source), str(dest), "--dry-run", "--json"]
+        capfd.readouterr()
+        command([*words, *(("--layout", layout) if layout else ())])
+        rows = json.loads(capfd.readouterr().out)["versions"]
+        assert {f"{row['model']}/{row['version']}": row["action"] for row in rows} == expected
+        before = files()
+        time.sleep(0.01)
+        migrate(str(source), str(dest), layout=layout, return_state=True)
+        after = files()
+        written = {name for name, state in after.items() if before.get(name) != state}
+        planned = {
+            (row["model"], row["dest_version"], file) for row in rows for file in row.get("writes", ())
+        }
+        assert written == {f"{model}/{version}/{file}" for model, version, file in planned}
+
+    save("net/1/weights/model.pt", 1.0)
+    (source / "net" / "1" / "weights" / "config.json").write_text("{}")
+    save("net/2/model.pt", 2.0)
+    save("other/1/model.pt", 3.0)
+    (source / "other" / "1" / "model.pt").write_bytes(b"damaged")
+    check({"net/1": "migrate", "net/2": "migrate", "other/1": "refused"})
+    save("net/3/model.pt", 4.0)
+    check({"net/1": "up_to_date", "net/2": "up_to_date", "net/3": "migrate", "other/1": "refused"})

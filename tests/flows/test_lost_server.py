@@ -26,14 +26,15 @@ SLOW = """
 import time
 from pathlib import Path
 import ptbin
-really = ptbin.stage
+import ptbin.runs.steps
+really = ptbin.runs.steps.stage
 def stage(source, dest, *arguments, progress, **options):
     end = time.monotonic() + 0.3
     while time.monotonic() < end:
         time.sleep(0.02)
         progress(0)
     return really(source, dest, *arguments, progress=progress, **options)
-ptbin.stage = stage
+ptbin.runs.steps.stage = stage
 from flows.cli import main
 main()
 """

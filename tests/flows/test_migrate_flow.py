@@ -19,9 +19,9 @@ import torch
 import ptbin as engine
 from flows.migrate import migrate
 from flows.prefect.orchestrator import Orchestrator
-from flows.run_record import new_run_id
 from flows.verify import verify
 from ptbin.errors import UsageError
+from ptbin.runs.record import new_run_id
 from ptbin.stores import open_store
 from tasks.live import LiveRun, open_live_run
 from tests.servers.endpoint import S3Endpoint

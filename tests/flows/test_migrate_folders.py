@@ -16,11 +16,11 @@ import torch
 from flows.cli.app import run as command
 from flows.migrate import migrate
 from flows.prefect.orchestrator import Orchestrator
-from flows.run_record import new_run_id
 from flows.verify import verify
 from ptbin.registries import Layout
 from ptbin.registries.folders import FolderRegistry
 from ptbin.registries.record import CLAIM
+from ptbin.runs.record import new_run_id
 from ptbin.stores import open_store
 from tasks.live import LiveRun, open_live_run
 from tests.servers.endpoint import S3Endpoint
@@ -68,10 +68,12 @@ def record(dest: Path, model: str = "net") -> dict[str, Any]:
 
 
 def files(dest: Path) -> set[str]:
+    """All but the runs' own: records, leases, the list of what is not converted."""
+    own = {"runs", "leases", "unconverted.jsonl"}
     return {
         path.relative_to(dest).as_posix()
         for path in dest.rglob("*")
-        if path.is_file() and "/_ptbin/runs/" not in path.as_posix() and "leases" not in path.parts
+        if path.is_file() and not ("_ptbin" in path.parts and own.intersection(path.parts))
     }
 
 

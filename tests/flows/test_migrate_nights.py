@@ -13,9 +13,9 @@ import pytest
 
 from flows.cli.app import run as run_command
 from flows.migrate import migrate
-from flows.run_record import new_run_id
 from ptbin.history.failures import acknowledge
 from ptbin.history.records import iter_runs
+from ptbin.runs.record import new_run_id
 from tasks.live import LiveRun, open_live_run
 
 pytestmark = pytest.mark.usefixtures("server")

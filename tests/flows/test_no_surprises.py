@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ import torch
 import ptbin
 from flows.cli import on_prefect
 from flows.cli.app import run as run_command
+from flows.prefect.child import OrchestratorError
 from ptbin.catalog import cases
 from ptbin.catalog.request import RunRequest
 from ptbin.catalog.worklist import WorkList
+from ptbin.runs.outcomes import Outcome
 from ptbin.stores.faults import fault
 from tasks.batches import batch_task
 from tasks.live import LiveRun, Ticket, open_live_run
-from tasks.outcomes import Outcome
 
 Captured = pytest.CaptureFixture[str]
 
@@ -140,7 +143,44 @@ def test_one_tensor_is_a_tensor(tmp_path: Path, capsys: Captured) -> None:
 
 def test_a_shell_s_glob_is_explained(tmp_path: Path, capsys: Captured) -> None:
     assert run_command(["convert", "a.pt", "b.pt", str(tmp_path)]) == 2
-    assert "quote a glob" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "quote a glob" in told
+    assert "--files-from" in told
+    assert run_command(["verify", "a.bin", "b.bin"]) == 2
+    told = capsys.readouterr().err
+    assert "quote a glob" in told
+    assert "--files-from" not in told
+
+
+@pytest.mark.starts_processes
+def test_what_a_store_s_library_logs_is_no_part_of_the_message(tmp_path: Path) -> None:
+    code = (
+        "import logging, sys; from flows.cli import app; from ptbin import inspection\n"
+        "def look(*_, **__): logging.getLogger('gcsfs').error('out of retries'); raise OSError('away')\n"
+        "inspection.inspect = look; import ptbin; ptbin.inspect = look; sys.exit(app.run(sys.argv[1:]))"
+    )
+    for extra, shown in (((), False), (("--log-level", "debug"), True)):
+        words = [sys.executable, "-c", code, "inspect", str(tmp_path / "x.pt"), *extra]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        assert ("out of retries" in done.stderr) == shown
+        assert "away" in done.stderr
+
+
+def test_a_run_that_cannot_begin_leaves_no_empty_folders(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise OrchestratorError("no server")
+
+    monkeypatch.setattr(on_prefect, "_run", away)
+    monkeypatch.setattr("flows.prefect.orchestrator.start_early", lambda: None)
+    (tmp_path / "in").mkdir()
+    torch.save({"w": torch.ones(2)}, tmp_path / "in" / "a.pt")
+    for dest in ("new/out", "there"):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        assert run_command(["convert", str(tmp_path / "in"), str(tmp_path / dest)]) == 2
+    assert "no server" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.pt", "in", "there"]
 
 
 def test_each_problem_is_printed_once(

@@ -18,9 +18,9 @@ from flows.notices import MAX_LISTED_FAILURES, failure_line, state_message
 from flows.prefect.orchestrator import Orchestrator
 from flows.report_link import link_of, served_at
 from flows.report_markdown import render_markdown
-from flows.run_record import new_run_id
-from flows.tally import Entry, Tally
 from ptbin.errors import UsageError
+from ptbin.runs.record import new_run_id
+from ptbin.runs.tally import Entry, Tally
 from tasks.assets import asset_of
 from tasks.live import LiveRun, open_live_run
 from tests.servers.endpoint import S3Endpoint

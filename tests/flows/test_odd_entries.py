@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from flows.convert import convert
-from flows.run_record import new_run_id
 from flows.sync import sync
 from flows.verify import verify
+from ptbin.runs.record import new_run_id
 from tasks.live import Listener, LiveRun, open_live_run
 
 pytestmark = pytest.mark.usefixtures("server")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from flows.report import render_report
+from ptbin.runs.report import render_report
 
 HOSTILE = '<script>window.pwned=1</script>"><img src=x onerror=window.pwned=2>.pt'
 

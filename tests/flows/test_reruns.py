@@ -12,8 +12,8 @@ import pytest
 
 import ptbin
 from flows.convert import convert
-from flows.run_record import new_run_id
 from ptbin import catalog
+from ptbin.runs.record import new_run_id
 from ptbin.stores.s3 import S3Store
 from tasks.live import LiveRun, open_live_run
 from tests.servers.endpoint import S3Endpoint

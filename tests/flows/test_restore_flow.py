@@ -11,8 +11,8 @@ import torch
 
 import ptbin
 from flows.restore import restore
-from flows.run_record import new_run_id
 from ptbin import ConvertOptions
+from ptbin.runs.record import new_run_id
 from ptbin.stores.local import LocalStore
 from tasks.live import LiveRun, open_live_run
 from tests.bits import assert_same_tensors

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.run_record import new_run_id, record_files, sha256sums
-from flows.tally import Tally
 from ptbin.catalog import Job, Problem
-from tasks.outcomes import Converted, Kind, Outcome, StoredFile
+from ptbin.runs.outcomes import Converted, Kind, Outcome, StoredFile
+from ptbin.runs.record import new_run_id, record_files, sha256sums
+from ptbin.runs.tally import Tally
 
 KINDS: list[Kind] = ["converted", "not_a_checkpoint", "rejected", "failed"]
 
@@ -121,6 +121,6 @@ def test_runs_within_one_second_sort_as_they_began(monkeypatch: pytest.MonkeyPat
     for number in range(4):
         moment = first + timedelta(milliseconds=500 * number)
         clock = type("Clock", (), {"now": staticmethod(lambda _zone, moment=moment: moment)})
-        monkeypatch.setattr("flows.run_record.datetime", clock)
+        monkeypatch.setattr("ptbin.runs.record.datetime", clock)
         ids.append(new_run_id())
     assert ids == sorted(ids)

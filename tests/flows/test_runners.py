@@ -29,7 +29,8 @@ SLOW = """
 import os, time
 from pathlib import Path
 import ptbin
-really = ptbin.stage
+import ptbin.runs.steps
+really = ptbin.runs.steps.stage
 def stage(source, dest, *arguments, progress, **options):
     with open(os.environ["PTBIN_TEST_NOTES"], "a") as notes:
         notes.write(f"{os.getpid()} {source}\\n")
@@ -38,7 +39,7 @@ def stage(source, dest, *arguments, progress, **options):
         time.sleep(0.02)
         progress(0)
     return really(source, dest, *arguments, progress=progress, **options)
-ptbin.stage = stage
+ptbin.runs.steps.stage = stage
 """
 COMMAND = "from flows.cli import main\nif __name__ == '__main__':\n    main()\n"
 

@@ -17,10 +17,10 @@ from flows.cli import app
 from flows.cli.app import cli
 from flows.cli.options import ShareType
 from flows.convert import convert
-from flows.run_record import new_run_id
 from flows.sync import sync
 from ptbin.catalog.named import NamedFiles, parse_lines
 from ptbin.errors import UsageError
+from ptbin.runs.record import new_run_id
 from tasks.live import LiveRun, open_live_run
 
 REASONS = {"hostile.pkl": "unsafe_pickle", "truncated.pt": "corrupt_archive"}

@@ -15,8 +15,8 @@ from prefect.states import Completed, Crashed, Failed
 from flows import stages
 from flows.access import Running
 from flows.stages import LOST_TRIES, Stage, Stages, count_of
-from tasks.outcomes import Outcome
-from tasks.retrying import RETRIES
+from ptbin.runs.outcomes import Outcome
+from ptbin.runs.retrying import RETRIES
 
 Do = Callable[[Any], Outcome]
 

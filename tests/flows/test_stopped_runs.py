@@ -13,9 +13,9 @@ import pytest
 from flows import conversion
 from flows.convert import convert
 from flows.prefect.orchestrator import Orchestrator
-from flows.run_record import new_run_id
 from flows.sync import sync
 from ptbin.errors import UsageError
+from ptbin.runs.record import new_run_id
 from ptbin.stores.local import LocalStore
 from tasks.live import Listener, LiveRun, find_live_run, open_live_run
 from tests.fakes import FaultyStore, SlowStore, registered

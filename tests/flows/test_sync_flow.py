@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from flows.prefect.orchestrator import Orchestrator
-from flows.run_record import new_run_id
 from flows.sync import sync
 from ptbin.errors import UsageError
+from ptbin.runs.record import new_run_id
 from ptbin.stores import Store, open_store
 from tasks.live import LiveRun, open_live_run
 from tests.servers.endpoint import S3Endpoint

@@ -22,9 +22,6 @@ from prometheus_client.parser import text_string_to_metric_families as parse_pro
 
 import ptbin
 from flows.cli import app
-from flows.remembering import close_ledger, open_ledger
-from flows.run_record import record_files, record_folder
-from flows.tally import Tally
 from ptbin.catalog.finished import write_segment
 from ptbin.catalog.plan import Plan
 from ptbin.catalog.request import RunRequest
@@ -34,9 +31,12 @@ from ptbin.history.metrics import render_metrics
 from ptbin.history.records import iter_runs
 from ptbin.history.status import Status, last_request, status_of
 from ptbin.options import ConvertOptions
+from ptbin.runs.outcomes import Converted, Outcome, outcome_of_error
+from ptbin.runs.record import record_files, record_folder
+from ptbin.runs.remembering import close_ledger, open_ledger
+from ptbin.runs.tally import Tally
 from ptbin.stores import open_store, place_of
 from ptbin.stores.local import LocalStore
-from tasks.outcomes import Converted, Outcome, outcome_of_error
 from tests.fakes import CountingStore, registered
 from tests.servers.prometheus import MONITORING, prometheus_program
 

@@ -9,13 +9,12 @@ import pytest
 
 import ptbin
 from flows import stages
-from flows.run_record import new_run_id
 from flows.verify import verify
 from ptbin.errors import StorageError
 from ptbin.proof.verification import verify_outputs
-from tasks import checking
+from ptbin.runs.record import new_run_id
+from ptbin.runs.retrying import RETRIES
 from tasks.live import LiveRun, open_live_run
-from tasks.retrying import RETRIES
 
 pytestmark = pytest.mark.usefixtures("server")
 
@@ -63,7 +62,7 @@ def test_a_store_that_recovers_is_asked_again(outputs: Path, monkeypatch: pytest
             raise StorageError("503", transient=True)
         return real(uri, **keywords)
 
-    monkeypatch.setattr(checking, "verify_outputs", flaky)
+    monkeypatch.setattr("ptbin.runs.verifying.verify_outputs", flaky)
     monkeypatch.setattr(stages, "retry_delay", lambda retry: 0.01 * retry)
     state, _ = run(outputs)
     assert state.message == "proven 6, failed 0, outputs without a manifest 0"

@@ -190,6 +190,7 @@ def _glob_oracle(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 _segments = st.text(alphabet="ab.-^", min_size=1, max_size=3)
+_names = _segments.filter(lambda name: not name.startswith("."))  # hidden ones: test_odd_entries.py
 _patterns = st.lists(
     st.sampled_from(
         ["**", "*", "?", "a*", "*b", "[ab]*", "[!a]", "a.b", "a", ".*", "[", "a]", "*.", "+", "(b"]
@@ -200,7 +201,7 @@ _patterns = st.lists(
 )
 
 
-@given(pattern=_patterns, paths=st.lists(st.lists(_segments, min_size=1, max_size=4), max_size=8))
+@given(pattern=_patterns, paths=st.lists(st.lists(_names, min_size=1, max_size=4), max_size=8))
 @example(pattern=["[", "[ab]*"], paths=[["a"], ["[", "a"]])
 @example(pattern=["**", "a"], paths=[["a"], ["ba"], ["b", "a"], ["b", "ba"]])
 @example(pattern=["a", "**", "**", "b"], paths=[["a", "b"], ["a", "a", "b"], ["a"]])

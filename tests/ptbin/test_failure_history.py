@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from flows.cli.app import run
-from flows.tally import Tally
 from ptbin.catalog import Job, Problem
 from ptbin.errors import UsageError, VerificationError
 from ptbin.history.failures import (
@@ -23,8 +22,9 @@ from ptbin.history.failures import (
     written_at,
 )
 from ptbin.history.known import Acknowledgement, read_known
+from ptbin.runs.outcomes import Outcome
+from ptbin.runs.tally import Tally
 from ptbin.stores import Identity
-from tasks.outcomes import Outcome
 
 NOW = datetime(2026, 11, 10, 2, 0, tzinfo=UTC)
 BEFORE = Unconverted(

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-import ptbin
 from ptbin import errors
 from ptbin.catalog import Job
 from ptbin.conversion import Published
 from ptbin.options import ConvertOptions
+from ptbin.runs.outcomes import Outcome, Staged, one_line, outcome_of_error
 from ptbin.stores import Identity
-from tasks import checking, converting, mirroring
+from tasks import converting, mirroring
 from tasks.batches import BatchTask
 from tasks.checking import verify_manifests
 from tasks.converting import convert_batch, verify_batch
@@ -30,7 +30,6 @@ from tasks.live import (
     open_live_run,
 )
 from tasks.mirroring import back_up_batch
-from tasks.outcomes import Outcome, Staged, one_line, outcome_of_error
 
 OPTIONS = ConvertOptions()
 
@@ -86,9 +85,9 @@ def engine(monkeypatch: pytest.MonkeyPatch, behaviour: dict[str, Exception | Non
         }
         return Published(manifest, Identity("etag", "e"))
 
-    monkeypatch.setattr(ptbin, "stage", stage, raising=False)
-    monkeypatch.setattr(ptbin, "publish", publish, raising=False)
-    monkeypatch.setattr(ptbin, "Draft", Draft, raising=False)
+    monkeypatch.setattr("ptbin.runs.steps.stage", stage)
+    monkeypatch.setattr("ptbin.runs.steps.publish", publish)
+    monkeypatch.setattr("ptbin.runs.steps.Draft", Draft)
     return calls
 
 
@@ -231,7 +230,7 @@ def test_one_manifest_that_cannot_be_read_hides_no_other(
             raise KeyError("bug")
         return [], {}
 
-    monkeypatch.setattr(checking, "verify_outputs", verify_outputs)
+    monkeypatch.setattr("ptbin.runs.verifying.verify_outputs", verify_outputs)
     a, b, c = batch_outcomes(verify_manifests, ["a", "b", "c"], {"level": "checksum"})
     assert (a.transient, a.reason) == (True, "storage_error")
     assert (b.transient, b.reason) == (False, "internal_error")

@@ -6,9 +6,10 @@ import pytest
 from prefect.states import Failed
 
 from ptbin.errors import AccessDeniedError, CorruptArchiveError, StorageError
+from ptbin.runs.retrying import JITTER, RETRIES, RETRY_DELAYS, retry_delay
 from tasks.listing import list_manifests, list_orphans, make_plan
 from tasks.recording import write_run_record
-from tasks.retrying import JITTER, RETRIES, RETRY_DELAYS, retry_delay, worth_retrying
+from tasks.retrying import worth_retrying
 
 
 @pytest.mark.parametrize(

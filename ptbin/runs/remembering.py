@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from flows.tally import Tally
 from ptbin.catalog.globs import root_of
 from ptbin.catalog.jobtable import CURRENT, LEFT_ALONE, TO_DO
 from ptbin.catalog.plan import Plan
 from ptbin.history.failures import Unconverted, read_ledger
+from ptbin.runs.tally import Tally
 from ptbin.stores import place_of
 
 __all__ = ["close_ledger", "open_ledger"]

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flows.report_rows import MAX_DETAILED, details_of, history_bars, previous_facts, web_address
-from flows.units import format_nbytes, format_seconds, short_detail
+from ptbin.runs.report_rows import MAX_DETAILED, details_of, history_bars, previous_facts, web_address
+from ptbin.runs.units import format_nbytes, format_seconds, short_detail
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -65,7 +65,7 @@ def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("flows"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("ptbin.runs"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["nbytes"] = format_nbytes

@@ -10,17 +10,18 @@ is new.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ptbin.catalog import Job, Problem, is_rejection
+from ptbin.catalog.worklist import WorkList
 from ptbin.history.failures import Ledger
-from ptbin.sources.companions import is_companion
+from ptbin.runs.outcomes import Converted, Outcome
+from ptbin.sources.companions import companion_of, is_companion
 from ptbin.stores import identity_text
-from tasks.outcomes import Converted, Outcome
 
-__all__ = ["Entry", "Tally"]
+__all__ = ["LISTED", "Entry", "Tally"]
 
 LISTED = 1000
 
@@ -68,6 +69,8 @@ class Tally:
     """Below which storage URI the run's own files lie, where that is not DEST."""
     files: Counter[str] = field(default_factory=Counter)
     """Of DEST's own files: `deleted`, `backed_up`."""
+    deleted: list[str] = field(default_factory=list)
+    """Of a mirror, paths below DEST, the first `LISTED`: nothing else tells of them afterwards."""
     kept: int = 0
     """Outputs that are gone from SOURCE and were not deleted."""
     ledger: Ledger = field(default_factory=Ledger)
@@ -104,6 +107,21 @@ class Tally:
             if self.counts[outcome] < LISTED:
                 self.entries.append(Entry(job.path, job.source_uri, job.source_size, outcome))
             self.counts[outcome] += 1
+
+    def add_untouched(self, work: WorkList) -> None:
+        """What the plan shows to be up to date, and what training leaves next to weights, by its name."""
+        self.add_all(work.iter_current(), "up_to_date")
+        for job in work.iter_left_alone():
+            self.add(
+                job, Outcome(job.path, "left_alone", detail=companion_of(job.path.rpartition("/")[2]) or "")
+            )
+
+    def add_rest(self, work: WorkList, settled: Collection[str]) -> None:
+        """What the run did not come to; `settled` are the paths of what it did."""
+        if len(settled) < work.to_do()[0]:
+            left = (job for job in work.iter_to_do() if job.path not in settled)
+            self.add_all(left, "not_tried")
+        self.add_all(work.iter_to_ask(), "not_tried")  # some, where the asking was cut short
 
     def add_collisions(self, problems: Iterable[Problem]) -> list[Entry]:
         return [
@@ -278,4 +296,5 @@ class Tally:
                 {"source": row.source, "reason": row.reason, "since": row.since}
                 for row in self.ledger.resolved[:LISTED]
             ],
+            **({"deleted_paths": list(self.deleted)} if self.kind == "sync" else {}),
         }

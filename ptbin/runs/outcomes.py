@@ -13,8 +13,8 @@ from ptbin.catalog import Job
 from ptbin.catalog.finished import FinishedRow, row_of
 from ptbin.catalog.jobs import passed_over_as
 from ptbin.errors import CheckpointError, NoSpaceError, OutputCollisionError, PtbinError
+from ptbin.runs.retrying import is_transient
 from ptbin.stores import Identity, identity_text
-from tasks.retrying import is_transient
 
 if TYPE_CHECKING:
     from ptbin.registries import Version

@@ -19,10 +19,11 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from flows.report import render_report
-from flows.tally import Entry, Tally
 from ptbin.errors import UsageError
+from ptbin.installed import is_installed
 from ptbin.manifests.checksums import CHECKSUM_LIST, checksum_line
+from ptbin.runs.report import render_report
+from ptbin.runs.tally import Entry, Tally
 
 __all__ = ["check_run_id", "manifests_by_tensor", "new_run_id", "record_files", "record_folder", "sha256sums"]
 
@@ -74,7 +75,7 @@ def record_files(
 ) -> dict[str, bytes]:
     """Name and content of each file, in the order to write them.
 
-    `facts` are those of `flows.run_history`. In `run.json` the lists come last, however long they are:
+    `facts` are those of `ptbin.runs.facts`. In `run.json` the lists come last, however long they are:
     `ptbin.history.records` reads only what is in front of them. No checksum list
     where nothing was converted: `sha256sum -c` calls an empty one an error.
     """
@@ -105,7 +106,8 @@ def record_files(
     lines = sha256sums(tally.entries, tally.place)
     if lines or manifests_by_tensor(tally.entries):
         files[CHECKSUM_LIST] = lines.encode()
-    files["report.html"] = render_report(record).encode()
+    if is_installed("jinja2"):  # without Prefect it may be missing; the record says as much
+        files["report.html"] = render_report(record).encode()
     files["run.json"] = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
     return files
 

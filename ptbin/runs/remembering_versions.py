@@ -1,8 +1,8 @@
 """What a migration takes over from earlier ones about versions that failed, and what it leaves to later ones.
 
-As `flows.remembering` does for checkpoints: the same files below DEST, the same rules for one row. A version
-is known by its URI in SOURCE, its state by the registry's own revision of it. The two files lie where the
-migration's runs are recorded; they cost two reads and a write.
+As `ptbin.runs.remembering` does for checkpoints: the same files below DEST, the same rules for one row. A
+version is known by its URI in SOURCE, its state by the registry's own revision of it. The two files lie where
+the migration's runs are recorded; they cost two reads and a write.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flows.tally import Tally
 from ptbin.history.failures import Unconverted, read_ledger
 from ptbin.registries import Migration, Version, wanted_names
+from ptbin.runs.tally import Tally
 from ptbin.stores import place_of
 
 __all__ = ["VersionMemory", "state_of"]

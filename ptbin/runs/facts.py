@@ -10,14 +10,14 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from flows.tally import Tally
 from ptbin.catalog.globs import root_of
 from ptbin.errors import PtbinError
 from ptbin.history.records import RecordedRun, iter_runs
+from ptbin.runs.tally import Tally
 from ptbin.stores import open_store, public_uri
 from ptbin.version import __version__
 
-__all__ = ["KEPT_RUNS", "facts_of_run", "run_url"]
+__all__ = ["KEPT_RUNS", "facts_of_run"]
 
 KEPT_RUNS = 30
 LOOKED_AT = 10
@@ -48,19 +48,6 @@ def facts_of_run(
         "previous_run": previous.run_id if previous is not None else None,
         "history": history,
     }
-
-
-def run_url() -> str | None:
-    """The page of this thread's flow run; None on a server that ends with it, and where no UI is known."""
-    from prefect.context import FlowRunContext
-    from prefect.utilities.urls import url_for
-
-    from flows.prefect import orchestrator
-
-    context = FlowRunContext.get()
-    if context is None or context.flow_run is None or orchestrator.is_embedded():
-        return None
-    return url_for("flow-run", context.flow_run.id)
 
 
 def _previous(tally: Tally, dest_options: Mapping[str, Any] | None) -> RecordedRun | None:

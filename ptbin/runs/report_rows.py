@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
-from flows.units import format_nbytes, format_seconds
+from ptbin.runs.units import format_nbytes, format_seconds
 
 __all__ = ["MAX_DETAILED", "details_of", "history_bars", "previous_facts", "web_address"]
 

@@ -1,0 +1,90 @@
+"""How a run ends: its record is written into DEST, and its summary says so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ptbin.catalog import Problem
+from ptbin.errors import StorageError
+from ptbin.manifests.checksums import CHECKSUM_LIST, tensor_lines
+from ptbin.options import ConvertOptions
+from ptbin.runs.facts import facts_of_run
+from ptbin.runs.outcomes import one_line
+from ptbin.runs.record import manifests_by_tensor, record_files, record_folder
+from ptbin.runs.tally import Tally
+from ptbin.stores import place_of
+
+__all__ = ["RecordWriter", "end_run", "write_record_files"]
+
+RecordWriter = Callable[[str, Mapping[str, bytes], str, Sequence[str]], None]
+
+
+def end_run(
+    tally: Tally,
+    options: ConvertOptions,
+    *,
+    began: float,
+    selection: Mapping[str, Any] | None,
+    source_options: Mapping[str, Any],
+    dest_options: Mapping[str, Any],
+    write: RecordWriter | None = None,
+    **prefect: str | None,
+) -> dict[str, Any]:
+    """Write the run record; the summary, with `message`, `record` (its folder; empty: it was not written).
+
+    Args:
+        began: when the run did, by `time.monotonic`.
+        write: stores the files of the record; left out, `write_record_files`.
+        prefect: the run's id and page there (`flow_run_id`, `prefect_url`).
+    """
+    seconds = time.monotonic() - began
+    summary = tally.summary(seconds)
+    folder = record_folder(tally.place, tally.run_id)
+    sides = {"source_options": source_options, "dest_options": dest_options}
+    files = record_files(
+        tally,
+        summary,
+        options=options.to_json() | {"verify": options.verify},
+        flow_run_id=prefect.get("flow_run_id"),
+        selection=selection,
+        facts=facts_of_run(tally, prefect_url=prefect.get("prefect_url"), **sides),
+    )
+    by_tensor = manifests_by_tensor(tally.entries)
+    try:
+        if write is not None:
+            write(folder, files, tally.place, by_tensor)
+        else:
+            write_record_files(folder, files, tally.place, by_tensor, dest_options)
+    except StorageError as error:
+        # What was converted stays converted: a rerun finds it by its manifests, not by this record.
+        tally.run_problems.append(Problem(folder, error.reason, one_line(f"run record: {error}")))
+        summary = tally.summary(seconds)
+        folder = ""
+    return summary | {
+        "message": tally.message(),
+        "record": folder,
+        "report": f"{folder}/report.html" if folder and "report.html" in files else "",
+        "succeeded": tally.succeeded,
+        "interrupted": tally.interrupted,
+    }
+
+
+def write_record_files(
+    folder_uri: str,
+    files: Mapping[str, bytes],
+    dest: str,
+    by_tensor: Sequence[str],
+    dest_options: Mapping[str, Any] | None,
+) -> None:
+    """Write each file whole, in order; `run.json` comes last, so its presence means the others are there.
+
+    `by_tensor`: manifests below `dest` of outputs without a SHA-256 of their own; the checksum list names
+    their tensors'.
+    """
+    folder = place_of(folder_uri, dest_options)
+    for name, data in files.items():
+        if name == CHECKSUM_LIST and by_tensor:
+            data += tensor_lines(by_tensor, dest, dest_options=dest_options).encode()
+        (folder / name).write_bytes(data)

@@ -1,0 +1,61 @@
+"""The steps of one job, with every end an `Outcome`: what tasks and threads do alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ptbin.catalog.jobs import Job
+from ptbin.conversion import publish, stage
+from ptbin.errors import CheckpointError
+from ptbin.manifests.draft import Draft
+from ptbin.manifests.manifest import manifest_uri
+from ptbin.options import ConvertOptions
+from ptbin.runs.outcomes import Converted, Outcome, outcome_of_job
+
+__all__ = ["publish_job", "stage_job"]
+
+
+def stage_job(
+    job: Job,
+    options: ConvertOptions,
+    *,
+    run_id: str,
+    progress: Callable[[int], None],
+    source_options: Mapping[str, Any] | None,
+    dest_options: Mapping[str, Any] | None,
+) -> Outcome:
+    """Write the output of a job: `staged` where it was written. Raises what is not the checkpoint's fault."""
+    try:
+        draft = stage(
+            job.source_uri,
+            job.dest_uri,
+            options,
+            source_options=source_options,
+            dest_options=dest_options,
+            run_id=run_id,
+            progress=progress,
+            standing=job.standing,
+        )
+    except CheckpointError as error:
+        return outcome_of_job(job, error)
+    return Outcome(job.path, "staged", draft=draft.to_json())
+
+
+def publish_job(
+    job: Job,
+    draft: str,
+    *,
+    progress: Callable[[int], None],
+    source_options: Mapping[str, Any] | None,
+    dest_options: Mapping[str, Any] | None,
+) -> Outcome:
+    """Prove what was written and write the manifest: `converted`. Raises as `ptbin.publish`."""
+    published = publish(
+        Draft.from_json(draft),
+        source_options=source_options,
+        dest_options=dest_options,
+        progress=progress,
+    )
+    converted = Converted.from_manifest(published.manifest, manifest_uri(job.dest_uri), published.identity)
+    return Outcome(job.path, "converted", converted=converted)
