@@ -18,7 +18,7 @@ import torch
 
 from flows.convert import convert
 from flows.prefect.orchestrator import Orchestrator
-from flows.run_record import new_run_id
+from ptbin.runs.record import new_run_id
 from tasks.live import LiveRun, open_live_run
 from tests.servers.dask_cluster import DaskCluster, dask_cluster
 
