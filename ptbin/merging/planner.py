@@ -12,7 +12,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ptbin.errors import CorruptArchiveError, IncompleteCheckpointError, OutputCollisionError, UsageError
+from ptbin.errors import (
+    CheckpointError,
+    CorruptArchiveError,
+    IncompleteCheckpointError,
+    OutputCollisionError,
+    UsageError,
+)
 from ptbin.merging.coverage import prove_used
 from ptbin.merging.recipes import Recipe, Rule, Step, evaluate
 from ptbin.merging.views import View, concatenated, leaf, stacked, view_of
@@ -21,6 +27,8 @@ from ptbin.values.tensors import Storage, TensorRef
 __all__ = ["Planned", "plan_recipe"]
 
 MAX_UNSTACKED = 1 << 16
+MAX_DIGITS = 9
+"""Of a number in a tensor's name that a rule counts by."""
 
 
 @dataclass(slots=True)
@@ -76,17 +84,20 @@ class _Plan:
         made: list[tuple[int, str, TensorRef, tuple[str, ...]]] = []
         order = {name: index for index, name in enumerate(self.tensors)}
         claimed: set[str] = set()
-        for rule in self.recipe.rules:
-            for groups, sources in self._matches(rule):
-                names = tuple(name for stack in sources for name in stack)
-                claimed.update(names)
-                if rule.to is None:
-                    found.left_out.extend((name, rule.role) for name in names)
-                    continue
-                for name, tensor in self._outputs(rule, groups, sources):
-                    made.append((order[names[0]], name, tensor, names))
-                    if len(names) == 1 and not rule.steps and not rule.stack:
-                        found.renamed.add(name)
+        for number, rule in enumerate(self.recipe.rules):
+            try:
+                for groups, sources in self._matches(rule):
+                    names = tuple(name for stack in sources for name in stack)
+                    claimed.update(names)
+                    if rule.to is None:
+                        found.left_out.extend((name, rule.role) for name in names)
+                        continue
+                    for name, tensor in self._outputs(rule, groups, sources):
+                        made.append((order[names[0]], name, tensor, names))
+                        if len(names) == 1 and not rule.steps and not rule.stack:
+                            found.renamed.add(name)
+            except (UsageError, CheckpointError) as error:
+                raise type(error)(f"{error} (tensors {number}, from {rule.sources[0][:80]!r})") from error
         for name, views in self.used.items():
             prove_used(self._what(name), self.tensors[name].numel, views)
         if not claimed:
@@ -125,7 +136,7 @@ class _Plan:
                 if rule.stack:  # the number of a named group names the same
                     groups.pop(str(pattern.groupindex.get(rule.stack, 0)), None)
                 stacks = found.setdefault(tuple(sorted(groups.items())), [{} for _ in rule.sources])
-                if not index.isdecimal():
+                if not index.isdecimal() or len(index) > MAX_DIGITS:
                     raise UsageError(f"recipe: {rule.stack!r} of {source!r} is {index!r}, not a number")
                 if stacks[number].setdefault(int(index), name) != name:
                     raise UsageError(f"{self.uri}: {stacks[number][int(index)]!r} and {name!r} match alike")
@@ -295,7 +306,7 @@ class _Plan:
                 raise UsageError(f"recipe {self.recipe.name!r}: {template!r} names no group {match[1]!r}")
             if match[2] is None:
                 return groups[match[1]]
-            if not groups[match[1]].isdecimal():
+            if not groups[match[1]].isdecimal() or len(groups[match[1]]) > MAX_DIGITS:
                 raise UsageError(
                     f"recipe {self.recipe.name!r}: {template!r}: {groups[match[1]]!r} is no number"
                 )

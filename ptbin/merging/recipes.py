@@ -26,6 +26,7 @@ __all__ = ["Expression", "Merge", "Recipe", "Rule", "Step", "evaluate", "parse_r
 MAX_TEXT = 1 << 20
 MAX_RULES = 10_000
 MAX_VALUE = 1 << 48
+MAX_EXPRESSION = 1000
 
 Expression = int | str
 """A whole number, or arithmetic (`+ - * /`) over the names of values."""
@@ -110,12 +111,20 @@ def evaluate(expression: Expression, values: Mapping[str, int]) -> int:
         UsageError: no such value, a division with a rest, anything but arithmetic.
     """
     if type(expression) is int:
-        return expression
-    try:
-        tree = ast.parse(str(expression), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError) as error:
-        raise UsageError(f"recipe: {expression!r} is not arithmetic") from error
-    return _evaluate(tree, str(expression), values)
+        found = expression
+    else:
+        text = str(expression)
+        if len(text) > MAX_EXPRESSION:
+            raise UsageError(f"recipe: {text[:40]!r}... has {len(text)} characters, at most {MAX_EXPRESSION}")
+        try:
+            found = _evaluate(ast.parse(text, mode="eval").body, text, values)
+        except UsageError:
+            raise
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise UsageError(f"recipe: {text[:200]!r} is not arithmetic") from error
+    if abs(found) > MAX_VALUE:
+        raise UsageError(f"recipe: {str(expression)[:40]} is more than {MAX_VALUE}")
+    return found
 
 
 def _evaluate(node: ast.expr, text: str, values: Mapping[str, int]) -> int:
@@ -230,13 +239,16 @@ def _rule(row: _Row) -> Rule:
     if not isinstance(sources, list) or not sources:
         raise UsageError(f"{row.what}: `from` is neither a regular expression nor a list of them")
     to = row.take("to")
-    if to is not None and not isinstance(to, str):
+    if to == "" or not (to is None or isinstance(to, str)):
         raise UsageError(f"{row.what}: `to` is not a name")
     concat, stack = row.take("concat", 0), row.take("stack", "")
     if type(concat) is not int or not 0 <= concat < 64 or not isinstance(stack, str):
         raise UsageError(f"{row.what}: `concat` is not an axis, or `stack` is not the name of a group")
+    patterns = tuple(row.pattern(source) for source in sources)
+    if stack and not all(_has_group(pattern, stack) for pattern in patterns):
+        raise UsageError(f"{row.what}: `stack` {stack[:80]!r} is not a group of each `from`")
     rule = Rule(
-        tuple(row.pattern(source) for source in sources),
+        patterns,
         to,
         tuple(_step(item, row.what) for item in row.items("steps")),
         concat,
@@ -244,6 +256,11 @@ def _rule(row: _Row) -> Rule:
     )
     row.finish()
     return rule
+
+
+def _has_group(pattern: str, group: str) -> bool:
+    found = re.compile(pattern)
+    return group in found.groupindex or (group.isdecimal() and 0 < int(group[:9]) <= found.groups)
 
 
 def _step(item: Any, what: str) -> Step:

@@ -14,7 +14,7 @@ manager, fairseq's checkpoint_utils.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from ptbin.sources.companions import companion_of
@@ -187,9 +187,9 @@ def _by(
     return groups
 
 
-def _missing(numbers: Collection[int], first: int, count: int) -> str:
-    """Which of `count` numbers from `first` on are not there."""
-    missing = [str(n) for n in range(first, first + min(count, MAX_COUNTED)) if n not in numbers]
+def _missing(numbers: Collection[int], first: int, count: int, name_of: Callable[[int], str] = str) -> str:
+    """The names of those of `count` numbers from `first` on that are not there."""
+    missing = [name_of(n) for n in range(first, first + min(count, MAX_COUNTED)) if n not in numbers]
     return f"; not there: {_listed(missing)}" if missing else ""
 
 
@@ -199,7 +199,7 @@ def _of_meta(names: Sequence[str], known: Collection[str]) -> list[Parts]:
         numbers = {int(match["n"]) for match in group.values()}
         if len(numbers) > 1 or max(numbers) > 0:
             count = max(numbers) + 1
-            missing = _missing(numbers, 0, count)
+            missing = _missing(numbers, 0, count, "consolidated.{:02d}.pth".format)
             way_out = "fetch the rest" if missing else "convert the folder, which takes all of them"
             beside = (META_PARAMETERS,) if META_PARAMETERS in known else ()
             found.append(

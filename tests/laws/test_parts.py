@@ -20,9 +20,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import ptbin
 from ptbin.errors import PtbinError
+from tests.checkpoints.cut_ranks import cut_ranks
 from tests.checkpoints.deepspeed_slices import (
     rank_model,
     write_layers,
@@ -31,7 +33,10 @@ from tests.checkpoints.deepspeed_slices import (
     write_zero_ranks,
 )
 from tests.checkpoints.deepspeed_zero import by_hand
+from tests.checkpoints.hf_shards import write_shards
 from tests.checkpoints.llama import write_meta_parts
+from tests.checkpoints.megatron_files import Grid, Model, whole
+from tests.checkpoints.megatron_files import write_ranks as write_megatron
 from tests.checkpoints.parts import write_experts
 from tests.laws.law import SOUND_REASONS, Holdings
 
@@ -51,6 +56,29 @@ def _layers(folder: Path) -> None:
     write_layers(folder, layers, 1, optimizer={"state": {}, "param_groups": groups})
 
 
+def _rank_files(folder: Path) -> None:
+    """HSDP, FSDP over tensor parallelism, uneven and empty pieces, a buffer that all ranks have."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    tensors: dict[str, tuple[torch.Tensor, list[Any]]] = {
+        "hsdp.weight": (torch.randn(3, 2), [Replicate(), Shard(0)]),
+        "both.weight": (torch.randn(9, 2), [_StridedShard(0, split_factor=2), Shard(0)]),
+        "columns.weight": (torch.randn(2, 5), [Shard(1), Replicate()]),
+        "one.bias": (torch.randn(1), [Shard(0), Shard(0)]),
+    }
+    cut_ranks(folder, (2, 2), tensors, steps=torch.arange(3))
+
+
+def _megatron(folder: Path) -> None:
+    model = Model(layers=2, experts=2, kind="grouped", tied=True)
+    write_megatron(folder, model, whole(model), Grid(2, 2, expert=2, expert_tensor=1, counts=(1, 1)))
+
+
+def _shards(folder: Path) -> None:
+    write_shards(folder, {"norm.weight": torch.randn(5), "up.weight": torch.randn(7, 5)}, 3)
+
+
 KINDS: dict[str, Callable[[Path], Any]] = {
     "zero 2": lambda folder: _zero(folder, 2),
     "zero 3": lambda folder: _zero(folder, 3),
@@ -60,6 +88,9 @@ KINDS: dict[str, Callable[[Path], Any]] = {
     "experts": write_experts,
     "universal": lambda folder: write_universal(folder, stage=1),
     "meta": lambda folder: write_meta_parts(folder, 2),
+    "rank files": _rank_files,
+    "megatron": _megatron,
+    "hugging face shards": _shards,
 }
 """Name to what writes one checkpoint below a folder."""
 
@@ -84,6 +115,10 @@ def _is_unopened(path: Path, kind: str) -> bool:
     return path.name in ("exp_avg.pt", "exp_avg_sq.pt", "optimizer_state.pt")
 
 
+def _content(path: Path) -> Any:
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=False)
+
+
 @settings(
     deadline=None,
     max_examples=EXAMPLES or 60,
@@ -103,12 +138,12 @@ def test_every_byte_of_every_part_is_taken_or_named_or_stops_it(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "run"
         KINDS[kind](folder)
-        files = sorted(path for path in folder.rglob("*.pt*") if path.is_file())
+        files = sorted(path for path in folder.rglob("*") if path.suffix in (".pt", ".pth", ".safetensors"))
         opened = [path for path in files if not _is_unopened(path, kind)]
         if extra:
             path = random.Random(seed).choice(opened)
-            content = torch.load(path, weights_only=False)
-            if isinstance(content, dict):
+            content = _content(path)
+            if isinstance(content, dict) and path.suffix != ".safetensors":
                 torch.save({**content, key: EXTRAS[extra]()}, path)
         source = next(iter(folder.glob("global_step*")), folder)
         try:
@@ -118,7 +153,7 @@ def test_every_byte_of_every_part_is_taken_or_named_or_stops_it(
                 raise
             event(f"{kind}: {error.reason}")
             return
-        held = sum(Holdings.of(torch.load(path, weights_only=False)).nbytes for path in opened)
+        held = sum(Holdings.of(_content(path)).nbytes for path in opened)
         unread = sum(path.stat().st_size for path in files if path not in opened)
         accounting = manifest["accounting"]
         assert accounting["source_tensor_bytes"] == held + unread

@@ -16,9 +16,8 @@ import ptbin
 from ptbin import ConvertOptions, catalog
 from ptbin.errors import CorruptArchiveError, IncompleteCheckpointError
 from tests.bits import assert_same_tensors
+from tests.checkpoints.hf_shards import NAME, write_shards
 from tests.checkpoints.rank_files import full_tensors, make_rank_files
-
-NAME = "shard-{:05d}-model-00001-of-00001.safetensors"
 
 
 def model(rows: int = 12) -> dict[str, torch.Tensor]:
@@ -30,22 +29,6 @@ def model(rows: int = 12) -> dict[str, torch.Tensor]:
         "down.weight": torch.randn(rows, 24, generator=g),
         "short": torch.randn(3, 2, generator=g),
     }
-
-
-def write_shards(folder: Path, whole: dict[str, torch.Tensor], ranks: int) -> Path:
-    """As `HuggingFaceStorageWriter(save_distributed=True)` does for FSDP: cut as `torch.chunk` cuts."""
-    folder.mkdir(parents=True)
-    for rank in range(ranks):
-        held, told = {}, {}
-        for name, tensor in whole.items():
-            pieces = tensor.chunk(ranks)
-            if rank < len(pieces):
-                held[name] = pieces[rank].clone()
-                start = sum(len(piece) for piece in pieces[:rank])
-                told[name] = {"saved_offsets": [start] + [0] * (tensor.dim() - 1)}
-        metadata = {"DCP_SHARDING_INFO": json.dumps(told), "DCP_VERSION": "1.0", "format": "pt"}
-        save_file(held, folder / NAME.format(rank + 1), metadata)
-    return folder
 
 
 def consolidated(folder: Path, out: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -87,7 +87,8 @@ def test_naming_the_folder_says_the_same(tmp_path: Path, name: str) -> None:
     assert catalog.find_one(str(tmp_path / "run")).size > 0
     with pytest.raises(IncompleteCheckpointError):
         ptbin.inspect(str(tmp_path / "run"))
-    if "pipeline" in name:  # whole, if somebody says that no layer is missing
+    if name.startswith("deepspeed pipeline"):
+        # nothing counts their layers: the caller says that these are all
         ptbin.convert(str(tmp_path / "run"), str(tmp_path / "x.bin"), PARTS)
         return
     # Which of the parts?

@@ -9,14 +9,12 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +31,7 @@ from ptbin.reading.pickle import meshes
 from ptbin.reading.pickle.placements import Placement, Reading, runs_of
 from ptbin.reading.pickle.torch_objects import TorchVocabulary
 from tests.bits import assert_same_tensors
+from tests.checkpoints.cut_ranks import as_rank, cut_ranks
 from tests.checkpoints.meshes import make_meshes
 from tests.checkpoints.old_meshes import OLD_TORCHES, Cut, save_as_old_torch
 from tests.servers.endpoint import S3Endpoint
@@ -47,41 +46,6 @@ WORLD = 4
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four real ranks."""
     return make_meshes(tmp_path_factory.mktemp("meshes"), WORLD)
-
-
-@contextmanager
-def _as_rank(rank: int, world: int) -> Iterator[None]:
-    """A process group whose other ranks are only claimed: cutting tensors needs no word of theirs."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def _cut(
-    folder: Path,
-    grid: tuple[int, ...],
-    tensors: dict[str, tuple[torch.Tensor, list[Any]]],
-    name: str = "model_world_size_{world}_rank_{rank}.pt",
-    **beside: Any,
-) -> Path:
-    """Every rank's file of tensors that are placed so on a mesh of `grid`."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_tensor
-
-    folder.mkdir(exist_ok=True, parents=True)
-    world = torch.Size(grid).numel()
-    for rank in range(world):
-        with _as_rank(rank, world):
-            mesh = init_device_mesh("cpu", grid)
-            state = {
-                k: distribute_tensor(v, mesh, how, src_data_rank=None) for k, (v, how) in tensors.items()
-            }
-            torch.save({**state, **beside}, folder / name.format(world=world, rank=rank))
-    return folder
 
 
 def _converted(source: Path, tmp_path: Path, **options: Any) -> dict[str, torch.Tensor]:
@@ -128,7 +92,7 @@ def test_sixty_four_ranks_of_three_mesh_dimensions(tmp_path: Path) -> None:
         "b": (torch.randn(5, 70), [Shard(1), Replicate(), Shard(0)]),
         "c": (torch.randn(3, 17, 9), [Shard(2), Shard(1), Shard(0)]),
     }
-    folder = _cut(tmp_path / "ranks", (4, 4, 4), tensors)
+    folder = cut_ranks(tmp_path / "ranks", (4, 4, 4), tensors)
     assert_same_tensors(_converted(folder, tmp_path), {k: v for k, (v, _) in tensors.items()})
 
 
@@ -136,7 +100,7 @@ def test_what_all_ranks_share_is_worked_out_once(tmp_path: Path, monkeypatch: py
     """Planning 405B in 64 files took three times as long while each tensor asked anew."""
     from torch.distributed.tensor import Shard
 
-    folder = _cut(tmp_path / "ranks", (4,), {f"t{i}": (torch.ones(8, 2), [Shard(0)]) for i in range(40)})
+    folder = cut_ranks(tmp_path / "ranks", (4,), {f"t{i}": (torch.ones(8, 2), [Shard(0)]) for i in range(40)})
     counts = {"grids": 0, "tables": 0}
     grid_of, made_table = meshes.grid_of, TorchVocabulary._made_table
 
@@ -173,7 +137,7 @@ def test_any_tensor_cut_by_any_mesh_comes_together_again(
         how = [*(Replicate() for _ in grid[2:]), _StridedShard(dim, split_factor=grid[-1]), Shard(dim)]
     value = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
     folder = tmp_path_factory.mktemp("cut")
-    _cut(folder / "ranks", grid, {"w": (value, how)})
+    cut_ranks(folder / "ranks", grid, {"w": (value, how)})
     assert_same_tensors(_converted(folder / "ranks", folder), {"w": value})
 
 
@@ -215,7 +179,7 @@ def test_strided_cuts_that_their_sizes_do_not_tell_apart_are_told_by_the_spec(
         for n in (2, 1, 0) if is_order else (0, 1, 2):
             how = Shard(0) if is_order else strided[n]
             piece = how._split_tensor(piece, grid[n], with_padding=False)[0][at[n]]
-        with _as_rank(rank, 12):
+        with as_rank(rank, 12):
             mesh = init_device_mesh("cpu", grid)
             placed = DTensor.from_local(piece.clone(), mesh, strided, shape=whole.shape, stride=(1,))
             placed._spec.use_strided_shard_as_shard_order = is_order
@@ -280,7 +244,7 @@ def test_tied_tensors_stay_tied(tmp_path: Path) -> None:
 
     weight = torch.randn(8, 2)
     for rank in range(2):
-        with _as_rank(rank, 2):
+        with as_rank(rank, 2):
             piece = distribute_tensor(weight, init_device_mesh("cpu", (2,)), [Shard(0)], src_data_rank=None)
             torch.save({"embed": piece, "head": piece}, tmp_path / f"rank{rank}.pt")
     whole = _converted(tmp_path, tmp_path)
@@ -292,7 +256,7 @@ def test_the_model_is_taken_out_of_a_trainers_state(tmp_path: Path) -> None:
     from torch.distributed.tensor import Shard
 
     tensors = {"w.weight": (torch.randn(6, 2), [Shard(0)])}
-    _cut(tmp_path / "a", (2,), tensors)
+    cut_ranks(tmp_path / "a", (2,), tensors)
     (tmp_path / "in").mkdir()
     for rank in range(2):
         state = torch.load(tmp_path / "a" / f"model_world_size_2_rank_{rank}.pt", weights_only=False)
@@ -339,7 +303,7 @@ def test_layout_hf_takes_the_folder_of_configuration_along(made: Path, tmp_path:
 def test_mappings_that_hold_one_another_are_looked_into_once(tmp_path: Path) -> None:
     from torch.distributed.tensor import Shard
 
-    folder = _cut(tmp_path / "in", (2,), {"w": (torch.arange(6.0), [Shard(0)])})
+    folder = cut_ranks(tmp_path / "in", (2,), {"w": (torch.arange(6.0), [Shard(0)])})
     for path in folder.iterdir():
         state = torch.load(path, weights_only=False)
         state |= {f"k{n}": state for n in range(40)}
@@ -372,7 +336,7 @@ def test_transformers_computes_the_same_from_the_merged_folder(tmp_path: Path, k
         name: (value, [Shard(0), Shard(value.dim() - 1) if value.dim() > 1 else Replicate()])
         for name, value in model.state_dict().items()
     }
-    folder = _cut(tmp_path / "ranks", (4, 2), tensors)
+    folder = cut_ranks(tmp_path / "ranks", (4, 2), tensors)
     model.config.save_pretrained(folder / "huggingface")
     dest = tmp_path / "hub" / "model.safetensors"
     ptbin.convert(
@@ -469,7 +433,7 @@ def test_replicas_of_a_piece_must_be_equal(made: Path, tmp_path: Path) -> None:
         with torch.no_grad():
             state["w"].to_local()[0, 0] += 1
 
-    with _as_rank(3, 4):
+    with as_rank(3, 4):
         _edit(tmp_path / "in" / "model_world_size_4_rank_3.pt", change)
     with pytest.raises(
         IncompleteCheckpointError, match=r"'w' should be the same in .*rank_1.pt and .*rank_3.pt"

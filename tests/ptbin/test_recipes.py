@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import ptbin
 from flows.cli.app import cli
@@ -19,12 +22,14 @@ from ptbin.errors import (
     IncompleteCheckpointError,
     ModelMismatchError,
     OutputCollisionError,
+    PtbinError,
     UsageError,
 )
 from ptbin.merging.planner import plan_recipe
+from ptbin.merging.recipes import parse_recipe
 from ptbin.merging.shipped import SHIPPED, find_recipe
 from ptbin.values.dtypes import dtype_by_name
-from ptbin.values.tensors import ByteRange, Joined, Storage, TensorRef
+from ptbin.values.tensors import ByteRange, Joined, Storage, TensorRef, dense_strides
 from tests.bits import assert_same_tensors
 from tests.checkpoints.llama import HEAD, HEADS, KEY_HEADS, LAYERS, VOCABULARY, WIDTH, write_meta_parts
 
@@ -121,7 +126,7 @@ DAMAGED = {"norms": "norm.weight", "shape": "output.weight", "key heads": "layer
     ("damage", "reason", "names"),
     [
         ("one", "incomplete_checkpoint", "consolidated.01.pth"),
-        ("gap", "incomplete_checkpoint", "not there: 1"),
+        ("gap", "incomplete_checkpoint", "not there: consolidated.01.pth"),
         ("truncated", "corrupt_archive", "consolidated.01.pth"),
         ("norms", "incomplete_checkpoint", "norm.weight"),
         ("shape", "incomplete_checkpoint", "not of one save"),
@@ -280,12 +285,80 @@ def test_a_recipe_that_would_lose_or_double_something_is_refused(
         ("{}", "neither `merge` nor `tensors`"),
         ('{"values": [], "merge": [{"names": "a", "how": "rows"}]}', "values"),
         ('{"like": "no-such"}', "`like` 'no-such' is not one of"),
+        ('{"tensors": [{"from": "a", "to": "x"}, {"from": "b", "to": ""}]}', "tensors 1: `to` is not a name"),
+        ('{"tensors": [{"from": "a", "to": "x", "concat": -1}]}', "tensors 0: `concat` is not an axis"),
+        ('{"tensors": [{"from": "a(.)", "to": "x", "stack": "e"}]}', "`stack` 'e' is not a group"),
+        ('{"tensors": [{"from": "a", "to": "x", "steps": [{"order": [0, -1]}]}]}', "names no axis"),
+        ('{"tensors": [{"from": "a", "to": "x"}],\n "others": "keep",}', "line 2"),
         ('{"tensors": [{"from": "a", "to": "x", "steps": [{"cut": [0, 3]}]}]}', "the name of a value"),
     ],
 )
 def test_a_recipe_that_is_none_is_a_wrong_call(text: str, why: str) -> None:
     with pytest.raises(UsageError, match=why):
         ConvertOptions(recipe=text)
+
+
+RULE: dict[str, Any] = {"from": r"a\.(qkv)", "to": "x.{1}"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "why"),
+    [
+        ({"steps": [{"order": [1, 0, 2]}]}, r"order \[1, 0, 2\] of 2 axes \(tensors 1, from"),
+        ({"steps": [{"split": [5, [2, -1]]}]}, r"of a shape \[12, 4\] \(tensors 1"),
+        ({"steps": [{"split": [0, [10**30, -1]]}]}, "is more than"),
+        ({"steps": [{"take": [0, 6, 10**12]}]}, "from 6 on of an axis of 12"),
+        ({"steps": [{"take": [0, 0, "1" + "+1" * 480]}]}, r"tensors 1"),
+        ({"steps": [{"take": [0, 0, "1" + "+1" * 4000]}]}, "at most 1000"),
+        ({"steps": [{"flatten": [1, 0]}]}, r"flatten from 1 to 0 \(tensors 1"),
+        ({"steps": [{"unstack": [0, ""]}]}, "unstacked into a named group"),
+        ({"to": "x.{2}"}, r"names no group '2' \(tensors 1"),
+        ({"to": "x.{1 - 3}"}, r"'qkv' is no number \(tensors 1"),
+        ({"from": [r"a\.qkv", "norm"]}, r"puts 'a.qkv' .* together \(tensors 1"),
+    ],
+)
+def test_a_rule_that_does_not_fit_is_named(
+    source: Path, tmp_path: Path, rule: dict[str, Any], why: str
+) -> None:
+    recipe = _recipe({"from": "norm", "to": "n"}, {**RULE, **rule}, others="keep")
+    with pytest.raises(CheckpointError, match=why):
+        _converted(source, tmp_path / "x.bin", recipe)
+    report = ptbin.inspect(str(source), options=ConvertOptions(recipe=recipe))
+    assert report["reason"] == "model_mismatch"
+
+
+_JUNK = st.one_of(
+    st.none(),
+    st.integers(-2, 10**20),
+    st.sampled_from(["", "(", "a.qkv", "{1}", "heads", "1/0", "rows", "9" * 5000]),
+    st.lists(st.integers(-1, 4), max_size=3),
+    st.dictionaries(st.sampled_from(["split", "take", "order", "cut", "unstack", "to"]), st.integers(0, 3)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    at=st.sampled_from(
+        ["from", "to", "steps", "concat", "stack", "values", "others", "merge", "tensors", "x"]
+    ),
+    junk=_JUNK,
+    step=st.sampled_from(["split", "take", "order", "cut", "unstack", "flatten"]),
+    arguments=st.lists(_JUNK, max_size=3),
+)
+def test_no_wrong_recipe_ends_otherwise_than_in_an_error_of_its_own(
+    at: str, junk: Any, step: str, arguments: list[Any]
+) -> None:
+    float32 = dtype_by_name("float32")
+    assert float32 is not None
+    tensors = {
+        name: TensorRef(Storage(name, 4 * n, ByteRange(0, 4 * n)), float32, shape, dense_strides(shape))
+        for name, shape, n in (("a.qkv", (12, 4), 48), ("norm", (3,), 3))
+    }
+    rule: dict[str, Any] = {**RULE, "steps": [{step: arguments}]}
+    recipe: dict[str, Any] = {"tensors": [rule], "values": {"heads": 2}, "others": "keep"}
+    (rule if at in ("from", "to", "steps", "concat", "stack") else recipe)[at] = junk
+    with contextlib.suppress(PtbinError):
+        plan_recipe(parse_recipe(json.dumps(recipe)), tensors, {}, "somewhere")
 
 
 def test_arithmetic_of_a_recipe_is_only_arithmetic(source: Path, tmp_path: Path) -> None:

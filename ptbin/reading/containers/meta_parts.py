@@ -57,6 +57,7 @@ def read_meta_parts(folder: Folder) -> Checkpoint:
         facts.setdefault("dim", norm[0].tensor.shape[0])
     if "n_heads" in facts:
         facts.setdefault("n_kv_heads", facts["n_heads"])
+    _refuse_missing(files, found, facts, names)
     whole = {}
     for key, parts in found.items():
         if len(parts) != len(names):
@@ -67,6 +68,25 @@ def read_meta_parts(folder: Folder) -> Checkpoint:
     checkpoint = files.checkpoint("meta_parts", root)
     checkpoint.facts = facts
     return checkpoint
+
+
+def _refuse_missing(
+    files: PartFiles, found: dict[str, list[Part]], facts: dict[str, int], names: list[str]
+) -> None:
+    """Hold the parts against the rows that queries have: nothing else says how many parts there are."""
+    rows = facts.get("dim")
+    if "head_dim" in facts and "n_heads" in facts:
+        rows = facts["head_dim"] * facts["n_heads"]
+    query = next((parts for key, parts in found.items() if key.endswith(".attention.wq.weight")), None)
+    if rows is None or query is None or files.folder.parts:
+        return
+    held = sum(part.tensor.shape[0] for part in query if part.tensor.shape)
+    if held < rows:
+        absent = f"consolidated.{len(names):02d}.pth"
+        files.refuse(
+            f"the queries of {len(names)} parts have {held} of {rows} rows: {absent} is missing, and maybe "
+            "more; fetch them"
+        )
 
 
 def _merges(recipe: str | None) -> tuple[Merge, ...]:

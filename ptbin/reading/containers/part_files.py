@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from ptbin.errors import IncompleteCheckpointError
+from ptbin.errors import CorruptArchiveError, IncompleteCheckpointError, NotACheckpointError
 from ptbin.merging.replicas import Replicas
 from ptbin.merging.tiles import Part
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder, Opening, move_place
@@ -93,7 +93,10 @@ class PartFiles:
         """
         part = self.reader.part(name)
         inner = self.opening.another(SourceFile(part), programs=[])
-        checkpoint = inner.checkpoint()
+        try:
+            checkpoint = inner.checkpoint()
+        except NotACheckpointError as error:  # its name says that it is one
+            raise CorruptArchiveError(f"{error}; is the copy of {name} complete?") from error
         for key, storage in checkpoint.storages.items():
             assert storage.place is not None
             storage.place = move_place(storage.place, part.base)

@@ -150,7 +150,9 @@ def _refuse_missing(
         return
     absent = [number for number in range(max(layers) + 2) if number not in layers]
     doubtful = " or ".join(_name_of(n, 0, some) for n in dict.fromkeys((*absent[:MAX_SHOWN], absent[-1])))
-    if trained:
+    if not roots:
+        why = "the model states, mp_rank_00_model_states.pt, are missing"
+    elif trained:
         why = f"the optimizer has {trained[1]} {trained[0]}, the layers {dict(here)[trained[0]]}"
     elif of_family:
         why = "nothing says whether the head is tied to the embedding"

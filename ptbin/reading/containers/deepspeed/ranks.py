@@ -105,7 +105,9 @@ def _opened(files: PartFiles, name: str, count: int) -> DictNode:
     stated = tensor_ranks_of(root)
     if stated is not None and stated != count:
         files.refuse(
-            f"{name} is of {stated} tensor-parallel ranks, {count} are there; fetch the folder again, whole"
+            f"{name} is of {stated} tensor-parallel ranks, {count} are there"
+            + (f": mp_rank_{count:02d}_model_states.pt is missing" if stated > count else "")
+            + "; fetch the folder again, whole"
         )
     degrees = root.get("checkpoint_parallel_dimensions")
     pipeline = degrees.get("pp_degree") if isinstance(degrees, DictNode) else None
