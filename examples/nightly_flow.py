@@ -17,7 +17,7 @@ def tell(problems: list[str]) -> None:
         print("failed:", problem)
 
 
-@flow(log_prints=True)
+@flow
 def nightly(source: str, dest: str) -> int:
     """How many checkpoints are new tonight; failures of single ones are told, and are no reason to fail."""
     try:

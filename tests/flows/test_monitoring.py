@@ -69,7 +69,7 @@ def test_the_board_has_answers_and_the_rules_fire(
                 under_way.append(title)
         return stage(uri, *arguments, **keywords)
 
-    monkeypatch.setattr(ptbin, "stage", slow_stage)
+    monkeypatch.setattr("ptbin.runs.steps.stage", slow_stage)
     assert convert(str(source), dest, force=True, workers=2, return_state=True).is_failed()
     assert len(under_way) == 2, "the run's metrics were there while it ran"
     assert command(["metrics", dest, "--pushgateway", prometheus.gateway]) == 0
