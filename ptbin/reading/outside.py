@@ -56,6 +56,8 @@ class _Outside:
     rows: list[Excluded] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
     looked: int = 0
+    names: dict[int, str] = field(default_factory=dict)
+    """By record, what a (name, value) pair calls it: in a path it is 1."""
     taken: set[int] = field(init=False)
     candidates: dict[int, Candidate] = field(init=False)
 
@@ -81,7 +83,7 @@ class _Outside:
             if declared is not None:
                 self.add(path, declared, node)
             elif _is_leaf(node):
-                self.add(path, role_of_leaf(step, node, inherited), node)
+                self.add(path, role_of_leaf(self.names.get(id(node), step), node, inherited), node)
             elif (content := role_of_content(node)) is not None:
                 self.add(path, content, node)
             elif (candidate := self.candidates.get(id(node))) is not None:
@@ -103,6 +105,8 @@ class _Outside:
                 if len(steps) >= MAX_DEPTH or len(self.rows) > MAX_ROWS:
                     self.add(path, role, node)
                     continue
+                if isinstance(node, (list, tuple)) and len(node) == 2 and isinstance(node[0], str):
+                    self.names[id(node[1])] = node[0]
                 below = [
                     ((*steps, name), child, role) for name, child in named_children(as_mapping(node) or node)
                 ]

@@ -228,6 +228,14 @@ def test_whole_numbers_and_flags_under_a_weights_name_are_weights(tmp_path: Path
         converted(saved(value, tmp_path))
 
 
+def test_whole_numbers_that_a_pair_calls_a_weight_are_no_table(tmp_path: Path) -> None:
+    """Beside a model, in a list of pairs that is no state dict because one of them holds no tensor."""
+    pairs = [("weight", torch.randint(0, 9, (3, 4))), ("version", 3)]
+    torch.save({"model": {"weight": torch.randn(3, 3)}, "state_dict": pairs}, tmp_path / "x.pt")
+    with pytest.raises(AmbiguousStateDictError, match=r"state_dict\.0\.1"):
+        ptbin.convert(tmp_path / "x.pt", tmp_path / "x.bin")
+
+
 def test_flattening_takes_lists_of_pairs(tmp_path: Path) -> None:
     value = {"net": layer(), "best_state": list(layer(2).items())}
     _, state = converted(saved(value, tmp_path), flatten=True)
