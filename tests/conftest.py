@@ -10,6 +10,7 @@ import signal
 from collections import defaultdict
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +61,26 @@ LONG = {
     "test_several_at_once.py": 30.0,
 }
 """What whole files take of which that says too little, beside others on two cores."""
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Makes folders unreadable, for root as well."""
+    shut: list[str] = []
+    real = os.scandir
+
+    def scandir(path: Any = ".") -> Any:
+        if str(path) in shut:
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+
+    def close(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        shut.append(str(folder))
+
+    return close
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -66,26 +66,6 @@ def store(tmp_path: Path, blank: bytes) -> Path:
     return tmp_path / "in"
 
 
-@pytest.fixture
-def closed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """Makes folders unreadable, for root as well."""
-    shut: list[str] = []
-    real = os.scandir
-
-    def scandir(path: Any = ".") -> Any:
-        if str(path) in shut:
-            raise PermissionError(13, "Permission denied", path)
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", scandir)
-
-    def close(folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        shut.append(str(folder))
-
-    return close
-
-
 @FLOWS
 def test_names_that_are_no_text_are_one_problem_each(
     store: Path, tmp_path: Path, blank: bytes, flow: Any

@@ -7,16 +7,48 @@ sum. No rule for a name is an error, never a guess.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from ptbin.errors import UnsupportedTensorError
+from ptbin.errors import CorruptArchiveError, UnsupportedTensorError
 from ptbin.merging.recipes import Merge
 from ptbin.merging.tiles import Part, plain_part
 from ptbin.merging.views import View, concatenated, view_of
 from ptbin.reading.containers.part_files import PartFiles
+from ptbin.values.nodes import DictNode
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["merge_parts", "take_first", "total_of"]
+__all__ = ["merge_parts", "parts_by_name", "take_first", "total_of"]
+
+
+def parts_by_name(
+    files: PartFiles, names: Sequence[str], nodes: Sequence[DictNode]
+) -> Iterator[tuple[str, Any, list[Part]]]:
+    """(name, the first file's value, a tensor's parts in the order of the files) of one mapping per file.
+
+    Raises:
+        IncompleteCheckpointError: a file has a name that another has not.
+        CorruptArchiveError: a key is no name.
+    """
+    for key, value in nodes[0].pairs:
+        if type(key) is not str:
+            raise CorruptArchiveError(f"{files.uri}: {names[0]} has a key that is not a name")
+        if not isinstance(value, TensorRef):
+            yield key, value, []
+            continue
+        parts = [Part(value, names[0])]
+        for name, node in zip(names[1:], nodes[1:], strict=True):
+            other = node.get(key)
+            if not isinstance(other, TensorRef):
+                files.refuse(f"{key[:200]!r} is in {names[0]} and not in {name}: they are not of one save")
+            parts.append(Part(other, name))
+        yield key, value, parts
+    known = {key for key, _ in nodes[0].pairs}
+    for name, node in zip(names[1:], nodes[1:], strict=True):
+        more = next((key for key, _ in node.pairs if key not in known), None)
+        if more is not None:
+            files.refuse(f"{str(more)[:200]!r} is in {name} and not in {names[0]}: they are not of one save")
+        files.leave(name, [value for _, value in node.pairs if not isinstance(value, TensorRef)])
 
 
 def merge_parts(

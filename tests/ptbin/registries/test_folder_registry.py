@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,25 +11,6 @@ from ptbin.options import ConvertOptions
 from ptbin.registries import open_registry
 from ptbin.registries.migration import prepare
 from ptbin.registries.planning import Migration
-
-
-@pytest.fixture
-def closed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """Makes folders unreadable, for root as well."""
-    shut: list[str] = []
-    real = os.scandir
-
-    def scandir(path: Any = ".") -> Any:
-        if str(path) in shut:
-            raise PermissionError(13, "Permission denied", path)
-        return real(path)
-
-    def close(folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        shut.append(str(folder))
-
-    monkeypatch.setattr(os, "scandir", scandir)
-    return close
 
 
 @pytest.fixture

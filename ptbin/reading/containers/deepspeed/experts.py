@@ -17,17 +17,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ptbin.errors import CorruptArchiveError, IncompleteCheckpointError, OutputCollisionError
-from ptbin.merging.tiles import Part
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
 from ptbin.reading.containers.deepspeed.auto_experts import auto_layers_of, fused_experts
 from ptbin.reading.containers.deepspeed.models import mapping_in
 from ptbin.reading.containers.deepspeed.ranks import Ranks, merge_model_states, model_ranks
 from ptbin.reading.containers.deepspeed.rules import merge_ranks
-from ptbin.reading.containers.merges import take_first
+from ptbin.reading.containers.merges import parts_by_name, take_first
 from ptbin.reading.containers.part_files import PartFiles, mapping_of
 from ptbin.sources.deepspeed_names import EXPERT
 from ptbin.values.nodes import DictNode
-from ptbin.values.tensors import TensorRef
 
 __all__ = ["read_deepspeed_experts"]
 
@@ -166,19 +164,8 @@ def _merged(
     """One expert's state dict, its ranks' files put together."""
     names = [own[rank] for rank in sorted(own)]
     nodes = [mapping_in(files, name) for name in names]
-    for key, value in nodes[0].pairs:
-        if not isinstance(key, str):
-            raise CorruptArchiveError(f"{files.uri}: {names[0]} has a key that is not a name")
-        if not isinstance(value, TensorRef):
-            yield key, value
-            continue
-        parts = [Part(value, names[0])]
-        for name, node in zip(names[1:], nodes[1:], strict=True):
-            other = node.get(key)
-            if not isinstance(other, TensorRef):
-                files.refuse(f"{key[:200]!r} is in {names[0]} and not in {name}: they are not of one save")
-            parts.append(Part(other, name))
-        if len(parts) == 1:
+    for key, value, parts in parts_by_name(files, names, nodes):
+        if len(parts) < 2:
             yield key, value
         elif sliced is False:
             yield key, take_first(files, key, parts)
@@ -189,9 +176,3 @@ def _merged(
                 f"nothing says whether {key[:200]!r} is sliced over {', '.join(names[:3])} or copied "
                 f"({_SLICED}); a recipe with a `merge` rule for it does (docs/parts.md)"
             )
-    known = {key for key, _ in nodes[0].pairs}
-    for name, node in zip(names[1:], nodes[1:], strict=True):
-        more = next((key for key, _ in node.pairs if key not in known), None)
-        if more is not None:
-            files.refuse(f"{str(more)[:200]!r} is in {name} and not in {names[0]}: they are not of one save")
-        files.leave(name, [value for _, value in node.pairs if not isinstance(value, TensorRef)])

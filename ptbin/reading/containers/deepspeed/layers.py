@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from ptbin.errors import CorruptArchiveError, UnsupportedFormatError
-from ptbin.merging.tiles import Part
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
 from ptbin.reading.containers.deepspeed.models import mapping_in
 from ptbin.reading.containers.deepspeed.rules import Rules, merge_ranks, merges_by_name, rules_of
+from ptbin.reading.containers.merges import parts_by_name
 from ptbin.reading.containers.part_files import PartFiles, mapping_of
 from ptbin.sources.deepspeed_names import LAYER, MODEL_STATES, OPTIM_STATES
 from ptbin.values.nodes import DictNode
@@ -254,28 +254,14 @@ def _rules(
 def _merged(
     files: PartFiles, layer: int, names: list[str], nodes: list[DictNode], rules: Rules
 ) -> Iterator[tuple[str, Any]]:
-    for key, value in nodes[0].pairs:
-        if type(key) is not str:
-            raise CorruptArchiveError(f"{files.uri}: {names[0]} has a key that is not a name")
+    for key, value, parts in parts_by_name(files, names, nodes):
         whole = f"{layer}.{key}"
-        if not isinstance(value, TensorRef):
+        if not parts:
             yield whole, value
             continue
-        parts = [Part(value, names[0])]
-        for name, node in zip(names[1:], nodes[1:], strict=True):
-            own = node.get(key)
-            if not isinstance(own, TensorRef):
-                files.refuse(f"{key[:200]!r} is in {names[0]} and not in {name}: they are not of one save")
-            parts.append(Part(own, name))
         # The first and last layer may be one module, under whose name the rules know it.
         tied = f"tied_modules.embed.{key}"
         yield (
             whole,
             merge_ranks(files, tied if not rules.knows(whole) and rules.knows(tied) else whole, parts, rules),
         )
-    known = {key for key, _ in nodes[0].pairs}
-    for name, node in zip(names[1:], nodes[1:], strict=True):
-        more = next((key for key, _ in node.pairs if key not in known), None)
-        if more is not None:
-            files.refuse(f"{str(more)[:200]!r} is in {name} and not in {names[0]}: they are not of one save")
-        files.leave(name, [value for _, value in node.pairs if not isinstance(value, TensorRef)])
