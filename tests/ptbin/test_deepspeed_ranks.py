@@ -387,6 +387,20 @@ def test_a_missing_rank_of_a_layer_is_named(tmp_path: Path) -> None:
         converted(tmp_path / "run")
 
 
+@pytest.mark.parametrize(("renamed", "names"), [("0", ("00", "01")), ("1", ("01", "00"))])
+def test_ranks_of_a_layer_that_hold_different_names_are_not_of_one_save(
+    tmp_path: Path, renamed: str, names: tuple[str, str]
+) -> None:
+    """A name in the first rank alone, or in the second alone: neither is left out."""
+    write_layers(tmp_path / "run", _neox()[1], 2, count=2)
+    path = tmp_path / "run" / f"layer_02-model_0{renamed}-model_states.pt"
+    torch.save({**torch.load(path), "more.weight": torch.ones(3)}, path)
+    has, lacks = (f"layer_02-model_{rank}-model_states.pt" for rank in names)
+    expected = rf"'more\.weight' is in {has} and not in {lacks}"
+    with pytest.raises(IncompleteCheckpointError, match=expected):
+        converted(tmp_path / "run")
+
+
 def test_one_layer_by_itself_is_incomplete(tmp_path: Path) -> None:
     write_layers(tmp_path / "run", _neox()[1], 1, count=2)
     path = tmp_path / "run" / "layer_02-model_00-model_states.pt"
