@@ -122,7 +122,7 @@ NO_CREDENTIALS_CLASS_NAMES = {
 
 _USERINFO = re.compile(r"(?<=://)([^/@\s:]*):[^/@\s]*@")
 _SECRET_PARAMETER = re.compile(
-    r"(?i)([?&](?:[\w-]*(?:signature|credential|token|password|secret|key)[\w-]*|sig|sv|se|sp)=)[^&\s'\"]*"
+    r"(?i)([?&](?!max-keys=)(?:[\w-]*(?:signature|credential|token|password|secret|key)[\w-]*|sig|sv|se|sp)=)[^&\s'\"]*"
 )
 MESSAGE_NCHARS = 300
 
@@ -158,6 +158,12 @@ def fault(error: BaseException, doing: str, uri: str) -> PtbinError:
             f"cannot {doing} {uri}: {_one_line(error)}; "
             "give credentials in the storage options or the environment"
         )
+    if (
+        isinstance(error, FileNotFoundError)
+        and error.__cause__ is not None
+        and _is_an_answer(error.__cause__)
+    ):
+        return fault(error.__cause__, doing, uri)  # fsspec's HTTP store calls all that missing
     if isinstance(error, TimeoutError) or names & TRANSIENT_CLASS_NAMES:
         return StorageError(
             f"cannot {doing} {uri}: the store does not answer ({_one_line(error)})", transient=True
@@ -167,6 +173,12 @@ def fault(error: BaseException, doing: str, uri: str) -> PtbinError:
     if isinstance(error, NotImplementedError):
         return StorageError(f"cannot {doing} {uri}: this kind of store does not offer that")
     return StorageError(f"cannot {doing} {uri}: {type(error).__name__}: {_one_line(error)}")
+
+
+def _is_an_answer(error: BaseException) -> bool:
+    """Whether it says what a server answered, or that none did."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return _http_status(error) is not None or bool(names & TRANSIENT_CLASS_NAMES)
 
 
 def _from_os_error(error: OSError, doing: str, uri: str) -> PtbinError:
