@@ -14,6 +14,7 @@ from flows.options import INSPECT, chosen
 from flows.wishes import build_options
 from ptbin.errors import CheckpointError
 from ptbin.runs.units import counted, format_nbytes, left_out_words
+from ptbin.stores import public_uri
 
 __all__ = ["inspect_command"]
 
@@ -41,7 +42,8 @@ def inspect_command(uri: str, **values: Any) -> int:
         report = ptbin.inspect(uri, storage_options=options.source_options, options=wanted)
     except CheckpointError as error:
         if options.as_json:
-            print_json({"uri": uri, "reason": error.reason, "detail": str(error)})
+            refusal = {"reason": error.reason, "detail": str(error), "exit_status": 1}
+            print_json({"uri": public_uri(uri), **refusal})
         print_error(f"{error.reason}: {error}")
         return 1
     if options.as_json:
