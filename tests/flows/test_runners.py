@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -173,7 +173,7 @@ class Starting(TaskRunner[Any]):
         super().__init__()
         self.failures = failures
 
-    def __enter__(self) -> Starting:
+    def __enter__(self) -> Self:
         if self.failures:
             raise RuntimeError(self.failures.pop())
         return self
