@@ -55,11 +55,11 @@ def _copy(source: str, dest: str, options: dict[str, Any]) -> None:
 
 # Reads; writes; all else. Of a checkpoint of 26 MiB.
 TRANSFERS: list[tuple[str, str, str, str, Go, tuple[int, int, int]]] = [
-    # The source and the proof; the output, which carries its own claim; the manifest.
-    ("a small checkpoint, S3 to S3", "small", "s3", "s3", _convert, (2, 2, 0)),
+    # The source; the output, which carries its own claim; the manifest. S3 answers a PUT with the MD5 of what
+    # it got: nothing is read back.
+    ("a small checkpoint, S3 to S3", "small", "s3", "s3", _convert, (1, 2, 0)),
     ("a small checkpoint, S3 to local", "small", "s3", "local", _convert, (1, 0, 0)),
-    ("a small checkpoint, local to S3", "small", "local", "s3", _convert, (1, 2, 0)),
-    # S3 answers a PUT with the MD5 of what it got: nothing is read back.
+    ("a small checkpoint, local to S3", "small", "local", "s3", _convert, (0, 2, 0)),
     ("a small file, S3 to S3", "small", "s3", "s3", _copy, (1, 1, 0)),
     ("a small file, S3 to local", "small", "s3", "local", _copy, (1, 0, 0)),
     ("a small file, local to S3", "small", "local", "s3", _copy, (0, 1, 0)),
@@ -106,19 +106,59 @@ def test_no_transfer_asks_more_than_it_needs(
     assert others <= most[2], dict(sent)
 
 
-def test_a_copy_that_arrived_otherwise_is_removed(
-    moto_s3: S3Endpoint, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def damaging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit of what is sent arrives as another."""
     send = S3Client.send
 
-    async def damaging(self: S3Client, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    async def damaged(self: S3Client, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
         if method == "put_object":
             parameters["Body"][100] ^= 1
         return await send(self, method, parameters)
 
-    monkeypatch.setattr(S3Client, "send", damaging)
+    monkeypatch.setattr(S3Client, "send", damaged)
+
+
+@pytest.mark.usefixtures("damaging")
+def test_a_copy_that_arrived_otherwise_is_removed(moto_s3: S3Endpoint, checkpoints: dict[str, Path]) -> None:
     dest = place_of(f"s3://{moto_s3.make_bucket()}/x.pt", moto_s3.storage_options)
     with pytest.raises(VerificationError, match="not what was written; removed"):
         copy_file(place_of(checkpoints["small"]), dest)
     with pytest.raises(NotFoundInStoreError):
         dest.stat()
+
+
+@pytest.mark.usefixtures("damaging")
+@pytest.mark.parametrize("output_format", ["torch", "safetensors", "raw"])
+def test_an_output_that_arrived_otherwise_is_removed(
+    moto_s3: S3Endpoint, checkpoints: dict[str, Path], output_format: Any
+) -> None:
+    dest = place_of(f"s3://{moto_s3.make_bucket()}/x.bin", moto_s3.storage_options)
+    with pytest.raises(VerificationError):
+        ptbin.convert(checkpoints["small"], dest, ConvertOptions(format=output_format))
+    with pytest.raises(NotFoundInStoreError):
+        dest.stat()
+
+
+def test_a_store_whose_etags_are_no_md5_has_its_output_read_back(
+    moto_s3: S3Endpoint, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a key of KMS or of the caller's; what the manifest says of the weights is the same."""
+    dest = place_of(f"s3://{moto_s3.make_bucket()}/x.bin", moto_s3.storage_options)
+    told = ptbin.convert(checkpoints["small"], dest)
+    assert told["verification"]["proven_by"] == "store checksum"
+    assert ptbin.verify(dest.beside(".manifest.json")) == []
+    send = S3Client.send
+    read = []
+
+    async def otherwise(self: S3Client, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        answer = await send(self, method, parameters)
+        read.append(method)
+        return answer | {"ETag": f'"{answer["ETag"][:0:-1]}"'} if "ETag" in answer else answer
+
+    monkeypatch.setattr(S3Client, "send", otherwise)
+    asked = ptbin.convert(checkpoints["small"], dest, ConvertOptions(force=True))
+    assert asked["verification"]["proven_by"] == "read back"
+    assert read.count("get_object") >= 1
+    for part in ("outputs", "tensors"):
+        assert asked[part] == told[part]
