@@ -16,7 +16,7 @@ from ptbin.manifests.vouching import Standing
 from ptbin.options import ConvertOptions
 from ptbin.stores import place_of
 from ptbin.stores.copying import copy_file
-from ptbin.stores.s3_client import S3Client
+from tests.servers.asked import asked
 from tests.servers.endpoint import S3Endpoint
 from tests.servers.faulty_proxy import faulty_proxy
 
@@ -106,19 +106,16 @@ def test_no_transfer_asks_more_than_it_needs(
     assert others <= most[2], dict(sent)
 
 
-def test_a_copy_that_arrived_otherwise_is_removed(
-    moto_s3: S3Endpoint, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    send = S3Client.send
-
-    async def damaging(self: S3Client, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+def test_a_copy_that_arrived_otherwise_is_removed(moto_s3: S3Endpoint, checkpoints: dict[str, Path]) -> None:
+    def damage(method: str, parameters: dict[str, Any]) -> None:
         if method == "put_object":
             parameters["Body"][100] ^= 1
-        return await send(self, method, parameters)
 
-    monkeypatch.setattr(S3Client, "send", damaging)
     dest = place_of(f"s3://{moto_s3.make_bucket()}/x.pt", moto_s3.storage_options)
-    with pytest.raises(VerificationError, match="not what was written; removed"):
+    with (
+        asked(moto_s3.storage_options, damage),
+        pytest.raises(VerificationError, match="not what was written; removed"),
+    ):
         copy_file(place_of(checkpoints["small"]), dest)
     with pytest.raises(NotFoundInStoreError):
         dest.stat()
