@@ -1,4 +1,4 @@
-"""A conversion under way, inside the convert flow: batches out, final states in, outcomes into the tally.
+"""A run over a whole store under way: batches out, final states in, outcomes into the tally.
 
 A batch that was written is proven next, before new batches begin; `flows.stages` has the rules for what is
 lost or fails on the way. An interrupted run still accounts for what it did.
@@ -6,13 +6,13 @@ lost or fails on the way. An interrupted run still accounts for what it did.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from prefect import Task, get_run_logger
 
-from flows.access import Running, current_flow_run_id, run_url
+from flows.access import Running, RunSettings, current_flow_run_id, join_run, run_url, running
 from flows.artifacts import Artifacts, conversion_rows
 from flows.batches import MAX_BATCHES, cut, iter_batches
 from flows.fanout import quote
@@ -21,13 +21,18 @@ from flows.prefect.orchestrator import ABSENT_SECONDS, await_server
 from flows.prefect.signals import INTERRUPTS
 from flows.report_link import link_of
 from flows.report_markdown import render_markdown
+from flows.selection import with_named_files
 from flows.stages import Stage, Stages, count_of
+from flows.wishes import refuse_secrets
 from ptbin.catalog import Job, Problem
+from ptbin.catalog.checks import check_request
 from ptbin.catalog.finished import FinishedRow
+from ptbin.catalog.request import RunRequest
 from ptbin.errors import PtbinError, StorageError
 from ptbin.history.failures import Unconverted
 from ptbin.runs.ending import end_run
 from ptbin.runs.outcomes import Outcome, Staged, one_line
+from ptbin.runs.record import new_run_id
 from ptbin.runs.remembering import close_ledger, open_ledger
 from ptbin.runs.result import RunResult
 from ptbin.runs.tally import Tally
@@ -35,11 +40,11 @@ from ptbin.runs.units import format_nbytes
 from tasks.assets import announce
 from tasks.batches import FULL_AFTER
 from tasks.converting import convert_and_verify_batch, convert_batch, verify_batch
-from tasks.listing import discard_unfinished, find_up_to_date, plan_of
+from tasks.listing import discard_unfinished, find_up_to_date, make_plan, plan_of
 from tasks.live import Interrupted, Settled
 from tasks.recording import merge_index, write_index, write_ledger, write_run_record
 
-__all__ = ["Conversion"]
+__all__ = ["Conversion", "carry_out"]
 
 LOGGED = 1000
 """So many checkpoints have a line of their own in the flow run's log on the server."""
@@ -49,6 +54,28 @@ ASKING_BATCHES = 50
 """With 200 batches, each written and proven, and the index, that is about 500 task runs at most."""
 ASKING_WIDTH = 8
 """At least so many ask what is up to date: that is waiting for small answers, not work."""
+
+
+def carry_out(
+    request: RunRequest, asked: Mapping[str, Any], make: Callable[[Running, Tally, bool], Conversion]
+) -> Any:
+    """A flow from its request to its final state; `make` gets what the run is made of."""
+    refuse_secrets(request.source, request.dest, *([request.backup_dir] if request.backup_dir else []))
+    settings = RunSettings.of(asked)
+    with join_run(asked["run_id"] or new_run_id(), settings) as live:
+        check_request(request, **live.sides)
+        request = with_named_files(request, asked, **live.sides)
+        with running(live, request, settings) as run:
+            make_plan(live.run_id)
+            plan_of(live).refuse_nothing()
+            tally = Tally(
+                live.run_id,
+                request.source,
+                request.dest,
+                kind=request.kind,
+                min_success=asked.get("min_success"),
+            )
+            return make(run, tally, asked["fail_fast"]).carry_out()
 
 
 def _record(task: Task[..., None], run_id: str, place: str, *values: Any) -> None:

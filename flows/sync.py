@@ -7,32 +7,27 @@ not put there. What is written over or deleted goes to the backup place first, i
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from flows.access import Running, RunSettings, join_run, running
+from flows.access import Running
 from flows.batches import cut
-from flows.conversion import LOGGED, Conversion
+from flows.conversion import LOGGED, Conversion, carry_out
 from flows.fanout import quote
 from flows.forms import PLACES, Text
 from flows.options import SYNC
 from flows.requests import sync_request
 from flows.run_flow import run_flow
 from flows.stages import Stage, Stages, count_of
-from flows.wishes import refuse_secrets
 from ptbin.catalog import Job, Problem
-from ptbin.catalog.checks import check_mirror
 from ptbin.catalog.plan import plan_deletions
 from ptbin.errors import StorageError
 from ptbin.manifests.manifest import manifest_uri
 from ptbin.runs.outcomes import Outcome, one_line
-from ptbin.runs.record import new_run_id
 from ptbin.runs.tally import LISTED, Tally
 from tasks.batches import BatchTask
-from tasks.listing import make_plan, plan_of
 from tasks.mirroring import back_up_batch, compare_batch, copy_batch, delete_batch, find_gone, release_outputs
 
 __all__ = ["Synchronization", "sync"]
@@ -218,21 +213,4 @@ def sync(source: Text, dest: Text, **asked: Any) -> Any:
     Returns its `RunResult`; ends Failed (`RunFailedError`) where anything was rejected, failed, or was not to
     be changed.
     """
-    source, dest = os.fspath(source), os.fspath(dest)
-    request = sync_request(source, dest, asked)
-    refuse_secrets(source, dest, *([request.backup_dir] if request.backup_dir else []))
-    settings = RunSettings.of(asked)
-    with join_run(asked["run_id"] or new_run_id(), settings) as live:
-        check_mirror(
-            source,
-            dest,
-            delete=request.deletes,
-            backup_dir=request.backup_dir,
-            source_options=live.source_options,
-            dest_options=live.dest_options,
-        )
-        with running(live, request, settings) as run:
-            make_plan(live.run_id)
-            plan_of(live).refuse_nothing()
-            tally = Tally(live.run_id, source, dest, kind="sync", min_success=asked["min_success"])
-            return Synchronization(run, tally, asked["fail_fast"]).carry_out()
+    return carry_out(sync_request(source, dest, asked), asked, Synchronization)
