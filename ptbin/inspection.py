@@ -18,7 +18,7 @@ from ptbin.reading.selected import Selected, refuse_unsafe, select_from
 from ptbin.reading.selection import why_chosen
 from ptbin.sources.opening import find_source
 from ptbin.stores import Where
-from ptbin.values.state_dict import StateDict, tensors_of
+from ptbin.values.state_dict import StateDict, iter_tensors
 from ptbin.values.tensors import Joined, TensorRef, Tiled
 
 __all__ = ["inspect"]
@@ -130,6 +130,5 @@ def _tensors(selected: Selected | None) -> list[dict[str, Any]]:
             **_plan_of(label, tensor, state_dict),
         }
         for state_dict in selected.state_dicts
-        for name, value in state_dict.entries
-        for label, tensor in tensors_of(name, value)
+        for label, tensor in iter_tensors(state_dict.entries)
     ]

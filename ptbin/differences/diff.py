@@ -21,8 +21,8 @@ from ptbin.differences.weights import Pair, Readers, compare_pairs, hash_views
 from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
+from ptbin.reading.keys import without_wrappers
 from ptbin.reading.pickle.collector import collector_paused
-from ptbin.reading.prefixes import wrapper_prefixes
 from ptbin.stores import Place, Where, place_of
 
 __all__ = ["diff"]
@@ -285,7 +285,7 @@ def _name_notes(a: list[str], b: list[str], common: int) -> list[str]:
     if common == len(a) or common == len(b):
         return []
     best, advice = common, ""
-    met = len(set(wrapper_prefixes(a)) & set(wrapper_prefixes(b)))
+    met = len(set(without_wrappers(a)) & set(without_wrappers(b)))
     if met > best:
         best, advice = met, "--strip-prefix auto"
     for names, others in ((a, set(b)), (b, set(a))):

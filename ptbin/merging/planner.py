@@ -308,7 +308,7 @@ class _Plan:
                 return groups[match[1]]
             if not groups[match[1]].isdecimal() or len(groups[match[1]]) > MAX_DIGITS:
                 raise UsageError(
-                    f"recipe {self.recipe.name!r}: {template!r}: {groups[match[1]]!r} is no number"
+                    f"recipe {self.recipe.name!r}: {template!r}: {groups[match[1]]!r} is not a number"
                 )
             number = int(groups[match[1]]) + int(match[2].replace(" ", ""))
             if number < 0:

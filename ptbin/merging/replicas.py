@@ -54,7 +54,7 @@ def refuse_unequal(reader: Readable, groups: Iterable[Replicas]) -> int:
                 plain_part(part, group.name)
             if (part.tensor.shape, part.tensor.dtype) != (first.tensor.shape, first.tensor.dtype):
                 raise IncompleteCheckpointError(
-                    f"{reader.uri}: {group.name[:200]!r} is {_form(first)} in {first.home} and {_form(part)} "
+                    f"{reader.uri}: {group.name[:200]!r} is {first.form} in {first.home} and {part.form} "
                     f"in {part.home}, and nothing says how they make a whole"
                 )
         digest, nbytes = _digest(reader, first.tensor)
@@ -69,10 +69,6 @@ def refuse_unequal(reader: Readable, groups: Iterable[Replicas]) -> int:
                     "that nothing describes"
                 )
     return total
-
-
-def _form(part: Part) -> str:
-    return f"{part.tensor.dtype.name} {list(part.tensor.shape)}"
 
 
 def _digest(reader: Readable, tensor: TensorRef) -> tuple[bytes, int]:

@@ -64,12 +64,9 @@ class _Walk:
             self.leave_out(prefix, None, node)
             return
         if isinstance(node, Instance) and is_module(node):
-            found = module_state_dict(node, prefix)
+            found = module_state_dict(node, self.place(prefix.rstrip(".")) if prefix else self.path)
             self.entries.extend((prefix + name, value) for name, value in found.entries)
-            self.excluded.extend(
-                Excluded(self.place(prefix + item.path), item.role, item.reason, item.node)
-                for item in found.excluded
-            )
+            self.excluded.extend(found.excluded)
             return
         mapping = as_mapping(node)
         if mapping is None and not isinstance(node, (list, tuple)):

@@ -263,7 +263,7 @@ def _role_of_instance(node: Instance) -> str | None:
     if {"_parameters", "_modules"} <= names.keys():
         return None
     if path == "argparse.Namespace" and not any(is_branch(v) and glance(v) for v in names.values()):
-        return "hyperparameters"  # class weights among the arguments, say; a model is no plain tensor there
+        return "hyperparameters"  # with class weights among the arguments, say; a model is more than a tensor
     if {"mean", "var"} <= names.keys() and {"count", "n", "epsilon", "eps"} & names.keys():
         return "statistics"  # RunningMeanStd of baselines and of what descends from it
     return _role_of_mapping(attributes)

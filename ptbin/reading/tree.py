@@ -119,7 +119,7 @@ def _is_pair(item: Any) -> bool:
 def named_children(node: Any) -> list[tuple[str, Any]]:
     """(step of a path, record) of all that lies directly below and may hold data.
 
-    Keys that are no text are steps by what they say where they are numbers, and `?` otherwise.
+    Keys that are numbers are steps by their digits, other keys that are not text by `?`.
     """
     found: list[tuple[str, Any]] = []
     if isinstance(node, DictNode):

@@ -23,6 +23,7 @@ __all__ = [
     "TorchSize",
     "children",
     "iter_nodes",
+    "sizes_in",
 ]
 
 
@@ -195,6 +196,18 @@ def children(node: Any) -> Iterator[Any]:
     elif isinstance(node, TensorRef):
         for _, value in node.attributes:
             yield value
+
+
+MAX_DIMENSIONS = 64
+MAX_EXTENT = 1 << 48
+"""More elements, or bytes, than any tensor or file has along one dimension."""
+
+
+def sizes_in(value: Any) -> tuple[int, ...] | None:
+    """A list or tuple of sizes that a file states; None where it is not one that a tensor can have."""
+    if not isinstance(value, (tuple, list)) or len(value) > MAX_DIMENSIONS:
+        return None
+    return tuple(value) if all(type(n) is int and 0 <= n < MAX_EXTENT for n in value) else None
 
 
 _LEAVES = (str, bytes, int, float, bool, complex, type(None), Global)

@@ -22,7 +22,6 @@ __all__ = [
     "Computed",
     "Copy",
     "FilePlan",
-    "Gather",
     "Late",
     "Literal",
     "Piece",
@@ -47,30 +46,8 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
-class Gather:
-    """The elements of a strided view in storage order (largest stride outermost), densely.
-
-    `shape` and `stride` are in elements, sorted by falling stride; `offset` is the first byte inside
-    the place. Reading goes forward only.
-    """
-
-    place: ByteRange | InMemory
-    offset: int
-    itemsize: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        total = self.itemsize
-        for n in self.shape:
-            total *= n
-        return total
-
-
-@dataclass(frozen=True, slots=True)
 class Strided:
-    """The elements of a strided view in logical order (last index fastest), densely.
+    """The elements of a strided view, the last index fastest, densely.
 
     `shape` and `stride` are in elements; `offset` is the first byte inside the place.
     """
@@ -101,7 +78,7 @@ class Assemble:
 class Swap:
     """Another recipe's bytes with the order of every `width` bytes reversed."""
 
-    inner: Slice | Gather | Strided
+    inner: Slice | Strided
     width: int
 
     @property
@@ -126,7 +103,7 @@ class Cast:
         return sum(part.nbytes for part in self.inner) // self.source.itemsize * self.target.itemsize
 
 
-Recipe = Slice | Gather | Strided | Assemble | Swap | Cast
+Recipe = Slice | Strided | Assemble | Swap | Cast
 
 
 def nbytes_of(recipes: tuple[Recipe, ...]) -> int:

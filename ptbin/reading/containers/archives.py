@@ -215,7 +215,7 @@ def _begins_a_checkpoint(head: bytes, nbytes: int) -> bool:
 
 
 def _read_member(opening: Opening, entry: _InTar | _InZip) -> Checkpoint | None:
-    """The member as a checkpoint with its places in the whole file; None where it is none after all."""
+    """The member as a checkpoint with its places in the whole file; None where it is not one after all."""
     file, member = opening.file, entry.member
     if opening.depth + 1 >= MAX_NESTING:
         raise LimitExceededError(f"{file.uri}: archives inside archives, more than {MAX_NESTING} deep")
@@ -262,14 +262,10 @@ def _joined(
                 )
         others.extend((f"{name}/{other}", nbytes) for other, nbytes in inner.other_members)
     model = next((name for name in KNOWN_MODELS if name in found), None)
-    return Checkpoint(
-        file.uri,
-        file.size,
+    return opening.made(
         container,
         DictNode("dict", [(name, inner.root) for name, inner in found.items()]),
-        opening.programs,
         storages,
-        opening.vocabulary,
         script_classes=classes,
         preferred=model,
         roles={name: role for name, role in KNOWN_ROLES.items() if model is not None and name in found}

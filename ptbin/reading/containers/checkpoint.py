@@ -22,6 +22,7 @@ from ptbin.merging.replicas import Replicas
 from ptbin.options import Limits
 from ptbin.reading.containers.source import SourceFile
 from ptbin.reading.pickle.collector import collector_paused
+from ptbin.reading.pickle.interpreter import run_pickle
 from ptbin.reading.pickle.machine import PickleProgram
 from ptbin.reading.pickle.torch_objects import TorchVocabulary
 from ptbin.reading.tree import DataSearch
@@ -58,11 +59,12 @@ class Checkpoint:
         metadata: of a safetensors file, its `__metadata__`.
         part: why this is not all of a checkpoint, where the caller takes it all the same (`parts`).
         preferred: path of the candidate to choose where several remain; a container's reader may know.
-        other_members: name and size of what lies beside the checkpoints of an archive and is none itself.
+        other_members: name and size of the other members of an archive that holds checkpoints.
         roles: path to role, where the container itself says what lies there (`reading.roles`).
         excluded: what its reader passed over and knows the role of.
         facts: numbers that it states of the model, by name, for recipes (`n_heads`).
         replicas: copies on other ranks that must be equal, with the storage that the first one went into.
+        is_whole: its reader knows that it is all of a checkpoint (`parts`).
         search: answers whether a record holds data, and remembers.
         unnamed: records that could hold tensors and that no pickle names: (name, offset, bytes in the file).
     """
@@ -85,6 +87,7 @@ class Checkpoint:
     unnamed: list[tuple[str, int, int]] = field(default_factory=list)
     facts: dict[str, int] = field(default_factory=dict)
     replicas: list[tuple[Storage, Replicas]] = field(default_factory=list)
+    is_whole: bool = False
     search: DataSearch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -125,6 +128,32 @@ class Opening:
     def checkpoint(self) -> Checkpoint:
         """The file, recognised and indexed."""
         return self.read(self)
+
+    def made(self, container: str, root: Any, storages: dict[str, Storage], **more: Any) -> Checkpoint:
+        """What a reader found in the file; `more` as the other fields of `Checkpoint`."""
+        uri, size = self.file.uri, self.file.size
+        return Checkpoint(uri, size, container, root, self.programs, storages, self.vocabulary, **more)
+
+    def run(self, data: bytes, where: str, persistent: Callable[[Any], Any] | None = None) -> PickleProgram:
+        """Run the pickle that `data` begins with. Errors as `run_pickle`."""
+        return run_pickle(
+            data,
+            reducers=self.vocabulary.reducers(),
+            persistent=persistent,
+            set_state=self.vocabulary.set_state,
+            limits=self.limits,
+            where=where,
+        )
+
+    def run_whole(
+        self, data: bytes, name: str, where: str, persistent: Callable[[Any], Any] | None = None
+    ) -> PickleProgram:
+        """Run the pickle that `data` is, called `name`, and keep it for the verdict."""
+        program = self.run(data, where, persistent)
+        if program.end != len(data):
+            program.oddities.append(f"{len(data) - program.end} bytes behind the end of {name}")
+        self.programs.append(program)
+        return program
 
     def _load_nested(self, data: bytes) -> Any:
         """The record inside bytes that `torch.storage._load_from_bytes` would hand to `torch.load`."""
@@ -169,6 +198,13 @@ class Folder:
         """The one for a file of the folder."""
         return Opening(SourceFile(self.reader.part(name)), self.limits, self.read)
 
+    def made(
+        self, container: str, root: Any, opening: Opening, storages: dict[str, Storage], **more: Any
+    ) -> Checkpoint:
+        """What a reader put together; `opening` holds what its files have in common."""
+        uri, size, programs = self.reader.uri, self.reader.size, opening.programs
+        return Checkpoint(uri, size, container, root, programs, storages, opening.vocabulary, **more)
+
 
 ReadFile = Callable[[Opening], Checkpoint]
 
@@ -191,7 +227,7 @@ def as_checkpoint_errors(uri: str) -> Iterator[None]:
         ValueError,
     ) as error:
         raise CorruptArchiveError(
-            f"{uri}: what it says makes no sense ({type(error).__name__}: {str(error)[:200]})"
+            f"{uri}: is not internally consistent ({type(error).__name__}: {str(error)[:200]})"
         ) from error
     except struct.error as error:
         raise CorruptArchiveError(f"{uri}: a number in it is out of range ({error})") from error

@@ -115,7 +115,7 @@ class Rank:
 
 
 def sizes_of(arguments: Mapping[str, Any] | None) -> Sizes | None:
-    """What the arguments say; None where there are none, or nothing sensible."""
+    """What the arguments say; None where they are missing or unusable."""
     if arguments is None:
         return None
 

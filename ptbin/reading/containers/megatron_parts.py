@@ -132,9 +132,7 @@ class _Ranks:
             for part in (part for parts in held.parts.values() for part in parts):
                 self.files.leave(part.home, [part.tensor], "unviewed")  # gaps of a buffer of several
         root.pairs = [*((key, value) for key, value in root.pairs if not _is_model(key)), (place[0], model)]
-        checkpoint = self.files.checkpoint("megatron_parts", root, preferred=place[0])
-        checkpoint.facts = self.facts
-        return checkpoint
+        return self.files.checkpoint("megatron_parts", root, preferred=place[0], facts=self.facts)
 
     # -- one file --------------------------------------------------------------------------------------
 
@@ -193,7 +191,7 @@ class _Ranks:
                 elif isinstance(value, TensorRef):
                     held[dotted] = (path, value)
                 elif isinstance(value, (DictNode, Opaque, Instance)):
-                    self.files.refuse(f"{name}: {dotted[:200]!r} is no plain tensor and no mapping of some")
+                    self.files.refuse(f"{name}: {dotted[:200]!r} is neither a tensor nor a mapping")
         if models[0][1] is root:
             root.pairs = []
         return ("model" if _CHUNK.match(models[0][0]) else models[0][0],)
@@ -307,15 +305,10 @@ class _Ranks:
         first = copies[0][0]
         other = next((own[0] for own in copies if own[0].tensor.shape != first.tensor.shape), None)
         if other is not None:  # every cut of Megatron's is even
-            self.files.refuse(
-                f"{name[:200]!r} is {list(first.tensor.shape)} in {first.home} and "
-                f"{list(other.tensor.shape)} in {other.home}: they are not of one save"
-            )
+            self.files.refuse_unlike(name, first, other)
         tensor = merge_parts(self.files, name, [own[0] for own in copies], self._merges(), self.facts)
         for own in copies:
-            self.files.equal(name, tensor.storage, own)
-            for part in own[1:]:
-                self.files.leave(part.home, [part.tensor])
+            self.files.take_first(name, own, tensor.storage)
         return tensor
 
     def _merges(self) -> tuple[Merge, ...]:

@@ -65,9 +65,7 @@ def read_meta_parts(folder: Folder) -> Checkpoint:
             files.refuse(f"{key[:200]!r} is in {parts[0].home} and not in {absent}: they are not of one save")
         whole[key] = merge_parts(files, key, parts, _merges(recipe), facts)
     root.pairs = [(key, whole.get(key, value) if type(key) is str else value) for key, value in root.pairs]
-    checkpoint = files.checkpoint("meta_parts", root)
-    checkpoint.facts = facts
-    return checkpoint
+    return files.checkpoint("meta_parts", root, facts=facts)
 
 
 def _refuse_missing(

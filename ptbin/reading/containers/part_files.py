@@ -6,25 +6,28 @@ once more. Knows no layout. Costs: the index of each file; of the records of a f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from ptbin.errors import CorruptArchiveError, IncompleteCheckpointError, NotACheckpointError
 from ptbin.merging.replicas import Replicas
-from ptbin.merging.tiles import Part
+from ptbin.merging.tiles import Box, Part, whole_tensor
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder, Opening, move_place
 from ptbin.reading.containers.small_tensors import SmallTensors
 from ptbin.reading.containers.source import SourceFile
 from ptbin.stores.joined import JoinedReader
-from ptbin.values.dtypes import BY_NAME
+from ptbin.values.dtypes import BY_NAME, DType
 from ptbin.values.nodes import DictNode, Instance
 from ptbin.values.state_dict import Excluded
 from ptbin.values.tensors import ByteRange, Storage, TensorRef
 
-__all__ = ["PartFiles", "mapping_of", "progress_of"]
+__all__ = ["PartFiles", "Pieces", "mapping_of"]
 
 MAX_PROGRESS_DEPTH = 2
+
+Pieces = dict[tuple[Any, ...], list[list[Box]]]
+"""Where in the whole a piece lies, as (start, shape) of each of its boxes, to every copy of it."""
 
 # Counters that all parts of one save share (Megatron-LM, DeepSpeed, Lightning, trainers of people's own).
 _PROGRESS = frozenset(
@@ -73,7 +76,8 @@ class PartFiles:
     left: dict[tuple[str, str | None], list[Any]] = field(default_factory=dict)
     made: dict[object, Storage] = field(default_factory=dict)
     _globals: set[tuple[str, str]] = field(default_factory=set)
-    _progress: tuple[str, dict[str, int | float]] | None = None
+    _progress: dict[str, tuple[str, int | float]] = field(default_factory=dict)
+    _first: str = ""
 
     def __post_init__(self) -> None:
         self.reader = self.folder.reader
@@ -107,27 +111,50 @@ class PartFiles:
             if not program.globals.keys() <= self._globals or program.oddities or program.calls:
                 self._globals.update(program.globals)
                 self.opening.programs.append(program)
-        self._compare_progress(name, checkpoint.root)
+        self._first = self._first or name
+        for what, value in progress_of(checkpoint.root).items():
+            if name == self._first or what in self._progress:
+                self.agree(what, name, value)
         return checkpoint
 
-    def _compare_progress(self, name: str, root: Any) -> None:
-        found = progress_of(root)
-        if self._progress is None:
-            self._progress = (name, found)
-            return
-        first, known = self._progress
-        for key, value in found.items():
-            if known.get(key, value) != value:
-                raise IncompleteCheckpointError(
-                    f"{self.uri}: {name} says {key} {value}, {first} says {known[key]}: they were saved at "
-                    "different steps and are no parts of one checkpoint"
-                )
+    def agree(self, what: str, name: str, value: float) -> None:
+        """Hold what a file says of the progress of training against the first file that says it.
 
-    def equal(self, name: str, taken: Storage, parts: Iterable[Part]) -> None:
-        """Note that the parts, of which the first is in `taken`, must be equal."""
-        found = tuple(parts)
-        if len(found) > 1:
-            self.replicas.append((taken, Replicas(name, found)))
+        Raises:
+            IncompleteCheckpointError: they differ.
+        """
+        first, known = self._progress.setdefault(what, (name, value))
+        if value != known:
+            self.refuse(
+                f"{name} says {what} {value:.15g}, {first} says {known:.15g}: they were saved at different "
+                "steps and are not parts of one checkpoint"
+            )
+
+    def take_first(self, name: str, copies: Sequence[Part], storage: Storage | None = None) -> TensorRef:
+        """The first of copies that must be equal; the others are left out.
+
+        Args:
+            storage: what the first one went into, where that is not its own.
+        """
+        first, *others = copies
+        if others:
+            self.replicas.append((storage or first.tensor.storage, Replicas(name, tuple(copies))))
+            for other in others:
+                self.leave(other.home, [other.tensor])
+        return first.tensor
+
+    def of_pieces(self, name: str, dtype: DType, shape: tuple[int, ...], pieces: Pieces) -> TensorRef:
+        """The tensor that one copy of each piece makes; the other copies must be equal.
+
+        Raises:
+            CorruptArchiveError: the pieces overlap or leave gaps.
+        """
+        boxes = [box for _, (own, *_) in sorted(pieces.items()) for box in own]
+        what = f"{self.uri}: the pieces of {name[:200]!r}"
+        tensor = whole_tensor(what, name, dtype, shape, boxes, known=self.made)
+        for copies in pieces.values():
+            self.take_first(name, [own[0].part for own in copies], tensor.storage)
+        return tensor
 
     def leave(self, name: str, nodes: Iterable[Any], role: str | None = "replica") -> None:
         """Records of a file that do not go along: one row for each file and role."""
@@ -145,6 +172,13 @@ class PartFiles:
             more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
             self.leave(f"{first}{more} (not opened)", nodes, role)
 
+    def refuse_unlike(self, name: str, one: Part, other: Part) -> NoReturn:
+        """Raise IncompleteCheckpointError: two parts of a name do not go together."""
+        self.refuse(
+            f"{name[:200]!r} is {one.form} in {one.home} and {other.form} in {other.home}: the files are not "
+            "of one save"
+        )
+
     def refuse(self, why: str) -> NoReturn:
         """Raise IncompleteCheckpointError."""
         raise IncompleteCheckpointError(f"{self.uri}: {why}")
@@ -156,19 +190,18 @@ class PartFiles:
         *,
         preferred: str | None = None,
         roles: Mapping[str, str] | None = None,
+        facts: Mapping[str, int] | None = None,
     ) -> Checkpoint:
         """The whole."""
-        found = Checkpoint(
-            self.uri,
-            self.reader.size,
+        return self.folder.made(
             container,
             root,
-            self.opening.programs,
+            self.opening,
             self.storages,
-            self.opening.vocabulary,
             preferred=preferred,
             roles=dict(roles or {}),
             excluded=[Excluded(name, role, node=nodes) for (name, role), nodes in self.left.items()],
+            replicas=self.replicas,
+            facts=dict(facts or {}),
+            is_whole=True,
         )
-        found.replicas = self.replicas
-        return found

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any, NoReturn
 
-from ptbin.merging.tiles import Box, Part, whole_tensor
+from ptbin.merging.tiles import Box, Part
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
-from ptbin.reading.containers.part_files import PartFiles
+from ptbin.reading.containers.part_files import PartFiles, Pieces
 from ptbin.reading.containers.rank_pieces import (
     Layout,
     Path,
@@ -32,7 +32,6 @@ from ptbin.reading.containers.rank_pieces import (
 )
 from ptbin.reading.pickle.meshes import attributes_of, grid_of
 from ptbin.reading.pickle.placements import runs_of
-from ptbin.values.dtypes import DType
 from ptbin.values.nodes import DictNode
 from ptbin.values.tensors import TensorRef, dense_strides
 
@@ -40,8 +39,6 @@ __all__ = ["read_rank_files"]
 
 MAX_DEPTH = 16
 MAX_SHOWN = 3
-
-_Copies = dict[tuple[Any, ...], list[list[Box]]]
 
 
 def read_rank_files(folder: Folder) -> Checkpoint:
@@ -125,15 +122,8 @@ class _Ranks:
             homes = ", ".join(_home(piece) for piece in (first, pieces[-1]))
             self.files.refuse(f"{label_of(path)!r} is distributed in one of {homes} and plain in the other")
         if isinstance(first, Part):
-            return self._copy(path, pieces)
+            return self.files.take_first(label_of(path), pieces)
         return self._of_shards(path, pieces) if isinstance(first, Shards) else self._of_mesh(path, pieces)
-
-    def _copy(self, path: Path, parts: list[Part]) -> TensorRef:
-        taken, *others = parts
-        self.files.equal(label_of(path), taken.tensor.storage, parts)
-        for other in others:
-            self.files.leave(other.home, [other.tensor])
-        return taken.tensor
 
     def _of_mesh(self, path: Path, pieces: list[Piece]) -> TensorRef:
         first = pieces[0]
@@ -153,7 +143,7 @@ class _Ranks:
         complete = next((found for found in fitting if _numel(found) == math.prod(layout.shape)), None)
         if complete is None:
             self._refuse_missing(path, layout, pieces)
-        return self._fill(path, layout.shape, layout.dtype, complete)
+        return self.files.of_pieces(label_of(path), layout.dtype, layout.shape, complete)
 
     def _readings(self, layout: Layout, pieces: list[Piece]) -> Iterator[list[list[Box]]]:
         """The boxes of each piece, for each way to read the placements that agrees with the pieces' sizes."""
@@ -183,7 +173,7 @@ class _Ranks:
 
     def _of_shards(self, path: Path, pieces: list[Shards]) -> TensorRef:
         first = pieces[0]
-        found: _Copies = {}
+        found: Pieces = {}
         for piece in pieces:
             if (piece.shape, piece.everything) != (first.shape, first.everything):
                 self.files.refuse(
@@ -205,27 +195,7 @@ class _Ranks:
         dtypes = {box.part.tensor.dtype.name for own in found.values() for boxes in own for box in boxes}
         if len(dtypes) > 1:
             self.files.refuse(f"{label_of(path)!r} is of several types in different files: {sorted(dtypes)}")
-        return self._fill(path, first.shape, first.dtype, found)
-
-    def _fill(
-        self,
-        path: Path,
-        shape: tuple[int, ...],
-        dtype: DType,
-        found: _Copies,
-    ) -> TensorRef:
-        """The tensor of one copy of each piece; the other copies must be equal."""
-        label = label_of(path)
-        boxes = [box for _, (own, *_) in sorted(found.items()) for box in own]
-        tensor = whole_tensor(
-            f"{self.files.uri}: the pieces of {label!r}", label, dtype, shape, boxes, known=self.files.made
-        )
-        for copies in found.values():
-            parts = [own[0].part for own in copies]
-            self.files.equal(label, tensor.storage, parts)
-            for part in parts[1:]:
-                self.files.leave(part.home, [part.tensor])
-        return tensor
+        return self.files.of_pieces(label_of(path), first.dtype, first.shape, found)
 
     def _refuse_absent_ranks(self) -> None:
         """Refuse where ranks of the mesh hold tensors that no file mentions: a stage of a pipeline, say."""
@@ -282,9 +252,9 @@ class _Ranks:
         self.pieces.unsupported(pieces[0].part.home, path, "cut in a way that its pieces' sizes contradict")
 
 
-def _distinct(boxes: list[list[Box]]) -> _Copies:
+def _distinct(boxes: list[list[Box]]) -> Pieces:
     """Where a piece lies to every rank's copy of it; what is empty is nowhere."""
-    found: _Copies = {}
+    found: Pieces = {}
     for own in boxes:
         key = tuple((box.start, box.shape) for box in own if 0 not in box.shape)
         if key:
@@ -300,7 +270,7 @@ def _with_position(runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, 
         position += count
 
 
-def _numel(found: _Copies) -> int:
+def _numel(found: Pieces) -> int:
     return sum(math.prod(extent) for key in found for _, extent in key)
 
 

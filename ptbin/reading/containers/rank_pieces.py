@@ -18,7 +18,7 @@ from ptbin.reading.pickle.meshes import Grid, attributes_of
 from ptbin.reading.pickle.placements import Placement, Reading, placements_of, readings_of, stated_orders
 from ptbin.reading.pickle.wrappers import DTENSOR, SHARDED_TENSOR
 from ptbin.values.dtypes import DType, dtype_by_name
-from ptbin.values.nodes import Opaque
+from ptbin.values.nodes import Opaque, sizes_in
 from ptbin.values.tensors import TensorRef, dense_strides
 
 __all__ = [
@@ -32,9 +32,6 @@ __all__ = [
     "number_in",
     "renumbered",
 ]
-
-MAX_DIMENSIONS = 64
-MAX_EXTENT = 1 << 48
 
 Path = tuple[Any, ...]
 _NUMBER = re.compile(r"\d+(?=\D*$)")
@@ -195,13 +192,9 @@ class RankPieces:
         return start, extent
 
     def _sizes(self, value: Any, name: str, path: Path) -> tuple[int, ...]:
-        if (
-            not isinstance(value, (tuple, list))
-            or len(value) > MAX_DIMENSIONS
-            or not all(type(n) is int and 0 <= n < MAX_EXTENT for n in value)
-        ):
+        if (sizes := sizes_in(value)) is None:
             self.damaged(name, path, "sizes that are not sizes")
-        return tuple(value)
+        return sizes
 
     def unsupported(self, name: str, path: Path, why: str) -> NoReturn:
         """Raise UnsupportedTensorError."""

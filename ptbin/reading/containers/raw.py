@@ -11,21 +11,21 @@ import math
 from typing import Any
 
 from ptbin.errors import CorruptArchiveError
-from ptbin.reading.containers.checkpoint import Checkpoint, Opening
-from ptbin.stores.joined import JoinedReader
+from ptbin.reading.containers.checkpoint import Checkpoint, Folder, Opening
 from ptbin.values.dtypes import BY_NAME
-from ptbin.values.nodes import DictNode
+from ptbin.values.nodes import DictNode, sizes_in
 from ptbin.values.tensors import ByteRange, Storage, TensorRef, dense_strides
 
 __all__ = ["read_raw"]
 
 
-def read_raw(reader: JoinedReader, index: dict[str, Any], opening: Opening) -> Checkpoint:
+def read_raw(folder: Folder, index: dict[str, Any], opening: Opening) -> Checkpoint:
     """Index format `raw`; one storage for each distinct range.
 
     Raises:
         CorruptArchiveError: another version, or tensors that do not fit their files.
     """
+    reader = folder.reader
     metadata = index.get("metadata")
     if (
         not isinstance(metadata, dict)
@@ -43,23 +43,17 @@ def read_raw(reader: JoinedReader, index: dict[str, Any], opening: Opening) -> C
     storages: dict[str, Storage] = {}
     shared: dict[tuple[str, int, int], Storage] = {}
     for name, row in index["tensors"].items():
-        shape, offset, nbytes = row.get("shape"), row.get("offset"), row.get("nbytes")
+        shape, place = sizes_in(row.get("shape")), sizes_in([row.get("offset"), row.get("nbytes")])
         dtype = BY_NAME.get(row.get("dtype")) if isinstance(row.get("dtype"), str) else None
-        if (
-            dtype is None
-            or not isinstance(shape, list)
-            or not all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, offset, nbytes))
-            or nbytes != dtype.nbytes_of(math.prod(shape))
-        ):
-            raise CorruptArchiveError(
-                f"{reader.uri}: {name[:200]!r} is described in a way that makes no sense"
-            )
+        if dtype is None or shape is None or place is None or place[1] != dtype.nbytes_of(math.prod(shape)):
+            raise CorruptArchiveError(f"{reader.uri}: {name[:200]!r} is not described consistently")
+        offset, nbytes = place
         part = reader.part(row["file"])
         if offset + nbytes > part.size:
             raise CorruptArchiveError(f"{reader.uri}: {name!r} ends behind the end of {row['file']}")
-        place = (row["file"], offset, nbytes)
-        if place not in shared or not nbytes:
-            shared[place] = Storage(name, nbytes, ByteRange(part.base + offset, nbytes, member=repr(name)))
-        storages[name] = shared[place]
-        root.pairs.append((name, TensorRef(shared[place], dtype, tuple(shape), dense_strides(tuple(shape)))))
-    return Checkpoint(reader.uri, reader.size, "raw", root, opening.programs, storages, opening.vocabulary)
+        where = (row["file"], offset, nbytes)
+        if where not in shared or not nbytes:
+            shared[where] = Storage(name, nbytes, ByteRange(part.base + offset, nbytes, member=repr(name)))
+        storages[name] = shared[where]
+        root.pairs.append((name, TensorRef(shared[where], dtype, shape, dense_strides(shape))))
+    return folder.made("raw", root, opening, storages, is_whole=True)

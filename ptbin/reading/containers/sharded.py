@@ -31,7 +31,7 @@ def read_indexed(folder: Folder) -> Checkpoint:
     index = parse_index(part.read(0, part.size), reader.uri)
     opening = folder.opening(index_name)
     if "weight_map" not in index:
-        return read_raw(reader, index, opening)
+        return read_raw(folder, index, opening)
     root: DictNode | None = None
     storages: dict[str, Storage] = {}
     home: dict[str, str] = {}
@@ -56,16 +56,7 @@ def read_indexed(folder: Folder) -> Checkpoint:
         storages.update({f"{name}/{key}": storage for key, storage in checkpoint.storages.items()})
     _compare_with_index(reader.uri, index["weight_map"], home)
     container = "safetensors_sharded" if containers == {"safetensors"} else "torch_sharded"
-    return Checkpoint(
-        reader.uri,
-        reader.size,
-        container,
-        root,
-        opening.programs,
-        storages,
-        opening.vocabulary,
-        metadata=metadata,
-    )
+    return folder.made(container, root, opening, storages, metadata=metadata)
 
 
 def _compare_with_index(uri: str, weight_map: dict[str, Any], home: dict[str, str]) -> None:

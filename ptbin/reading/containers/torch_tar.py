@@ -22,7 +22,7 @@ from ptbin.reading.containers.legacy import run_pickle_at
 from ptbin.reading.containers.source import EDGE_NBYTES, SourceFile, Window
 from ptbin.reading.containers.tar import TarMember
 from ptbin.reading.pickle.machine import PickleProgram
-from ptbin.reading.pickle.torch_objects import storage_dtype
+from ptbin.reading.pickle.storage_ids import storage_dtype
 from ptbin.values.nodes import Global
 from ptbin.values.tensors import ByteRange, Storage, TensorRef, TypedStorage
 
@@ -52,16 +52,8 @@ def read_torch_tar(opening: Opening, members: Sequence[TarMember]) -> Checkpoint
     reader.read_storages()
     reader.read_tensors()
     program = reader.run(reader.part("pickle"), 0, "pickle", reader.persistent)
-    return Checkpoint(
-        opening.file.uri,
-        opening.file.size,
-        "torch_tar",
-        program.root,
-        opening.programs,
-        reader.storages,
-        opening.vocabulary,
-        other_members=[(m.name, m.nbytes) for m in members if m.name not in _MEMBERS],
-    )
+    others = [(m.name, m.nbytes) for m in members if m.name not in _MEMBERS]
+    return opening.made("torch_tar", program.root, reader.storages, other_members=others)
 
 
 class _Reader:

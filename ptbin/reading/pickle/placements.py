@@ -45,7 +45,7 @@ class Placement:
 
 
 def placements_of(spec: DictNode, dimensions: int) -> tuple[Placement, ...] | str:
-    """The placements of a `DTensorSpec`, or why there are none that put a piece into its place."""
+    """The placements of a `DTensorSpec`, or why they do not say where its piece goes."""
     found = spec.get("placements")
     if not isinstance(found, (tuple, list)):
         return "it has no placements"

@@ -16,7 +16,6 @@ import struct
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ptbin.stores.joined import PART_BITS
 from ptbin.values.framing import (
@@ -29,14 +28,13 @@ from ptbin.values.framing import (
     uses_zip64,
     zip64_field,
 )
-from ptbin.values.nodes import DictNode
 from ptbin.values.segments import FilePlan, Late, Literal, PlannedTensor
-from ptbin.values.state_dict import tensors_of
-from ptbin.writing.casts import Casts
-from ptbin.writing.layout import FileLayout
+from ptbin.values.state_dict import iter_tensors
+from ptbin.values.tensors import is_contiguous
+from ptbin.writing.layout import FileContent, FileLayout
 from ptbin.writing.pickle_emitter import emit_state_dict
 from ptbin.writing.prechecks import is_checked, prechecks_for
-from ptbin.writing.storages import OutputStorage, OutputTensor, plan_storages
+from ptbin.writing.storages import OutputStorage, plan_storages
 
 __all__ = ["plan_torch_archive"]
 
@@ -65,30 +63,17 @@ class _Entry:
     slot: int | None
 
 
-def plan_torch_archive(
-    name: str,
-    entries: list[tuple[str, Any]],
-    *,
-    mapping_kind: str,
-    metadata: DictNode | None,
-    archive_root: str | None,
-    casts: Casts,
-) -> FilePlan:
-    """Lay one archive out.
-
-    Args:
-        name: of the file.
-        entries: names and values, in order; metadata: what torch keeps as `_metadata`.
-        archive_root: the source's archive root where it is a torch zip, else None.
-    """
-    named = [item for label, value in entries for item in tensors_of(label, value)]
-    storages, views = plan_storages([t for _, t in named], keep_keys=archive_root is not None, casts=casts)
-    keep_root = archive_root is not None and len(archive_root.encode("utf-8", "replace")) <= MAX_ROOT_NBYTES
-    root = archive_root if keep_root and archive_root is not None else "archive"
+def plan_torch_archive(file: FileContent) -> FilePlan:
+    """Lay one archive out."""
+    named = list(iter_tensors(file.entries))
+    root = file.archive_root
+    storages, views = plan_storages([t for _, t in named], keep_keys=root is not None, casts=file.casts)
+    if root is None or len(root.encode("utf-8", "replace")) > MAX_ROOT_NBYTES:
+        root = "archive"
     pickle = emit_state_dict(
-        entries,
-        mapping_kind=mapping_kind,
-        metadata=metadata,
+        file.entries,
+        mapping_kind=file.mapping_kind,
+        metadata=file.metadata,
         locate=lambda tensor: views[tensor.layout_key()],
     )
     layout = _Archive(root)
@@ -112,21 +97,12 @@ def plan_torch_archive(
                 label,
                 tensor,
                 placed.dtype,
-                None if _is_contiguous(tensor.shape, placed) else placed.stride,
+                None if is_contiguous(tensor.shape, placed.stride) else placed.stride,
                 offsets[id(placed.storage)] + first,
                 placed.storage.key,
             )
         )
-    return FilePlan(name, layout.finish(prechecks), tuple(tensors))
-
-
-def _is_contiguous(shape: tuple[int, ...], placed: OutputTensor) -> bool:
-    expected = 1
-    for n, s in zip(reversed(shape), reversed(placed.stride), strict=True):
-        if n != 1 and s != expected:
-            return 0 in shape
-        expected *= n
-    return True
+    return FilePlan(file.name, layout.finish(prechecks), tuple(tensors))
 
 
 def _run_heads(storages: list[OutputStorage]) -> set[int]:

@@ -64,7 +64,7 @@ class Chunks:
     def read_all(self, entries: list[Entry]) -> dict[tuple[Span, str | None], Any]:
         """(span, None) to what its archive holds, (span, name) to a tensor of a safetensors blob.
 
-        An object that is no torch archive (a planner may store any bytes) is an `Opaque`.
+        An object that is not a torch archive (a planner may store any bytes) is an `Opaque`.
         """
         wanted: dict[Span, list[str]] = {}
         objects: set[Span] = set()
@@ -113,7 +113,7 @@ class Chunks:
         except UnsupportedFormatError as error:
             if not is_object:
                 raise CorruptArchiveError(f"{file.uri}: expected a tensor: {error}") from error
-            return Opaque("object", "bytes that are no torch.save archive", has_data=False)
+            return Opaque("object", "bytes that are not a torch.save archive", has_data=False)
         for storage in checkpoint.storages.values():
             assert storage.place is not None
             storage.place = _own_place(file, storage.place, span.offset)

@@ -38,7 +38,7 @@ def tree_of(uri: str, values: list[tuple[Entry, Any]]) -> DictNode:
         for step in entry.path[:-1]:
             node = node.setdefault(step, {})
             if type(node) is not dict:
-                raise CorruptArchiveError(f"{uri}: {entry.name[:200]!r} lies below what is no mapping")
+                raise CorruptArchiveError(f"{uri}: {entry.name[:200]!r} lies below a value, not a mapping")
         if entry.path[-1] in node:
             raise CorruptArchiveError(f"{uri}: the path of {entry.name[:200]!r} is taken")
         node[entry.path[-1]] = value
@@ -78,7 +78,7 @@ def _gathered(root: DictNode) -> DictNode:
     beside = [(key, v) for key, v in pairs if _is_branch(v) and not str(key).endswith("_extra_state")]
     seen: set[int] = set()
     other_models = any(not _is_optimizer(v) and _holds_weights(v, seen) for _, v in beside)
-    # A single tensor beside a model that has its own mapping is no model; dotted names are a module's.
+    # A single tensor next to a model that has its own mapping is not a model; dotted names are a module's.
     is_model = weights and (not other_models or any("." in key for key in weights))
     name = next((n for n in _GROUP_NAMES if root.get(n) is None), None)
     if not beside or not is_model or name is None:

@@ -17,12 +17,11 @@ from ptbin.errors import CorruptArchiveError, UnsupportedTensorError
 from ptbin.merging.tiles import Box, Part, plain_part
 from ptbin.merging.views import View, view_of
 from ptbin.reading.containers.part_files import PartFiles
-from ptbin.values.nodes import DictNode
+from ptbin.values.nodes import DictNode, sizes_in
 from ptbin.values.tensors import TensorRef, dense_strides
 
 __all__ = ["is_scaled", "scaled_whole", "whole_of_pieces"]
 
-MAX_EXTENT = 1 << 48
 MAX_PIECES = 1 << 16
 
 
@@ -33,7 +32,7 @@ def whole_of_pieces(
 
     Raises:
         CorruptArchiveError: the map and the shards contradict each other.
-        UnsupportedTensorError: pieces that are no blocks of rows and columns.
+        UnsupportedTensorError: pieces that are not blocks of rows and columns.
     """
     what, shape, ranks = _read(name, parts, entry, where)
     boxes: list[Box] = []
@@ -158,7 +157,7 @@ def _piece(
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], float]:
     """Extent, start in the whole, start in the shard, and the scale of the shard's numbers."""
     if not isinstance(piece, DictNode):
-        raise CorruptArchiveError(f"{what}: a piece that is none")
+        raise CorruptArchiveError(f"{what}: a piece that is not a mapping")
     scale = piece.get("scale", 1.0)
     if type(scale) not in (int, float) or not math.isfinite(scale) or not scale:
         raise CorruptArchiveError(f"{what}: a piece is scaled by {str(scale)[:40]}")
@@ -171,9 +170,9 @@ def _piece(
         strides = _sizes(found[1], what)
         dense = dense_strides(of)
         if len(extent) != len(of) or len(strides) != len(of):
-            raise UnsupportedTensorError(f"{what}: a piece that is no block of rows and columns")
+            raise UnsupportedTensorError(f"{what}: a piece that is not a block of rows and columns")
         if any(n > 1 and a != b for n, a, b in zip(extent, strides, dense, strict=True)):
-            raise UnsupportedTensorError(f"{what}: a piece that is no block of rows and columns")
+            raise UnsupportedTensorError(f"{what}: a piece that is not a block of rows and columns")
         start, rest = [], found[0]
         for step, size in zip(dense, of, strict=True):
             index = min(rest // step, max(size - 1, 0)) if step else 0
@@ -191,13 +190,9 @@ def _piece(
 
 
 def _sizes(value: Any, what: str) -> tuple[int, ...]:
-    if (
-        not isinstance(value, (list, tuple))
-        or len(value) > 64
-        or not all(type(n) is int and 0 <= n < MAX_EXTENT for n in value)
-    ):
+    if (sizes := sizes_in(value)) is None:
         raise CorruptArchiveError(f"{what}: sizes that are not sizes")
-    return tuple(value)
+    return sizes
 
 
 def _pairs(value: Any, what: str) -> list[tuple[Any, Any]]:

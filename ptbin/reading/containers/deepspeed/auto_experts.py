@@ -51,7 +51,7 @@ def auto_layers_of(files: PartFiles, root: DictNode) -> tuple[AutoLayer, ...]:
     found = []
     for entry in entries if isinstance(entries, list) else [None]:
         if not isinstance(entry, DictNode):
-            raise CorruptArchiveError(f"{files.uri}: ds_autoep_layers is no list of layers")
+            raise CorruptArchiveError(f"{files.uri}: ds_autoep_layers is not a list of layers")
         if entry.get("checkpoint_format", "per_expert_files") != "per_expert_files":
             raise UnsupportedFormatError(
                 f"{files.uri}: experts of AutoEP in ZeRO stage 3 partitions; convert it with DeepSpeed's "

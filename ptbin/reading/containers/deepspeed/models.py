@@ -16,13 +16,10 @@ from ptbin.errors import CorruptArchiveError, UnsupportedFormatError
 from ptbin.reading.containers.deepspeed.buffers import Buffers
 from ptbin.reading.containers.deepspeed.partitions import Cutter, Vector, refuse_overlap, short
 from ptbin.reading.containers.part_files import PartFiles
-from ptbin.values.nodes import DictNode
+from ptbin.values.nodes import DictNode, sizes_in
 from ptbin.values.tensors import TensorRef
 
 __all__ = ["ModelStates", "mapping_in", "shapes_in"]
-
-MAX_DIMENSIONS = 64
-MAX_EXTENT = 1 << 48
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -42,17 +39,13 @@ def mapping_in(files: PartFiles, name: str) -> DictNode:
 def shapes_in(uri: str, node: Any, what: str) -> Shapes:
     """Name to shape, checked."""
     if not isinstance(node, DictNode):
-        raise CorruptArchiveError(f"{uri}: {what} is no mapping of names to shapes")
+        raise CorruptArchiveError(f"{uri}: {what} is not a mapping of names to shapes")
     shapes: Shapes = {}
     for name, shape in node.pairs:
-        if (
-            not isinstance(name, str)
-            or not isinstance(shape, (tuple, list))
-            or len(shape) > MAX_DIMENSIONS
-            or not all(type(n) is int and 0 <= n < MAX_EXTENT for n in shape)
-        ):
+        sizes = sizes_in(shape)
+        if not isinstance(name, str) or sizes is None:
             raise CorruptArchiveError(f"{uri}: {what} has {short(name)} with shape {short(shape)}")
-        shapes[name] = tuple(shape)
+        shapes[name] = sizes
     return shapes
 
 
@@ -90,16 +83,14 @@ class ModelStates:
                 "convert it with DeepSpeed's ds_to_universal.py"
             )
         if not isinstance(model.get("buffer_names"), list):
-            raise CorruptArchiveError(
-                f"{where}: no buffer_names, so these are no model states of DeepSpeed's"
-            )
+            raise CorruptArchiveError(f"{where}: no buffer_names, so these are not DeepSpeed's model states")
         return model
 
     def groups(self) -> list[Shapes]:
         """The parameters that the optimizer trains, group by group."""
         node = self.root.get("param_shapes")
         if not isinstance(node, (list, tuple)):
-            raise CorruptArchiveError(f"{self.uri}: param_shapes is no list of groups")
+            raise CorruptArchiveError(f"{self.uri}: param_shapes is not a list of groups")
         groups: list[Shapes] = []
         seen: set[str] = set()
         for entry in node:

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ptbin.errors import CorruptArchiveError
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
 from ptbin.reading.containers.deepspeed.models import mapping_in
-from ptbin.reading.containers.deepspeed.rules import Rules, merge_states, rules_of, tensor_ranks_of
+from ptbin.reading.containers.deepspeed.rules import (
+    Rules,
+    merge_states,
+    parallel_degree,
+    rules_of,
+    tensor_ranks_of,
+)
 from ptbin.reading.containers.part_files import PartFiles
 from ptbin.sources.deepspeed_names import MODEL_STATES
 from ptbin.values.nodes import DictNode
@@ -84,7 +89,7 @@ def merge_model_states(files: PartFiles, ranks: Mapping[int, str]) -> Ranks:
     )
     module: DictNode = roots[0].get("module")
     if len(roots) > 1:
-        states = [(name, _mapping(root.get("module"))) for name, root in zip(names, roots, strict=True)]
+        states = [(name, dict(root.get("module").pairs)) for name, root in zip(names, roots, strict=True)]
         module.pairs = merge_states(files, states, rules, buffer_names)
     for name, root in zip(names[1:], roots[1:], strict=True):
         files.leave(name, [root.get("optimizer")], "optimizer")
@@ -92,10 +97,6 @@ def merge_model_states(files: PartFiles, ranks: Mapping[int, str]) -> Ranks:
             name, [value for key, value in root.pairs if key not in ("module", "optimizer")], "trainer_state"
         )
     return Ranks(names, roots[0], rules)
-
-
-def _mapping(module: DictNode) -> dict[Any, Any]:
-    return dict(module.pairs)
 
 
 def _opened(files: PartFiles, name: str, count: int) -> DictNode:
@@ -109,9 +110,8 @@ def _opened(files: PartFiles, name: str, count: int) -> DictNode:
             + (f": mp_rank_{count:02d}_model_states.pt is missing" if stated > count else "")
             + "; fetch the folder again, whole"
         )
-    degrees = root.get("checkpoint_parallel_dimensions")
-    pipeline = degrees.get("pp_degree") if isinstance(degrees, DictNode) else None
-    if type(pipeline) is int and pipeline > 1:
+    pipeline = parallel_degree(root, "pp_degree")
+    if pipeline is not None and pipeline > 1:
         files.refuse(
             f"{name} is of {pipeline} stages of a pipeline, whose layers lie in files that are not there"
         )

@@ -166,28 +166,15 @@ class _Universal:
 
     def _compare_steps(self) -> None:
         """Counters of all parameters agree."""
-        known: tuple[str, float] | None = None
         for states in self.parameters.values():
             path = states.get("step")
             if path is None:
                 continue
             root = self.files.open(path).root
             self.files.leave(path, [root], "optimizer")
-            step = None
-            if type(root) in (int, float):
-                step = float(root)
-            elif isinstance(root, TensorRef) and root.numel == 1 and self.files.small.can_read(root):
-                step = float(self.files.small.numbers(root).reshape(()))
-            if step is None:
-                continue
-            if known is None:
-                known = (path, step)
-            elif known[1] != step:
-                self.files.refuse(
-                    f"{path} says step {step:g}, {known[0]} says {known[1]:g}: they were saved at "
-                    "different steps "
-                    "and are no parts of one checkpoint"
-                )
+            step = self.files.small.counter(root)
+            if step is not None:
+                self.files.agree("optimizer step", path, step)
 
 
 def _flattened(groups: list[Shapes]) -> Shapes:
