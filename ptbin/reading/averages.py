@@ -20,7 +20,7 @@ import re
 from typing import Any
 
 from ptbin.reading.keys import without_wrappers
-from ptbin.values.nodes import DictNode
+from ptbin.values.nodes import DictNode, entry_in
 from ptbin.values.state_dict import StateDict
 from ptbin.values.tensors import TensorRef
 
@@ -75,7 +75,7 @@ def swapped_copy(root: Any, found: StateDict) -> StateDict | None:
 
     mmcv/runner/hooks/ema.py swaps the two before a checkpoint is saved.
     """
-    meta = root.get("meta") if isinstance(root, DictNode) else None
+    meta = entry_in(root, "meta")
     if not isinstance(meta, DictNode) or "mmcv_version" not in meta.by_name():
         return None
     names = {name for name, _ in found.entries}

@@ -99,7 +99,7 @@ class _Walk:
                 self.entries.append((name, value))
             elif holds_data(value):
                 self.leave_out(name, None, value)
-        elif step.endswith(EXTRA_STATE) or (isinstance(value, (list, tuple)) and is_packed(value)):
+        elif step.endswith(EXTRA_STATE) or is_packed(value):
             self.entries.append((name, value))
         elif (role := _other_role(step, value)) is not None:
             self.leave_out(name, role, value)
@@ -138,16 +138,9 @@ def _is_plain_state_dict(pairs: list[tuple[Any, Any]]) -> bool:
     """Tensors, and values beside them that belong to them (`_packed_params.dtype`)."""
     tensors = [value for _, value in pairs if isinstance(value, (TensorRef, SparseTensor, Opaque))]
     return bool(tensors) and not any(
-        is_branch(value)
-        and not str(key).endswith(EXTRA_STATE)
-        and holds_data(value)
-        and not _is_packed(value)
+        is_branch(value) and not str(key).endswith(EXTRA_STATE) and holds_data(value) and not is_packed(value)
         for key, value in pairs
     )
-
-
-def _is_packed(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and is_packed(value)
 
 
 def _role_at_top(step: str, value: Any) -> str | None:

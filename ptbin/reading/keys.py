@@ -91,7 +91,8 @@ def _refuse_loss(name: str, value: Any, uri: str, done: set[int], search: DataSe
 
 
 def _is_metadata(value: Any) -> bool:
-    return isinstance(value, DictNode) and _is_writable(value, 0, set()) and not _holds_tensors(value)
+    held = (node for node in iter_nodes(value) if isinstance(node, (TensorRef, SparseTensor)))
+    return isinstance(value, DictNode) and _is_writable(value, 0, set()) and next(held, None) is None
 
 
 def _is_writable(value: Any, depth: int, done: set[int]) -> bool:
@@ -151,10 +152,6 @@ def _is_device(value: Instance) -> bool:
     if not isinstance(args, tuple) or not 1 <= len(args) <= 2 or not isinstance(args[0], str):
         return False
     return len(args) == 1 or type(args[1]) is int
-
-
-def _holds_tensors(value: Any) -> bool:
-    return any(isinstance(node, (TensorRef, SparseTensor)) for node in iter_nodes(value))
 
 
 def _describe(value: Any) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from ptbin.reading.roles import role_of_content
-from ptbin.values.nodes import DictNode, Instance, NdArray, Opaque, iter_nodes
+from ptbin.reading.tree import holds_data
+from ptbin.values.nodes import DictNode, Instance, NdArray, Opaque
 from ptbin.values.tensors import SparseTensor, TensorRef
 
 __all__ = ["role_of_leftover"]
@@ -40,7 +41,7 @@ def _role(node: Any, depth: int) -> str | None:
         return None
     if isinstance(node, Instance):
         is_arguments = node.class_path == "argparse.Namespace" or node.class_path.endswith(_ARGUMENT_CLASSES)
-        return "training arguments" if is_arguments and not _holds_data(node) else None
+        return "training arguments" if is_arguments and not holds_data(node) else None
     if isinstance(node, TensorRef):
         return "random generators" if _is_twister(node) else None
     if isinstance(node, (list, tuple)):
@@ -66,10 +67,6 @@ def _common_role(values: Any, depth: int) -> str | None:
     if not roles or None in roles:
         return None
     return roles[0] if len(set(roles)) == 1 else "training state"
-
-
-def _holds_data(node: Any) -> bool:
-    return any(isinstance(below, _DATA) for below in iter_nodes(node))
 
 
 def _is_twister(tensor: TensorRef) -> bool:

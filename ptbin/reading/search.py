@@ -272,7 +272,7 @@ def _nested(mapping: DictNode, search: DataSearch) -> str | None:
             continue  # refused by its name, if this mapping is the one that is taken
         if not is_branch(value) or is_unreadable_tensor(value) or key.endswith(EXTRA_STATE):
             continue
-        if isinstance(value, (tuple, list)) and is_packed(value):
+        if is_packed(value):
             continue
         if search.holds(value):
             return f"{key[:100]!r} holds tensors of its own"
@@ -281,7 +281,8 @@ def _nested(mapping: DictNode, search: DataSearch) -> str | None:
 
 def is_packed(value: Any) -> bool:
     """(quantized weight, bias), as quantized layers save `_packed_params` (torch/ao/nn/quantized)."""
-    return any(isinstance(part, TensorRef) and part.quantizer is not None for part in value)
+    parts = value if isinstance(value, (tuple, list)) else ()
+    return any(isinstance(part, TensorRef) and part.quantizer is not None for part in parts)
 
 
 def _of_arrays(checkpoint: Checkpoint, named: dict[str, Any]) -> dict[str, TensorRef] | None:

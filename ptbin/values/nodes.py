@@ -22,6 +22,7 @@ __all__ = [
     "SetNode",
     "TorchSize",
     "children",
+    "entry_in",
     "iter_nodes",
     "sizes_in",
 ]
@@ -199,8 +200,14 @@ def children(node: Any) -> Iterator[Any]:
 
 
 MAX_DIMENSIONS = 64
+"""torch itself has no limit; numpy, and with it most readers of weights, stops here."""
 MAX_EXTENT = 1 << 48
 """More elements, or bytes, than any tensor or file has along one dimension."""
+
+
+def entry_in(node: Any, key: str) -> Any:
+    """What a mapping has under a key; None where there is neither."""
+    return node.get(key) if isinstance(node, DictNode) else None
 
 
 def sizes_in(value: Any) -> tuple[int, ...] | None:

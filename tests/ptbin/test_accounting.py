@@ -47,6 +47,28 @@ def test_arrays_are_counted_once_however_long_the_pickle(tmp_path: Path, legacy:
     assert manifest["accounting"]["left_out"] == {"random_state": 4 * 624}
 
 
+@pytest.mark.parametrize("options", [{}, {"flatten": True}], ids=["selected", "flattened"])
+def test_what_is_left_out_is_listed_by_its_path_from_the_top(tmp_path: Path, options: dict[str, Any]) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4))
+    net[0].scratch = torch.randn(5)
+    path = saved({"net": net, "rng": torch.get_rng_state()}, tmp_path)
+    manifest, state = converted(path, **options)
+    rows = {row["path"]: row["nbytes"] for row in manifest["left_out"]}
+    assert rows == {"net.0.scratch": 20, "rng": 5056}
+    assert not any("scratch" in name for name in state)
+
+
+@pytest.mark.parametrize("path", ["model", "deep.model"])
+def test_dropped_entries_are_listed_by_their_path_from_the_top(tmp_path: Path, path: str) -> None:
+    holder: dict[str, Any] = {}
+    inner = holder
+    for step in path.split("."):
+        inner = inner.setdefault(step, {})
+    inner.update(layer())
+    manifest, _ = converted(saved(holder, tmp_path), drop=("bias",), select=path)
+    assert [row["path"] for row in manifest["left_out"] if row["nbytes"]] == [f"{path}.fc.bias"]
+
+
 def test_a_buffer_named_like_an_optimizers_does_not_make_a_model_an_optimizer(tmp_path: Path) -> None:
     state = {**layer(), "exp_avg": torch.randn(3), "momentum_buffer": torch.randn(3)}
     assert_same_tensors(converted(saved({"net": state}, tmp_path))[1], state)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +93,12 @@ class Checkpoint:
     def __post_init__(self) -> None:
         self.search = DataSearch(self.vocabulary.limits)
 
+    def move(self, base: int, before: Callable[[Place], Place] = lambda place: place) -> None:
+        """Count the offsets of all storages from `base` bytes earlier; `before` changes a place first."""
+        for storage in self.storages.values():
+            if storage.place is not None:
+                storage.place = move_place(before(storage.place), base)
+
 
 @dataclass(slots=True)
 class Opening:
@@ -109,6 +115,7 @@ class Opening:
     depth: int = 0
     programs: list[PickleProgram] = field(default_factory=list)
     vocabulary: TorchVocabulary = field(init=False)
+    _globals: set[tuple[str, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.vocabulary = TorchVocabulary(self.limits, self._load_nested)
@@ -154,6 +161,14 @@ class Opening:
             program.oddities.append(f"{len(data) - program.end} bytes behind the end of {name}")
         self.programs.append(program)
         return program
+
+    def keep_programs(self, programs: Iterable[PickleProgram]) -> None:
+        """Of a part's pickles those that say something to judge which no earlier one said: most are alike."""
+        for program in programs:
+            program.root = None  # the caller keeps of it what it needs
+            if not program.globals.keys() <= self._globals or program.oddities or program.calls:
+                self._globals.update(program.globals)
+                self.programs.append(program)
 
     def _load_nested(self, data: bytes) -> Any:
         """The record inside bytes that `torch.storage._load_from_bytes` would hand to `torch.load`."""
@@ -252,9 +267,7 @@ def read_part(reader: JoinedReader, name: str, opening: Opening) -> Checkpoint:
     """
     part = reader.part(name)
     checkpoint = opening.another(SourceFile(part)).checkpoint()
-    for storage in checkpoint.storages.values():
-        assert storage.place is not None
-        storage.place = move_place(storage.place, part.base)
+    checkpoint.move(part.base)
     return checkpoint
 
 

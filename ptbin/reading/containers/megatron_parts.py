@@ -42,7 +42,7 @@ from ptbin.reading.containers.megatron_names import (
     split_like,
 )
 from ptbin.reading.containers.merges import merge_parts
-from ptbin.reading.containers.part_files import PartFiles
+from ptbin.reading.containers.part_files import PartFiles, Tree
 from ptbin.reading.roles import role_of_content
 from ptbin.reading.tree import holds_data
 from ptbin.values.nodes import DictNode, Instance, Opaque
@@ -125,9 +125,9 @@ class _Ranks:
         self._number_layers(sizes)
         self._tie()
         model = DictNode("OrderedDict")
-        tree: dict[Path, DictNode] = {(): model}
+        tree = Tree(model)
         for name, held in self.found.items():
-            _put(tree, held.path, self._whole(name, held, sizes))
+            tree.put(held.path, self._whole(name, held, sizes))
         for held in self.found.values():
             for part in (part for parts in held.parts.values() for part in parts):
                 self.files.leave(part.home, [part.tensor], "unviewed")  # gaps of a buffer of several
@@ -335,12 +335,3 @@ def _values(model: DictNode, seen: set[int], above: Path = ()) -> Iterator[tuple
             yield from _values(value, seen, (*above, key))
         else:
             yield (*above, key), value
-
-
-def _put(tree: dict[Path, DictNode], path: Path, value: TensorRef) -> None:
-    """Put a tensor into its mapping, making the mappings above it."""
-    for depth in range(1, len(path)):
-        if path[:depth] not in tree:
-            below = tree[path[:depth]] = DictNode("OrderedDict")
-            tree[path[: depth - 1]].pairs.append((path[depth - 1], below))
-    tree[path[:-1]].pairs.append((path[-1], value))

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from ptbin.errors import CorruptArchiveError, IncompleteCheckpointError, NotACheckpointError
 from ptbin.merging.replicas import Replicas
 from ptbin.merging.tiles import Box, Part, whole_tensor
-from ptbin.reading.containers.checkpoint import Checkpoint, Folder, Opening, move_place
+from ptbin.reading.containers.checkpoint import Checkpoint, Folder, Opening
 from ptbin.reading.containers.small_tensors import SmallTensors
 from ptbin.reading.containers.source import SourceFile
 from ptbin.stores.joined import JoinedReader
@@ -22,7 +22,7 @@ from ptbin.values.nodes import DictNode, Instance
 from ptbin.values.state_dict import Excluded
 from ptbin.values.tensors import ByteRange, Storage, TensorRef
 
-__all__ = ["PartFiles", "Pieces", "mapping_of"]
+__all__ = ["PartFiles", "Pieces", "Tree", "mapping_of"]
 
 MAX_PROGRESS_DEPTH = 2
 
@@ -75,7 +75,6 @@ class PartFiles:
     replicas: list[tuple[Storage, Replicas]] = field(default_factory=list)
     left: dict[tuple[str, str | None], list[Any]] = field(default_factory=dict)
     made: dict[object, Storage] = field(default_factory=dict)
-    _globals: set[tuple[str, str]] = field(default_factory=set)
     _progress: dict[str, tuple[str, int | float]] = field(default_factory=dict)
     _first: str = ""
 
@@ -101,16 +100,9 @@ class PartFiles:
             checkpoint = inner.checkpoint()
         except NotACheckpointError as error:  # its name says that it is one
             raise CorruptArchiveError(f"{error}; is the copy of {name} complete?") from error
-        for key, storage in checkpoint.storages.items():
-            assert storage.place is not None
-            storage.place = move_place(storage.place, part.base)
-            self.storages[f"{name}/{key}"] = storage
-        for program in inner.programs:
-            program.root = None  # the caller keeps of it what it needs
-            # Those that say something to judge which no earlier one said: many files are alike.
-            if not program.globals.keys() <= self._globals or program.oddities or program.calls:
-                self._globals.update(program.globals)
-                self.opening.programs.append(program)
+        checkpoint.move(part.base)
+        self.storages.update({f"{name}/{key}": storage for key, storage in checkpoint.storages.items()})
+        self.opening.keep_programs(inner.programs)
         self._first = self._first or name
         for what, value in progress_of(checkpoint.root).items():
             if name == self._first or what in self._progress:
@@ -205,3 +197,35 @@ class PartFiles:
             facts=dict(facts or {}),
             is_whole=True,
         )
+
+
+class Tree:
+    """Nested mappings, in which whole tensors take the places of pieces."""
+
+    def __init__(self, root: DictNode) -> None:
+        self._root = root
+        self._places: dict[int, dict[Any, int]] = {}
+
+    def put(self, path: tuple[Any, ...], value: TensorRef) -> None:
+        """Put a tensor into its place, making the mappings above it where there are none."""
+        node = self._root
+        for step in path[:-1]:
+            places = self._index(node)
+            below = node.pairs[places[step]][1] if step in places else None
+            if not isinstance(below, DictNode):
+                below = DictNode(self._root.kind)
+                self._set(node, step, below)
+            node = below
+        self._set(node, path[-1], value)
+
+    def _index(self, node: DictNode) -> dict[Any, int]:
+        found = self._places.get(id(node))
+        if found is None:
+            found = {key: at for at, (key, _) in enumerate(node.pairs) if type(key) in (str, int)}
+            self._places[id(node)] = found
+        return found
+
+    def _set(self, node: DictNode, key: Any, value: Any) -> None:
+        places = self._index(node)
+        at = places.setdefault(key, len(node.pairs))
+        node.pairs[at : at + 1] = [(key, value)]

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from ptbin.merging.tiles import Box, Part
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
-from ptbin.reading.containers.part_files import PartFiles, Pieces
+from ptbin.reading.containers.part_files import PartFiles, Pieces, Tree
 from ptbin.reading.containers.rank_pieces import (
     Layout,
     Path,
@@ -87,7 +87,7 @@ class _Ranks:
                 "or, where each is a whole copy, convert one with --parts"
             )
         self._refuse_absent_ranks()
-        tree = _Tree(root)
+        tree = Tree(root)
         for path, pieces in self.found.items():
             tree.put(path, self._whole(path, pieces))
         return self.files.checkpoint("torch_ranks", root)
@@ -282,35 +282,3 @@ def _home(piece: Any) -> str:
 def _listed(names: Sequence[str]) -> str:
     more = len(names) - MAX_SHOWN
     return ", ".join(names[:MAX_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-class _Tree:
-    """The first file's mappings, in which whole tensors take the places of pieces."""
-
-    def __init__(self, root: DictNode) -> None:
-        self._root = root
-        self._places: dict[int, dict[Any, int]] = {}
-
-    def put(self, path: Path, value: TensorRef) -> None:
-        """Put a tensor into its place, making the mappings above it where the first file has none."""
-        node = self._root
-        for step in path[:-1]:
-            places = self._index(node)
-            below = node.pairs[places[step]][1] if step in places else None
-            if not isinstance(below, DictNode):
-                below = DictNode("dict")
-                self._set(node, step, below)
-            node = below
-        self._set(node, path[-1], value)
-
-    def _index(self, node: DictNode) -> dict[Any, int]:
-        found = self._places.get(id(node))
-        if found is None:
-            found = {key: at for at, (key, _) in enumerate(node.pairs) if type(key) in (str, int)}
-            self._places[id(node)] = found
-        return found
-
-    def _set(self, node: DictNode, key: Any, value: Any) -> None:
-        places = self._index(node)
-        at = places.setdefault(key, len(node.pairs))
-        node.pairs[at : at + 1] = [(key, value)]

@@ -23,13 +23,12 @@ from ptbin.reading.containers.source import EDGE_NBYTES, SourceFile, Window
 from ptbin.reading.containers.tar import TarMember
 from ptbin.reading.pickle.machine import PickleProgram
 from ptbin.reading.pickle.storage_ids import storage_dtype
-from ptbin.values.nodes import Global
+from ptbin.values.nodes import MAX_DIMENSIONS, Global
 from ptbin.values.tensors import ByteRange, Storage, TensorRef, TypedStorage
 
 __all__ = ["is_torch_tar", "read_torch_tar"]
 
 _MEMBERS = frozenset(["sys_info", "pickle", "storages", "tensors"])
-MAX_DIMENSIONS = 64
 
 
 def is_torch_tar(members: Sequence[TarMember]) -> bool:

@@ -7,13 +7,11 @@ from typing import Any
 from ptbin.errors import CorruptArchiveError, LimitExceededError, UnsupportedTensorError
 from ptbin.options import Limits
 from ptbin.values.dtypes import DType
-from ptbin.values.nodes import DictNode
+from ptbin.values.nodes import MAX_DIMENSIONS, DictNode
 from ptbin.values.tensors import TensorRef, TypedStorage
 
 __all__ = ["TensorViews", "as_sizes"]
 
-# torch itself has no limit; numpy, and with it most readers of weights, stops at 64.
-MAX_DIMENSIONS = 64
 MAX_SIZE = 1 << 62
 MAX_KNOWN_SHAPES = 4096
 

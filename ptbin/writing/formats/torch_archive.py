@@ -12,7 +12,6 @@ The bytes are a function of the source's bytes and the options alone.
 
 from __future__ import annotations
 
-import struct
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,10 @@ from dataclasses import dataclass
 from ptbin.stores.joined import PART_BITS
 from ptbin.values.framing import (
     ALIGNMENT,
+    END,
+    END_64,
+    ENTRY,
+    LOCATOR_64,
     ZIP64_THRESHOLD,
     descriptor,
     descriptor_nbytes,
@@ -37,11 +40,6 @@ from ptbin.writing.prechecks import is_checked, prechecks_for
 from ptbin.writing.storages import OutputStorage, plan_storages
 
 __all__ = ["plan_torch_archive"]
-
-_ENTRY = struct.Struct("<4s6H3L5H2L")
-_END = struct.Struct("<4s4H2LH")
-_END64 = struct.Struct("<4sQ2H2L4Q")
-_LOCATOR64 = struct.Struct("<4sLQL")
 
 # The first record of a run this long is padded so that all of the run keeps its offsets modulo a page: the
 # kernel then copies page by page (a quarter less time, measured), and filesystems that share blocks may.
@@ -170,7 +168,7 @@ class _Archive(FileLayout):
     def directory(self) -> None:
         start = self.offset
         entries = tuple(self.entries)
-        size = sum(_ENTRY.size + len(e.name) + len(zip64_field(e.header_offset, e.nbytes)) for e in entries)
+        size = sum(ENTRY.size + len(e.name) + len(zip64_field(e.header_offset, e.nbytes)) for e in entries)
 
         def build(crcs: Mapping[int, int]) -> bytes:
             return b"".join(_entry(e, e.crc32 if e.slot is None else crcs[e.slot]) for e in entries)
@@ -191,37 +189,20 @@ def _entry(entry: _Entry, crc32: int | None) -> bytes:
     zip64 = zip64_field(entry.header_offset, entry.nbytes)
     size = min(entry.nbytes, ZIP64_THRESHOLD)
     offset = min(entry.header_offset, ZIP64_THRESHOLD)
-    head = _ENTRY.pack(
-        b"PK\x01\x02",
-        0,
-        0,
-        flags_of(entry.nbytes),
-        0,
-        0,
-        0,
-        crc32,
-        size,
-        size,
-        len(entry.name),
-        len(zip64),
-        0,
-        0,
-        0,
-        0,
-        offset,
-    )
+    flags, names = flags_of(entry.nbytes), (len(entry.name), len(zip64))
+    head = ENTRY.pack(b"PK\x01\x02", 0, 0, flags, 0, 0, 0, crc32, size, size, *names, 0, 0, 0, 0, offset)
     return head + entry.name + zip64
 
 
 def _end_records(count: int, size: int, offset: int) -> bytes:
     """zip64 end record, its locator and the end record; torch writes all three in every archive."""
     version_made, version_needed = 0x031E, 0x002D
-    end64 = _END64.pack(
-        b"PK\x06\x06", _END64.size - 12, version_made, version_needed, 0, 0, count, count, size, offset
+    end64 = END_64.pack(
+        b"PK\x06\x06", END_64.size - 12, version_made, version_needed, 0, 0, count, count, size, offset
     )
-    locator = _LOCATOR64.pack(b"PK\x06\x07", 0, offset + size, 1)
+    locator = LOCATOR_64.pack(b"PK\x06\x07", 0, offset + size, 1)
     narrow = min(count, 0xFFFF)
-    end = _END.pack(
+    end = END.pack(
         b"PK\x05\x06", 0, 0, narrow, narrow, min(size, ZIP64_THRESHOLD), min(offset, ZIP64_THRESHOLD), 0
     )
     return end64 + locator + end

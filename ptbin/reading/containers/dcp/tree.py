@@ -11,7 +11,8 @@ from typing import Any
 
 from ptbin.errors import CorruptArchiveError
 from ptbin.reading.containers.dcp.index import Entry
-from ptbin.values.nodes import DictNode, Instance, iter_nodes
+from ptbin.reading.tree import is_branch
+from ptbin.values.nodes import DictNode, iter_nodes
 from ptbin.values.tensors import TensorRef
 
 __all__ = ["tree_of"]
@@ -75,7 +76,7 @@ def _gathered(root: DictNode) -> DictNode:
         for key, v in flat
         if isinstance(v, TensorRef) and type(key) is str and v.dtype.name not in _COUNTERS
     ]
-    beside = [(key, v) for key, v in pairs if _is_branch(v) and not str(key).endswith("_extra_state")]
+    beside = [(key, v) for key, v in pairs if is_branch(v) and not str(key).endswith("_extra_state")]
     seen: set[int] = set()
     other_models = any(not _is_optimizer(v) and _holds_weights(v, seen) for _, v in beside)
     # A single tensor next to a model that has its own mapping is not a model; dotted names are a module's.
@@ -124,15 +125,11 @@ def _is_moments(value: Any) -> bool:
     return isinstance(value, DictNode) and bool(value.by_name().keys() & _STATE_NAMES)
 
 
-def _is_branch(value: Any) -> bool:
-    return isinstance(value, (DictNode, Instance, list, tuple))
-
-
 def _belongs_to_model(key: Any, value: Any) -> bool:
     if type(key) is not str:
         return False
     return (
-        isinstance(value, TensorRef) or key.endswith("_extra_state") or ("." in key and not _is_branch(value))
+        isinstance(value, TensorRef) or key.endswith("_extra_state") or ("." in key and not is_branch(value))
     )
 
 

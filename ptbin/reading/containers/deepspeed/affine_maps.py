@@ -17,7 +17,7 @@ from ptbin.errors import CorruptArchiveError, UnsupportedTensorError
 from ptbin.merging.tiles import Box, Part, plain_part
 from ptbin.merging.views import View, view_of
 from ptbin.reading.containers.part_files import PartFiles
-from ptbin.values.nodes import DictNode, sizes_in
+from ptbin.values.nodes import DictNode, entry_in, sizes_in
 from ptbin.values.tensors import TensorRef, dense_strides
 
 __all__ = ["is_scaled", "scaled_whole", "whole_of_pieces"]
@@ -39,7 +39,7 @@ def whole_of_pieces(
     copies: dict[tuple[Any, ...], list[tuple[View, str]]] = {}
     for rank, part in enumerate(parts):
         row = ranks[rank]
-        own = _sizes(row.get("shard_shape") if isinstance(row, DictNode) else None, what)
+        own = _sizes(entry_in(row, "shard_shape"), what)
         shard = view_of(part.tensor, part.home)
         if math.prod(own) != math.prod(shard.shape):
             raise CorruptArchiveError(
@@ -78,9 +78,9 @@ def whole_of_pieces(
 
 def is_scaled(entry: Any) -> bool:
     """Whether some rank holds a block of the parameter multiplied by a number."""
-    rows = [row for _, row in ranks.pairs] if isinstance(ranks := _get(entry, "ranks"), DictNode) else []
-    pieces = [piece for row in rows for piece in _listed(_get(row, "pieces"))]
-    return any(_get(piece, "scale") not in (None, 1, 1.0) for piece in pieces)
+    rows = [row for _, row in ranks.pairs] if isinstance(ranks := entry_in(entry, "ranks"), DictNode) else []
+    pieces = [piece for row in rows for piece in _listed(entry_in(row, "pieces"))]
+    return any(entry_in(piece, "scale") not in (None, 1, 1.0) for piece in pieces)
 
 
 def scaled_whole(files: PartFiles, name: str, parts: Sequence[Part], entry: Any, where: str) -> TensorRef:
@@ -106,11 +106,11 @@ def scaled_whole(files: PartFiles, name: str, parts: Sequence[Part], entry: Any,
     wide = "f8" if first.dtype.name == "float64" else "f4"
     whole, holder = np.zeros(shape, wide), np.full(shape, -1, np.int32)
     for rank, part in enumerate(parts):
-        own = _sizes(_get(ranks[rank], "shard_shape"), what)
+        own = _sizes(entry_in(ranks[rank], "shard_shape"), what)
         if math.prod(own) != part.tensor.numel:
             raise CorruptArchiveError(f"{what} gives {part.home} a shard of {list(own)}")
         shard = files.small.numbers(part.tensor).astype(wide).reshape(own)
-        for piece in _listed(_get(ranks[rank], "pieces")):
+        for piece in _listed(entry_in(ranks[rank], "pieces")):
             extent, at, start, scale = _piece(piece, shape, own, what)
             here = tuple(slice(a, a + n) for a, n in zip(at, extent, strict=True))
             found = shard[tuple(slice(a, a + n) for a, n in zip(start, extent, strict=True))]
@@ -137,15 +137,11 @@ def _read(
 ) -> tuple[str, tuple[int, ...], dict[Any, Any]]:
     """For messages; the parameter's shape; what each rank holds."""
     what = f"{where}: affine map of {name[:200]!r}"
-    shape = _sizes(_get(entry, "logical_shape"), what)
-    ranks = dict(_pairs(_get(entry, "ranks"), what))
+    shape = _sizes(entry_in(entry, "logical_shape"), what)
+    ranks = dict(_pairs(entry_in(entry, "ranks"), what))
     if sorted(ranks, key=str) != sorted(range(len(parts)), key=str):
         raise CorruptArchiveError(f"{what} is over {len(ranks)} ranks, {len(parts)} are there")
     return what, shape, ranks
-
-
-def _get(node: Any, key: str) -> Any:
-    return node.get(key) if isinstance(node, DictNode) else None
 
 
 def _listed(value: Any) -> Sequence[Any]:

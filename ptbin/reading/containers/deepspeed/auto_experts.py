@@ -16,7 +16,7 @@ from typing import Any
 from ptbin.errors import CorruptArchiveError, UnsupportedFormatError
 from ptbin.merging.views import stacked, view_of
 from ptbin.reading.containers.part_files import PartFiles
-from ptbin.values.nodes import DictNode
+from ptbin.values.nodes import DictNode, entry_in
 from ptbin.values.tensors import TensorRef
 
 __all__ = ["AutoLayer", "auto_layers_of", "fused_experts"]
@@ -106,6 +106,6 @@ def fused_experts(
 
 
 def _refuse_sliced(files: PartFiles, folding: Any) -> None:
-    size = folding.get("etp_size") if isinstance(folding, DictNode) else None
+    size = entry_in(folding, "etp_size")
     if size not in (None, 1):
         raise UnsupportedFormatError(f"{files.uri}: experts of AutoEP cut over {str(size)[:20]} ranks each")

@@ -30,7 +30,7 @@ from ptbin.reading.containers.deepspeed.rules import (
 from ptbin.reading.containers.merges import parts_by_name
 from ptbin.reading.containers.part_files import PartFiles, mapping_of
 from ptbin.sources.deepspeed_names import LAYER, MODEL_STATES, OPTIM_STATES
-from ptbin.values.nodes import DictNode
+from ptbin.values.nodes import DictNode, entry_in
 from ptbin.values.tensors import TensorRef
 
 __all__ = ["read_deepspeed_layers"]
@@ -170,8 +170,7 @@ def _trained(roots: list[DictNode]) -> tuple[str, int] | None:
     elements = parameters = 0
     for root in roots:
         optimizer = root.get("optimizer")
-        optimizer = optimizer if isinstance(optimizer, DictNode) else DictNode()
-        flat, groups = optimizer.get("fp32_groups_flat"), optimizer.get("param_groups")
+        flat, groups = entry_in(optimizer, "fp32_groups_flat"), entry_in(optimizer, "param_groups")
         if isinstance(flat, list) and all(isinstance(tensor, TensorRef) for tensor in flat):
             elements += sum(tensor.numel for tensor in flat)
         elif isinstance(groups, list):

@@ -12,7 +12,7 @@ from typing import Any
 from ptbin.errors import CorruptArchiveError, UnsupportedFormatError
 from ptbin.reading.containers.deepspeed.partitions import refuse_overlap, short
 from ptbin.reading.containers.small_tensors import SmallTensors
-from ptbin.values.nodes import DictNode, Global, Instance
+from ptbin.values.nodes import DictNode, Global, Instance, entry_in
 from ptbin.values.tensors import TensorRef
 
 __all__ = ["OptimStates", "read_optim_states"]
@@ -124,9 +124,9 @@ def _paddings(states: DictNode, where: str) -> list[list[int]] | None:
 
 def _steps(rest: Any, small: SmallTensors) -> Iterator[float]:
     """The optimizer's counters, which say when the file was saved; they lie in `state`, a row for a group."""
-    state = rest.get("state") if isinstance(rest, DictNode) else None
+    state = entry_in(rest, "state")
     rows = [value for _, value in state.pairs] if isinstance(state, DictNode) else []
     for row in rows[:MAX_STEPS]:
-        step = small.counter(row.get("step")) if isinstance(row, DictNode) else None
+        step = small.counter(entry_in(row, "step"))
         if step is not None:
             yield step

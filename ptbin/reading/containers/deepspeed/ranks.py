@@ -1,8 +1,7 @@
 """DeepSpeed's tensor-parallel ranks without ZeRO: `mp_rank_<n>_model_states.pt`, each a slice of `module`.
 
 AutoTP and Megatron-DeepSpeed say in the files how the slices make a whole; GPT-NeoX's are known by their
-names
-(`deepspeed_rules`). Costs: the index of each file, and small tensors that are summed over ranks.
+names (`rules`). Costs: the index of each file, and small tensors that are summed over ranks.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 
 from ptbin.errors import CorruptArchiveError
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
-from ptbin.reading.containers.deepspeed.models import mapping_in
+from ptbin.reading.containers.deepspeed.models import mapping_in, model_files
 from ptbin.reading.containers.deepspeed.rules import (
     Rules,
     merge_states,
@@ -21,7 +20,6 @@ from ptbin.reading.containers.deepspeed.rules import (
     tensor_ranks_of,
 )
 from ptbin.reading.containers.part_files import PartFiles
-from ptbin.sources.deepspeed_names import MODEL_STATES
 from ptbin.values.nodes import DictNode
 
 __all__ = ["Ranks", "merge_model_states", "model_ranks", "read_deepspeed_ranks"]
@@ -55,18 +53,13 @@ def read_deepspeed_ranks(folder: Folder) -> Checkpoint:
 
 def model_ranks(files: PartFiles) -> dict[int, str]:
     """Tensor-parallel rank to the name of its model states."""
-    ranks: dict[int, str] = {}
-    for name in files.reader.names:
-        match = MODEL_STATES.match(name)
-        if match is None:
-            continue
-        if match["rank"] is not None:
-            files.refuse(
-                f"{name} is of ZeRO stage 3, whose parameters lie in the *_optim_states.pt files; convert "
-                "the folder with those files in it"
-            )
-        ranks[int(match["mp"])] = name
-    return ranks
+    found = model_files(files)
+    for name in (name for own in found.values() for rank, name in own.items() if rank is not None):
+        files.refuse(
+            f"{name} is of ZeRO stage 3, whose parameters lie in the *_optim_states.pt files; convert the "
+            "folder with those files in it"
+        )
+    return {number: own[None] for number, own in found.items()}
 
 
 def merge_model_states(files: PartFiles, ranks: Mapping[int, str]) -> Ranks:

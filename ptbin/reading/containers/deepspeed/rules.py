@@ -23,7 +23,7 @@ from ptbin.reading.containers.deepspeed.affine_maps import is_scaled, scaled_who
 from ptbin.reading.containers.merges import merge_parts, parts_by_name, total_of
 from ptbin.reading.containers.part_files import PartFiles
 from ptbin.reading.containers.patterns import Patterns
-from ptbin.values.nodes import DictNode, Instance
+from ptbin.values.nodes import DictNode, Instance, entry_in
 from ptbin.values.tensors import TensorRef
 
 __all__ = [
@@ -75,8 +75,7 @@ class Rules:
 
 def parallel_degree(root: DictNode, name: str) -> int | None:
     """`tp_degree` or `pp_degree`, where model states state it."""
-    degrees = root.get("checkpoint_parallel_dimensions")
-    degree = degrees.get(name) if isinstance(degrees, DictNode) else None
+    degree = entry_in(root.get("checkpoint_parallel_dimensions"), name)
     return degree if type(degree) is int else None
 
 
@@ -118,7 +117,7 @@ def rules_of(files: PartFiles, root: DictNode, name: str, recipe: str | None = N
         names = [key for key, _ in module.pairs if type(key) is str] if isinstance(module, DictNode) else []
         return Rules(where, own or merges_by_name(names), by_name=True)
     affine = info.get("affine_map")
-    params = affine.get("params") if isinstance(affine, DictNode) else None
+    params = entry_in(affine, "params")
     version = affine.get("version") if isinstance(affine, DictNode) else AFFINE_VERSION
     if type(version) is not int or version > AFFINE_VERSION:
         raise UnsupportedFormatError(

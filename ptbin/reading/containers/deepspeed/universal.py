@@ -2,8 +2,7 @@
 
 `ds_to_universal` writes there `{"param": tensor, "cat_dim": ...}`, or for ZeRO stage 3 without tensor
 parallelism a flat tensor, whose shape the model states next to `zero/` have. Those also say which parameters
-there are, which are tied, and hold buffers; what they have of 16-bit weights is another precision of the
-same.
+there are, which are tied, and hold buffers; their 16-bit weights are another precision of the same.
 Sources: deepspeed/checkpoint/ds_to_universal.py, universal_checkpoint.py, 0.19.
 
 Costs: the index of each `fp32.pt` and `step.pt` and of the model states; the optimizer's moments are not
@@ -17,12 +16,11 @@ from typing import Any
 
 from ptbin.errors import CorruptArchiveError, UnsupportedFormatError
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
-from ptbin.reading.containers.deepspeed.buffers import Buffers
-from ptbin.reading.containers.deepspeed.models import ModelStates, Shapes
+from ptbin.reading.containers.deepspeed.models import Buffers, ModelStates, Shapes, model_files
 from ptbin.reading.containers.deepspeed.partitions import Cutter
 from ptbin.reading.containers.deepspeed.rules import rules_of, tensor_ranks_of
 from ptbin.reading.containers.part_files import PartFiles
-from ptbin.sources.deepspeed_names import MODEL_STATES, OPTIM_STATES, UNIVERSAL, UNIVERSAL_OPTIMIZER
+from ptbin.sources.deepspeed_names import OPTIM_STATES, UNIVERSAL, UNIVERSAL_OPTIMIZER
 from ptbin.values.nodes import DictNode
 from ptbin.values.tensors import TensorRef, dense_strides
 
@@ -112,11 +110,8 @@ class _Universal:
 
     def _models(self) -> list[ModelStates]:
         """The model states of each tensor-parallel rank."""
-        ranks: dict[int, dict[int, str]] = {}
-        for name in self.files.reader.names:
-            match = MODEL_STATES.match(name)
-            if match is not None:
-                ranks.setdefault(int(match["mp"]), {})[int(match["rank"] or 0)] = name
+        found = model_files(self.files)
+        ranks = {number: {rank or 0: name for rank, name in own.items()} for number, own in found.items()}
         for number in range(max(ranks, default=0) + 1):
             if number not in ranks:
                 self.files.refuse(

@@ -21,8 +21,7 @@ from typing import Any, NoReturn
 
 from ptbin.errors import CorruptArchiveError, UnsupportedFormatError
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
-from ptbin.reading.containers.deepspeed.buffers import Buffers
-from ptbin.reading.containers.deepspeed.models import ModelStates, Shapes, mapping_in
+from ptbin.reading.containers.deepspeed.models import Buffers, ModelStates, Shapes, mapping_in, model_files
 from ptbin.reading.containers.deepspeed.optim import OptimStates, read_optim_states
 from ptbin.reading.containers.deepspeed.partitions import Cutter, Vector, short
 from ptbin.reading.containers.deepspeed.rules import merge_states, parallel_degree, rules_of, tensor_ranks_of
@@ -132,8 +131,7 @@ class _Folder:
             raise UnsupportedFormatError(f"{self.uri}: no optimizer states of ZeRO")
         if len(kinds) > 1:
             raise CorruptArchiveError(f"{self.uri}: two checkpoints, of different precision, in one folder")
-        ranks = {int(m["mp"]) for name in self.files.reader.names if (m := MODEL_STATES.match(name))}
-        for number in range(max({*found, *ranks}) + 1):
+        for number in range(max({*found, *model_files(self.files)}) + 1):
             if number not in found:
                 like = next(iter(next(iter(found.values())).values()))
                 missing = like.replace(f"mp_rank_{OPTIM_STATES.match(like)['mp']}", f"mp_rank_{number:02d}")  # type: ignore[index]
@@ -142,11 +140,7 @@ class _Folder:
 
     def _model_files(self, number: int, stage: int, world_size: int) -> list[str]:
         """The model states: one file, or one for each rank (DeepSpeed's engine, `_get_ckpt_name`)."""
-        found = {}
-        for name in self.files.reader.names:
-            match = MODEL_STATES.match(name)
-            if match is not None and int(match["mp"]) == number:
-                found[None if match["rank"] is None else int(match["rank"])] = name
+        found = model_files(self.files).get(number, {})
         tail = f"mp_rank_{number:02d}_model_states.pt"
         if stage <= 2:
             return [self._need(found, None, tail, "")]
