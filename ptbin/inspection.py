@@ -11,7 +11,7 @@ from ptbin.errors import CheckpointError, CorruptArchiveError
 from ptbin.options import ConvertOptions, Limits
 from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
-from ptbin.reading.parts import take_part
+from ptbin.reading.parts import accept_part
 from ptbin.reading.pickle.verdicts import judge_programs, refuse_unsafe_fragment
 from ptbin.reading.search import find_state_dicts
 from ptbin.reading.selected import Selected, refuse_unsafe, select_from
@@ -58,7 +58,7 @@ def inspect(
             raise
         safety = judge_programs(checkpoint.programs)
         if options.parts:
-            take_part(checkpoint)
+            accept_part(checkpoint)
         findings = find_state_dicts(checkpoint, options.limits)
         selected: Selected | None = None
         refusal: CheckpointError | None = None

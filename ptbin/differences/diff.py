@@ -22,7 +22,7 @@ from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.keys import without_wrappers
-from ptbin.reading.pickle.collector import collector_paused
+from ptbin.reading.pickle.gc_pause import gc_paused
 from ptbin.stores import Place, Where, place_of
 
 __all__ = ["diff"]
@@ -73,7 +73,7 @@ def diff(
     if storage_options_b is None and not isinstance(b, Place):
         storage_options_b = storage_options
     with ExitStack() as stack:
-        with collector_paused():
+        with gc_paused():
             side_a = _open(place_of(a, storage_options), options)
             stack.callback(side_a.close)
             side_b = _open(place_of(b, storage_options_b), options_b or options)
@@ -81,7 +81,7 @@ def diff(
             comparison = _Comparison(side_a, side_b, Tolerance(rtol, atol), check_dtype, progress)
             comparison.classify()
         comparison.compare()
-        with collector_paused():
+        with gc_paused():
             return comparison.result(check_ties=check_ties)
 
 

@@ -27,7 +27,7 @@ from ptbin.values.tensors import (
     part_of,
 )
 
-__all__ = ["Box", "Part", "plain_part", "tile_of", "whole_tensor"]
+__all__ = ["Box", "Part", "require_plain", "tile_of", "whole_tensor"]
 
 MIN_RUN_NBYTES = 1 << 20
 """Runs below that are read together: each range of a `Joined` is a request or a system call by itself, and
@@ -71,7 +71,7 @@ class Box:
     stride: tuple[int, ...]
 
 
-def plain_part(part: Part, name: str) -> None:
+def require_plain(part: Part, name: str) -> None:
     """Refuse a tensor that is more than bytes in order.
 
     Raises:
@@ -97,9 +97,9 @@ def whole_tensor(
     shape: tuple[int, ...],
     boxes: Sequence[Box],
     *,
-    final: tuple[int, ...] | None = None,
+    final_shape: tuple[int, ...] | None = None,
     known: dict[object, Storage] | None = None,
-    apart: bool = False,
+    own_storage: bool = False,
     keep_records: bool = False,
 ) -> TensorRef:
     """The tensor that the boxes fill, over a storage of its own, or over the only box's where that is all.
@@ -108,8 +108,8 @@ def whole_tensor(
         what: for messages.
         key: name of the new storage.
         shape: the space that boxes are given in.
-        final: the tensor's own shape where it differs: as many elements, in the same order.
-        apart: a view of a part gets a storage of its own.
+        final_shape: the tensor's own shape where it differs: as many elements, in the same order.
+        own_storage: a view of a part gets a storage of its own.
         keep_records: do not cut parts into runs, for which their CRC-32s do not vouch.
         known: storages made before, by what they are made of: tensors that are tied in all files stay tied.
 
@@ -118,11 +118,11 @@ def whole_tensor(
     """
     boxes = [box for box in boxes if 0 not in box.shape]
     prove_cover(what, shape, [(box.start, box.shape) for box in boxes])
-    own = shape if final is None else final
+    own = shape if final_shape is None else final_shape
     assert math.prod(own) == math.prod(shape)
     if 0 in shape:
         return TensorRef(Storage(key, 0, InMemory(b"")), dtype, own, dense_strides(own))
-    if len(boxes) == 1 and own == shape and (not apart or _is_all(boxes[0])):
+    if len(boxes) == 1 and own == shape and (not own_storage or _is_all(boxes[0])):
         tensor = boxes[0].part.tensor
         return TensorRef(tensor.storage, dtype, own, boxes[0].stride, tensor.storage_offset + boxes[0].offset)
     made_of = (shape, *((_identity(b.part.tensor.storage), *_layout(b)) for b in boxes))

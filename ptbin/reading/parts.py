@@ -27,7 +27,7 @@ from ptbin.reading.pickle.wrappers import WRAPPER, local_tensor, piece_of, place
 from ptbin.values.nodes import DictNode, Instance, Opaque, iter_nodes
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["find_part", "refuse_part", "take_part"]
+__all__ = ["accept_part", "find_part", "refuse_part"]
 
 PARALLEL_SIZES = (
     "tensor_model_parallel_size",
@@ -81,7 +81,7 @@ def refuse_part(checkpoint: Checkpoint) -> None:
         )
 
 
-def take_part(checkpoint: Checkpoint) -> None:
+def accept_part(checkpoint: Checkpoint) -> None:
     """Note what shows that the checkpoint is a part; put this rank's own tensors in the place of pieces."""
     if checkpoint.part is not None:
         return  # done before

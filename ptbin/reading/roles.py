@@ -16,7 +16,7 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from ptbin.reading.tree import as_mapping, glance, is_branch
+from ptbin.reading.tree import as_mapping, is_branch, may_hold_data
 from ptbin.values.nodes import DictNode, Instance, NdArray, Opaque
 from ptbin.values.tensors import SparseTensor, TensorRef
 
@@ -262,7 +262,7 @@ def _role_of_instance(node: Instance) -> str | None:
     names = attributes.by_name()
     if {"_parameters", "_modules"} <= names.keys():
         return None
-    if path == "argparse.Namespace" and not any(is_branch(v) and glance(v) for v in names.values()):
+    if path == "argparse.Namespace" and not any(is_branch(v) and may_hold_data(v) for v in names.values()):
         return "hyperparameters"  # with class weights among the arguments, say; a model is more than a tensor
     if {"mean", "var"} <= names.keys() and {"count", "n", "epsilon", "eps"} & names.keys():
         return "statistics"  # RunningMeanStd of baselines and of what descends from it
@@ -304,7 +304,7 @@ def _holds_more(named: dict[str, Any], allowed: frozenset[str]) -> bool:
     for key, value in named.items():
         if key in allowed or (isinstance(value, TensorRef) and value.numel == 1):
             continue
-        if isinstance(value, TensorRef) or glance(value):
+        if isinstance(value, TensorRef) or may_hold_data(value):
             return True
     return False
 

@@ -3,7 +3,7 @@
 One candidate (`search`) is the answer; several are an `AmbiguousStateDictError` that lists them. The caller
 may name one or more (`select`: their union, names prefixed by their paths), have nested mappings flattened
 into one (`flatten`), or have each by itself (`split`). What a selection does not take is listed with its role
-(`outside`), for `accounting`.
+(`left_out`), for `accounting`.
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ptbin.splice.moves import Move, with_moves
+from ptbin.splice.parallel_pieces import ParallelPieces
 from ptbin.splice.recipes import iter_recipe
-from ptbin.splice.side_by_side import SideBySide
 from ptbin.values.crc32 import combine_crc32, confirm_crc32, crc32_of
-from ptbin.values.segments import Combined, Computed, Copy, Late, Literal, Piece, Plan
+from ptbin.values.segments import Combined, Computed, Copy, Deferred, Literal, Piece, Plan
 
 if TYPE_CHECKING:
     from ptbin.splice.casting import CastTally
@@ -85,7 +85,7 @@ def splice(
     overflows: dict[str, CastTally] = {}
     with (
         contextlib.closing(_Streams(pieces, reader, writer)) as streams,
-        contextlib.closing(SideBySide(pieces, reader, writer, check=check_source)) as ahead,
+        contextlib.closing(ParallelPieces(pieces, reader, writer, check=check_source)) as ahead,
     ):
         for piece in pieces:
             crc = ahead.take(piece, overflows, report)
@@ -94,7 +94,7 @@ def splice(
                 _accept(piece, crc, crcs, reader.uri)
             elif isinstance(piece, Literal):
                 writer.write(piece.data)
-            elif isinstance(piece, Late):
+            elif isinstance(piece, Deferred):
                 data = piece.build(crcs)
                 assert len(data) == piece.nbytes
                 writer.write(data)
@@ -230,7 +230,7 @@ def _whole_crc32(plan: Plan, crcs: dict[int, int]) -> int:
     for piece in plan.pieces:
         if isinstance(piece, Literal):
             total = zlib.crc32(piece.data, total)
-        elif isinstance(piece, Late):
+        elif isinstance(piece, Deferred):
             total = zlib.crc32(piece.build(crcs), total)
         elif not isinstance(piece, Combined):
             crc = piece.crc32 if isinstance(piece, Copy) and piece.crc32 is not None else None

@@ -2,7 +2,7 @@
 
 Every output is a sequence of literal bytes, source byte ranges and computed streams. A CRC-32 that is
 not known when the plan is made (the source stores none, or the bytes change on the way) gets a *slot*:
-the splice fills it while the bytes pass, and `Late` pieces, which have a known length, are built from
+the splice fills it while the bytes pass, and `Deferred` pieces, which have a known length, are built from
 the slots. Pure data: sizes and offsets in bytes.
 """
 
@@ -21,8 +21,8 @@ __all__ = [
     "Combined",
     "Computed",
     "Copy",
+    "Deferred",
     "FilePlan",
-    "Late",
     "Literal",
     "Piece",
     "Plan",
@@ -145,7 +145,7 @@ class Computed:
 
 
 @dataclass(frozen=True, slots=True)
-class Late:
+class Deferred:
     """Bytes of known length that depend on slots."""
 
     nbytes: int
@@ -164,7 +164,7 @@ class Combined:
         return 0
 
 
-Piece = Literal | Copy | Computed | Late | Combined
+Piece = Literal | Copy | Computed | Deferred | Combined
 
 
 @dataclass(frozen=True, slots=True)

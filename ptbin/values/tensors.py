@@ -27,8 +27,8 @@ __all__ = [
     "Tiled",
     "TypedStorage",
     "dense_strides",
+    "distinct_bytes",
     "is_contiguous",
-    "own_bytes",
     "part_of",
 ]
 
@@ -67,15 +67,15 @@ class Deflated:
     member: str
 
 
-class _OwnBytes(bytes):
+class _DistinctBytes(bytes):
     __slots__ = ()
 
 
-def own_bytes(data: bytes | bytearray) -> bytes:
+def distinct_bytes(data: bytes | bytearray) -> bytes:
     """Bytes with an identity of their own, by which they are counted: Python keeps one object for each single
     byte.
     """
-    return _OwnBytes(data) if len(data) == 1 else bytes(data)
+    return _DistinctBytes(data) if len(data) == 1 else bytes(data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import torch
 
 import ptbin
 from ptbin.errors import AmbiguousStateDictError, PtbinError
-from ptbin.reading import outside, tree
+from ptbin.reading import left_out, tree
 from tests.bits import assert_same_tensors
 
 
@@ -279,8 +279,8 @@ def test_parts_that_many_share_are_not_looked_through_for_each(tmp_path: Path) -
         return real(node)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outside, "named_children", counted)
-        patch.setattr(outside, "MAX_LOOKS", 20_000)
+        patch.setattr(left_out, "named_children", counted)
+        patch.setattr(left_out, "MAX_LOOKS", 20_000)
         _, state = converted(path)
     assert_same_tensors(state, layer())
     assert looks < 100_000

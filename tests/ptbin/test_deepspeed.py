@@ -26,7 +26,7 @@ from ptbin.errors import (
 from ptbin.options import Limits
 from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.containers.checkpoint import Checkpoint, as_checkpoint_errors
-from ptbin.reading.containers.deepspeed import buffers as reading
+from ptbin.reading.containers.deepspeed import models as reading
 from ptbin.reading.pickle.verdicts import judge_programs
 from ptbin.sources.opening import open_source
 from ptbin.values.nodes import DictNode, Opaque

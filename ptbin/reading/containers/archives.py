@@ -261,7 +261,7 @@ def _joined(
                 )
         others.extend((f"{name}/{other}", nbytes) for other, nbytes in inner.other_members)
     model = next((name for name in KNOWN_MODELS if name in found), None)
-    return opening.made(
+    return opening.build(
         container,
         DictNode("dict", [(name, inner.root) for name, inner in found.items()]),
         storages,

@@ -21,14 +21,14 @@ from ptbin.errors import (
 from ptbin.merging.replicas import Replicas
 from ptbin.options import Limits
 from ptbin.reading.containers.source import SourceFile
-from ptbin.reading.pickle.collector import collector_paused
+from ptbin.reading.pickle.gc_pause import gc_paused
 from ptbin.reading.pickle.interpreter import run_pickle
 from ptbin.reading.pickle.machine import PickleProgram
 from ptbin.reading.pickle.torch_objects import TorchVocabulary
 from ptbin.reading.tree import DataSearch
 from ptbin.stores.joined import JoinedReader
 from ptbin.values.state_dict import Excluded
-from ptbin.values.tensors import ByteRange, Deflated, InMemory, Joined, Place, Storage, Tiled, own_bytes
+from ptbin.values.tensors import ByteRange, Deflated, InMemory, Joined, Place, Storage, Tiled, distinct_bytes
 
 __all__ = [
     "Checkpoint",
@@ -136,7 +136,7 @@ class Opening:
         """The file, recognised and indexed."""
         return self.read(self)
 
-    def made(self, container: str, root: Any, storages: dict[str, Storage], **more: Any) -> Checkpoint:
+    def build(self, container: str, root: Any, storages: dict[str, Storage], **more: Any) -> Checkpoint:
         """What a reader found in the file; `more` as the other fields of `Checkpoint`."""
         uri, size = self.file.uri, self.file.size
         return Checkpoint(uri, size, container, root, self.programs, storages, self.vocabulary, **more)
@@ -186,7 +186,7 @@ class Opening:
             if isinstance(storage.place, ByteRange):
                 # Nested CRC-32s need no check here: the bytes lie inside a pickle whose own CRC was checked.
                 place = storage.place
-                storage.place = InMemory(own_bytes(data[place.offset : place.offset + place.nbytes]))
+                storage.place = InMemory(distinct_bytes(data[place.offset : place.offset + place.nbytes]))
             elif isinstance(storage.place, Deflated):
                 raise UnsupportedFormatError(f"{self.file.uri}: a compressed archive inside a pickle")
         self.vocabulary.take_over(inner.vocabulary, checkpoint.storages.values())
@@ -213,7 +213,7 @@ class Folder:
         """The one for a file of the folder."""
         return Opening(SourceFile(self.reader.part(name)), self.limits, self.read)
 
-    def made(
+    def build(
         self, container: str, root: Any, opening: Opening, storages: dict[str, Storage], **more: Any
     ) -> Checkpoint:
         """What a reader put together; `opening` holds what its files have in common."""
@@ -228,7 +228,7 @@ ReadFile = Callable[[Opening], Checkpoint]
 def as_checkpoint_errors(uri: str) -> Iterator[None]:
     """The outer edge of reading: whatever a foreign file brings Python to, callers see one kind of error."""
     try:
-        with collector_paused():
+        with gc_paused():
             yield
     except PtbinError:
         raise

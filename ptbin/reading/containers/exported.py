@@ -70,7 +70,7 @@ def read_exported(opening: Opening, directory: ZipDirectory) -> Checkpoint | Non
             )
         roots[model] = root
     top = next(iter(roots.values())) if len(roots) == 1 else DictNode("dict", list(roots.items()))
-    return opening.made("torch_export", top, storages, is_whole=True)
+    return opening.build("torch_export", top, storages, is_whole=True)
 
 
 def _rows(uri: str, data: bytes) -> dict[str, Any]:

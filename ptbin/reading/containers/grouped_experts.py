@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ptbin.merging.tiles import Part, plain_part
+from ptbin.merging.tiles import Part, require_plain
 from ptbin.merging.views import View, concatenated, view_of
 from ptbin.reading.containers.megatron import Sizes
 from ptbin.reading.containers.part_files import PartFiles
@@ -55,7 +55,7 @@ def grouped_experts(
             copies = parts.get((rank, piece))
             if copies is None:
                 files.refuse(f"{name[:200]!r} of expert-parallel rank {rank} is in none of the files")
-            plain_part(copies[0], name)
+            require_plain(copies[0], name)
             if (copies[0].tensor.shape, copies[0].tensor.dtype) != (first.shape, first.dtype):
                 files.refuse_unlike(name, part, copies[0])
             own.append(_experts(files, name, copies[0], experts // sizes.expert, gated=facts["swiglu"] != 0))
@@ -63,7 +63,9 @@ def grouped_experts(
     whole = concatenated(rows, 0)
     height = first.shape[0] * (sizes.expert * sizes.expert_tensor if name.endswith("2") else 1)
     width = first.shape[1] * (1 if name.endswith("2") else sizes.expert * sizes.expert_tensor)
-    tensor = replace(whole, final=(height, width)).tensor(f"{files.uri}: {name[:200]!r}", name, files.made)
+    tensor = replace(whole, final_shape=(height, width)).tensor(
+        f"{files.uri}: {name[:200]!r}", name, files.known_storages
+    )
     for group in parts.values():
         files.take_first(name, group, tensor.storage)
     return tensor

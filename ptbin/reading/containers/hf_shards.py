@@ -129,7 +129,7 @@ def _made(files: PartFiles, key: str, whole: _Whole) -> TensorRef:
     for box in whole.pieces:
         pieces.setdefault(((box.start, box.shape),), []).append([box])
     try:
-        return files.of_pieces(key, whole.pieces[0].part.tensor.dtype, whole.shape, pieces)
+        return files.assemble(key, whole.pieces[0].part.tensor.dtype, whole.shape, pieces)
     except CorruptArchiveError as error:
         homes = ", ".join(sorted({box.part.home for box in whole.pieces})[:3])
         files.refuse(f"{str(error)[len(files.uri) + 2 :]} (in {homes}); fetch all files of this save")

@@ -81,7 +81,7 @@ def read_legacy(opening: Opening) -> Checkpoint | None:
         raise CorruptArchiveError(f"{file.uri}: a legacy file that says it is not little-endian")
     _place_storages(opening, keys.root, storages, pos)
     opening.programs.extend(programs)
-    return opening.made("torch_legacy", body.root, storages)
+    return opening.build("torch_legacy", body.root, storages)
 
 
 def _place_storages(opening: Opening, keys: Any, storages: dict[str, Storage], pos: int) -> None:
@@ -124,7 +124,7 @@ def read_raw_pickle(opening: Opening) -> Checkpoint | None:
     if program.end != file.size:
         program.oddities.append(f"{file.size - program.end} bytes behind the end of the pickle")
     opening.programs.append(program)
-    return opening.made("pickle", program.root, {})
+    return opening.build("pickle", program.root, {})
 
 
 def run_pickle_at(opening: Opening, pos: int, where: str, persistent: Any) -> PickleProgram:

@@ -18,7 +18,7 @@ from ptbin.values.nodes import DictNode
 __all__ = [
     "Rank",
     "Sizes",
-    "described",
+    "describe_sizes",
     "folder_of",
     "megatron_arguments",
     "megatron_facts",
@@ -166,7 +166,7 @@ def folder_of(rank: Rank, like: str, sizes: Sizes) -> str:
     return f"mp_rank_{rank.tensor:02d}{stage}{expert}/{file}"
 
 
-def described(sizes: Sizes | None) -> str:
+def describe_sizes(sizes: Sizes | None) -> str:
     """The ranks of a run, for messages."""
     if sizes is None:
         return "an unknown number of ranks"

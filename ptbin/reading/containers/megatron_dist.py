@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from ptbin.sources.folders import COMMON_STATE
 from ptbin.values.state_dict import Excluded
 
-__all__ = ["is_torch_dist", "set_aside"]
+__all__ = ["is_torch_dist", "split_by_role"]
 
 COMMON_ENTRY = "common_state"
 _SHARD = "/shard_"
@@ -43,7 +43,7 @@ def is_torch_dist(files: Iterable[str], entries: Iterable[Entry]) -> bool:
     )
 
 
-def set_aside(values: list[tuple[E, Any]]) -> tuple[list[tuple[E, Any]], list[Excluded]]:
+def split_by_role(values: list[tuple[E, Any]]) -> tuple[list[tuple[E, Any]], list[Excluded]]:
     """The entries that may be the model's, and the others by role."""
     kept = []
     others: dict[str, list[Any]] = {}

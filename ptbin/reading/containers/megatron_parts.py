@@ -25,7 +25,7 @@ from ptbin.reading.containers.grouped_experts import grouped_experts, is_grouped
 from ptbin.reading.containers.megatron import (
     Rank,
     Sizes,
-    described,
+    describe_sizes,
     folder_of,
     megatron_arguments,
     megatron_facts,
@@ -130,7 +130,7 @@ class _Ranks:
             tree.put(held.path, self._whole(name, held, sizes))
         for held in self.found.values():
             for part in (part for parts in held.parts.values() for part in parts):
-                self.files.leave(part.home, [part.tensor], "unviewed")  # gaps of a buffer of several
+                self.files.leave_out(part.home, [part.tensor], "unviewed")  # gaps of a buffer of several
         root.pairs = [*((key, value) for key, value in root.pairs if not _is_model(key)), (place[0], model)]
         return self.files.checkpoint("megatron_parts", root, preferred=place[0], facts=self.facts)
 
@@ -156,15 +156,15 @@ class _Ranks:
     def _compare_sizes(self, name: str, root: DictNode) -> None:
         if (found := sizes_of(megatron_arguments(root))) != self.sizes:
             self.files.refuse(
-                f"{name} was saved on {described(found)}, {self.names[0]} on {described(self.sizes)}: the "
-                "files are not of one save"
+                f"{name} was saved on {describe_sizes(found)}, {self.names[0]} on "
+                f"{describe_sizes(self.sizes)}: the files are not of one save"
             )
 
     def _take(self, root: DictNode, name: str) -> Path:
         """Note every tensor of a file's model; where it lies."""
         rank = rank_of(name, self.sizes)
         if rank is None:
-            self.files.refuse(f"{name} is not named as one of the files of {described(self.sizes)}")
+            self.files.refuse(f"{name} is not named as one of the files of {describe_sizes(self.sizes)}")
         if rank in self.ranks:
             self.files.refuse(f"{name} and {self.ranks[rank]} are of one rank")
         self.ranks[rank] = name
@@ -177,7 +177,7 @@ class _Ranks:
             rest = [(key, value) for key, value in root.pairs if not _is_model(key) and holds_data(value)]
             for key, value in rest:
                 # What has no role here (an averaged copy, say) is one rank's piece: never chosen.
-                self.files.leave(name, [value], _ROLES.get(key) or role_of_content(value))
+                self.files.leave_out(name, [value], _ROLES.get(key) or role_of_content(value))
             beside = {id(value) for _, value in rest}
             root.pairs = [(key, value) for key, value in root.pairs if id(value) not in beside]
         for key, model in models:
@@ -187,7 +187,7 @@ class _Ranks:
             for path, value in _values(model, set()):
                 dotted = ".".join(path)
                 if path[-1].endswith(_EXTRA_STATE):
-                    self.files.leave(name, [value], "scaling_state")
+                    self.files.leave_out(name, [value], "scaling_state")
                 elif isinstance(value, TensorRef):
                     held[dotted] = (path, value)
                 elif isinstance(value, (DictNode, Opaque, Instance)):
@@ -207,14 +207,14 @@ class _Ranks:
             sizes = Sizes(tensor, pipeline, expert, tensor)
         if sizes.tensor % sizes.expert_tensor:
             self.files.refuse(
-                f"it was saved on {described(sizes)}, whose files do not say who holds which experts"
+                f"it was saved on {describe_sizes(sizes)}, whose files do not say who holds which experts"
             )
         missing = list(islice((rank for rank in sizes.ranks() if rank not in self.ranks), MAX_SHOWN))
         if missing:
             names = [folder_of(rank, self.names[0], sizes) for rank in missing]
             more = " and others" if len(missing) == MAX_SHOWN else ""
             self.files.refuse(
-                f"it was saved on {described(sizes)}; not there: {', '.join(names)}{more}; fetch all "
+                f"it was saved on {describe_sizes(sizes)}; not there: {', '.join(names)}{more}; fetch all "
                 "files of this save"
             )
         return sizes

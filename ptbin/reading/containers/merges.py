@@ -12,7 +12,7 @@ from typing import Any
 
 from ptbin.errors import CorruptArchiveError, UnsupportedTensorError
 from ptbin.merging.recipes import Merge
-from ptbin.merging.tiles import Part, plain_part
+from ptbin.merging.tiles import Part, require_plain
 from ptbin.merging.views import View, concatenated, view_of
 from ptbin.reading.containers.part_files import PartFiles
 from ptbin.values.tensors import TensorRef
@@ -50,7 +50,7 @@ def parts_by_name(
         more = next((key for key in held if key not in first), None)
         if more is not None:
             files.refuse(f"{str(more)[:200]!r} is in {name} and not in {home}: they are not of one save")
-        files.leave(name, [value for value in held.values() if not isinstance(value, TensorRef)])
+        files.leave_out(name, [value for value in held.values() if not isinstance(value, TensorRef)])
 
 
 def merge_parts(
@@ -77,7 +77,7 @@ def merge_parts(
     if merge.how in ("sum", "mean"):
         return total_of(files, name, parts, mean=merge.how == "mean")
     for part in parts:
-        plain_part(part, name)
+        require_plain(part, name)
     first = parts[0].tensor
     groups = _copies(parts, merge, facts)
     parts = [group[0] for group in groups]
@@ -92,11 +92,11 @@ def merge_parts(
     views = [view_of(part.tensor, part.home) for part in parts]
     whole = _gated(files, name, views) if merge.how == "gated" else concatenated(views, axis)
     rows = facts.get(merge.cut, 0)
-    if 0 < rows < (whole.final or whole.shape)[0]:
-        whole = whole.settled().taken(0, 0, rows)
+    if 0 < rows < (whole.final_shape or whole.shape)[0]:
+        whole = whole.in_final_shape().taken(0, 0, rows)
         for part in parts:
-            files.leave(part.home, [part.tensor], "padding")
-    tensor = whole.tensor(f"{files.uri}: the parts of {name[:200]!r}", name, files.made)
+            files.leave_out(part.home, [part.tensor], "padding")
+    tensor = whole.tensor(f"{files.uri}: the parts of {name[:200]!r}", name, files.known_storages)
     for group in groups:
         files.take_first(name, group, tensor.storage)
     return tensor
@@ -115,21 +115,21 @@ def total_of(files: PartFiles, name: str, parts: Sequence[Part], *, mean: bool) 
     """
     first = parts[0].tensor
     for part in parts:
-        plain_part(part, name)
+        require_plain(part, name)
         if (part.tensor.shape, part.tensor.dtype) != (first.shape, first.dtype):
             files.refuse_unlike(name, parts[0], part)
         if not files.small.can_read(part.tensor):
             raise UnsupportedTensorError(
                 f"{part.home}: {name[:200]!r} is summed over ranks and no floating numbers"
             )
-    if not files.small.fits(*(part.tensor for part in parts)):
-        files.small.refuse_more(name)
+    if not files.small.reserve(*(part.tensor for part in parts)):
+        files.small.refuse_too_many(name)
     if files.small.are_equal(parts, zero=not mean):
         return files.take_first(name, parts)
     made = files.small.total(name, parts, mean=mean)
     files.storages[f"computed/{name}"] = made.storage
     for part in parts:
-        files.leave(part.home, [part.tensor], "averaged" if mean else "summed")
+        files.leave_out(part.home, [part.tensor], "averaged" if mean else "summed")
     return made
 
 

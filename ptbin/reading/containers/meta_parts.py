@@ -48,7 +48,7 @@ def read_meta_parts(folder: Folder) -> Checkpoint:
             if isinstance(value, TensorRef):
                 found.setdefault(key, []).append(Part(value, name))
             elif root is not None:
-                files.leave(name, [value])
+                files.leave_out(name, [value])
         root = own if root is None else root
     assert root is not None
     facts = _parameters(reader)

@@ -74,7 +74,7 @@ class PartFiles:
     storages: dict[str, Storage] = field(default_factory=dict)
     replicas: list[tuple[Storage, Replicas]] = field(default_factory=list)
     left: dict[tuple[str, str | None], list[Any]] = field(default_factory=dict)
-    made: dict[object, Storage] = field(default_factory=dict)
+    known_storages: dict[object, Storage] = field(default_factory=dict)
     _progress: dict[str, tuple[str, int | float]] = field(default_factory=dict)
     _first: str = ""
 
@@ -106,10 +106,10 @@ class PartFiles:
         self._first = self._first or name
         for what, value in progress_of(checkpoint.root).items():
             if name == self._first or what in self._progress:
-                self.agree(what, name, value)
+                self.compare_counter(what, name, value)
         return checkpoint
 
-    def agree(self, what: str, name: str, value: float) -> None:
+    def compare_counter(self, what: str, name: str, value: float) -> None:
         """Hold what a file says of the progress of training against the first file that says it.
 
         Raises:
@@ -132,10 +132,10 @@ class PartFiles:
         if others:
             self.replicas.append((storage or first.tensor.storage, Replicas(name, tuple(copies))))
             for other in others:
-                self.leave(other.home, [other.tensor])
+                self.leave_out(other.home, [other.tensor])
         return first.tensor
 
-    def of_pieces(self, name: str, dtype: DType, shape: tuple[int, ...], pieces: Pieces) -> TensorRef:
+    def assemble(self, name: str, dtype: DType, shape: tuple[int, ...], pieces: Pieces) -> TensorRef:
         """The tensor that one copy of each piece makes; the other copies must be equal.
 
         Raises:
@@ -143,16 +143,16 @@ class PartFiles:
         """
         boxes = [box for _, (own, *_) in sorted(pieces.items()) for box in own]
         what = f"{self.uri}: the pieces of {name[:200]!r}"
-        tensor = whole_tensor(what, name, dtype, shape, boxes, known=self.made)
+        tensor = whole_tensor(what, name, dtype, shape, boxes, known=self.known_storages)
         for copies in pieces.values():
             self.take_first(name, [own[0].part for own in copies], tensor.storage)
         return tensor
 
-    def leave(self, name: str, nodes: Iterable[Any], role: str | None = "replica") -> None:
+    def leave_out(self, name: str, nodes: Iterable[Any], role: str | None = "replica") -> None:
         """Records of a file that do not go along: one row for each file and role."""
         self.left.setdefault((name, role), []).extend(nodes)
 
-    def leave_unopened(self, names: Iterable[str], role: str) -> None:
+    def leave_out_unopened(self, names: Iterable[str], role: str) -> None:
         """Files that belong to the checkpoint and are not read, counted by their sizes: one row."""
         nodes = []
         for name in names:
@@ -162,7 +162,7 @@ class PartFiles:
         if nodes:
             first = nodes[0].storage.key
             more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
-            self.leave(f"{first}{more} (not opened)", nodes, role)
+            self.leave_out(f"{first}{more} (not opened)", nodes, role)
 
     def refuse_unlike(self, name: str, one: Part, other: Part) -> NoReturn:
         """Raise IncompleteCheckpointError: two parts of a name do not go together."""
@@ -185,7 +185,7 @@ class PartFiles:
         facts: Mapping[str, int] | None = None,
     ) -> Checkpoint:
         """The whole."""
-        return self.folder.made(
+        return self.folder.build(
             container,
             root,
             self.opening,

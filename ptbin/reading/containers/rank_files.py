@@ -25,10 +25,10 @@ from ptbin.reading.containers.rank_pieces import (
     Piece,
     RankPieces,
     Shards,
-    described,
+    describe_layout,
     label_of,
     number_in,
-    renumbered,
+    with_number,
 )
 from ptbin.reading.pickle.meshes import attributes_of, grid_of
 from ptbin.reading.pickle.placements import runs_of
@@ -74,7 +74,7 @@ class _Ranks:
                     "each rank, or convert one file with --parts"
                 )
             self.pieces.begin_file()
-            self.files.leave(name, self._take(own, name, is_first=root is None))
+            self.files.leave_out(name, self._take(own, name, is_first=root is None))
             self.files.opening.vocabulary.grids.forget()
             root = own if root is None else root
         assert root is not None
@@ -130,25 +130,25 @@ class _Ranks:
         for piece in pieces:
             if piece.layout is not first.layout:
                 self.files.refuse(
-                    f"{label_of(path)!r} is {described(first.layout)} in {first.part.home} and "
-                    f"{described(piece.layout)} in {piece.part.home}: the files are not of one save"
+                    f"{label_of(path)!r} is {describe_layout(first.layout)} in {first.part.home} and "
+                    f"{describe_layout(piece.layout)} in {piece.part.home}: the files are not of one save"
                 )
             if not piece.part.tensor.numel:
                 # torch saves an empty view with all of the storage that it is a view of
-                self.files.leave(piece.part.home, [piece.part.tensor], "unviewed")
+                self.files.leave_out(piece.part.home, [piece.part.tensor], "unviewed")
         layout = first.layout
-        fitting = [_distinct(boxes) for boxes in self._readings(layout, pieces)]
+        fitting = [_distinct(boxes) for boxes in self._interpretations(layout, pieces)]
         if not fitting:
             self._refuse_local_shape(path, pieces)
         complete = next((found for found in fitting if _numel(found) == math.prod(layout.shape)), None)
         if complete is None:
             self._refuse_missing(path, layout, pieces)
-        return self.files.of_pieces(label_of(path), layout.dtype, layout.shape, complete)
+        return self.files.assemble(label_of(path), layout.dtype, layout.shape, complete)
 
-    def _readings(self, layout: Layout, pieces: list[Piece]) -> Iterator[list[list[Box]]]:
+    def _interpretations(self, layout: Layout, pieces: list[Piece]) -> Iterator[list[list[Box]]]:
         """The boxes of each piece, for each way to read the placements that agrees with the pieces' sizes."""
         orders = dict(layout.orders)
-        for reading in layout.readings:
+        for reading in layout.interpretations:
             runs = [
                 runs_of(layout.shape, layout.grid, piece.coordinate, layout.placements, orders, reading)
                 for piece in pieces
@@ -182,7 +182,7 @@ class _Ranks:
                 )
             for box in piece.boxes:
                 if 0 in box.shape:
-                    self.files.leave(piece.home, [box.part.tensor], "unviewed")
+                    self.files.leave_out(piece.home, [box.part.tensor], "unviewed")
                 else:
                     found.setdefault(((box.start, box.shape),), []).append([box])
         missing = sorted(box for box in first.everything if 0 not in box[1] and (box,) not in found)
@@ -195,7 +195,7 @@ class _Ranks:
         dtypes = {box.part.tensor.dtype.name for own in found.values() for boxes in own for box in boxes}
         if len(dtypes) > 1:
             self.files.refuse(f"{label_of(path)!r} is of several types in different files: {sorted(dtypes)}")
-        return self.files.of_pieces(label_of(path), first.dtype, first.shape, found)
+        return self.files.assemble(label_of(path), first.dtype, first.shape, found)
 
     def _refuse_absent_ranks(self) -> None:
         """Refuse where ranks of the mesh hold tensors that no file mentions: a stage of a pipeline, say."""
@@ -222,7 +222,7 @@ class _Ranks:
 
     def _absent(self, ranks: Sequence[int]) -> str:
         """Names of the files that would be those of ranks, where there are none."""
-        names = [renumbered(self.names[0], rank) for rank in ranks]
+        names = [with_number(self.names[0], rank) for rank in ranks]
         missing = [name for name in names if name not in self.names]
         return f"; not there: {_listed(missing)}" if missing else ""
 
@@ -235,7 +235,7 @@ class _Ranks:
                 piece.coordinate,
                 layout.placements,
                 dict(layout.orders),
-                layout.readings[0],
+                layout.interpretations[0],
             )
             if runs is None:
                 self.pieces.unsupported(
@@ -246,7 +246,7 @@ class _Ranks:
                 self.pieces.damaged(
                     piece.part.home,
                     path,
-                    f"a piece of {list(piece.part.tensor.shape)} where {described(layout)} puts one of "
+                    f"a piece of {list(piece.part.tensor.shape)} where {describe_layout(layout)} puts one of "
                     f"{expected}",
                 )
         self.pieces.unsupported(pieces[0].part.home, path, "cut in a way that its pieces' sizes contradict")

@@ -12,10 +12,16 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ptbin.errors import CorruptArchiveError, LimitExceededError, UnsupportedTensorError
-from ptbin.merging.tiles import Box, Part, plain_part
+from ptbin.merging.tiles import Box, Part, require_plain
 from ptbin.reading.containers.part_files import PartFiles
 from ptbin.reading.pickle.meshes import Grid, attributes_of
-from ptbin.reading.pickle.placements import Placement, Reading, placements_of, readings_of, stated_orders
+from ptbin.reading.pickle.placements import (
+    Interpretation,
+    Placement,
+    interpretations_of,
+    placements_of,
+    stated_orders,
+)
 from ptbin.reading.pickle.wrappers import DTENSOR, SHARDED_TENSOR
 from ptbin.values.dtypes import DType, dtype_by_name
 from ptbin.values.nodes import Opaque, sizes_in
@@ -27,10 +33,10 @@ __all__ = [
     "Piece",
     "RankPieces",
     "Shards",
-    "described",
+    "describe_layout",
     "label_of",
     "number_in",
-    "renumbered",
+    "with_number",
 ]
 
 Path = tuple[Any, ...]
@@ -46,7 +52,7 @@ class Layout:
     grid: tuple[int, ...]
     placements: tuple[Placement, ...]
     orders: tuple[tuple[int, tuple[int, ...]], ...]
-    readings: tuple[Reading, ...]
+    interpretations: tuple[Interpretation, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +118,7 @@ class RankPieces:
         if not isinstance(local, TensorRef):
             self.unsupported(name, path, "a distributed tensor whose local part is not a plain tensor")
         part = Part(local, name)
-        plain_part(part, label_of(path))
+        require_plain(part, label_of(path))
         mesh = spec.get("mesh")
         grid = self._grids.get(id(mesh))
         if grid is None:
@@ -128,8 +134,8 @@ class RankPieces:
         if len(placements) != len(grid.shape):
             self.unsupported(name, path, "a distributed tensor with other placements than mesh dimensions")
         orders = tuple(sorted(stated_orders(spec).items()))
-        readings = readings_of(spec, placements)
-        layout = Layout(shape, local.dtype, grid.shape, placements, orders, readings)
+        interpretations = interpretations_of(spec, placements)
+        layout = Layout(shape, local.dtype, grid.shape, placements, orders, interpretations)
         layout = self._layouts.setdefault(layout, layout)
         coordinate = grid.coordinate
         if coordinate is None:
@@ -169,7 +175,7 @@ class RankPieces:
             if local.shape != extent:
                 self.damaged(name, path, f"a shard of {list(local.shape)}, which should be {list(extent)}")
             part = Part(local, name)
-            plain_part(part, label_of(path))
+            require_plain(part, label_of(path))
             dtype = local.dtype
             boxes.append(Box(part, start, extent, 0, local.stride))
         named = (
@@ -216,7 +222,7 @@ def number_in(name: str) -> int:
     return int(found[0]) if found else -1
 
 
-def described(layout: Layout) -> str:
+def describe_layout(layout: Layout) -> str:
     """For messages."""
     cuts = [
         "replicated" if placement.dim is None else f"cut along dimension {placement.dim}"
@@ -225,6 +231,6 @@ def described(layout: Layout) -> str:
     return f"{layout.dtype.name} {list(layout.shape)}, {', '.join(cuts)} on a mesh of {list(layout.grid)}"
 
 
-def renumbered(name: str, number: int) -> str:
+def with_number(name: str, number: int) -> str:
     """The file's name with another last number."""
     return _NUMBER.sub(str(number), name, count=1)

@@ -56,4 +56,4 @@ def read_raw(folder: Folder, index: dict[str, Any], opening: Opening) -> Checkpo
             shared[where] = Storage(name, nbytes, ByteRange(part.base + offset, nbytes, member=repr(name)))
         storages[name] = shared[where]
         root.pairs.append((name, TensorRef(shared[where], dtype, shape, dense_strides(shape))))
-    return folder.made("raw", root, opening, storages, is_whole=True)
+    return folder.build("raw", root, opening, storages, is_whole=True)

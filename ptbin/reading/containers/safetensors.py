@@ -64,7 +64,7 @@ def read_safetensors(opening: Opening) -> Checkpoint | None:
             if isinstance(kept, str) and kept in named and name not in named:
                 root.pairs.append((name, named[kept]))
     texts = {name: text for name, text in (metadata or {}).items() if isinstance(text, str)}
-    return opening.made("safetensors", root, storages, metadata=texts)
+    return opening.build("safetensors", root, storages, metadata=texts)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

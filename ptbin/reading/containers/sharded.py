@@ -56,7 +56,7 @@ def read_indexed(folder: Folder) -> Checkpoint:
         storages.update({f"{name}/{key}": storage for key, storage in checkpoint.storages.items()})
     _compare_with_index(reader.uri, index["weight_map"], home)
     container = "safetensors_sharded" if containers == {"safetensors"} else "torch_sharded"
-    return folder.made(container, root, opening, storages, metadata=metadata)
+    return folder.build(container, root, opening, storages, metadata=metadata)
 
 
 def _compare_with_index(uri: str, weight_map: dict[str, Any], home: dict[str, str]) -> None:

@@ -39,8 +39,8 @@ class SmallTensors:
         """Whether it is stored as it is, in floating numbers."""
         return tensor.dtype.name in _CODES and isinstance(tensor.storage.place, (ByteRange, InMemory))
 
-    def fits(self, *tensors: TensorRef) -> bool:
-        """Whether these may be read as well; they count from then on."""
+    def reserve(self, *tensors: TensorRef) -> bool:
+        """Count these against the limit; whether they may be read as well."""
         self._nbytes += sum(tensor.nbytes + 4 * tensor.numel for tensor in tensors)
         return self._nbytes <= MAX_SMALL_NBYTES
 
@@ -124,7 +124,7 @@ class SmallTensors:
             return (_rounded_to_bfloat16(numbers).astype("<u4") << np.uint32(16)).view("<f4")
         return numbers.astype(_CODES[dtype.name]).astype(numbers.dtype)
 
-    def refuse_more(self, name: str) -> None:
+    def refuse_too_many(self, name: str) -> None:
         """Raises LimitExceededError."""
         raise LimitExceededError(
             f"{self._reader.uri}: {name[:200]!r} and those before it that have to be computed are more than "

@@ -52,7 +52,7 @@ def read_torch_tar(opening: Opening, members: Sequence[TarMember]) -> Checkpoint
     reader.read_tensors()
     program = reader.run(reader.part("pickle"), 0, "pickle", reader.persistent)
     others = [(m.name, m.nbytes) for m in members if m.name not in _MEMBERS]
-    return opening.made("torch_tar", program.root, reader.storages, other_members=others)
+    return opening.build("torch_tar", program.root, reader.storages, other_members=others)
 
 
 class _Reader:

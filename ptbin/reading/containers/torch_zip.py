@@ -65,7 +65,7 @@ def read_zip(opening: Opening) -> Checkpoint | None:
     )
     name = f"{root}/data.pkl"
     program = opening.run_whole(directory.read_member(name), name, f"{opening.file.uri}: {name}", load)
-    checkpoint = opening.made("torch_zip", program.root, storages, archive_root=root)
+    checkpoint = opening.build("torch_zip", program.root, storages, archive_root=root)
     _list_unnamed(checkpoint, directory, root)
     if f"{root}/constants.pkl" in directory.members:
         checkpoint.container = "torchscript"

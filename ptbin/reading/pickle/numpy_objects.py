@@ -14,7 +14,7 @@ from typing import Any
 
 from ptbin.values.dtypes import dtype_by_name
 from ptbin.values.nodes import NdArray, Opaque
-from ptbin.values.tensors import InMemory, Storage, TypedStorage, dense_strides, own_bytes
+from ptbin.values.tensors import InMemory, Storage, TypedStorage, dense_strides, distinct_bytes
 
 __all__ = ["ArrayBuilder", "DTypeNode", "array_storage", "iter_numpy_reducers", "narrow_to_bfloat16"]
 
@@ -71,7 +71,7 @@ class ArrayBuilder(NdArray):
             self.dtype, self.data, self.objects = "|O", b"", raw
             return
         self.shape = _shape(shape)
-        self.dtype, self.fortran, self.data = dtype.text, bool(fortran), own_bytes(raw)
+        self.dtype, self.fortran, self.data = dtype.text, bool(fortran), distinct_bytes(raw)
         if dtype.itemsize and math.prod(self.shape) * dtype.itemsize != len(self.data):
             raise ValueError(f"{len(self.data)} bytes for a {dtype.text} array of shape {self.shape}")
 
@@ -107,7 +107,7 @@ def _frombuffer(args: tuple[Any, ...]) -> NdArray:
     checked = _shape(shape)
     if dtype.itemsize and math.prod(checked) * dtype.itemsize != len(raw):
         raise ValueError(f"{len(raw)} bytes for a {dtype.text} array of shape {checked}")
-    return NdArray(dtype.text, checked, own_bytes(raw), fortran=order == "F")
+    return NdArray(dtype.text, checked, distinct_bytes(raw), fortran=order == "F")
 
 
 def iter_numpy_reducers() -> Iterator[tuple[tuple[str, str], Callable[[tuple[Any, ...]], Any]]]:

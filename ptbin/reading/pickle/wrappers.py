@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptbin.reading.pickle.meshes import Grids, attributes_of, grid_of
-from ptbin.reading.tree import glance
+from ptbin.reading.tree import may_hold_data
 from ptbin.values.nodes import DictNode, Global, Instance, Opaque
 from ptbin.values.tensors import TensorRef
 
@@ -147,8 +147,8 @@ def with_attributes(tensor: Any, state: Any, name: str) -> Any:
     if not all(isinstance(part, DictNode) and _CONTENT.isdisjoint(part.by_name()) for part in parts):
         return wrapped_tensor(name, (tensor, state))
     pairs = [(str(key)[:200], value) for part in parts for key, value in part.pairs]
-    # A glance, because what is not finished yet cannot be searched; `keys` asks again.
-    holding = tuple((key, value) for key, value in pairs if glance(value))
+    # A bounded look, because what is not finished yet cannot be searched; `keys` asks again.
+    holding = tuple((key, value) for key, value in pairs if may_hold_data(value))
     if not holding:
         return tensor
     if not isinstance(tensor, TensorRef):

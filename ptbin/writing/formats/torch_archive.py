@@ -31,7 +31,7 @@ from ptbin.values.framing import (
     uses_zip64,
     zip64_field,
 )
-from ptbin.values.segments import FilePlan, Late, Literal, PlannedTensor
+from ptbin.values.segments import Deferred, FilePlan, Literal, PlannedTensor
 from ptbin.values.state_dict import iter_tensors
 from ptbin.values.tensors import is_contiguous
 from ptbin.writing.layout import FileContent, FileLayout
@@ -162,7 +162,7 @@ class _Archive(FileLayout):
         else:
             assert record.slot is not None
             build = _late_descriptor(record.slot, nbytes, zip64=zip64)
-            self.add(Late(len(descriptor(0, nbytes, zip64=zip64)), build))
+            self.add(Deferred(len(descriptor(0, nbytes, zip64=zip64)), build))
         return record.offset
 
     def directory(self) -> None:
@@ -176,7 +176,7 @@ class _Archive(FileLayout):
         if all(e.slot is None for e in entries):
             self.add(Literal(build({})))
         else:
-            self.add(Late(size, build))
+            self.add(Deferred(size, build))
         self.add(Literal(_end_records(len(entries), size, start)))
 
 

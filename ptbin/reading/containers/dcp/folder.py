@@ -26,7 +26,7 @@ from ptbin.reading.containers.dcp.chunks import Chunks
 from ptbin.reading.containers.dcp.index import Entry, Span, entries_of
 from ptbin.reading.containers.dcp.tree import tree_of
 from ptbin.reading.containers.megatron import megatron_facts
-from ptbin.reading.containers.megatron_dist import is_torch_dist, set_aside
+from ptbin.reading.containers.megatron_dist import is_torch_dist, split_by_role
 from ptbin.sources.folders import COMMON_STATE, DCP_METADATA, LIGHTNING_METADATA
 from ptbin.values.nodes import DictNode, Instance, Opaque, iter_nodes
 from ptbin.values.state_dict import Excluded
@@ -61,7 +61,7 @@ def read_dcp(folder: Folder) -> Checkpoint:
     facts: dict[str, int] = {}
     if is_torch_dist(reader.names, entries):
         facts = megatron_facts(DictNode("dict", [(entry.name, value) for entry, value in values]))
-        values, excluded = set_aside(values)
+        values, excluded = split_by_role(values)
     root = tree_of(reader.uri, values)
     for name in (LIGHTNING_METADATA, COMMON_STATE):
         if name not in reader.names:
@@ -74,7 +74,7 @@ def read_dcp(folder: Folder) -> Checkpoint:
         else:
             excluded.append(Excluded(name, "trainer_state", node=rest.root))
             facts = facts or megatron_facts(rest.root)
-    return folder.made("torch_dcp", root, opening, storages, excluded=excluded, facts=facts, is_whole=True)
+    return folder.build("torch_dcp", root, opening, storages, excluded=excluded, facts=facts, is_whole=True)
 
 
 # -- whole tensors -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from ptbin.errors import CorruptArchiveError, UnsupportedTensorError
-from ptbin.merging.tiles import Box, Part, plain_part
+from ptbin.merging.tiles import Box, Part, require_plain
 from ptbin.merging.views import View, view_of
 from ptbin.reading.containers.part_files import PartFiles
 from ptbin.values.nodes import DictNode, entry_in, sizes_in
@@ -96,13 +96,13 @@ def scaled_whole(files: PartFiles, name: str, parts: Sequence[Part], entry: Any,
     what, shape, ranks = _read(name, parts, entry, where)
     first = parts[0].tensor
     for part in parts:
-        plain_part(part, name)
+        require_plain(part, name)
         if not files.small.can_read(part.tensor) or part.tensor.dtype != first.dtype:
             raise UnsupportedTensorError(f"{part.home}: {name[:200]!r} is scaled and of other numbers")
     if math.prod(shape) > sum(part.tensor.numel for part in parts):
         raise CorruptArchiveError(f"{what}: the shards are less than {list(shape)}")
-    if not files.small.fits(*(part.tensor for part in parts), *(part.tensor for part in parts)):
-        files.small.refuse_more(name)
+    if not files.small.reserve(*(part.tensor for part in parts), *(part.tensor for part in parts)):
+        files.small.refuse_too_many(name)
     wide = "f8" if first.dtype.name == "float64" else "f4"
     whole, holder = np.zeros(shape, wide), np.full(shape, -1, np.int32)
     for rank, part in enumerate(parts):
@@ -128,7 +128,7 @@ def scaled_whole(files: PartFiles, name: str, parts: Sequence[Part], entry: Any,
     made = files.small.tensor(name, whole, first.dtype)
     files.storages[f"computed/{name}"] = made.storage
     for part in parts:
-        files.leave(part.home, [part.tensor], "scaled")
+        files.leave_out(part.home, [part.tensor], "scaled")
     return made
 
 

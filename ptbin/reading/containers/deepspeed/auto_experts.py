@@ -102,7 +102,7 @@ def fused_experts(
             if len(own) != layer.experts or len(forms) != 1:
                 raise CorruptArchiveError(f"{what} are {len(own)} of {layer.experts}, in {len(forms)} shapes")
             view = stacked([view_of(tensor, name) for tensor in own], 0)
-            yield (layer.number, 0), (name, view.tensor(what, name, files.made))
+            yield (layer.number, 0), (name, view.tensor(what, name, files.known_storages))
 
 
 def _refuse_sliced(files: PartFiles, folding: Any) -> None:

@@ -70,7 +70,7 @@ def read_deepspeed_experts(folder: Folder) -> Checkpoint:
         home[key] = name
         module.pairs.append((key, value))
     beside = [name for name in reader.names if name.endswith("_optim_states.pt")]
-    files.leave_unopened(beside, "optimizer")
+    files.leave_out_unopened(beside, "optimizer")
     return files.checkpoint("deepspeed_experts", ranks.root, preferred="module")
 
 

@@ -79,9 +79,9 @@ def read_deepspeed_layers(folder: Folder) -> Checkpoint:
     if roots:
         root.pairs.extend((key, value) for key, value in roots[0][1].pairs if key != "module")
     for name, other in roots[1:]:
-        files.leave(name, [other.get("optimizer")], "optimizer")
-        files.leave(name, [value for key, value in other.pairs if key != "optimizer"], "trainer_state")
-    files.leave_unopened([name for name in reader.names if OPTIM_STATES.match(name)], "optimizer")
+        files.leave_out(name, [other.get("optimizer")], "optimizer")
+        files.leave_out(name, [value for key, value in other.pairs if key != "optimizer"], "trainer_state")
+    files.leave_out_unopened([name for name in reader.names if OPTIM_STATES.match(name)], "optimizer")
     return files.checkpoint("deepspeed_layers", root, preferred="module")
 
 

@@ -85,8 +85,8 @@ def merge_model_states(files: PartFiles, ranks: Mapping[int, str]) -> Ranks:
         states = [(name, dict(root.get("module").pairs)) for name, root in zip(names, roots, strict=True)]
         module.pairs = merge_states(files, states, rules, buffer_names)
     for name, root in zip(names[1:], roots[1:], strict=True):
-        files.leave(name, [root.get("optimizer")], "optimizer")
-        files.leave(
+        files.leave_out(name, [root.get("optimizer")], "optimizer")
+        files.leave_out(
             name, [value for key, value in root.pairs if key not in ("module", "optimizer")], "trainer_state"
         )
     return Ranks(names, roots[0], rules)

@@ -201,7 +201,7 @@ def merge_ranks(
         for group in copies:
             files.take_first(name, group, tensor.storage)
         for part in parts:
-            files.leave(part.home, [part.tensor])  # what of it was not taken is in another rank's
+            files.leave_out(part.home, [part.tensor])  # what of it was not taken is in another rank's
         return tensor
     if name in rules.lists["tp_replicated_parameter_patterns"]:
         return files.take_first(name, parts)
@@ -319,5 +319,5 @@ def _without_padding(
         view.tensor(what, name)  # proves that the parts fill what is cut off as well
         view = view.taken(0, 0, rows)
         for part in parts:
-            files.leave(part.home, [part.tensor], "padding")
-    return view.tensor(what, name, files.made)
+            files.leave_out(part.home, [part.tensor], "padding")
+    return view.tensor(what, name, files.known_storages)

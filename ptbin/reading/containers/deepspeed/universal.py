@@ -70,7 +70,7 @@ class _Universal:
             path = self.parameters[name]["fp32"]
             value = self._parameter(path, shapes.get(name, []))
             if name in buffers:
-                self.files.leave(path, [value], "precision_copy")  # a cast copy, of whole numbers too
+                self.files.leave_out(path, [value], "precision_copy")  # a cast copy, of whole numbers too
                 continue
             if name not in shapes and len(models) > 1 and not self._is_replicated(first, name):
                 self.files.refuse(
@@ -92,9 +92,9 @@ class _Universal:
         kept = {"module", "buffer_names", "frozen_param_fragments", "fp32"}
         root.pairs.extend((key, value) for key, value in first.root.pairs if key not in kept)
         for name, held in self.files.opened:
-            self.files.leave(name, [held], "precision_copy")
+            self.files.leave_out(name, [held], "precision_copy")
         unread = [path for path in self.files.reader.names if self._is_unread(path)]
-        self.files.leave_unopened(unread, "optimizer")
+        self.files.leave_out_unopened(unread, "optimizer")
         roles = {"fp32": "precision_copy", "module": "precision_copy"}
         return self.files.checkpoint("deepspeed_universal", root, preferred="fp32", roles=roles)
 
@@ -144,7 +144,7 @@ class _Universal:
         if not isinstance(value, TensorRef):
             raise CorruptArchiveError(f"{self.uri}: {path} holds no parameter")
         if isinstance(root, DictNode):
-            self.files.leave(path, [v for k, v in root.pairs if k != "param"], "trainer_state")
+            self.files.leave_out(path, [v for k, v in root.pairs if k != "param"], "trainer_state")
             if shapes and value.numel > sum(math.prod(shape) for shape in shapes):
                 raise CorruptArchiveError(
                     f"{self.uri}: {path} has {list(value.shape)}, its slices {shapes[:4]}"
@@ -166,10 +166,10 @@ class _Universal:
             if path is None:
                 continue
             root = self.files.open(path).root
-            self.files.leave(path, [root], "optimizer")
+            self.files.leave_out(path, [root], "optimizer")
             step = self.files.small.counter(root)
             if step is not None:
-                self.files.agree("optimizer step", path, step)
+                self.files.compare_counter("optimizer step", path, step)
 
 
 def _flattened(groups: list[Shapes]) -> Shapes:

@@ -91,9 +91,9 @@ class _Folder:
         root.pairs.append(("optimizer_states", DictNode("dict", [(rank.name, rank.rest) for rank in ranks])))
         for rank in ranks:
             # Every element that a parameter owns is in `fp32`: the rest fills partitions up.
-            self.files.leave(f"{rank.name} (flat partitions)", rank.groups, "padding")
+            self.files.leave_out(f"{rank.name} (flat partitions)", rank.groups, "padding")
         for name, held in self.files.opened:
-            self.files.leave(name, [held], "precision_copy" if MODEL_STATES.match(name) else "optimizer")
+            self.files.leave_out(name, [held], "precision_copy" if MODEL_STATES.match(name) else "optimizer")
         roles = {"fp32": "precision_copy", "module": "precision_copy", "optimizer_states": "optimizer"}
         return self.files.checkpoint("deepspeed_zero", root, preferred="fp32", roles=roles)
 
@@ -210,7 +210,7 @@ class _Folder:
         self.files.opened.append((name, root))
         found = read_optim_states(self.uri, name, root, self.files.small)
         for group, step in enumerate(found.steps):
-            self.files.agree(f"optimizer step (group {group})", name, step)
+            self.files.compare_counter(f"optimizer step (group {group})", name, step)
         return found
 
     # -- putting together ----------------------------------------------------------------------

@@ -25,7 +25,7 @@ from ptbin.values.nodes import NdArray, Opaque
 from ptbin.values.state_dict import Excluded, StateDict
 from ptbin.values.tensors import SparseTensor, TensorRef, TypedStorage
 
-__all__ = ["left_outside"]
+__all__ = ["list_left_out"]
 
 MAX_DEPTH = 200
 MAX_LOOKS = 2_000_000
@@ -34,7 +34,7 @@ MAX_ROWS = 10_000
 """Rows of one checkpoint; what lies deeper is put under the path above it."""
 
 
-def left_outside(
+def list_left_out(
     checkpoint: Checkpoint, chosen: Sequence[StateDict], findings: Findings, *, explicit: bool
 ) -> list[Excluded]:
     """Everything that is not selected, in file order.
@@ -42,13 +42,13 @@ def left_outside(
     Args:
         explicit: the caller named what to take: the rest is `not_selected` where nothing better is known.
     """
-    walk = _Outside(checkpoint, chosen, findings, explicit)
+    walk = _LeftOutWalk(checkpoint, chosen, findings, explicit)
     walk.descend((), checkpoint.root, None)
     return [*walk.rows, *checkpoint.excluded]
 
 
 @dataclass(slots=True)
-class _Outside:
+class _LeftOutWalk:
     checkpoint: Checkpoint
     chosen: Sequence[StateDict]
     findings: Findings
