@@ -12,8 +12,9 @@ from typing import Any
 
 from ptbin.errors import LimitExceededError, NoStateDictError
 from ptbin.reading.containers.checkpoint import Checkpoint
+from ptbin.reading.contents import role_of_content
 from ptbin.reading.modules import MAX_ENTRIES, is_module, module_state_dict
-from ptbin.reading.roles import looks_like_weights, role_of_content, role_of_leaf, role_of_name
+from ptbin.reading.roles import looks_like_weights, role_of_leaf, role_of_name
 from ptbin.reading.search import EXTRA_STATE, is_packed, readable
 from ptbin.reading.tree import as_mapping, holds_data, is_branch, is_unreadable_tensor, names_below
 from ptbin.values.nodes import DictNode, Instance, NdArray, Opaque

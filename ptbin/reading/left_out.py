@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from ptbin.reading.averages import AVERAGED, RAW, is_same_model
 from ptbin.reading.containers.checkpoint import Checkpoint
-from ptbin.reading.roles import looks_like_weights, role_of_content, role_of_leaf, role_of_name
+from ptbin.reading.contents import role_of_content
+from ptbin.reading.roles import looks_like_weights, role_of_leaf, role_of_name
 from ptbin.reading.search import Candidate, Findings
 from ptbin.reading.tree import (
     as_mapping,

@@ -23,8 +23,9 @@ from ptbin.reading.averages import (
     swapped_copy,
 )
 from ptbin.reading.containers.checkpoint import Checkpoint
+from ptbin.reading.contents import role_of_content
 from ptbin.reading.modules import is_module, module_state_dict, script_state_dict
-from ptbin.reading.roles import looks_like_weights, role_of_content, role_of_leaf, role_of_name
+from ptbin.reading.roles import looks_like_weights, role_of_leaf, role_of_name
 from ptbin.reading.tree import (
     DataSearch,
     as_mapping,

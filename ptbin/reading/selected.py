@@ -15,9 +15,9 @@ from ptbin.reading.accounting import Accounting, account
 from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.containers.checkpoint import Checkpoint
 from ptbin.reading.containers.source import RandomReader
+from ptbin.reading.contents import role_of_leftover
 from ptbin.reading.keys import drop_entries, keep_writable, rename_entries
 from ptbin.reading.left_out import list_left_out
-from ptbin.reading.leftovers import role_of_leftover
 from ptbin.reading.parts import accept_part, refuse_part
 from ptbin.reading.pickle.verdicts import SafetyReport, judge_programs, refuse_unsafe_fragment
 from ptbin.reading.recipe_steps import apply_recipe

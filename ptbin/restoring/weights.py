@@ -70,12 +70,13 @@ class Weights:
         Raises:
             VerificationError: torch saw other weights than ptbin read.
         """
-        wrong = [name for name, fact in given.items() if not self._is_given(name, fact)]
+        wrong = [name for name, fact in given.items() if not self.is_given(name, fact)]
         if wrong:
             names = ", ".join(wrong[:NAMED])
             raise VerificationError(f"torch loads other weights than the source holds: {names}")
 
-    def _is_given(self, name: str, fact: Any) -> bool:
+    def is_given(self, name: str, fact: Any) -> bool:
+        """Whether a tensor is what the weights have under its name."""
         tensor = self.tensors.get(name)
         if tensor is None:
             return False

@@ -43,7 +43,7 @@ from ptbin.reading.containers.megatron_names import (
 )
 from ptbin.reading.containers.merges import merge_parts
 from ptbin.reading.containers.part_files import PartFiles, Tree
-from ptbin.reading.roles import role_of_content
+from ptbin.reading.contents import role_of_content
 from ptbin.reading.tree import holds_data
 from ptbin.values.nodes import DictNode, Instance, Opaque
 from ptbin.values.tensors import TensorRef

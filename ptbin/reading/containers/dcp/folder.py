@@ -24,9 +24,8 @@ from ptbin.merging.tiles import Box, Part, whole_tensor
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder, read_part
 from ptbin.reading.containers.dcp.chunks import Chunks
 from ptbin.reading.containers.dcp.index import Entry, Span, entries_of
-from ptbin.reading.containers.dcp.tree import tree_of
+from ptbin.reading.containers.dcp.tree import is_torch_dist, split_by_role, tree_of
 from ptbin.reading.containers.megatron import megatron_facts
-from ptbin.reading.containers.megatron_dist import is_torch_dist, split_by_role
 from ptbin.sources.folders import COMMON_STATE, DCP_METADATA, LIGHTNING_METADATA
 from ptbin.values.nodes import DictNode, Instance, Opaque, iter_nodes
 from ptbin.values.state_dict import Excluded

@@ -1,21 +1,29 @@
 """The state dict that a `torch.distributed.checkpoint` folder holds, in the shape that it was saved in.
 
 Names are flattened in the index; paths put them back. What a trainer keeps flat next to the model's names
-(torchtitan's optimizer, schedulers) is moved apart, told by what it holds. Pure.
+(torchtitan's optimizer, schedulers) is moved apart, told by what it holds.
+
+In Megatron-LM's `torch_dist` folders entries of the optimizer begin with its name, and an object that each
+rank saves for itself ends in `/shard_...` (megatron/core/dist_checkpointing/mapping.py,
+`ShardedObject.unique_key`; optimizer/distrib_optimizer.py). What all ranks share lies in `common.pt`, or in
+an entry `common_state`. Pure.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from ptbin.errors import CorruptArchiveError
 from ptbin.reading.containers.dcp.index import Entry
 from ptbin.reading.tree import is_branch
+from ptbin.sources.folders import COMMON_STATE
 from ptbin.values.nodes import DictNode, iter_nodes
+from ptbin.values.state_dict import Excluded
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["tree_of"]
+__all__ = ["is_torch_dist", "split_by_role", "tree_of"]
 
 # An optimizer's or a scheduler's entry, flattened: told by what it holds, because a module of a model
 # may be called `opt` or `optimal_transport`.
@@ -29,6 +37,18 @@ _NAMED_SO = re.compile(r"^(optim|opt$|opt_|lr_sched)", re.IGNORECASE)
 _GROUP_NAMES = ("model", "state_dict", "model_state_dict", "weights")
 # As in `selection`: whole numbers are counters and tables, bytes are random generators.
 _COUNTERS = ("int64", "int32", "int16", "bool", "uint8")
+
+
+COMMON_ENTRY = "common_state"
+_SHARD = "/shard_"
+
+_ROLES = (
+    (re.compile(r"(?:^|\.)_extra_state(?:/shard_.*)?$"), "scaling_state"),
+    (re.compile(r"^(?:chained_\d+\.)*optimizer\."), "optimizer"),
+    (re.compile(r"^rng_state(?:$|[./])"), "random_state"),
+    (re.compile(r"^(?:rerun_state_machine\w*|dataloader_state|common_state)(?:$|[./])"), "trainer_state"),
+    (re.compile(r"^(?:opt_param_scheduler|lr_scheduler)(?:$|[./])"), "scheduler"),
+)
 
 
 def tree_of(uri: str, values: list[tuple[Entry, Any]]) -> DictNode:
@@ -136,3 +156,23 @@ def _belongs_to_model(key: Any, value: Any) -> bool:
 def _holds_weights(value: Any, seen: set[int]) -> bool:
     tensors = (node for node in iter_nodes(value, seen) if isinstance(node, TensorRef))
     return any(tensor.dtype.name not in _COUNTERS for tensor in tensors)
+
+
+def is_torch_dist(files: Iterable[str], entries: Iterable[Entry]) -> bool:
+    """Whether Megatron wrote the folder: by its files, or by names that only Megatron gives."""
+    return COMMON_STATE in files or any(
+        entry.name == COMMON_ENTRY or _SHARD in entry.name for entry in entries
+    )
+
+
+def split_by_role(values: list[tuple[Entry, Any]]) -> tuple[list[tuple[Entry, Any]], list[Excluded]]:
+    """The entries that may be the model's, and the others by role."""
+    kept = []
+    others: dict[str, list[Any]] = {}
+    for entry, value in values:
+        role = next((role for pattern, role in _ROLES if pattern.search(entry.name)), None)
+        if role is None:
+            kept.append((entry, value))
+        else:
+            others.setdefault(role, []).append(value)
+    return kept, [Excluded(role, role, node=found) for role, found in others.items()]
