@@ -34,7 +34,7 @@ from ptbin.sources.folders import INDEX_SUFFIX
 from ptbin.stores import identity_text
 from ptbin.values.digests import FileDigests, StoredTensor
 from ptbin.values.dtypes import BY_NAME
-from ptbin.values.state_dict import tensors_of
+from ptbin.values.state_dict import iter_tensors
 from ptbin.values.tensors import ByteRange, TensorRef
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ def check_structure(
         state_dict = select_state_dict(checkpoint, ".")
     except CheckpointError as error:
         raise VerificationError(f"what was stored cannot be read: {error}") from error
-    found = [item for name, value in state_dict.entries for item in tensors_of(name, value)]
+    found = list(iter_tensors(state_dict.entries))
     if len(found) != len(rows):
         raise VerificationError(f"{reader.uri}: {len(found)} tensors are stored, {len(rows)} were planned")
     if output_format == "safetensors":

@@ -19,8 +19,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ptbin.reading.prefixes import wrapper_prefixes
-from ptbin.values.nodes import DictNode
+from ptbin.reading.keys import without_wrappers
+from ptbin.values.nodes import DictNode, entry_in
 from ptbin.values.state_dict import StateDict
 from ptbin.values.tensors import TensorRef
 
@@ -75,7 +75,7 @@ def swapped_copy(root: Any, found: StateDict) -> StateDict | None:
 
     mmcv/runner/hooks/ema.py swaps the two before a checkpoint is saved.
     """
-    meta = root.get("meta") if isinstance(root, DictNode) else None
+    meta = entry_in(root, "meta")
     if not isinstance(meta, DictNode) or "mmcv_version" not in meta.by_name():
         return None
     names = {name for name, _ in found.entries}
@@ -84,7 +84,8 @@ def swapped_copy(root: Any, found: StateDict) -> StateDict | None:
     if not raw:
         return None
     entries = [(name, value) for name, value in found.entries if name not in raw]
-    return StateDict(found.path + COPY_SUFFIX, found.kind, found.mapping_kind, entries, None)
+    path = found.path + COPY_SUFFIX
+    return StateDict(path, found.kind, found.mapping_kind, entries, None, base=found.path)
 
 
 def is_same_model(one: StateDict, other: StateDict) -> bool:
@@ -105,7 +106,7 @@ def is_same_model(one: StateDict, other: StateDict) -> bool:
 
 def _shapes(found: StateDict) -> dict[str, tuple[int, ...]]:
     named = [(n, v) for n, v in found.entries if isinstance(v, TensorRef) and v.shape]
-    names = wrapper_prefixes([name for name, _ in named])
+    names = without_wrappers([name for name, _ in named])
     return {name: value.shape for name, (_, value) in zip(names, named, strict=True)}
 
 
@@ -125,7 +126,7 @@ def copies_inside(found: StateDict) -> StateDict | None:
         entries = _without_dots(tensors, copied) if prefix == _LIT_EMA else []
         entries = entries or [(name[len(prefix) :], value) for name, value in copied.items()]
         path = found.path + COPY_SUFFIX
-        return StateDict(path, found.kind, found.mapping_kind, entries, None)
+        return StateDict(path, found.kind, found.mapping_kind, entries, None, base=found.path)
     return None
 
 

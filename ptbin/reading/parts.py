@@ -15,19 +15,19 @@ A container of several files was put together by its reader, which has checked t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from typing import Any
 
 from ptbin.errors import IncompleteCheckpointError
 from ptbin.reading.containers.checkpoint import Checkpoint
-from ptbin.reading.containers.hf_shards import SHARDING_INFO
+from ptbin.reading.containers.deepspeed.rules import parallel_degree
+from ptbin.reading.containers.hf_shards import SHARDING_INFO, sharding_offsets
 from ptbin.reading.pickle.wrappers import WRAPPER, local_tensor, piece_of, placement_of
 from ptbin.values.nodes import DictNode, Instance, Opaque, iter_nodes
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["find_part", "refuse_part", "take_part"]
+__all__ = ["accept_part", "find_part", "refuse_part"]
 
 PARALLEL_SIZES = (
     "tensor_model_parallel_size",
@@ -53,26 +53,11 @@ _ARGUMENTS = (
 MAX_DEPTH = 4
 
 WRAPPER_GLOBAL = tuple(WRAPPER.rsplit(".", 1))
-MAX_SHARDING_NBYTES = 64 << 20
-_WHOLE_CONTAINERS = (
-    "torch_dcp",
-    "deepspeed_zero",
-    "deepspeed_experts",
-    "deepspeed_layers",
-    "deepspeed_ranks",
-    "deepspeed_universal",
-    "torch_ranks",
-    "meta_parts",
-    "hf_shards",
-    "megatron_parts",
-    "raw",
-    "torch_export",
-)
 
 
 def find_part(checkpoint: Checkpoint) -> str | None:
     """What shows that the checkpoint is one part of a whole, as half a sentence; None where nothing does."""
-    if checkpoint.container in _WHOLE_CONTAINERS or not checkpoint.storages:
+    if checkpoint.is_whole or not checkpoint.storages:
         return None
     return (
         _of_distributed_tensors(checkpoint)
@@ -96,7 +81,7 @@ def refuse_part(checkpoint: Checkpoint) -> None:
         )
 
 
-def take_part(checkpoint: Checkpoint) -> None:
+def accept_part(checkpoint: Checkpoint) -> None:
     """Note what shows that the checkpoint is a part; put this rank's own tensors in the place of pieces."""
     if checkpoint.part is not None:
         return  # done before
@@ -168,11 +153,9 @@ def _of_deepspeed(root: Any) -> str | None:
         return f"DeepSpeed's model states of one of {size} model-parallel ranks (mp_world_size)"
     if isinstance(info, DictNode) and size is None:
         return "DeepSpeed's model states with universal_checkpoint_info, and nothing says of how many ranks"
-    degrees = named.get("checkpoint_parallel_dimensions")
     for name in ("tp_degree", "pp_degree"):
-        degree = degrees.get(name) if isinstance(degrees, DictNode) else None
-        if type(degree) is int and degree > 1:
-            return f"DeepSpeed's model states with {name} {degree}"
+        if (parallel_degree(root, name) or 0) > 1:
+            return f"DeepSpeed's model states with {name} {parallel_degree(root, name)}"
     if _has_experts_elsewhere(named):
         return (
             "DeepSpeed's model states of a mixture of experts, which lie in files of their own (num_experts)"
@@ -213,16 +196,11 @@ def _of_fairscale(root: Any) -> str | None:
 
 
 def _of_sharding_info(checkpoint: Checkpoint) -> str | None:
-    text = checkpoint.metadata.get(SHARDING_INFO)
-    if text is None or len(text) > MAX_SHARDING_NBYTES:
-        return None
     try:
-        told = json.loads(text)
-    except (ValueError, RecursionError):
+        found = sharding_offsets(checkpoint)
+    except ValueError:
         return None
-    rows = told.items() if isinstance(told, dict) else ()
-    for name, row in rows:
-        offsets = row.get("saved_offsets") if isinstance(row, dict) else None
-        if isinstance(offsets, list) and any(type(n) is int and n > 0 for n in offsets):
-            return f"{SHARDING_INFO} says that its {name[:200]!r} begins at {offsets[:8]} of the whole"
+    for name, offsets in (found or {}).items():
+        if any(offsets):
+            return f"{SHARDING_INFO} says that its {name[:200]!r} begins at {list(offsets[:8])} of the whole"
     return None

@@ -15,10 +15,10 @@ from ptbin.reading.accounting import Accounting, account
 from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.containers.checkpoint import Checkpoint
 from ptbin.reading.containers.source import RandomReader
+from ptbin.reading.contents import role_of_leftover
 from ptbin.reading.keys import drop_entries, keep_writable, rename_entries
-from ptbin.reading.leftovers import role_of_leftover
-from ptbin.reading.outside import left_outside
-from ptbin.reading.parts import refuse_part, take_part
+from ptbin.reading.left_out import list_left_out
+from ptbin.reading.parts import accept_part, refuse_part
 from ptbin.reading.pickle.verdicts import SafetyReport, judge_programs, refuse_unsafe_fragment
 from ptbin.reading.recipe_steps import apply_recipe
 from ptbin.reading.search import Findings, find_state_dicts
@@ -72,7 +72,7 @@ class Selected:
             AmbiguousStateDictError: something that is not taken is of no known role.
         """
         explicit = bool(self.options.selected_paths) or self.options.flatten
-        outside = left_outside(
+        outside = list_left_out(
             self.checkpoint, self.state_dicts, self.findings, explicit=bool(self.options.selected_paths)
         )
         found = account(
@@ -132,7 +132,7 @@ def select_from(
 ) -> Selected:
     """The state dicts of a checkpoint that was read, fit for writing; errors as `read_selected`."""
     if options.parts:
-        take_part(checkpoint)
+        accept_part(checkpoint)
     else:
         refuse_part(checkpoint)
     if placements := checkpoint.vocabulary.placements:

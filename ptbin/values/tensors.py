@@ -27,7 +27,9 @@ __all__ = [
     "Tiled",
     "TypedStorage",
     "dense_strides",
-    "own_bytes",
+    "distinct_bytes",
+    "is_contiguous",
+    "part_of",
 ]
 
 
@@ -65,15 +67,15 @@ class Deflated:
     member: str
 
 
-class _OwnBytes(bytes):
+class _DistinctBytes(bytes):
     __slots__ = ()
 
 
-def own_bytes(data: bytes | bytearray) -> bytes:
+def distinct_bytes(data: bytes | bytearray) -> bytes:
     """Bytes with an identity of their own, by which they are counted: Python keeps one object for each single
     byte.
     """
-    return _OwnBytes(data) if len(data) == 1 else bytes(data)
+    return _DistinctBytes(data) if len(data) == 1 else bytes(data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,15 @@ class Tiled:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.itemsize
+
+
+def part_of(place: ByteRange | InMemory, offset: int, nbytes: int) -> ByteRange | InMemory:
+    """Part of a place. What vouches for the whole record (its CRC-32, its framing) does not for a part."""
+    if offset == 0 and nbytes == place.nbytes:
+        return place
+    if isinstance(place, InMemory):
+        return InMemory(place.data[offset : offset + nbytes])
+    return ByteRange(place.offset + offset, nbytes, member=place.member)
 
 
 Place = ByteRange | Deflated | InMemory | Joined | Tiled
@@ -201,12 +212,7 @@ class TensorRef:
 
     @property
     def contiguous(self) -> bool:
-        expected = 1
-        for n, s in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if n != 1 and s != expected:
-                return self.numel == 0
-            expected *= n
-        return True
+        return is_contiguous(self.shape, self.stride)
 
     @property
     def dense(self) -> bool:
@@ -265,6 +271,16 @@ def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
             return 0
         extent += (n - 1) * s
     return extent
+
+
+def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether the elements lie one behind the other, the last index fastest."""
+    expected = 1
+    for n, s in zip(reversed(shape), reversed(stride), strict=True):
+        if n != 1 and s != expected:
+            return 0 in shape
+        expected *= n
+    return True
 
 
 def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

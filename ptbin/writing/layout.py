@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from ptbin.values.crc32 import combine_crc32
+from ptbin.values.nodes import DictNode
 from ptbin.values.segments import (
     Cast,
     Combined,
@@ -19,8 +21,28 @@ from ptbin.values.segments import (
     nbytes_of,
 )
 from ptbin.values.tensors import ByteRange
+from ptbin.writing.casts import Casts
 
-__all__ = ["FileLayout", "whole_range"]
+__all__ = ["FileContent", "FileLayout", "whole_range"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FileContent:
+    """What one file of an output is to hold.
+
+    Attributes:
+        entries: names and values, in order.
+        mapping_kind: of the state dict, `OrderedDict` or `dict`.
+        metadata: the state dict's `_metadata`; None where it has none, and in later shards.
+        archive_root: the source's archive root where it is a torch zip, else None.
+    """
+
+    name: str
+    entries: list[tuple[str, Any]]
+    casts: Casts
+    mapping_kind: str
+    metadata: DictNode | None
+    archive_root: str | None
 
 
 def whole_range(recipes: tuple[Recipe, ...]) -> ByteRange | None:

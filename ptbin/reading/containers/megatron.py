@@ -18,7 +18,7 @@ from ptbin.values.nodes import DictNode
 __all__ = [
     "Rank",
     "Sizes",
-    "described",
+    "describe_sizes",
     "folder_of",
     "megatron_arguments",
     "megatron_facts",
@@ -115,7 +115,7 @@ class Rank:
 
 
 def sizes_of(arguments: Mapping[str, Any] | None) -> Sizes | None:
-    """What the arguments say; None where there are none, or nothing sensible."""
+    """What the arguments say; None where they are missing or unusable."""
     if arguments is None:
         return None
 
@@ -166,7 +166,7 @@ def folder_of(rank: Rank, like: str, sizes: Sizes) -> str:
     return f"mp_rank_{rank.tensor:02d}{stage}{expert}/{file}"
 
 
-def described(sizes: Sizes | None) -> str:
+def describe_sizes(sizes: Sizes | None) -> str:
     """The ranks of a run, for messages."""
     if sizes is None:
         return "an unknown number of ranks"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ptbin.splice.casting import CastTally
     from ptbin.stores import RangeReader, Writer
 
-__all__ = ["SideBySide"]
+__all__ = ["ParallelPieces"]
 
 MAX_THREADS = 8
 MIN_NBYTES = 1 << 20
@@ -33,7 +33,7 @@ REPORT_SECONDS = 0.25
 Tallies = dict[str, "CastTally"]
 
 
-class SideBySide:
+class ParallelPieces:
     """Runs ahead of whoever goes through `pieces`; to be closed in any case."""
 
     def __init__(
