@@ -26,15 +26,13 @@ from flows.batches import BATCH_COUNT, BATCHES_PER_WORKER
 from flows.fanout import quote
 from flows.prefect.undocumented import is_broken
 from flows.wishes import MAX_WORKERS, refuse_runner_secrets
-from ptbin.cores import available_cores, share_cores
+from ptbin.cores import default_workers, share_cores
 from ptbin.errors import UsageError
 from tasks.live import stop_all
 
-__all__ = ["RUNNER_NAMES", "Runner", "RunnerName", "open_runner"]
+__all__ = ["Runner", "RunnerName", "open_runner"]
 
 RunnerName = Literal["threads", "processes", "dask", "ray"]
-RUNNER_NAMES = ("threads", "processes", "dask", "ray")
-MAX_DEFAULT_WORKERS = 16
 CONNECT_SECONDS = 20
 START_TRIES = 3
 REMOTE_BATCH_COUNT = 250
@@ -116,17 +114,12 @@ class Runner:
             runner.__exit__(None, None, None)
 
 
-def default_workers() -> int:
-    """As many as there are cores: each checkpoint then has one to itself, and the last one all of them."""
-    return max(2, min(MAX_DEFAULT_WORKERS, available_cores()))
-
-
 @contextlib.contextmanager
 def open_runner(name: RunnerName, address: str | None, workers: int | None) -> Iterator[Runner]:
     """The runner of that name; `address` is that of a running Dask scheduler or Ray head.
 
     Args:
-        workers: batches at once; None: two, or as many as the cluster has threads (Dask) or CPUs (Ray).
+        workers: batches at once; None: one a core, or as many as a cluster has threads (Dask) or CPUs (Ray).
 
     Raises:
         UsageError: the engine is not installed, nothing answers at the address, or there is a password in it.

@@ -23,7 +23,7 @@ from ptbin.errors import CheckpointError, OutputExistsError, PtbinError, Storage
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
 from ptbin.options import ConvertOptions
 from ptbin.runs.outcomes import Outcome, outcome_of_job
-from ptbin.runs.remembering import open_ledger
+from ptbin.runs.remembering import CheckpointMemory
 from ptbin.runs.tally import Entry, Tally
 from ptbin.sources.companions import is_companion
 from ptbin.stores import place_of
@@ -148,7 +148,7 @@ def dry_run(plan: Plan, look: Look | None = None) -> DryRun:
         plan.compare_all()
     found = DryRun(request, skipped=dict(work.entries.counts), links=work.entries.links_words())
     try:
-        open_ledger(found.tally, plan)
+        CheckpointMemory(plan).open(found.tally)
     except PtbinError as error:
         found.problems.append(problem_of(request.dest, error))
     found.add_unplanned(plan.problems)
