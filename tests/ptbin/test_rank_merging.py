@@ -496,7 +496,7 @@ def test_names_that_count_ranks_otherwise(tmp_path: Path, name: str) -> None:
     ptbin.convert(tmp_path / "in", tmp_path / "x.bin")
     assert torch.load(tmp_path / "x.bin", weights_only=True)["w"].equal(whole)
     (tmp_path / "in" / name.format(rank=1, world=3)).unlink()
-    with pytest.raises(IncompleteCheckpointError, match="not there: 1|pieces of 2"):
+    with pytest.raises(IncompleteCheckpointError, match=r"not there: 1|pieces of 2"):
         ptbin.convert(tmp_path / "in", tmp_path / "y.bin")
 
 
