@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from ptbin.errors import StorageError
 from ptbin.stores.base import MIB, PARTIAL_SUFFIX, Identity, Writer
 from ptbin.stores.faults import mapped_faults
-from ptbin.stores.reserving import RESERVE_NBYTES, Reservation
+from ptbin.stores.reserving import RESERVE_NBYTES, reserve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,13 +95,12 @@ class LocalWriter(Writer):
         self._descriptor = -1
         self._partial: str | None = None
         self._write_back = _WriteBack()
-        self._reservation: Reservation | None = None
         try:
             with mapped_faults("write", target):
                 _refuse_target(target)
                 self._retried_without_parents(self._begin)
                 if size_hint is not None and size_hint >= RESERVE_NBYTES:
-                    self._reservation = Reservation(self._descriptor, size_hint)
+                    reserve(self._descriptor, size_hint)
         except BaseException:
             self.abort()
             raise
@@ -144,8 +143,6 @@ class LocalWriter(Writer):
     def _moved(self, nbytes: int) -> None:
         self.bytes_written += nbytes
         self._write_back.reached(self._descriptor, self.bytes_written)
-        if self._reservation is not None:
-            self._reservation.reached(self.bytes_written)
         if self.reached is not None:
             self.reached(self.bytes_written)
 
