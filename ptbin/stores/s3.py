@@ -18,23 +18,22 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import AccessDeniedError, NotFoundInStoreError, PtbinError, StorageError, UsageError
-from ptbin.stores.base import (
+from ptbin.stores.base import Store
+from ptbin.stores.s3_client import S3Client, S3Object
+from ptbin.stores.s3_listing import iter_entries
+from ptbin.stores.s3_reader import S3Reader, S3Stat, etag_of
+from ptbin.stores.s3_writer import CLAIM_METADATA, S3Writer
+from ptbin.stores.values import (
     PARTIAL_SUFFIX,
     READ_BYTES_LIMIT,
     Identity,
     ListedObject,
     ObjectStat,
-    Store,
-    Watch,
     is_partial_name,
-    refuse_other_object,
     refuse_too_large,
     target_of_partial,
 )
-from ptbin.stores.s3_client import S3Client, S3Object
-from ptbin.stores.s3_listing import iter_entries
-from ptbin.stores.s3_reader import S3Reader, S3Stat, etag_of
-from ptbin.stores.s3_writer import CLAIM_METADATA, S3Writer
+from ptbin.stores.watching import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -187,10 +186,7 @@ class S3Store(Store):
 
     def open_reader(self, path: str, *, expected: Identity | None = None) -> S3Reader:
         """By `look`."""
-        found = self.look(path)
-        if expected is not None:
-            refuse_other_object(found.uri, found.identity, expected)
-        return self.open_found(path, found)
+        return self.open_found(path, self.look(path)).expecting(expected)
 
     def open_found(self, path: str, found: ObjectStat) -> S3Reader:
         """No request."""

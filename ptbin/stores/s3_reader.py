@@ -16,16 +16,9 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import NotFoundInStoreError, SourceChangedError, StorageError
-from ptbin.stores.base import (
-    MIB,
-    Identity,
-    ObjectStat,
-    Pending,
-    RangeReader,
-    check_range,
-    refuse_other_object,
-)
 from ptbin.stores.ranges import Fetch, Piece, plan_fetches
+from ptbin.stores.reader import Pending, RangeReader
+from ptbin.stores.values import MIB, Identity, ObjectStat, check_range, refuse_other_object
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence

@@ -27,16 +27,17 @@ from ptbin.errors import (
     SourceChangedError,
     StorageError,
 )
-from ptbin.stores.base import MIB, CopyRefused, Identity, Writer
 from ptbin.stores.parts import Extent, Part, PartRules, plan_parts
 from ptbin.stores.s3_client import S3Client
 from ptbin.stores.s3_reader import S3Reader, etag_of
+from ptbin.stores.values import MIB, Identity
+from ptbin.stores.writer import CopyRefused, Writer
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from concurrent.futures import Future
 
-    from ptbin.stores.base import RangeReader
+    from ptbin.stores.reader import RangeReader
     from ptbin.stores.s3_client import S3Object
 
 __all__ = ["CLAIM_METADATA", "S3Writer", "part_nbytes_for"]
