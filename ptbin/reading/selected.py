@@ -97,7 +97,7 @@ def _refuse_unaccounted(selected: Selected, found: Accounting, *, explicit: bool
     elif len(selected.state_dicts) == 1:
         advice = f"--select {path} takes {path!r} and leaves the rest; {WAYS_OUT}"
     raise AmbiguousStateDictError(
-        f"{selected.checkpoint.uri}: {nbytes} bytes beside {path!r} are of no known role: {listed}; {advice}",
+        f"{selected.checkpoint.uri}: {nbytes} bytes next to {path!r} have no known role: {listed}; {advice}",
         tuple(candidate.path for candidate in selected.findings.candidates),
     )
 
