@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from ptbin.installed import require_reader
 from ptbin.options import ConvertOptions
 from ptbin.restoring.options import RestoreOptions
 from ptbin.stores import public_uri
+from ptbin.values.names import is_unicode, shown_path
 from ptbin.values.options import options_of
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "build_options",
     "parse_duration",
     "parse_renames",
+    "parse_share",
     "parse_size",
     "refuse_runner_secrets",
     "refuse_secrets",
@@ -61,6 +64,22 @@ def parse_duration(text: str | float) -> float:
     if "".join(number + unit for number, unit in parts) != rest or seconds <= 0:
         raise UsageError(f"{text!r} is no duration; examples: 90, 45m, 6h, 1h30m")
     return seconds
+
+
+def parse_share(text: str) -> float:
+    """A share of 1, or the same in percent: `0.99`, `99%`.
+
+    Raises:
+        UsageError: anything else.
+    """
+    text = text.strip()
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise UsageError(f"{text!r} is not a share, such as 0.99 or 99%")
+    return share
 
 
 def build_options(asked: Mapping[str, Any], **instead: Any) -> ConvertOptions:
@@ -118,9 +137,11 @@ def refuse_secrets(*uris: str, instead: str = "give credentials as storage optio
     """A flow's parameters are stored on Prefect's server and shown in its UI: no passwords in them.
 
     Raises:
-        UsageError: a URI that carries a password or a signature.
+        UsageError: a URI that carries a password or a signature, or that is not UTF-8.
     """
     for uri in uris:
+        if not is_unicode(uri):
+            raise UsageError(f"{shown_path(uri)}: the path is not UTF-8; rename the folder first")
         if public_uri(uri) != uri:
             raise UsageError(
                 f"{public_uri(uri)} carries a password or a signature, which Prefect would show; {instead}"

@@ -52,6 +52,7 @@ from ptbin.stores import (
     Writer,
     place_of,
 )
+from ptbin.values.names import bad_name, shown_path
 from ptbin.writing.outputs import OutputPlan, plan_outputs
 from ptbin.writing.ties import tie_equal_tensors
 
@@ -271,6 +272,8 @@ def _prepared(
     damaged: Mapping[str, Any] | None = None,
 ) -> Iterator[_Prepared]:
     """Read the source's index, plan the output, and look at every place that it takes."""
+    if why := bad_name(dest.name):
+        raise UsageError(f"{shown_path(str(dest))!a}: the name {why}; choose another for the output")
     found = find_source(source)
     found.refuse_part(parts=options.parts)
     _refuse_same_file(found.place, dest)

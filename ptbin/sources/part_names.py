@@ -59,7 +59,9 @@ _OF_WORLD = re.compile(rf"^(?P<stem>.*)world_size_(?P<of>\d+)_rank_(?P<n>\d+)(?P
 _TORCH_SHARD = re.compile(r"^shard-(?P<n>\d{5})-model-\d{5}-of-\d{5}\.safetensors$")
 _HF_SHARD = re.compile(r"^(?P<stem>.+)-(?P<n>\d{5,})-of-(?P<of>\d{5,})(?P<tail>\.(?:bin|safetensors))$")
 _CHUNKS = re.compile(r"^__\d+_\d+\.distcp$")
-_RANK = re.compile(rf"^(?P<stem>(?:.*[._-])?)rank[._-]?(?P<n>\d{{1,5}})(?P<tail>{_WEIGHTS})$")
+_RANK = re.compile(
+    rf"^(?P<stem>(?:.*[._-])?)rank[._=-]?(?P<n>\d{{1,5}})(?P<tail>(?:[._-]of[._-]\d{{1,5}})?{_WEIGHTS})$"
+)
 _COUNTED = (
     _RANK,
     re.compile(rf"^(?P<stem>.*)-shard(?P<n>\d{{1,5}})(?P<tail>{_WEIGHTS})$"),

@@ -278,9 +278,14 @@ class S3Writer(Writer):
 
     # -- the end -------------------------------------------------------------------------------
 
+    def held(self) -> bytearray | None:
+        return self._filling if self._beginning is None else None
+
     def _publish(self) -> None:
         if self._upload_id is None:
             body = self._taken()
+            # Not so where a key of KMS or of the caller's encrypts it, or where a gateway has other ETags.
+            md5 = hashlib.md5(body, usedforsecurity=False).hexdigest()
 
             async def put() -> dict[str, Any]:
                 return await self._client.attempt(
@@ -289,6 +294,7 @@ class S3Writer(Writer):
 
             answer = self._client.repeated(put)
             self.identity = Identity("etag", etag_of(answer)) if etag_of(answer) else None
+            self.acknowledged = etag_of(answer) == md5
             return
         if self._filling:
             self._send_part()

@@ -35,6 +35,9 @@ class Writer(ABC):
     identity: Identity | None = None
     """What was published, once `commit` returned; None where the store does not say it of its own accord."""
 
+    acknowledged: bool = False
+    """Known after `commit`: the store answered with the MD5 of the bytes that it was sent."""
+
     reached: Callable[[int], None] | None = None
     """Called with the number of bytes that are in place, by writers whose `written` gives a descriptor."""
 
@@ -102,6 +105,10 @@ class Writer(ABC):
         """A descriptor by which what was written can be read before it is published; None where there is
         none.
         """
+        return None
+
+    def held(self) -> bytearray | None:
+        """All that was written, where it is in memory and `commit` sends it in one request; else None."""
         return None
 
     def lend(self) -> int | None:

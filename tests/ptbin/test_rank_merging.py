@@ -483,3 +483,26 @@ def test_ranks_in_a_bucket_become_whole_there(tmp_path: Path, moto_s3: S3Endpoin
     whole = torch.load(io.BytesIO(data), weights_only=True)
     assert_same_tensors(whole, {"w": big, "v": small})
     assert manifest["bytes_copied_in_store"] >= big.nbytes // 2
+
+
+@pytest.mark.parametrize(
+    "name", ["model-rank={rank}.pt", "model.rank-{rank}-of-{world}.pt", "state_rank{rank:05d}.pth"]
+)
+def test_names_that_count_ranks_otherwise(tmp_path: Path, name: str) -> None:
+    from torch.distributed.tensor import Shard
+
+    whole = torch.arange(14.0).reshape(7, 2)
+    cut_ranks(tmp_path / "in", (3,), {"w": (whole, [Shard(0)])}, name)
+    ptbin.convert(tmp_path / "in", tmp_path / "x.bin")
+    assert torch.load(tmp_path / "x.bin", weights_only=True)["w"].equal(whole)
+    (tmp_path / "in" / name.format(rank=1, world=3)).unlink()
+    with pytest.raises(IncompleteCheckpointError, match=r"not there: 1|pieces of 2"):
+        ptbin.convert(tmp_path / "in", tmp_path / "y.bin")
+
+
+def test_a_piece_whose_name_tells_nothing_says_how_to_bring_all_together(tmp_path: Path) -> None:
+    from torch.distributed.tensor import Shard
+
+    cut_ranks(tmp_path / "in", (2,), {"w": (torch.ones(4), [Shard(0)])}, "ckpt_{rank}.pt")
+    with pytest.raises(IncompleteCheckpointError, match=r"into one folder as rank_0\.pt, rank_1\.pt"):
+        ptbin.convert(tmp_path / "in" / "ckpt_1.pt", tmp_path / "x.bin")

@@ -277,7 +277,7 @@ def test_a_recipe_that_would_lose_or_double_something_is_refused(
     ("text", "why"),
     [
         ("{", "not JSON"),
-        ("no-such", "is neither a file nor one of llama-meta"),
+        ("no-such", "is neither one of llama-meta, .* nor a recipe in JSON; of a file, give the content"),
         ('{"tensors": [{"from": "(", "to": "x"}]}', "not a regular expression"),
         ('{"tensors": [{"from": "a", "to": "x", "order": [0]}]}', "unknown key 'order'"),
         ('{"tensors": [{"from": "a", "to": "x", "steps": [{"sum": [0]}]}]}', "'sum'"),

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 Path = tuple[Any, ...]
-_NUMBER = re.compile(r"\d+(?=\D*$)")
+_NUMBER = re.compile(r"\d+(?=(?:[._-]of[._-]\d+)?\D*$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +217,7 @@ def label_of(path: Path) -> str:
 
 
 def number_in(name: str) -> int:
-    """The last number in a file's name; -1 where there is none."""
+    """The last number in a file's name, of `1-of-4` the first; -1 where there is none."""
     found = _NUMBER.search(name)
     return int(found[0]) if found else -1
 
@@ -232,5 +232,5 @@ def describe_layout(layout: Layout) -> str:
 
 
 def with_number(name: str, number: int) -> str:
-    """The file's name with another last number."""
-    return _NUMBER.sub(str(number), name, count=1)
+    """The file's name with another number, as wide as before where that began with zeros."""
+    return _NUMBER.sub(lambda old: str(number).zfill(len(old[0]) if old[0][0] == "0" else 1), name, count=1)

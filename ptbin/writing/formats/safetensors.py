@@ -12,6 +12,7 @@ from typing import Any
 
 from ptbin.errors import UnsupportedTensorError
 from ptbin.values.dtypes import SAFETENSORS_NAMES
+from ptbin.values.names import is_unicode
 from ptbin.values.segments import FilePlan, Literal
 from ptbin.writing.formats.dense import dense_file, dense_tensors
 from ptbin.writing.layout import FileContent, FileLayout
@@ -43,6 +44,12 @@ def plan_safetensors(file: FileContent) -> FilePlan:
             )
         if {"__metadata__", *metadata} & set(tensor.names):
             raise UnsupportedTensorError(f"{kept!r} is not a name that a tensor may have in safetensors")
+        for each in tensor.names:
+            if not is_unicode(each):
+                raise UnsupportedTensorError(
+                    f"the name {each!a} is not valid Unicode, which readers of safetensors refuse; "
+                    "--rename it, or write another format"
+                )
         header[kept] = {
             "dtype": short,
             "shape": list(tensor.source.shape),
