@@ -234,10 +234,6 @@ class TensorRef:
             span += s * (n - 1)
         return False
 
-    @property
-    def expanded(self) -> bool:
-        return any(s == 0 and n > 1 for n, s in zip(self.shape, self.stride, strict=True))
-
     def layout_key(self) -> tuple[Any, ...]:
         """Equal for views that show the same elements in the same order."""
         return (id(self.storage), self.dtype.name, self.shape, self.stride, self.storage_offset)
