@@ -88,7 +88,7 @@ def convert(
 
     Args:
         source: local path or fsspec URL of one checkpoint, or a `Place`.
-        dest: where the output goes; its manifest goes beside it.
+        dest: where the output goes; its manifest goes next to it.
         source_options, dest_options: fsspec storage options, where places are given as text; they never reach
             manifests or messages.
         progress: called with the bytes moved since its last call.

@@ -189,7 +189,7 @@ def _named_rows(
     rows = manifest["tensors"]
     for row in rows:
         if not isinstance(row, dict) or not isinstance(row.get("name"), str) or row.get("file") not in files:
-            raise VerificationError(f"{uri}: the manifest lists a tensor in no output of its own")
+            raise VerificationError(f"{uri}: the manifest lists a tensor that is in none of its outputs")
     if not rows:
         raise VerificationError(f"{uri}: the manifest lists no tensors; name the output itself")
     if options.drop:

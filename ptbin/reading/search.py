@@ -78,11 +78,9 @@ class Candidate:
     """A place that could be the state dict.
 
     Attributes:
-        beside: found below something that is saved beside a model, or below a mapping that was turned down;
-            never
-            chosen automatically.
-        role: `ema` where it is an averaged copy of a model's weights, `raw` where it is the raw one beside an
-            average.
+        beside: found below something that is saved next to a model, or below a mapping that was turned down;
+            never chosen automatically.
+        role: `ema` of an averaged copy of a model's weights, `raw` of the raw weights next to an average.
     """
 
     path: str
@@ -158,7 +156,7 @@ def find_state_dicts(checkpoint: Checkpoint, limits: Limits) -> Findings:
 
 
 def _is_beside(step: str, node: Any, looks: int) -> tuple[bool, int]:
-    """Whether a name says that something is saved beside a model, and how many looks below are left.
+    """Whether a name says that something is saved next to a model, and how many looks below are left.
 
     `best_state` may well be the model.
     """
@@ -234,7 +232,7 @@ def _strict_mapping(
     named = mapping.by_name()
     tensors = {key: value for key, value in named.items() if _is_tensor(value) and not _is_empty(value)}
     if not tensors and any(isinstance(value, Opaque) for value in named.values()):
-        # meta tensors alone, which are refused by what they are; no model if there is one beside them
+        # meta tensors alone, which are refused by what they are; no model if there is one next to them
         return _made(node, path, mapping, list(named.items())) if not holds_data(mapping) else None
     if not tensors:
         arrays = _of_arrays(checkpoint, named) if len(named) == len(mapping.pairs) else None
@@ -252,10 +250,10 @@ def _strict_mapping(
     tables = roles == {"index_table"}
     whole = is_main and (tables or len(tensors) == len(mapping.pairs))
     if None not in roles and not whole:
-        return None  # counters and metrics, with or without something else beside them
+        return None  # counters and metrics, with or without something else next to them
     nested = _nested(mapping, checkpoint.search)
     if nested is not None:
-        # indices beside a model, which lies below
+        # indices next to a model, which lies below
         return None if tables else TurnedDown(path, nested, tuple(tensors))
     if not is_main and inside and not looks_like_weights(tensors):
         return None
@@ -276,7 +274,7 @@ def _nested(mapping: DictNode, search: DataSearch) -> str | None:
         if is_packed(value):
             continue
         if search.holds(value):
-            return f"{key[:100]!r} holds tensors of its own"
+            return f"{key[:100]!r} holds tensors as well"
     return None
 
 

@@ -156,7 +156,7 @@ def why_chosen(chosen: Candidate, findings: Findings, preferred: str | None) -> 
     if chosen.path == preferred:
         return "what this container is meant to hold"
     if all(c.beside for c in others):
-        return "the only one that is not saved beside a model"
+        return "the only one that is not saved next to a model"
     return "the others are the same weights"
 
 
@@ -215,7 +215,7 @@ def _why_none(checkpoint: Checkpoint, beside: list[Candidate]) -> str:
     if isinstance(root, (TensorRef, SparseTensor)):
         return "a single tensor without a name"
     if next((data for data in iter_data(root) if isinstance(data, (bytes, bytearray))), None) is not None:
-        return "it holds the bytes of another torch.save; write them to a file of their own and convert that"
+        return "it holds the bytes of another torch.save; write them to a separate file and convert that"
     what = root.class_path if isinstance(root, Instance) else getattr(root, "kind", type(root).__name__)
     return f"no mapping of names to tensors, and no module, in what it holds ({what})"
 

@@ -72,9 +72,7 @@ class _DistinctBytes(bytes):
 
 
 def distinct_bytes(data: bytes | bytearray) -> bytes:
-    """Bytes with an identity of their own, by which they are counted: Python keeps one object for each single
-    byte.
-    """
+    """Bytes as a distinct object, by whose identity they are counted: Python shares all single bytes."""
     return _DistinctBytes(data) if len(data) == 1 else bytes(data)
 
 
@@ -179,7 +177,7 @@ class TensorRef:
     Attributes:
         quantizer: arguments of `torch._utils._rebuild_qtensor` (scheme name, scale or scales, zero
             point or points, axis), tensors among them as `TensorRef`; None for plain tensors.
-        flags: `conj` and `neg`, the lazy operations torch records beside the bytes instead of doing them.
+        flags: `conj` and `neg`, the lazy operations torch records next to the bytes instead of doing them.
         attributes: Python attributes of the tensor that hold data themselves (bitsandbytes' `SCB`).
     """
 
@@ -235,10 +233,6 @@ class TensorRef:
                 return True
             span += s * (n - 1)
         return False
-
-    @property
-    def expanded(self) -> bool:
-        return any(s == 0 and n > 1 for n, s in zip(self.shape, self.stride, strict=True))
 
     def layout_key(self) -> tuple[Any, ...]:
         """Equal for views that show the same elements in the same order."""

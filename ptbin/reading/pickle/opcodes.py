@@ -155,7 +155,7 @@ def _stack_global(m: Machine) -> None:
 
 def _extension(m: Machine, nbytes: int) -> None:
     code = m.unsigned(nbytes)
-    # The registry that gives such a code its meaning lies outside the file: nobody can tell what it names.
+    # The registry that gives such a code its meaning lies outside the file.
     m.program.oddities.append(f"extension code {code} at byte {m.pos}")
     m.stack.append(m.find_global("copyreg", f"extension:{code}"))
 
