@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from ptbin.errors import UsageError
 from ptbin.history.openmetrics import Family, render
 from ptbin.installed import MissingPackageError, missing_line
-from ptbin.stores import open_store
+from ptbin.stores import place_of
 
 __all__ = ["Otlp", "Pushgateway", "Target", "Textfile", "parse_targets"]
 
@@ -36,10 +36,10 @@ class Textfile:
     def __init__(self, path: str) -> None:
         if not Path(path).parent.is_dir():
             raise UsageError(f"metrics: there is no folder {Path(path).parent} for {path}")
-        self._store, self._path = open_store(path)
+        self._place = place_of(path)
 
     def send(self, found: Sequence[Family]) -> None:
-        self._store.write_bytes(self._path, render(found).encode())
+        self._place.write_bytes(render(found).encode())
 
 
 class Pushgateway:

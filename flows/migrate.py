@@ -9,41 +9,41 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from flows.access import Running, RunSettings, join_run, running
 from flows.batches import cut, iter_batches
 from flows.conversion import Conversion
-from flows.fanout import quote
 from flows.forms import PLACES, Text
 from flows.options import CONTENT, MIGRATE, chosen
 from flows.run_flow import run_flow
-from flows.stages import Stage, Stages
+from flows.stages import Stage
 from flows.wishes import build_options, refuse_secrets
 from ptbin.catalog import Job, Problem
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import UsageError
-from ptbin.history.failures import Unconverted
 from ptbin.options import ConvertOptions
 from ptbin.registries import Migration, ModelPlan, Version, wanted_names
+from ptbin.registries.migration import prepare
 from ptbin.registries.transfer import is_of_training
 from ptbin.registries.values import natural_order
 from ptbin.runs.outcomes import Outcome, Staged
 from ptbin.runs.record import new_run_id
-from ptbin.runs.remembering_versions import VersionMemory, state_of
+from ptbin.runs.remembering import VersionMemory, state_of
 from ptbin.runs.tally import Entry, Tally
+from tasks.listing import plan_of
 from tasks.live import Settled
 from tasks.migrating import (
     Registries,
     VersionJob,
     model_of,
-    plan_versions,
     register_batch,
     transfer_batch,
     update_models,
 )
+from tasks.steps import step
 
 __all__ = ["Migrating", "MigrationTally", "loss_lines", "migrate"]
 
@@ -125,11 +125,10 @@ class Migrating(Conversion):
         plan: Migration,
         memory: VersionMemory,
     ) -> None:
-        super().__init__(run, tally, fail_fast)
+        super().__init__(run, tally, fail_fast, memory)
         self.options = options
         self.registries = registries
         self.migration = plan
-        self.memory = memory
         self.versions = tally
         self.jobs = [
             VersionJob.of(model, step)
@@ -153,29 +152,17 @@ class Migrating(Conversion):
         _, there = self.registries.open(self.live)
         there.tidy({job.parts[0].fingerprint for job in self.jobs})
 
-    def _read_ledger(self) -> None:
-        self.memory.open_ledger(self.tally, self.live.dest_options)
-
-    def _ledger_rows(self) -> Sequence[Unconverted] | None:
-        untried = {entry.path for entry in self.tally.entries if entry.outcome == "not_tried"}
-        return self.memory.close_ledger(self.tally, untried)
-
-    def _recorded_selection(self) -> Mapping[str, Any]:
-        sides = self.registries
-        layouts = {"source_layout": sides.source_layout, "layout": sides.dest_layout}
-        return self.memory.selection() | layouts
-
     def run(self) -> None:
         for line in loss_lines(self.migration):
             self.logger.info("not kept: %s", line)
             self.live.listener.noted(f"not kept: {line}")
-        for step in self.migration.steps():
-            if step.action == "up_to_date":
-                self._close(step.version, Outcome(step.version.path, "up_to_date"))
-            elif step.action == "refused":
-                refused = Outcome(step.version.path, "rejected", step.reason, step.detail)
-                kind = self._close(step.version, refused)
-                self._announce(step.version.path, kind, step.reason, step.detail)
+        for one in self.migration.steps():
+            if one.action == "up_to_date":
+                self._close(one.version, Outcome(one.version.path, "up_to_date"))
+            elif one.action == "refused":
+                refused = Outcome(one.version.path, "rejected", one.reason, one.detail)
+                kind = self._close(one.version, refused)
+                self._announce(one.version.path, kind, one.reason, one.detail)
         count = len(self.jobs)
         up_to_date = self.tally.count("up_to_date")
         self.live.listener.planned(count, 0, up_to_date)
@@ -225,9 +212,7 @@ class Migrating(Conversion):
             return part[0].path if len(part) == 1 else f"{len(part)} models"
 
         stage = Stage(update_models, "update", {"registries": self.registries}, settle, label)
-        stages = Stages(self.running, self.logger, self._keeps_on)
-        stages.carry_out((stage, cut(plans, len(plans), MODELS_PER_UPDATE, max_batches=UPDATES)))
-        self.stages.task_runs += stages.task_runs
+        self._apart(stage, cut(plans, len(plans), MODELS_PER_UPDATE, max_batches=UPDATES))
 
     # -- accounting -----------------------------------------------------------------------------------
 
@@ -307,8 +292,8 @@ def loss_lines(plan: Migration) -> list[str]:
     lines = list(plan.never_kept) if any(step.action == "migrate" for step in plan.steps()) else []
     for model in plan.models:
         lines += [f"{model.model.name}: {text}" for text in model.not_kept]
-        for step in model.steps:
-            lines += [f"{step.version.model}: {text}" for text in step.not_kept]
+        for one in model.steps:
+            lines += [f"{one.version.model}: {text}" for text in one.not_kept]
     return lines
 
 
@@ -335,14 +320,11 @@ def migrate(source: Text, dest: Text, **asked: Any) -> Any:
         home = there.home()
         request = RunRequest(source, home, options, "migrate")
         with running(live, request, settings) as run:
-            plan = plan_versions(
-                live.run_id,
-                quote(registries),
-                include,
-                exclude,
-                asked["versions"],
-                quote(options),
+            plan = step(
+                live,
+                "compare registries",
+                lambda: prepare(here, there, include, exclude, asked["versions"], options),
             )
             tally = MigrationTally(live.run_id, source, dest, home=home)
-            memory = VersionMemory(here.uri, plan, include, exclude, asked["versions"])
+            memory = VersionMemory(plan_of(live), here.uri, plan, asked)
             return Migrating(run, options, tally, asked["fail_fast"], registries, plan, memory).carry_out()

@@ -23,10 +23,10 @@ from ptbin.catalog.lease import acquire_lease
 from ptbin.catalog.plan import Plan
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import PtbinError, StorageError, UsageError
-from ptbin.history.failures import Ledger, write_unconverted
-from ptbin.runs.ending import end_run
+from ptbin.history.failures import Ledger
+from ptbin.runs.account import Account
 from ptbin.runs.outcomes import Kind, Outcome
-from ptbin.runs.remembering import close_ledger, open_ledger
+from ptbin.runs.remembering import CheckpointMemory
 from ptbin.runs.tally import Tally
 from ptbin.sources.companions import companion_of, is_companion
 from ptbin.stores import identity_text
@@ -94,7 +94,7 @@ def preparing(live: LiveRun, request: RunRequest, work_found: Callable[[], objec
 def _read_ledger(live: LiveRun, plan: Plan) -> Ledger:
     tally = _tally(live, plan.request)
     try:
-        open_ledger(tally, plan)
+        CheckpointMemory(plan).open(tally)
     except PtbinError:
         return Ledger()
     return tally.ledger
@@ -125,42 +125,40 @@ def finish_in_step(live: LiveRun, min_success: float | None = None) -> dict[str,
         with contextlib.suppress(StorageError):
             write_segment(live.dest_at(request.dest), f"{live.run_id}-0000", rows)
     tally = _tally(live, request, min_success)
+    account = Account(plan, tally, CheckpointMemory(plan), began=live.began)
+    refused = account.open()
     try:
-        open_ledger(tally, plan)
-        alone = _settle_known(live, plan, tally)
         if (
-            alone is None
+            not account.remembers
+            or not _settle_known(live, account)
             or plan.has_many_segments
             or (request.deletes and next(plan.iter_gone(live.tick), None) is not None)
         ):
             return None
     except PtbinError:
         return None
-    tally.skipped.update(work.entries.counts)
     if text := work.entries.links_words():
         live.listener.noted(text)
-    for problem, entry in zip(plan.problems, tally.add_collisions(plan.problems), strict=True):
-        live.listener.settled(
-            Settled(problem.source, entry.outcome, reason=problem.reason, detail=problem.detail)
-        )
+    for entry in refused:
+        live.listener.settled(Settled(entry.source, entry.outcome, reason=entry.reason, detail=entry.detail))
     tally.add_untouched(work)
     live.listener.planned(0, 0, tally.count("up_to_date"))
-    return _leave(live, plan, tally, alone)
+    return account.close() | {"task_runs": 0}
 
 
-def _settle_known(live: LiveRun, plan: Plan, tally: Tally) -> set[str] | None:
-    """Count what is no checkpoint, by its name or earlier runs; None where anything else is to be done."""
+def _settle_known(live: LiveRun, account: Account) -> bool:
+    """Settle what is no checkpoint, by its name or earlier runs; false where anything else is to be done."""
+    plan, before = account.plan, account.tally.ledger.before
     companions = []
-    alone = {}
+    known = []
     for job in plan.work.iter_to_do():
-        if job.copies or not _is_settled(job, tally.ledger):
-            return None
-        row = tally.ledger.before.get(job.source_uri)
+        if job.copies or not _is_settled(job, account.tally.ledger):
+            return False
+        row = before.get(job.source_uri)
         if row is None or row.state != identity_text(job.identity):
             companions.append(job)
         else:
-            kind = cast("Kind", row.outcome)
-            alone[job.path] = (job, Outcome(job.path, kind, detail=row.detail))
+            known.append((job, Outcome(job.path, cast("Kind", row.outcome), detail=row.detail)))
     with ThreadPoolExecutor(WIDTH) as pool:
         # By their names optimizers and the like: a run looks into each, for it may hold a model after all.
         looked = pool.map(
@@ -170,29 +168,9 @@ def _settle_known(live: LiveRun, plan: Plan, tally: Tally) -> set[str] | None:
         for job, converts in zip(companions, looked, strict=True):
             live.tick()
             if converts:
-                return None
-            alone[job.path] = (job, Outcome(job.path, "left_alone", detail=_role(job)))
-    for job, outcome in alone.values():
-        tally.add(job, outcome)
-    return set(alone)
-
-
-def _role(job: Job) -> str:
-    return companion_of(job.path.rpartition("/")[2]) or ""
-
-
-def _leave(live: LiveRun, plan: Plan, tally: Tally, alone: set[str]) -> dict[str, Any]:
-    """What every run leaves in DEST, and its summary."""
-    request = plan.request
-    ledger = close_ledger(tally, plan, alone)
-    if ledger is not None:
-        with contextlib.suppress(StorageError):
-            write_unconverted(live.dest_at(request.dest), ledger)
-    return end_run(
-        tally,
-        request.making,
-        began=live.began,
-        selection=request.selection(),
-        source_options=live.source_options,
-        dest_options=live.dest_options,
-    ) | {"task_runs": 0}
+                return False
+            role = companion_of(job.path.rpartition("/")[2]) or ""
+            known.append((job, Outcome(job.path, "left_alone", detail=role)))
+    for job, outcome in known:
+        account.settle(job, outcome)
+    return True

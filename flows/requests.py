@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
 from typing import Any
 
-from flows.wishes import build_options
+from flows.wishes import build_options, restore_options
 from ptbin.catalog.request import RunRequest
-from ptbin.restoring.options import RestoreOptions
 
 __all__ = ["convert_request", "restore_request", "sync_request"]
 
+Text = str | os.PathLike[str]
 
-def convert_request(
-    source: str, dest: str, asked: Mapping[str, Any], named: Sequence[str] | None = None
-) -> RunRequest:
-    """Of `convert`; `named` as `flows.selection.named_files` found it."""
+
+def convert_request(source: Text, dest: Text, asked: Mapping[str, Any]) -> RunRequest:
+    """The request of `convert`, but for the files that it names (`flows.selection`)."""
     return RunRequest(
-        source,
-        dest,
+        os.fspath(source),
+        os.fspath(dest),
         build_options(asked),
         naming=asked["naming"],
         include=tuple(asked["include"]),
         exclude=tuple(asked["exclude"]),
         copy_links=asked["copy_links"],
-        named=tuple(named) if named is not None else None,
         must_exist=asked["retry_failed"] is None,
     )
 
 
-def sync_request(source: str, dest: str, asked: Mapping[str, Any]) -> RunRequest:
-    """Of `sync`. Raises UsageError as `build_options` and `RunRequest`."""
+def sync_request(source: Text, dest: Text, asked: Mapping[str, Any]) -> RunRequest:
+    """The request of `sync`. Raises UsageError as `build_options` and `RunRequest`."""
     return RunRequest(
-        source,
-        dest,
+        os.fspath(source),
+        os.fspath(dest),
         build_options(asked),
         "sync",
         asked["naming"],
@@ -49,11 +48,12 @@ def sync_request(source: str, dest: str, asked: Mapping[str, Any]) -> RunRequest
     )
 
 
-def restore_request(source: str, dest: str, asked: Mapping[str, Any], options: RestoreOptions) -> RunRequest:
-    """Of `restore`. A model's code may have changed: what it made is never up to date."""
+def restore_request(source: Text, dest: Text, asked: Mapping[str, Any]) -> RunRequest:
+    """The request of `restore`. A model's code may have changed: what it made is never up to date."""
+    options = restore_options(asked)
     return RunRequest(
-        source,
-        dest,
+        os.fspath(source),
+        os.fspath(dest),
         options.conversion(),
         "restore",
         asked["naming"],

@@ -26,16 +26,15 @@ from flows.batches import BATCH_COUNT, BATCHES_PER_WORKER
 from flows.fanout import quote
 from flows.prefect.undocumented import is_broken
 from flows.wishes import MAX_WORKERS, refuse_runner_secrets
-from ptbin.cores import available_cores, share_cores
+from ptbin.cores import default_workers, share_cores
 from ptbin.errors import UsageError
 from tasks.live import stop_all
 
-__all__ = ["RUNNER_NAMES", "Runner", "RunnerName", "open_runner"]
+__all__ = ["Runner", "RunnerName", "open_runner"]
 
 RunnerName = Literal["threads", "processes", "dask", "ray"]
-RUNNER_NAMES = ("threads", "processes", "dask", "ray")
-MAX_DEFAULT_WORKERS = 16
 CONNECT_SECONDS = 20
+START_TRIES = 3
 REMOTE_BATCH_COUNT = 250
 ORPHAN_SECONDS = 10.0
 
@@ -83,6 +82,24 @@ class Runner:
         plain = {name: quote(value) for name, value in parameters.items()}
         return cast("PrefectFuture[Any]", task.submit(**plain))
 
+    def open(self) -> None:
+        """Open the engine now, so that what is wrong with it is known before any work.
+
+        It gets more than one try: Ray, for one, gives itself 30 s, which a busy machine may not have.
+
+        Raises:
+            UsageError: it does not start.
+        """
+        for tries_left in reversed(range(START_TRIES)):
+            try:
+                self._runner()
+                return
+            except Exception as error:
+                with contextlib.suppress(Exception):
+                    self.close()
+                if not tries_left:
+                    raise UsageError(f"{self.name} does not start: {error}") from error
+
     def _runner(self) -> TaskRunner[Any]:
         if self._open is None:
             assert self._make is not None
@@ -97,17 +114,12 @@ class Runner:
             runner.__exit__(None, None, None)
 
 
-def default_workers() -> int:
-    """As many as there are cores: each checkpoint then has one to itself, and the last one all of them."""
-    return max(2, min(MAX_DEFAULT_WORKERS, available_cores()))
-
-
 @contextlib.contextmanager
 def open_runner(name: RunnerName, address: str | None, workers: int | None) -> Iterator[Runner]:
     """The runner of that name; `address` is that of a running Dask scheduler or Ray head.
 
     Args:
-        workers: batches at once; None: two, or as many as the cluster has threads (Dask) or CPUs (Ray).
+        workers: batches at once; None: one a core, or as many as a cluster has threads (Dask) or CPUs (Ray).
 
     Raises:
         UsageError: the engine is not installed, nothing answers at the address, or there is a password in it.
@@ -131,7 +143,7 @@ def open_runner(name: RunnerName, address: str | None, workers: int | None) -> I
         else:
             runner = _ray(address, workers, empty)
         try:
-            runner._runner()  # noqa: SLF001 - opened here, so that what is wrong with it is known before any work
+            runner.open()
             yield runner
         finally:
             runner.close()
@@ -200,6 +212,8 @@ def _dask(address: str | None, workers: int | None) -> Runner:
 def _ray(address: str | None, workers: int | None, empty: str) -> Runner:
     # Ray asks a host on the internet for its usage statistics otherwise.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A Ray started here gives its workers niceness 15 otherwise: beside busy processes they hardly move.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     prefect_ray = _import("prefect_ray", "ray")
     ray = _import("ray", "ray")
     width = workers or default_workers()

@@ -101,11 +101,10 @@ class Stages:
         self._order = _Order()
         self.settled: set[str] = set()
         """Paths of the items that have their final outcome."""
-        self.task_runs = 0
 
     def carry_out(self, *parts: tuple[Stage, Iterable[Sequence[Any]]], width: int | None = None) -> None:
         """Put batches through their stages, and through those that follow. Raises as `fan_out`."""
-        self.task_runs += fan_out(
+        self._run.live.task_runs += fan_out(
             (self._work(stage, batch) for stage, batches in parts for batch in batches),
             width=width or self._run.runner.width,
             keep_on=self._keep_on,

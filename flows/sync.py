@@ -7,33 +7,28 @@ not put there. What is written over or deleted goes to the backup place first, i
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
-from flows.access import Running, RunSettings, join_run, running
+from flows.access import Running
 from flows.batches import cut
-from flows.conversion import LOGGED, Conversion
-from flows.fanout import quote
+from flows.conversion import LOGGED, Conversion, carry_out
 from flows.forms import PLACES, Text
 from flows.options import SYNC
 from flows.requests import sync_request
 from flows.run_flow import run_flow
-from flows.stages import Stage, Stages, count_of
-from flows.wishes import refuse_secrets
+from flows.stages import Stage, count_of
 from ptbin.catalog import Job, Problem
-from ptbin.catalog.checks import check_mirror
+from ptbin.catalog.comparing import release_companions
 from ptbin.catalog.plan import plan_deletions
 from ptbin.errors import StorageError
 from ptbin.manifests.manifest import manifest_uri
-from ptbin.runs.outcomes import Outcome, one_line
-from ptbin.runs.record import new_run_id
+from ptbin.runs.outcomes import Outcome, one_line, outcome_of_error
 from ptbin.runs.tally import LISTED, Tally
 from tasks.batches import BatchTask
-from tasks.listing import make_plan, plan_of
-from tasks.mirroring import back_up_batch, compare_batch, copy_batch, delete_batch, find_gone, release_outputs
+from tasks.mirroring import back_up_batch, compare_batch, copy_batch, delete_batch
+from tasks.steps import step
 
 __all__ = ["Synchronization", "sync"]
 
@@ -73,9 +68,7 @@ class Synchronization(Conversion):
         """By content: what would come out the same is not to be done."""
         values = {"options": self.options}
         stage = Stage(compare_batch, "compare", values, self._settle_current, self._label)
-        stages = Stages(self.running, self.logger, self._keeps_on)  # what is compared is not settled by it
-        stages.carry_out((stage, list(self._batches(MIRROR_BATCHES))))
-        self.stages.task_runs += stages.task_runs
+        self._apart(stage, list(self._batches(MIRROR_BATCHES)))
 
     def _settle_current(self, compared: Sequence[tuple[Job, Outcome]]) -> None:
         for job, outcome in compared:
@@ -83,8 +76,7 @@ class Synchronization(Conversion):
                 continue
             self.work.settle_current(job)
             if outcome.converted is not None and outcome.converted.index_row is not None:
-                path = self.work.relative_manifest(job)
-                self._remember([replace(outcome.converted.index_row, manifest=path)])
+                self.account.remember_at(job, outcome.converted.index_row)
 
     def _give_up_all(self, refused: Iterable[tuple[Job, Problem]]) -> None:
         for job, problem in refused:
@@ -109,8 +101,18 @@ class Synchronization(Conversion):
                 self._give_up(job, error.reason, one_line(str(error)))
         if not listed:
             return
-        self.stages.task_runs += 1
-        failed = release_outputs(self.live.run_id, quote(listed))
+
+        def release() -> dict[str, Outcome]:
+            failed = {}
+            for uri, names in listed.items():
+                self.live.tick()
+                try:
+                    release_companions(self.live.dest_at(uri), names)
+                except Exception as error:  # noqa: BLE001 - what is wrong with one must not stop the others
+                    failed[uri] = outcome_of_error(uri, error)
+            return failed
+
+        failed = step(self.live, "release companions", release, retried=False)
         for job in list(self.work.iter_to_do(copies=False)):
             if (outcome := failed.get(manifest_uri(job.dest_uri))) is not None:
                 self._give_up(job, outcome.reason, outcome.detail)
@@ -127,7 +129,7 @@ class Synchronization(Conversion):
         self._settle_all(final)
         if time.monotonic() > self.indexed + INDEX_SECONDS:
             self.indexed = time.monotonic()
-            self._write_index()
+            self.account.write_index()
 
     # -- files of DEST ----------------------------------------------------------------------------
 
@@ -152,9 +154,8 @@ class Synchronization(Conversion):
         tally = self.tally
         if self.running.is_stopping:
             return
-        self.stages.task_runs += 1
         try:
-            found = find_gone(self.live.run_id)
+            found = step(self.live, "find what is gone", lambda: list(self.plan.iter_gone(self.live.tick)))
         except StorageError as error:
             detail = one_line(f"what is gone from SOURCE is not known: {error}")
             tally.run_problems.append(Problem(tally.dest, error.reason, f"{detail}; nothing was deleted"))
@@ -205,9 +206,7 @@ class Synchronization(Conversion):
             self._log_lines()
 
         stage = Stage(task, title, {"dest": self.tally.dest, **values}, settle, count_of("files"))
-        stages = Stages(self.running, self.logger, self._keeps_on)
-        stages.carry_out((stage, cut(files, len(files), FILES_PER_BATCH, max_batches=50)))
-        self.stages.task_runs += stages.task_runs
+        self._apart(stage, cut(files, len(files), FILES_PER_BATCH, max_batches=50))
         return failed
 
 
@@ -218,21 +217,4 @@ def sync(source: Text, dest: Text, **asked: Any) -> Any:
     Returns its `RunResult`; ends Failed (`RunFailedError`) where anything was rejected, failed, or was not to
     be changed.
     """
-    source, dest = os.fspath(source), os.fspath(dest)
-    request = sync_request(source, dest, asked)
-    refuse_secrets(source, dest, *([request.backup_dir] if request.backup_dir else []))
-    settings = RunSettings.of(asked)
-    with join_run(asked["run_id"] or new_run_id(), settings) as live:
-        check_mirror(
-            source,
-            dest,
-            delete=request.deletes,
-            backup_dir=request.backup_dir,
-            source_options=live.source_options,
-            dest_options=live.dest_options,
-        )
-        with running(live, request, settings) as run:
-            make_plan(live.run_id)
-            plan_of(live).refuse_nothing()
-            tally = Tally(live.run_id, source, dest, kind="sync", min_success=asked["min_success"])
-            return Synchronization(run, tally, asked["fail_fast"]).carry_out()
+    return carry_out(sync_request(source, dest, asked), asked, Synchronization)

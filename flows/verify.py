@@ -12,7 +12,6 @@ from prefect import get_run_logger
 from flows.access import Running, RunSettings, join_run, running
 from flows.artifacts import Artifacts, verification_rows
 from flows.batches import plan_batches
-from flows.fanout import quote
 from flows.forms import DEST, Text
 from flows.notices import final_state, log_failures, state_message
 from flows.options import VERIFY
@@ -20,14 +19,17 @@ from flows.prefect.orchestrator import await_server
 from flows.run_flow import run_flow
 from flows.stages import Stage, Stages, count_of
 from flows.wishes import refuse_secrets
+from ptbin.catalog import find_orphans
 from ptbin.options import VerifyLevel
+from ptbin.proof.signatures import verify_signatures
+from ptbin.registries.verification import verify_records
 from ptbin.runs.outcomes import Outcome
 from ptbin.runs.record import new_run_id
 from ptbin.runs.result import RunResult
-from ptbin.runs.verifying import issues_of, orphan_issue, refuse_nothing_below, sum_up
-from tasks.checking import check_records, check_signatures, verify_manifests
-from tasks.listing import list_manifests, list_orphans
+from ptbin.runs.verifying import issues_of, list_manifests_below, orphan_issue, refuse_nothing_below, sum_up
+from tasks.checking import verify_manifests
 from tasks.live import Settled
+from tasks.steps import step
 
 __all__ = ["verify"]
 
@@ -48,20 +50,26 @@ def verify(dest: Text, **asked: Any) -> Any:
     settings = RunSettings.of(asked)
     public_key = asked["public_key"]
     with join_run(asked["run_id"] or new_run_id(), settings) as live:
-        manifests, unread = list_manifests(live.run_id, dest)
-        orphans = list_orphans(live.run_id, dest)
+        options = live.dest_options
+        manifests, unread = step(live, "list manifests", lambda: list_manifests_below(dest, options))
+        orphans = step(live, "list orphans", lambda: list(find_orphans(dest, storage_options=options)))
         refuse_nothing_below(dest, manifests, orphans)
         with running(live, None, settings) as run:
-            verdicts, task_runs = _verify_all(run, manifests, asked["level"])
+            verdicts = _verify_all(run, manifests, asked["level"])
         issues = unread + [orphan_issue(uri) for uri in orphans]
         issues += [issue for verdict in verdicts for issue in issues_of(verdict)]
         digests = {uri: digest for verdict in verdicts for uri, digest in verdict.digests}
-        issues += check_records(live.run_id, dest, quote(digests))
+        found = step(live, "verify records", lambda: verify_records(dest, digests, storage_options=options))
         if public_key is not None:
-            issues += check_signatures(live.run_id, dest, public_key, quote(manifests))
+            place = live.dest_at(dest)
+            found += step(
+                live,
+                "verify signatures",
+                lambda: verify_signatures(place, public_key, manifests, progress=live.moved),
+            )
+        issues += [issue.to_json() for issue in found]
         summary = sum_up(dest, verdicts, orphans, issues, time.monotonic() - live.began)
-        task_runs += 3 + (public_key is not None)
-        live.summary.update(summary, run_id=live.run_id, task_runs=task_runs)
+        live.summary.update(summary, run_id=live.run_id, task_runs=live.task_runs)
         message = summary["message"]
         if await_server(live.check):
             artifacts = Artifacts(ARTIFACT_KEY, get_run_logger())
@@ -76,8 +84,8 @@ def verify(dest: Text, **asked: Any) -> Any:
         return final_state(RunResult.of("verify", live.summary), state_message(message, failures))
 
 
-def _verify_all(run: Running, manifests: Sequence[str], level: VerifyLevel) -> tuple[list[Outcome], int]:
-    """One final outcome per manifest, and the number of task runs that took."""
+def _verify_all(run: Running, manifests: Sequence[str], level: VerifyLevel) -> list[Outcome]:
+    """One final outcome per manifest."""
     live = run.live
     final: list[Outcome] = []
     logger = get_run_logger()
@@ -92,7 +100,8 @@ def _verify_all(run: Running, manifests: Sequence[str], level: VerifyLevel) -> t
                 logger.warning("%s: %s: %s", issue["reason"], issue["uri"], issue["detail"])
 
     stage = Stage(verify_manifests, "verify", {"level": level}, settle, count_of("manifests"))
-    stages = Stages(run, logger)
     # Sizes stand in the manifests, which are not read twice: batches go by count alone.
-    stages.carry_out((stage, plan_batches(manifests, nbytes=lambda _: 0, workers=run.runner.width)))
-    return final, stages.task_runs
+    Stages(run, logger).carry_out(
+        (stage, plan_batches(manifests, nbytes=lambda _: 0, workers=run.runner.width))
+    )
+    return final

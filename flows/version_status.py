@@ -19,7 +19,7 @@ from ptbin.options import ConvertOptions
 from ptbin.registries import ModelPlan, is_registry_uri
 from ptbin.registries.migration import open_both, prepare
 from ptbin.registries.planning import Step
-from ptbin.runs.remembering_versions import state_of
+from ptbin.runs.remembering import state_of
 from ptbin.stores import place_of, public_uri
 
 __all__ = ["LastMigration", "last_migration", "refuse_registries", "version_status"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = [
     "build_options",
     "parse_duration",
     "parse_renames",
+    "parse_share",
     "parse_size",
     "refuse_runner_secrets",
     "refuse_secrets",
@@ -62,6 +64,22 @@ def parse_duration(text: str | float) -> float:
     if "".join(number + unit for number, unit in parts) != rest or seconds <= 0:
         raise UsageError(f"{text!r} is no duration; examples: 90, 45m, 6h, 1h30m")
     return seconds
+
+
+def parse_share(text: str) -> float:
+    """A share of 1, or the same in percent: `0.99`, `99%`.
+
+    Raises:
+        UsageError: anything else.
+    """
+    text = text.strip()
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise UsageError(f"{text!r} is not a share, such as 0.99 or 99%")
+    return share
 
 
 def build_options(asked: Mapping[str, Any], **instead: Any) -> ConvertOptions:

@@ -10,6 +10,7 @@ between the command line handles it.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -24,6 +25,8 @@ INTERRUPTED = 130
 
 HOME = Path(__file__).resolve().parent.parent
 """The folder that holds `ptbin`, and next to it `flows` and `tasks`."""
+COLLECTED_OBJECTS = 50_000
+"""New objects between two collections of garbage; Python's own number is 700."""
 
 
 def main() -> None:
@@ -36,6 +39,8 @@ def main() -> None:
     if problem is not None:
         sys.stderr.write(f"ptbin: error: {problem}\n")
         sys.exit(2)
+    # What is imported stays, a hundred thousand objects: to look through them for garbage takes 0.1 s.
+    gc.set_threshold(COLLECTED_OBJECTS)
     try:
         importlib.import_module("flows.cli").main()
     except SystemExit as end:

@@ -19,12 +19,15 @@ __all__ = [
     "at_work",
     "available_cores",
     "busy_core",
+    "default_workers",
     "hashing_pool",
     "hashing_slot",
     "is_crowded",
     "share_cores",
     "spare_cores",
 ]
+
+MAX_DEFAULT_WORKERS = 16
 
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
@@ -56,6 +59,11 @@ def available_cores() -> int:
     else:
         cores = os.cpu_count() or 1
     return max(1, min(cores, _cgroup_cores() or cores) // _sharing)
+
+
+def default_workers() -> int:
+    """Checkpoints worked on at once: one a core, 2 to 16; the last one then has all cores to itself."""
+    return min(max(available_cores(), 2), MAX_DEFAULT_WORKERS)
 
 
 @cache

@@ -105,6 +105,7 @@ class ConvertOptions:
     recipe: str | None = option(
         None,
         "How parts make a whole, and other names and cuts: llama-hf, moe-fuse, ..., or JSON (docs/parts.md).",
+        kind="recipe",
         metavar="NAME|FILE",
         group=WEIGHTS,
     )

@@ -1,4 +1,4 @@
-"""What all tasks have in common: `@batch_task` for what is done to many, `@single_task` for the rest.
+"""What the tasks of batches have in common: `@batch_task`, for what is done to many.
 
 A function below `@batch_task` works on one thing: a checkpoint, a file, a manifest. The task that it becomes
 takes a batch of them and ends in a state that holds one outcome for each, in order (`tasks.batch_states`).
@@ -12,24 +12,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, Protocol
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
+from ptbin.runs.account import FULL_AFTER
 from ptbin.runs.outcomes import Outcome, outcome_of_error
-from ptbin.runs.retrying import JITTER, RETRIES, RETRY_DELAYS
 from ptbin.stores.limits import limit_requests
 from tasks.batch_states import state_of_batch
 from tasks.live import Interrupted, Ticket, enter_run
-from tasks.retrying import worth_retrying
 
-__all__ = ["FULL_AFTER", "BatchTask", "Item", "batch_task", "path_of", "single_task"]
-
-
-FULL_AFTER = 3
-"""After so many failures for want of room the rest of a batch is not tried, and the run ends."""
+__all__ = ["BatchTask", "Item", "batch_task", "path_of"]
 
 
 class _WithPath(Protocol):
@@ -41,8 +36,6 @@ Item = str | _WithPath
 """A job, or a path that is all there is to say."""
 
 BatchTask = Task[[Ticket, Sequence[Any], Mapping[str, Any]], State[list[Outcome]]]
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
 
 
 def path_of(item: Item) -> str:
@@ -106,17 +99,3 @@ def _parts(items: Sequence[Any], groups: Callable[[Any], str] | None) -> list[li
     for place, item in enumerate(items):
         parts.setdefault(groups(item), []).append(place)
     return list(parts.values())
-
-
-def single_task(
-    name: str, *, retried: bool = True
-) -> Callable[[Callable[Parameters, Result]], Task[Parameters, Result]]:
-    """A task that does one thing, a listing say; `retried` whole where a store says that it may help."""
-    retries: dict[str, Any] = {
-        "retries": RETRIES,
-        "retry_delay_seconds": RETRY_DELAYS,
-        "retry_jitter_factor": JITTER,
-        "retry_condition_fn": worth_retrying,
-    }
-    settings = retries if retried else {}
-    return task(name=name, cache_policy=NO_CACHE, persist_result=False, **settings)

@@ -107,6 +107,8 @@ class LiveRun:
     """On DEST, where it was acquired before the flow began."""
     requests: RequestLimit | None = field(default=None, repr=False)
     """How many requests all tasks of the run in this process may have under way together."""
+    task_runs: int = field(default=0, repr=False)
+    """How many task runs its flow has come to."""
     summary: dict[str, Any] = field(default_factory=dict, repr=False)
     """Filled by the flow at its end, for the process that started it."""
 

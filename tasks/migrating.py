@@ -13,15 +13,13 @@ from typing import Any
 from ptbin.catalog import Job
 from ptbin.manifests.manifest import manifest_uri
 from ptbin.options import ConvertOptions
-from ptbin.registries import Folder, Migration, Model, ModelPlan, Registration, Registry, Step, Version
+from ptbin.registries import Folder, Model, ModelPlan, Registration, Registry, Step, Version
 from ptbin.registries.migration import (
     ADVICE,
     brought_before,
     open_both,
-    prepare,
     refuse_files_of_others,
 )
-from ptbin.registries.planning import Versions
 from ptbin.registries.transfer import (
     NoCheckpointError,
     examine,
@@ -34,15 +32,13 @@ from ptbin.runs.outcomes import Converted, Outcome, Staged, Written
 from ptbin.runs.retrying import is_transient
 from ptbin.stores import identity_text
 from ptbin.stores.copying import copy_file
-from ptbin.stores.limits import limit_requests
-from tasks.batches import batch_task, single_task
-from tasks.live import LiveRun, find_live_run
+from tasks.batches import batch_task
+from tasks.live import LiveRun
 
 __all__ = [
     "Registries",
     "VersionJob",
     "model_of",
-    "plan_versions",
     "register_batch",
     "transfer_batch",
     "update_models",
@@ -104,22 +100,6 @@ class VersionJob(Job):
         assert self.model is not None
         assert self.existing is not None
         return self.step, self.model, self.existing
-
-
-@single_task("compare registries")
-def plan_versions(
-    run_id: str,
-    registries: Registries,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    versions: Versions,
-    options: ConvertOptions,
-) -> Migration:
-    """What each version of SOURCE comes to. Writes nothing."""
-    live = find_live_run(run_id)
-    with limit_requests(live.requests):
-        source, dest = registries.open(live)
-        return prepare(source, dest, include, exclude, versions, options)
 
 
 def _open_sides(live: LiveRun, registries: Registries, **values: Any) -> dict[str, Any]:

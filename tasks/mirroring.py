@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,21 +10,18 @@ from ptbin.catalog.comparing import (
     change_on_copying,
     compare_job,
     may_replace_copy,
-    release_companions,
 )
 from ptbin.catalog.finished import row_of_copy
-from ptbin.catalog.mirroring import Gone, is_reached_plainly
+from ptbin.catalog.mirroring import is_reached_plainly
 from ptbin.errors import NoSpaceError, NotFoundInStoreError
 from ptbin.options import ConvertOptions
 from ptbin.runs.outcomes import Converted, Outcome, outcome_of_error
 from ptbin.stores import Place
 from ptbin.stores.copying import Copied, copy_file
-from ptbin.stores.limits import limit_requests
-from tasks.batches import batch_task, single_task
-from tasks.listing import plan_of
-from tasks.live import LiveRun, find_live_run
+from tasks.batches import batch_task
+from tasks.live import LiveRun
 
-__all__ = ["back_up_batch", "compare_batch", "copy_batch", "delete_batch", "find_gone", "release_outputs"]
+__all__ = ["back_up_batch", "compare_batch", "copy_batch", "delete_batch"]
 
 
 @batch_task("compare batch")
@@ -90,26 +86,3 @@ def delete_batch(_live: LiveRun, path: str, folder: Place) -> Outcome:
         return Outcome(path, "not_tried")  # a link took its place: what it leads to is not ours
     (folder / path).delete()
     return Outcome(path, "deleted")
-
-
-@single_task("find what is gone")
-def find_gone(run_id: str) -> list[Gone]:
-    """What earlier runs made of SOURCE and this one would not; reads the manifests of the candidates."""
-    live = find_live_run(run_id)
-    with limit_requests(live.requests):
-        return list(plan_of(live).iter_gone(live.tick))
-
-
-@single_task("release companions", retried=False)
-def release_outputs(run_id: str, listed: Mapping[str, Sequence[str]]) -> dict[str, Outcome]:
-    """Take the names off each manifest, by its URI; what went wrong, by the same."""
-    live = find_live_run(run_id)
-    failed = {}
-    for uri, names in listed.items():
-        live.tick()
-        try:
-            with limit_requests(live.requests):
-                release_companions(live.dest_at(uri), names)
-        except Exception as error:  # noqa: BLE001 - what is wrong with one must not stop the others
-            failed[uri] = outcome_of_error(uri, error)
-    return failed

@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
-from flows.cli.help import GroupedCommand, PlaceType
+from flows.cli.command import command
 from flows.cli.printing import print_json, print_line
-from flows.cli.shared_options import Shared, shared_options
+from flows.cli.shared_options import Shared
 from ptbin.errors import UsageError
 from ptbin.stores import public_uri
+from ptbin.values.options import Option
 
 __all__ = ["acknowledge_command"]
 
@@ -28,26 +29,24 @@ changes. The list lies in DEST/_ptbin/known.json; delete an entry there to take 
 Exit status: 0 acknowledged; 2 the call was wrong, or nothing fails at a PATH: nothing was written."""
 
 
-@click.command("acknowledge", epilog=EPILOG, cls=GroupedCommand)
-@click.argument("dest", type=PlaceType())
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
-@click.option("--reason", required=True, metavar="TEXT", help="Why it is no longer news; reports show it.")
-@click.option(
-    "--until", required=True, type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="The last day it holds."
+OPTIONS = (
+    Option("reason", "Why it is no longer news; reports show it.", required=True, metavar="TEXT"),
+    Option("until", "The last day it holds.", kind="day", required=True, metavar="DATE"),
 )
-@shared_options
-def acknowledge_command(
-    dest: str, paths: Sequence[str], reason: str, until: datetime, **shared_values: Any
-) -> int:
+
+
+@command("acknowledge", ["dest"], OPTIONS, EPILOG)
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+def acknowledge_command(dest: str, paths: Sequence[str], asked: dict[str, Any], shared: Shared) -> int:
     """Say that the failures of PATHs in DEST are known: no reason for a run to fail."""
-    shared = Shared(**shared_values)
+    until: datetime = asked["until"]
     from ptbin.history.failures import acknowledge
     from ptbin.stores import place_of
 
     today = datetime.now(UTC).date()
     if until.date() < today:
         raise UsageError(f"--until {until:%Y-%m-%d} is over; today is {today} (UTC)")
-    because = " ".join(reason.split())
+    because = " ".join(asked["reason"].split())
     if not because:
         raise UsageError("--reason is empty; whoever reads the report wants to know why this is no news")
     failures = acknowledge(

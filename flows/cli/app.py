@@ -9,6 +9,7 @@ wrong and nothing was written. 130: interrupted. `diff` answers as diff(1) does:
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import sys
@@ -106,6 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(status)
+    # On its way out the interpreter would look for garbage in all modules, several times: 0.3 s with s3fs.
+    gc.freeze()
     sys.exit(status)
 
 

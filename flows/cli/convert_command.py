@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import click
 
+from flows.cli.carrying_out import carry_out
+from flows.cli.command import command, dry_run_option
 from flows.cli.destination import one_file
-from flows.cli.listing_options import RetryingCommand, holding_list, named_paths
-from flows.cli.plans import print_dry_run
-from flows.cli.progress import showing_progress
+from flows.cli.listing_options import RetryingCommand, holding_list
 from flows.cli.shared_options import Shared
-from flows.cli.single import plan_one, run_one, single_job
-from flows.cli.summary import JSON_KEYS, conversion_lines, tell_summary, untold
-from flows.cli.two_places import two_places
-from flows.options import CONVERT, chosen
-from flows.wishes import refuse_secrets
+from flows.cli.single import single_job
+from flows.options import CONVERT
 from ptbin.errors import UsageError
 
 __all__ = ["convert_command"]
@@ -45,51 +40,30 @@ Exit status: 0 all converted or up to date; 1 some were rejected or failed;
 2 the call was wrong, nothing was written; 130 interrupted."""
 
 
-@two_places("convert", CONVERT, EPILOG, cls=RetryingCommand)
-def convert_command(source: str, dest: str, dry_run: bool, **values: Any) -> int:
+@command("convert", ["source", "dest"], (*CONVERT, dry_run_option()), EPILOG, cls=RetryingCommand)
+def convert_command(source: str, dest: str, asked: dict[str, Any], shared: Shared) -> int:
     """Convert SOURCE, one checkpoint or a whole store of them, into DEST."""
-    asked = chosen(CONVERT, values)
-    shared = Shared.of(values)
+    dry_run = asked.pop("dry_run")
     asked["files_from"] = click.get_current_context().with_resource(holding_list(asked["files_from"]))
     names_one = _names_one(dest, asked, shared)
+    import ptbin
     from flows.requests import convert_request
+    from ptbin.catalog.checks import check_request
 
     request = convert_request(source, dest, asked)
-    from ptbin import catalog
-    from ptbin.catalog.dry_run import dry_run as plan_run
-    from ptbin.catalog.dry_run import preview_job
-    from ptbin.catalog.plan import Plan
-
-    sides: dict[str, Any] = {"source_options": shared.source_options, "dest_options": shared.dest_options}
-    catalog.check_call(source, dest, writes=not dry_run, **sides)
+    check_request(request, writes=not dry_run, **shared.sides)
     single = single_job(request, shared, names_one=names_one)
-    listing = {name: asked[name] for name in ("files_from", "retry_failed")}
-    if single is not None:
-        if any(value is not None for value in listing.values()):
-            raise UsageError(
-                f"SOURCE is one file, of which --files-from and --retry-failed cannot choose: {source}"
-            )
-        if dry_run:
-            options = request.making
-            look = partial(preview_job, options=options, **sides)
-            return print_dry_run(plan_one(single, request, look, shared), shared)
-        import ptbin
+    if single is None:
+        from flows.selection import with_named_files
 
-        summary, lines = run_one(single, request, partial(ptbin.convert, options=request.making), shared)
-        return tell_summary(summary, JSON_KEYS, lines, shared)
-    named = named_paths(source, dest, **listing, include=asked["include"], shared=shared)
-    request = replace(request, named=tuple(named) if named is not None else None)
-    if dry_run:
-        with closing(Plan(request, **sides)) as plan:
-            return print_dry_run(plan_run(plan), shared)
-    refuse_secrets(source, dest)
-    from flows.cli.on_prefect import run_prepared
-    from ptbin.runs.record import new_run_id
-
-    with showing_progress(shared) as listener:
-        summary = run_prepared(request, new_run_id(), shared, listener, source=source, dest=dest, **asked)
-    lines = conversion_lines(untold(summary, listener.told))
-    return tell_summary(summary, JSON_KEYS, lines, shared)
+        # Here already: a wrong call costs nothing.
+        request = with_named_files(request, asked, **shared.sides)
+    elif asked["files_from"] is not None or asked["retry_failed"] is not None:
+        raise UsageError(
+            f"SOURCE is one file, of which --files-from and --retry-failed cannot choose: {source}"
+        )
+    make = partial(ptbin.convert, options=request.making)
+    return carry_out(request, asked, shared, single=single, make=make, dry_run=dry_run)
 
 
 def _names_one(dest: str, asked: dict[str, Any], shared: Shared) -> bool:

@@ -87,7 +87,6 @@ def leaving_no_empty_folders(dest: Place) -> Iterator[None]:
 
 
 def _is_directory(dest: str, storage_options: Mapping[str, Any]) -> bool:
-    from ptbin.stores import open_store
+    from ptbin.stores import place_of
 
-    store, path = open_store(dest, storage_options)
-    return store.is_directory(path)
+    return place_of(dest, storage_options).is_directory()

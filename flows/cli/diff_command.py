@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from flows.cli.help import GroupedCommand, GroupedOption, PlaceType
+from flows.cli.command import command
 from flows.cli.printing import align, print_error, print_json, print_line
-from flows.cli.shared_options import Shared, shared_options
-from flows.wishes import parse_renames
+from flows.cli.shared_options import Shared
+from flows.wishes import build_options
 from ptbin.errors import PtbinError, UsageError
-from ptbin.options import NAMES, PROOF, WEIGHTS
-from ptbin.runs.units import format_nbytes
+from ptbin.options import ConvertOptions
+from ptbin.runs.units import counted, format_nbytes
 from ptbin.stores import public_uri
+from ptbin.values.options import Option, options_of
 
 if TYPE_CHECKING:
-    from ptbin import ConvertOptions, Difference
+    from ptbin import Difference
     from ptbin.differences.values import SideFacts, TensorDifference, TensorFacts
 
 __all__ = ["diff_command"]
@@ -38,132 +38,45 @@ there are no --dest-options.
 Exit status: 0 equal; 1 different; 2 the call was wrong, or one of the two cannot be read."""
 
 
-@click.command("diff", epilog=EPILOG, cls=GroupedCommand)
-@click.argument("a", type=PlaceType())
-@click.argument("b", type=PlaceType())
-@click.option(
-    "--select",
-    multiple=True,
-    metavar="PATH",
-    help="The state dict to take, on both sides.",
-    cls=GroupedOption,
-    group=WEIGHTS,
+EQUAL = "What is equal"
+_ENGINE = options_of(ConvertOptions)
+OPTIONS = (
+    replace(_ENGINE["select"], help="The state dict to take, on both sides."),
+    replace(_ENGINE["select"], name="select_a", help="The same, of A alone."),
+    replace(_ENGINE["select"], name="select_b", help="The same, of B alone."),
+    replace(_ENGINE["flatten"], help="One state dict of nested ones, names joined by dots."),
+    replace(_ENGINE["parts"], help="Compare one part of a checkpoint (a rank's file, a shard)."),
+    replace(_ENGINE["strip_prefix"], help="Take P off all names; auto: module. and _orig_mod.", metavar="P"),
+    replace(_ENGINE["rename"], help="Regex replacement on names."),
+    replace(_ENGINE["drop"], help="Leave out names that match."),
+    Option("rtol", "Equal is |A - B| <= ATOL + RTOL * |B|.", 0.0, "number", metavar="X", group=EQUAL),
+    Option("atol", "See --rtol. Without both: equal bits.", 0.0, "number", metavar="X", group=EQUAL),
+    Option("ignore_dtype", "Equal values of two types are equal.", False, "flag", group=EQUAL),
+    Option("ignore_ties", "Which names share memory does not matter.", False, "flag", group=EQUAL),
+    replace(
+        _ENGINE["on_unsafe"],
+        help="Pickles that can only be meant to run code: refuse, or compare the weights (running nothing).",
+    ),
+    Option("all", f"Print every row, not the first {SHOWN_ROWS} of each kind.", False, "flag"),
 )
-@click.option(
-    "--select-a",
-    multiple=True,
-    metavar="PATH",
-    help="The same, of A alone.",
-    cls=GroupedOption,
-    group=WEIGHTS,
-)
-@click.option(
-    "--select-b",
-    multiple=True,
-    metavar="PATH",
-    help="The same, of B alone.",
-    cls=GroupedOption,
-    group=WEIGHTS,
-)
-@click.option(
-    "--flatten",
-    is_flag=True,
-    help="One state dict of nested ones, names joined by dots.",
-    cls=GroupedOption,
-    group=WEIGHTS,
-)
-@click.option(
-    "--parts",
-    is_flag=True,
-    help="Compare one part of a checkpoint (a rank's file, a shard).",
-    cls=GroupedOption,
-    group=WEIGHTS,
-)
-@click.option(
-    "--strip-prefix",
-    metavar="P",
-    help="Take P off all names; auto: module. and _orig_mod.",
-    cls=GroupedOption,
-    group=NAMES,
-)
-@click.option(
-    "--rename",
-    multiple=True,
-    metavar="OLD=NEW",
-    help="Regex replacement on names (repeatable).",
-    cls=GroupedOption,
-    group=NAMES,
-)
-@click.option(
-    "--drop",
-    multiple=True,
-    metavar="REGEX",
-    help="Leave out names that match (repeatable).",
-    cls=GroupedOption,
-    group=NAMES,
-)
-@click.option(
-    "--rtol",
-    type=float,
-    default=0.0,
-    metavar="X",
-    help="Equal is |A - B| <= ATOL + RTOL * |B|.",
-    cls=GroupedOption,
-    group="What is equal",
-)
-@click.option(
-    "--atol",
-    type=float,
-    default=0.0,
-    metavar="X",
-    help="See --rtol. Without both: equal bits.",
-    cls=GroupedOption,
-    group="What is equal",
-)
-@click.option(
-    "--ignore-dtype",
-    is_flag=True,
-    help="Equal values of two types are equal.",
-    cls=GroupedOption,
-    group="What is equal",
-)
-@click.option(
-    "--ignore-ties",
-    is_flag=True,
-    help="Which names share memory does not matter.",
-    cls=GroupedOption,
-    group="What is equal",
-)
-@click.option(
-    "--on-unsafe",
-    type=click.Choice(["reject", "extract"]),
-    default="reject",
-    show_default=True,
-    help="Pickles that can only be meant to run code: refuse, or compare the weights (running nothing).",
-    cls=GroupedOption,
-    group=PROOF,
-)
-@click.option(
-    "--all", "show_all", is_flag=True, help=f"Print every row, not the first {SHOWN_ROWS} of each kind."
-)
-@shared_options
-def diff_command(a: str, b: str, rtol: float, atol: float, show_all: bool, **values: Any) -> int:
+
+
+@command("diff", ("a", "b"), OPTIONS, EPILOG)
+def diff_command(a: str, b: str, asked: dict[str, Any], shared: Shared) -> int:
     """Say which tensors of A and B differ, and how far."""
-    names = ("as_json", "quiet", "log_level", "log_format", "source_options", "dest_options")
-    shared = Shared(**{name: values.pop(name) for name in names})
     import ptbin
 
     try:
-        options_a, options_b = _options(values)
+        options_a, options_b = _options(asked)
         found = ptbin.diff(
             a,
             b,
             options=options_a,
             options_b=options_b,
-            rtol=rtol,
-            atol=atol,
-            check_dtype=not values["ignore_dtype"],
-            check_ties=not values["ignore_ties"],
+            rtol=asked["rtol"],
+            atol=asked["atol"],
+            check_dtype=not asked["ignore_dtype"],
+            check_ties=not asked["ignore_ties"],
             storage_options=shared.source_options,
             storage_options_b=shared.dest_options or None,
         )
@@ -176,27 +89,17 @@ def diff_command(a: str, b: str, rtol: float, atol: float, show_all: bool, **val
     if shared.as_json:
         print_json(found.to_json())
     elif not shared.quiet:
-        _print(found, None if show_all else SHOWN_ROWS)
+        _print(found, None if asked["all"] else SHOWN_ROWS)
     return 0 if found.equal else 1
 
 
-def _options(values: dict[str, Any]) -> tuple[ConvertOptions, ConvertOptions]:
-    from ptbin import ConvertOptions
-
-    both = ConvertOptions(
-        select=values["select"] or None,
-        flatten=values["flatten"],
-        parts=values["parts"],
-        strip_prefix=values["strip_prefix"],
-        rename=parse_renames(values["rename"]),
-        drop=values["drop"],
-        on_unsafe=values["on_unsafe"],
-    )
-    if values["select"] and (values["select_a"] or values["select_b"]):
+def _options(asked: dict[str, Any]) -> tuple[ConvertOptions, ConvertOptions]:
+    both = build_options(asked)
+    if asked["select"] and (asked["select_a"] or asked["select_b"]):
         raise UsageError("--select is for both sides; give it, or --select-a and --select-b")
     return (
-        both.replace(select=values["select_a"] or both.select),
-        both.replace(select=values["select_b"] or both.select),
+        both.replace(select=tuple(asked["select_a"]) or both.select),
+        both.replace(select=tuple(asked["select_b"]) or both.select),
     )
 
 
@@ -219,26 +122,23 @@ def _print(found: Difference, limit: int | None) -> None:
 def _verdict(found: Difference) -> str:
     close = sum(tensor.within_tolerance for tensor in found.tensors)
     within = f", {close} of them within the tolerance" if close else ""
+    common = counted(found.common, "tensor")
     if found.equal:
         ties = "; ties differ, which was not asked" if found.ties_differ else ""
-        return f"equal: {_count(found.common)}{within}{ties}"
+        return f"equal: {common}{within}{ties}"
     parts = [
-        f"{len(found.different)} of {_count(found.common)} differ" if found.different else "",
+        f"{len(found.different)} of {common} differ" if found.different else "",
         f"{len(found.only_in_a)} only in A" if found.only_in_a else "",
         f"{len(found.only_in_b)} only in B" if found.only_in_b else "",
         "ties differ" if found.ties_differ and found.ties_count else "",
     ]
     if not found.different:
-        parts.insert(0, f"{_count(found.common)} equal{within}" if found.common else "no name in common")
+        parts.insert(0, f"{common} equal{within}" if found.common else "no name in common")
     return f"different: {', '.join(part for part in parts if part)}"
 
 
-def _count(tensors: int) -> str:
-    return f"{tensors} tensor{'' if tensors == 1 else 's'}"
-
-
 def _side_row(letter: str, side: SideFacts) -> tuple[str, ...]:
-    return letter, side.uri, side.container, _count(side.tensors), format_nbytes(side.nbytes)
+    return letter, side.uri, side.container, counted(side.tensors, "tensor"), format_nbytes(side.nbytes)
 
 
 def _how(found: Difference) -> str:

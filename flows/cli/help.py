@@ -1,15 +1,16 @@
 """How the help of a command reads: examples first, then its options below headings.
 
-The heading of an option is its `group`, which `ptbin.values.options.Option` carries; options of one command
-say theirs where they are declared (`cls=GroupedOption, group=...`), those without one come first. Headings of
-commands are in `COMMAND_GROUPS`.
+The heading of an option is its `group`, which `ptbin.values.options.Option` carries; options without one come
+first. Headings of commands are in `COMMAND_GROUPS`.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 __all__ = ["ACCESS", "PRINTING", "GroupedCommand", "GroupedCommands", "GroupedOption", "PlaceType"]
@@ -31,6 +32,13 @@ class GroupedOption(click.Option):
     def __init__(self, *arguments: Any, group: str = "", **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self.group = group or UNGROUPED
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        """The option, with the variable that its value came from."""
+        hint = super().get_error_hint(ctx)
+        if ctx is None or ctx.get_parameter_source(self.name) is not ParameterSource.ENVIRONMENT:
+            return hint
+        return f"{hint} (from {next(name for name in self.envvar or () if os.environ.get(name))})"
 
 
 class GroupedCommand(click.Command):

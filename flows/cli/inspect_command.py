@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
-from flows.cli.help import GroupedCommand, PlaceType
-from flows.cli.options import takes
+from flows.cli.command import command
 from flows.cli.printing import align, print_error, print_json, print_line
-from flows.cli.shared_options import Shared, shared_options
-from flows.options import INSPECT, chosen
+from flows.cli.shared_options import Shared
+from flows.options import INSPECT
 from flows.wishes import build_options
 from ptbin.errors import CheckpointError
 from ptbin.runs.units import counted, format_nbytes, left_out_words
@@ -28,27 +25,22 @@ Examples:
 Reads only the index, a few kilobytes of any file, and runs nothing of what is in it."""
 
 
-@click.command("inspect", epilog=EPILOG, cls=GroupedCommand)
-@click.argument("uri", type=PlaceType())
-@takes(INSPECT)
-@shared_options
-def inspect_command(uri: str, **values: Any) -> int:
+@command("inspect", ["uri"], INSPECT, EPILOG)
+def inspect_command(uri: str, asked: dict[str, Any], shared: Shared) -> int:
     """Describe the checkpoint at URI: what is in it, and what convert would take."""
-    options = Shared.of(values)
     import ptbin
 
     try:
-        wanted = build_options(chosen(INSPECT, values))
-        report = ptbin.inspect(uri, storage_options=options.source_options, options=wanted)
+        report = ptbin.inspect(uri, storage_options=shared.source_options, options=build_options(asked))
     except CheckpointError as error:
-        if options.as_json:
+        if shared.as_json:
             refusal = {"reason": error.reason, "detail": str(error), "exit_status": 1}
             print_json({"uri": public_uri(uri), **refusal})
         print_error(f"{error.reason}: {error}")
         return 1
-    if options.as_json:
+    if shared.as_json:
         print_json(report)
-    elif not options.quiet:
+    elif not shared.quiet:
         _print_report(report)
     return 0
 

@@ -6,14 +6,13 @@ import contextlib
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import click
 
 from flows.cli.help import GroupedCommand
-from flows.cli.shared_options import Shared
 
-__all__ = ["RetryingCommand", "holding_list", "named_paths"]
+__all__ = ["RetryingCommand", "holding_list"]
 
 LAST = "last"
 RUN_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
@@ -24,13 +23,22 @@ class RetryingCommand(GroupedCommand):
     """Takes the word after `--retry-failed` for a run only if it looks like one: SOURCE may come next."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        words = list(args)
+        words, taken = list(args), ""
         for at, word in enumerate(words):
             if word == "--retry-failed":
-                following = words[at + 1 : at + 2]
-                if not following or not (RUN_ID.fullmatch(following[0]) or following[0] == LAST):
-                    words[at] = f"--retry-failed={LAST}"
-        return super().parse_args(ctx, words)
+                following = "".join(words[at + 1 : at + 2])
+                if RUN_ID.fullmatch(following) is None and following != LAST:
+                    words[at], taken = f"--retry-failed={LAST}", following
+        try:
+            return super().parse_args(ctx, words)
+        except click.UsageError as error:
+            if not taken or "extra argument" not in error.message:
+                raise
+            raise click.UsageError(
+                f"--retry-failed {taken}: that is not the id of a run as ptbin makes them, so it was taken "
+                f"for a place; `ptbin runs DEST` lists the runs, and --retry-failed={taken} takes any name",
+                ctx,
+            ) from error
 
 
 @contextlib.contextmanager
@@ -43,30 +51,3 @@ def holding_list(files_from: str | None) -> Iterator[str | None]:
         file.write(sys.stdin.buffer.read())
         file.flush()
         yield file.name
-
-
-def named_paths(
-    source: str,
-    dest: str,
-    *,
-    files_from: str | None,
-    retry_failed: str | None,
-    include: Sequence[str],
-    shared: Shared,
-) -> list[str] | None:
-    """What a run will look at alone, found out early: a wrong call shall cost nothing.
-
-    Raises:
-        UsageError, StorageError: as `flows.selection.named_files`.
-    """
-    from flows.selection import named_files
-    from ptbin.catalog.globs import root_of
-
-    return named_files(
-        dest,
-        root_of(source, shared.source_options),
-        files_from=files_from,
-        retry_failed=retry_failed,
-        include=include,
-        dest_options=shared.dest_options,
-    )

@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
-from flows.cli.help import GroupedCommand, PlaceType
+from flows.cli.command import command
 from flows.cli.printing import print_json
-from flows.cli.shared_options import Shared, shared_options
+from flows.cli.shared_options import Shared
 from ptbin.errors import StorageError
 from ptbin.stores import public_uri
+from ptbin.values.options import Option
 
 __all__ = ["metrics_command"]
 
@@ -27,37 +28,29 @@ file is written whole under another name and renamed; node_exporter reads only n
 Exit status: 0 written; 2 the call was wrong, or there is no DEST."""
 
 
-@click.command("metrics", epilog=EPILOG, cls=GroupedCommand)
-@click.argument("dest", type=PlaceType())
-@click.option("--textfile", metavar="PATH", help="Write a file (for node_exporter) instead of printing.")
-@click.option(
-    "--last",
-    type=click.IntRange(min=1),
-    default=50,
-    show_default=True,
-    metavar="N",
-    help="Look back N runs, for other SOURCEs and the last success.",
+OPTIONS = (
+    Option("textfile", "Write a file (for node_exporter) instead of printing.", metavar="PATH"),
+    Option("last", "Look back N runs, for other SOURCEs and the last success.", 50, "count", metavar="N"),
+    Option("pushgateway", "Push them to a Pushgateway instead of printing.", metavar="URL"),
+    Option("otlp", "Send them to OpenTelemetry (OTEL_EXPORTER_OTLP_ENDPOINT).", False, "flag"),
 )
-@click.option("--pushgateway", metavar="URL", help="Push them to a Pushgateway instead of printing.")
-@click.option("--otlp", is_flag=True, help="Send them to OpenTelemetry (OTEL_EXPORTER_OTLP_ENDPOINT).")
-@shared_options
-def metrics_command(
-    dest: str, textfile: str | None, last: int, pushgateway: str | None, otlp: bool, **shared_values: Any
-) -> int:
+
+
+@command("metrics", ["dest"], OPTIONS, EPILOG)
+def metrics_command(dest: str, asked: dict[str, Any], shared: Shared) -> int:
     """Print OpenMetrics text about the runs that wrote into DEST."""
-    shared = Shared(**shared_values)
     from flows.metric_targets import Otlp, Pushgateway, Target, Textfile
     from ptbin.history.metrics import metrics_of_runs
     from ptbin.history.openmetrics import render
     from ptbin.history.records import iter_runs
 
     place = public_uri(dest)
-    targets: list[Target] = [Textfile(textfile)] if textfile is not None else []
-    if pushgateway is not None:
-        targets.append(Pushgateway(pushgateway, {"dest": place}))
-    if otlp:
+    targets: list[Target] = [Textfile(asked["textfile"])] if asked["textfile"] is not None else []
+    if asked["pushgateway"] is not None:
+        targets.append(Pushgateway(asked["pushgateway"], {"dest": place}))
+    if asked["otlp"]:
         targets.append(Otlp())
-    runs = iter_runs(dest, last=last, storage_options=shared.dest_options)
+    runs = iter_runs(dest, last=asked["last"], storage_options=shared.dest_options)
     found = metrics_of_runs(place, runs, datetime.now(UTC))
     for target in targets:
         try:

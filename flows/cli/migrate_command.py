@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from flows.cli.command import command, dry_run_option
 from flows.cli.destination import refuse_one_file
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared
-from flows.cli.summary import MIGRATE_KEYS, mapping_lines, migration_lines, tell_summary, untold
-from flows.cli.two_places import two_places
+from flows.cli.summary import mapping_lines, migration_lines, tell_summary, untold
 from flows.options import CONTENT, MIGRATE, chosen
 from flows.wishes import build_options, refuse_secrets
 
@@ -36,12 +36,13 @@ Exit status: 0 all in step; 1 some versions were rejected or failed; 2 the call 
 wrong, nothing was written; 130 interrupted."""
 
 
-@two_places("migrate", MIGRATE, EPILOG, dry_run="Print which version would become which, write nothing.")
-def migrate_command(source: str, dest: str, dry_run: bool, **values: Any) -> int:
+DRY_RUN = dry_run_option("Print which version would become which, write nothing.")
+
+
+@command("migrate", ["source", "dest"], (*MIGRATE, DRY_RUN), EPILOG)
+def migrate_command(source: str, dest: str, asked: dict[str, Any], shared: Shared) -> int:
     """Bring the models of one registry into another, as weights."""
-    asked = chosen(MIGRATE, values)
-    shared = Shared.of(values)
-    options = build_options(chosen(CONTENT, values))
+    options = build_options(chosen(CONTENT, asked))
     refuse_secrets(source, dest)
     from ptbin.registries import is_registry_uri
     from ptbin.registries.migration import open_both
@@ -52,7 +53,7 @@ def migrate_command(source: str, dest: str, dry_run: bool, **values: Any) -> int
         source, dest, asked["source_layout"], asked["layout"], shared.source_options, shared.dest_options
     )
     here.check_readable()
-    if dry_run:
+    if asked.pop("dry_run"):
         from ptbin.registries.dry_run import dry_run as plan_run
         from ptbin.registries.migration import prepare
 
@@ -65,16 +66,7 @@ def migrate_command(source: str, dest: str, dry_run: bool, **values: Any) -> int
                 print_line(line)
         return 1 if document["problems"] else 0
     from flows.cli.on_prefect import run_flow
-    from ptbin.runs.record import new_run_id
 
     with showing_progress(shared) as listener:
-        summary = run_flow(
-            "migrate",
-            new_run_id(),
-            shared,
-            listener,
-            source=source,
-            dest=dest,
-            **asked,
-        )
-    return tell_summary(summary, MIGRATE_KEYS, migration_lines(untold(summary, listener.told)), shared)
+        summary = run_flow("migrate", shared, listener, source=source, dest=dest, **asked)
+    return tell_summary("migrate", summary, migration_lines(untold(summary, listener.told)), shared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import time
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from flows.cli.started import began
 from flows.wishes import refuse_runner_secrets
 from ptbin.errors import PtbinError
 from ptbin.installed import require
+from ptbin.runs.record import new_run_id
 from tasks.live import LiveRun, open_live_run
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ __all__ = ["run_flow", "run_prepared"]
 
 
 def run_prepared(
-    request: RunRequest, run_id: str, shared: Shared, listener: Problems, **parameters: Any
+    request: RunRequest, shared: Shared, listener: Problems, **parameters: Any
 ) -> dict[str, Any]:
     """As `run_flow`, with the plan made first: without Prefect where nothing is to be done.
 
@@ -37,7 +39,7 @@ def run_prepared(
 
     refuse_runner_secrets(parameters.get("runner_address"))
     _check_installed()  # before anything is written
-    live = LiveRun(run_id, shared.source_options, shared.dest_options, listener, began=began())
+    live = _live_run(shared, listener)
 
     def start_server() -> None:
         from flows.prefect.orchestrator import start_early
@@ -50,10 +52,11 @@ def run_prepared(
     with leaving_no_empty_folders(live.dest_at(request.dest)), preparing(live, request, start_server):
         if (summary := finish_in_step(live, parameters.get("min_success"))) is not None:
             return summary
-        return _run(request.kind, live, shared, parameters)
+        places = {"source": request.source, "dest": request.dest}
+        return _run(request.kind, live, shared, places | parameters)
 
 
-def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **parameters: Any) -> dict[str, Any]:
+def run_flow(name: str, shared: Shared, listener: Problems, **parameters: Any) -> dict[str, Any]:
     """Call the flow `convert`, `migrate`, `restore`, `sync` or `verify` and return the summary it left.
 
     Raises:
@@ -62,8 +65,11 @@ def run_flow(name: str, run_id: str, shared: Shared, listener: Problems, **param
             later has a summary all the same, with `interrupted` set. Prefect has recorded it as crashed.
     """
     refuse_runner_secrets(parameters.get("runner_address"))
-    live = LiveRun(run_id, shared.source_options, shared.dest_options, listener, began=began())
-    return _run(name, live, shared, parameters)
+    return _run(name, _live_run(shared, listener), shared, parameters)
+
+
+def _live_run(shared: Shared, listener: Problems) -> LiveRun:
+    return LiveRun(new_run_id(), **shared.sides, listener=listener, began=began())
 
 
 def _check_installed() -> None:
@@ -90,7 +96,7 @@ def _run(name: str, live: LiveRun, shared: Shared, parameters: dict[str, Any]) -
         import_prefect()
     with orchestrator() as server, open_live_run(live):
         with interrupts_held():
-            flow = _find_flow(name)
+            flow = getattr(importlib.import_module(f"flows.{name}"), name)
             from prefect import tags
 
             from flows.access import RunStoppedError
@@ -129,28 +135,6 @@ def _run(name: str, live: LiveRun, shared: Shared, parameters: dict[str, Any]) -
         if not complete:
             listener.tell("Prefect's server has not recorded every task run; the results are not affected")
     return live.summary
-
-
-def _find_flow(name: str) -> Any:
-    if name == "convert":
-        from flows.convert import convert
-
-        return convert
-    if name == "migrate":
-        from flows.migrate import migrate
-
-        return migrate
-    if name == "sync":
-        from flows.sync import sync
-
-        return sync
-    if name == "restore":
-        from flows.restore import restore
-
-        return restore
-    from flows.verify import verify
-
-    return verify
 
 
 def _stopped_summary(

@@ -12,7 +12,7 @@ from ptbin.runs.units import format_nbytes
 
 if TYPE_CHECKING:
     from ptbin.catalog import Problem
-    from ptbin.catalog.dry_run import DryRun, PlannedJob
+    from ptbin.runs.dry_run import DryRun, PlannedJob
 
 __all__ = ["print_dry_run"]
 
@@ -39,7 +39,8 @@ def _lines(found: DryRun) -> list[str]:
     rows += [(what, format_nbytes(job.source_size), job.path) for what, jobs in quiet.items() for job in jobs]
     files = {"back up": found.back_up, "delete": found.delete, "keep": found.keep}
     rows += [(what, "", path) for what, paths in files.items() for path in paths]
-    rows += [_refused_row(problem) for problem in found.problems]
+    rows += [_refused_row("refuse", problem) for problem in found.problems]
+    rows += [_refused_row("known", problem) for problem in found.known]
     lines = [*align(rows, indent=""), ""] if rows else []
     if found.skipped:
         lines.insert(-1, f"passed over: {skipped_words(found.skipped)}")
@@ -54,6 +55,8 @@ def _counts(found: DryRun, verb: str) -> str:
     if replaced := sum(1 for item in found.jobs if item.files.replaces):
         parts.append(f"of them replace {replaced}")
     parts += [f"up to date {len(found.up_to_date)}", f"refused {len(found.problems)}"]
+    if found.known:
+        parts.append(f"known failures {len(found.known)}")
     if found.left_alone:
         parts.append(f"left alone {len(found.left_alone)}")
     if found.not_checkpoints:
@@ -68,7 +71,7 @@ def _row(what: str, item: PlannedJob) -> tuple[str, str, str]:
     return (what, format_nbytes(job.source_size), f"{job.path} -> {job.dest_uri}{replaced}{removed}")
 
 
-def _refused_row(problem: Problem) -> tuple[str, str, str]:
+def _refused_row(what: str, problem: Problem) -> tuple[str, str, str]:
     """Where a file is in the way, which one; else the source that is refused."""
     in_the_way = problem.reason == OutputExistsError.reason
-    return ("refuse", problem.reason, problem.detail if in_the_way else problem.source)
+    return (what, problem.reason, problem.detail if in_the_way else problem.source)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from flows.cli.carrying_out import carry_out
+from flows.cli.command import command, dry_run_option
 from flows.cli.destination import one_file
-from flows.cli.plans import print_dry_run
-from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared
-from flows.cli.single import plan_one, run_one, single_job
-from flows.cli.summary import JSON_KEYS, conversion_lines, initial_lines, tell_summary, untold
-from flows.cli.two_places import two_places
-from flows.options import RESTORE, chosen
-from flows.wishes import refuse_secrets, restore_options
+from flows.cli.single import single_job
+from flows.options import RESTORE
+from flows.wishes import restore_options
 from ptbin.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,44 +40,26 @@ Exit status: 0 all restored; 1 some were rejected (the report says which keys do
 ONE_OUTPUT = (".pt", ".pth", ".ckpt", ".pt2", ".th")
 
 
-@two_places("restore", RESTORE, EPILOG)
-def restore_command(source: str, dest: str, dry_run: bool, **values: Any) -> int:
+@command("restore", ["source", "dest"], (*RESTORE, dry_run_option()), EPILOG)
+def restore_command(source: str, dest: str, asked: dict[str, Any], shared: Shared) -> int:
     """Restore SOURCE, weights that were taken out of checkpoints, into DEST."""
-    asked = chosen(RESTORE, values)
-    shared = Shared.of(values)
+    dry_run = asked.pop("dry_run")
     import ptbin
     from flows.requests import restore_request
-    from ptbin.catalog.dry_run import dry_run as plan_run
-    from ptbin.catalog.plan import Plan
+    from ptbin.catalog.checks import check_request
     from ptbin.restoring.restore import preview_restore
 
     names_one = _names_one(dest, asked, shared)
     options = restore_options(asked)
-    request = restore_request(source, dest, asked, options)
-    sides: dict[str, Any] = {"source_options": shared.source_options, "dest_options": shared.dest_options}
-    ptbin.catalog.check_call(source, dest, writes=not dry_run, **sides)
+    request = restore_request(source, dest, asked)
+    check_request(request, writes=not dry_run, **shared.sides)
     single = single_job(request, shared, names_one=names_one)
 
     def look(job: Job) -> Preview:
-        return preview_restore(job.source_uri, job.dest_uri, options, standing=job.standing, **sides)
+        return preview_restore(job.source_uri, job.dest_uri, options, standing=job.standing, **shared.sides)
 
-    if dry_run:
-        if single is not None:
-            return print_dry_run(plan_one(single, request, look, shared), shared)
-        with closing(Plan(request, **sides)) as plan:
-            return print_dry_run(plan_run(plan, look), shared)
-    if single is not None:
-        summary, lines = run_one(single, request, partial(ptbin.restore, options=options), shared)
-    else:
-        refuse_secrets(source, dest)
-        from flows.cli.on_prefect import run_prepared
-        from ptbin.runs.record import new_run_id
-
-        with showing_progress(shared) as listener:
-            summary = run_prepared(request, new_run_id(), shared, listener, source=source, dest=dest, **asked)
-        lines = conversion_lines(untold(summary, listener.told))
-    lines += initial_lines(summary)
-    return tell_summary(summary, (*JSON_KEYS, "initial"), lines, shared)
+    make = partial(ptbin.restore, options=options)
+    return carry_out(request, asked, shared, single=single, make=make, look=look, dry_run=dry_run)
 
 
 def _names_one(dest: str, asked: dict[str, Any], shared: Shared) -> bool:

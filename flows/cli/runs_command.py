@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from flows.cli.help import GroupedCommand, PlaceType
+from flows.cli.command import command
 from flows.cli.printing import align, print_json, print_line
-from flows.cli.shared_options import Shared, shared_options
+from flows.cli.shared_options import Shared
 from ptbin.runs.units import format_nbytes, format_seconds
 from ptbin.stores import public_uri
+from ptbin.values.options import Option
 
 if TYPE_CHECKING:
     from ptbin.history.records import RecordedRun
@@ -35,18 +34,12 @@ Reads DEST/_ptbin/runs: one listing, and one read for each run that is shown.
 Exit status: 0 the history was read; 2 the call was wrong, or there is no DEST."""
 
 
-@click.command("runs", epilog=EPILOG, cls=GroupedCommand)
-@click.argument("dest", type=PlaceType())
-@click.option(
-    "--last", type=click.IntRange(min=1), default=20, show_default=True, metavar="N", help="Show N runs."
-)
-@shared_options
-def runs_command(dest: str, last: int, **shared_values: Any) -> int:
+@command("runs", ["dest"], [Option("last", "Show N runs.", 20, "count", metavar="N")], EPILOG)
+def runs_command(dest: str, asked: dict[str, Any], shared: Shared) -> int:
     """Show the runs that wrote into DEST, newest first."""
-    shared = Shared(**shared_values)
     from ptbin.history.records import iter_runs
 
-    runs = list(iter_runs(dest, last=last, storage_options=shared.dest_options))
+    runs = list(iter_runs(dest, last=asked["last"], storage_options=shared.dest_options))
     if shared.as_json:
         print_json({"dest": public_uri(dest), "runs": [_to_json(run) for run in runs]})
     elif runs:

@@ -16,10 +16,13 @@ from ptbin.errors import CheckpointError, StorageError, UsageError, Verification
 
 if TYPE_CHECKING:
     from ptbin.catalog import Job
-    from ptbin.catalog.dry_run import DryRun, Look
     from ptbin.catalog.request import RunRequest
+    from ptbin.runs.dry_run import DryRun, Look
 
-__all__ = ["plan_one", "run_one", "single_job"]
+__all__ = ["Make", "plan_one", "run_one", "single_job"]
+
+Make = Callable[..., dict[str, Any]]
+"""`ptbin.convert` or `ptbin.restore` with its options."""
 
 
 def single_job(request: RunRequest, shared: Shared, *, names_one: bool) -> Job | None:
@@ -31,13 +34,13 @@ def single_job(request: RunRequest, shared: Shared, *, names_one: bool) -> Job |
         UsageError: DEST names one output, and SOURCE is a place with many.
     """
     from ptbin import catalog
-    from ptbin.stores import open_store
+    from ptbin.stores import place_of
 
-    source, dest = request.source, request.dest
-    store, path = open_store(source, shared.source_options)
-    if names_one or not store.is_directory(path):
+    dest = request.dest
+    source = place_of(request.source, shared.source_options)
+    if names_one or not source.is_directory():
         try:
-            found = catalog.find_one(source, storage_options=shared.source_options)
+            found = catalog.find_one(source)
         except (StorageError, UsageError):
             pass  # a glob, or a folder of many: `check_call` has seen to everything else
         else:
@@ -50,7 +53,7 @@ def single_job(request: RunRequest, shared: Shared, *, names_one: bool) -> Job |
     if names_one:
         raise UsageError(
             f"DEST ends in {dest[dest.rindex('.') :]} and so names one output, but SOURCE is a place with "
-            f"many: {source}; give a directory ({dest}/ if it is to have that name)"
+            f"many: {request.source}; give a directory ({dest}/ if it is to have that name)"
         )
     return None
 
@@ -63,22 +66,21 @@ def _is_current(job: Job, request: RunRequest, shared: Shared) -> bool:
     return catalog.is_up_to_date(job, request.planning, dest_options=shared.dest_options)
 
 
-def plan_one(job: Job, request: RunRequest, look: Look, shared: Shared) -> DryRun:
-    """What `run_one` would do; `look` as `ptbin.catalog.dry_run.dry_run` takes it."""
-    from ptbin.catalog.dry_run import DryRun, plan_jobs
+def plan_one(job: Job, request: RunRequest, look: Look | None, shared: Shared) -> DryRun:
+    """What `run_one` would do; `look` as `ptbin.runs.dry_run.dry_run` takes it."""
+    from ptbin.runs.dry_run import DryRun, plan_jobs, preview_job
 
     found = DryRun(request)
     if _is_current(job, request, shared):
         found.up_to_date.append(job)
     else:
-        plan_jobs([job], request.making, look, found)
+        making = request.making
+        plan_jobs([job], making, look or (lambda one: preview_job(one, making, **shared.sides)), found)
     return found
 
 
-def run_one(
-    job: Job, request: RunRequest, make: Callable[..., dict[str, Any]], shared: Shared
-) -> tuple[dict[str, Any], list[str]]:
-    """Summary, and lines for people. `make` is `ptbin.convert` or `ptbin.restore` with its options."""
+def run_one(job: Job, request: RunRequest, make: Make, shared: Shared) -> tuple[dict[str, Any], list[str]]:
+    """Summary, and lines for people."""
     from ptbin.manifests.manifest import manifest_uri
     from ptbin.runs.outcomes import Converted, Outcome, outcome_of_error
     from ptbin.runs.record import new_run_id
@@ -97,8 +99,7 @@ def run_one(
                 manifest = make(
                     job.source_uri,
                     job.dest_uri,
-                    source_options=shared.source_options,
-                    dest_options=shared.dest_options,
+                    **shared.sides,
                     run_id=tally.run_id,
                     progress=listener.moved,
                 )

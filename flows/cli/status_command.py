@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.cli.help import GroupedCommand, PlaceType
-from flows.cli.options import takes
+from flows.cli.command import command
 from flows.cli.printing import align, print_json, print_line
-from flows.cli.shared_options import Shared, shared_options
-from flows.options import STATUS, chosen
+from flows.cli.shared_options import Shared
+from flows.options import STATUS
 from flows.wishes import build_options
 from ptbin.stores import public_uri
+from ptbin.values.options import Option
 
 if TYPE_CHECKING:
     from ptbin.history.status import Status
@@ -47,16 +47,12 @@ Exit status: 0 all in step; 1 something is new, changed, fails or is refused, an
 2 the call was wrong."""
 
 
-@click.command("status", epilog=EPILOG, cls=GroupedCommand)
-@click.argument("source", type=PlaceType())
-@click.argument("dest", type=PlaceType())
-@takes(STATUS)
-@click.option("--sync", "mirrors", is_flag=True, help="DEST is a mirror: other files count, too.")
-@shared_options
-def status_command(source: str, dest: str, mirrors: bool, **values: Any) -> int:
+MIRRORS = Option("mirrors", "DEST is a mirror: other files count, too.", False, "flag", flag="--sync")
+
+
+@command("status", ["source", "dest"], (*STATUS, MIRRORS), EPILOG)
+def status_command(source: str, dest: str, asked: dict[str, Any], shared: Shared) -> int:
     """Say how far DEST is in step with SOURCE: what is new, changed, failed, left over."""
-    asked = chosen(STATUS, values)
-    shared = Shared.of(values)
     options = build_options(asked)
     include, exclude = tuple(asked["include"]), tuple(asked["exclude"])
     from flows.version_status import last_migration, refuse_registries, version_status
@@ -64,19 +60,18 @@ def status_command(source: str, dest: str, mirrors: bool, **values: Any) -> int:
     from ptbin.history.status import last_request, status_of
 
     refuse_registries(source, dest)
-    places: dict[str, Any] = {"source_options": shared.source_options, "dest_options": shared.dest_options}
     request = RunRequest(source, dest, options, naming=asked["naming"], include=include, exclude=exclude)
-    if mirrors:
+    if asked["mirrors"]:
         request = replace(request, kind="sync", include=(), copied=include)
     run, migration = "", None
-    if not _is_asked(("mirrors", *asked)):
-        migration = last_migration(source, dest, **places)
-        if migration is None and (found := last_request(source, dest, **places)) is not None:
+    if not _is_asked(asked):
+        migration = last_migration(source, dest, **shared.sides)
+        if migration is None and (found := last_request(source, dest, **shared.sides)) is not None:
             request, run = found
     if migration is not None:
-        status = version_status(migration, **places)
+        status = version_status(migration, **shared.sides)
     else:
-        status = status_of(request, run=run, **places)
+        status = status_of(request, run=run, **shared.sides)
     if shared.as_json:
         print_json(_to_json(source, dest, status))
     elif not shared.quiet:
@@ -85,7 +80,7 @@ def status_command(source: str, dest: str, mirrors: bool, **values: Any) -> int:
     return 0 if status.is_in_step else 1
 
 
-def _is_asked(names: Sequence[str]) -> bool:
+def _is_asked(names: Iterable[str]) -> bool:
     """Whether the command line names any of these options."""
     context = click.get_current_context()
     sources = (context.get_parameter_source(name) for name in names if name in context.params)

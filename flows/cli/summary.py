@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "JSON_KEYS",
-    "MIGRATE_KEYS",
-    "SYNC_KEYS",
     "conversion_lines",
-    "initial_lines",
     "mapping_lines",
     "migration_lines",
     "single_lines",
@@ -38,15 +35,19 @@ JSON_KEYS = (
 )  # fmt: skip
 """The `--json` summary of `convert`, in this order."""
 
-SYNC_KEYS = ("copied", "deleted", "backed_up", "kept")
-"""What `sync` adds to it."""
-
 MIGRATE_KEYS = (
     "run_id", "source", "dest", "migrated", "up_to_date", "rejected", "failed", "known", "new", "resolved",
     "skipped", "left_alone", "updated", "source_bytes", "read_bytes", "written_bytes", "seconds", "versions",
     "manifests", "problems", "known_problems", "resolved_problems",
 )  # fmt: skip
 """The `--json` summary of `migrate`; counts are of versions."""
+
+KEYS = {
+    "convert": JSON_KEYS,
+    "restore": (*JSON_KEYS, "initial"),
+    "sync": (*JSON_KEYS, "copied", "deleted", "backed_up", "kept"),
+    "migrate": MIGRATE_KEYS,
+}
 
 LEFT_ALONE = "what training leaves next to weights: optimizers, schedulers, ..."
 SHOWN_PROBLEMS = 20
@@ -196,26 +197,25 @@ def single_lines(entry: Entry, job: Job, seconds: float) -> list[str]:
     return lines
 
 
-def initial_lines(summary: Mapping[str, Any]) -> list[str]:
-    """What `--allow-missing` let through: names that keep the values which the model's code gave them."""
+def _initial_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What `restore --allow-missing` let through: names that keep the values that the model's code gave."""
     lines = []
-    for row in summary["initial"][:SHOWN_PROBLEMS]:
+    rows = summary.get("initial", ())
+    for row in rows[:SHOWN_PROBLEMS]:
         names = row["names"]
         more = f" and {len(names) - SHOWN_PROBLEMS} more" if len(names) > SHOWN_PROBLEMS else ""
         lines.append(f"initial values kept in {row['source']}: {', '.join(names[:SHOWN_PROBLEMS])}{more}")
-    if len(summary["initial"]) > SHOWN_PROBLEMS:
-        lines.append(f"... and in {len(summary['initial']) - SHOWN_PROBLEMS} more, by their manifests")
+    if len(rows) > SHOWN_PROBLEMS:
+        lines.append(f"... and in {len(rows) - SHOWN_PROBLEMS} more, by their manifests")
     return lines
 
 
-def tell_summary(
-    summary: Mapping[str, Any], json_keys: Sequence[str], lines: Sequence[str], shared: Shared
-) -> int:
-    """Print the end of a run as the options ask; its exit status."""
+def tell_summary(kind: str, summary: Mapping[str, Any], lines: Sequence[str], shared: Shared) -> int:
+    """Print the end of a run of that kind as the options ask; its exit status."""
     if shared.as_json:
-        print_json({key: summary[key] for key in json_keys})
+        print_json({key: summary[key] for key in KEYS[kind]})
     elif not shared.quiet:
-        for line in lines:
+        for line in (*lines, *_initial_lines(summary)):
             print_line(line)
     if summary.get("interrupted"):
         print_error("interrupted", kind="ptbin")

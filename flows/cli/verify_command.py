@@ -5,16 +5,13 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from flows.cli.help import GroupedCommand, PlaceType
-from flows.cli.options import takes
+from flows.cli.command import command
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import showing_progress
-from flows.cli.shared_options import Shared, shared_options
+from flows.cli.shared_options import Shared
 from flows.cli.started import began
 from flows.cli.summary import verification_lines
-from flows.options import VERIFY, chosen
+from flows.options import VERIFY
 from flows.wishes import refuse_secrets
 from ptbin.errors import UsageError
 
@@ -40,14 +37,9 @@ Exit status: 0 all proven; 1 something is not what its manifest says;
 2 the call was wrong; 130 interrupted."""
 
 
-@click.command("verify", epilog=EPILOG, cls=GroupedCommand)
-@click.argument("dest", type=PlaceType())
-@takes(VERIFY)
-@shared_options
-def verify_command(dest: str, **values: Any) -> int:
+@command("verify", ["dest"], VERIFY, EPILOG)
+def verify_command(dest: str, asked: dict[str, Any], shared: Shared) -> int:
     """Check every manifest at or below DEST against what is stored."""
-    asked = chosen(VERIFY, values)
-    shared = Shared.of(values)
     from ptbin.registries import is_registry_uri, open_registry
     from ptbin.stores import place_of
 
@@ -60,18 +52,10 @@ def verify_command(dest: str, **values: Any) -> int:
         place = place_of(dest, shared.dest_options)
         if place.is_directory():
             from flows.cli.on_prefect import run_flow
-            from ptbin.runs.record import new_run_id
 
             refuse_secrets(dest)
             _refuse_empty(dest, shared)
-            summary = run_flow(
-                "verify",
-                new_run_id(),
-                shared,
-                listener,
-                dest=dest,
-                **asked,
-            )
+            summary = run_flow("verify", shared, listener, dest=dest, **asked)
         else:
             _refuse_missing(place)
             summary = _verify_one(dest, asked["level"], asked["public_key"], shared, listener)

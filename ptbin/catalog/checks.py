@@ -7,11 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptbin.catalog.globs import split_glob
+from ptbin.catalog.request import RunRequest
 from ptbin.errors import NotFoundInStoreError, UsageError
 from ptbin.stores import Place, WatchQuietly, place_of
 from ptbin.values.names import is_unicode, shown_path
 
-__all__ = ["check_call", "check_mirror", "real_uri", "refuse_bytes"]
+__all__ = ["check_call", "check_mirror", "check_request", "real_uri", "refuse_bytes"]
+
+
+def check_request(request: RunRequest, *, writes: bool = True, **sides: Any) -> None:
+    """As `check_mirror` for a mirror, else as `check_call`; `sides`: `source_options` and `dest_options`."""
+    if request.kind == "sync":
+        sides |= {"delete": request.deletes, "backup_dir": request.backup_dir}
+    check = check_mirror if request.kind == "sync" else check_call
+    check(request.source, request.dest, writes=writes, **sides)
 
 
 def check_mirror(

@@ -244,16 +244,15 @@ def _row(line: bytes) -> FinishedRow | None:
         return None
 
 
-def write_segment(dest: Place, name: str, rows: Iterable[FinishedRow]) -> int:
-    """Add a segment of that name, which must be nobody else's; how many rows it holds. None: nothing."""
+def write_segment(dest: Place, name: str, rows: Iterable[FinishedRow]) -> None:
+    """Add a segment of that name, which no other run uses; nothing where there are no rows."""
     deflater = zlib.compressobj(6, wbits=16 + zlib.MAX_WBITS)
-    count = 0
+    found = False
     with (dest / INDEX_FOLDER / f"{name}{SEGMENT_SUFFIX}").open_writer(copies=False) as writer:
         for row in rows:
             line = json.dumps(row.to_json(), separators=(",", ":")) + "\n"
             writer.write(deflater.compress(line.encode()))
-            count += 1
-        if count:
+            found = True
+        if found:
             writer.write(deflater.flush())
             writer.commit()
-    return count

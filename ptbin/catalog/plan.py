@@ -3,7 +3,7 @@
 `make` lists both sides; the other methods settle what listings cannot know, in this order: what the index of
 finished work does not know (`settle_unknown`), what has the same content (`compare_all`), what must not be
 changed (`hold_back`). What is left in `work` is what the run does. A run hands these steps to its workers
-where they take long; a dry run (`ptbin.catalog.dry_run`) takes them here. The rules are the same.
+where they take long; a dry run (`ptbin.runs.dry_run`) takes them here. The rules are the same.
 
 Nothing is written but, where the caller says so, notes in manifests. Costs: see each method; what must be
 remembered of millions of checkpoints lies on disk (`ptbin.catalog.worklist`).

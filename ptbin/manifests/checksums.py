@@ -11,7 +11,7 @@ from typing import Any
 
 from ptbin.errors import NotFoundInStoreError, VerificationError
 from ptbin.manifests.manifest import parse_manifest
-from ptbin.stores import open_store
+from ptbin.stores import place_of
 
 __all__ = ["CHECKSUM_LIST", "checksum_line", "tensor_lines"]
 
@@ -36,9 +36,8 @@ def tensor_lines(
     """
     lines = []
     for uri in sorted(manifest_uris):
-        store, path = open_store(uri, dest_options)
         try:
-            manifest = parse_manifest(store.read_bytes(path), uri)
+            manifest = parse_manifest(place_of(uri, dest_options).read_bytes(), uri)
         except (NotFoundInStoreError, VerificationError):  # replaced meanwhile, by another run
             continue
         folder = uri.removeprefix(dest.rstrip("/") + "/").rpartition("/")[0]

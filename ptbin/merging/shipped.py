@@ -203,7 +203,10 @@ def find_recipe(text: str) -> Recipe:
     if text.lstrip().startswith("{"):
         return parse_recipe(_completed(text))
     if text not in SHIPPED:
-        raise UsageError(f"recipe: {text[:200]!r} is neither a file nor one of {', '.join(SHIPPED)}")
+        raise UsageError(
+            f"recipe: {text[:200]!r} is neither one of {', '.join(SHIPPED)} nor a recipe in JSON; of a file, "
+            "give the content"
+        )
     return parse_recipe(json.dumps({"name": text, **SHIPPED[text][1]}))
 
 

@@ -17,19 +17,17 @@ from itertools import islice
 from typing import Any
 
 from ptbin.catalog.checks import check_call
-from ptbin.catalog.finished import FinishedRow, write_segment
-from ptbin.catalog.jobs import Job, Problem
+from ptbin.catalog.jobs import Job
 from ptbin.catalog.lease import acquire_lease
 from ptbin.catalog.plan import Plan
 from ptbin.catalog.request import RunRequest
-from ptbin.cores import available_cores
-from ptbin.errors import PtbinError, StorageError, UsageError
-from ptbin.history.failures import write_unconverted
+from ptbin.cores import default_workers
+from ptbin.errors import StorageError, UsageError
 from ptbin.options import ConvertOptions, Naming
-from ptbin.runs.ending import end_run
-from ptbin.runs.outcomes import Outcome, one_line, outcome_of_error
+from ptbin.runs.account import FULL, Account
+from ptbin.runs.outcomes import Outcome, outcome_of_error
 from ptbin.runs.record import check_run_id, new_run_id
-from ptbin.runs.remembering import close_ledger, open_ledger
+from ptbin.runs.remembering import CheckpointMemory
 from ptbin.runs.result import RunResult
 from ptbin.runs.retrying import RETRIES, retry_delay
 from ptbin.runs.steps import publish_job, stage_job
@@ -38,11 +36,7 @@ from ptbin.stores import place_of
 
 __all__ = ["convert_directory"]
 
-MAX_DEFAULT_WORKERS = 16
-FULL_AFTER = 3
-"""After that many failures for want of room the run ends: each of the rest would be read whole to fail so."""
 JOBS_AT_ONCE = 1000
-SEGMENT_ROWS = 5_000
 
 Progress = Callable[[int], None]
 
@@ -109,7 +103,7 @@ def convert_directory(
             if lease.follows_dead:
                 with contextlib.suppress(StorageError):
                     plan.work.discard_unfinished()
-            return run.carry_out(workers or min(max(available_cores(), 2), MAX_DEFAULT_WORKERS))
+            return run.carry_out(workers or default_workers())
         finally:
             lease.release()
 
@@ -118,16 +112,12 @@ class _Run:
     """A conversion under way in threads."""
 
     def __init__(self, plan: Plan, run_id: str, progress: Progress | None, min_success: float | None) -> None:
-        self.began = time.monotonic()
         self.plan, self.work, self.request = plan, plan.work, plan.request
         self.tally = Tally(run_id, self.request.source, self.request.dest, min_success=min_success)
+        self.account = Account(plan, self.tally, CheckpointMemory(plan), began=time.monotonic())
         self.stopping = threading.Event()
         self.reason = ""
         self._progress = progress
-        self._settled: set[str] = set()
-        self._rows: list[FinishedRow] = []
-        self._segments = 0
-        self._full = 0
 
     def stop(self, reason: str) -> None:
         """Begin nothing new, and give up what is under way."""
@@ -144,26 +134,21 @@ class _Run:
         if self.stopping.is_set():
             raise UsageError(f"the run was stopped: {self.reason}")
 
-    # -- the work ------------------------------------------------------------------------------------
-
     def carry_out(self, workers: int) -> RunResult:
         """Convert, and account for every end."""
-        remembers = self._open_ledger()
-        self.tally.skipped.update(self.work.entries.counts)
-        self.tally.add_collisions(self.plan.problems)
+        self.account.open()
         try:
-            self._remember(self.plan.settle_unknown(self.tick))
+            self.account.remember(self.plan.settle_unknown(self.tick))
             self.tally.add_untouched(self.work)
             self._convert_all(workers)
         except BaseException as error:
             self.tally.interrupted = not isinstance(error, Exception)
             if isinstance(error, Exception):
-                detail = one_line(f"{type(error).__name__}: {error}")
-                self.tally.run_problems.append(Problem(self.request.dest, _reason_of(error), detail))
+                self.tally.add_run_error(error)
             self.stopping.set()
-            self._finish(remembers=remembers)
+            self._finish()
             raise
-        return self._finish(remembers=remembers)
+        return self._finish()
 
     def _convert_all(self, workers: int) -> None:
         with ThreadPoolExecutor(workers, thread_name_prefix="ptbin-convert") as pool:
@@ -200,63 +185,19 @@ class _Run:
             outcome = outcome_of_error(job.path, error)
         return replace(outcome, seconds=time.monotonic() - began)
 
-    # -- the account ---------------------------------------------------------------------------------
-
     def _settle(self, job: Job, outcome: Outcome, *, last: bool = False) -> bool:
         """Whether the job is to be tried again; else it has its final outcome."""
         if outcome.kind == "not_tried":
             return False  # `_finish` counts it
         if outcome.transient and not last:
             return True
-        self._full += outcome.is_full
-        if self._full >= FULL_AFTER:
-            self.stop("there is no room left in DEST; free some, then run again")
-        self._settled.add(job.path)
-        self.tally.add(job, outcome)
-        facts = outcome.converted
-        if facts is not None and facts.index_row is not None:
-            self._remember([replace(facts.index_row, manifest=self.work.relative_manifest(job))])
+        self.account.settle(job, outcome)
+        if self.account.is_full:
+            self.stop(FULL)
         return False
 
-    def _open_ledger(self) -> bool:
-        try:
-            open_ledger(self.tally, self.plan)
-        except PtbinError as error:
-            problem = Problem(self.request.dest, error.reason, one_line(str(error)))
-            self.tally.run_problems.append(problem)
-            return False
-        return True
-
-    def _remember(self, rows: Iterable[FinishedRow]) -> None:
-        self._rows.extend(rows)
-        if len(self._rows) >= SEGMENT_ROWS:
-            self._write_index()
-
-    def _write_index(self) -> None:
-        rows, self._rows = self._rows, []
-        if rows:
-            self._segments += 1
-            dest = place_of(self.request.dest, self.plan.sides["dest_options"])
-            with contextlib.suppress(StorageError):  # it only spares reading manifests
-                write_segment(dest, f"{self.tally.run_id}-{self._segments:04d}", rows)
-
-    def _finish(self, *, remembers: bool) -> RunResult:
-        """Leave the index, what is not converted, and the record."""
-        tally, sides = self.tally, self.plan.sides
-        tally.add_rest(self.work, self._settled)
-        if self.reason:
-            tally.run_problems.append(Problem(tally.dest, "run_stopped", self.reason))
-        self._write_index()
-        if not self.stopping.is_set():
-            with contextlib.suppress(StorageError):
-                self.plan.merge_index(f"{tally.run_id}-merged")
-        if remembers and (rows := close_ledger(tally, self.plan, self._settled)) is not None:
-            with contextlib.suppress(StorageError):
-                write_unconverted(place_of(tally.dest, sides["dest_options"]), rows)
-        selection = self.request.selection() if remembers else None
-        summary = end_run(tally, self.request.making, began=self.began, selection=selection, **sides)
-        return RunResult.of(tally.kind, summary)
-
-
-def _reason_of(error: Exception) -> str:
-    return error.reason if isinstance(error, PtbinError) else "internal_error"
+    def _finish(self) -> RunResult:
+        """Count what was not come to; leave the index, what is not converted, and the record."""
+        self.tally.add_rest(self.work, self.account.settled)
+        summary = self.account.close(stopped=self.reason, merges=not self.stopping.is_set())
+        return RunResult.of(self.tally.kind, summary)

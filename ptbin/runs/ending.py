@@ -16,9 +16,10 @@ from ptbin.runs.record import manifests_by_tensor, record_files, record_folder
 from ptbin.runs.tally import Tally
 from ptbin.stores import place_of
 
-__all__ = ["RecordWriter", "end_run", "write_record_files"]
+__all__ = ["Do", "end_run", "write_record_files"]
 
-RecordWriter = Callable[[str, Mapping[str, bytes], str, Sequence[str]], None]
+Do = Callable[[str, Callable[[], None]], None]
+"""Has something written that has a name; a flow makes a task run of it."""
 
 
 def end_run(
@@ -27,16 +28,16 @@ def end_run(
     *,
     began: float,
     selection: Mapping[str, Any] | None,
-    source_options: Mapping[str, Any],
-    dest_options: Mapping[str, Any],
-    write: RecordWriter | None = None,
+    do: Do,
+    source_options: Mapping[str, Any] | None = None,
+    dest_options: Mapping[str, Any] | None = None,
     **prefect: str | None,
 ) -> dict[str, Any]:
     """Write the run record; the summary, with `message`, `record` (its folder; empty: it was not written).
 
     Args:
         began: when the run did, by `time.monotonic`.
-        write: stores the files of the record; left out, `write_record_files`.
+        do: has the files of the record written.
         prefect: the run's id and page there (`flow_run_id`, `prefect_url`).
     """
     seconds = time.monotonic() - began
@@ -53,10 +54,10 @@ def end_run(
     )
     by_tensor = manifests_by_tensor(tally.entries)
     try:
-        if write is not None:
-            write(folder, files, tally.place, by_tensor)
-        else:
-            write_record_files(folder, files, tally.place, by_tensor, dest_options)
+        do(
+            "write run record",
+            lambda: write_record_files(folder, files, tally.place, by_tensor, dest_options),
+        )
     except StorageError as error:
         # What was converted stays converted: a rerun finds it by its manifests, not by this record.
         tally.run_problems.append(Problem(folder, error.reason, one_line(f"run record: {error}")))

@@ -14,7 +14,7 @@ from ptbin.catalog.globs import root_of
 from ptbin.errors import PtbinError
 from ptbin.history.records import RecordedRun, iter_runs
 from ptbin.runs.tally import Tally
-from ptbin.stores import open_store, public_uri
+from ptbin.stores import place_of, public_uri
 from ptbin.version import __version__
 
 __all__ = ["KEPT_RUNS", "facts_of_run"]
@@ -71,7 +71,6 @@ def _whole(place: str, options: Mapping[str, Any] | None, *, is_source: bool = F
     try:
         if is_source:
             return public_uri(root_of(place, options))
-        store, path = open_store(place, options)
-        return public_uri(store.uri_of(path))
+        return public_uri(place_of(place, options).uri)
     except PtbinError:
         return place

@@ -16,8 +16,9 @@ from typing import Any
 
 from ptbin.catalog import Job, Problem, is_rejection
 from ptbin.catalog.worklist import WorkList
+from ptbin.errors import PtbinError
 from ptbin.history.failures import Ledger
-from ptbin.runs.outcomes import Converted, Outcome
+from ptbin.runs.outcomes import Converted, Outcome, one_line
 from ptbin.sources.companions import companion_of, is_companion
 from ptbin.stores import identity_text
 
@@ -137,6 +138,12 @@ class Tally:
             )
             for problem in problems
         ]
+
+    def add_run_error(self, error: BaseException) -> None:
+        """Something that ended the run itself."""
+        reason = error.reason if isinstance(error, PtbinError) else "internal_error"
+        detail = one_line(f"{type(error).__name__}: {error}")
+        self.run_problems.append(Problem(self.dest, reason, detail))
 
     def _append(self, entry: Entry, state: str = "") -> Entry:
         entry = self._judged(entry, state)

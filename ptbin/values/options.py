@@ -13,19 +13,22 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 __all__ = ["Kind", "Option", "option", "options_of", "same_option"]
 
 Kind = Literal[
-    "text", "flag", "choice", "list", "pairs", "paths", "count", "share", "size", "duration", "json"
-]
-"""`pairs`: `OLD=NEW` each. `paths`: one, or several. `size`: bytes, or `5GB`. `duration`: seconds or `6h`."""
+    "text", "flag", "choice", "list", "pairs", "paths", "count", "number", "share", "size", "duration", "day",
+    "json", "recipe", "storage",
+]  # fmt: skip
+"""`pairs`: `OLD=NEW` each. `paths`: one, or several. `size`: bytes, or `5GB`. `duration`: seconds or `6h`.
+`recipe`: a name or JSON text, on a command line also a file. `storage`: fsspec storage options.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option, whoever asks for it.
+    """One option, for the engine, the flows and the command line.
 
     Attributes:
-        default: None where leaving it out means something of its own; `required` where it cannot be.
+        default: None where leaving it out is a choice as well; `required` where it cannot be.
         metavar: how its value is written in help, `GLOB` say.
-        flag: how it is called on a command line where that is not its name.
+        flag: how it is called on a command line where that is not its name; several, separated by spaces.
         most: upper limit of a count.
         group: the heading in a command's help that it stands below.
     """

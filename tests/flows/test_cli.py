@@ -234,7 +234,7 @@ def test_passwords_in_uris_are_neither_printed_nor_given_to_prefect(
     good_source: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "hunter2" not in printable("cannot read https://me:hunter2@host/x.pt")
-    monkeypatch.setattr("ptbin.catalog.check_call", lambda *_, **__: None)
+    monkeypatch.setattr("ptbin.catalog.checks.check_request", lambda *_, **__: None)
     status, text, problems = run(capsys, "convert", good_source, "https://me:hunter2@host/out")
     assert (status, text) == (2, "")
     assert "storage options" in problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import click
@@ -175,6 +176,66 @@ def test_the_commands_are_in_groups_with_whole_sentences() -> None:
 def test_every_option_has_its_environment_variables(command: str, option: click.Option) -> None:
     long = max(option.opts, key=len).lstrip("-").replace("-", "_").upper()
     assert option.envvar == [f"PTBIN_{command.upper()}_{long}", f"PTBIN_{long}"]
+
+
+@pytest.mark.parametrize(
+    ("command", "variable", "value"),
+    [
+        ("convert", "PTBIN_WORKERS", "abc"),
+        ("convert", "PTBIN_CONVERT_WORKERS", "0"),
+        ("sync", "PTBIN_DEADLINE", "soon"),
+        ("convert", "PTBIN_FORCE", "perhaps"),
+        ("diff", "PTBIN_DIFF_RTOL", "small"),
+        ("runs", "PTBIN_LAST", "many"),
+        ("status", "PTBIN_LOG_LEVEL", "loud"),
+        ("convert", "PTBIN_DEST_OPTIONS", "secret"),
+    ],
+)
+def test_a_wrong_value_names_the_variable_that_it_came_from(
+    command: str,
+    variable: str,
+    value: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert app.run([command, "in", "out"][: 2 if command == "runs" else 3]) == 2
+    said = capsys.readouterr().err
+    assert f"(from {variable})" in said
+    assert (value in said) == (value != "secret")
+
+
+def test_a_wrong_value_that_was_typed_names_no_variable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PTBIN_WORKERS", "4")
+    assert app.run(["convert", "in", "out", "--workers", "abc"]) == 2
+    assert "'--workers': 'abc' is not a valid whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["--retry-failed", "nosuchrun", "in", "out"], ["in", "out", "--retry-failed", "x"]]
+)
+def test_a_word_behind_retry_failed_that_is_no_run_is_said_to_be_none(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.run(["convert", *words]) == 2
+    said = capsys.readouterr().err
+    assert f"--retry-failed {words[words.index('--retry-failed') + 1]}: that is not the id of a run" in said
+    assert "glob" not in said
+
+
+def test_of_a_recipe_the_command_line_takes_a_file_and_python_its_content(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.run(["convert", "in", "out", "--recipe", str(tmp_path / "none.json")]) == 2
+    assert "is neither a file nor one of llama-meta" in capsys.readouterr().err
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text('{"merge": [{"names": ".*", "how": "rows"}]}')
+    assert app.run(["convert", str(tmp_path / "in.pt"), "x.bin", "--recipe", str(recipe)]) == 2
+    assert "recipe" not in capsys.readouterr().err.replace(str(tmp_path), "")
+    with pytest.raises(UsageError, match="nor a recipe in JSON; of a file, give the content"):
+        ConvertOptions(recipe=str(recipe))
 
 
 @pytest.mark.parametrize(

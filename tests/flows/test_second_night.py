@@ -15,9 +15,9 @@ from click.testing import CliRunner
 
 from flows.cli import app
 from flows.cli.app import cli
-from flows.cli.options import ShareType
 from flows.convert import convert
 from flows.sync import sync
+from flows.wishes import parse_share
 from ptbin.catalog.named import NamedFiles, parse_lines
 from ptbin.errors import UsageError
 from ptbin.runs.record import new_run_id
@@ -64,6 +64,35 @@ def test_acknowledged_failures_are_listed_and_make_no_run_fail(source: Path, tmp
     assert state.is_failed()
     assert names(summary["problems"]) == {"truncated.pt"}
     assert (summary["new"], summary["resolved"], summary["known"]) == (1, 1, 2)
+
+
+def test_a_dry_run_knows_what_is_acknowledged(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It exits as the run will, and lists what the run will delete; collisions need no look at a file."""
+    out = tmp_path / "out"
+    run(source, out, sync)
+    (source / "run/00.pt").unlink()
+    words = ["sync", str(source), str(out), "--delete", "--dry-run"]
+    capsys.readouterr()
+    assert app.run([*words, "--json"]) == 1
+    plan = json.loads(capsys.readouterr().out)
+    assert (names(plan["problems"]), plan["known_problems"]) == ({"twin.pt", "twin.ckpt"}, [])
+    assert plan["delete"] == []
+    acknowledge(out, *REASONS, "twin.pt", "twin.ckpt")
+    assert app.run([*words, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["problems"], names(plan["known_problems"])) == ([], {"twin.pt", "twin.ckpt"})
+    assert app.run(words) == 0
+    assert "refused 0, known failures 2" in capsys.readouterr().out
+    state, _ = run(source, out, sync, delete=True)
+    assert state.is_completed()
+    assert plan["delete"] == ["run/00.bin.manifest.json", "run/00.bin"]
+    assert not any((out / path).exists() for path in plan["delete"])
+    # Where the list is damaged, the run fails and deletes nothing.
+    (out / "_ptbin/known.json").write_text("{")
+    assert app.run([*words, "--json"]) == 1
+    assert "known.json" in json.loads(capsys.readouterr().out)["problems"][0]["detail"]
 
 
 def test_a_damaged_list_of_what_is_known_makes_the_run_fail_and_is_kept(
@@ -236,7 +265,7 @@ def test_a_report_warns_of_what_was_extracted_from_an_unsafe_pickle(tmp_path: Pa
 
 @pytest.mark.parametrize(("text", "share"), [("0.99", 0.99), ("99%", 0.99), (" 1", 1.0), ("100 %", 1.0)])
 def test_a_share_may_be_written_in_percent(text: str, share: float) -> None:
-    assert ShareType().convert(text, None, None) == share
+    assert parse_share(text) == share
 
 
 @pytest.mark.parametrize("text", ["99", "0", "-1", "101%", "nan", "most"])

@@ -33,7 +33,7 @@ from ptbin.history.status import Status, last_request, status_of
 from ptbin.options import ConvertOptions
 from ptbin.runs.outcomes import Converted, Outcome, outcome_of_error
 from ptbin.runs.record import record_files, record_folder
-from ptbin.runs.remembering import close_ledger, open_ledger
+from ptbin.runs.remembering import CheckpointMemory
 from ptbin.runs.tally import Tally
 from ptbin.stores import open_store, place_of
 from ptbin.stores.local import LocalStore
@@ -75,7 +75,7 @@ class Store:
         with contextlib.closing(Plan(request)) as plan:
             plan.make()
             work = plan.work
-            open_ledger(tally, plan)
+            CheckpointMemory(plan).open(tally)
             tally.add_collisions(plan.problems)
             tally.add_all(work.iter_current(), "up_to_date")
             jobs = list(work.iter_to_do())
@@ -85,7 +85,7 @@ class Store:
                 if facts is not None and facts.index_row is not None:
                     rows.append(replace(facts.index_row, manifest=work.relative_manifest(job)))
             write_segment(place_of(self.dest), run_id, rows)
-            left = close_ledger(tally, plan, {job.path for job in jobs})
+            left = CheckpointMemory(plan).close(tally, {job.path for job in jobs})
             write_unconverted(str(self.dest), left or [])
         summary = tally.summary(60.0)
         files = record_files(

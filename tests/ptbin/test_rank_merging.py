@@ -28,7 +28,7 @@ from ptbin.errors import (
 )
 from ptbin.options import OutputFormat
 from ptbin.reading.pickle import meshes
-from ptbin.reading.pickle.placements import Placement, Reading, runs_of
+from ptbin.reading.pickle.placements import Interpretation, Placement, runs_of
 from ptbin.reading.pickle.torch_objects import TorchVocabulary
 from tests.bits import assert_same_tensors
 from tests.checkpoints.cut_ranks import as_rank, cut_ranks
@@ -148,7 +148,7 @@ def test_any_tensor_cut_by_any_mesh_comes_together_again(
     reading=st.sampled_from(["ordered", "nested", "dealt"]),
 )
 def test_a_dimension_cut_along_all_of_a_mesh_is_in_each_rank_once(
-    size: int, grid: list[int], reading: Reading
+    size: int, grid: list[int], reading: Interpretation
 ) -> None:
     factor = torch.Size(grid[1:]).numel()
     placements = [Placement(0, factor), *(Placement(0) for _ in grid[1:])]

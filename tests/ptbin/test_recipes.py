@@ -277,7 +277,7 @@ def test_a_recipe_that_would_lose_or_double_something_is_refused(
     ("text", "why"),
     [
         ("{", "not JSON"),
-        ("no-such", "is neither a file nor one of llama-meta"),
+        ("no-such", "is neither one of llama-meta, .* nor a recipe in JSON; of a file, give the content"),
         ('{"tensors": [{"from": "(", "to": "x"}]}', "not a regular expression"),
         ('{"tensors": [{"from": "a", "to": "x", "order": [0]}]}', "unknown key 'order'"),
         ('{"tensors": [{"from": "a", "to": "x", "steps": [{"sum": [0]}]}]}', "'sum'"),
@@ -313,7 +313,7 @@ RULE: dict[str, Any] = {"from": r"a\.(qkv)", "to": "x.{1}"}
         ({"steps": [{"flatten": [1, 0]}]}, r"flatten from 1 to 0 \(tensors 1"),
         ({"steps": [{"unstack": [0, ""]}]}, "unstacked into a named group"),
         ({"to": "x.{2}"}, r"names no group '2' \(tensors 1"),
-        ({"to": "x.{1 - 3}"}, r"'qkv' is no number \(tensors 1"),
+        ({"to": "x.{1 - 3}"}, r"'qkv' is not a number \(tensors 1"),
         ({"from": [r"a\.qkv", "norm"]}, r"puts 'a.qkv' .* together \(tensors 1"),
     ],
 )

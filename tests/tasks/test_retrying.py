@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from prefect import Task
 from prefect.states import Failed
 
 from ptbin.errors import AccessDeniedError, CorruptArchiveError, StorageError
 from ptbin.runs.retrying import JITTER, RETRIES, RETRY_DELAYS, retry_delay
-from tasks.listing import list_manifests, list_orphans, make_plan
-from tasks.recording import write_run_record
-from tasks.retrying import worth_retrying
+from tasks.live import LiveRun
+from tasks.steps import step_task, worth_retrying
 
 
 @pytest.mark.parametrize(
@@ -27,11 +27,11 @@ def test_only_transient_errors_of_a_store_are_worth_it(error: Exception, expecte
     assert worth_retrying(None, None, Failed(data=error)) is expected
 
 
-@pytest.mark.parametrize("task", [list_manifests, list_orphans, make_plan, write_run_record])
-def test_whole_tasks_retry_by_that_rule(task: object) -> None:
-    assert getattr(task, "retry_condition_fn", None) is worth_retrying
-    assert getattr(task, "retries", None) == RETRIES
-    assert getattr(task, "retry_jitter_factor", None) == JITTER
+def test_whole_steps_retry_by_that_rule() -> None:
+    task: Task[[], list[str]] = step_task(LiveRun("run"), "list", list, retried=True)
+    assert task.retry_condition_fn is worth_retrying
+    assert (task.name, task.retries, task.retry_jitter_factor) == ("list", RETRIES, JITTER)
+    assert step_task(LiveRun("run"), "merge", list, retried=False).retries == 0
 
 
 def test_delays_grow_and_carry_jitter() -> None:

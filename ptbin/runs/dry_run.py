@@ -1,27 +1,30 @@
 """What a run would do, without doing it: its plan, and of each job the files that it would touch.
 
-The plan is the run's own (`ptbin.catalog.plan`). A job whose place is free, and whose files' names follow
-from the options, costs nothing more. Of any other the run's own first half is done: its source's index is
-read and each place that it takes is looked at, several jobs side by side. Nothing is written, not even a
-lease.
+The plan is the run's own (`ptbin.catalog.plan`), and what it refuses is counted by the run's own tally, which
+knows the acknowledged failures. A job whose place is free, and whose files' names follow from the options,
+costs nothing more. For any other job the first half of the run is done: the index of its source is read, and
+each place that it takes is looked at, several jobs side by side. Nothing is written, not even a lease.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from ptbin.catalog.collisions import suffixes_beside
 from ptbin.catalog.comparing import change_on_copying, may_replace_copy
-from ptbin.catalog.jobs import Job, Problem, passed_over_as, problem_of
+from ptbin.catalog.jobs import Job, Problem, problem_of
 from ptbin.catalog.plan import WIDTH, Plan, plan_deletions
 from ptbin.catalog.request import RunRequest
 from ptbin.conversion import Preview, preview
-from ptbin.errors import CheckpointError, OutputExistsError, StorageError
+from ptbin.errors import CheckpointError, OutputExistsError, PtbinError, StorageError
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
 from ptbin.options import ConvertOptions
+from ptbin.runs.outcomes import Outcome, outcome_of_job
+from ptbin.runs.remembering import CheckpointMemory
+from ptbin.runs.tally import Entry, Tally
 from ptbin.sources.companions import is_companion
 from ptbin.stores import place_of
 from ptbin.stores.copying import find_in_place
@@ -59,22 +62,51 @@ class DryRun:
         jobs: what it would convert, restore or copy.
         left_alone: what training leaves next to weights.
         not_checkpoints: files that only their place, or a content that was looked at, could have made one.
-        problems: what it would refuse, as far as that is known before the weights are read.
+        problems: what it would refuse, as far as that is known before the weights are read; `known`: those of
+            them that are acknowledged.
         skipped: entries of SOURCE that the listing passes over, by kind.
         links: names of links that it does not follow, in words.
     """
 
     request: RunRequest
+    tally: Tally = field(init=False)
     jobs: list[PlannedJob] = field(default_factory=list)
     up_to_date: list[Job] = field(default_factory=list)
     left_alone: list[Job] = field(default_factory=list)
     not_checkpoints: list[Job] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    known: list[Problem] = field(default_factory=list)
     delete: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     back_up: tuple[str, ...] = ()
     skipped: dict[str, int] = field(default_factory=dict)
     links: str = ""
+
+    def __post_init__(self) -> None:
+        self.tally = Tally("", self.request.source, self.request.dest, kind=self.request.kind)
+
+    def add_refused(self, job: Job, problem: Problem) -> None:
+        """A job that the plan itself refuses."""
+        outcome = Outcome(job.path, "failed", problem.reason, problem.detail)
+        self._add(problem, self.tally.add(job, outcome))
+
+    def add_failed(self, job: Job, error: Exception) -> None:
+        """A job that the run would reject, or pass over."""
+        entry = self.tally.add(job, outcome_of_job(job, error))
+        if entry.outcome == "left_alone":
+            self.left_alone.append(job)
+        elif entry.outcome == "not_a_checkpoint":
+            self.not_checkpoints.append(job)
+        else:
+            self._add(problem_of(job.source_uri, error), entry)
+
+    def add_unplanned(self, problems: Sequence[Problem]) -> None:
+        """What the listing alone refuses."""
+        for problem, entry in zip(problems, self.tally.add_collisions(problems), strict=True):
+            self._add(problem, entry)
+
+    def _add(self, problem: Problem, entry: Entry) -> None:
+        (self.known if entry.outcome == "known" else self.problems).append(problem)
 
     def to_json(self) -> dict[str, Any]:
         """The document of `--dry-run --json`."""
@@ -96,6 +128,7 @@ class DryRun:
             "not_checkpoints": [job.source_uri for job in self.not_checkpoints],
             "skipped": dict(self.skipped),
             "problems": [problem.to_json() for problem in self.problems],
+            "known_problems": [problem.to_json() for problem in self.known],
         }
 
 
@@ -114,10 +147,16 @@ def dry_run(plan: Plan, look: Look | None = None) -> DryRun:
     if request.compares:
         plan.compare_all()
     found = DryRun(request, skipped=dict(work.entries.counts), links=work.entries.links_words())
-    found.problems += plan.problems
-    found.problems += [problem for _, problem in plan.hold_back()]
+    try:
+        CheckpointMemory(plan).open(found.tally)
+    except PtbinError as error:
+        found.problems.append(problem_of(request.dest, error))
+    found.add_unplanned(plan.problems)
+    for job, problem in plan.hold_back():
+        found.add_refused(job, problem)
     owners, refused = plan.backups()
-    found.problems += [problem for _, problem in refused]
+    for job, problem in refused:
+        found.add_refused(job, problem)
     plan_jobs(_by_path(work.iter_to_do()), request.making, look or _looking(plan), found)
     found.up_to_date += _by_path(work.iter_current())
     found.left_alone += work.iter_left_alone()
@@ -151,12 +190,8 @@ def plan_jobs(jobs: Iterable[Job], options: ConvertOptions, look: Look, found: D
         for job, files in zip(jobs, pool.map(planned, jobs), strict=True):
             if isinstance(files, Preview):
                 found.jobs.append(PlannedJob(job, files))
-                continue
-            passed = passed_over_as(job, files)
-            if passed is None:
-                found.problems.append(problem_of(job.source_uri, files))
             else:
-                (found.left_alone if passed[0] == "left_alone" else found.not_checkpoints).append(job)
+                found.add_failed(job, files)
 
 
 def _needs_look(job: Job, options: ConvertOptions) -> bool:
