@@ -143,12 +143,6 @@ def fault(error: BaseException, doing: str, uri: str) -> PtbinError:
             f"cannot {doing} {uri}: {_one_line(error)}; "
             "give credentials in the storage options or the environment"
         )
-    if (
-        isinstance(error, FileNotFoundError)
-        and error.__cause__ is not None
-        and _is_an_answer(error.__cause__)
-    ):
-        return fault(error.__cause__, doing, uri)  # fsspec's HTTP store calls all that missing
     if isinstance(error, TimeoutError) or names & TRANSIENT_CLASS_NAMES:
         return StorageError(
             f"cannot {doing} {uri}: the store does not answer ({_one_line(error)})", transient=True
@@ -158,12 +152,6 @@ def fault(error: BaseException, doing: str, uri: str) -> PtbinError:
     if isinstance(error, NotImplementedError):
         return StorageError(f"cannot {doing} {uri}: this kind of store does not offer that")
     return StorageError(f"cannot {doing} {uri}: {type(error).__name__}: {_one_line(error)}")
-
-
-def _is_an_answer(error: BaseException) -> bool:
-    """Whether it says what a server answered, or that none did."""
-    names = {cls.__name__ for cls in type(error).__mro__}
-    return _http_status(error) is not None or bool(names & TRANSIENT_CLASS_NAMES)
 
 
 def _from_os_error(error: OSError, doing: str, uri: str) -> PtbinError:

@@ -105,7 +105,6 @@ def test_a_server_that_is_away_or_refuses_is_not_a_missing_file() -> None:
         (aiohttp.ServerDisconnectedError(), StorageError),
         (aiohttp.ClientResponseError(Mock(), (), status=403), AccessDeniedError),
         (aiohttp.ClientResponseError(Mock(), (), status=404), NotFoundInStoreError),
-        (KeyError("x"), NotFoundInStoreError),
     ):
         error = FileNotFoundError("http://host/a.pt")  # as fsspec's HTTP store has it
         error.__cause__ = cause
