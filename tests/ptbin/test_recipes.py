@@ -289,6 +289,8 @@ def test_a_recipe_that_would_lose_or_double_something_is_refused(
         ('{"tensors": [{"from": "a", "to": "x", "concat": -1}]}', "tensors 0: `concat` is not an axis"),
         ('{"tensors": [{"from": "a(.)", "to": "x", "stack": "e"}]}', "`stack` 'e' is not a group"),
         ('{"tensors": [{"from": "a", "to": "x", "steps": [{"order": [0, -1]}]}]}', "names no axis"),
+        ('{"tensors": [{"from": "a(.)", "to": "x.{1.real}"}]}', "braces that are neither"),
+        ('{"tensors": [], "tensors": [{"from": "a", "to": "x"}]}', "the key 'tensors' stands twice"),
         ('{"tensors": [{"from": "a", "to": "x"}],\n "others": "keep",}', "line 2"),
         ('{"tensors": [{"from": "a", "to": "x", "steps": [{"cut": [0, 3]}]}]}', "the name of a value"),
     ],
