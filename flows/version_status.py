@@ -17,7 +17,7 @@ from ptbin.history.records import RecordedRun, iter_runs
 from ptbin.history.status import RECORDS_READ, Status
 from ptbin.options import ConvertOptions
 from ptbin.registries import ModelPlan, is_registry_uri
-from ptbin.registries.migration import open_both, prepare
+from ptbin.registries.migration import Registries, prepare
 from ptbin.registries.planning import Step
 from ptbin.runs.remembering import state_of
 from ptbin.stores import place_of, public_uri
@@ -82,14 +82,8 @@ def version_status(
         StorageError: either side failed.
     """
     asked = migration.run.mapping("selection")
-    here, there = open_both(
-        migration.source,
-        migration.dest,
-        asked.get("source_layout"),
-        asked.get("layout"),
-        source_options or {},
-        dest_options or {},
-    )
+    sides = Registries(migration.source, migration.dest, asked.get("source_layout"), asked.get("layout"))
+    here, there = sides.open(source_options, dest_options)
     include, exclude = asked.get("include", []), asked.get("exclude", [])
     plan = prepare(here, there, include, exclude, asked.get("versions", "all"), migration.options)
     ledger = read_ledger(place_of(migration.dest, dest_options), root=here.uri)

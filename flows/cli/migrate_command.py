@@ -46,20 +46,18 @@ def migrate_command(source: str, dest: str, asked: dict[str, Any], shared: Share
     options = build_options(chosen(CONTENT, asked))
     refuse_secrets(source, dest)
     from ptbin.registries import is_registry_uri
-    from ptbin.registries.migration import open_both
+    from ptbin.registries.migration import Registries
 
     if not is_registry_uri(dest):
         refuse_one_file(dest, shared.dest_options, "migrate")
-    here, there = open_both(
-        source, dest, asked["source_layout"], asked["layout"], shared.source_options, shared.dest_options
-    )
+    here, there = Registries(source, dest, asked["source_layout"], asked["layout"]).open(**shared.sides)
     here.check_readable()
     if asked.pop("dry_run"):
-        from ptbin.registries.dry_run import dry_run as plan_run
         from ptbin.registries.migration import prepare
+        from ptbin.runs.migrating import dry_run as plan_run
 
         plan = prepare(here, there, asked["include"], asked["exclude"], asked["versions"], options)
-        document = plan_run(plan, here, there, options, shared.source_options, shared.dest_options)
+        document = plan_run(plan, here, there, options, **shared.sides)
         if shared.as_json:
             print_json(document)
         else:

@@ -141,8 +141,8 @@ def _stopped_summary(
     name: str, live: LiveRun, parameters: dict[str, Any], error: PtbinError
 ) -> dict[str, Any]:
     """That of a run that was stopped while it was still looking at what there is to do."""
-    from flows.migrate import MigrationTally
     from ptbin.catalog import Problem
+    from ptbin.runs.migrating import MigrationTally
     from ptbin.runs.tally import Tally
 
     make = MigrationTally if name == "migrate" else Tally

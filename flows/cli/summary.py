@@ -161,10 +161,12 @@ def _version_row(row: Mapping[str, Any]) -> tuple[str, str, str]:
 def mapping_lines(plan: Mapping[str, Any]) -> list[str]:
     """What a migration would do, one version a line, and what would not be kept."""
     rows = []
+    known = {problem["source"] for problem in plan["known_problems"]}
     for row in plan["versions"]:
         what, where, aliases = _version_row(row)
         if row["action"] == "refused":
-            rows.append(("refuse", what, row["reason"], row["detail"]))
+            verb = "known" if f"{row['model']}/{row['version']}" in known else "refuse"
+            rows.append((verb, what, row["reason"], row["detail"]))
         else:
             notes = [aliases, *row["not_kept"], *row.get("checkpoints", ())]
             if row.get("replaces"):
@@ -178,7 +180,9 @@ def mapping_lines(plan: Mapping[str, Any]) -> list[str]:
     counts = Counter(row["action"] for row in plan["versions"])
     lines.append(
         f"would migrate {counts['migrate']} versions, up to date {counts['up_to_date']}, "
-        f"refused {counts['refused']}; nothing was written"
+        f"refused {counts['refused'] - len(known)}"
+        + (f", known failures {len(known)}" if known else "")
+        + "; nothing was written"
     )
     return lines
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from ptbin.catalog.finding import OWN_FOLDER
 from ptbin.catalog.jobs import Job
+from ptbin.conversion import Published
 from ptbin.errors import NotFoundInStoreError, StorageError, VerificationError
 from ptbin.manifests.damage import is_damaged
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
@@ -31,6 +32,7 @@ from ptbin.stores.copying import Copied, same_content
 __all__ = [
     "INDEX_FOLDER",
     "FinishedRow",
+    "find_finished",
     "identity_text",
     "is_up_to_date",
     "iter_segment",
@@ -190,7 +192,12 @@ def read_finished(
 def is_up_to_date(
     job: Job, options: ConvertOptions, *, dest_options: Mapping[str, Any] | None = None
 ) -> bool:
-    """Whether the job's output exists, was made of this very source with these options, and is proven enough.
+    """Whether the job's output is finished: see `find_finished`."""
+    return find_finished(job, options, place_of(job.dest_uri, dest_options)) is not None
+
+
+def find_finished(job: Job, options: ConvertOptions, place: Place) -> Published | None:
+    """The output at `place`, if it was made of the job's very source with these options and is proven enough.
 
     Costs one small read, and one stat for each output.
 
@@ -198,19 +205,18 @@ def is_up_to_date(
         StorageError: the store failed in another way than by having no such file.
     """
     if options.force or job.identity is None:
-        return False
-    place = place_of(job.dest_uri, dest_options)
+        return None
     try:
-        manifest = parse_manifest(place.beside(MANIFEST_SUFFIX).read_bytes(), job.dest_uri)
+        data, identity = place.beside(MANIFEST_SUFFIX).read_identified()
+        manifest = parse_manifest(data, place.uri)
+        row = row_of(manifest, "", "not asked for")
+        if row is None or row.digest != digest_of(job, options) or not row.is_enough(options):
+            return None
+        if all((place.parent / name).stat().size == size for name, size in row.outputs):
+            return Published(manifest, identity)
     except (NotFoundInStoreError, VerificationError):
-        return False
-    row = row_of(manifest, "", "not asked for")
-    if row is None or row.digest != digest_of(job, options) or not row.is_enough(options):
-        return False
-    try:
-        return all((place.parent / name).stat().size == size for name, size in row.outputs)
-    except NotFoundInStoreError:
-        return False
+        pass
+    return None
 
 
 # -- segments ------------------------------------------------------------------------------------

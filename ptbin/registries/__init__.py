@@ -4,7 +4,7 @@
     for model in registry.models(lambda name: True): ...
 
 `values` are what registries hold, `base` is the interface, `folders`, `mlflow_registry` and `hub` keep it;
-`planning` compares two of them, `transfer` moves the files of one version.
+`planning` compares two of them, `contents` plans the files of one version, `transfer` moves them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ptbin.errors import UsageError
-from ptbin.registries.base import Folder, Registration, Registry, RegistryError, VersionSite
+from ptbin.registries.base import Registration, Registry, RegistryError, VersionSite
 from ptbin.registries.layouts import Layout, parse_layout
 from ptbin.registries.planning import Migration, ModelPlan, Step, plan_migration, wanted_names
 from ptbin.registries.values import Model, Version
 
 __all__ = [
     "REGISTRIES",
-    "Folder",
     "Layout",
     "Migration",
     "Model",

@@ -8,37 +8,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from ptbin.errors import StorageError, UsageError
 from ptbin.registries.layouts import Style
 from ptbin.registries.values import Model, Version
-from ptbin.stores import Place, place_of
+from ptbin.stores import Place
 
-__all__ = ["Folder", "Name", "Registration", "Registry", "RegistryError", "VersionSite"]
+__all__ = ["Name", "Registration", "Registry", "RegistryError", "VersionSite"]
 
 
 class RegistryError(StorageError):
     """A registry did not do what was asked."""
 
     reason = "registry_error"
-
-
-@dataclass(frozen=True, slots=True)
-class Folder:
-    """Where a version's files lie: a URI, and storage options that go beside the user's own.
-
-    `files`: their paths below it, where the registry knows them; else the folder is listed.
-    """
-
-    uri: str
-    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    files: tuple[str, ...] | None = None
-
-    def place(self, options: Mapping[str, Any] | None = None) -> Place:
-        """That place; `options` are the user's own."""
-        return place_of(self.uri, {**(options or {}), **self.options})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +42,12 @@ class VersionSite:
             there that need not change may stay there.
     """
 
-    folder: Folder
+    folder: Place
     token: str = ""
-    current: Folder | None = None
+    current: Place | None = None
 
     @property
-    def final(self) -> Folder:
+    def final(self) -> Place:
         """Where the files lie once the version is registered."""
         return self.current or self.folder
 
@@ -126,13 +109,16 @@ class Registry(ABC):
         """The same version with run, metrics and parameters."""
 
     @abstractmethod
-    def folder(self, version: Version) -> Folder:
+    def folder(self, version: Version) -> Place:
         """Where the version's files lie."""
 
-    def model_files(self, model: str) -> Folder | None:
-        """Files that belong to the model and to no version (Triton's `config.pbtxt`, say); None: none."""
+    def model_files(self, model: str) -> tuple[tuple[str, str], ...]:
+        """Files that belong to the model and to no version (Triton's `config.pbtxt`, say).
+
+        URI of each, and its path below the model's folder.
+        """
         del model
-        return None
+        return ()
 
     def model_files_left(self, model: str) -> list[str]:
         """Files in a model's folder and in no version that stay behind: checkpoints, strange paths."""
@@ -171,20 +157,20 @@ class Registry(ABC):
         """What of no version can be kept there."""
         return []
 
-    def model_folder(self, model: str) -> Folder | None:
+    def model_folder(self, model: str) -> Place | None:
         """Where files go that belong to the model and to no version; None: into each version."""
         del model
         return None
 
     @abstractmethod
     def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> VersionSite:
-        """Where the files of that version go; the same again where a run was killed.
+        """Where the files of that version go, once `check_place` has passed; the same again after a kill.
 
         Nothing that is registered is touched before `register`.
         """
 
     def check_place(self, model: Model, version: Version, dest_version: str) -> None:
-        """Find out whether `place` would find files there of somebody else; for dry runs too. Writes nothing.
+        """Find out whether files are in the way of `place` that no migration brought. Writes nothing.
 
         Raises:
             OutputExistsError: it would.

@@ -25,10 +25,10 @@ from ptbin.errors import (
     VerificationError,
 )
 from ptbin.registries.attempts import Attempts
-from ptbin.registries.base import Folder, Name, Registration, Registry, RegistryError, VersionSite
+from ptbin.registries.base import Name, Registration, Registry, RegistryError, VersionSite
 from ptbin.registries.record import RECORD, ModelRecord, VersionRecord
 from ptbin.registries.values import Model, Origin, Version, natural_order
-from ptbin.stores import public_uri
+from ptbin.stores import Place, place_of, public_uri
 
 __all__ = ["HubRegistry"]
 
@@ -45,11 +45,11 @@ _OPTIONS = ("endpoint", "token")
 class _Staged(VersionSite):
     """A folder on this machine, from which the files go to a revision of a repository."""
 
-    published: str = ""
+    published: Place | None = None
 
     @property
-    def final(self) -> Folder:
-        return Folder(self.published)
+    def final(self) -> Place:
+        return self.published or self.folder
 
 
 class HubRegistry(Registry):
@@ -213,8 +213,8 @@ class HubRegistry(Registry):
     def detail(self, version: Version) -> Version:
         return version
 
-    def folder(self, version: Version) -> Folder:
-        return Folder(f"hf://{version.source}")
+    def folder(self, version: Version) -> Place:
+        return place_of(f"hf://{version.source}", self._options)
 
     # -- destination --------------------------------------------------------------------------------
 
@@ -250,7 +250,8 @@ class HubRegistry(Registry):
     def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> VersionSite:
         del version
         folder = str(self._staging / fingerprint)
-        return _Staged(Folder(folder), folder, published=f"hf://{self._owner}/{model.name}@{dest_version}")
+        published = place_of(f"hf://{self._owner}/{model.name}@{dest_version}", self._options)
+        return _Staged(place_of(folder), folder, published=published)
 
     @property
     def _staging(self) -> Path:

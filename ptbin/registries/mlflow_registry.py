@@ -45,7 +45,7 @@ class MlflowRegistry(MlflowSource):
             self._client.search_experiments(max_results=1)
 
     def home(self) -> str:
-        return self._connection.storage(str(self._experiment().artifact_location)).uri
+        return self._connection.place(str(self._experiment().artifact_location), self._options).uri
 
     def _experiment(self) -> Any:
         if self._its_experiment is None:
@@ -142,13 +142,16 @@ class MlflowRegistry(MlflowSource):
                     tags=tags,
                     params=dict(version.params),
                 )
-        return VersionSite(self._connection.storage(str(logged.artifact_location)), str(logged.model_id))
+        return self._site(logged)
+
+    def _site(self, logged: Any) -> VersionSite:
+        place = self._connection.place(str(logged.artifact_location), self._options)
+        return VersionSite(place, str(logged.model_id))
 
     def abandon(self, place: VersionSite) -> None:
         with contextlib.suppress(PtbinError):
-            folder = place.folder.place(self._options)
-            for item in list(folder.iter_objects()):
-                (folder / item.path).delete()
+            for item in list(place.folder.iter_objects()):
+                (place.folder / item.path).delete()
         with contextlib.suppress(PtbinError), self._faults("give up a logged model"):
             logged = self._client.get_logged_model(place.token)
             self._client.delete_logged_model(place.token)
@@ -175,8 +178,7 @@ class MlflowRegistry(MlflowSource):
                 if not _is_ready(logged)
             ]
         for logged in pending:
-            place = VersionSite(self._connection.storage(str(logged.artifact_location)), str(logged.model_id))
-            self.abandon(place)
+            self.abandon(self._site(logged))
         with self._faults("end runs that were left half done"):
             for run in _left(
                 lambda token: self._client.search_runs(

@@ -15,9 +15,10 @@ from typing import Any
 from urllib.parse import quote
 
 from ptbin.errors import NotFoundInStoreError, PtbinError, StorageError
-from ptbin.registries.base import Folder, Registry
+from ptbin.registries.base import Registry
 from ptbin.registries.mlflow_client import Connection, paged
 from ptbin.registries.values import Metric, Model, Origin, RunLink, Version
+from ptbin.stores import Place
 
 __all__ = ["PLACEHOLDER", "TAG", "MlflowSource", "without_own"]
 
@@ -188,14 +189,14 @@ class MlflowSource(Registry):
         ordered = tuple(sorted(both, key=lambda metric: (metric.key, metric.on_version)))
         return replace(version, run=run, metrics=ordered, params=params)
 
-    def folder(self, version: Version) -> Folder:
+    def folder(self, version: Version) -> Place:
         with self._faults(f"find the files of {version.path}"):
             uri = str(self._client.get_model_version_download_uri(version.model, version.version))
             if uri.startswith("runs:/"):
                 from mlflow.store.artifact.runs_artifact_repo import RunsArtifactRepository
 
                 uri = str(RunsArtifactRepository.get_underlying_uri(uri, self._connection.tracking))
-        return self._connection.storage(uri)
+        return self._connection.place(uri, self._options)
 
 
 def without_own(tags: Mapping[str, Any] | None) -> dict[str, str]:

@@ -236,18 +236,20 @@ class Tally:
                 parts.append(f"gone from SOURCE and kept {self.kept}")
         if known := self.count("known"):
             parts.append(f"known failures {known}")
-        if skipped := self.count("not_a_checkpoint"):
-            parts.append(f"not checkpoints {skipped}")
-        if alone := self.count("left_alone"):
-            parts.append(f"left alone {alone}")
-        if skipped := self.skipped.total():
-            parts.append(f"passed over {skipped}")
-        if left := self.count("not_tried"):
-            parts.append(f"not tried {left}")
+        parts += [f"{what} {count}" for what, count in self._counted() if count]
         parts.extend(f"{problem.reason}: {problem.detail}" for problem in self.run_problems)
         if self.succeeded and not self.is_clean:
             parts.append(f"{self.success_share:.2%} went well, of {self.min_success:.2%} asked for")
         return ("interrupted: " if self.interrupted else "") + ", ".join(parts)
+
+    def _counted(self) -> list[tuple[str, int]]:
+        """What the message counts where there is any."""
+        return [
+            ("not checkpoints", self.count("not_a_checkpoint")),
+            ("left alone", self.count("left_alone")),
+            ("passed over", self.skipped.total()),
+            ("not tried", self.count("not_tried")),
+        ]
 
     def summary(self, seconds: float) -> dict[str, Any]:
         """The `--json` document of `convert`; byte counts are of the checkpoints converted in this run."""
