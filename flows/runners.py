@@ -34,6 +34,7 @@ __all__ = ["Runner", "RunnerName", "open_runner"]
 
 RunnerName = Literal["threads", "processes", "dask", "ray"]
 CONNECT_SECONDS = 20
+START_TRIES = 3
 REMOTE_BATCH_COUNT = 250
 ORPHAN_SECONDS = 10.0
 
@@ -81,6 +82,24 @@ class Runner:
         plain = {name: quote(value) for name, value in parameters.items()}
         return cast("PrefectFuture[Any]", task.submit(**plain))
 
+    def open(self) -> None:
+        """Open the engine now, so that what is wrong with it is known before any work.
+
+        It gets more than one try: Ray, for one, gives itself 30 s, which a busy machine may not have.
+
+        Raises:
+            UsageError: it does not start.
+        """
+        for tries_left in reversed(range(START_TRIES)):
+            try:
+                self._runner()
+                return
+            except Exception as error:
+                with contextlib.suppress(Exception):
+                    self.close()
+                if not tries_left:
+                    raise UsageError(f"{self.name} does not start: {error}") from error
+
     def _runner(self) -> TaskRunner[Any]:
         if self._open is None:
             assert self._make is not None
@@ -124,7 +143,7 @@ def open_runner(name: RunnerName, address: str | None, workers: int | None) -> I
         else:
             runner = _ray(address, workers, empty)
         try:
-            runner._runner()  # noqa: SLF001 - opened here, so that what is wrong with it is known before any work
+            runner.open()
             yield runner
         finally:
             runner.close()
@@ -193,6 +212,8 @@ def _dask(address: str | None, workers: int | None) -> Runner:
 def _ray(address: str | None, workers: int | None, empty: str) -> Runner:
     # Ray asks a host on the internet for its usage statistics otherwise.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A Ray started here gives its workers niceness 15 otherwise: beside busy processes they hardly move.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     prefect_ray = _import("prefect_ray", "ray")
     ray = _import("ray", "ray")
     width = workers or default_workers()

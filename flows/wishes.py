@@ -12,6 +12,7 @@ from ptbin.installed import require_reader
 from ptbin.options import ConvertOptions
 from ptbin.restoring.options import RestoreOptions
 from ptbin.stores import public_uri
+from ptbin.values.names import is_unicode, shown_path
 from ptbin.values.options import options_of
 
 __all__ = [
@@ -136,9 +137,11 @@ def refuse_secrets(*uris: str, instead: str = "give credentials as storage optio
     """A flow's parameters are stored on Prefect's server and shown in its UI: no passwords in them.
 
     Raises:
-        UsageError: a URI that carries a password or a signature.
+        UsageError: a URI that carries a password or a signature, or that is not UTF-8.
     """
     for uri in uris:
+        if not is_unicode(uri):
+            raise UsageError(f"{shown_path(uri)}: the path is not UTF-8; rename the folder first")
         if public_uri(uri) != uri:
             raise UsageError(
                 f"{public_uri(uri)} carries a password or a signature, which Prefect would show; {instead}"

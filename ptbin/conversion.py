@@ -52,6 +52,7 @@ from ptbin.stores import (
     Writer,
     place_of,
 )
+from ptbin.values.names import bad_name, shown_path
 from ptbin.writing.outputs import OutputPlan, plan_outputs
 from ptbin.writing.ties import tie_equal_tensors
 
@@ -87,7 +88,7 @@ def convert(
 
     Args:
         source: local path or fsspec URL of one checkpoint, or a `Place`.
-        dest: where the output goes; its manifest goes beside it.
+        dest: where the output goes; its manifest goes next to it.
         source_options, dest_options: fsspec storage options, where places are given as text; they never reach
             manifests or messages.
         progress: called with the bytes moved since its last call.
@@ -210,7 +211,7 @@ def preview(
     with _prepared(begin, end, options, guard, standing, damaged) as made:
         for plan in made.output.files:
             if made.at.replaced.get(plan.name):
-                with _Nowhere(plan.name) as writer:
+                with _DiscardingWriter(plan.name) as writer:
                     result = splice(plan.plan, made.reader, writer, None)
                 made.at.check(plan.name, plan.plan.size, result.crc32)
         names = [plan.name for plan in made.output.files]
@@ -271,6 +272,8 @@ def _prepared(
     damaged: Mapping[str, Any] | None = None,
 ) -> Iterator[_Prepared]:
     """Read the source's index, plan the output, and look at every place that it takes."""
+    if why := bad_name(dest.name):
+        raise UsageError(f"{shown_path(str(dest))!a}: the name {why}; choose another for the output")
     found = find_source(source)
     found.refuse_part(parts=options.parts)
     _refuse_same_file(found.place, dest)
@@ -315,7 +318,7 @@ def _refuse_same_file(source: Place, dest: Place) -> None:
         raise UsageError(f"{source.uri}: source and destination are the same file")
 
 
-class _Nowhere(Writer):
+class _DiscardingWriter(Writer):
     """Takes an output and keeps nothing of it."""
 
     def write(self, data: bytes | bytearray | memoryview) -> None:

@@ -7,18 +7,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ptbin.errors import CheckpointError, CorruptArchiveError
+from ptbin.errors import CheckpointError
 from ptbin.options import ConvertOptions, Limits
-from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
-from ptbin.reading.parts import take_part
-from ptbin.reading.pickle.verdicts import judge_programs, refuse_unsafe_fragment
+from ptbin.reading.parts import accept_part
 from ptbin.reading.search import find_state_dicts
-from ptbin.reading.selected import Selected, refuse_unsafe, select_from
+from ptbin.reading.selected import Selected, read_and_judge, refuse_unsafe, select_from
 from ptbin.reading.selection import why_chosen
 from ptbin.sources.opening import find_source
 from ptbin.stores import Where
-from ptbin.values.state_dict import StateDict, tensors_of
+from ptbin.values.state_dict import StateDict, iter_tensors
 from ptbin.values.tensors import Joined, TensorRef, Tiled
 
 __all__ = ["inspect"]
@@ -51,14 +49,9 @@ def inspect(
         options = options.replace(limits=limits)
     place = find_source(uri, storage_options)
     with place.open() as reader, as_checkpoint_errors(reader.uri):
-        try:
-            checkpoint = read_checkpoint(reader, options.limits, options.recipe, parts=options.parts)
-        except CorruptArchiveError as error:
-            refuse_unsafe_fragment(error, reader.uri)
-            raise
-        safety = judge_programs(checkpoint.programs)
+        checkpoint, safety = read_and_judge(reader, options)
         if options.parts:
-            take_part(checkpoint)
+            accept_part(checkpoint)
         findings = find_state_dicts(checkpoint, options.limits)
         selected: Selected | None = None
         refusal: CheckpointError | None = None
@@ -130,6 +123,5 @@ def _tensors(selected: Selected | None) -> list[dict[str, Any]]:
             **_plan_of(label, tensor, state_dict),
         }
         for state_dict in selected.state_dicts
-        for name, value in state_dict.entries
-        for label, tensor in tensors_of(name, value)
+        for label, tensor in iter_tensors(state_dict.entries)
     ]

@@ -55,7 +55,7 @@ def write_files(
 
     def write(plan: FilePlan, progress: Progress | None) -> tuple[Written, DraftFile]:
         serial = serial_of(options.file_digest) if plan.tensors else "file"
-        writing = _Writing(plan, reader, place, progress, serial, naming)
+        writing = _Writing(plan, reader, place, progress, options, serial, naming)
         result, file, digests = writing.run(
             check_source=options.verify != "none", replaces=replaces, notes=notes
         )
@@ -107,6 +107,7 @@ class _Writing:
     reader: RangeReader
     place: OutputSite
     progress: Progress | None
+    options: ConvertOptions
     serial: Serial
     naming: threading.Lock
 
@@ -130,7 +131,7 @@ class _Writing:
         place = self.place.place_of(plan.name)
         opened = place.open_writer(size_hint=plan.plan.size, copies=copies, claim=self.place.claim)
         with at_work(), opened as writer:
-            descriptor = writer.written() if check_source else None
+            descriptor = writer.descriptor() if check_source else None
             proof = self._proof(descriptor) if descriptor is not None else None
             try:
                 if proof is not None:
@@ -151,6 +152,8 @@ class _Writing:
                 self.reader.confirm()
                 file = draft_file(plan, result, writer.bytes_copied)
                 digests = self._proven(proof, file) if proof is not None else None
+                if (data := writer.held()) is not None and check_source:
+                    digests = self._prove_held(data, file)
             except BaseException:
                 if proof is not None:
                     proof.give_up()
@@ -160,7 +163,10 @@ class _Writing:
                 self.place.withdraw_manifest((plan.name, plan.plan.size, result.crc32))
             writer.expected_crc32 = result.crc32
             writer.commit()
-        file = replace(file, identity=identity_text(writer.identity) or None)
+        if proof is None and not writer.acknowledged:
+            digests = None  # what was sent is known, what was stored is not: it is read back
+        acknowledged = digests is not None and writer.acknowledged
+        file = replace(file, identity=identity_text(writer.identity) or None, acknowledged=acknowledged)
         if digests is not None and file.identity is not None:
             file = replace(file, sha256=digests.sha256, gaps_sha256=digests.gaps_sha256)
         return result, file, digests
@@ -171,6 +177,13 @@ class _Writing:
         tensors = [(planned.name, stored_of(planned)) for planned in self.plan.tensors]
         uri = self.place.place.uri
         return WrittenProof(descriptor, self.plan.plan, tensors, uri, self.serial)
+
+    def _prove_held(self, data: bytearray, file: DraftFile) -> FileDigests:
+        from ptbin.proof.held import prove_held
+
+        places = [stored_of(planned) for planned in self.plan.tensors]
+        uri = self.place.place_of(self.plan.name).uri
+        return prove_held(data, uri, file, self.plan, places, self.options, self.serial)
 
     def _proven(self, proof: WrittenProof, file: DraftFile) -> FileDigests:
         try:

@@ -4,12 +4,16 @@ They are processes as before, with the descriptors, folder and environment that
 `ptbin.restoring.children` gives them, and run the same modules as scripts. What an isolated interpreter finds
 when it starts is not tried with them: `test_isolation` and the tests that kill start real ones.
 
-    python -I -P warm_children.py SOCKET      # the process to fork from; ends when its standard input does
+    python -I -P warm_children.py SOCKET [MODULE...]
+
+is the process to fork from; it ends when its standard input does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import json
 import os
 import signal
@@ -87,11 +91,13 @@ class _Forked:
 
 
 @contextlib.contextmanager
-def warm(folder: Path) -> Iterator[Warm]:
-    """The process to fork from, while the context lasts."""
+def warm(folder: Path, *modules: str) -> Iterator[Warm]:
+    """The process to fork from, with torch and these modules, while the context lasts."""
     address = str(folder / "warm")
     process = subprocess.Popen(
-        [sys.executable, "-I", "-P", __file__, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-I", "-P", __file__, address, *modules],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -104,13 +110,17 @@ def warm(folder: Path) -> Iterator[Warm]:
         process.wait(60)
 
 
-def _serve(address: str) -> None:
+def _serve(address: str, modules: Sequence[str]) -> None:
     import select
 
     import ptbin.restoring.filling
     import ptbin.restoring.fitting
     import ptbin.restoring.saving
     import ptbin.restoring.user_code  # noqa: F401
+
+    for module in modules:
+        importlib.import_module(module)
+    gc.freeze()  # else each child goes through all of it, and copies its pages
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -187,4 +197,4 @@ def _moved(descriptors: list[int]) -> list[int]:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve(sys.argv[1], sys.argv[2:])

@@ -83,8 +83,8 @@ def diff_command(a: str, b: str, asked: dict[str, Any], shared: Shared) -> int:
         )
     except PtbinError as error:
         if shared.as_json:
-            report = {"a": public_uri(a), "b": public_uri(b), "reason": error.reason, "detail": str(error)}
-            print_json(report)
+            sides = {"a": public_uri(a), "b": public_uri(b)}
+            print_json({**sides, "reason": error.reason, "detail": str(error), "exit_status": 2})
         print_error(f"{error.reason}: {error}")
         return 2
     if shared.as_json:

@@ -11,6 +11,7 @@ from flows.options import INSPECT
 from flows.wishes import build_options
 from ptbin.errors import CheckpointError
 from ptbin.runs.units import counted, format_nbytes, left_out_words
+from ptbin.stores import public_uri
 
 __all__ = ["inspect_command"]
 
@@ -33,7 +34,8 @@ def inspect_command(uri: str, asked: dict[str, Any], shared: Shared) -> int:
         report = ptbin.inspect(uri, storage_options=shared.source_options, options=build_options(asked))
     except CheckpointError as error:
         if shared.as_json:
-            print_json({"uri": uri, "reason": error.reason, "detail": str(error)})
+            refusal = {"reason": error.reason, "detail": str(error), "exit_status": 1}
+            print_json({"uri": public_uri(uri), **refusal})
         print_error(f"{error.reason}: {error}")
         return 1
     if shared.as_json:

@@ -10,8 +10,9 @@ from ptbin.catalog.globs import split_glob
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import NotFoundInStoreError, UsageError
 from ptbin.stores import Place, WatchQuietly, place_of
+from ptbin.values.names import is_unicode, shown_path
 
-__all__ = ["check_call", "check_mirror", "check_request", "real_uri"]
+__all__ = ["check_call", "check_mirror", "check_request", "real_uri", "refuse_bytes"]
 
 
 def check_request(request: RunRequest, *, writes: bool = True, **sides: Any) -> None:
@@ -72,13 +73,14 @@ def check_call(
     """Refuse a call that cannot work, before anything is written.
 
     Raises:
-        UsageError: SOURCE missing or empty, DEST inside SOURCE or equal to it.
+        UsageError: SOURCE missing or empty, DEST inside SOURCE or equal to it, a path that is not UTF-8.
         StorageError: no access to either, no such bucket, DEST not writable.
     """
     root, pattern = split_glob(source, source_options)
     place = place_of(root, source_options)
     is_directory = place.is_directory()
     if is_directory:
+        refuse_bytes(place)
         if next(iter(place.iter_objects(WatchQuietly())), None) is None:
             raise UsageError(f"{place.uri}: nothing is there to convert")
     elif pattern is not None:
@@ -91,9 +93,16 @@ def check_call(
     if dest is None:
         return
     end = place_of(dest, dest_options)
+    refuse_bytes(end)
     _refuse_overlap(place, end, is_directory=is_directory)
     if writes:
         end.check_writable()
+
+
+def refuse_bytes(place: Place) -> None:
+    """Records, the index and Prefect keep places as text. Raises UsageError where a path is not UTF-8."""
+    if not is_unicode(place.path):
+        raise UsageError(f"{shown_path(place.uri)}: the path is not UTF-8; rename the folder first")
 
 
 def _refuse_overlap(source: Place, dest: Place, *, is_directory: bool) -> None:

@@ -17,6 +17,7 @@ from ptbin.catalog.planning import OutputRule
 from ptbin.errors import LimitExceededError, NotFoundInStoreError, VerificationError
 from ptbin.manifests.manifest import parse_manifest
 from ptbin.stores import WatchQuietly, identity_text, place_of
+from ptbin.values.names import is_unicode
 
 __all__ = ["Inventory"]
 
@@ -36,7 +37,7 @@ class Inventory(JobTable):
         for number, item in enumerate(self.dest.iter_objects(WatchQuietly())):
             if number % PAGE == 0:
                 tick()
-            if not item.path.isascii() and not _is_text(item.path):
+            if not item.path.isascii() and not is_unicode(item.path):
                 continue  # under no name that ptbin writes
             if not is_in_own_folder(item.path):
                 row = (item.path, item.size, identity_text(item.identity))
@@ -102,15 +103,6 @@ class Inventory(JobTable):
                 return
             for (text,) in page:
                 yield _load(text)
-
-
-def _is_text(path: str) -> bool:
-    """Whether a path can be written as UTF-8."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _dump(row: FinishedRow) -> str:

@@ -7,13 +7,17 @@ from dataclasses import dataclass, field
 
 from ptbin.catalog.jobs import Problem
 from ptbin.errors import StorageError
+from ptbin.values.names import shown_path
 
 __all__ = ["NamedFiles", "parse_lines"]
 
 
 def parse_lines(data: bytes) -> list[str]:
-    """Paths, one a line, as they stand there; empty lines are passed over. Bytes that are not UTF-8 stay."""
-    lines = data.decode("utf-8", errors="surrogateescape").split("\n")
+    """Paths, one a line, as they stand there; empty lines and a byte order mark are passed over.
+
+    Bytes that are not UTF-8 stay.
+    """
+    lines = data.decode("utf-8-sig", errors="surrogateescape").split("\n")
     return [path for line in lines if (path := line.removesuffix("\r"))]
 
 
@@ -49,4 +53,15 @@ class NamedFiles:
         """A problem for each path that no listing of `source` came upon."""
         detail = "it is named, and there is no such file below SOURCE that could be a checkpoint"
         base = source.rstrip("/")
-        return [Problem(f"{base}/{path}", StorageError.reason, detail) for path in sorted(self._left)]
+        return [
+            Problem(shown_path(f"{base}/{path}"), StorageError.reason, detail + _hint(path))
+            for path in sorted(self._left)
+        ]
+
+
+def _hint(path: str) -> str:
+    if path.startswith("/") or "://" in path:
+        return "; name it as it is called below SOURCE"
+    if "\0" in path:
+        return "; one name a line, without NUL between them"
+    return ""

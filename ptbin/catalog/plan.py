@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from ptbin.catalog.checks import refuse_bytes
 from ptbin.catalog.comparing import compare_job
 from ptbin.catalog.entries import nothing_below
 from ptbin.catalog.finished import FinishedRow, read_finished, write_segment
@@ -25,6 +26,7 @@ from ptbin.catalog.mirroring import Gone, excess, iter_gone
 from ptbin.catalog.request import RunRequest
 from ptbin.catalog.worklist import WorkList
 from ptbin.errors import PtbinError, StorageError, UsageError
+from ptbin.stores import place_of
 
 __all__ = ["Deletions", "Plan", "plan_deletions"]
 
@@ -53,6 +55,8 @@ class Plan:
         source_options: Mapping[str, Any] | None = None,
         dest_options: Mapping[str, Any] | None = None,
     ) -> None:
+        for where, options in ((request.source, source_options), (request.dest, dest_options)):
+            refuse_bytes(place_of(where, options))
         self.request = request
         self.sides: dict[str, Any] = {"source_options": source_options, "dest_options": dest_options}
         self.work = WorkList(request.dest, dest_options=dest_options)

@@ -21,8 +21,8 @@ from ptbin.differences.weights import Pair, Readers, compare_pairs, hash_views
 from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
-from ptbin.reading.pickle.collector import collector_paused
-from ptbin.reading.prefixes import wrapper_prefixes
+from ptbin.reading.keys import without_wrappers
+from ptbin.reading.pickle.gc_pause import gc_paused
 from ptbin.stores import Place, Where, place_of
 
 __all__ = ["diff"]
@@ -73,7 +73,7 @@ def diff(
     if storage_options_b is None and not isinstance(b, Place):
         storage_options_b = storage_options
     with ExitStack() as stack:
-        with collector_paused():
+        with gc_paused():
             side_a = _open(place_of(a, storage_options), options)
             stack.callback(side_a.close)
             side_b = _open(place_of(b, storage_options_b), options_b or options)
@@ -81,7 +81,7 @@ def diff(
             comparison = _Comparison(side_a, side_b, Tolerance(rtol, atol), check_dtype, progress)
             comparison.classify()
         comparison.compare()
-        with collector_paused():
+        with gc_paused():
             return comparison.result(check_ties=check_ties)
 
 
@@ -285,7 +285,7 @@ def _name_notes(a: list[str], b: list[str], common: int) -> list[str]:
     if common == len(a) or common == len(b):
         return []
     best, advice = common, ""
-    met = len(set(wrapper_prefixes(a)) & set(wrapper_prefixes(b)))
+    met = len(set(without_wrappers(a)) & set(without_wrappers(b)))
     if met > best:
         best, advice = met, "--strip-prefix auto"
     for names, others in ((a, set(b)), (b, set(a))):

@@ -30,7 +30,7 @@ from ptbin.sources.folders import INDEX_SUFFIX
 from ptbin.stores import ListedObject, Place, RangeReader
 from ptbin.stores.joined import JoinedReader, part_base
 from ptbin.values.dtypes import BY_NAME
-from ptbin.values.state_dict import tensors_of
+from ptbin.values.state_dict import iter_tensors
 from ptbin.values.tensors import ByteRange, Storage, TensorRef, dense_strides
 
 __all__ = ["ManifestSide", "is_manifest"]
@@ -163,9 +163,8 @@ class ManifestSide(Side):
             assert isinstance(reader, JoinedReader)
             for file in dict.fromkeys(self._rows[name]["file"] for name in quantized):
                 state_dict = select_state_dict(read_checkpoint(reader.part(file)), ".")
-                for entry, value in state_dict.entries:
-                    for label, view in tensors_of(entry, value):
-                        found[file, label] = quantizer_of(view)
+                for label, view in iter_tensors(state_dict.entries):
+                    found[file, label] = quantizer_of(view)
         for name in quantized:
             row = self._rows[name]
             place = (row["file"], row["name"])
@@ -190,7 +189,7 @@ def _named_rows(
     rows = manifest["tensors"]
     for row in rows:
         if not isinstance(row, dict) or not isinstance(row.get("name"), str) or row.get("file") not in files:
-            raise VerificationError(f"{uri}: the manifest lists a tensor in no output of its own")
+            raise VerificationError(f"{uri}: the manifest lists a tensor that is in none of its outputs")
     if not rows:
         raise VerificationError(f"{uri}: the manifest lists no tensors; name the output itself")
     if options.drop:

@@ -148,7 +148,7 @@ def refuse_sparse(uri: str, name: str) -> None:
 
 
 def quantizer_of(view: TensorRef) -> tuple[Any, ...] | None:
-    """What of the quantizer is no tensor."""
+    """The quantizer without its tensors."""
     if view.quantizer is None:
         return None
     return tuple(None if isinstance(item, TensorRef) else item for item in view.quantizer)

@@ -66,12 +66,7 @@ def _iter_one(view: TensorRef, reader: RangeReader) -> Iterator[bytes]:
         yield from iter_logical_bytes(view, reader)
         return
     # A stream that is inflated on the way; to its end, where its CRC-32 is checked.
-    position, (start, end) = 0, view.span
-    for piece in iter_inflated(place, reader):
-        first, last = max(start - position, 0), min(end - position, len(piece))
-        if first < last:
-            yield piece[first:last]
-        position += len(piece)
+    yield from iter_inflated(place, reader, view.span[0], view.nbytes)
 
 
 class Feed:

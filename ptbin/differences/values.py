@@ -7,7 +7,7 @@ have it (B is what was expected).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 __all__ = ["Difference", "Numbers", "SideFacts", "TensorDifference", "TensorFacts"]
@@ -31,13 +31,7 @@ class SideFacts:
     digests: int
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "uri": self.uri,
-            "container": self.container,
-            "tensors": self.tensors,
-            "nbytes": self.nbytes,
-            "digests": self.digests,
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +75,10 @@ class Numbers:
     cosine: float | None
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "elements": self.elements,
-            "different": self.different,
-            "beyond_tolerance": self.beyond_tolerance,
-            "non_finite": self.non_finite,
+        return asdict(self) | {
             "max_abs": _json_number(self.max_abs),
             "max_rel": _json_number(self.max_rel),
             "index": None if self.index is None else list(self.index),
-            "cosine": self.cosine,
         }
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from ptbin.cores import available_cores
 from ptbin.differences.numbers import BLOCK, Tally, Tolerance, has_numbers, resolve_lazy, same_bytes
 from ptbin.differences.streams import Feed, is_plain, iter_views, part_of
-from ptbin.errors import ChecksumMismatchError
+from ptbin.values.crc32 import confirm_crc32, crc32_of
 from ptbin.values.tensors import ByteRange, TensorRef
 
 if TYPE_CHECKING:
@@ -270,11 +269,5 @@ def _records(pairs: Sequence[Pair], side: int) -> list[ByteRange]:
 
 def _check_crc32(place: ByteRange, readers: Readers, side: int) -> None:
     reader = readers.of(side)
-    crc = 0
-    for piece in reader.iter_range(place.offset, place.nbytes):
-        crc = zlib.crc32(piece, crc)
-    if crc != place.crc32:
-        raise ChecksumMismatchError(
-            f"{reader.uri}: {place.member} has CRC-32 {crc:08x}, the archive states {place.crc32:08x}; "
-            "the file is damaged"
-        )
+    found = crc32_of(reader.iter_range(place.offset, place.nbytes))
+    confirm_crc32(reader.uri, place.member, found, place.crc32)

@@ -35,6 +35,7 @@ class DraftFile:
             tensors' digests, too.
         gaps_sha256: the same of the bytes that lie in no tensor, where the whole file's was not asked for.
         identity: which state of the file was stored (`manifest.identity_text`), where the store says it.
+        acknowledged: it was proven before it was sent, and the store answered with the MD5 of it.
     """
 
     path: str
@@ -45,6 +46,7 @@ class DraftFile:
     sha256: str | None = None
     identity: str | None = None
     gaps_sha256: str | None = None
+    acknowledged: bool = False
 
     @property
     def is_proven(self) -> bool:

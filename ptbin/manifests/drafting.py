@@ -13,7 +13,7 @@ from ptbin.stores import RangeReader
 from ptbin.stores.joined import JoinedReader
 from ptbin.values.digests import FileDigests, StoredTensor
 from ptbin.values.segments import FilePlan, PlannedTensor, RecordLayout
-from ptbin.values.state_dict import StateDict, tensors_of
+from ptbin.values.state_dict import StateDict, iter_tensors
 from ptbin.version import __version__
 from ptbin.writing.outputs import OutputPlan
 
@@ -124,10 +124,7 @@ def _tensor_rows(
 def _by_label(state_dicts: Sequence[StateDict], shares: Sequence[int]) -> list[dict[str, int]]:
     """For each state dict, the bytes of the source that each tensor accounts for."""
     numbers = iter(shares)
-    return [
-        {label: next(numbers) for name, value in found.entries for label, _ in tensors_of(name, value)}
-        for found in state_dicts
-    ]
+    return [{label: next(numbers) for label, _ in iter_tensors(found.entries)} for found in state_dicts]
 
 
 def _row(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from ptbin.manifests.draft import DraftFile
 from ptbin.manifests.vouching import OutputSite
 from ptbin.sources.opening import SourcePlace
 from ptbin.sources.sidecars import with_dtype
-from ptbin.stores import ListedObject
+from ptbin.stores import ListedObject, identity_text
 
 __all__ = ["copy_sidecars", "put_text"]
 
@@ -42,25 +43,34 @@ def copy_sidecars(
             notes += [note] if note else []
             yield put_text(at, name, data)
             continue
-        crc = 0
-        with (
-            (source.folder / item.path).open_reader() as reader,
-            at.place_of(name).open_writer(size_hint=reader.size, claim=at.claim) as writer,
-        ):
-            for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
-                crc = zlib.crc32(piece, crc)
-                writer.write(piece)
-            reader.check_unchanged()
-            at.check(name, reader.size, crc)
-            at.withdraw_manifest((name, reader.size, crc))
-            writer.commit()
-            yield DraftFile(name, reader.size, crc)
+        with (source.folder / item.path).open_reader() as reader:
+            pieces = reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES)
+            yield _put(at, name, reader.size, pieces, reader.check_unchanged)
 
 
 def put_text(at: OutputSite, name: str, data: bytes) -> DraftFile:
     """Write a small file next to an output. Raises OutputExistsError as `OutputSite.check`."""
-    crc = zlib.crc32(data)
-    at.check(name, len(data), crc)
-    at.withdraw_manifest((name, len(data), crc))
-    at.place_of(name).write_bytes(data, claim=at.claim)
-    return DraftFile(name, len(data), crc)
+    return _put(at, name, len(data), (data,), lambda: None)
+
+
+def _put(
+    at: OutputSite, name: str, size: int, pieces: Iterable[bytes], confirm: Callable[[], None]
+) -> DraftFile:
+    crc, sha256 = 0, hashlib.sha256()
+    with at.place_of(name).open_writer(size_hint=size, claim=at.claim) as writer:
+        for piece in pieces:
+            crc = zlib.crc32(piece, crc)
+            sha256.update(piece)
+            writer.write(piece)
+        confirm()
+        at.check(name, size, crc)
+        at.withdraw_manifest((name, size, crc))
+        writer.commit()
+    return DraftFile(
+        name,
+        size,
+        crc,
+        sha256=sha256.hexdigest() if writer.acknowledged else None,
+        identity=identity_text(writer.identity) or None,
+        acknowledged=writer.acknowledged,
+    )

@@ -72,7 +72,7 @@ class _Plan:
         self.uri = uri
         self.values = dict(facts)
         for name, expression in recipe.values:
-            # A value of the recipe's own stands in for what the checkpoint does not state.
+            # The recipe's values stand in for what the checkpoint does not state.
             self.values[name] = evaluate(expression, self.values)
         self.known: dict[object, Storage] = {}
         self.used: dict[str, list[tuple[int, tuple[int, ...], tuple[int, ...]]]] = {}
@@ -202,7 +202,7 @@ class _Plan:
         joined = []
         for own, *pieces in zip(groups, *([view for _, view in views] for views in results), strict=True):
             if len(pieces) > 1:
-                pieces = [piece.settled() for piece in pieces]
+                pieces = [piece.in_final_shape() for piece in pieces]
                 self._alike([names[0] for names in sources], pieces, rule.concat)
             joined.append((own, concatenated(pieces, rule.concat) if len(pieces) > 1 else pieces[0]))
         return joined
@@ -234,29 +234,27 @@ class _Plan:
     ) -> list[tuple[dict[str, str], View]]:
         axis, group = step.arguments[0], str(step.arguments[1])
         if group == "" or any(group in own for own, _ in views):
-            raise UsageError(
-                f"recipe {self.recipe.name!r}: an axis is unstacked into a named group of its own"
-            )
+            raise UsageError(f"recipe {self.recipe.name!r}: an axis must be unstacked into a new named group")
         found = []
         for own, view in views:
             self._axis(step, view, axis)
-            if len(views) * (view.final or view.shape)[axis] > MAX_UNSTACKED:
+            if len(views) * (view.final_shape or view.shape)[axis] > MAX_UNSTACKED:
                 raise UsageError(f"recipe {self.recipe.name!r}: more than {MAX_UNSTACKED} tensors of one")
-            whole = view.settled()
+            whole = view.in_final_shape()
             found += [
                 ({**own, group: str(index)}, whole.at(axis, index)) for index in range(whole.shape[axis])
             ]
         return found
 
     def _axis(self, step: Step, view: View, *axes: int) -> None:
-        shape = view.final or view.shape
+        shape = view.final_shape or view.shape
         if any(axis >= len(shape) for axis in axes):
             raise UsageError(
                 f"recipe {self.recipe.name!r}: {step.kind} {list(step.arguments)} of a shape {list(shape)}"
             )
 
     def _step(self, step: Step, view: View, note_padding: Callable[[View], None]) -> View:
-        view = view if step.kind == "flatten" else view.settled()
+        view = view if step.kind == "flatten" else view.in_final_shape()
         if step.kind == "order":
             if sorted(step.arguments) != list(range(len(view.shape))):
                 raise UsageError(
@@ -268,9 +266,9 @@ class _Plan:
             self._axis(step, view, first, last)
             if first > last:
                 raise UsageError(f"recipe {self.recipe.name!r}: flatten from {first} to {last}")
-            shape = view.final or view.shape
+            shape = view.final_shape or view.shape
             merged = math.prod(shape[first : last + 1])
-            return replace(view, final=(*shape[:first], merged, *shape[last + 1 :]))
+            return replace(view, final_shape=(*shape[:first], merged, *shape[last + 1 :]))
         axis = step.arguments[0]
         self._axis(step, view, axis)
         if step.kind == "cut":
@@ -308,7 +306,7 @@ class _Plan:
                 return groups[match[1]]
             if not groups[match[1]].isdecimal() or len(groups[match[1]]) > MAX_DIGITS:
                 raise UsageError(
-                    f"recipe {self.recipe.name!r}: {template!r}: {groups[match[1]]!r} is no number"
+                    f"recipe {self.recipe.name!r}: {template!r}: {groups[match[1]]!r} is not a number"
                 )
             number = int(groups[match[1]]) + int(match[2].replace(" ", ""))
             if number < 0:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ptbin.errors import IncompleteCheckpointError
-from ptbin.merging.tiles import Part, plain_part
+from ptbin.merging.tiles import Part, require_plain
 from ptbin.values.tensors import ByteRange, InMemory, Joined, TensorRef
 
 __all__ = ["Replicas", "refuse_unequal"]
@@ -51,10 +51,10 @@ def refuse_unequal(reader: Readable, groups: Iterable[Replicas]) -> int:
         first, *others = group.parts
         for part in group.parts:
             if not _in_ranges(part.tensor):
-                plain_part(part, group.name)
+                require_plain(part, group.name)
             if (part.tensor.shape, part.tensor.dtype) != (first.tensor.shape, first.tensor.dtype):
                 raise IncompleteCheckpointError(
-                    f"{reader.uri}: {group.name[:200]!r} is {_form(first)} in {first.home} and {_form(part)} "
+                    f"{reader.uri}: {group.name[:200]!r} is {first.form} in {first.home} and {part.form} "
                     f"in {part.home}, and nothing says how they make a whole"
                 )
         digest, nbytes = _digest(reader, first.tensor)
@@ -69,10 +69,6 @@ def refuse_unequal(reader: Readable, groups: Iterable[Replicas]) -> int:
                     "that nothing describes"
                 )
     return total
-
-
-def _form(part: Part) -> str:
-    return f"{part.tensor.dtype.name} {list(part.tensor.shape)}"
 
 
 def _digest(reader: Readable, tensor: TensorRef) -> tuple[bytes, int]:

@@ -24,9 +24,10 @@ from ptbin.values.tensors import (
     Tile,
     Tiled,
     dense_strides,
+    part_of,
 )
 
-__all__ = ["Box", "Part", "plain_part", "tile_of", "whole_tensor"]
+__all__ = ["Box", "Part", "require_plain", "tile_of", "whole_tensor"]
 
 MIN_RUN_NBYTES = 1 << 20
 """Runs below that are read together: each range of a `Joined` is a request or a system call by itself, and
@@ -45,6 +46,11 @@ class Part:
 
     tensor: TensorRef
     home: str
+
+    @property
+    def form(self) -> str:
+        """Type and shape, for messages."""
+        return f"{self.tensor.dtype.name} {list(self.tensor.shape)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,7 @@ class Box:
     stride: tuple[int, ...]
 
 
-def plain_part(part: Part, name: str) -> None:
+def require_plain(part: Part, name: str) -> None:
     """Refuse a tensor that is more than bytes in order.
 
     Raises:
@@ -91,18 +97,20 @@ def whole_tensor(
     shape: tuple[int, ...],
     boxes: Sequence[Box],
     *,
-    final: tuple[int, ...] | None = None,
+    final_shape: tuple[int, ...] | None = None,
     known: dict[object, Storage] | None = None,
-    apart: bool = False,
+    own_storage: bool = False,
+    keep_records: bool = False,
 ) -> TensorRef:
-    """The tensor that the boxes fill, over a storage of its own, or over the only box's where that is all.
+    """The tensor that the boxes fill, over a new storage, or over the only box's where that is all.
 
     Args:
         what: for messages.
         key: name of the new storage.
         shape: the space that boxes are given in.
-        final: the tensor's own shape where it differs: as many elements, in the same order.
-        apart: a view of a part gets a storage of its own.
+        final_shape: the tensor's own shape where it differs: as many elements, in the same order.
+        own_storage: a view of a part gets a new storage.
+        keep_records: do not cut parts into runs, for which their CRC-32s do not vouch.
         known: storages made before, by what they are made of: tensors that are tied in all files stay tied.
 
     Raises:
@@ -110,17 +118,17 @@ def whole_tensor(
     """
     boxes = [box for box in boxes if 0 not in box.shape]
     prove_cover(what, shape, [(box.start, box.shape) for box in boxes])
-    own = shape if final is None else final
+    own = shape if final_shape is None else final_shape
     assert math.prod(own) == math.prod(shape)
     if 0 in shape:
         return TensorRef(Storage(key, 0, InMemory(b"")), dtype, own, dense_strides(own))
-    if len(boxes) == 1 and own == shape and (not apart or _is_all(boxes[0])):
+    if len(boxes) == 1 and own == shape and (not own_storage or _is_all(boxes[0])):
         tensor = boxes[0].part.tensor
         return TensorRef(tensor.storage, dtype, own, boxes[0].stride, tensor.storage_offset + boxes[0].offset)
     made_of = (shape, *((_identity(b.part.tensor.storage), *_layout(b)) for b in boxes))
     if known is not None and (storage := known.get(made_of)) is not None:
         return TensorRef(storage, dtype, own, dense_strides(own))
-    place = _joined(shape, dtype.itemsize, boxes) or Tiled(
+    place = _joined(shape, dtype.itemsize, boxes, keep_records=keep_records) or Tiled(
         shape, dtype.itemsize, tuple(tile_of(box) for box in boxes)
     )
     storage = Storage(key, math.prod(shape) * dtype.itemsize, place)
@@ -157,7 +165,9 @@ def tile_of(box: Box) -> Tile:
     return Tile(box.start, box.shape, place, offset, box.stride)
 
 
-def _joined(shape: tuple[int, ...], itemsize: int, boxes: Sequence[Box]) -> Place | None:
+def _joined(
+    shape: tuple[int, ...], itemsize: int, boxes: Sequence[Box], *, keep_records: bool
+) -> Place | None:
     """The runs of all boxes in the whole's order; None where they are short.
 
     Also where a part does not fill its storage (a view, padding): the storage's CRC-32 and the accounting
@@ -168,9 +178,9 @@ def _joined(shape: tuple[int, ...], itemsize: int, boxes: Sequence[Box]) -> Plac
     split = [_run_axis(shape, box) for box in boxes]
     runs = [math.prod(box.shape[axis:]) * itemsize for box, axis in zip(boxes, split, strict=True)]
     several = any(math.prod(box.shape[:axis]) > 1 for box, axis in zip(boxes, split, strict=True))
-    if several and min(runs) < MIN_RUN_NBYTES:
+    if several and (keep_records or min(runs) < MIN_RUN_NBYTES):
         return None
-    found: list[tuple[int, ByteRange]] = []
+    found: list[tuple[int, ByteRange | InMemory]] = []
     for box, axis, nbytes in zip(boxes, split, runs, strict=True):
         found.extend(_runs(shape, itemsize, box, axis, nbytes))
     found.sort(key=lambda run: run[0])
@@ -201,7 +211,7 @@ def _run_axis(shape: tuple[int, ...], box: Box) -> int:
 
 def _runs(
     shape: tuple[int, ...], itemsize: int, box: Box, axis: int, nbytes: int
-) -> Iterator[tuple[int, ByteRange]]:
+) -> Iterator[tuple[int, ByteRange | InMemory]]:
     """(element of the whole, place) of each run of a box."""
     dense = dense_strides(shape)
     tensor = box.part.tensor
@@ -211,11 +221,4 @@ def _runs(
     for index in product(*(range(n) for n in box.shape[:axis])):
         to = first + sum(i * step for i, step in zip(index, dense, strict=False))
         at = box.offset + sum(i * step for i, step in zip(index, box.stride, strict=False))
-        yield to, _cut(place, (tensor.storage_offset + at) * itemsize, nbytes)
-
-
-def _cut(place: ByteRange, offset: int, nbytes: int) -> ByteRange:
-    """Part of a place. What vouches for the whole record (its CRC-32, its framing) does not for a part."""
-    if offset == 0 and nbytes == place.nbytes:
-        return place
-    return ByteRange(place.offset + offset, nbytes, member=place.member)
+        yield to, part_of(place, (tensor.storage_offset + at) * itemsize, nbytes)

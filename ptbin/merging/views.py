@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ptbin.errors import LimitExceededError, UnsupportedTensorError
-from ptbin.merging.tiles import Box, Part, plain_part, whole_tensor
+from ptbin.merging.tiles import Box, Part, require_plain, whole_tensor
 from ptbin.values.dtypes import DType
 from ptbin.values.tensors import ByteRange, InMemory, Joined, Storage, TensorRef, Tiled, dense_strides
 
@@ -22,26 +22,35 @@ MAX_BOXES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Elements of other tensors, in an order of its own.
+    """Elements of other tensors, reordered.
 
     Attributes:
-        final: the shape that it is to have, as many elements in the same order; None: `shape`.
+        final_shape: the shape that it is to have, as many elements in the same order; None: `shape`.
     """
 
     dtype: DType
     shape: tuple[int, ...]
     boxes: tuple[Box, ...]
-    final: tuple[int, ...] | None = None
+    final_shape: tuple[int, ...] | None = None
 
     def tensor(self, what: str, key: str, known: dict[object, Storage] | None = None) -> TensorRef:
         """The tensor. Raises CorruptArchiveError: the boxes overlap or leave gaps."""
         return whole_tensor(
-            what, key, self.dtype, self.shape, self.boxes, final=self.final, known=known, apart=True
+            what,
+            key,
+            self.dtype,
+            self.shape,
+            self.boxes,
+            final_shape=self.final_shape,
+            known=known,
+            own_storage=True,
         )
 
-    def settled(self) -> View:
+    def in_final_shape(self) -> View:
         """With the shape that it is to have."""
-        return self if self.final is None else replace(self, final=None).reshaped(self.final)
+        return (
+            self if self.final_shape is None else replace(self, final_shape=None).reshaped(self.final_shape)
+        )
 
     def split(self, axis: int, sizes: Sequence[int]) -> View:
         """One axis as several, the last one fastest."""
@@ -164,7 +173,7 @@ def stacked(views: Sequence[View], axis: int) -> View:
 
 
 def leaf(tensor: TensorRef, home: str) -> View:
-    """The tensor as if it lay densely in a storage of its own: for proofs, which need no place."""
+    """The tensor as if it lay densely in a separate storage: for proofs, which need no place."""
     dense = dense_strides(tensor.shape)
     own = TensorRef(Storage(home, tensor.nbytes), tensor.dtype, tensor.shape, dense)
     box = Box(Part(own, home), (0,) * len(tensor.shape), tensor.shape, 0, dense)
@@ -180,7 +189,7 @@ def view_of(tensor: TensorRef, name: str) -> View:
     place = tensor.storage.place
     if isinstance(place, (ByteRange, InMemory)) or not isinstance(place, (Joined, Tiled)):
         part = Part(tensor, name)
-        plain_part(part, name)
+        require_plain(part, name)
         box = Box(part, (0,) * len(tensor.shape), tensor.shape, 0, tensor.stride)
         return View(tensor.dtype, tensor.shape, (box,) if tensor.numel else ())
     if tensor.quantizer is not None or tensor.flags or tensor.storage.big_endian:

@@ -25,7 +25,7 @@ from ptbin.reading.selected import read_selected
 from ptbin.sources.opening import open_source
 from ptbin.stores import Identity
 from ptbin.values.dtypes import DType
-from ptbin.values.state_dict import tensors_of
+from ptbin.values.state_dict import iter_tensors
 
 if TYPE_CHECKING:
     from ptbin.manifests.draft import Draft
@@ -74,7 +74,7 @@ def _compare_state_dict(
 ) -> None:
     by_name = {row["name"]: row for row in rows}
     with open_output(dest, {**manifest, "tensors": rows}) as loaded:
-        wanted = dict(item for name, value in state_dict.entries for item in tensors_of(name, value))
+        wanted = dict(iter_tensors(state_dict.entries))
         found = dict(iter_loaded_tensors(loaded))
         in_order = manifest["options"]["format"] != "torch" or list(found) == list(by_name)
         if found.keys() != by_name.keys() or not in_order:

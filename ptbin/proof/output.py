@@ -5,6 +5,9 @@ by name, type, shape and place; then every byte is read back. The whole file's C
 combined from the source's own checksums, each record's must equal the source's, and the SHA-256s found
 go into the manifest.
 
+A small output for an object store was proven before it was sent (`held`). Where the store has answered with
+the MD5 of those bytes, none of them is read again.
+
 Where an object store copied the weights by itself and keeps a CRC-32 of the whole object, computed from the
 bytes it holds, that number takes the place of reading them: equal to the one combined from the source's
 checksums, it proves the same. The index is read and compared all the same.
@@ -31,14 +34,22 @@ from ptbin.sources.folders import INDEX_SUFFIX
 from ptbin.stores import identity_text
 from ptbin.values.digests import FileDigests, StoredTensor
 from ptbin.values.dtypes import BY_NAME
-from ptbin.values.state_dict import tensors_of
+from ptbin.values.state_dict import iter_tensors
 from ptbin.values.tensors import ByteRange, TensorRef
 
 if TYPE_CHECKING:
     from ptbin.manifests.draft import Draft, DraftFile
+    from ptbin.options import Limits
     from ptbin.stores import Place, RangeReader
 
-__all__ = ["READ_BACK", "STORE_CHECKSUM", "compare_checksums", "prove_output", "stored_tensor"]
+__all__ = [
+    "READ_BACK",
+    "STORE_CHECKSUM",
+    "check_structure",
+    "compare_checksums",
+    "prove_output",
+    "stored_tensor",
+]
 
 READ_BACK = "read back"
 STORE_CHECKSUM = "store checksum"
@@ -67,6 +78,9 @@ def prove_output(
     """
     proven_by = READ_BACK
     for file, output in zip(draft.files, draft.manifest["outputs"], strict=True):
+        if file.acknowledged:
+            proven_by = STORE_CHECKSUM
+            continue
         rows = [row for row in draft.manifest["tensors"] if row["file"] == file.path]
         place = dest.parent / file.path
         with place.open_reader() as reader:
@@ -99,8 +113,7 @@ def _prove_by_store(
     reader: RangeReader, file: DraftFile, rows: list[dict[str, Any]], draft: Draft, stated: int
 ) -> None:
     _check_size(reader, file)
-    if rows and draft.manifest["options"]["format"] != "raw":
-        _check_structure(reader, draft, rows)
+    _check_structure(reader, draft, rows)
     if stated != file.crc32:
         raise ChecksumMismatchError(
             f"{reader.uri}: the store states CRC-32 {hex_crc32(stated)} for what it copied, the source's "
@@ -114,8 +127,7 @@ def _check_same(reader: RangeReader, file: DraftFile, rows: list[dict[str, Any]]
     planned one.
     """
     _check_size(reader, file)
-    if rows and draft.manifest["options"]["format"] != "raw":
-        _check_structure(reader, draft, rows)
+    _check_structure(reader, draft, rows)
     if identity_text(reader.identity) != file.identity:
         raise VerificationError(f"{reader.uri}: was written to after it was proven")
 
@@ -134,8 +146,7 @@ def _prove_file(
 ) -> FileDigests:
     """Digests of the file, once it has proven to be what was meant; its tensors' rows get theirs."""
     _check_size(reader, file)
-    if rows and draft.manifest["options"]["format"] != "raw":
-        _check_structure(reader, draft, rows)
+    _check_structure(reader, draft, rows)
     # What the store copied differs from what the source states only where the source itself does.
     wrong = ChecksumMismatchError if file.copied_nbytes else VerificationError
     places = [stored_tensor(row, file.size) for row in rows]
@@ -237,19 +248,30 @@ def stored_tensor(row: Mapping[str, Any], file_size: int | None = None) -> Store
 
 
 def _check_structure(reader: RangeReader, draft: Draft, rows: list[dict[str, Any]]) -> None:
-    """The stored file, read anew, holds exactly the tensors that were planned, where they were planned."""
+    check_structure(reader, draft.limits, draft.manifest["options"]["format"], rows)
+
+
+def check_structure(
+    reader: RangeReader, limits: Limits, output_format: str, rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """The stored file, read anew, holds exactly the tensors that were planned, where they were planned.
+
+    Of format `raw` its index says so, which is another file.
+    """
+    if not rows or output_format == "raw":
+        return
     try:
-        checkpoint = read_checkpoint(reader, draft.limits)
+        checkpoint = read_checkpoint(reader, limits)
         safety = judge_programs(checkpoint.programs)
         if safety.verdict != "safe":
             raise VerificationError(f"{reader.uri}: the output's own pickle is not safe: {safety.globals}")
         state_dict = select_state_dict(checkpoint, ".")
     except CheckpointError as error:
         raise VerificationError(f"what was stored cannot be read: {error}") from error
-    found = [item for name, value in state_dict.entries for item in tensors_of(name, value)]
+    found = list(iter_tensors(state_dict.entries))
     if len(found) != len(rows):
         raise VerificationError(f"{reader.uri}: {len(found)} tensors are stored, {len(rows)} were planned")
-    if draft.manifest["options"]["format"] == "safetensors":
+    if output_format == "safetensors":
         found.sort(key=lambda item: item[0])  # the header's order says nothing
         rows = sorted(rows, key=lambda row: str(row["name"]))
     for (name, tensor), row in zip(found, rows, strict=True):

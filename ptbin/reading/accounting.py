@@ -24,7 +24,7 @@ from ptbin.reading.containers.checkpoint import Checkpoint
 from ptbin.reading.roles import REASONS
 from ptbin.reading.tree import Data, iter_data
 from ptbin.values.nodes import NdArray, Opaque
-from ptbin.values.state_dict import Excluded, LeftOut, tensors_of
+from ptbin.values.state_dict import Excluded, LeftOut, iter_tensors, tensors_of
 from ptbin.values.tensors import ByteRange, InMemory, Joined, Place, Storage, TensorRef, Tiled, TypedStorage
 
 __all__ = ["Accounting", "Unaccounted", "account"]
@@ -83,10 +83,9 @@ def account(
     space = _AddressSpace()
     claims = _Claims()
     views: list[TensorRef] = []
-    for name, value in taken:
-        for _, tensor in tensors_of(name, value):
-            claims.add(len(views), space.of_view(tensor))
-            views.append(tensor)
+    for _, tensor in iter_tensors(taken):
+        claims.add(len(views), space.of_view(tensor))
+        views.append(tensor)
     first_excluded = len(views)
     items = list(excluded)
     seen: set[int] = set()

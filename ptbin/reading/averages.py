@@ -10,7 +10,7 @@ weight averaging keeps the average in `state_dict` (lightning/pytorch/callbacks/
 * a state dict of its own under a telling name (`state_dict_ema`, `ema.model`, `averaged_model`, ...);
 * inside the model's flat state dict, with names of its own: `ema_model.` (ema_pytorch), `model_ema.` with the
   dots taken out (LitEma of latent diffusion). Offered as `<path>#ema`, under the names of the raw weights;
-* a list `shadow_params` (torch_ema, diffusers), where one model beside it has as many parameters of the same
+* a list `shadow_params` (torch_ema, diffusers), where one model next to it has as many parameters of the same
   shapes in the same order. Offered as its path, under that model's names.
 """
 
@@ -19,8 +19,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ptbin.reading.prefixes import wrapper_prefixes
-from ptbin.values.nodes import DictNode
+from ptbin.reading.keys import without_wrappers
+from ptbin.values.nodes import DictNode, entry_in
 from ptbin.values.state_dict import StateDict
 from ptbin.values.tensors import TensorRef
 
@@ -38,7 +38,7 @@ __all__ = [
 AVERAGED = "ema"
 """What `--select` takes for the averaged copy, wherever it is; also the role of a candidate that is one."""
 RAW = "raw"
-"""Role of a candidate that is the raw weights beside an average that is the model."""
+"""Role of a candidate that is the raw weights next to an average that is the model."""
 
 _AVERAGED = re.compile(r"(?:^|[._#])(?:ema|swa|averaged?|shadow)(?:$|[._#\d])", re.IGNORECASE)
 _PREFIXES = ("ema_model.", "model_ema.", "ema.")
@@ -71,11 +71,11 @@ def roles_by_producer(root: Any) -> dict[str, str]:
 
 
 def swapped_copy(root: Any, found: StateDict) -> StateDict | None:
-    """mmcv's average: the plain names, beside raw weights in buffers called `ema_` and the name without dots.
+    """mmcv's average: plain names, next to raw weights in buffers called `ema_` and the name without dots.
 
     mmcv/runner/hooks/ema.py swaps the two before a checkpoint is saved.
     """
-    meta = root.get("meta") if isinstance(root, DictNode) else None
+    meta = entry_in(root, "meta")
     if not isinstance(meta, DictNode) or "mmcv_version" not in meta.by_name():
         return None
     names = {name for name, _ in found.entries}
@@ -84,7 +84,8 @@ def swapped_copy(root: Any, found: StateDict) -> StateDict | None:
     if not raw:
         return None
     entries = [(name, value) for name, value in found.entries if name not in raw]
-    return StateDict(found.path + COPY_SUFFIX, found.kind, found.mapping_kind, entries, None)
+    path = found.path + COPY_SUFFIX
+    return StateDict(path, found.kind, found.mapping_kind, entries, None, base=found.path)
 
 
 def is_same_model(one: StateDict, other: StateDict) -> bool:
@@ -105,12 +106,12 @@ def is_same_model(one: StateDict, other: StateDict) -> bool:
 
 def _shapes(found: StateDict) -> dict[str, tuple[int, ...]]:
     named = [(n, v) for n, v in found.entries if isinstance(v, TensorRef) and v.shape]
-    names = wrapper_prefixes([name for name, _ in named])
+    names = without_wrappers([name for name, _ in named])
     return {name: value.shape for name, (_, value) in zip(names, named, strict=True)}
 
 
 def copies_inside(found: StateDict) -> StateDict | None:
-    """The averaged copy that a flat state dict holds beside the raw weights, if it holds one."""
+    """The averaged copy that a flat state dict holds next to the raw weights, if it holds one."""
     tensors = {name: value for name, value in found.entries if isinstance(value, TensorRef)}
     if not any(name.startswith(_PREFIXES) for name in tensors):
         return None
@@ -125,7 +126,7 @@ def copies_inside(found: StateDict) -> StateDict | None:
         entries = _without_dots(tensors, copied) if prefix == _LIT_EMA else []
         entries = entries or [(name[len(prefix) :], value) for name, value in copied.items()]
         path = found.path + COPY_SUFFIX
-        return StateDict(path, found.kind, found.mapping_kind, entries, None)
+        return StateDict(path, found.kind, found.mapping_kind, entries, None, base=found.path)
     return None
 
 

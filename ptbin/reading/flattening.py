@@ -12,8 +12,9 @@ from typing import Any
 
 from ptbin.errors import LimitExceededError, NoStateDictError
 from ptbin.reading.containers.checkpoint import Checkpoint
+from ptbin.reading.contents import role_of_content
 from ptbin.reading.modules import MAX_ENTRIES, is_module, module_state_dict
-from ptbin.reading.roles import looks_like_weights, role_of_content, role_of_leaf, role_of_name
+from ptbin.reading.roles import looks_like_weights, role_of_leaf, role_of_name
 from ptbin.reading.search import EXTRA_STATE, is_packed, readable
 from ptbin.reading.tree import as_mapping, holds_data, is_branch, is_unreadable_tensor, names_below
 from ptbin.values.nodes import DictNode, Instance, NdArray, Opaque
@@ -64,12 +65,9 @@ class _Walk:
             self.leave_out(prefix, None, node)
             return
         if isinstance(node, Instance) and is_module(node):
-            found = module_state_dict(node, prefix)
+            found = module_state_dict(node, self.place(prefix.rstrip(".")) if prefix else self.path)
             self.entries.extend((prefix + name, value) for name, value in found.entries)
-            self.excluded.extend(
-                Excluded(self.place(prefix + item.path), item.role, item.reason, item.node)
-                for item in found.excluded
-            )
+            self.excluded.extend(found.excluded)
             return
         mapping = as_mapping(node)
         if mapping is None and not isinstance(node, (list, tuple)):
@@ -102,7 +100,7 @@ class _Walk:
                 self.entries.append((name, value))
             elif holds_data(value):
                 self.leave_out(name, None, value)
-        elif step.endswith(EXTRA_STATE) or (isinstance(value, (list, tuple)) and is_packed(value)):
+        elif step.endswith(EXTRA_STATE) or is_packed(value):
             self.entries.append((name, value))
         elif (role := _other_role(step, value)) is not None:
             self.leave_out(name, role, value)
@@ -138,23 +136,16 @@ def _tensor_names(pairs: list[tuple[Any, Any]]) -> list[str]:
 
 
 def _is_plain_state_dict(pairs: list[tuple[Any, Any]]) -> bool:
-    """Tensors, and values beside them that belong to them (`_packed_params.dtype`)."""
+    """Tensors, and values next to them that belong to them (`_packed_params.dtype`)."""
     tensors = [value for _, value in pairs if isinstance(value, (TensorRef, SparseTensor, Opaque))]
     return bool(tensors) and not any(
-        is_branch(value)
-        and not str(key).endswith(EXTRA_STATE)
-        and holds_data(value)
-        and not _is_packed(value)
+        is_branch(value) and not str(key).endswith(EXTRA_STATE) and holds_data(value) and not is_packed(value)
         for key, value in pairs
     )
 
 
-def _is_packed(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and is_packed(value)
-
-
 def _role_at_top(step: str, value: Any) -> str | None:
-    """The role of a counter or a metric beside modules, by its name: a single number may be a buffer."""
+    """The role of a counter or a metric next to modules, by its name: a single number may be a buffer."""
     role = role_of_leaf(step, value, None)
     return None if role == "metrics" and role_of_name(step) not in ("metrics", "loss_function") else role
 

@@ -13,16 +13,20 @@ from typing import Any
 
 from ptbin.errors import NoStateDictError, OutputCollisionError, UnsupportedTensorError, UsageError
 from ptbin.options import ConvertOptions
-from ptbin.reading.prefixes import wrapper_prefixes
 from ptbin.reading.tree import DataSearch, iter_data
 from ptbin.values.dtypes import BY_NAME
 from ptbin.values.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, iter_nodes
-from ptbin.values.state_dict import Excluded, StateDict
+from ptbin.values.state_dict import StateDict
 from ptbin.values.tensors import SparseTensor, TensorRef
 
-__all__ = ["drop_entries", "keep_writable", "new_names", "rename_entries"]
+__all__ = ["drop_entries", "keep_writable", "new_names", "rename_entries", "without_wrappers"]
 
 MAX_VALUE_DEPTH = 32
+
+# torch.compile wraps a module as `_orig_mod` wherever it stands; DataParallel and DistributedDataParallel
+# wrap the whole model as `module`.
+_COMPILED = "_orig_mod"
+_PARALLEL = "module"
 
 
 def keep_writable(state_dict: StateDict, uri: str, search: DataSearch) -> None:
@@ -41,20 +45,19 @@ def keep_writable(state_dict: StateDict, uri: str, search: DataSearch) -> None:
             kept.append((name, value))  # as nearly all are
             continue
         if isinstance(value, Opaque) and not value.has_data:
-            state_dict.excluded.append(Excluded(name, "value", value.reason))
+            state_dict.leave_out(name, "value", value.reason)
             continue
         _refuse_loss(name, value, uri, done, search)
         if _is_writable(value, 0, done):
             kept.append((name, value))
         else:
-            reason = f"weights_only=True cannot read a {_describe(value)}"
-            state_dict.excluded.append(Excluded(name, "value", reason))
+            state_dict.leave_out(name, "value", f"weights_only=True cannot read a {_describe(value)}")
     if not any(isinstance(v, (TensorRef, SparseTensor)) for _, v in kept):
         raise NoStateDictError(f"{uri}: no tensor with data in {state_dict.path!r}")
     state_dict.entries = kept
     if state_dict.metadata is not None and not _is_metadata(state_dict.metadata):
         _refuse_loss("_metadata", state_dict.metadata, uri, set(), search)
-        state_dict.excluded.append(Excluded("_metadata", "value", "weights_only=True cannot read it"))
+        state_dict.leave_out("_metadata", "value", "weights_only=True cannot read it")
         state_dict.metadata = None
 
 
@@ -83,12 +86,13 @@ def _refuse_loss(name: str, value: Any, uri: str, done: set[int], search: DataSe
     if not _is_writable(value, 0, done):
         raise UnsupportedTensorError(
             f"{uri}: {name!r} is a {_describe(value)} that holds tensors, which weights_only=True cannot "
-            f"read; save it under names of its own; {way_out}"
+            f"read; save its tensors under separate names; {way_out}"
         )
 
 
 def _is_metadata(value: Any) -> bool:
-    return isinstance(value, DictNode) and _is_writable(value, 0, set()) and not _holds_tensors(value)
+    held = (node for node in iter_nodes(value) if isinstance(node, (TensorRef, SparseTensor)))
+    return isinstance(value, DictNode) and _is_writable(value, 0, set()) and next(held, None) is None
 
 
 def _is_writable(value: Any, depth: int, done: set[int]) -> bool:
@@ -150,10 +154,6 @@ def _is_device(value: Instance) -> bool:
     return len(args) == 1 or type(args[1]) is int
 
 
-def _holds_tensors(value: Any) -> bool:
-    return any(isinstance(node, (TensorRef, SparseTensor)) for node in iter_nodes(value))
-
-
 def _describe(value: Any) -> str:
     if isinstance(value, NdArray):
         return "numpy scalar" if value.scalar else "numpy array"
@@ -177,7 +177,7 @@ def drop_entries(state_dict: StateDict, options: ConvertOptions, uri: str) -> No
         expression = re.compile(pattern)
         for name, value in entries:
             if expression.search(name):
-                state_dict.excluded.append(Excluded(name, "dropped", f"dropped by {pattern!r}", value))
+                state_dict.leave_out(name, "dropped", f"dropped by {pattern!r}", value)
         entries = [(name, value) for name, value in entries if not expression.search(name)]
     if not any(isinstance(v, (TensorRef, SparseTensor, Opaque)) for _, v in entries):
         raise NoStateDictError(f"{uri}: the rules drop every tensor of {state_dict.path!r}")
@@ -210,7 +210,7 @@ def rename_entries(state_dict: StateDict, options: ConvertOptions, uri: str) -> 
 def new_names(names: list[str], options: ConvertOptions) -> list[str]:
     """The names under `strip_prefix` and `rename`."""
     if options.strip_prefix == "auto":
-        names = wrapper_prefixes(names)
+        names = without_wrappers(names)
     elif options.strip_prefix:
         names = [name.removeprefix(options.strip_prefix) for name in names]
     for pattern, replacement in options.rename:
@@ -245,3 +245,13 @@ def _renamed_metadata(metadata: DictNode, names: list[str], options: ConvertOpti
             taken.add(target)
             renamed.pairs.append((target, value))
     return renamed
+
+
+def without_wrappers(names: list[str]) -> list[str]:
+    """The names with `_orig_mod` taken out anywhere and `module` off the front where all carry it."""
+    parts = [name.split(".") for name in names]
+    while True:
+        parts = [[p for p in name if p != _COMPILED] or name for name in parts]
+        if not parts or not all(len(name) > 1 and name[0] == _PARALLEL for name in parts):
+            return [".".join(name) for name in parts]
+        parts = [name[1:] for name in parts]

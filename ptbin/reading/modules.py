@@ -3,7 +3,7 @@
 Walks what `torch.nn.Module.state_dict` walks (torch/nn/modules/module.py, `_save_to_state_dict`):
 `_parameters`, then `_buffers` less the non-persistent ones, then `_modules`, names joined by dots; a module
 that `torch.compile` wrapped is one with a child `_orig_mod`, as torch names it. A child that pickles itself
-by code of its own (`__reduce__`, a tuple for a state) and weights that a quantized layer keeps packed cannot
+with custom code (`__reduce__`, a tuple for a state) and weights that a quantized layer keeps packed cannot
 be had without that code: they become `Opaque` entries, which no conversion takes or passes over. TorchScript
 modules keep flat attributes instead; there the lists in the archive's code say which are parameters and
 buffers.
@@ -17,7 +17,7 @@ from typing import Any
 from ptbin.errors import CorruptArchiveError, LimitExceededError
 from ptbin.reading.tree import iter_data
 from ptbin.values.nodes import DictNode, Instance, Opaque, SetNode
-from ptbin.values.state_dict import Excluded, StateDict
+from ptbin.values.state_dict import StateDict
 from ptbin.values.tensors import TensorRef
 
 __all__ = ["is_module", "module_state_dict", "script_state_dict"]
@@ -79,8 +79,8 @@ def module_state_dict(root: Instance, path: str) -> StateDict:
     Raises:
         CorruptArchiveError: modules nested without end.
     """
-    entries: list[tuple[str, Any]] = []
-    excluded: list[Excluded] = []
+    found = StateDict(path, "module", "OrderedDict", [], None)
+    entries = found.entries
     # Of all attributes together: modules share configurations, and each is walked once.
     seen: set[int] = set()
 
@@ -104,7 +104,7 @@ def module_state_dict(root: Instance, path: str) -> StateDict:
             if value is None:
                 continue
             if name in transient:
-                excluded.append(Excluded(prefix + name, "non_persistent_buffer", node=value))
+                found.leave_out(prefix + name, "non_persistent_buffer", node=value)
             else:
                 entries.append((prefix + name, value))
         children = _pairs(attributes.get("_modules"))
@@ -115,15 +115,15 @@ def module_state_dict(root: Instance, path: str) -> StateDict:
             if packed or (isinstance(value, Instance) and value.class_path == "torch.ScriptObject"):
                 entries.append((prefix + name, _packed_weights(module, value)))
             else:
-                excluded.append(Excluded(prefix + name, "attribute", node=value))
+                found.leave_out(prefix + name, "attribute", node=value)
         for name, child in children:
             if is_module(child):
                 yield prefix + name, child
             elif child is not None:
                 entries.append((prefix + name, _own_pickling(child)))
 
-    _walk(root, own, lambda: len(entries) + len(excluded))
-    return StateDict(path, "module", "OrderedDict", entries, None, excluded)
+    _walk(root, own, found)
+    return found
 
 
 def _packed_weights(module: Instance, value: Any) -> Opaque:
@@ -137,7 +137,7 @@ def _packed_weights(module: Instance, value: Any) -> Opaque:
 def _own_pickling(child: Any) -> Opaque:
     path = child.class_path if isinstance(child, Instance) else type(child).__name__
     return Opaque(
-        f"module of {path}, which pickles itself by code of its own",
+        f"module of {path}, which pickles itself with custom code",
         "its parameters have no names in the file; load the model where that class is, and save its "
         "state_dict() instead",
         contents=child,
@@ -148,8 +148,8 @@ def script_state_dict(
     root: Instance, path: str, classes: dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
 ) -> StateDict:
     """What `torch.jit.load(...).state_dict()` would return."""
-    entries: list[tuple[str, Any]] = []
-    excluded: list[Excluded] = []
+    found = StateDict(path, "torchscript", "OrderedDict", [], None)
+    entries = found.entries
     # Of all attributes together: modules share configurations, and each is walked once.
     seen: set[int] = set()
 
@@ -158,7 +158,7 @@ def script_state_dict(
         if attributes is None:
             packed = (module.state, module.args)
             if next(iter_data(packed, seen), None) is not None:
-                excluded.append(Excluded(prefix.rstrip("."), "packed", node=packed))
+                found.leave_out(prefix.rstrip("."), "packed", node=packed)
             return
         parameters, buffers = classes.get(module.class_path, ((), ()))
         named = attributes.by_name()
@@ -173,14 +173,14 @@ def script_state_dict(
             if isinstance(value, Instance) and value.class_path.startswith("__torch__"):
                 yield prefix + name, value
             elif next(iter_data(value, seen), None) is not None:
-                excluded.append(Excluded(prefix + name, "attribute", node=value))
+                found.leave_out(prefix + name, "attribute", node=value)
 
-    _walk(root, own, lambda: len(entries) + len(excluded))
-    return StateDict(path, "torchscript", "OrderedDict", entries, None, excluded)
+    _walk(root, own, found)
+    return found
 
 
 def _walk(
-    root: Instance, own: Callable[[Instance, str], Iterator[tuple[str, Any]]], count: Callable[[], int]
+    root: Instance, own: Callable[[Instance, str], Iterator[tuple[str, Any]]], found: StateDict
 ) -> None:
     """Depth first, in order; a module that contains itself is refused, one used twice is walked twice."""
     stack: list[tuple[Instance, str, tuple[int, ...]]] = [(root, "", ())]
@@ -191,7 +191,8 @@ def _walk(
             raise CorruptArchiveError(f"modules nested without end at {prefix[:200]!r}")
         modules += 1
         name_nbytes += len(prefix)
-        if modules > MAX_MODULES or name_nbytes > MAX_NAME_NBYTES or count() > MAX_ENTRIES:
+        count = len(found.entries) + len(found.excluded)
+        if modules > MAX_MODULES or name_nbytes > MAX_NAME_NBYTES or count > MAX_ENTRIES:
             raise LimitExceededError(f"more modules or parameters than any model has, at {prefix[:200]!r}")
         below = [(child, f"{name}.", (*above, id(module))) for name, child in own(module, prefix)]
         stack.extend(reversed(below))

@@ -90,9 +90,16 @@ def refuse_part(checkpoint: Checkpoint) -> None:
         IncompleteCheckpointError: what shows it, and what to do.
     """
     if (why := find_part(checkpoint)) is not None:
+        # Files of ranks are put together; which they are, their names say (`sources.part_names`).
+        merge = (
+            "put all ranks' files, and nothing else, into one folder as rank_0.pt, rank_1.pt, ... and "
+            "convert the folder"
+            if _of_distributed_tensors(checkpoint)
+            else "merge all parts with the tool of the framework that wrote them"
+        )
         raise IncompleteCheckpointError(
-            f"{checkpoint.uri}: one part of a checkpoint: {why}; merge all parts with the tool of the "
-            "framework that wrote them, or take this one knowingly with --parts"
+            f"{checkpoint.uri}: one part of a checkpoint: {why}; {merge}, or take this one knowingly with "
+            "--parts"
         )
 
 

@@ -10,14 +10,14 @@ from ptbin.merging.planner import plan_recipe
 from ptbin.merging.shipped import find_recipe
 from ptbin.reading.containers.checkpoint import Checkpoint
 from ptbin.reading.containers.megatron import megatron_facts
-from ptbin.values.state_dict import Excluded, StateDict
+from ptbin.values.state_dict import StateDict
 from ptbin.values.tensors import TensorRef
 
 __all__ = ["apply_recipe"]
 
 
 def apply_recipe(state_dict: StateDict, text: str, checkpoint: Checkpoint) -> None:
-    """Let the entries be what the recipe makes of them; what is no tensor is kept, or left out by a rule.
+    """Let the entries be what the recipe makes of them; what is not a tensor is kept, or left out by a rule.
 
     Raises:
         ModelMismatchError: a rule does not fit, no rule names a tensor, elements would be used twice or not
@@ -57,11 +57,9 @@ def apply_recipe(state_dict: StateDict, text: str, checkpoint: Checkpoint) -> No
             entries.append((name, value))
         if name in left:
             reason = f"left out by recipe {recipe.name}"
-            state_dict.excluded.append(Excluded(name, left[name], reason, value))
+            state_dict.leave_out(name, left[name], reason, value)
     for name in dict.fromkeys(planned.padded):
-        state_dict.excluded.append(
-            Excluded(name, "padding", f"cut off by recipe {recipe.name}", tensors[name])
-        )
+        state_dict.leave_out(name, "padding", f"cut off by recipe {recipe.name}", tensors[name])
     state_dict.entries = entries
     state_dict.source_names = sources
     state_dict.made_of = {name: names for name, (_, names) in planned.tensors.items()}

@@ -1,10 +1,10 @@
 """The search for state dicts: what in a checkpoint could be a model, and what was turned down. Pure.
 
 A candidate is a pickled module, or a mapping of strings whose values are tensors and plain values. States of
-optimizers, schedulers and random generators are none, nor is anything inside a tensor that cannot be read. A
-mapping that holds tensors and cannot be taken as it is, because more of it lies in mappings below, say, is
-*turned down*: what lies below it is offered for `--select` and never chosen, or a piece of a model would pass
-for the model.
+optimizers, schedulers and random generators are not candidates, nor is anything inside a tensor that cannot
+be read. A mapping that holds tensors and cannot be taken as it is, because more of it lies in mappings below,
+say, is *turned down*: what lies below it is offered for `--select` and never chosen, or a piece of a model
+would pass for the model.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from ptbin.reading.averages import (
     swapped_copy,
 )
 from ptbin.reading.containers.checkpoint import Checkpoint
+from ptbin.reading.contents import role_of_content
 from ptbin.reading.modules import is_module, module_state_dict, script_state_dict
-from ptbin.reading.roles import looks_like_weights, role_of_content, role_of_leaf, role_of_name
+from ptbin.reading.roles import looks_like_weights, role_of_leaf, role_of_name
 from ptbin.reading.tree import (
     DataSearch,
     as_mapping,
@@ -35,7 +36,7 @@ from ptbin.reading.tree import (
     names_below,
 )
 from ptbin.values.nodes import DictNode, Global, Instance, NdArray, Opaque
-from ptbin.values.state_dict import StateDict, tensors_of
+from ptbin.values.state_dict import StateDict, iter_tensors
 from ptbin.values.tensors import SparseTensor, TensorRef
 
 __all__ = [
@@ -77,11 +78,9 @@ class Candidate:
     """A place that could be the state dict.
 
     Attributes:
-        beside: found below something that is saved beside a model, or below a mapping that was turned down;
-            never
-            chosen automatically.
-        role: `ema` where it is an averaged copy of a model's weights, `raw` where it is the raw one beside an
-            average.
+        beside: found below something that is saved next to a model, or below a mapping that was turned down;
+            never chosen automatically.
+        role: `ema` of an averaged copy of a model's weights, `raw` of the raw weights next to an average.
     """
 
     path: str
@@ -97,7 +96,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class TurnedDown:
-    """A mapping that holds tensors and is no state dict as it stands: why, and which tensors directly."""
+    """A mapping that holds tensors and is not a state dict as it stands: why, and which tensors directly."""
 
     path: str
     why: str
@@ -157,7 +156,7 @@ def find_state_dicts(checkpoint: Checkpoint, limits: Limits) -> Findings:
 
 
 def _is_beside(step: str, node: Any, looks: int) -> tuple[bool, int]:
-    """Whether a name says that something is saved beside a model, and how many looks below are left.
+    """Whether a name says that something is saved next to a model, and how many looks below are left.
 
     `best_state` may well be the model.
     """
@@ -170,7 +169,7 @@ def _is_beside(step: str, node: Any, looks: int) -> tuple[bool, int]:
 
 
 def _averaged_copies(checkpoint: Checkpoint, candidates: list[Candidate]) -> list[Candidate]:
-    """Averages that are no state dict of their own; offered, never chosen."""
+    """Averages inside other state dicts; offered, never chosen."""
     main = [c.state_dict for c in candidates if not c.beside]
     copies = [copies_inside(state_dict) for state_dict in main]
     copies += [swapped_copy(checkpoint.root, state_dict) for state_dict in main]
@@ -179,7 +178,7 @@ def _averaged_copies(checkpoint: Checkpoint, candidates: list[Candidate]) -> lis
 
 
 def _measured(state_dict: StateDict, beside: bool, role: str | None) -> Candidate:
-    tensors = [tensor for name, value in state_dict.entries for _, tensor in tensors_of(name, value)]
+    tensors = [tensor for _, tensor in iter_tensors(state_dict.entries)]
     count, storages = len(tensors), {id(tensor.storage): tensor.storage for tensor in tensors}
     nbytes = sum(storage.nbytes for storage in storages.values())
     return Candidate(state_dict.path, state_dict, count, nbytes, beside, role)
@@ -194,11 +193,11 @@ def as_state_dict(
     inside: bool = False,
     named_by_user: bool = False,
 ) -> StateDict | TurnedDown | None:
-    """The node as a state dict; why it is none although it holds tensors; or None.
+    """The node as a state dict; why it is not one although it holds tensors; or None.
 
     Args:
         name: the last step of its path, None at the top.
-        inside: it is an attribute of an object, where a mapping of tensors is no model by being one.
+        inside: it is an attribute of an object, where not every mapping of tensors is a model.
         named_by_user: take any mapping with a tensor in it, as `torch.load` gives it.
     """
     if isinstance(node, Instance):
@@ -233,7 +232,7 @@ def _strict_mapping(
     named = mapping.by_name()
     tensors = {key: value for key, value in named.items() if _is_tensor(value) and not _is_empty(value)}
     if not tensors and any(isinstance(value, Opaque) for value in named.values()):
-        # meta tensors alone, which are refused by what they are; no model if there is one beside them
+        # meta tensors alone, which are refused by what they are; no model if there is one next to them
         return _made(node, path, mapping, list(named.items())) if not holds_data(mapping) else None
     if not tensors:
         arrays = _of_arrays(checkpoint, named) if len(named) == len(mapping.pairs) else None
@@ -251,10 +250,10 @@ def _strict_mapping(
     tables = roles == {"index_table"}
     whole = is_main and (tables or len(tensors) == len(mapping.pairs))
     if None not in roles and not whole:
-        return None  # counters and metrics, with or without something else beside them
+        return None  # counters and metrics, with or without something else next to them
     nested = _nested(mapping, checkpoint.search)
     if nested is not None:
-        # indices beside a model, which lies below
+        # indices next to a model, which lies below
         return None if tables else TurnedDown(path, nested, tuple(tensors))
     if not is_main and inside and not looks_like_weights(tensors):
         return None
@@ -272,16 +271,17 @@ def _nested(mapping: DictNode, search: DataSearch) -> str | None:
             continue  # refused by its name, if this mapping is the one that is taken
         if not is_branch(value) or is_unreadable_tensor(value) or key.endswith(EXTRA_STATE):
             continue
-        if isinstance(value, (tuple, list)) and is_packed(value):
+        if is_packed(value):
             continue
         if search.holds(value):
-            return f"{key[:100]!r} holds tensors of its own"
+            return f"{key[:100]!r} holds tensors as well"
     return None
 
 
 def is_packed(value: Any) -> bool:
     """(quantized weight, bias), as quantized layers save `_packed_params` (torch/ao/nn/quantized)."""
-    return any(isinstance(part, TensorRef) and part.quantizer is not None for part in value)
+    parts = value if isinstance(value, (tuple, list)) else ()
+    return any(isinstance(part, TensorRef) and part.quantizer is not None for part in parts)
 
 
 def _of_arrays(checkpoint: Checkpoint, named: dict[str, Any]) -> dict[str, TensorRef] | None:

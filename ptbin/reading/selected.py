@@ -15,17 +15,17 @@ from ptbin.reading.accounting import Accounting, account
 from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.containers.checkpoint import Checkpoint
 from ptbin.reading.containers.source import RandomReader
+from ptbin.reading.contents import role_of_leftover
 from ptbin.reading.keys import drop_entries, keep_writable, rename_entries
-from ptbin.reading.leftovers import role_of_leftover
-from ptbin.reading.outside import left_outside
-from ptbin.reading.parts import refuse_part, take_part
+from ptbin.reading.left_out import list_left_out
+from ptbin.reading.parts import accept_part, refuse_part
 from ptbin.reading.pickle.verdicts import SafetyReport, judge_programs, refuse_unsafe_fragment
 from ptbin.reading.recipe_steps import apply_recipe
 from ptbin.reading.search import Findings, find_state_dicts
 from ptbin.reading.selection import WAYS_OUT, select_state_dicts
 from ptbin.values.state_dict import Excluded, StateDict, storages_of
 
-__all__ = ["Selected", "read_selected", "refuse_unsafe", "select_from"]
+__all__ = ["Selected", "read_and_judge", "read_selected", "refuse_unsafe", "select_from"]
 
 SHOWN_PATHS = 10
 
@@ -72,7 +72,7 @@ class Selected:
             AmbiguousStateDictError: something that is not taken is of no known role.
         """
         explicit = bool(self.options.selected_paths) or self.options.flatten
-        outside = left_outside(
+        outside = list_left_out(
             self.checkpoint, self.state_dicts, self.findings, explicit=bool(self.options.selected_paths)
         )
         found = account(
@@ -97,7 +97,7 @@ def _refuse_unaccounted(selected: Selected, found: Accounting, *, explicit: bool
     elif len(selected.state_dicts) == 1:
         advice = f"--select {path} takes {path!r} and leaves the rest; {WAYS_OUT}"
     raise AmbiguousStateDictError(
-        f"{selected.checkpoint.uri}: {nbytes} bytes beside {path!r} are of no known role: {listed}; {advice}",
+        f"{selected.checkpoint.uri}: {nbytes} bytes next to {path!r} have no known role: {listed}; {advice}",
         tuple(candidate.path for candidate in selected.findings.candidates),
     )
 
@@ -111,13 +111,7 @@ def read_selected(reader: RandomReader, options: ConvertOptions) -> Selected:
         UnsupportedTensorError: something in it that cannot be kept.
         IncompleteCheckpointError: parts are missing, or copies of the selected tensors differ.
     """
-    try:
-        checkpoint = read_checkpoint(reader, options.limits, options.recipe, parts=options.parts)
-    except CorruptArchiveError as error:
-        if options.on_unsafe == "reject":
-            refuse_unsafe_fragment(error, reader.uri)
-        raise
-    safety = judge_programs(checkpoint.programs)
+    checkpoint, safety = read_and_judge(reader, options)
     refuse_unsafe(safety, options, reader.uri)
     selected = select_from(checkpoint, safety, options)
     if checkpoint.replicas:
@@ -127,12 +121,28 @@ def read_selected(reader: RandomReader, options: ConvertOptions) -> Selected:
     return selected
 
 
+def read_and_judge(reader: RandomReader, options: ConvertOptions) -> tuple[Checkpoint, SafetyReport]:
+    """The source's index, and the verdict on its pickles, which is not acted upon.
+
+    Raises:
+        UnsafePickleError: it is damaged, and `unsafe` by what it had said until then.
+        CheckpointError: it cannot be read.
+    """
+    try:
+        checkpoint = read_checkpoint(reader, options.limits, options.recipe, parts=options.parts)
+    except CorruptArchiveError as error:
+        if options.on_unsafe == "reject":
+            refuse_unsafe_fragment(error, reader.uri)
+        raise
+    return checkpoint, judge_programs(checkpoint.programs)
+
+
 def select_from(
     checkpoint: Checkpoint, safety: SafetyReport, options: ConvertOptions, findings: Findings | None = None
 ) -> Selected:
     """The state dicts of a checkpoint that was read, fit for writing; errors as `read_selected`."""
     if options.parts:
-        take_part(checkpoint)
+        accept_part(checkpoint)
     else:
         refuse_part(checkpoint)
     if placements := checkpoint.vocabulary.placements:

@@ -3,7 +3,7 @@
 One candidate (`search`) is the answer; several are an `AmbiguousStateDictError` that lists them. The caller
 may name one or more (`select`: their union, names prefixed by their paths), have nested mappings flattened
 into one (`flatten`), or have each by itself (`split`). What a selection does not take is listed with its role
-(`outside`), for `accounting`.
+(`left_out`), for `accounting`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ptbin.reading.search import (
 )
 from ptbin.reading.tree import iter_data, resolve
 from ptbin.values.nodes import Instance
-from ptbin.values.state_dict import Excluded, StateDict, tensors_of
+from ptbin.values.state_dict import Excluded, StateDict, iter_tensors
 from ptbin.values.tensors import SparseTensor, TensorRef
 
 __all__ = ["WAYS_OUT", "choose_candidate", "select_state_dict", "select_state_dicts", "why_chosen"]
@@ -89,7 +89,7 @@ def _named(checkpoint: Checkpoint, path: str, findings: Findings) -> StateDict:
             found = _the_average(checkpoint, candidates)
         if isinstance(found, TurnedDown):
             raise AmbiguousStateDictError(
-                f"{checkpoint.uri}: {path!r} is no state dict by itself, {found.why}; "
+                f"{checkpoint.uri}: {path!r} is not a state dict by itself, {found.why}; "
                 f"--select {path} --flatten joins their names by dots",
                 tuple(c.path for c in candidates if c.path.startswith(f"{path}.")),
             )
@@ -142,15 +142,10 @@ def _union(made: list[StateDict]) -> StateDict:
         for part in made
         for name, value in part.entries
     ]
-    return StateDict(
-        ", ".join(part.path for part in made),
-        "flattened",
-        "OrderedDict",
-        entries,
-        None,
-        [item for part in made for item in part.excluded],
-        nodes=frozenset().union(*(part.nodes for part in made)),
-    )
+    excluded = [item for part in made for item in part.excluded]
+    nodes = frozenset().union(*(part.nodes for part in made))
+    path = ", ".join(part.path for part in made)
+    return StateDict(path, "flattened", "OrderedDict", entries, None, excluded, nodes=nodes, base=".")
 
 
 def why_chosen(chosen: Candidate, findings: Findings, preferred: str | None) -> str:
@@ -161,7 +156,7 @@ def why_chosen(chosen: Candidate, findings: Findings, preferred: str | None) -> 
     if chosen.path == preferred:
         return "what this container is meant to hold"
     if all(c.beside for c in others):
-        return "the only one that is not saved beside a model"
+        return "the only one that is not saved next to a model"
     return "the others are the same weights"
 
 
@@ -220,7 +215,7 @@ def _why_none(checkpoint: Checkpoint, beside: list[Candidate]) -> str:
     if isinstance(root, (TensorRef, SparseTensor)):
         return "a single tensor without a name"
     if next((data for data in iter_data(root) if isinstance(data, (bytes, bytearray))), None) is not None:
-        return "it holds the bytes of another torch.save; write them to a file of their own and convert that"
+        return "it holds the bytes of another torch.save; write them to a separate file and convert that"
     what = root.class_path if isinstance(root, Instance) else getattr(root, "kind", type(root).__name__)
     return f"no mapping of names to tensors, and no module, in what it holds ({what})"
 
@@ -231,13 +226,7 @@ def _without_twins(candidates: list[Candidate]) -> list[Candidate]:
         return candidates
     kept: dict[tuple[Any, ...], Candidate] = {}
     for candidate in sorted(candidates, key=lambda c: c.path not in PRIMARY_NAMES):
-        key = tuple(
-            sorted(
-                (n, t.layout_key())
-                for name, value in candidate.state_dict.entries
-                for n, t in tensors_of(name, value)
-            )
-        )
+        key = tuple(sorted((n, t.layout_key()) for n, t in iter_tensors(candidate.state_dict.entries)))
         kept.setdefault(key, candidate)
     chosen = {id(candidate) for candidate in kept.values()}
     return [c for c in candidates if id(c) in chosen]

@@ -18,12 +18,12 @@ from ptbin.values.tensors import SparseTensor, TensorRef, TypedStorage
 __all__ = [
     "DataSearch",
     "as_mapping",
-    "glance",
     "holds_data",
-    "is_blob",
     "is_branch",
+    "is_saved_file",
     "is_unreadable_tensor",
     "iter_data",
+    "may_hold_data",
     "named_children",
     "names_below",
     "resolve",
@@ -48,8 +48,8 @@ def is_branch(value: Any) -> bool:
     return isinstance(value, (DictNode, Instance, list, tuple))
 
 
-def is_blob(value: Any) -> bool:
-    """Bytes that are the output of a `torch.save` of their own."""
+def is_saved_file(value: Any) -> bool:
+    """Bytes that are the output of another `torch.save`."""
     return isinstance(value, (bytes, bytearray)) and (
         value.startswith(_ZIP_HEAD) or _LEGACY_HEAD in bytes(value[:32])
     )
@@ -119,7 +119,7 @@ def _is_pair(item: Any) -> bool:
 def named_children(node: Any) -> list[tuple[str, Any]]:
     """(step of a path, record) of all that lies directly below and may hold data.
 
-    Keys that are no text are steps by what they say where they are numbers, and `?` otherwise.
+    Keys that are numbers are steps by their digits, other keys that are not text by `?`.
     """
     found: list[tuple[str, Any]] = []
     if isinstance(node, DictNode):
@@ -179,7 +179,7 @@ def iter_data(root: Any, seen: set[int] | None = None) -> Iterator[Data]:
         if isinstance(node, _PLAIN):
             continue
         if isinstance(node, (bytes, bytearray)):
-            if is_blob(node) and id(node) not in seen:
+            if is_saved_file(node) and id(node) not in seen:
                 seen.add(id(node))
                 yield node
             continue
@@ -242,7 +242,7 @@ def holds_data(node: Any) -> bool:
     return next(iter_data(node), None) is not None
 
 
-def glance(node: Any) -> bool:
+def may_hold_data(node: Any) -> bool:
     """As `holds_data`, after a bounded look: what is larger counts as holding some."""
     seen = _Bounded()
     try:

@@ -7,24 +7,18 @@ How they get into the model is `filling`, what does not fit `fitting`, the files
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ptbin.restoring.answering import answer_and_end
+from ptbin.restoring.answering import RefusalError, answer_request
 from ptbin.restoring.filling import Filled, empty_tensors, fill, unwrapped
 from ptbin.restoring.fitting import SHOWN, allowed, mismatch_report
-from ptbin.restoring.saving import Example, UnsavableError, UnwritableError, save
-from ptbin.restoring.snapshot import Contents, error_text, mapped_views, own_tensors, ties_of
+from ptbin.restoring.saving import Example, UnwritableError, save
+from ptbin.restoring.snapshot import Contents, mapped_views, own_tensors, ties_of
 from ptbin.restoring.user_code import UserCode
-
-
-class RefusalError(Exception):
-    """Something the caller can mend; its text is the answer."""
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +129,7 @@ def _built(request: dict[str, Any], code: UserCode) -> nn.Module:
 def _transformers(folder: str | None, weights: Mapping[str, Any]) -> tuple[nn.Module, Filled]:
     """The architecture of config.json, with all that `from_pretrained` takes: renamed keys, fused experts."""
     if folder is None:
-        raise RefusalError("--model transformers needs a config.json beside the weights")
+        raise RefusalError("--model transformers needs a config.json next to the weights")
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -179,7 +173,7 @@ def _keep_types(model: nn.Module, weights: Mapping[str, Any]) -> None:
 
 
 def _example(model: nn.Module, request: dict[str, Any], code: UserCode) -> Example | None:
-    """Inputs to trace with, and to compare outputs by; None where nobody names any and none are needed."""
+    """Inputs to trace with, and to compare outputs by; None where none are named and none are needed."""
     if request["example"] is not None:
         inputs = _resolve(request["example"], code)()
     elif request["as"] == "exported":
@@ -196,17 +190,12 @@ def _example(model: nn.Module, request: dict[str, Any], code: UserCode) -> Examp
     return Example(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
 
 
-def main(arguments: list[str]) -> None:
+def _answer_or_fault(request: dict[str, Any]) -> dict[str, Any]:
     try:
-        answer = _answer(json.load(sys.stdin))
-    except (RefusalError, UnsavableError) as refusal:
-        answer = {"error": str(refusal)}
+        return _answer(request)
     except UnwritableError as error:
-        answer = {"unwritable": str(error)}
-    except Exception:  # noqa: BLE001 - whatever the user's code raises is told to its user
-        answer = {"error": error_text(sys.exc_info()[1])}
-    answer_and_end(arguments[0], answer)
+        return {"unwritable": str(error)}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    answer_request(_answer_or_fault)

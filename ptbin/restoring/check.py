@@ -6,18 +6,14 @@ restored program has to answer them as the model did.
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import torch
 
-from ptbin.restoring.answering import answer_and_end
+from ptbin.restoring.answering import answer_request
 from ptbin.restoring.saving import Example, run_example, same_outputs
-from ptbin.restoring.snapshot import Contents, error_text
+from ptbin.restoring.snapshot import Contents
 from ptbin.restoring.user_code import UserCode
-
-__all__ = ["main"]
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -48,13 +44,5 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def main(arguments: list[str]) -> None:
-    try:
-        answer = _answer(json.load(sys.stdin))
-    except Exception:  # noqa: BLE001 - told to the caller, who does not publish the file
-        answer = {"error": error_text(sys.exc_info()[1])}
-    answer_and_end(arguments[0], answer)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    answer_request(_answer)

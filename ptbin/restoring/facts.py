@@ -12,7 +12,7 @@ from typing import Any
 
 from ptbin.values.digests import StoredTensor
 from ptbin.values.dtypes import BY_NAME
-from ptbin.values.tensors import ByteRange, TensorRef
+from ptbin.values.tensors import ByteRange, Storage, TensorRef
 
 __all__ = ["Fact", "Facts", "View", "view_of"]
 
@@ -48,19 +48,9 @@ class View:
 
     def stored(self) -> StoredTensor:
         """The same for `proof.digests`."""
+        storage = Storage("", 0, ByteRange(self.offset, 0))
         dtype = BY_NAME[self.dtype]
-        expected, contiguous = 1, True
-        for size, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            contiguous = contiguous and (size == 1 or step == expected)
-            expected *= size
-        return StoredTensor(
-            self.offset + self.storage_offset // dtype.per_unit * dtype.itemsize,
-            dtype.nbytes_of(expected),
-            self.shape,
-            None if contiguous else self.stride,
-            dtype.itemsize,
-            dtype.per_unit,
-        )
+        return StoredTensor.of(TensorRef(storage, dtype, self.shape, self.stride, self.storage_offset))
 
 
 def view_of(fact: Fact) -> View | None:

@@ -21,7 +21,7 @@ from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.search import find_state_dicts
 from ptbin.reading.selection import select_state_dict
 from ptbin.restoring.children import Child, python_path, start_child
-from ptbin.restoring.facts import Fact, Facts, View, view_of
+from ptbin.restoring.facts import Fact, Facts, view_of
 from ptbin.restoring.fitting import select_hint
 from ptbin.restoring.options import RestoreOptions
 from ptbin.restoring.output import Output
@@ -62,7 +62,7 @@ def restore_model(
         out.wait()
         _compare(_wanted(answer, found, options), found, weights, out)
         changed = answer["lost"] + [
-            name for name, fact in answer["loaded"].items() if not _is_source(name, fact, weights)
+            name for name, fact in answer["loaded"].items() if not weights.is_given(name, fact)
         ]
         weights.read_rest()
         manifest = weights.manifest
@@ -200,13 +200,3 @@ def _is_same(wanted: Fact, found: Fact | None, weights: Weights, out: Output) ->
             return True
     given = wanted[2] if own is None else weights.sha256_of(own)
     return bool(given == (found[2] if copy is None else out.sha256_of(copy)))
-
-
-def _is_source(name: str, fact: Fact, weights: Weights) -> bool:
-    """Whether a tensor of the model is what the weights have under its name."""
-    tensor, view = weights.tensors[name], view_of(fact)
-    if view is not None and view == View.of_tensor(tensor):
-        return True
-    if fact[0].partition(" ")[0] != tensor.dtype.name:
-        return False
-    return weights.sha256_of_name(name) == (fact[2] if view is None else weights.sha256_of(view))

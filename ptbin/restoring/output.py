@@ -32,7 +32,7 @@ from ptbin.restoring.following import FollowedFile, sha256_of
 from ptbin.restoring.options import RestoreOptions
 from ptbin.stores import Writer, identity_text
 from ptbin.values.digests import FileDigests, StoredTensor
-from ptbin.values.state_dict import tensors_of
+from ptbin.values.state_dict import iter_tensors
 from ptbin.values.tensors import ByteRange, TensorRef
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Output:
         link = folder / ("restored" + _SUFFIXES.get(options.form, ".pt"))
         with contextlib.ExitStack() as stack:
             writer = stack.enter_context(at.place.open_writer(copies=False, claim=at.claim))
-            descriptor = writer.lend()
+            descriptor = writer.descriptor()
             lent = descriptor is not None
             if descriptor is not None:
                 link.symlink_to(f"/proc/self/fd/{descriptor}")
@@ -123,13 +123,12 @@ class Output:
             selected = select_from(checkpoint, judge_programs(checkpoint.programs), options)
             self._tensors = [
                 (label, tensor)
-                for name, value in selected.state_dict.entries
-                for label, tensor in tensors_of(name, value)
+                for label, tensor in iter_tensors(selected.state_dict.entries)
                 if isinstance(tensor.storage.place, ByteRange)
             ]
             self._nameless = []
         self._nameless = [t for t in self._nameless if isinstance(t.storage.place, ByteRange)]
-        places = [stored_place(tensor) for tensor in (*(t for _, t in self._tensors), *self._nameless)]
+        places = [StoredTensor.of(tensor) for tensor in (*(t for _, t in self._tensors), *self._nameless)]
         self._digests = digest_descriptor(
             self._descriptor, self.size, records, places, None, _ended, serial="nothing"
         )
@@ -173,7 +172,7 @@ class Output:
     def _named(self, facts: Facts) -> list[tuple[str, TensorRef]]:
         by_content: dict[tuple[Any, ...], TensorRef] = {}
         for tensor in self._nameless:
-            sha256 = self._digests.tensors[stored_place(tensor)]
+            sha256 = self._digests.tensors[StoredTensor.of(tensor)]
             by_content.setdefault((tensor.dtype.name, tensor.shape, sha256), tensor)
         found = []
         for label, fact in facts.items():
@@ -185,7 +184,7 @@ class Output:
         return found
 
     def _row(self, label: str, tensor: TensorRef, source_name: str) -> dict[str, Any]:
-        place = stored_place(tensor)
+        place = StoredTensor.of(tensor)
         row: dict[str, Any] = {
             "name": label,
             "source_name": source_name,
@@ -258,25 +257,11 @@ class _Stored:
         return os.pread(self._descriptor, nbytes, offset)
 
 
-def stored_place(tensor: TensorRef) -> StoredTensor:
-    place = tensor.storage.place
-    assert isinstance(place, ByteRange)
-    return StoredTensor(
-        place.offset + tensor.span[0],
-        tensor.nbytes,
-        tensor.shape,
-        None if tensor.contiguous else tensor.stride,
-        tensor.dtype.itemsize,
-        tensor.dtype.per_unit,
-    )
-
-
 def _ended(offset: int, nbytes: int) -> bytes:
     raise VerificationError(f"the restored file ends before byte {offset + nbytes}")
 
 
 def _read_back(place: Place, wanted: str) -> None:
-
     digest = hashlib.sha256()
     with place.open_reader() as reader:
         for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):

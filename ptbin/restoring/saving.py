@@ -17,15 +17,12 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree  # what torch.export itself takes apart inputs and outputs with
 
-from ptbin.restoring.snapshot import error_text, own_tensors
+from ptbin.restoring.answering import RefusalError, error_text
+from ptbin.restoring.snapshot import own_tensors
 
-__all__ = ["Example", "UnsavableError", "UnwritableError", "run_example", "same_outputs", "save"]
+__all__ = ["Example", "UnwritableError", "run_example", "same_outputs", "save"]
 
 SEED = 0
-
-
-class UnsavableError(Exception):
-    """The model cannot be saved in that form; the text says what to do."""
 
 
 class UnwritableError(Exception):
@@ -44,7 +41,7 @@ def save(model: nn.Module, form: str, out: str, example: Example | None, *, trai
     """Write `out`; what the model answers to the example, where it gives the same answer each time.
 
     Raises:
-        UnsavableError: pickle, TorchScript or torch.export does not take this model.
+        RefusalError: pickle, TorchScript or torch.export does not take this model.
         UnwritableError: the disk does not take the file.
     """
     if form in {"torchscript", "exported"}:
@@ -63,7 +60,7 @@ def save(model: nn.Module, form: str, out: str, example: Example | None, *, trai
     except OSError as error:
         raise UnwritableError(str(error)) from error
     except RuntimeError as error:
-        # caffe2/serialize/inline_container.cc writes archives, and has no error of its own for the disk.
+        # caffe2/serialize/inline_container.cc writes archives, and has no error class for the disk.
         # What it raises first ("file write failed") may be hidden behind what its end then raises.
         if "inline_container.cc" not in str(error):
             raise
@@ -77,9 +74,7 @@ def _program(model: nn.Module, form: str, example: Example | None) -> Any:
     try:
         program = _traced(work, form, example)
     except Exception as error:
-        raise UnsavableError(
-            f"--as {form}: torch cannot take the model apart: {error_text(error)}"
-        ) from error
+        raise RefusalError(f"--as {form}: torch cannot take the model apart: {error_text(error)}") from error
     _set_back(work, model)
     if form == "exported":
         _set_back_program(program, model)
@@ -90,20 +85,20 @@ def _save_module(model: nn.Module, out: str) -> None:
     try:
         torch.save(model, out)
     except (AttributeError, TypeError, pickle.PicklingError) as error:
-        raise UnsavableError(
+        raise RefusalError(
             f"the module cannot be pickled ({error}): a lambda or a local class has no name to be found by; "
             "--as state-dict saves its weights"
         ) from error
     except RuntimeError as error:
         if "parametrized" not in str(error):
             raise
-        raise UnsavableError(
+        raise RefusalError(
             "torch does not pickle modules with parametrizations; --as state-dict saves their weights"
         ) from error
 
 
 def _copy_of(model: nn.Module) -> nn.Module:
-    """A copy with buffers of its own; it shares the parameters, which would double the memory."""
+    """A copy with its own buffers; it shares the parameters, which would double the memory."""
     try:
         return copy.deepcopy(model, {id(p): p for p in model.parameters()})
     except RuntimeError:  # "Only Tensors created explicitly by the user support the deepcopy protocol"

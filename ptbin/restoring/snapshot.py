@@ -1,4 +1,4 @@
-"""What is in a model, as labels and facts: what two processes compare. Also an exception in one line.
+"""What is in a model, as labels and facts: what two processes compare.
 
 A label is a tensor's name in the state dict (parts of values that hold several are named as manifests name
 them), or says what else it is: a buffer that the state dict leaves out, a tensor in a plain attribute, a tie.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,7 +21,6 @@ from ptbin.restoring.facts import Fact, Facts
 
 __all__ = [
     "Contents",
-    "error_text",
     "mapped_views",
     "other_tensors",
     "own_tensors",
@@ -96,7 +94,7 @@ def registered(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by the names they have in the model: what programs keep.
 
-    A state dict may have other names for them, by hooks of its own.
+    A state dict may have other names for them, by its hooks.
     """
     found: dict[str, torch.Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -197,13 +195,6 @@ def ties_of(model: nn.Module) -> list[list[str]]:
         for name, tensor in registered(module):
             names.setdefault(id(tensor), []).append(dot + name)
     return sorted(sorted(set(group)) for group in names.values() if len(set(group)) > 1)
-
-
-def error_text(error: BaseException | None) -> str:
-    """An exception and where it was raised."""
-    what = "".join(traceback.format_exception_only(error)).strip()
-    frames = traceback.extract_tb(error.__traceback__ if error is not None else None)
-    return f"{what} (raised in {frames[-1].filename}, line {frames[-1].lineno})" if frames else what
 
 
 def _key(tensor: torch.Tensor) -> Any:

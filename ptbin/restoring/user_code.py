@@ -15,6 +15,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from functools import cache
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import FrameType, ModuleType
@@ -23,6 +24,8 @@ __all__ = ["UserCode"]
 
 _MACHINERY = ("<frozen importlib", os.path.dirname(importlib.__file__) + os.sep)
 """Where the frames of an import under way come from, between the `import` and the finder."""
+
+_real_folder = cache(os.path.realpath)
 
 
 class UserCode(MetaPathFinder):
@@ -88,4 +91,7 @@ class UserCode(MetaPathFinder):
         return frame is not None and self._is_inside(frame.f_code.co_filename)
 
     def _is_inside(self, file: str) -> bool:
-        return os.path.realpath(file).startswith(self._roots)
+        # Asked for each module of torch and transformers: thousands of files in few folders.
+        if os.path.islink(file):
+            return os.path.realpath(file).startswith(self._roots)
+        return os.path.join(_real_folder(os.path.dirname(file)), "").startswith(self._roots)

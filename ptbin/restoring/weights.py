@@ -9,14 +9,13 @@ restored file does not prove them (`Weights.read_rest`).
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptbin.conversion import Progress, convert
-from ptbin.errors import ChecksumMismatchError, VerificationError
+from ptbin.errors import VerificationError
 from ptbin.manifests.drafting import draft_manifest
 from ptbin.manifests.manifest import utc_now
 from ptbin.options import ConvertOptions
@@ -27,8 +26,9 @@ from ptbin.restoring.facts import Facts, View, view_of
 from ptbin.restoring.options import RestoreOptions
 from ptbin.sources.opening import find_source
 from ptbin.stores import Place, place_of
+from ptbin.values.crc32 import confirm_crc32, crc32_of
 from ptbin.values.digests import StoredTensor
-from ptbin.values.state_dict import tensors_of
+from ptbin.values.state_dict import iter_tensors
 from ptbin.values.tensors import ByteRange, TensorRef
 from ptbin.writing.outputs import OutputPlan
 
@@ -70,12 +70,13 @@ class Weights:
         Raises:
             VerificationError: torch saw other weights than ptbin read.
         """
-        wrong = [name for name, fact in given.items() if not self._is_given(name, fact)]
+        wrong = [name for name, fact in given.items() if not self.is_given(name, fact)]
         if wrong:
             names = ", ".join(wrong[:NAMED])
             raise VerificationError(f"torch loads other weights than the source holds: {names}")
 
-    def _is_given(self, name: str, fact: Any) -> bool:
+    def is_given(self, name: str, fact: Any) -> bool:
+        """Whether a tensor is what the weights have under its name."""
         tensor = self.tensors.get(name)
         if tensor is None:
             return False
@@ -100,13 +101,7 @@ class Weights:
         return self._sha256(view.stored())
 
     def sha256_of_name(self, name: str) -> str:
-        tensor = self.tensors[name]
-        place = tensor.storage.place
-        assert isinstance(place, ByteRange)
-        dtype = tensor.dtype
-        first, stride = place.offset + tensor.span[0], None if tensor.contiguous else tensor.stride
-        stored = StoredTensor(first, tensor.nbytes, tensor.shape, stride, dtype.itemsize, dtype.per_unit)
-        return self._sha256(stored)
+        return self._sha256(StoredTensor.of(self.tensors[name]))
 
     def _sha256(self, stored: StoredTensor) -> str:
         if stored not in self._known:
@@ -124,16 +119,9 @@ class Weights:
             SourceChangedError: the archive was replaced meanwhile.
         """
         for offset, record in self._records.items():
-            if offset in self._proven or record.crc32 is None:
-                continue
-            crc = 0
-            for piece in self._iter_range(offset, record.nbytes):
-                crc = zlib.crc32(piece, crc)
-            if crc != record.crc32:
-                raise ChecksumMismatchError(
-                    f"{self._reader.uri}: {record.member} has CRC-32 {crc:08x}, the archive states "
-                    f"{record.crc32:08x}; the file is damaged"
-                )
+            if offset not in self._proven and record.crc32 is not None:
+                found = crc32_of(self._iter_range(offset, record.nbytes))
+                confirm_crc32(self._reader.uri, record.member, found, record.crc32)
         self._reader.check_unchanged()
 
 
@@ -160,22 +148,16 @@ def open_weights(
                     manifest["run_id"] = run_id
                 manifest["started_at"] = utc_now()
                 manifest["bytes_read"] = reader.size
-                yield Weights(found.place.path, manifest, {}, _tensors(selected), reader)
+                tensors = dict(iter_tensors(selected.state_dict.entries))
+                yield Weights(found.place.path, manifest, {}, tensors, reader)
                 return
     archive = place_of(folder / "weights.bin")
     manifest = convert(source, archive, conversion, run_id=run_id, progress=progress)
     source_names = {row["name"]: row["source_name"] for row in manifest["tensors"]}
     with archive.open_reader() as reader:
-        tensors = _tensors(read_selected(reader, ConvertOptions(select=".")))
+        selected = read_selected(reader, ConvertOptions(select="."))
+        tensors = dict(iter_tensors(selected.state_dict.entries))
         yield Weights(archive.path, manifest, source_names, tensors, reader)
-
-
-def _tensors(selected: Selected) -> dict[str, TensorRef]:
-    return {
-        label: tensor
-        for name, value in selected.state_dict.entries
-        for label, tensor in tensors_of(name, value)
-    }
 
 
 def _is_mappable(selected: Selected) -> bool:
@@ -193,7 +175,6 @@ def _is_mappable(selected: Selected) -> bool:
         and not state_dict.source_names
         and all(
             isinstance(tensor.storage.place, ByteRange) and not tensor.storage.big_endian
-            for name, value in state_dict.entries
-            for _, tensor in tensors_of(name, value)
+            for _, tensor in iter_tensors(state_dict.entries)
         )
     )

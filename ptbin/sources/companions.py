@@ -1,7 +1,7 @@
 """Files that training leaves next to a model's weights and that hold none: told by their names. Pure.
 
 Bulk runs leave them alone: no conversion, no failure. A name alone never makes a file pass unread; it only
-says what a file is in which no state dict was found; `reading.leftovers` says it from the content.
+says what a file is in which no state dict was found; `reading.contents` says it from the content.
 
 Sources: transformers' trainer.py and trainer_pt_utils.py, accelerate's utils/constants.py and
 checkpointing.py, verl's FSDP checkpoint manager, DeepSpeed's engine (`_get_zero_ckpt_name`,

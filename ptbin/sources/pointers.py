@@ -1,7 +1,7 @@
 """Git LFS pointers: the few lines that lie in a file's place where `git lfs pull` has not been run.
 
 Among files that go along with weights one would be copied in place of the tokenizer, and the output would
-look whole. One that lies in a checkpoint's place is told by its container (`reading.containers.foreign`).
+look whole. One that lies in a checkpoint's place is told by its container (`reading.containers.unreadable`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ptbin.errors import ChecksumMismatchError
+from ptbin.values.crc32 import confirm_crc32
 from ptbin.values.tensors import ByteRange, InMemory, Tile, Tiled, dense_strides
 
 if TYPE_CHECKING:
@@ -114,12 +114,8 @@ class _OpenTile:
 
     def check(self, uri: str) -> None:
         place = self.tile.place
-        if not isinstance(place, ByteRange) or place.crc32 is None or self._passed != place.nbytes:
-            return
-        if self._crc != place.crc32:
-            raise ChecksumMismatchError(
-                f"{uri}: {place.member} has CRC-32 {self._crc:08x}, the archive states {place.crc32:08x}"
-            )
+        if isinstance(place, ByteRange) and self._passed == place.nbytes:
+            confirm_crc32(uri, place.member, self._crc, place.crc32)
 
 
 def _read(place: ByteRange | InMemory, offset: int, nbytes: int, reader: RangeReader) -> bytes:

@@ -17,13 +17,11 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ptbin.errors import ChecksumMismatchError
 from ptbin.splice.moves import Move, with_moves
+from ptbin.splice.parallel_pieces import ParallelPieces
 from ptbin.splice.recipes import iter_recipe
-from ptbin.splice.side_by_side import SideBySide
-from ptbin.values.crc32 import combine_crc32
-from ptbin.values.segments import Combined, Computed, Copy, Late, Literal, Piece, Plan
-from ptbin.values.tensors import ByteRange
+from ptbin.values.crc32 import combine_crc32, confirm_crc32, crc32_of
+from ptbin.values.segments import Combined, Computed, Copy, Deferred, Literal, Piece, Plan
 
 if TYPE_CHECKING:
     from ptbin.splice.casting import CastTally
@@ -77,7 +75,8 @@ def splice(
     """
     report = progress or _ignore
     for place in plan.prechecks:
-        _precheck(place, reader)
+        found = crc32_of(reader.iter_range(place.offset, place.nbytes))
+        confirm_crc32(reader.uri, place.member, found, place.crc32)
     pieces = with_moves(plan.pieces, reader, writer)
     moved = sum(piece.nbytes for piece in pieces if isinstance(piece, Move))
     if moved and check_copied and not reader.is_local and not writer.checks_crc32:
@@ -86,7 +85,7 @@ def splice(
     overflows: dict[str, CastTally] = {}
     with (
         contextlib.closing(_Streams(pieces, reader, writer)) as streams,
-        contextlib.closing(SideBySide(pieces, reader, writer, check=check_source)) as ahead,
+        contextlib.closing(ParallelPieces(pieces, reader, writer, check=check_source)) as ahead,
     ):
         for piece in pieces:
             crc = ahead.take(piece, overflows, report)
@@ -95,7 +94,7 @@ def splice(
                 _accept(piece, crc, crcs, reader.uri)
             elif isinstance(piece, Literal):
                 writer.write(piece.data)
-            elif isinstance(piece, Late):
+            elif isinstance(piece, Deferred):
                 data = piece.build(crcs)
                 assert len(data) == piece.nbytes
                 writer.write(data)
@@ -149,11 +148,8 @@ def _stream(stream: Iterator[bytes], piece: Copy | Computed, writer: Writer, rep
 
 
 def _accept(piece: Copy | Computed, crc: int, crcs: dict[int, int], uri: str) -> None:
-    if isinstance(piece, Copy) and piece.crc32 is not None and crc != piece.crc32:
-        raise ChecksumMismatchError(
-            f"{uri}: {piece.what} has CRC-32 {crc:08x}, the archive states {piece.crc32:08x}; "
-            "the file was damaged after it was written"
-        )
+    if isinstance(piece, Copy):
+        confirm_crc32(uri, piece.what, crc, piece.crc32)
     if piece.slot is not None:
         crcs[piece.slot] = crc
 
@@ -226,20 +222,7 @@ def check_copies(plan: Plan, reader: RangeReader) -> None:
     """
     for piece in plan.pieces:
         if isinstance(piece, Copy) and piece.crc32 is not None:
-            crc = 0
-            for chunk in reader.iter_range(piece.offset, piece.nbytes):
-                crc = zlib.crc32(chunk, crc)
-            _accept(piece, crc, {}, reader.uri)
-
-
-def _precheck(place: ByteRange, reader: RangeReader) -> None:
-    crc = 0
-    for chunk in reader.iter_range(place.offset, place.nbytes):
-        crc = zlib.crc32(chunk, crc)
-    if crc != place.crc32:
-        raise ChecksumMismatchError(
-            f"{reader.uri}: {place.member} has CRC-32 {crc:08x}, the archive states {place.crc32:08x}"
-        )
+            _accept(piece, crc32_of(reader.iter_range(piece.offset, piece.nbytes)), {}, reader.uri)
 
 
 def _whole_crc32(plan: Plan, crcs: dict[int, int]) -> int:
@@ -247,7 +230,7 @@ def _whole_crc32(plan: Plan, crcs: dict[int, int]) -> int:
     for piece in plan.pieces:
         if isinstance(piece, Literal):
             total = zlib.crc32(piece.data, total)
-        elif isinstance(piece, Late):
+        elif isinstance(piece, Deferred):
             total = zlib.crc32(piece.build(crcs), total)
         elif not isinstance(piece, Combined):
             crc = piece.crc32 if isinstance(piece, Copy) and piece.crc32 is not None else None

@@ -6,13 +6,12 @@ source is pinned: what arrives is one state of it, or nothing.
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ptbin.errors import NotFoundInStoreError, OutputExistsError, VerificationError
-from ptbin.stores import CopyRefused, Identity, Place, RangeReader, identity_text
+from ptbin.stores import CopyRefused, Identity, Place, RangeReader, Writer, identity_text
 from ptbin.stores.parts import Extent, Part
 
 __all__ = ["Copied", "copy_file", "find_in_place", "same_content"]
@@ -21,8 +20,6 @@ Progress = Callable[[int], None]
 Change = Callable[[bytes], bytes]
 CHUNK_NBYTES = 1 << 20
 SMALL_NBYTES = 256 * 1024
-ONE_PUT_NBYTES = 8 << 20
-"""What S3 takes in one request, and then answers with its MD5 for an ETag (where no key of KMS is used)."""
 MAX_CHANGED_NBYTES = 16 << 20
 FORCE = "move it away, choose another DEST, or replace it with --force"
 
@@ -67,30 +64,29 @@ def copy_file(
         SourceChangedError, StorageError: from the stores. VerificationError: it arrived otherwise; removed.
     """
     if may_replace is not None:
-        same = find_in_place(
-            source,
-            dest,
-            may_replace,
-            change=change,
-            progress=progress,
-            advice=advice,
-        )
+        same = find_in_place(source, dest, may_replace, change=change, progress=progress, advice=advice)
         if same is not None:
             return same
     with source.open_reader(expected=expected) as reader:
+        changed = False
         if change is not None and reader.size <= MAX_CHANGED_NBYTES:
             content = reader.read(0, reader.size)
             wanted = change(content)
-            if wanted != content:
-                reader.check_unchanged()
-                return _write_bytes(wanted, dest, verify=verify)
-        try:
-            sent = _write(reader, dest, progress, copies=True)
-        except CopyRefused:
-            sent = _write(reader, dest, progress, copies=False)
-    if verify:
-        _check_arrival(sent, dest, progress)
-    return Copied(sent.size, sent.copied_nbytes, sent.identity or dest.stat().identity)
+            changed = wanted != content
+        if changed:
+            reader.check_unchanged()
+            with dest.open_writer(size_hint=len(wanted)) as writer:
+                writer.write(wanted)
+                sent = _commit(writer, zlib.crc32(wanted))
+        else:
+            try:
+                sent = _write(reader, dest, progress, copies=True)
+            except CopyRefused:
+                sent = _write(reader, dest, progress, copies=False)
+    if verify and not sent.acknowledged and not _arrived(dest, sent.size, sent.crc32, progress):
+        dest.delete()
+        raise VerificationError(f"{dest.uri}: not what was written; removed")
+    return Copied(sent.size, sent.copied_nbytes, sent.identity or dest.stat().identity, changed)
 
 
 def find_in_place(
@@ -113,12 +109,7 @@ def find_in_place(
         return None
     if may_replace(identity_text(there.identity)):
         return None
-    same = same_content(
-        source,
-        dest,
-        change=change,
-        progress=progress,
-    )
+    same = same_content(source, dest, change=change, progress=progress)
     if same is None:
         raise OutputExistsError(
             f"{dest.uri}: a file of {there.size} bytes is there that ptbin did not copy; {advice}"
@@ -128,25 +119,16 @@ def find_in_place(
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """What was written; `crc32` is None where it did not come through here, `md5` empty where it is large."""
+    """What was written; `crc32` is None where it did not come through here."""
 
     size: int
     crc32: int | None
-    md5: str
     copied_nbytes: int
     identity: Identity | None
-
-
-def _write_bytes(data: bytes, dest: Place, *, verify: bool) -> Copied:
-    identity = dest.write_bytes(data)
-    if verify:
-        md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
-        _check_arrival(_Sent(len(data), zlib.crc32(data), md5, 0, identity), dest, None)
-    return Copied(len(data), 0, identity or dest.stat().identity, changed=True)
+    acknowledged: bool
 
 
 def _write(reader: RangeReader, dest: Place, progress: Progress | None, *, copies: bool) -> _Sent:
-    md5 = hashlib.md5(usedforsecurity=False) if reader.size <= ONE_PUT_NBYTES else None
     with dest.open_writer(size_hint=reader.size, copies=copies) as writer:
         parts = [Part(0, reader.size, False)]
         if copies and reader.size and writer.moves_from(reader):
@@ -160,24 +142,17 @@ def _write(reader: RangeReader, dest: Place, progress: Progress | None, *, copie
                 continue
             for piece in reader.iter_range(part.start, part.nbytes):
                 crc32 = zlib.crc32(piece, crc32) if crc32 is not None else None
-                if md5 is not None:
-                    md5.update(piece)
                 writer.write(piece)
                 if progress is not None:
                     progress(len(piece))
         writer.settle()
         reader.confirm()
-        writer.commit()
-        digest = md5.hexdigest() if md5 is not None and crc32 is not None else ""
-        return _Sent(reader.size, crc32, digest, writer.bytes_copied, writer.identity)
+        return _commit(writer, crc32)
 
 
-def _check_arrival(sent: _Sent, dest: Place, progress: Progress | None) -> None:
-    if sent.md5 and sent.identity == Identity("etag", sent.md5):
-        return
-    if not _arrived(dest, sent.size, sent.crc32, progress):
-        dest.delete()
-        raise VerificationError(f"{dest.uri}: not what was written; removed")
+def _commit(writer: Writer, crc32: int | None) -> _Sent:
+    writer.commit()
+    return _Sent(writer.bytes_written, crc32, writer.bytes_copied, writer.identity, writer.acknowledged)
 
 
 def _arrived(dest: Place, size: int, crc32: int | None, progress: Progress | None) -> bool:
@@ -199,11 +174,7 @@ def _arrived(dest: Place, size: int, crc32: int | None, progress: Progress | Non
 
 
 def same_content(
-    source: Place,
-    dest: Place,
-    *,
-    change: Change | None = None,
-    progress: Progress | None = None,
+    source: Place, dest: Place, *, change: Change | None = None, progress: Progress | None = None
 ) -> Copied | None:
     """What is at DEST if it holds what `copy_file` would put there, else None.
 

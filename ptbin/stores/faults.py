@@ -54,39 +54,21 @@ ADVICE = {
     errno.EMFILE: "raise the limit of open files (ulimit -n) or use fewer workers",
 }
 
-# https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html; the plain numbers are what
-# botocore gives where the answer has no body (every HEAD).
-NOT_FOUND_CODES = {"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "404"}
-DENIED_CODES = {
-    "401",
-    "403",
-    "AccessDenied",
-    "AccountProblem",
-    "AllAccessDisabled",
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidObjectState",
-    "InvalidToken",
-    "MethodNotAllowed",
-    "RequestTimeTooSkewed",
-    "SignatureDoesNotMatch",
-}
+# Of https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html those whose HTTP status does not say
+# it: 400 for most, 409 where two requests met, 200 where the answer had begun before it failed.
+DENIED_CODES = {"ExpiredToken", "InvalidToken", "MethodNotAllowed"}
+DENIED_STATUSES = {401, 403}
 TRANSIENT_CODES = {
-    "BandwidthLimitExceeded",
     "ConditionalRequestConflict",
     "InternalError",
     "OperationAborted",
-    "RequestLimitExceeded",
-    "RequestThrottled",
     "RequestTimeout",
-    "ServiceUnavailable",
     "SlowDown",
     "Throttling",
     "ThrottlingException",
-    "TooManyRequestsException",
     "XAmzContentSHA256Mismatch",
 }
-TRANSIENT_STATUSES = {408, 429, 500, 502, 503, 504}
+TRANSIENT_STATUSES = {408, 429, 500, 502, 503, 504, 509}
 
 TRANSIENT_CLASS_NAMES = {
     # botocore.exceptions; EndpointConnectionError is also "connection refused"
@@ -205,9 +187,9 @@ def _classified(code: str, status: int | None, said: str, doing: str, uri: str) 
         return SourceChangedError(f"cannot {doing} {uri}: it was overwritten since it was seen first (412)")
     if code == "NoSuchBucket":
         return NotFoundInStoreError(f"cannot {doing} {uri}: there is no such bucket")
-    if code in NOT_FOUND_CODES or (status == 404 and code != "NoSuchUpload"):
+    if status == 404 and code != "NoSuchUpload":
         return NotFoundInStoreError(f"cannot {doing} {uri}: no such object")
-    if code in DENIED_CODES or status in (401, 403):
+    if code in DENIED_CODES or status in DENIED_STATUSES:
         return AccessDeniedError(
             f"cannot {doing} {uri}: access denied ({_shorten(answer)}); "
             "check the credentials and their rights"

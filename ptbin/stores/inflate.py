@@ -17,8 +17,19 @@ __all__ = ["iter_inflated"]
 CHUNK_NBYTES = 4 << 20
 
 
-def iter_inflated(place: Deflated, reader: RangeReader) -> Iterator[bytes]:
-    """The content of a deflated member; its length and CRC-32 are checked at the end."""
+def iter_inflated(
+    place: Deflated, reader: RangeReader, offset: int = 0, nbytes: int | None = None
+) -> Iterator[bytes]:
+    """The content of a deflated member, or a part of it; length and CRC-32 of all of it are checked."""
+    position, end = 0, place.nbytes if nbytes is None else offset + nbytes
+    for piece in _iter_inflated(place, reader):
+        first, last = max(offset - position, 0), min(end - position, len(piece))
+        if first < last:
+            yield piece[first:last]
+        position += len(piece)
+
+
+def _iter_inflated(place: Deflated, reader: RangeReader) -> Iterator[bytes]:
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     crc = 0
     total = 0

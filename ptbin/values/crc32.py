@@ -1,4 +1,4 @@
-"""CRC-32 of a concatenation from the CRC-32s of its parts.
+"""CRC-32s: of a concatenation from those of its parts, and held against what a container states.
 
 zlib has `crc32_combine` and Python's zlib module does not offer it. The mathematics is zlib's (crc32.c,
 `multmodp`, `x2nmodp`): appending n bytes multiplies a CRC by x^(8n) modulo the polynomial.
@@ -6,9 +6,13 @@ zlib has `crc32_combine` and Python's zlib module does not offer it. The mathema
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterable
 from functools import lru_cache
 
-__all__ = ["combine_crc32"]
+from ptbin.errors import ChecksumMismatchError
+
+__all__ = ["combine_crc32", "confirm_crc32", "crc32_of"]
 
 _POLYNOMIAL = 0xEDB88320  # CRC-32 (ISO 3309), bits reversed
 
@@ -52,3 +56,24 @@ def _shift(nbytes: int) -> int:
 def combine_crc32(first: int, second: int, second_nbytes: int) -> int:
     """CRC-32 of A+B from crc32(A), crc32(B) and the length of B in bytes."""
     return _multiply(_shift(second_nbytes), first) ^ second
+
+
+def crc32_of(pieces: Iterable[bytes]) -> int:
+    """Of what the pieces are, one behind the other."""
+    crc = 0
+    for piece in pieces:
+        crc = zlib.crc32(piece, crc)
+    return crc
+
+
+def confirm_crc32(uri: str, what: str | None, found: int, stated: int | None) -> None:
+    """Hold the CRC-32 of bytes that were read against the one that their container states, if it does.
+
+    Raises:
+        ChecksumMismatchError: they differ.
+    """
+    if stated is not None and found != stated:
+        raise ChecksumMismatchError(
+            f"{uri}: {what} has CRC-32 {found:08x}, the archive states {stated:08x}; "
+            "the file was damaged after it was written"
+        )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ptbin.values.tensors import ByteRange, TensorRef
+
 __all__ = ["FileDigests", "StoredTensor"]
 
 
@@ -18,6 +20,14 @@ class StoredTensor:
     """None where the tensor is contiguous."""
     itemsize: int
     per_unit: int = 1
+
+    @classmethod
+    def of(cls, tensor: TensorRef) -> StoredTensor:
+        """Of a tensor that lies in its file as plain bytes."""
+        place, dtype = tensor.storage.place, tensor.dtype
+        assert isinstance(place, ByteRange)
+        first, stride = place.offset + tensor.span[0], None if tensor.contiguous else tensor.stride
+        return cls(first, tensor.nbytes, tensor.shape, stride, dtype.itemsize, dtype.per_unit)
 
 
 @dataclass(slots=True)

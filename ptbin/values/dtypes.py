@@ -11,7 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["BY_NAME", "BY_STORAGE_CLASS", "CAST_NAMES", "SAFETENSORS_NAMES", "DType", "dtype_by_name"]
+__all__ = [
+    "BY_NAME",
+    "BY_STORAGE_CLASS",
+    "CAST_NAMES",
+    "QUANTIZER_SCHEMES",
+    "SAFETENSORS_NAMES",
+    "DType",
+    "dtype_by_name",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +103,15 @@ CAST_NAMES = (
     "float8_e5m2",
     "float8_e5m2fnuz",
 )
+
+QUANTIZER_SCHEMES = (
+    "per_tensor_affine",
+    "per_tensor_symmetric",
+    "per_channel_affine",
+    "per_channel_symmetric",
+    "per_channel_affine_float_qparams",
+)
+"""How `torch._utils._rebuild_qtensor` says that a tensor is quantized."""
 
 # safetensors' names (its `Dtype` enum); what is missing here it cannot hold.
 SAFETENSORS_NAMES = {

@@ -20,6 +20,11 @@ import struct
 
 __all__ = [
     "ALIGNMENT",
+    "END",
+    "END_64",
+    "ENTRY",
+    "LOCAL_HEADER",
+    "LOCATOR_64",
     "descriptor",
     "descriptor_nbytes",
     "flags_of",
@@ -34,7 +39,11 @@ ZIP64_THRESHOLD = 0xFFFFFFFF  # MZ_UINT32_MAX: miniz switches at this value, not
 
 DESCRIPTOR = struct.Struct("<4sLLL")
 DESCRIPTOR_64 = struct.Struct("<4sLQQ")
-_LOCAL = struct.Struct("<4s5H3L2H")
+LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # APPNOTE.TXT 4.3.7
+ENTRY = struct.Struct("<4s6H3L5H2L")  # of the central directory, 4.3.12
+END = struct.Struct("<4s4H2LH")  # 4.3.16
+END_64 = struct.Struct("<4sQ2H2L4Q")  # 4.3.14
+LOCATOR_64 = struct.Struct("<4sLQL")  # 4.3.15
 
 
 def uses_zip64(header_offset: int, nbytes: int) -> bool:
@@ -53,7 +62,7 @@ def zip64_field(header_offset: int, nbytes: int) -> bytes:
 
 def implied_data_offset(header_offset: int, name_nbytes: int, nbytes: int) -> int:
     """Where the data of a record begin whose header stands at `header_offset`."""
-    bare = header_offset + _LOCAL.size + name_nbytes + len(zip64_field(header_offset, nbytes)) + 4
+    bare = header_offset + LOCAL_HEADER.size + name_nbytes + len(zip64_field(header_offset, nbytes)) + 4
     return -(-bare // ALIGNMENT) * ALIGNMENT
 
 
@@ -70,12 +79,12 @@ def local_header(
         congruent: (remainder, modulus) that the offset of the data must have; torch's own is (0, 64).
     """
     zip64 = zip64_field(offset if declared_offset is None else declared_offset, nbytes)
-    bare = offset + _LOCAL.size + len(name) + len(zip64) + 4
+    bare = offset + LOCAL_HEADER.size + len(name) + len(zip64) + 4
     remainder, modulus = congruent
     padding = (remainder - bare) % modulus
     extra = zip64 + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
     return (
-        _LOCAL.pack(b"PK\x03\x04", 0, flags_of(nbytes), 0, 0, 0, 0, 0, 0, len(name), len(extra))
+        LOCAL_HEADER.pack(b"PK\x03\x04", 0, flags_of(nbytes), 0, 0, 0, 0, 0, 0, len(name), len(extra))
         + name
         + extra
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import unicodedata
 
-__all__ = ["bad_name", "shown_path"]
+__all__ = ["bad_name", "is_unicode", "shown_path"]
 
 _NO_NAME_CATEGORIES = {"Cc", "Cs", "Zl", "Zp"}
 """Control characters, separators of lines and paragraphs, and what bytes come as that are not UTF-8."""
@@ -22,10 +22,17 @@ def bad_name(name: str) -> str:
     return "has a line break or another control character in it" if found else ""
 
 
+def is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8: it holds no lone surrogate, as bytes that are no text come as."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shown_path(path: str) -> str:
     r"""A path as text that any log and any JSON file takes: what is not UTF-8 in it as `\xff`."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return path
+    if is_unicode(path):
+        return path
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

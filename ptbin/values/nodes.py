@@ -3,7 +3,7 @@
 The pickle machine builds these instead of objects. Numbers, strings, None, lists and tuples stay
 Python's own; everything that could have behaviour becomes one of the classes here. None of them
 hashes, compares or prints its children: a graph of 10^9 leaves fits into 229 bytes of pickle, and
-whoever walks one must remember nodes by identity (`iter_nodes` does).
+code that walks one must remember nodes by identity (`iter_nodes` does).
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ __all__ = [
     "SetNode",
     "TorchSize",
     "children",
+    "entry_in",
     "iter_nodes",
+    "sizes_in",
 ]
 
 
@@ -195,6 +197,24 @@ def children(node: Any) -> Iterator[Any]:
     elif isinstance(node, TensorRef):
         for _, value in node.attributes:
             yield value
+
+
+MAX_DIMENSIONS = 64
+"""torch itself has no limit; numpy, and with it most readers of weights, stops here."""
+MAX_EXTENT = 1 << 48
+"""More elements, or bytes, than any tensor or file has along one dimension."""
+
+
+def entry_in(node: Any, key: str) -> Any:
+    """What a mapping has under a key; None where there is neither."""
+    return node.get(key) if isinstance(node, DictNode) else None
+
+
+def sizes_in(value: Any) -> tuple[int, ...] | None:
+    """A list or tuple of sizes that a file states; None where it is not one that a tensor can have."""
+    if not isinstance(value, (tuple, list)) or len(value) > MAX_DIMENSIONS:
+        return None
+    return tuple(value) if all(type(n) is int and 0 <= n < MAX_EXTENT for n in value) else None
 
 
 _LEAVES = (str, bytes, int, float, bool, complex, type(None), Global)

@@ -2,7 +2,7 @@
 
 Every output is a sequence of literal bytes, source byte ranges and computed streams. A CRC-32 that is
 not known when the plan is made (the source stores none, or the bytes change on the way) gets a *slot*:
-the splice fills it while the bytes pass, and `Late` pieces, which have a known length, are built from
+the splice fills it while the bytes pass, and `Deferred` pieces, which have a known length, are built from
 the slots. Pure data: sizes and offsets in bytes.
 """
 
@@ -21,9 +21,8 @@ __all__ = [
     "Combined",
     "Computed",
     "Copy",
+    "Deferred",
     "FilePlan",
-    "Gather",
-    "Late",
     "Literal",
     "Piece",
     "Plan",
@@ -47,30 +46,8 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
-class Gather:
-    """The elements of a strided view in storage order (largest stride outermost), densely.
-
-    `shape` and `stride` are in elements, sorted by falling stride; `offset` is the first byte inside
-    the place. Reading goes forward only.
-    """
-
-    place: ByteRange | InMemory
-    offset: int
-    itemsize: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        total = self.itemsize
-        for n in self.shape:
-            total *= n
-        return total
-
-
-@dataclass(frozen=True, slots=True)
 class Strided:
-    """The elements of a strided view in logical order (last index fastest), densely.
+    """The elements of a strided view, the last index fastest, densely.
 
     `shape` and `stride` are in elements; `offset` is the first byte inside the place.
     """
@@ -101,7 +78,7 @@ class Assemble:
 class Swap:
     """Another recipe's bytes with the order of every `width` bytes reversed."""
 
-    inner: Slice | Gather | Strided
+    inner: Slice | Strided
     width: int
 
     @property
@@ -126,7 +103,7 @@ class Cast:
         return sum(part.nbytes for part in self.inner) // self.source.itemsize * self.target.itemsize
 
 
-Recipe = Slice | Gather | Strided | Assemble | Swap | Cast
+Recipe = Slice | Strided | Assemble | Swap | Cast
 
 
 def nbytes_of(recipes: tuple[Recipe, ...]) -> int:
@@ -168,7 +145,7 @@ class Computed:
 
 
 @dataclass(frozen=True, slots=True)
-class Late:
+class Deferred:
     """Bytes of known length that depend on slots."""
 
     nbytes: int
@@ -187,7 +164,7 @@ class Combined:
         return 0
 
 
-Piece = Literal | Copy | Computed | Late | Combined
+Piece = Literal | Copy | Computed | Deferred | Combined
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +215,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class FilePlan:
-    """One output file: its name beside the others, its pieces, the tensors in it."""
+    """One output file: its name next to the others, its pieces, the tensors in it."""
 
     name: str
     plan: Plan

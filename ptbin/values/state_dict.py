@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from ptbin.values.tensors import SparseTensor, Storage, TensorRef
 
-__all__ = ["Excluded", "LeftOut", "StateDict", "key_label", "storages_of", "tensors_of"]
+__all__ = ["Excluded", "LeftOut", "StateDict", "iter_tensors", "key_label", "storages_of", "tensors_of"]
 
 MAX_DEPTH = 32
 """Containers inside one value; what lies deeper is not looked for tensors (`keep_writable` drops it)."""
@@ -56,6 +57,7 @@ class StateDict:
         source_names: output name to the name in the source, where they differ.
         made_of: output name to names in the source, where a recipe made it.
         nodes: identities of the records it was made of, which nothing else needs to account for.
+        base: path below which its names lie, where that is not `path`.
     """
 
     path: str
@@ -67,6 +69,16 @@ class StateDict:
     source_names: dict[str, str] = field(default_factory=dict)
     nodes: frozenset[int] = frozenset()
     made_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    base: str | None = None
+
+    def place(self, name: str) -> str:
+        """The path from the top of the checkpoint of what lies in it under a name."""
+        base = self.path if self.base is None else self.base
+        return ".".join(step for step in (base if base != "." else "", name) if step) or "."
+
+    def leave_out(self, name: str, role: str, reason: str = "", node: Any = None) -> None:
+        """Note that what lies in it under a name does not go along."""
+        self.excluded.append(Excluded(self.place(name), role, reason, node))
 
 
 def tensors_of(name: str, value: Any) -> list[tuple[str, TensorRef]]:
@@ -117,10 +129,12 @@ def _may_hold(value: Any) -> bool:
     return not isinstance(value, (str, bytes, int, float, type(None)))
 
 
-def storages_of(entries: list[tuple[str, Any]]) -> dict[int, Storage]:
-    """Every storage the entries view, by identity."""
-    found: dict[int, Storage] = {}
+def iter_tensors(entries: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, TensorRef]]:
+    """The plain tensors of all entries, named as `tensors_of` names them."""
     for name, value in entries:
-        for _, tensor in tensors_of(name, value):
-            found[id(tensor.storage)] = tensor.storage
-    return found
+        yield from tensors_of(name, value)
+
+
+def storages_of(entries: Iterable[tuple[str, Any]]) -> dict[int, Storage]:
+    """Every storage the entries view, by identity."""
+    return {id(tensor.storage): tensor.storage for _, tensor in iter_tensors(entries)}

@@ -27,7 +27,9 @@ __all__ = [
     "Tiled",
     "TypedStorage",
     "dense_strides",
-    "own_bytes",
+    "distinct_bytes",
+    "is_contiguous",
+    "part_of",
 ]
 
 
@@ -65,15 +67,13 @@ class Deflated:
     member: str
 
 
-class _OwnBytes(bytes):
+class _DistinctBytes(bytes):
     __slots__ = ()
 
 
-def own_bytes(data: bytes | bytearray) -> bytes:
-    """Bytes with an identity of their own, by which they are counted: Python keeps one object for each single
-    byte.
-    """
-    return _OwnBytes(data) if len(data) == 1 else bytes(data)
+def distinct_bytes(data: bytes | bytearray) -> bytes:
+    """Bytes as a distinct object, by whose identity they are counted: Python shares all single bytes."""
+    return _DistinctBytes(data) if len(data) == 1 else bytes(data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +130,15 @@ class Tiled:
         return math.prod(self.shape) * self.itemsize
 
 
+def part_of(place: ByteRange | InMemory, offset: int, nbytes: int) -> ByteRange | InMemory:
+    """Part of a place. What vouches for the whole record (its CRC-32, its framing) does not for a part."""
+    if offset == 0 and nbytes == place.nbytes:
+        return place
+    if isinstance(place, InMemory):
+        return InMemory(place.data[offset : offset + nbytes])
+    return ByteRange(place.offset + offset, nbytes, member=place.member)
+
+
 Place = ByteRange | Deflated | InMemory | Joined | Tiled
 
 
@@ -168,7 +177,7 @@ class TensorRef:
     Attributes:
         quantizer: arguments of `torch._utils._rebuild_qtensor` (scheme name, scale or scales, zero
             point or points, axis), tensors among them as `TensorRef`; None for plain tensors.
-        flags: `conj` and `neg`, the lazy operations torch records beside the bytes instead of doing them.
+        flags: `conj` and `neg`, the lazy operations torch records next to the bytes instead of doing them.
         attributes: Python attributes of the tensor that hold data themselves (bitsandbytes' `SCB`).
     """
 
@@ -201,12 +210,7 @@ class TensorRef:
 
     @property
     def contiguous(self) -> bool:
-        expected = 1
-        for n, s in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if n != 1 and s != expected:
-                return self.numel == 0
-            expected *= n
-        return True
+        return is_contiguous(self.shape, self.stride)
 
     @property
     def dense(self) -> bool:
@@ -229,10 +233,6 @@ class TensorRef:
                 return True
             span += s * (n - 1)
         return False
-
-    @property
-    def expanded(self) -> bool:
-        return any(s == 0 and n > 1 for n, s in zip(self.shape, self.stride, strict=True))
 
     def layout_key(self) -> tuple[Any, ...]:
         """Equal for views that show the same elements in the same order."""
@@ -265,6 +265,16 @@ def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
             return 0
         extent += (n - 1) * s
     return extent
+
+
+def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether the elements lie one behind the other, the last index fastest."""
+    expected = 1
+    for n, s in zip(reversed(shape), reversed(stride), strict=True):
+        if n != 1 and s != expected:
+            return 0 in shape
+        expected *= n
+    return True
 
 
 def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

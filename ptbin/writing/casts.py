@@ -6,7 +6,7 @@ from typing import Any
 
 from ptbin.errors import UnsupportedTensorError
 from ptbin.values.dtypes import CAST_NAMES, DType, dtype_by_name
-from ptbin.values.state_dict import tensors_of
+from ptbin.values.state_dict import iter_tensors
 from ptbin.values.tensors import TensorRef
 
 __all__ = ["Casts"]
@@ -23,11 +23,10 @@ class Casts:
         self._cast: set[tuple[object, ...]] = set()
         if self._target is None:
             return
-        for name, value in entries:
-            for label, tensor in tensors_of(name, value):
-                fits = tensor.dtype.name in CAST_NAMES and tensor.dtype is not self._target
-                if fits and not label.endswith(("#scales", "#zero_points")):
-                    self._cast.add(tensor.layout_key())
+        for label, tensor in iter_tensors(entries):
+            fits = tensor.dtype.name in CAST_NAMES and tensor.dtype is not self._target
+            if fits and not label.endswith(("#scales", "#zero_points")):
+                self._cast.add(tensor.layout_key())
 
     def of(self, tensor: TensorRef) -> DType | None:
         """The type the tensor gets; None where it keeps its own."""

@@ -18,7 +18,8 @@ from ptbin.values.segments import FilePlan
 from ptbin.values.state_dict import LeftOut, StateDict, tensors_of
 from ptbin.values.tensors import SparseTensor, TensorRef
 from ptbin.writing.casts import Casts
-from ptbin.writing.formats import FORMATS, FileContent
+from ptbin.writing.formats import FORMATS
+from ptbin.writing.layout import FileContent
 
 __all__ = ["OutputPlan", "plan_outputs"]
 
@@ -46,7 +47,7 @@ class OutputPlan:
 def plan_outputs(
     state_dicts: Sequence[StateDict], options: ConvertOptions, name: str, *, archive_root: str | None
 ) -> OutputPlan:
-    """Lay the output of one checkpoint out: `name` (`last.bin`), or a file of its own for each of several
+    """Lay the output of one checkpoint out: `name` (`last.bin`), or one file for each of several
     state dicts.
 
     Those are called `last.<path>.bin`, the path reduced to characters that are safe in file names everywhere.
@@ -129,11 +130,12 @@ def _leave_values_out(state_dict: StateDict, format_name: str) -> tuple[Entries,
                 f"--drop '{re.escape(name)[:200]}$' leaves it out"
             )
         reason = f"format {format_name} holds tensors only, not a {type(value).__name__}"
-        left.append(LeftOut(name, 0, "value", reason))
+        left.append(LeftOut(state_dict.place(name), 0, "value", reason))
     if not kept:
         raise NoStateDictError(f"nothing in {state_dict.path!r} that format {format_name} can hold")
     if state_dict.metadata is not None:
-        left.append(LeftOut("_metadata", 0, "value", f"format {format_name} holds tensors only"))
+        reason = f"format {format_name} holds tensors only"
+        left.append(LeftOut(state_dict.place("_metadata"), 0, "value", reason))
     return kept, tuple(left)
 
 

@@ -15,20 +15,12 @@ from functools import partial
 from typing import Any
 
 from ptbin.errors import UnsupportedTensorError
-from ptbin.values.dtypes import BY_NAME, BY_STORAGE_CLASS
+from ptbin.values.dtypes import BY_NAME, BY_STORAGE_CLASS, QUANTIZER_SCHEMES
 from ptbin.values.nodes import DictNode, Global, Instance, SetNode, TorchSize
 from ptbin.values.tensors import SparseTensor, TensorRef
 from ptbin.writing.storages import OutputTensor
 
 __all__ = ["emit_state_dict"]
-
-_SCHEMES = (
-    "per_tensor_affine",
-    "per_tensor_symmetric",
-    "per_channel_affine",
-    "per_channel_symmetric",
-    "per_channel_affine_float_qparams",
-)
 
 # Everything an output's pickle may name; a subset of what weights_only=True allows.
 _NAMES = frozenset(
@@ -42,7 +34,7 @@ _NAMES = frozenset(
         ),
         ("torch.serialization", "_get_layout"),
         ("torch.storage", "UntypedStorage"),
-        *(("torch", name) for name in ("Size", "device", *_SCHEMES, *BY_NAME, *BY_STORAGE_CLASS)),
+        *(("torch", name) for name in ("Size", "device", *QUANTIZER_SCHEMES, *BY_NAME, *BY_STORAGE_CLASS)),
     ]
 )
 
@@ -101,7 +93,7 @@ class _Emitter:
     def name(self, module: str, name: str) -> None:
         if (module, name) not in _NAMES:
             # Whatever a foreign pickle said, nothing but these reaches an output.
-            raise UnsupportedTensorError(f"{module}.{name} is no name that an output may hold")
+            raise UnsupportedTensorError(f"{module}.{name} is not a name that an output may hold")
         if self._known(("global", module, name)):
             return
         self._out.append(f"c{module}\n{name}\n".encode())

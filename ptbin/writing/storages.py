@@ -2,7 +2,7 @@
 
 Pure. A storage that its tensors view wholly is taken as it is. Of one that they view in part only the
 viewed bytes go along: overlapping views stay together (ties and shared memory survive), dense ones
-keep their strides, gappy ones are gathered in storage order. No tensor changes its shape, its values
+keep their strides, gappy ones are packed in storage order. No tensor changes its shape, its values
 or, where it was dense, its stride.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ptbin.errors import UnsupportedTensorError
 from ptbin.values.dtypes import DType
-from ptbin.values.segments import Assemble, Cast, Gather, Recipe, Slice, Strided, Swap, nbytes_of
+from ptbin.values.segments import Assemble, Cast, Recipe, Slice, Strided, Swap, nbytes_of
 from ptbin.values.tensors import ByteRange, Deflated, InMemory, Joined, Place, Storage, TensorRef, Tiled
 from ptbin.writing.casts import Casts
 from ptbin.writing.layout import whole_range
@@ -107,7 +107,7 @@ def _clusters(views: list[TensorRef]) -> list[list[TensorRef]]:
 
 
 def _without_gaps(cluster: list[TensorRef]) -> list[list[TensorRef]]:
-    """The cluster, or each view by itself where they interlace and leave bytes that nobody views."""
+    """The cluster, or each view by itself where they interlace and leave bytes that no tensor views."""
     if len(cluster) == 1 or all(t.dense for t in cluster):
         return [cluster]
     span = max(t.span[1] for t in cluster) - min(t.span[0] for t in cluster)
@@ -138,7 +138,7 @@ def _plan_cluster(
                 output, target or tensor.dtype, tensor.stride, moved if tensor.numel else 0
             )
     else:
-        output = _gathered(cluster[0], place, views, target)
+        output = _packed(cluster[0], place, views, target)
     _swap(output, cluster)
     if target is not None and output.nbytes:
         output.recipes = (Cast(output.recipes, cluster[0].dtype, target, f"storage {storage.key}"),)
@@ -167,7 +167,7 @@ def slices_of(place: Place, offset: int, nbytes: int) -> tuple[Recipe, ...]:
     return tuple(slices)
 
 
-def _gathered(
+def _packed(
     tensor: TensorRef,
     place: ByteRange | InMemory,
     views: dict[tuple[object, ...], OutputTensor],
@@ -181,7 +181,7 @@ def _gathered(
     ]
     kept.sort(key=lambda item: (-item[0], item[2]))
     shape = tuple(n for _, n, _ in kept)
-    recipe = Gather(place, tensor.span[0], tensor.dtype.itemsize, shape, tuple(s for s, _, _ in kept))
+    recipe = Strided(place, tensor.span[0], tensor.dtype.itemsize, shape, tuple(s for s, _, _ in kept))
     stride = [0] * len(tensor.shape)
     step = 1
     for _, n, axis in reversed(kept):
@@ -210,7 +210,7 @@ def _swap(output: OutputStorage, cluster: list[TensorRef]) -> None:
 
 
 def swapped(recipe: Recipe, width: int) -> Swap:
-    assert isinstance(recipe, (Slice, Gather, Strided))
+    assert isinstance(recipe, (Slice, Strided))
     return Swap(recipe, width)
 
 

@@ -1,6 +1,6 @@
 """Joining tensors that are equal bit for bit, as if the source had tied them.
 
-Wrappers separate what was one: a gathered copy of `lm_head` beside the embedding, say. Only matrices of more
+Wrappers separate what was one: a gathered copy of `lm_head` next to the embedding, say. Only matrices of more
 than one distinct value are joined: that two biases, or two fresh adapters, are all zeros means nothing.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from ptbin.errors import UnsupportedTensorError
 from ptbin.values.segments import Recipe
-from ptbin.values.state_dict import Excluded, StateDict
+from ptbin.values.state_dict import StateDict
 from ptbin.values.tensors import ByteRange, TensorRef
 from ptbin.writing.formats.dense import dense_recipes
 
@@ -44,8 +44,9 @@ def tie_equal_tensors(state_dict: StateDict, read: ReadRecipe) -> None:
             kept_name, kept = state_dict.entries[owner]
             if owner != index and kept.layout_key() != tensor.layout_key():
                 state_dict.entries[index] = (name, kept)
+                source_name = state_dict.source_names.get(name, name)
                 reason = f"equal to {kept_name!r}, stored once (tie_by_value)"
-                state_dict.excluded.append(Excluded(name, "duplicate", reason, tensor))
+                state_dict.leave_out(source_name, "duplicate", reason, tensor)
 
 
 def _may_be_tied(tensor: TensorRef) -> bool:

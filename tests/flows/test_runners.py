@@ -11,13 +11,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
+from prefect.task_runners import TaskRunner
 
 from flows.convert import convert
 from flows.prefect.orchestrator import Orchestrator
+from flows.runners import Runner
+from ptbin.errors import UsageError
 from ptbin.runs.record import new_run_id
 from tasks.live import LiveRun, open_live_run
 from tests.servers.dask_cluster import DaskCluster, dask_cluster
@@ -33,7 +36,7 @@ import ptbin.runs.steps
 really = ptbin.runs.steps.stage
 def stage(source, dest, *arguments, progress, **options):
     with open(os.environ["PTBIN_TEST_NOTES"], "a") as notes:
-        notes.write(f"{os.getpid()} {source}\\n")
+        notes.write(f"{os.getpid()} {os.nice(0)} {source}\\n")
     deadline = time.monotonic() + float(os.environ["PTBIN_TEST_SECONDS"])
     while time.monotonic() < deadline or os.path.exists(os.environ["PTBIN_TEST_NOTES"] + ".hold"):
         time.sleep(0.02)
@@ -112,7 +115,7 @@ def cluster(tmp_path: Path) -> Iterator[DaskCluster]:
 
 
 def summary_of(process: subprocess.Popen[str], status: int = 0) -> dict[str, Any]:
-    out, err = process.communicate(timeout=150)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == status, err
     found: dict[str, Any] = json.loads(out)
     return found
@@ -149,13 +152,49 @@ def assert_all_there(dest: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize("runner", ["processes", "dask", "ray"])
-def test_every_runner_makes_the_same_outputs(many: Path, tmp_path: Path, start: Start, runner: str) -> None:
+def test_every_runner_makes_the_same_outputs(
+    many: Path, notes: Path, tmp_path: Path, start: Start, runner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip({"processes": "prefect", "dask": "prefect_dask", "ray": "prefect_ray"}[runner])
+    monkeypatch.setenv("PTBIN_TEST_SECONDS", "0")
     one = convert_here(many, tmp_path / "threads")
     other = summary_of(start("convert", many, tmp_path / runner, "--json", "--runner", runner))
     assert one["converted"] == other["converted"] == 40
     assert digests(tmp_path / "threads") == digests(tmp_path / runner)
     assert_all_there(tmp_path / runner, 40)
+    # Beside busy processes, a worker that is nicer than they are hardly moves.
+    assert {int(line.split()[1]) for line in notes.read_text().splitlines()} == {os.nice(0)}
+
+
+class Starting(TaskRunner[Any]):
+    """An engine that a busy machine lets start at the second try, or never."""
+
+    def __init__(self, failures: list[str]) -> None:
+        super().__init__()
+        self.failures = failures
+
+    def __enter__(self) -> Self:
+        if self.failures:
+            raise RuntimeError(self.failures.pop())
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        pass
+
+    def duplicate(self) -> Starting:
+        return self
+
+    submit = None  # type: ignore[assignment]
+
+
+def test_an_engine_that_does_not_start_at_once_is_tried_again() -> None:
+    failures = ["too slow"]
+    Runner("ray", 2, lambda: Starting(failures)).open()
+    assert not failures
+    failures = ["too slow"] * 9
+    with pytest.raises(UsageError, match="ray does not start: too slow"):
+        Runner("ray", 2, lambda: Starting(failures)).open()
+    assert failures
 
 
 def test_secrets_reach_the_workers_and_nothing_else(
@@ -167,7 +206,7 @@ def test_secrets_reach_the_workers_and_nothing_else(
         "convert", good_source, dest, "--json", "--runner", "processes", "--log-level", "info",
         "--dest-options", json.dumps({"simplecache": {"cache_storage": str(tmp_path / "hush-hush")}}),
     )  # fmt: skip
-    out, err = process.communicate(timeout=150)
+    out, err = process.communicate(timeout=600)
     assert "hush-hush" not in out + err
     dump = [row for (table,) in database("SELECT name FROM sqlite_master WHERE type = 'table'")
             for row in database(f"SELECT * FROM '{table}'")]  # fmt: skip

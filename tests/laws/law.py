@@ -32,7 +32,6 @@ SOUND_REASONS = frozenset(
 """Why a sound file may be refused. It is never damaged, unsafe, or too large."""
 
 COPIES = frozenset(["averaged_copy", "raw_copy", "same_weights", "precision_copy"])
-OF_MODULES = {"non_persistent_buffer", "attribute"}
 NO_WEIGHTS = frozenset(["attribute", "non_persistent_buffer", "loss_function"])
 
 
@@ -322,16 +321,11 @@ def _check_named(manifest: dict[str, Any], loaded: Any, sources: list[Any], mode
     taken = {key for source in sources for key in Holdings.of(source).sizes}
     everything = Holdings.of(loaded)
     named: dict[Any, set[str]] = {}
-    selected = manifest["selected"].split(", ")
     for row in manifest["left_out"]:
         if row["nbytes"]:
             below = everything if row["role"] == "unviewed" else _below(loaded, row["path"])
             assert row["nbytes"] <= below.nbytes, f"{row}: only {below.nbytes} bytes lie there"
-            keys = set(below.sizes)
-            if row["role"] in OF_MODULES:  # by its name within the model, which may begin as a place does
-                for model in [one for place in selected for one in at_path(loaded, place)]:
-                    keys |= _below(model, row["path"]).sizes.keys()
-            for key in keys:
+            for key in below.sizes:
                 named.setdefault(key, set()).add(row["role"])
     for key, nbytes in everything.sizes.items():
         assert key in taken or key in named, f"{nbytes} bytes are neither taken nor named"

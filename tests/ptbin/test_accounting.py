@@ -14,7 +14,7 @@ import torch
 
 import ptbin
 from ptbin.errors import AmbiguousStateDictError, PtbinError
-from ptbin.reading import outside, tree
+from ptbin.reading import left_out, tree
 from tests.bits import assert_same_tensors
 
 
@@ -45,6 +45,28 @@ def test_arrays_are_counted_once_however_long_the_pickle(tmp_path: Path, legacy:
     manifest, state = converted(path)
     assert_same_tensors(state, layer())
     assert manifest["accounting"]["left_out"] == {"random_state": 4 * 624}
+
+
+@pytest.mark.parametrize("options", [{}, {"flatten": True}], ids=["selected", "flattened"])
+def test_what_is_left_out_is_listed_by_its_path_from_the_top(tmp_path: Path, options: dict[str, Any]) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4))
+    net[0].scratch = torch.randn(5)
+    path = saved({"net": net, "rng": torch.get_rng_state()}, tmp_path)
+    manifest, state = converted(path, **options)
+    rows = {row["path"]: row["nbytes"] for row in manifest["left_out"]}
+    assert rows == {"net.0.scratch": 20, "rng": 5056}
+    assert not any("scratch" in name for name in state)
+
+
+@pytest.mark.parametrize("path", ["model", "deep.model"])
+def test_dropped_entries_are_listed_by_their_path_from_the_top(tmp_path: Path, path: str) -> None:
+    holder: dict[str, Any] = {}
+    inner = holder
+    for step in path.split("."):
+        inner = inner.setdefault(step, {})
+    inner.update(layer())
+    manifest, _ = converted(saved(holder, tmp_path), drop=("bias",), select=path)
+    assert [row["path"] for row in manifest["left_out"] if row["nbytes"]] == [f"{path}.fc.bias"]
 
 
 def test_a_buffer_named_like_an_optimizers_does_not_make_a_model_an_optimizer(tmp_path: Path) -> None:
@@ -257,8 +279,8 @@ def test_parts_that_many_share_are_not_looked_through_for_each(tmp_path: Path) -
         return real(node)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outside, "named_children", counted)
-        patch.setattr(outside, "MAX_LOOKS", 20_000)
+        patch.setattr(left_out, "named_children", counted)
+        patch.setattr(left_out, "MAX_LOOKS", 20_000)
         _, state = converted(path)
     assert_same_tensors(state, layer())
     assert looks < 100_000

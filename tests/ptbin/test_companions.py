@@ -11,7 +11,7 @@ import torch
 import ptbin
 from ptbin.errors import CheckpointError, CorruptArchiveError, IncompleteCheckpointError, NoStateDictError
 from ptbin.reading.containers import read_checkpoint
-from ptbin.reading.leftovers import role_of_leftover
+from ptbin.reading.contents import role_of_leftover
 from ptbin.sources.companions import companion_of, left_alone_as
 from ptbin.sources.opening import open_source
 from tests.checkpoints.leftovers import leftovers

@@ -382,7 +382,7 @@ def test_extra_state_is_kept_where_it_is_plain(tmp_path: Path) -> None:
     checkpoint, _ = read(folder)
     state_dict = selected(checkpoint)
     assert dict(state_dict.entries)["layer._extra_state"].by_name() == {"scale": 2.0}
-    assert list(left_out(checkpoint)) == ["other._extra_state"]
+    assert list(left_out(checkpoint)) == ["model.other._extra_state"]
 
 
 class Unknown:

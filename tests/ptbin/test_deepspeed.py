@@ -26,7 +26,7 @@ from ptbin.errors import (
 from ptbin.options import Limits
 from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.containers.checkpoint import Checkpoint, as_checkpoint_errors
-from ptbin.reading.containers.deepspeed import buffers as reading
+from ptbin.reading.containers.deepspeed import models as reading
 from ptbin.reading.pickle.verdicts import judge_programs
 from ptbin.sources.opening import open_source
 from ptbin.values.nodes import DictNode, Opaque
@@ -411,7 +411,7 @@ LIES: tuple[tuple[int, Any, type[CheckpointError], str], ...] = (
     (2, _drop("zero_stage"), UnsupportedFormatError, "not written by ZeRO"),
     (2, _optim(zero_stage=4), UnsupportedFormatError, "ZeRO stage 4"),
     (2, _optim(zero_stage=3), CorruptArchiveError, "fp32_flat_groups"),
-    (2, _drop("single_partition_of_fp32_groups"), CorruptArchiveError, "no list of tensors"),
+    (2, _drop("single_partition_of_fp32_groups"), CorruptArchiveError, "not a list of tensors"),
     (2, _drop("param_shapes"), UnsupportedFormatError, "pipeline parallel"),
     (2, _drop("buffer_names"), CorruptArchiveError, "buffer_names"),
     (2, _model(module=None), UnsupportedFormatError, "pipeline parallel"),
@@ -445,7 +445,7 @@ LIES: tuple[tuple[int, Any, type[CheckpointError], str], ...] = (
     (2, _flats(2, lambda flats: [flat.view(torch.int32) for flat in flats]), UnsupportedTensorError, "int32"),
     (3, _flats(3, lambda flats: [flats[0], flats[1].double()]), UnsupportedTensorError, "float64"),
     (3, _flats(3, lambda flats: [flats[0]] * 2), CorruptArchiveError, "same bytes"),
-    (3, _flats(3, lambda flats: [*flats, "x"]), CorruptArchiveError, "no list of tensors"),
+    (3, _flats(3, lambda flats: [*flats, "x"]), CorruptArchiveError, "not a list of tensors"),
     (2, _first_fragment_cut, CorruptArchiveError, "frozen 'old.weight' has shape"),
     (3, _first_fragment_cut, CorruptArchiveError, "frozen 'old.weight'"),
     (3, _model(frozen_param_fragments=None), CorruptArchiveError, "no fragment of frozen"),

@@ -436,7 +436,7 @@ def test_one_parameter_by_itself_is_incomplete(tmp_path: Path) -> None:
         (lambda tag: (tag / "zero" / "a.bias" / "fp32.pt").unlink(), "zero/a.bias/fp32.pt is missing"),
         (
             lambda tag: torch.save(torch.tensor(9.0), tag / "zero" / "a.bias" / "step.pt"),
-            "says step 7|says step 9",
+            "says optimizer step 7|says optimizer step 9",
         ),
         (
             lambda tag: (tag / "mp_rank_00_model_states.pt").unlink(),

@@ -28,7 +28,7 @@ from ptbin.errors import (
 )
 from ptbin.options import OutputFormat
 from ptbin.reading.pickle import meshes
-from ptbin.reading.pickle.placements import Placement, Reading, runs_of
+from ptbin.reading.pickle.placements import Interpretation, Placement, runs_of
 from ptbin.reading.pickle.torch_objects import TorchVocabulary
 from tests.bits import assert_same_tensors
 from tests.checkpoints.cut_ranks import as_rank, cut_ranks
@@ -148,7 +148,7 @@ def test_any_tensor_cut_by_any_mesh_comes_together_again(
     reading=st.sampled_from(["ordered", "nested", "dealt"]),
 )
 def test_a_dimension_cut_along_all_of_a_mesh_is_in_each_rank_once(
-    size: int, grid: list[int], reading: Reading
+    size: int, grid: list[int], reading: Interpretation
 ) -> None:
     factor = torch.Size(grid[1:]).numel()
     placements = [Placement(0, factor), *(Placement(0) for _ in grid[1:])]
@@ -483,3 +483,26 @@ def test_ranks_in_a_bucket_become_whole_there(tmp_path: Path, moto_s3: S3Endpoin
     whole = torch.load(io.BytesIO(data), weights_only=True)
     assert_same_tensors(whole, {"w": big, "v": small})
     assert manifest["bytes_copied_in_store"] >= big.nbytes // 2
+
+
+@pytest.mark.parametrize(
+    "name", ["model-rank={rank}.pt", "model.rank-{rank}-of-{world}.pt", "state_rank{rank:05d}.pth"]
+)
+def test_names_that_count_ranks_otherwise(tmp_path: Path, name: str) -> None:
+    from torch.distributed.tensor import Shard
+
+    whole = torch.arange(14.0).reshape(7, 2)
+    cut_ranks(tmp_path / "in", (3,), {"w": (whole, [Shard(0)])}, name)
+    ptbin.convert(tmp_path / "in", tmp_path / "x.bin")
+    assert torch.load(tmp_path / "x.bin", weights_only=True)["w"].equal(whole)
+    (tmp_path / "in" / name.format(rank=1, world=3)).unlink()
+    with pytest.raises(IncompleteCheckpointError, match=r"not there: 1|pieces of 2"):
+        ptbin.convert(tmp_path / "in", tmp_path / "y.bin")
+
+
+def test_a_piece_whose_name_tells_nothing_says_how_to_bring_all_together(tmp_path: Path) -> None:
+    from torch.distributed.tensor import Shard
+
+    cut_ranks(tmp_path / "in", (2,), {"w": (torch.ones(4), [Shard(0)])}, "ckpt_{rank}.pt")
+    with pytest.raises(IncompleteCheckpointError, match=r"into one folder as rank_0\.pt, rank_1\.pt"):
+        ptbin.convert(tmp_path / "in" / "ckpt_1.pt", tmp_path / "x.bin")

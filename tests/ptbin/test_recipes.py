@@ -313,7 +313,7 @@ RULE: dict[str, Any] = {"from": r"a\.(qkv)", "to": "x.{1}"}
         ({"steps": [{"flatten": [1, 0]}]}, r"flatten from 1 to 0 \(tensors 1"),
         ({"steps": [{"unstack": [0, ""]}]}, "unstacked into a named group"),
         ({"to": "x.{2}"}, r"names no group '2' \(tensors 1"),
-        ({"to": "x.{1 - 3}"}, r"'qkv' is no number \(tensors 1"),
+        ({"to": "x.{1 - 3}"}, r"'qkv' is not a number \(tensors 1"),
         ({"from": [r"a\.qkv", "norm"]}, r"puts 'a.qkv' .* together \(tensors 1"),
     ],
 )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from botocore.exceptions import ClientError
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
@@ -21,10 +20,10 @@ from ptbin.options import ConvertOptions
 from ptbin.stores import Identity, RangeReader, Writer
 from ptbin.stores.local import LocalReader, LocalStore
 from ptbin.stores.parts import Extent, Part, PartRules, plan_parts
-from ptbin.stores.s3_client import S3Client
 from tests.bits import assert_same_tensors
 from tests.checkpoints.dtypes import random_bits
 from tests.fakes import registered
+from tests.servers.asked import Asked, Bend, asked, refusal
 from tests.servers.endpoint import S3Endpoint
 from tests.servers.faulty_proxy import Fault, Request, faulty_proxy
 
@@ -47,15 +46,31 @@ def _adam(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
     torch.save({"epoch": 3, "state_dict": dict(weights), "optimizer": {"state": moments}}, path)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint of weights and Adam's moments, and the output that it must become."""
+
+    weights: dict[str, torch.Tensor]
+    archive: bytes
+    output: bytes
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("trained")
+    weights = _weights()
+    _adam(folder / "last.ckpt", weights)
+    ptbin.convert(str(folder / "last.ckpt"), str(folder / "last.bin"))
+    return Trained(weights, *((folder / name).read_bytes() for name in ("last.ckpt", "last.bin")))
+
+
 @dataclass
 class Scene:
-    """A checkpoint in a bucket, the output it must become, and everything that was sent to the store."""
+    """The checkpoint in a bucket."""
 
     endpoint: S3Endpoint
     bucket: str
-    local: Path
-    expected: bytes
-    weights: dict[str, torch.Tensor]
+    trained: Trained
     options: dict[str, Any]
 
     @property
@@ -78,6 +93,10 @@ class Scene:
             dest_options=self.options,
         )
 
+    def watched(self, bend: Bend | None = None) -> AbstractContextManager[Asked]:
+        """What conversions ask the store for, meanwhile."""
+        return asked(self.options, bend)
+
     def output(self) -> bytes:
         return self.endpoint.store().read_bytes(f"{self.bucket}/out/last.bin")
 
@@ -85,83 +104,38 @@ class Scene:
         return [item.path for item in self.endpoint.store().iter_objects(f"{self.bucket}/out")]
 
 
-def _scene(endpoint: S3Endpoint, tmp_path: Path, **bucket_options: Any) -> Scene:
-    weights = _weights()
-    local = tmp_path / "last.ckpt"
-    _adam(local, weights)
-    ptbin.convert(str(local), str(tmp_path / "last.bin"))
+def _scene(endpoint: S3Endpoint, trained: Trained, **bucket_options: Any) -> Scene:
     bucket = endpoint.make_bucket(**bucket_options)
-    # A client of its own for each scene: tests look at, or bend, what it sends.
+    # Each scene has a client to itself: tests look at what it asks for, or change it.
     options = endpoint.storage_options | {"config_kwargs": {"user_agent_extra": bucket}}
-    scene = Scene(endpoint, bucket, local, (tmp_path / "last.bin").read_bytes(), weights, options)
-    scene.put(local.read_bytes())
+    scene = Scene(endpoint, bucket, trained, options)
+    scene.put(trained.archive)
     return scene
 
 
 @pytest.fixture
-def moto(moto_s3: S3Endpoint, tmp_path: Path) -> Scene:
+def moto(moto_s3: S3Endpoint, trained: Trained) -> Scene:
     """A store that keeps a CRC-32 of whole objects."""
-    return _scene(moto_s3, tmp_path)
+    return _scene(moto_s3, trained)
 
 
 @pytest.fixture
-def rados(rados_s3: S3Endpoint, tmp_path: Path) -> Iterator[Scene]:
+def rados(rados_s3: S3Endpoint, trained: Trained) -> Iterator[Scene]:
     """A store that does not, and that ignores `CopySourceIfMatch`."""
-    scene = _scene(rados_s3, tmp_path)
+    scene = _scene(rados_s3, trained)
     yield scene
     rados_s3.empty(scene.bucket)
 
 
-@dataclass
-class Sent:
-    """Requests as botocore is asked for them; `bend` may raise, or act, before one goes out."""
-
-    requests: list[tuple[str, dict[str, Any]]]
-    bend: Callable[[str, dict[str, Any]], None]
-
-    def count(self, method: str) -> int:
-        return sum(name == method for name, _ in self.requests)
-
-    def of(self, method: str) -> list[dict[str, Any]]:
-        return [parameters for name, parameters in self.requests if name == method]
-
-    @property
-    def client_nbytes(self) -> int:
-        """Weights and framing that came to this process or left it; listings and manifests aside."""
-        total = 0
-        for method, parameters in self.requests:
-            if method == "get_object" and "Range" in parameters:
-                first, last = parameters["Range"].removeprefix("bytes=").split("-")
-                # Without a first byte, so many at the end.
-                total += int(last) - int(first) + 1 if first else int(last)
-            elif method == "upload_part":
-                total += parameters.get("ContentLength") or len(parameters["Body"])
-        return total
-
-
-@pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
-    seen = Sent([], lambda method, parameters: None)
-    send = S3Client.send
-
-    async def noted(self: S3Client, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
-        seen.requests.append((method, dict(parameters)))
-        # What it does to the store waits for the loop that this runs on.
-        await asyncio.to_thread(seen.bend, method, parameters)
-        return await send(self, method, parameters)
-
-    monkeypatch.setattr(S3Client, "send", noted)
-    return seen
-
-
-def test_the_store_copies_and_its_checksum_proves(moto: Scene, sent: Sent) -> None:
-    manifest = moto.convert()
+def test_the_store_copies_and_its_checksum_proves(moto: Scene) -> None:
+    with moto.watched() as sent:
+        manifest = moto.convert()
     assert manifest["verification"]["proven_by"] == "store checksum"
     assert manifest["bytes_copied_in_store"] > WEIGHTS_NBYTES - 6 * MIB
     # 5 MiB are the least that the first part may hold; all else is index.
     assert sent.client_nbytes < 2 * 5 * MIB + MIB
     assert sent.count("upload_part_copy") >= 1
-    assert moto.output() == moto.expected
+    assert moto.output() == moto.trained.output
     assert moto.endpoint.uploads_in(moto.bucket) == []
     assert "notes" not in manifest
     again = ptbin.verify(f"{moto.dest}.manifest.json", level="load", storage_options=moto.options)
@@ -169,27 +143,29 @@ def test_the_store_copies_and_its_checksum_proves(moto: Scene, sent: Sent) -> No
 
 
 @pytest.mark.s3_real
-def test_without_a_checksum_of_the_store_the_output_is_read_back(rados: Scene, sent: Sent) -> None:
+def test_without_a_checksum_of_the_store_the_output_is_read_back(rados: Scene) -> None:
     manifest = rados.convert()
     assert manifest["verification"]["proven_by"] == "read back"
     assert manifest["bytes_copied_in_store"] > 0.7 * WEIGHTS_NBYTES
-    assert rados.output() == rados.expected
+    assert rados.output() == rados.trained.output
     assert rados.endpoint.uploads_in(rados.bucket) == []
 
 
 @pytest.mark.s3_real
-def test_without_proof_hardly_a_byte_passes_through(rados: Scene, sent: Sent) -> None:
-    manifest = rados.convert("none")
+def test_without_proof_hardly_a_byte_passes_through(rados: Scene) -> None:
+    with rados.watched() as sent:
+        manifest = rados.convert("none")
     assert sent.client_nbytes < 2 * 5 * MIB + MIB
     assert manifest["bytes_read"] < 6 * MIB
     assert manifest["verification"] == manifest["verification"] | {"level": "none", "status": "not verified"}
-    assert rados.output() == rados.expected
+    assert rados.output() == rados.trained.output
 
 
 @pytest.mark.parametrize("versioned", [False, True])
-def test_each_copy_is_pinned(moto_s3: S3Endpoint, tmp_path: Path, sent: Sent, versioned: bool) -> None:
-    scene = _scene(moto_s3, tmp_path, versioned=versioned)
-    scene.convert()
+def test_each_copy_is_pinned(moto_s3: S3Endpoint, trained: Trained, versioned: bool) -> None:
+    scene = _scene(moto_s3, trained, versioned=versioned)
+    with scene.watched() as sent:
+        scene.convert()
     copies = sent.of("upload_part_copy")
     assert copies
     for parameters in copies:
@@ -198,14 +174,15 @@ def test_each_copy_is_pinned(moto_s3: S3Endpoint, tmp_path: Path, sent: Sent, ve
 
 
 @pytest.mark.s3_real
-def test_a_source_that_changes_meanwhile_is_noticed(rados: Scene, sent: Sent) -> None:
-    def overwrite(method: str, parameters: dict[str, Any]) -> None:
-        if method == "upload_part_copy":
-            sent.bend = lambda method, parameters: None
-            rados.put(b"\0" * rados.local.stat().st_size)
+def test_a_source_that_changes_meanwhile_is_noticed(rados: Scene) -> None:
+    overwritten: list[str] = []
 
-    sent.bend = overwrite
-    with pytest.raises(SourceChangedError):
+    def overwrite(method: str, parameters: dict[str, Any]) -> None:
+        if method == "upload_part_copy" and not overwritten:
+            overwritten.append(method)
+            rados.put(b"\0" * len(rados.trained.archive))
+
+    with rados.watched(overwrite), pytest.raises(SourceChangedError):
         rados.convert()
     assert rados.names() == []
     assert rados.endpoint.uploads_in(rados.bucket) == []
@@ -220,7 +197,7 @@ def test_odd_keys_are_never_taken_for_others(rados: Scene, name: str, copied: bo
     """Ceph's gateway decodes a copy's source twice: "%20" there means the object with a blank in its name."""
     rados.endpoint.store().write_bytes(f"{rados.bucket}/in/ x.ckpt", b"another object")
     key = f"in/{name}x.ckpt"
-    rados.endpoint.store().write_bytes(f"{rados.bucket}/{key}", rados.local.read_bytes())
+    rados.endpoint.store().write_bytes(f"{rados.bucket}/{key}", rados.trained.archive)
     manifest = ptbin.convert(
         f"s3://{rados.bucket}/{key}",
         rados.dest,
@@ -230,51 +207,48 @@ def test_odd_keys_are_never_taken_for_others(rados: Scene, name: str, copied: bo
     )
     assert (manifest["bytes_copied_in_store"] > 0) is copied
     assert "notes" not in manifest
-    assert rados.output() == rados.expected
-
-
-def _refused(code: str, status: int) -> ClientError:
-    answer: Any = {"Error": {"Code": code, "Message": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    return ClientError(answer, "UploadPartCopy")
+    assert rados.output() == rados.trained.output
 
 
 @pytest.mark.parametrize(
     ("code", "status"), [("NotImplemented", 501), ("AccessDenied", 403), ("InvalidRequest", 400)]
 )
-def test_a_store_that_refuses_is_streamed_through(moto: Scene, sent: Sent, code: str, status: int) -> None:
+def test_a_store_that_refuses_is_streamed_through(moto: Scene, code: str, status: int) -> None:
     def refuse(method: str, parameters: dict[str, Any]) -> None:
         if method == "upload_part_copy":
-            raise _refused(code, status)
+            raise refusal(code, status)
 
-    sent.bend = refuse
-    manifest = moto.convert()
+    with moto.watched(refuse):
+        manifest = moto.convert()
     (note,) = manifest["notes"]
     assert "streamed" in note
     assert code in note
     assert manifest["bytes_copied_in_store"] == 0
     assert manifest["verification"]["proven_by"] == "read back"
-    assert moto.output() == moto.expected
+    assert moto.output() == moto.trained.output
     assert moto.endpoint.uploads_in(moto.bucket) == []
 
 
-def test_a_store_that_knows_no_checksums_still_copies(moto: Scene, sent: Sent) -> None:
+def test_a_store_that_knows_no_checksums_still_copies(moto: Scene) -> None:
     def refuse(method: str, parameters: dict[str, Any]) -> None:
         if "ChecksumAlgorithm" in parameters:
-            raise _refused("NotImplemented", 501)
+            raise refusal("NotImplemented", 501)
 
-    sent.bend = refuse
-    manifest = moto.convert()
+    with moto.watched(refuse):
+        manifest = moto.convert()
     assert manifest["verification"]["proven_by"] == "read back"
     assert manifest["bytes_copied_in_store"] > 0
-    assert moto.output() == moto.expected
+    assert moto.output() == moto.trained.output
 
 
-def test_it_can_be_switched_off(moto: Scene, sent: Sent) -> None:
+def test_it_can_be_switched_off(moto: Scene) -> None:
     moto.options["server_side_copy"] = False
-    manifest = moto.convert()
+    with moto.watched() as sent:
+        manifest = moto.convert()
+    assert sent.count("upload_part") > 0
     assert sent.count("upload_part_copy") == 0
     assert manifest["bytes_copied_in_store"] == 0
-    assert moto.output() == moto.expected
+    assert moto.output() == moto.trained.output
 
 
 def _sends_part_1(request: Request) -> bool:
@@ -287,22 +261,22 @@ def _sends_part_2(request: Request) -> bool:
 
 @pytest.mark.s3_real
 @pytest.mark.parametrize("kind", ["503", "reset", "500"])
-def test_copies_outlast_passing_faults(rados_s3: S3Endpoint, tmp_path: Path, kind: Any) -> None:
-    scene = _scene(rados_s3, tmp_path)
+def test_copies_outlast_passing_faults(rados_s3: S3Endpoint, trained: Trained, kind: Any) -> None:
+    scene = _scene(rados_s3, trained)
     with faulty_proxy(rados_s3.url) as proxy:
         scene.options = S3Endpoint(proxy.url).storage_options
         proxy.faults += [Fault(kind, _sends_part_1), Fault(kind, _sends_part_2)]
         scene.convert()
         assert not proxy.faults
-    assert scene.output() == scene.expected
+    assert scene.output() == scene.trained.output
     assert scene.endpoint.uploads_in(scene.bucket) == []
     rados_s3.empty(scene.bucket)
 
 
 def _damaged(scene: Scene) -> bytes:
     """One bit of a weight flipped, its CRC-32 as it was."""
-    data = bytearray(scene.local.read_bytes())
-    at = data.index(scene.weights["4.weight"].numpy().tobytes()[:4096])
+    data = bytearray(scene.trained.archive)
+    at = data.index(scene.trained.weights["4.weight"].numpy().tobytes()[:4096])
     data[at + 1000] ^= 1
     return bytes(data)
 
@@ -324,7 +298,7 @@ def test_a_damaged_source_does_not_replace_a_good_output(rados: Scene) -> None:
     rados.put(_damaged(rados))
     with pytest.raises(ChecksumMismatchError):
         rados.convert()
-    assert rados.output() == rados.expected
+    assert rados.output() == rados.trained.output
     assert rados.names() == ["last.bin", "last.bin.manifest.json"]
 
 
@@ -350,17 +324,17 @@ def test_of_a_small_checkpoint_each_record_is_checked_as_it_passes(
 
 def test_foreign_bytes_between_records_do_not_go_along(moto: Scene) -> None:
     """Padding that torch does not write: the record behind it is framed anew."""
-    data = bytearray(moto.local.read_bytes())
-    at = data.index(moto.weights["3.weight"].numpy().tobytes()[:4096]) - 1
+    data = bytearray(moto.trained.archive)
+    at = data.index(moto.trained.weights["3.weight"].numpy().tobytes()[:4096]) - 1
     assert data[at : at + 1] == b"Z"
     data[at] = ord("!")
     moto.put(bytes(data))
     moto.convert()
-    assert moto.output() == moto.expected
+    assert moto.output() == moto.trained.output
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_files_of_a_folder_are_copied_as_well(moto_s3: S3Endpoint, tmp_path: Path, sent: Sent) -> None:
+def test_files_of_a_folder_are_copied_as_well(moto_s3: S3Endpoint, tmp_path: Path) -> None:
     """torch.distributed.checkpoint in two files: each copied part is a range of its own file."""
     weights = {f"{index}.weight": random_bits(torch.float32, (4096, 1024), seed=index) for index in range(3)}
     folder = tmp_path / "dcp"
@@ -370,12 +344,11 @@ def test_files_of_a_folder_are_copied_as_well(moto_s3: S3Endpoint, tmp_path: Pat
     bucket = moto_s3.make_bucket()
     for file in folder.iterdir():
         store.write_bytes(f"{bucket}/dcp/{file.name}", file.read_bytes())
-    manifest = ptbin.convert(
-        f"s3://{bucket}/dcp",
-        f"s3://{bucket}/out/model.bin",
-        source_options=moto_s3.storage_options,
-        dest_options=moto_s3.storage_options,
-    )
+    options = moto_s3.storage_options
+    with asked(options) as sent:
+        manifest = ptbin.convert(
+            f"s3://{bucket}/dcp", f"s3://{bucket}/out/model.bin", source_options=options, dest_options=options
+        )
     assert len({parameters["CopySource"]["Key"] for parameters in sent.of("upload_part_copy")}) == 2
     assert manifest["bytes_copied_in_store"] > 20 * MIB
     found = torch.load(io.BytesIO(store.read_bytes(f"{bucket}/out/model.bin")), weights_only=True)

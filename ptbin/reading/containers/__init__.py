@@ -13,23 +13,22 @@ from ptbin.errors import EmptyFileError, NotACheckpointError, UnsupportedFormatE
 from ptbin.options import Limits
 from ptbin.reading.containers.archives import read_tar_archive
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder, Opening
-from ptbin.reading.containers.compressed import refuse_compressed
 from ptbin.reading.containers.dcp.folder import read_dcp
 from ptbin.reading.containers.deepspeed.experts import read_deepspeed_experts
 from ptbin.reading.containers.deepspeed.layers import read_deepspeed_layers
 from ptbin.reading.containers.deepspeed.ranks import read_deepspeed_ranks
 from ptbin.reading.containers.deepspeed.universal import read_deepspeed_universal
 from ptbin.reading.containers.deepspeed.zero import read_deepspeed
-from ptbin.reading.containers.foreign import refuse_known_foreign
 from ptbin.reading.containers.hf_shards import read_hf_shards
+from ptbin.reading.containers.indexed import read_indexed
 from ptbin.reading.containers.legacy import read_legacy, read_raw_pickle
 from ptbin.reading.containers.megatron_parts import read_megatron_parts
 from ptbin.reading.containers.meta_parts import read_meta_parts
 from ptbin.reading.containers.rank_files import read_rank_files
 from ptbin.reading.containers.safetensors import read_safetensors
-from ptbin.reading.containers.sharded import read_indexed
 from ptbin.reading.containers.source import RandomReader, SourceFile
 from ptbin.reading.containers.torch_zip import read_zip
+from ptbin.reading.containers.unreadable import refuse_compressed, refuse_known_foreign
 from ptbin.reading.containers.zip_directory import refuse_prefixed_zip
 from ptbin.sources.deepspeed_names import deepspeed_checkpoint
 from ptbin.sources.folders import DCP_METADATA, INDEX_SUFFIX

@@ -1,12 +1,12 @@
 """Checkpoints that lie inside an archive: NeMo's `.nemo`, stable-baselines3's `.zip`, tars and zips.
 
 A member that is stored uncompressed is a byte range of the archive: it is indexed where it lies, and its
-weights are spliced from there. Which members are checkpoints is told by their first bytes, never by their
-names. One is the checkpoint; several become a mapping by member name, so that selection (and `--select
-MEMBER`) applies to them as to any mapping. Member names are text and never become paths.
+weights are spliced from there. First bytes tell which members are checkpoints, never names. One is the
+checkpoint; several become a mapping by member name, so that selection (and `--select MEMBER`) applies to them
+as to any mapping. Member names are text and never become paths.
 
 Costs: what walking the archive costs (`tar`, `zip_directory`), a request for each zip member whose first
-bytes are looked at, and for each checkpoint found what it costs as a file of its own.
+bytes are looked at, and for each checkpoint found what it costs as a separate file.
 
 The records of an embedded torch archive lose their framing: it counts offsets from the archive's own
 beginning (`framing`), so headers are written anew and only the weights' bytes are taken.
@@ -27,13 +27,14 @@ from ptbin.errors import (
     NotACheckpointError,
     UnsupportedFormatError,
 )
-from ptbin.reading.containers.checkpoint import MAX_NESTING, Checkpoint, Opening, move_place
+from ptbin.reading.containers.checkpoint import MAX_NESTING, Checkpoint, Opening
 from ptbin.reading.containers.legacy import looks_like_legacy
 from ptbin.reading.containers.safetensors import looks_like_safetensors
 from ptbin.reading.containers.source import SourceFile, Window
 from ptbin.reading.containers.tar import MAX_INDEX_READS, WINDOW_NBYTES, TarMember, iter_tar, looks_like_tar
 from ptbin.reading.containers.torch_tar import is_torch_tar, read_torch_tar
 from ptbin.reading.containers.zip_directory import STORED, Member, ZipDirectory
+from ptbin.values.framing import LOCAL_HEADER
 from ptbin.values.nodes import DictNode
 from ptbin.values.tensors import ByteRange, Place
 
@@ -47,7 +48,7 @@ KNOWN_MODELS = ("policy.pth", "model_weights.ckpt")
 """The member that holds the model where there are several: stable-baselines3 and NeMo."""
 
 KNOWN_ROLES = {"pytorch_variables.pth": "trainer_state"}
-"""What the algorithms of stable-baselines3 keep beside their policy: an entropy coefficient, say."""
+"""What the algorithms of stable-baselines3 keep next to their policy: an entropy coefficient, say."""
 
 
 # Files of a checkpoint that is a folder: torch.distributed.checkpoint, DeepSpeed's ZeRO, Hugging Face shards.
@@ -92,8 +93,8 @@ class _InZip:
         file, member = self.directory.file, self.member
         room = min(WINDOW_NBYTES, member.next_offset - member.header_offset)
         window = file.read_ahead(member.header_offset, room, WINDOW_NBYTES, "member")
-        # APPNOTE.TXT 4.3.7: lengths of the name and of the extra field, at 26 and 28 of 30 bytes
-        start = 30 + int.from_bytes(window[26:28], "little") + int.from_bytes(window[28:30], "little")
+        *_, name_nbytes, extra_nbytes = LOCAL_HEADER.unpack_from(window)
+        start = LOCAL_HEADER.size + name_nbytes + extra_nbytes
         data = window[start : start + member.compressed_nbytes]
         if not self.packed:
             return data[:HEAD_NBYTES]
@@ -215,7 +216,7 @@ def _begins_a_checkpoint(head: bytes, nbytes: int) -> bool:
 
 
 def _read_member(opening: Opening, entry: _InTar | _InZip) -> Checkpoint | None:
-    """The member as a checkpoint with its places in the whole file; None where it is none after all."""
+    """The member as a checkpoint with its places in the whole file; None where it is not one after all."""
     file, member = opening.file, entry.member
     if opening.depth + 1 >= MAX_NESTING:
         raise LimitExceededError(f"{file.uri}: archives inside archives, more than {MAX_NESTING} deep")
@@ -227,9 +228,7 @@ def _read_member(opening: Opening, entry: _InTar | _InZip) -> Checkpoint | None:
         checkpoint = inner.checkpoint()
     except NotACheckpointError:
         return None
-    for storage in checkpoint.storages.values():
-        if storage.place is not None:
-            storage.place = move_place(_without_framing(storage.place), offset)
+    checkpoint.move(offset, _without_framing)
     checkpoint.unnamed = [(name, at + offset, nbytes) for name, at, nbytes in checkpoint.unnamed]
     return checkpoint
 
@@ -262,14 +261,10 @@ def _joined(
                 )
         others.extend((f"{name}/{other}", nbytes) for other, nbytes in inner.other_members)
     model = next((name for name in KNOWN_MODELS if name in found), None)
-    return Checkpoint(
-        file.uri,
-        file.size,
+    return opening.build(
         container,
         DictNode("dict", [(name, inner.root) for name, inner in found.items()]),
-        opening.programs,
         storages,
-        opening.vocabulary,
         script_classes=classes,
         preferred=model,
         roles={name: role for name, role in KNOWN_ROLES.items() if model is not None and name in found}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +21,14 @@ from ptbin.errors import (
 from ptbin.merging.replicas import Replicas
 from ptbin.options import Limits
 from ptbin.reading.containers.source import SourceFile
-from ptbin.reading.pickle.collector import collector_paused
+from ptbin.reading.pickle.gc_pause import gc_paused
+from ptbin.reading.pickle.interpreter import run_pickle
 from ptbin.reading.pickle.machine import PickleProgram
 from ptbin.reading.pickle.torch_objects import TorchVocabulary
 from ptbin.reading.tree import DataSearch
 from ptbin.stores.joined import JoinedReader
 from ptbin.values.state_dict import Excluded
-from ptbin.values.tensors import ByteRange, Deflated, InMemory, Joined, Place, Storage, Tiled, own_bytes
+from ptbin.values.tensors import ByteRange, Deflated, InMemory, Joined, Place, Storage, Tiled, distinct_bytes
 
 __all__ = [
     "Checkpoint",
@@ -58,11 +59,12 @@ class Checkpoint:
         metadata: of a safetensors file, its `__metadata__`.
         part: why this is not all of a checkpoint, where the caller takes it all the same (`parts`).
         preferred: path of the candidate to choose where several remain; a container's reader may know.
-        other_members: name and size of what lies beside the checkpoints of an archive and is none itself.
+        other_members: name and size of the other members of an archive that holds checkpoints.
         roles: path to role, where the container itself says what lies there (`reading.roles`).
         excluded: what its reader passed over and knows the role of.
         facts: numbers that it states of the model, by name, for recipes (`n_heads`).
         replicas: copies on other ranks that must be equal, with the storage that the first one went into.
+        is_whole: its reader knows that it is all of a checkpoint (`parts`).
         search: answers whether a record holds data, and remembers.
         unnamed: records that could hold tensors and that no pickle names: (name, offset, bytes in the file).
     """
@@ -85,10 +87,17 @@ class Checkpoint:
     unnamed: list[tuple[str, int, int]] = field(default_factory=list)
     facts: dict[str, int] = field(default_factory=dict)
     replicas: list[tuple[Storage, Replicas]] = field(default_factory=list)
+    is_whole: bool = False
     search: DataSearch = field(init=False)
 
     def __post_init__(self) -> None:
         self.search = DataSearch(self.vocabulary.limits)
+
+    def move(self, base: int, before: Callable[[Place], Place] = lambda place: place) -> None:
+        """Count the offsets of all storages from `base` bytes earlier; `before` changes a place first."""
+        for storage in self.storages.values():
+            if storage.place is not None:
+                storage.place = move_place(before(storage.place), base)
 
 
 @dataclass(slots=True)
@@ -106,6 +115,7 @@ class Opening:
     depth: int = 0
     programs: list[PickleProgram] = field(default_factory=list)
     vocabulary: TorchVocabulary = field(init=False)
+    _globals: set[tuple[str, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.vocabulary = TorchVocabulary(self.limits, self._load_nested)
@@ -126,6 +136,40 @@ class Opening:
         """The file, recognised and indexed."""
         return self.read(self)
 
+    def build(self, container: str, root: Any, storages: dict[str, Storage], **more: Any) -> Checkpoint:
+        """What a reader found in the file; `more` as the other fields of `Checkpoint`."""
+        uri, size = self.file.uri, self.file.size
+        return Checkpoint(uri, size, container, root, self.programs, storages, self.vocabulary, **more)
+
+    def run(self, data: bytes, where: str, persistent: Callable[[Any], Any] | None = None) -> PickleProgram:
+        """Run the pickle that `data` begins with. Errors as `run_pickle`."""
+        return run_pickle(
+            data,
+            reducers=self.vocabulary.reducers(),
+            persistent=persistent,
+            set_state=self.vocabulary.set_state,
+            limits=self.limits,
+            where=where,
+        )
+
+    def run_whole(
+        self, data: bytes, name: str, where: str, persistent: Callable[[Any], Any] | None = None
+    ) -> PickleProgram:
+        """Run the pickle that `data` is, called `name`, and keep it for the verdict."""
+        program = self.run(data, where, persistent)
+        if program.end != len(data):
+            program.oddities.append(f"{len(data) - program.end} bytes behind the end of {name}")
+        self.programs.append(program)
+        return program
+
+    def keep_programs(self, programs: Iterable[PickleProgram]) -> None:
+        """Of a part's pickles those that say something to judge which no earlier one said: most are alike."""
+        for program in programs:
+            program.root = None  # the caller keeps of it what it needs
+            if not program.globals.keys() <= self._globals or program.oddities or program.calls:
+                self._globals.update(program.globals)
+                self.programs.append(program)
+
     def _load_nested(self, data: bytes) -> Any:
         """The record inside bytes that `torch.storage._load_from_bytes` would hand to `torch.load`."""
         if self.depth >= MAX_NESTING:
@@ -142,7 +186,7 @@ class Opening:
             if isinstance(storage.place, ByteRange):
                 # Nested CRC-32s need no check here: the bytes lie inside a pickle whose own CRC was checked.
                 place = storage.place
-                storage.place = InMemory(own_bytes(data[place.offset : place.offset + place.nbytes]))
+                storage.place = InMemory(distinct_bytes(data[place.offset : place.offset + place.nbytes]))
             elif isinstance(storage.place, Deflated):
                 raise UnsupportedFormatError(f"{self.file.uri}: a compressed archive inside a pickle")
         self.vocabulary.take_over(inner.vocabulary, checkpoint.storages.values())
@@ -169,6 +213,13 @@ class Folder:
         """The one for a file of the folder."""
         return Opening(SourceFile(self.reader.part(name)), self.limits, self.read)
 
+    def build(
+        self, container: str, root: Any, opening: Opening, storages: dict[str, Storage], **more: Any
+    ) -> Checkpoint:
+        """What a reader put together; `opening` holds what its files have in common."""
+        uri, size, programs = self.reader.uri, self.reader.size, opening.programs
+        return Checkpoint(uri, size, container, root, programs, storages, opening.vocabulary, **more)
+
 
 ReadFile = Callable[[Opening], Checkpoint]
 
@@ -177,7 +228,7 @@ ReadFile = Callable[[Opening], Checkpoint]
 def as_checkpoint_errors(uri: str) -> Iterator[None]:
     """The outer edge of reading: whatever a foreign file brings Python to, callers see one kind of error."""
     try:
-        with collector_paused():
+        with gc_paused():
             yield
     except PtbinError:
         raise
@@ -191,7 +242,7 @@ def as_checkpoint_errors(uri: str) -> Iterator[None]:
         ValueError,
     ) as error:
         raise CorruptArchiveError(
-            f"{uri}: what it says makes no sense ({type(error).__name__}: {str(error)[:200]})"
+            f"{uri}: is not internally consistent ({type(error).__name__}: {str(error)[:200]})"
         ) from error
     except struct.error as error:
         raise CorruptArchiveError(f"{uri}: a number in it is out of range ({error})") from error
@@ -216,9 +267,7 @@ def read_part(reader: JoinedReader, name: str, opening: Opening) -> Checkpoint:
     """
     part = reader.part(name)
     checkpoint = opening.another(SourceFile(part)).checkpoint()
-    for storage in checkpoint.storages.values():
-        assert storage.place is not None
-        storage.place = move_place(storage.place, part.base)
+    checkpoint.move(part.base)
     return checkpoint
 
 

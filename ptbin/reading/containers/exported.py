@@ -70,18 +70,16 @@ def read_exported(opening: Opening, directory: ZipDirectory) -> Checkpoint | Non
             )
         roots[model] = root
     top = next(iter(roots.values())) if len(roots) == 1 else DictNode("dict", list(roots.items()))
-    return Checkpoint(
-        uri, opening.file.size, "torch_export", top, opening.programs, storages, opening.vocabulary
-    )
+    return opening.build("torch_export", top, storages, is_whole=True)
 
 
 def _rows(uri: str, data: bytes) -> dict[str, Any]:
     try:
         rows = json.loads(data)["config"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CorruptArchiveError(f"{uri}: the configuration of its weights is none: {error}") from error
+        raise CorruptArchiveError(f"{uri}: the list of its weights cannot be read: {error}") from error
     if not isinstance(rows, dict):
-        raise CorruptArchiveError(f"{uri}: the configuration of its weights is none")
+        raise CorruptArchiveError(f"{uri}: the list of its weights cannot be read")
     return rows
 
 
@@ -99,7 +97,7 @@ def _tensor(
     kind = meta.get("dtype")
     dtype = BY_NAME.get(_DTYPES.get(kind, "")) if isinstance(kind, int) else None
     if dtype is None or not isinstance(path, str):
-        raise CorruptArchiveError(f"{uri}: weight {name[:200]!r} is described in a way that makes no sense")
+        raise CorruptArchiveError(f"{uri}: weight {name[:200]!r} is not described consistently")
     shape, stride = (_numbers(uri, name, meta.get(key)) for key in ("sizes", "strides"))
     offset = _numbers(uri, name, [meta.get("storage_offset")])[0]
     storage = storages.get(path) or _storage(uri, directory, f"{folder}/{path}", path)

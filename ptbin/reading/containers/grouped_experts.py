@@ -11,18 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ptbin.merging.tiles import Part, plain_part
+from ptbin.merging.tiles import Part, require_plain
 from ptbin.merging.views import View, concatenated, view_of
 from ptbin.reading.containers.megatron import Sizes
 from ptbin.reading.containers.part_files import PartFiles
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["grouped_experts", "is_grouped"]
-
-
-def is_grouped(name: str) -> bool:
-    """Whether a tensor of this name is all experts of a layer."""
-    return name.endswith((".experts.weight1", ".experts.weight2"))
+__all__ = ["grouped_experts"]
 
 
 def grouped_experts(
@@ -46,7 +41,8 @@ def grouped_experts(
         return only[0].tensor
     if not experts or experts % sizes.expert or "swiglu" not in facts:
         files.refuse(f"nothing says how many experts {name[:200]!r} holds, and whether they are gated")
-    first = next(iter(parts.values()))[0].tensor
+    part = next(iter(parts.values()))[0]
+    first = part.tensor
     rows = []
     for rank in range(sizes.expert):
         own = []
@@ -54,19 +50,19 @@ def grouped_experts(
             copies = parts.get((rank, piece))
             if copies is None:
                 files.refuse(f"{name[:200]!r} of expert-parallel rank {rank} is in none of the files")
-            plain_part(copies[0], name)
+            require_plain(copies[0], name)
             if (copies[0].tensor.shape, copies[0].tensor.dtype) != (first.shape, first.dtype):
-                files.refuse(f"{name[:200]!r} has other sizes in {copies[0].home}: it is not of this save")
+                files.refuse_unlike(name, part, copies[0])
             own.append(_experts(files, name, copies[0], experts // sizes.expert, gated=facts["swiglu"] != 0))
         rows.append(concatenated(own, 1 if name.endswith("2") else len(own[0].shape) - 1))
     whole = concatenated(rows, 0)
     height = first.shape[0] * (sizes.expert * sizes.expert_tensor if name.endswith("2") else 1)
     width = first.shape[1] * (1 if name.endswith("2") else sizes.expert * sizes.expert_tensor)
-    tensor = replace(whole, final=(height, width)).tensor(f"{files.uri}: {name[:200]!r}", name, files.made)
+    tensor = replace(whole, final_shape=(height, width)).tensor(
+        f"{files.uri}: {name[:200]!r}", name, files.known_storages
+    )
     for group in parts.values():
-        files.equal(name, tensor.storage, group)
-        for part in group[1:]:
-            files.leave(part.home, [part.tensor])
+        files.take_first(name, group, tensor.storage)
     return tensor
 
 

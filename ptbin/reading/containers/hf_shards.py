@@ -1,13 +1,10 @@
 """torch's Hugging Face shards: `shard-00001-model-00001-of-00001.safetensors`, a file or more for each rank.
 
 `HuggingFaceStorageWriter(save_distributed=True)` of torch.distributed.checkpoint writes them (torchtitan,
-NeMo
-Automodel). `DCP_SHARDING_INFO` in each header says where in the whole each tensor begins; how long the whole
-is,
-and how many files there are, nothing says. Tensors reach as far as the pieces do, as in torch's own
-`_consolidate_hf_safetensors`, and here without gaps. That the last file is there is proven by a tensor whose
-last
-piece is shorter than `torch.chunk` over more ranks would make it, or borne out by an extent that is also one
+NeMo Automodel). `DCP_SHARDING_INFO` in each header says where in the whole each tensor begins. Nothing says
+how long the whole is, nor how many files there are: tensors reach as far as the pieces do, as in torch's own
+`_consolidate_hf_safetensors`, and here without gaps. That the last file is there is shown by a tensor whose
+last piece is shorter than `torch.chunk` over more ranks would make it, or by an extent that is also one
 across the cut (a norm as long as matrices are wide: a lost file takes the same share of every tensor).
 
 Costs: the header of each file.
@@ -22,18 +19,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptbin.errors import CorruptArchiveError
-from ptbin.merging.tiles import Box, Part, whole_tensor
+from ptbin.merging.tiles import Box, Part
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
-from ptbin.reading.containers.part_files import PartFiles
-from ptbin.values.nodes import DictNode
+from ptbin.reading.containers.part_files import PartFiles, Pieces
+from ptbin.values.nodes import DictNode, sizes_in
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["SHARDING_INFO", "read_hf_shards"]
+__all__ = ["SHARDING_INFO", "read_hf_shards", "sharding_offsets"]
 
 SHARDING_INFO = "DCP_SHARDING_INFO"
 
 MAX_SHARDING_NBYTES = 64 << 20
-MAX_EXTENT = 1 << 48
 _SHARD = re.compile(r"^shard-(?P<n>\d{5})-model-(?P<rest>\d{5}-of-\d{5}\.safetensors)$")
 
 
@@ -95,45 +91,48 @@ def _number(name: str) -> int:
 def _tensors(files: PartFiles, name: str, root: Any) -> Iterator[tuple[str, TensorRef]]:
     for key, value in root.pairs if isinstance(root, DictNode) else ():
         if not isinstance(value, TensorRef):
-            raise CorruptArchiveError(f"{files.uri}: {name} holds something that is no tensor")
+            raise CorruptArchiveError(f"{files.uri}: {name} holds something that is not a tensor")
         yield key, value
 
 
 def _offsets(files: PartFiles, name: str, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Where in its whole each tensor of a file begins."""
-    text = checkpoint.metadata.get(SHARDING_INFO)
-    if text is None or len(text) > MAX_SHARDING_NBYTES:
-        files.refuse(f"{name} has no {SHARDING_INFO}: nothing says where its tensors lie in the whole")
     try:
-        told = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        found = sharding_offsets(checkpoint)
+    except ValueError as error:
         raise CorruptArchiveError(f"{files.uri}: {name}: {SHARDING_INFO} is not JSON: {error}") from error
-    found = {}
-    for key, row in told.items() if isinstance(told, dict) else ():
-        offsets = row.get("saved_offsets") if isinstance(row, dict) else None
-        if isinstance(offsets, list) and all(type(n) is int and 0 <= n < MAX_EXTENT for n in offsets):
-            found[key] = tuple(offsets)
+    if found is None:
+        files.refuse(f"{name} has no {SHARDING_INFO}: nothing says where its tensors lie in the whole")
     return found
 
 
-def _made(files: PartFiles, key: str, whole: _Whole) -> TensorRef:
-    copies: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Box]] = {}
-    for box in whole.pieces:
-        copies.setdefault((box.start, box.shape), []).append(box)
-    boxes = [own[0] for _, own in sorted(copies.items())]
-    what = f"{files.uri}: the pieces of {key[:200]!r}"
+def sharding_offsets(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]] | None:
+    """Where in its whole each tensor of a safetensors file begins; None where the file does not say.
+
+    Raises:
+        ValueError: it says so in something that is not JSON.
+    """
+    text = checkpoint.metadata.get(SHARDING_INFO)
+    if text is None or len(text) > MAX_SHARDING_NBYTES:
+        return None
     try:
-        tensor = whole_tensor(what, key, boxes[0].part.tensor.dtype, whole.shape, boxes, known=files.made)
+        stated = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    rows = stated.items() if isinstance(stated, dict) else ()
+    offsets = {name: sizes_in(row.get("saved_offsets")) for name, row in rows if isinstance(row, dict)}
+    return {name: sizes for name, sizes in offsets.items() if sizes is not None}
+
+
+def _made(files: PartFiles, key: str, whole: _Whole) -> TensorRef:
+    pieces: Pieces = {}
+    for box in whole.pieces:
+        pieces.setdefault(((box.start, box.shape),), []).append([box])
+    try:
+        return files.assemble(key, whole.pieces[0].part.tensor.dtype, whole.shape, pieces)
     except CorruptArchiveError as error:
-        homes = sorted({box.part.home for box in boxes})
-        files.refuse(
-            f"{str(error)[len(files.uri) + 2 :]} (in {', '.join(homes[:3])}); fetch all files of this save"
-        )
-    for own in copies.values():
-        files.equal(key, tensor.storage, [box.part for box in own])
-        for box in own[1:]:
-            files.leave(box.part.home, [box.part.tensor])
-    return tensor
+        homes = ", ".join(sorted({box.part.home for box in whole.pieces})[:3])
+        files.refuse(f"{str(error)[len(files.uri) + 2 :]} (in {homes}); fetch all files of this save")
 
 
 # -- whether the last file is there ------------------------------------------------------------------------

@@ -14,12 +14,10 @@ from typing import Any
 
 from ptbin.errors import CorruptArchiveError, LimitExceededError, NotACheckpointError
 from ptbin.reading.containers.checkpoint import Checkpoint, Opening
-from ptbin.reading.pickle.interpreter import run_pickle
 from ptbin.reading.pickle.machine import PickleProgram, PickleTruncatedError
-from ptbin.reading.pickle.old_tensors import parse_text_id
-from ptbin.reading.pickle.torch_objects import storage_dtype
+from ptbin.reading.pickle.storage_ids import parse_text_id, storage_loader
 from ptbin.values.nodes import DictNode, Global
-from ptbin.values.tensors import ByteRange, Storage, TypedStorage
+from ptbin.values.tensors import ByteRange, Storage
 
 __all__ = ["looks_like_legacy", "read_legacy", "read_raw_pickle", "run_pickle_at"]
 
@@ -47,7 +45,7 @@ def read_legacy(opening: Opening) -> Checkpoint | None:
     if not looks_like_legacy(file.head(32)):
         return None
     storages: dict[str, Storage] = {}
-    classes: dict[str, str] = {}
+    load = storage_loader(file.uri, storages, lambda key, nbytes: None)
 
     def persistent(pid: Any) -> Any:
         if isinstance(pid, str):
@@ -57,33 +55,17 @@ def read_legacy(opening: Opening) -> Checkpoint | None:
             if len(pid) < 2 or not isinstance(pid[1], Global):
                 raise CorruptArchiveError(f"{file.uri}: a module id without a class")
             return pid[1]
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] not in ("storage", b"storage"):
-            raise CorruptArchiveError(f"{file.uri}: a persistent id that is no storage")
-        key, numel = pid[2], pid[4]
-        key = str(key) if isinstance(key, int) else key
-        if not isinstance(key, str) or type(numel) is not int or not 0 <= numel < 1 << 59:
-            raise CorruptArchiveError(f"{file.uri}: a storage id without key or element count")
-        dtype = storage_dtype(pid[1])
-        nbytes = numel * dtype.itemsize
-        known = storages.setdefault(key, Storage(key, nbytes))
-        if classes.setdefault(key, dtype.name) != dtype.name:
-            raise CorruptArchiveError(f"{file.uri}: storage {key!r} is given two element types")
-        if known.nbytes != nbytes:
-            raise CorruptArchiveError(
-                f"{file.uri}: storage {key!r} has two sizes, {known.nbytes} and {nbytes} bytes"
-            )
+        typed = load(pid)
         view = pid[5] if len(pid) > 5 else None
-        offset = 0
         if view is not None:
             # (view key, offset in elements, view size): a storage that was a slice of another
-            if (
-                not isinstance(view, tuple)
-                or len(view) != 3
-                or not all(type(n) is int and n >= 0 for n in view[1:])
-            ):
-                raise CorruptArchiveError(f"{file.uri}: storage {key!r} with view metadata of another form")
-            offset = view[1]
-        return TypedStorage(known, dtype, offset)
+            is_view = isinstance(view, tuple) and len(view) == 3
+            if not is_view or not all(type(n) is int and n >= 0 for n in view[1:]):
+                raise CorruptArchiveError(
+                    f"{file.uri}: storage {typed.storage.key!r} with view metadata of another form"
+                )
+            typed.view_offset = view[1]
+        return typed
 
     pos = 0
     programs: list[PickleProgram] = []
@@ -99,16 +81,14 @@ def read_legacy(opening: Opening) -> Checkpoint | None:
         raise CorruptArchiveError(f"{file.uri}: a legacy file that says it is not little-endian")
     _place_storages(opening, keys.root, storages, pos)
     opening.programs.extend(programs)
-    return Checkpoint(
-        file.uri, file.size, "torch_legacy", body.root, opening.programs, storages, opening.vocabulary
-    )
+    return opening.build("torch_legacy", body.root, storages)
 
 
 def _place_storages(opening: Opening, keys: Any, storages: dict[str, Storage], pos: int) -> None:
     """Lay the storages out behind the pickles, in the order of the key list."""
     file = opening.file
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise CorruptArchiveError(f"{file.uri}: the list of storage keys is none")
+        raise CorruptArchiveError(f"{file.uri}: the list of storage keys is missing")
     if len(set(keys)) != len(keys) or set(keys) != set(storages):
         raise CorruptArchiveError(
             f"{file.uri}: {len(keys)} storage keys listed, "
@@ -125,7 +105,7 @@ def _place_storages(opening: Opening, keys: Any, storages: dict[str, Storage], p
 
 
 def read_raw_pickle(opening: Opening) -> Checkpoint | None:
-    """Index a bare pickle; None where the content is no pickle.
+    """Index a bare pickle; None where the content is not a pickle.
 
     Raises:
         CorruptArchiveError: begins as a pickle of protocol 2 or later, and breaks.
@@ -140,11 +120,11 @@ def read_raw_pickle(opening: Opening) -> Checkpoint | None:
     except (CorruptArchiveError, LimitExceededError) as error:
         if binary:
             raise
-        raise NotACheckpointError(f"{file.uri}: no checkpoint container, and no pickle either") from error
+        raise NotACheckpointError(f"{file.uri}: neither a checkpoint container nor a pickle") from error
     if program.end != file.size:
         program.oddities.append(f"{file.size - program.end} bytes behind the end of the pickle")
     opening.programs.append(program)
-    return Checkpoint(file.uri, file.size, "pickle", program.root, opening.programs, {}, opening.vocabulary)
+    return opening.build("pickle", program.root, {})
 
 
 def run_pickle_at(opening: Opening, pos: int, where: str, persistent: Any) -> PickleProgram:
@@ -158,14 +138,7 @@ def run_pickle_at(opening: Opening, pos: int, where: str, persistent: Any) -> Pi
         end = min(file.size, pos + window)
         data = file.read(pos, end - pos, "pickle")
         try:
-            program = run_pickle(
-                data,
-                reducers=opening.vocabulary.reducers(),
-                persistent=persistent,
-                set_state=opening.vocabulary.set_state,
-                limits=limits,
-                where=where,
-            )
+            program = opening.run(data, where, persistent)
         except PickleTruncatedError:
             if end == file.size:
                 raise

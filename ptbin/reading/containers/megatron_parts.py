@@ -21,29 +21,28 @@ from ptbin.merging.recipes import Merge
 from ptbin.merging.shipped import find_recipe
 from ptbin.merging.tiles import Part
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
-from ptbin.reading.containers.grouped_experts import grouped_experts, is_grouped
+from ptbin.reading.containers.grouped_experts import grouped_experts
 from ptbin.reading.containers.megatron import (
+    Path,
     Rank,
     Sizes,
-    described,
-    folder_of,
-    megatron_arguments,
-    megatron_facts,
-    rank_of,
-    sizes_of,
-)
-from ptbin.reading.containers.megatron_names import (
-    Path,
+    describe_sizes,
     expert_in,
+    folder_of,
     global_name,
     is_expert,
+    is_grouped,
+    megatron_arguments,
+    megatron_facts,
     orders_of,
     piece_of,
+    rank_of,
+    sizes_of,
     split_like,
 )
 from ptbin.reading.containers.merges import merge_parts
-from ptbin.reading.containers.part_files import PartFiles
-from ptbin.reading.roles import role_of_content
+from ptbin.reading.containers.part_files import PartFiles, Tree
+from ptbin.reading.contents import role_of_content
 from ptbin.reading.tree import holds_data
 from ptbin.values.nodes import DictNode, Instance, Opaque
 from ptbin.values.tensors import TensorRef
@@ -125,16 +124,14 @@ class _Ranks:
         self._number_layers(sizes)
         self._tie()
         model = DictNode("OrderedDict")
-        tree: dict[Path, DictNode] = {(): model}
+        tree = Tree(model)
         for name, held in self.found.items():
-            _put(tree, held.path, self._whole(name, held, sizes))
+            tree.put(held.path, self._whole(name, held, sizes))
         for held in self.found.values():
             for part in (part for parts in held.parts.values() for part in parts):
-                self.files.leave(part.home, [part.tensor], "unviewed")  # gaps of a buffer of several
+                self.files.leave_out(part.home, [part.tensor], "unviewed")  # gaps of a buffer of several
         root.pairs = [*((key, value) for key, value in root.pairs if not _is_model(key)), (place[0], model)]
-        checkpoint = self.files.checkpoint("megatron_parts", root, preferred=place[0])
-        checkpoint.facts = self.facts
-        return checkpoint
+        return self.files.checkpoint("megatron_parts", root, preferred=place[0], facts=self.facts)
 
     # -- one file --------------------------------------------------------------------------------------
 
@@ -158,15 +155,15 @@ class _Ranks:
     def _compare_sizes(self, name: str, root: DictNode) -> None:
         if (found := sizes_of(megatron_arguments(root))) != self.sizes:
             self.files.refuse(
-                f"{name} was saved on {described(found)}, {self.names[0]} on {described(self.sizes)}: the "
-                "files are not of one save"
+                f"{name} was saved on {describe_sizes(found)}, {self.names[0]} on "
+                f"{describe_sizes(self.sizes)}: the files are not of one save"
             )
 
     def _take(self, root: DictNode, name: str) -> Path:
         """Note every tensor of a file's model; where it lies."""
         rank = rank_of(name, self.sizes)
         if rank is None:
-            self.files.refuse(f"{name} is not named as one of the files of {described(self.sizes)}")
+            self.files.refuse(f"{name} is not named as one of the files of {describe_sizes(self.sizes)}")
         if rank in self.ranks:
             self.files.refuse(f"{name} and {self.ranks[rank]} are of one rank")
         self.ranks[rank] = name
@@ -179,7 +176,7 @@ class _Ranks:
             rest = [(key, value) for key, value in root.pairs if not _is_model(key) and holds_data(value)]
             for key, value in rest:
                 # What has no role here (an averaged copy, say) is one rank's piece: never chosen.
-                self.files.leave(name, [value], _ROLES.get(key) or role_of_content(value))
+                self.files.leave_out(name, [value], _ROLES.get(key) or role_of_content(value))
             beside = {id(value) for _, value in rest}
             root.pairs = [(key, value) for key, value in root.pairs if id(value) not in beside]
         for key, model in models:
@@ -189,11 +186,11 @@ class _Ranks:
             for path, value in _values(model, set()):
                 dotted = ".".join(path)
                 if path[-1].endswith(_EXTRA_STATE):
-                    self.files.leave(name, [value], "scaling_state")
+                    self.files.leave_out(name, [value], "scaling_state")
                 elif isinstance(value, TensorRef):
                     held[dotted] = (path, value)
                 elif isinstance(value, (DictNode, Opaque, Instance)):
-                    self.files.refuse(f"{name}: {dotted[:200]!r} is no plain tensor and no mapping of some")
+                    self.files.refuse(f"{name}: {dotted[:200]!r} is neither a tensor nor a mapping")
         if models[0][1] is root:
             root.pairs = []
         return ("model" if _CHUNK.match(models[0][0]) else models[0][0],)
@@ -209,14 +206,14 @@ class _Ranks:
             sizes = Sizes(tensor, pipeline, expert, tensor)
         if sizes.tensor % sizes.expert_tensor:
             self.files.refuse(
-                f"it was saved on {described(sizes)}, whose files do not say who holds which experts"
+                f"it was saved on {describe_sizes(sizes)}, whose files do not say who holds which experts"
             )
         missing = list(islice((rank for rank in sizes.ranks() if rank not in self.ranks), MAX_SHOWN))
         if missing:
             names = [folder_of(rank, self.names[0], sizes) for rank in missing]
             more = " and others" if len(missing) == MAX_SHOWN else ""
             self.files.refuse(
-                f"it was saved on {described(sizes)}; not there: {', '.join(names)}{more}; fetch all "
+                f"it was saved on {describe_sizes(sizes)}; not there: {', '.join(names)}{more}; fetch all "
                 "files of this save"
             )
         return sizes
@@ -307,15 +304,10 @@ class _Ranks:
         first = copies[0][0]
         other = next((own[0] for own in copies if own[0].tensor.shape != first.tensor.shape), None)
         if other is not None:  # every cut of Megatron's is even
-            self.files.refuse(
-                f"{name[:200]!r} is {list(first.tensor.shape)} in {first.home} and "
-                f"{list(other.tensor.shape)} in {other.home}: they are not of one save"
-            )
+            self.files.refuse_unlike(name, first, other)
         tensor = merge_parts(self.files, name, [own[0] for own in copies], self._merges(), self.facts)
         for own in copies:
-            self.files.equal(name, tensor.storage, own)
-            for part in own[1:]:
-                self.files.leave(part.home, [part.tensor])
+            self.files.take_first(name, own, tensor.storage)
         return tensor
 
     def _merges(self) -> tuple[Merge, ...]:
@@ -342,12 +334,3 @@ def _values(model: DictNode, seen: set[int], above: Path = ()) -> Iterator[tuple
             yield from _values(value, seen, (*above, key))
         else:
             yield (*above, key), value
-
-
-def _put(tree: dict[Path, DictNode], path: Path, value: TensorRef) -> None:
-    """Put a tensor into its mapping, making the mappings above it."""
-    for depth in range(1, len(path)):
-        if path[:depth] not in tree:
-            below = tree[path[:depth]] = DictNode("OrderedDict")
-            tree[path[: depth - 1]].pairs.append((path[depth - 1], below))
-    tree[path[:-1]].pairs.append((path[-1], value))

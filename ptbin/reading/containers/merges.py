@@ -12,43 +12,45 @@ from typing import Any
 
 from ptbin.errors import CorruptArchiveError, UnsupportedTensorError
 from ptbin.merging.recipes import Merge
-from ptbin.merging.tiles import Part, plain_part
+from ptbin.merging.tiles import Part, require_plain
 from ptbin.merging.views import View, concatenated, view_of
 from ptbin.reading.containers.part_files import PartFiles
-from ptbin.values.nodes import DictNode
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["merge_parts", "parts_by_name", "take_first", "total_of"]
+__all__ = ["merge_parts", "parts_by_name", "total_of"]
 
 
 def parts_by_name(
-    files: PartFiles, names: Sequence[str], nodes: Sequence[DictNode]
-) -> Iterator[tuple[str, Any, list[Part]]]:
-    """(name, the first file's value, a tensor's parts in the order of the files) of one mapping per file.
+    files: PartFiles, states: Sequence[tuple[str, Mapping[Any, Any]]]
+) -> Iterator[tuple[Any, Any, list[Part]]]:
+    """(name, the first file's value, a tensor's parts in the order of the files).
+
+    Args:
+        states: each file's name and what it holds. What is not a tensor is the first file's.
 
     Raises:
-        IncompleteCheckpointError: a file has a name that another has not.
-        CorruptArchiveError: a key is no name.
+        IncompleteCheckpointError: a file has a name that another one lacks.
+        CorruptArchiveError: a tensor whose key is not a name.
     """
-    for key, value in nodes[0].pairs:
-        if type(key) is not str:
-            raise CorruptArchiveError(f"{files.uri}: {names[0]} has a key that is not a name")
+    (home, first), *others = states
+    for key, value in first.items():
         if not isinstance(value, TensorRef):
             yield key, value, []
             continue
-        parts = [Part(value, names[0])]
-        for name, node in zip(names[1:], nodes[1:], strict=True):
-            other = node.get(key)
+        if type(key) is not str:
+            raise CorruptArchiveError(f"{files.uri}: {home} has a key that is not a name")
+        parts = [Part(value, home)]
+        for name, held in others:
+            other = held.get(key)
             if not isinstance(other, TensorRef):
-                files.refuse(f"{key[:200]!r} is in {names[0]} and not in {name}: they are not of one save")
+                files.refuse(f"{key[:200]!r} is in {home} and not in {name}: they are not of one save")
             parts.append(Part(other, name))
         yield key, value, parts
-    known = {key for key, _ in nodes[0].pairs}
-    for name, node in zip(names[1:], nodes[1:], strict=True):
-        more = next((key for key, _ in node.pairs if key not in known), None)
+    for name, held in others:
+        more = next((key for key in held if key not in first), None)
         if more is not None:
-            files.refuse(f"{str(more)[:200]!r} is in {name} and not in {names[0]}: they are not of one save")
-        files.leave(name, [value for _, value in node.pairs if not isinstance(value, TensorRef)])
+            files.refuse(f"{str(more)[:200]!r} is in {name} and not in {home}: they are not of one save")
+        files.leave_out(name, [value for value in held.values() if not isinstance(value, TensorRef)])
 
 
 def merge_parts(
@@ -71,11 +73,11 @@ def merge_parts(
             "rule for it does (docs/parts.md)"
         )
     if merge.how == "equal":
-        return take_first(files, name, parts)
+        return files.take_first(name, parts)
     if merge.how in ("sum", "mean"):
         return total_of(files, name, parts, mean=merge.how == "mean")
     for part in parts:
-        plain_part(part, name)
+        require_plain(part, name)
     first = parts[0].tensor
     groups = _copies(parts, merge, facts)
     parts = [group[0] for group in groups]
@@ -86,32 +88,18 @@ def merge_parts(
             *first.shape[:axis],
             *first.shape[axis + 1 :],
         ]:
-            files.refuse(
-                f"{name[:200]!r} is {first.dtype.name} {list(first.shape)} in {parts[0].home} and "
-                f"{part.tensor.dtype.name} {list(shape)} in {part.home}: the files are not of one save"
-            )
+            files.refuse_unlike(name, parts[0], part)
     views = [view_of(part.tensor, part.home) for part in parts]
     whole = _gated(files, name, views) if merge.how == "gated" else concatenated(views, axis)
     rows = facts.get(merge.cut, 0)
-    if 0 < rows < (whole.final or whole.shape)[0]:
-        whole = whole.settled().taken(0, 0, rows)
+    if 0 < rows < (whole.final_shape or whole.shape)[0]:
+        whole = whole.in_final_shape().taken(0, 0, rows)
         for part in parts:
-            files.leave(part.home, [part.tensor], "padding")
-    tensor = whole.tensor(f"{files.uri}: the parts of {name[:200]!r}", name, files.made)
+            files.leave_out(part.home, [part.tensor], "padding")
+    tensor = whole.tensor(f"{files.uri}: the parts of {name[:200]!r}", name, files.known_storages)
     for group in groups:
-        files.equal(name, tensor.storage, group)
-        for part in group[1:]:
-            files.leave(part.home, [part.tensor])
+        files.take_first(name, group, tensor.storage)
     return tensor
-
-
-def take_first(files: PartFiles, name: str, parts: Sequence[Part]) -> TensorRef:
-    """One of copies that have to be equal."""
-    first = parts[0].tensor
-    files.equal(name, first.storage, parts)
-    for part in parts[1:]:
-        files.leave(part.home, [part.tensor])
-    return first
 
 
 def total_of(files: PartFiles, name: str, parts: Sequence[Part], *, mean: bool) -> TensorRef:
@@ -122,30 +110,26 @@ def total_of(files: PartFiles, name: str, parts: Sequence[Part], *, mean: bool) 
 
     Raises:
         IncompleteCheckpointError: parts of unlike shapes or types.
-        UnsupportedTensorError: parts that are no plain floating numbers.
+        UnsupportedTensorError: parts that are not plain floating numbers.
         LimitExceededError: more of them than are computed in memory.
     """
     first = parts[0].tensor
     for part in parts:
-        plain_part(part, name)
+        require_plain(part, name)
         if (part.tensor.shape, part.tensor.dtype) != (first.shape, first.dtype):
-            files.refuse(
-                f"{name[:200]!r} is {first.dtype.name} {list(first.shape)} in {parts[0].home} and "
-                f"{part.tensor.dtype.name} {list(part.tensor.shape)} in {part.home}: the files are "
-                "not of one save"
-            )
+            files.refuse_unlike(name, parts[0], part)
         if not files.small.can_read(part.tensor):
             raise UnsupportedTensorError(
                 f"{part.home}: {name[:200]!r} is summed over ranks and no floating numbers"
             )
-    if not files.small.fits(*(part.tensor for part in parts)):
-        files.small.refuse_more(name)
+    if not files.small.reserve(*(part.tensor for part in parts)):
+        files.small.refuse_too_many(name)
     if files.small.are_equal(parts, zero=not mean):
-        return take_first(files, name, parts)
+        return files.take_first(name, parts)
     made = files.small.total(name, parts, mean=mean)
     files.storages[f"computed/{name}"] = made.storage
     for part in parts:
-        files.leave(part.home, [part.tensor], "averaged" if mean else "summed")
+        files.leave_out(part.home, [part.tensor], "averaged" if mean else "summed")
     return made
 
 
@@ -186,7 +170,7 @@ def _gated(files: PartFiles, name: str, views: Sequence[View]) -> View:
     halves = []
     for view in views:
         if view.shape[0] % 2:
-            files.refuse(f"{name[:200]!r} has {view.shape[0]} rows, which are no two halves")
+            files.refuse(f"{name[:200]!r} has {view.shape[0]} rows, which cannot be halved")
         halves.append(view.split(0, (2, view.shape[0] // 2)))
     whole = concatenated(halves, 1)
     return View(whole.dtype, whole.shape, whole.boxes, (2 * whole.shape[1], *whole.shape[2:]))

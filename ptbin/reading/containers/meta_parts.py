@@ -48,7 +48,7 @@ def read_meta_parts(folder: Folder) -> Checkpoint:
             if isinstance(value, TensorRef):
                 found.setdefault(key, []).append(Part(value, name))
             elif root is not None:
-                files.leave(name, [value])
+                files.leave_out(name, [value])
         root = own if root is None else root
     assert root is not None
     facts = _parameters(reader)
@@ -65,9 +65,7 @@ def read_meta_parts(folder: Folder) -> Checkpoint:
             files.refuse(f"{key[:200]!r} is in {parts[0].home} and not in {absent}: they are not of one save")
         whole[key] = merge_parts(files, key, parts, _merges(recipe), facts)
     root.pairs = [(key, whole.get(key, value) if type(key) is str else value) for key, value in root.pairs]
-    checkpoint = files.checkpoint("meta_parts", root)
-    checkpoint.facts = facts
-    return checkpoint
+    return files.checkpoint("meta_parts", root, facts=facts)
 
 
 def _refuse_missing(

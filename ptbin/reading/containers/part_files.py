@@ -6,27 +6,30 @@ once more. Knows no layout. Costs: the index of each file; of the records of a f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from ptbin.errors import CorruptArchiveError, IncompleteCheckpointError, NotACheckpointError
 from ptbin.merging.replicas import Replicas
-from ptbin.merging.tiles import Part
-from ptbin.reading.containers.checkpoint import Checkpoint, Folder, Opening, move_place
+from ptbin.merging.tiles import Box, Part, whole_tensor
+from ptbin.reading.containers.checkpoint import Checkpoint, Folder, Opening
 from ptbin.reading.containers.small_tensors import SmallTensors
 from ptbin.reading.containers.source import SourceFile
 from ptbin.stores.joined import JoinedReader
-from ptbin.values.dtypes import BY_NAME
+from ptbin.values.dtypes import BY_NAME, DType
 from ptbin.values.nodes import DictNode, Instance
 from ptbin.values.state_dict import Excluded
 from ptbin.values.tensors import ByteRange, Storage, TensorRef
 
-__all__ = ["PartFiles", "mapping_of", "progress_of"]
+__all__ = ["PartFiles", "Pieces", "Tree", "mapping_of"]
 
 MAX_PROGRESS_DEPTH = 2
 
-# Counters that all parts of one save share (Megatron-LM, DeepSpeed, Lightning, trainers of people's own).
+Pieces = dict[tuple[Any, ...], list[list[Box]]]
+"""Where in the whole a piece lies, as (start, shape) of each of its boxes, to every copy of it."""
+
+# Counters that all parts of one save share (Megatron-LM, DeepSpeed, Lightning, custom trainers).
 _PROGRESS = frozenset(
     """
     step steps global_step global_steps global_samples iteration iterations iter epoch epochs num_updates
@@ -71,9 +74,9 @@ class PartFiles:
     storages: dict[str, Storage] = field(default_factory=dict)
     replicas: list[tuple[Storage, Replicas]] = field(default_factory=list)
     left: dict[tuple[str, str | None], list[Any]] = field(default_factory=dict)
-    made: dict[object, Storage] = field(default_factory=dict)
-    _globals: set[tuple[str, str]] = field(default_factory=set)
-    _progress: tuple[str, dict[str, int | float]] | None = None
+    known_storages: dict[object, Storage] = field(default_factory=dict)
+    _progress: dict[str, tuple[str, int | float]] = field(default_factory=dict)
+    _first: str = ""
 
     def __post_init__(self) -> None:
         self.reader = self.folder.reader
@@ -97,43 +100,59 @@ class PartFiles:
             checkpoint = inner.checkpoint()
         except NotACheckpointError as error:  # its name says that it is one
             raise CorruptArchiveError(f"{error}; is the copy of {name} complete?") from error
-        for key, storage in checkpoint.storages.items():
-            assert storage.place is not None
-            storage.place = move_place(storage.place, part.base)
-            self.storages[f"{name}/{key}"] = storage
-        for program in inner.programs:
-            program.root = None  # the caller keeps of it what it needs
-            # Those that say something to judge which no earlier one said: many files are alike.
-            if not program.globals.keys() <= self._globals or program.oddities or program.calls:
-                self._globals.update(program.globals)
-                self.opening.programs.append(program)
-        self._compare_progress(name, checkpoint.root)
+        checkpoint.move(part.base)
+        self.storages.update({f"{name}/{key}": storage for key, storage in checkpoint.storages.items()})
+        self.opening.keep_programs(inner.programs)
+        self._first = self._first or name
+        for what, value in progress_of(checkpoint.root).items():
+            if name == self._first or what in self._progress:
+                self.compare_counter(what, name, value)
         return checkpoint
 
-    def _compare_progress(self, name: str, root: Any) -> None:
-        found = progress_of(root)
-        if self._progress is None:
-            self._progress = (name, found)
-            return
-        first, known = self._progress
-        for key, value in found.items():
-            if known.get(key, value) != value:
-                raise IncompleteCheckpointError(
-                    f"{self.uri}: {name} says {key} {value}, {first} says {known[key]}: they were saved at "
-                    "different steps and are no parts of one checkpoint"
-                )
+    def compare_counter(self, what: str, name: str, value: float) -> None:
+        """Hold what a file says of the progress of training against the first file that says it.
 
-    def equal(self, name: str, taken: Storage, parts: Iterable[Part]) -> None:
-        """Note that the parts, of which the first is in `taken`, must be equal."""
-        found = tuple(parts)
-        if len(found) > 1:
-            self.replicas.append((taken, Replicas(name, found)))
+        Raises:
+            IncompleteCheckpointError: they differ.
+        """
+        first, known = self._progress.setdefault(what, (name, value))
+        if value != known:
+            self.refuse(
+                f"{name} says {what} {value:.15g}, {first} says {known:.15g}: they were saved at different "
+                "steps and are not parts of one checkpoint"
+            )
 
-    def leave(self, name: str, nodes: Iterable[Any], role: str | None = "replica") -> None:
+    def take_first(self, name: str, copies: Sequence[Part], storage: Storage | None = None) -> TensorRef:
+        """The first of copies that must be equal; the others are left out.
+
+        Args:
+            storage: what the first one went into, where that is not its own.
+        """
+        first, *others = copies
+        if others:
+            self.replicas.append((storage or first.tensor.storage, Replicas(name, tuple(copies))))
+            for other in others:
+                self.leave_out(other.home, [other.tensor])
+        return first.tensor
+
+    def assemble(self, name: str, dtype: DType, shape: tuple[int, ...], pieces: Pieces) -> TensorRef:
+        """The tensor that one copy of each piece makes; the other copies must be equal.
+
+        Raises:
+            CorruptArchiveError: the pieces overlap or leave gaps.
+        """
+        boxes = [box for _, (own, *_) in sorted(pieces.items()) for box in own]
+        what = f"{self.uri}: the pieces of {name[:200]!r}"
+        tensor = whole_tensor(what, name, dtype, shape, boxes, known=self.known_storages)
+        for copies in pieces.values():
+            self.take_first(name, [own[0].part for own in copies], tensor.storage)
+        return tensor
+
+    def leave_out(self, name: str, nodes: Iterable[Any], role: str | None = "replica") -> None:
         """Records of a file that do not go along: one row for each file and role."""
         self.left.setdefault((name, role), []).extend(nodes)
 
-    def leave_unopened(self, names: Iterable[str], role: str) -> None:
+    def leave_out_unopened(self, names: Iterable[str], role: str) -> None:
         """Files that belong to the checkpoint and are not read, counted by their sizes: one row."""
         nodes = []
         for name in names:
@@ -143,7 +162,14 @@ class PartFiles:
         if nodes:
             first = nodes[0].storage.key
             more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
-            self.leave(f"{first}{more} (not opened)", nodes, role)
+            self.leave_out(f"{first}{more} (not opened)", nodes, role)
+
+    def refuse_unlike(self, name: str, one: Part, other: Part) -> NoReturn:
+        """Raise IncompleteCheckpointError: two parts of a name do not go together."""
+        self.refuse(
+            f"{name[:200]!r} is {one.form} in {one.home} and {other.form} in {other.home}: the files are not "
+            "of one save"
+        )
 
     def refuse(self, why: str) -> NoReturn:
         """Raise IncompleteCheckpointError."""
@@ -156,19 +182,50 @@ class PartFiles:
         *,
         preferred: str | None = None,
         roles: Mapping[str, str] | None = None,
+        facts: Mapping[str, int] | None = None,
     ) -> Checkpoint:
         """The whole."""
-        found = Checkpoint(
-            self.uri,
-            self.reader.size,
+        return self.folder.build(
             container,
             root,
-            self.opening.programs,
+            self.opening,
             self.storages,
-            self.opening.vocabulary,
             preferred=preferred,
             roles=dict(roles or {}),
             excluded=[Excluded(name, role, node=nodes) for (name, role), nodes in self.left.items()],
+            replicas=self.replicas,
+            facts=dict(facts or {}),
+            is_whole=True,
         )
-        found.replicas = self.replicas
+
+
+class Tree:
+    """Nested mappings, in which whole tensors take the places of pieces."""
+
+    def __init__(self, root: DictNode) -> None:
+        self._root = root
+        self._places: dict[int, dict[Any, int]] = {}
+
+    def put(self, path: tuple[Any, ...], value: TensorRef) -> None:
+        """Put a tensor into its place, making the mappings above it where there are none."""
+        node = self._root
+        for step in path[:-1]:
+            places = self._index(node)
+            below = node.pairs[places[step]][1] if step in places else None
+            if not isinstance(below, DictNode):
+                below = DictNode(self._root.kind)
+                self._set(node, step, below)
+            node = below
+        self._set(node, path[-1], value)
+
+    def _index(self, node: DictNode) -> dict[Any, int]:
+        found = self._places.get(id(node))
+        if found is None:
+            found = {key: at for at, (key, _) in enumerate(node.pairs) if type(key) in (str, int)}
+            self._places[id(node)] = found
         return found
+
+    def _set(self, node: DictNode, key: Any, value: Any) -> None:
+        places = self._index(node)
+        at = places.setdefault(key, len(node.pairs))
+        node.pairs[at : at + 1] = [(key, value)]

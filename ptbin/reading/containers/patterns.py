@@ -30,7 +30,7 @@ class Patterns:
     """
 
     def __init__(self, texts: Any, where: str) -> None:
-        """Raises UnsupportedFormatError: something that is no expression, or one that may take long."""
+        """Raises UnsupportedFormatError: something that is not an expression, or one that may take long."""
         self._exact: set[str] = set()
         self._others: list[tuple[str, re.Pattern[str]]] = []
         for text in texts if isinstance(texts, Iterable) and not isinstance(texts, str) else ():

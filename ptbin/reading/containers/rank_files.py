@@ -16,23 +16,22 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any, NoReturn
 
-from ptbin.merging.tiles import Box, Part, whole_tensor
+from ptbin.merging.tiles import Box, Part
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
-from ptbin.reading.containers.part_files import PartFiles
+from ptbin.reading.containers.part_files import PartFiles, Pieces, Tree
 from ptbin.reading.containers.rank_pieces import (
     Layout,
     Path,
     Piece,
     RankPieces,
     Shards,
-    described,
+    describe_layout,
     label_of,
     number_in,
-    renumbered,
+    with_number,
 )
 from ptbin.reading.pickle.meshes import attributes_of, grid_of
 from ptbin.reading.pickle.placements import runs_of
-from ptbin.values.dtypes import DType
 from ptbin.values.nodes import DictNode
 from ptbin.values.tensors import TensorRef, dense_strides
 
@@ -40,8 +39,6 @@ __all__ = ["read_rank_files"]
 
 MAX_DEPTH = 16
 MAX_SHOWN = 3
-
-_Copies = dict[tuple[Any, ...], list[list[Box]]]
 
 
 def read_rank_files(folder: Folder) -> Checkpoint:
@@ -77,7 +74,7 @@ class _Ranks:
                     "each rank, or convert one file with --parts"
                 )
             self.pieces.begin_file()
-            self.files.leave(name, self._take(own, name, is_first=root is None))
+            self.files.leave_out(name, self._take(own, name, is_first=root is None))
             self.files.opening.vocabulary.grids.forget()
             root = own if root is None else root
         assert root is not None
@@ -90,7 +87,7 @@ class _Ranks:
                 "or, where each is a whole copy, convert one with --parts"
             )
         self._refuse_absent_ranks()
-        tree = _Tree(root)
+        tree = Tree(root)
         for path, pieces in self.found.items():
             tree.put(path, self._whole(path, pieces))
         return self.files.checkpoint("torch_ranks", root)
@@ -125,40 +122,33 @@ class _Ranks:
             homes = ", ".join(_home(piece) for piece in (first, pieces[-1]))
             self.files.refuse(f"{label_of(path)!r} is distributed in one of {homes} and plain in the other")
         if isinstance(first, Part):
-            return self._copy(path, pieces)
+            return self.files.take_first(label_of(path), pieces)
         return self._of_shards(path, pieces) if isinstance(first, Shards) else self._of_mesh(path, pieces)
-
-    def _copy(self, path: Path, parts: list[Part]) -> TensorRef:
-        taken, *others = parts
-        self.files.equal(label_of(path), taken.tensor.storage, parts)
-        for other in others:
-            self.files.leave(other.home, [other.tensor])
-        return taken.tensor
 
     def _of_mesh(self, path: Path, pieces: list[Piece]) -> TensorRef:
         first = pieces[0]
         for piece in pieces:
             if piece.layout is not first.layout:
                 self.files.refuse(
-                    f"{label_of(path)!r} is {described(first.layout)} in {first.part.home} and "
-                    f"{described(piece.layout)} in {piece.part.home}: the files are not of one save"
+                    f"{label_of(path)!r} is {describe_layout(first.layout)} in {first.part.home} and "
+                    f"{describe_layout(piece.layout)} in {piece.part.home}: the files are not of one save"
                 )
             if not piece.part.tensor.numel:
                 # torch saves an empty view with all of the storage that it is a view of
-                self.files.leave(piece.part.home, [piece.part.tensor], "unviewed")
+                self.files.leave_out(piece.part.home, [piece.part.tensor], "unviewed")
         layout = first.layout
-        fitting = [_distinct(boxes) for boxes in self._readings(layout, pieces)]
+        fitting = [_distinct(boxes) for boxes in self._interpretations(layout, pieces)]
         if not fitting:
             self._refuse_local_shape(path, pieces)
         complete = next((found for found in fitting if _numel(found) == math.prod(layout.shape)), None)
         if complete is None:
             self._refuse_missing(path, layout, pieces)
-        return self._fill(path, layout.shape, layout.dtype, complete)
+        return self.files.assemble(label_of(path), layout.dtype, layout.shape, complete)
 
-    def _readings(self, layout: Layout, pieces: list[Piece]) -> Iterator[list[list[Box]]]:
+    def _interpretations(self, layout: Layout, pieces: list[Piece]) -> Iterator[list[list[Box]]]:
         """The boxes of each piece, for each way to read the placements that agrees with the pieces' sizes."""
         orders = dict(layout.orders)
-        for reading in layout.readings:
+        for reading in layout.interpretations:
             runs = [
                 runs_of(layout.shape, layout.grid, piece.coordinate, layout.placements, orders, reading)
                 for piece in pieces
@@ -183,7 +173,7 @@ class _Ranks:
 
     def _of_shards(self, path: Path, pieces: list[Shards]) -> TensorRef:
         first = pieces[0]
-        found: _Copies = {}
+        found: Pieces = {}
         for piece in pieces:
             if (piece.shape, piece.everything) != (first.shape, first.everything):
                 self.files.refuse(
@@ -192,7 +182,7 @@ class _Ranks:
                 )
             for box in piece.boxes:
                 if 0 in box.shape:
-                    self.files.leave(piece.home, [box.part.tensor], "unviewed")
+                    self.files.leave_out(piece.home, [box.part.tensor], "unviewed")
                 else:
                     found.setdefault(((box.start, box.shape),), []).append([box])
         missing = sorted(box for box in first.everything if 0 not in box[1] and (box,) not in found)
@@ -205,27 +195,7 @@ class _Ranks:
         dtypes = {box.part.tensor.dtype.name for own in found.values() for boxes in own for box in boxes}
         if len(dtypes) > 1:
             self.files.refuse(f"{label_of(path)!r} is of several types in different files: {sorted(dtypes)}")
-        return self._fill(path, first.shape, first.dtype, found)
-
-    def _fill(
-        self,
-        path: Path,
-        shape: tuple[int, ...],
-        dtype: DType,
-        found: _Copies,
-    ) -> TensorRef:
-        """The tensor of one copy of each piece; the other copies must be equal."""
-        label = label_of(path)
-        boxes = [box for _, (own, *_) in sorted(found.items()) for box in own]
-        tensor = whole_tensor(
-            f"{self.files.uri}: the pieces of {label!r}", label, dtype, shape, boxes, known=self.files.made
-        )
-        for copies in found.values():
-            parts = [own[0].part for own in copies]
-            self.files.equal(label, tensor.storage, parts)
-            for part in parts[1:]:
-                self.files.leave(part.home, [part.tensor])
-        return tensor
+        return self.files.assemble(label_of(path), first.dtype, first.shape, found)
 
     def _refuse_absent_ranks(self) -> None:
         """Refuse where ranks of the mesh hold tensors that no file mentions: a stage of a pipeline, say."""
@@ -252,7 +222,7 @@ class _Ranks:
 
     def _absent(self, ranks: Sequence[int]) -> str:
         """Names of the files that would be those of ranks, where there are none."""
-        names = [renumbered(self.names[0], rank) for rank in ranks]
+        names = [with_number(self.names[0], rank) for rank in ranks]
         missing = [name for name in names if name not in self.names]
         return f"; not there: {_listed(missing)}" if missing else ""
 
@@ -265,7 +235,7 @@ class _Ranks:
                 piece.coordinate,
                 layout.placements,
                 dict(layout.orders),
-                layout.readings[0],
+                layout.interpretations[0],
             )
             if runs is None:
                 self.pieces.unsupported(
@@ -276,15 +246,15 @@ class _Ranks:
                 self.pieces.damaged(
                     piece.part.home,
                     path,
-                    f"a piece of {list(piece.part.tensor.shape)} where {described(layout)} puts one of "
+                    f"a piece of {list(piece.part.tensor.shape)} where {describe_layout(layout)} puts one of "
                     f"{expected}",
                 )
         self.pieces.unsupported(pieces[0].part.home, path, "cut in a way that its pieces' sizes contradict")
 
 
-def _distinct(boxes: list[list[Box]]) -> _Copies:
+def _distinct(boxes: list[list[Box]]) -> Pieces:
     """Where a piece lies to every rank's copy of it; what is empty is nowhere."""
-    found: _Copies = {}
+    found: Pieces = {}
     for own in boxes:
         key = tuple((box.start, box.shape) for box in own if 0 not in box.shape)
         if key:
@@ -300,7 +270,7 @@ def _with_position(runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, 
         position += count
 
 
-def _numel(found: _Copies) -> int:
+def _numel(found: Pieces) -> int:
     return sum(math.prod(extent) for key in found for _, extent in key)
 
 
@@ -312,35 +282,3 @@ def _home(piece: Any) -> str:
 def _listed(names: Sequence[str]) -> str:
     more = len(names) - MAX_SHOWN
     return ", ".join(names[:MAX_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-class _Tree:
-    """The first file's mappings, in which whole tensors take the places of pieces."""
-
-    def __init__(self, root: DictNode) -> None:
-        self._root = root
-        self._places: dict[int, dict[Any, int]] = {}
-
-    def put(self, path: Path, value: TensorRef) -> None:
-        """Put a tensor into its place, making the mappings above it where the first file has none."""
-        node = self._root
-        for step in path[:-1]:
-            places = self._index(node)
-            below = node.pairs[places[step]][1] if step in places else None
-            if not isinstance(below, DictNode):
-                below = DictNode("dict")
-                self._set(node, step, below)
-            node = below
-        self._set(node, path[-1], value)
-
-    def _index(self, node: DictNode) -> dict[Any, int]:
-        found = self._places.get(id(node))
-        if found is None:
-            found = {key: at for at, (key, _) in enumerate(node.pairs) if type(key) in (str, int)}
-            self._places[id(node)] = found
-        return found
-
-    def _set(self, node: DictNode, key: Any, value: Any) -> None:
-        places = self._index(node)
-        at = places.setdefault(key, len(node.pairs))
-        node.pairs[at : at + 1] = [(key, value)]

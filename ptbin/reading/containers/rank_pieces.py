@@ -12,13 +12,19 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ptbin.errors import CorruptArchiveError, LimitExceededError, UnsupportedTensorError
-from ptbin.merging.tiles import Box, Part, plain_part
+from ptbin.merging.tiles import Box, Part, require_plain
 from ptbin.reading.containers.part_files import PartFiles
 from ptbin.reading.pickle.meshes import Grid, attributes_of
-from ptbin.reading.pickle.placements import Placement, Reading, placements_of, readings_of, stated_orders
+from ptbin.reading.pickle.placements import (
+    Interpretation,
+    Placement,
+    interpretations_of,
+    placements_of,
+    stated_orders,
+)
 from ptbin.reading.pickle.wrappers import DTENSOR, SHARDED_TENSOR
 from ptbin.values.dtypes import DType, dtype_by_name
-from ptbin.values.nodes import Opaque
+from ptbin.values.nodes import Opaque, sizes_in
 from ptbin.values.tensors import TensorRef, dense_strides
 
 __all__ = [
@@ -27,17 +33,14 @@ __all__ = [
     "Piece",
     "RankPieces",
     "Shards",
-    "described",
+    "describe_layout",
     "label_of",
     "number_in",
-    "renumbered",
+    "with_number",
 ]
 
-MAX_DIMENSIONS = 64
-MAX_EXTENT = 1 << 48
-
 Path = tuple[Any, ...]
-_NUMBER = re.compile(r"\d+(?=\D*$)")
+_NUMBER = re.compile(r"\d+(?=(?:[._-]of[._-]\d+)?\D*$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ class Layout:
     grid: tuple[int, ...]
     placements: tuple[Placement, ...]
     orders: tuple[tuple[int, tuple[int, ...]], ...]
-    readings: tuple[Reading, ...]
+    interpretations: tuple[Interpretation, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +118,7 @@ class RankPieces:
         if not isinstance(local, TensorRef):
             self.unsupported(name, path, "a distributed tensor whose local part is not a plain tensor")
         part = Part(local, name)
-        plain_part(part, label_of(path))
+        require_plain(part, label_of(path))
         mesh = spec.get("mesh")
         grid = self._grids.get(id(mesh))
         if grid is None:
@@ -131,8 +134,8 @@ class RankPieces:
         if len(placements) != len(grid.shape):
             self.unsupported(name, path, "a distributed tensor with other placements than mesh dimensions")
         orders = tuple(sorted(stated_orders(spec).items()))
-        readings = readings_of(spec, placements)
-        layout = Layout(shape, local.dtype, grid.shape, placements, orders, readings)
+        interpretations = interpretations_of(spec, placements)
+        layout = Layout(shape, local.dtype, grid.shape, placements, orders, interpretations)
         layout = self._layouts.setdefault(layout, layout)
         coordinate = grid.coordinate
         if coordinate is None:
@@ -172,7 +175,7 @@ class RankPieces:
             if local.shape != extent:
                 self.damaged(name, path, f"a shard of {list(local.shape)}, which should be {list(extent)}")
             part = Part(local, name)
-            plain_part(part, label_of(path))
+            require_plain(part, label_of(path))
             dtype = local.dtype
             boxes.append(Box(part, start, extent, 0, local.stride))
         named = (
@@ -195,13 +198,9 @@ class RankPieces:
         return start, extent
 
     def _sizes(self, value: Any, name: str, path: Path) -> tuple[int, ...]:
-        if (
-            not isinstance(value, (tuple, list))
-            or len(value) > MAX_DIMENSIONS
-            or not all(type(n) is int and 0 <= n < MAX_EXTENT for n in value)
-        ):
+        if (sizes := sizes_in(value)) is None:
             self.damaged(name, path, "sizes that are not sizes")
-        return tuple(value)
+        return sizes
 
     def unsupported(self, name: str, path: Path, why: str) -> NoReturn:
         """Raise UnsupportedTensorError."""
@@ -218,12 +217,12 @@ def label_of(path: Path) -> str:
 
 
 def number_in(name: str) -> int:
-    """The last number in a file's name; -1 where there is none."""
+    """The last number in a file's name, of `1-of-4` the first; -1 where there is none."""
     found = _NUMBER.search(name)
     return int(found[0]) if found else -1
 
 
-def described(layout: Layout) -> str:
+def describe_layout(layout: Layout) -> str:
     """For messages."""
     cuts = [
         "replicated" if placement.dim is None else f"cut along dimension {placement.dim}"
@@ -232,6 +231,6 @@ def described(layout: Layout) -> str:
     return f"{layout.dtype.name} {list(layout.shape)}, {', '.join(cuts)} on a mesh of {list(layout.grid)}"
 
 
-def renumbered(name: str, number: int) -> str:
-    """The file's name with another last number."""
-    return _NUMBER.sub(str(number), name, count=1)
+def with_number(name: str, number: int) -> str:
+    """The file's name with another number, as wide as before where that began with zeros."""
+    return _NUMBER.sub(lambda old: str(number).zfill(len(old[0]) if old[0][0] == "0" else 1), name, count=1)

@@ -13,7 +13,7 @@ from typing import Any
 from ptbin.errors import CorruptArchiveError, LimitExceededError, UnsupportedTensorError
 from ptbin.reading.containers.checkpoint import Checkpoint, Opening
 from ptbin.values.dtypes import BY_NAME, SAFETENSORS_NAMES
-from ptbin.values.nodes import DictNode
+from ptbin.values.nodes import DictNode, sizes_in
 from ptbin.values.tensors import ByteRange, Storage, TensorRef, dense_strides
 
 __all__ = ["looks_like_safetensors", "read_safetensors"]
@@ -44,9 +44,9 @@ def read_safetensors(opening: Opening) -> Checkpoint | None:
     try:
         header = json.loads(file.read(8, header_nbytes, "header"), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise CorruptArchiveError(f"{file.uri}: the header is no JSON: {error}") from error
+        raise CorruptArchiveError(f"{file.uri}: the header is not JSON: {error}") from error
     if not isinstance(header, dict):
-        raise CorruptArchiveError(f"{file.uri}: the header is no JSON object")
+        raise CorruptArchiveError(f"{file.uri}: the header is not a JSON object")
     metadata = header.pop("__metadata__", None)
     start = 8 + header_nbytes
     root = DictNode("OrderedDict")
@@ -63,16 +63,8 @@ def read_safetensors(opening: Opening) -> Checkpoint | None:
         for name, kept in metadata.items():
             if isinstance(kept, str) and kept in named and name not in named:
                 root.pairs.append((name, named[kept]))
-    return Checkpoint(
-        file.uri,
-        file.size,
-        "safetensors",
-        root,
-        opening.programs,
-        storages,
-        opening.vocabulary,
-        metadata={name: text for name, text in (metadata or {}).items() if isinstance(text, str)},
-    )
+    texts = {name: text for name, text in (metadata or {}).items() if isinstance(text, str)}
+    return opening.build("safetensors", root, storages, metadata=texts)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -83,15 +75,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor(uri: str, name: str, row: Any, start: int) -> tuple[TensorRef, int]:
-    shape = row.get("shape") if isinstance(row, dict) else None
-    offsets = row.get("data_offsets") if isinstance(row, dict) else None
-    if (
-        not isinstance(shape, list)
-        or not isinstance(offsets, list)
-        or len(offsets) != 2
-        or not all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, *offsets))
-    ):
-        raise CorruptArchiveError(f"{uri}: the header describes {name[:200]!r} in a way that makes no sense")
+    row = row if isinstance(row, dict) else {}
+    shape, offsets = sizes_in(row.get("shape")), sizes_in(row.get("data_offsets"))
+    if shape is None or offsets is None or len(offsets) != 2:
+        raise CorruptArchiveError(f"{uri}: the header gives {name[:200]!r} no shape or no range of bytes")
     dtype = _DTYPES.get(row.get("dtype"))
     if dtype is None:
         raise UnsupportedTensorError(f"{uri}: {name!r} has element type {str(row.get('dtype'))[:40]!r}")
@@ -101,7 +88,7 @@ def _tensor(uri: str, name: str, row: Any, start: int) -> tuple[TensorRef, int]:
             f"{uri}: {name!r} should take {nbytes} bytes, the header gives it {offsets[1] - offsets[0]}"
         )
     storage = Storage(name, nbytes, ByteRange(start + offsets[0], nbytes, member=f"tensor {name!r}"))
-    return TensorRef(storage, dtype, tuple(shape), dense_strides(tuple(shape))), offsets[0]
+    return TensorRef(storage, dtype, shape, dense_strides(shape)), offsets[0]
 
 
 def _refuse_holes(uri: str, storages: dict[str, Storage], start: int, size: int) -> None:

@@ -10,9 +10,10 @@ import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ptbin.errors import ChecksumMismatchError, LimitExceededError
+from ptbin.errors import LimitExceededError
 from ptbin.merging.tiles import Part
 from ptbin.stores.joined import JoinedReader
+from ptbin.values.crc32 import confirm_crc32
 from ptbin.values.dtypes import BY_NAME, DType
 from ptbin.values.tensors import ByteRange, InMemory, Storage, TensorRef, dense_strides
 
@@ -38,8 +39,8 @@ class SmallTensors:
         """Whether it is stored as it is, in floating numbers."""
         return tensor.dtype.name in _CODES and isinstance(tensor.storage.place, (ByteRange, InMemory))
 
-    def fits(self, *tensors: TensorRef) -> bool:
-        """Whether these may be read as well; they count from then on."""
+    def reserve(self, *tensors: TensorRef) -> bool:
+        """Count these against the limit; whether they may be read as well."""
         self._nbytes += sum(tensor.nbytes + 4 * tensor.numel for tensor in tensors)
         return self._nbytes <= MAX_SMALL_NBYTES
 
@@ -67,6 +68,14 @@ class SmallTensors:
         if tensor.dtype.name == "bfloat16":
             return (view.astype("<u4") << np.uint32(16)).view("<f4")
         return view
+
+    def counter(self, value: Any) -> float | None:
+        """A counter as optimizers save it, a number or a tensor of one; None for anything else."""
+        if type(value) in (int, float):
+            return float(value)
+        if isinstance(value, TensorRef) and value.numel == 1 and self.can_read(value):
+            return float(self.numbers(value).reshape(()))
+        return None
 
     def tensor(self, key: str, numbers: np.ndarray[Any, Any], dtype: DType) -> TensorRef:
         """A tensor over a storage in memory, its numbers rounded to the type."""
@@ -115,7 +124,7 @@ class SmallTensors:
             return (_rounded_to_bfloat16(numbers).astype("<u4") << np.uint32(16)).view("<f4")
         return numbers.astype(_CODES[dtype.name]).astype(numbers.dtype)
 
-    def refuse_more(self, name: str) -> None:
+    def refuse_too_many(self, name: str) -> None:
         """Raises LimitExceededError."""
         raise LimitExceededError(
             f"{self._reader.uri}: {name[:200]!r} and those before it that have to be computed are more than "
@@ -126,11 +135,8 @@ class SmallTensors:
         if isinstance(place, InMemory):
             return place.data[first:end]
         data = self._reader.read(place.offset + first, end - first)
-        if place.crc32 is not None and zlib.crc32(data) != place.crc32:
-            raise ChecksumMismatchError(
-                f"{self._reader.uri}: {place.member} has CRC-32 {zlib.crc32(data):08x}, "
-                f"expected {place.crc32:08x}"
-            )
+        if place.crc32 is not None:
+            confirm_crc32(self._reader.uri, place.member, zlib.crc32(data), place.crc32)
         return data
 
 

@@ -57,7 +57,7 @@ def iter_tar(file: SourceFile) -> Iterator[TarMember]:
     """Every regular file in the archive, in order. A member is yielded before its end is known to be there.
 
     Raises:
-        CorruptArchiveError: a header that is none, or a member that reaches beyond the file.
+        CorruptArchiveError: a header is missing, or a member reaches beyond the file.
         UnsupportedFormatError: a sparse member, or one that continues in another volume.
         LimitExceededError: more members or longer names than any checkpoint has.
     """

@@ -22,14 +22,13 @@ from ptbin.reading.containers.legacy import run_pickle_at
 from ptbin.reading.containers.source import EDGE_NBYTES, SourceFile, Window
 from ptbin.reading.containers.tar import TarMember
 from ptbin.reading.pickle.machine import PickleProgram
-from ptbin.reading.pickle.torch_objects import storage_dtype
-from ptbin.values.nodes import Global
+from ptbin.reading.pickle.storage_ids import storage_dtype
+from ptbin.values.nodes import MAX_DIMENSIONS, Global
 from ptbin.values.tensors import ByteRange, Storage, TensorRef, TypedStorage
 
 __all__ = ["is_torch_tar", "read_torch_tar"]
 
 _MEMBERS = frozenset(["sys_info", "pickle", "storages", "tensors"])
-MAX_DIMENSIONS = 64
 
 
 def is_torch_tar(members: Sequence[TarMember]) -> bool:
@@ -52,16 +51,8 @@ def read_torch_tar(opening: Opening, members: Sequence[TarMember]) -> Checkpoint
     reader.read_storages()
     reader.read_tensors()
     program = reader.run(reader.part("pickle"), 0, "pickle", reader.persistent)
-    return Checkpoint(
-        opening.file.uri,
-        opening.file.size,
-        "torch_tar",
-        program.root,
-        opening.programs,
-        reader.storages,
-        opening.vocabulary,
-        other_members=[(m.name, m.nbytes) for m in members if m.name not in _MEMBERS],
-    )
+    others = [(m.name, m.nbytes) for m in members if m.name not in _MEMBERS]
+    return opening.build("torch_tar", program.root, reader.storages, other_members=others)
 
 
 class _Reader:

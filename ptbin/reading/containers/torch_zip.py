@@ -8,7 +8,6 @@ Sources: torch/serialization.py (`_save`, `_load`), torch/csrc/jit/serialization
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from ptbin.errors import CorruptArchiveError, LimitExceededError
 from ptbin.reading.containers.archives import read_zip_archive
@@ -20,10 +19,7 @@ from ptbin.reading.containers.zip_directory import (
     read_zip_directory,
     refuse_foreign_zip,
 )
-from ptbin.reading.pickle.interpreter import run_pickle
-from ptbin.reading.pickle.old_tensors import parse_text_id
-from ptbin.reading.pickle.torch_objects import storage_dtype
-from ptbin.values.dtypes import DType
+from ptbin.reading.pickle.storage_ids import storage_dtype, storage_loader
 from ptbin.values.nodes import Global
 from ptbin.values.state_dict import Excluded
 from ptbin.values.tensors import ByteRange, Deflated, Storage, TypedStorage
@@ -59,58 +55,17 @@ def read_zip(opening: Opening) -> Checkpoint | None:
         refuse_foreign_zip(directory)
         raise AssertionError("unreachable")
     _fetch_index(directory, root)
-    big_endian = _is_big_endian(directory, root)
     storages: dict[str, Storage] = {}
-    classes: dict[str, str] = {}
-    dtypes: dict[Global, DType] = {}
-    folder = "data"
-
-    def persistent(pid: Any) -> TypedStorage:
-        cls, key, numel = _storage_id(pid)
-        dtype = dtypes.get(cls) if type(cls) is Global else None
-        if dtype is None:
-            dtype = dtypes[cls] = storage_dtype(cls)
-        nbytes = numel * dtype.itemsize
-        path = f"{folder}/{key}"
-        known = storages.get(path)
-        if known is None:
-            place = _place(opening, directory, f"{root}/{path}", nbytes)
-            known = storages[path] = Storage(key, nbytes, place, big_endian)
-        if classes.setdefault(path, dtype.name) != dtype.name:
-            # torch loads such a storage with the first type and reads every tensor through it
-            raise CorruptArchiveError(f"{opening.file.uri}: storage {key!r} is given two element types")
-        if known.nbytes != nbytes:
-            raise CorruptArchiveError(
-                f"{opening.file.uri}: storage {key!r} is {known.nbytes} "
-                f"bytes in one place and {nbytes} in another"
-            )
-        return TypedStorage(known, dtype)
-
-    checkpoint = Checkpoint(
+    load = storage_loader(
         opening.file.uri,
-        opening.file.size,
-        "torch_zip",
-        None,
-        opening.programs,
         storages,
-        opening.vocabulary,
-        archive_root=root,
+        lambda path, nbytes: _place(opening, directory, f"{root}/{path}", nbytes),
+        folder="data/",
+        big_endian=_is_big_endian(directory, root),
     )
-    reducers = opening.vocabulary.reducers()
     name = f"{root}/data.pkl"
-    raw = directory.read_member(name)
-    program = run_pickle(
-        raw,
-        reducers=reducers,
-        persistent=persistent,
-        set_state=opening.vocabulary.set_state,
-        limits=opening.limits,
-        where=f"{opening.file.uri}: {name}",
-    )
-    if program.end != len(raw):
-        program.oddities.append(f"{len(raw) - program.end} bytes behind the end of {name}")
-    opening.programs.append(program)
-    checkpoint.root = program.root
+    program = opening.run_whole(directory.read_member(name), name, f"{opening.file.uri}: {name}", load)
+    checkpoint = opening.build("torch_zip", program.root, storages, archive_root=root)
     _list_unnamed(checkpoint, directory, root)
     if f"{root}/constants.pkl" in directory.members:
         checkpoint.container = "torchscript"
@@ -121,7 +76,7 @@ def read_zip(opening: Opening) -> Checkpoint | None:
 def _list_unnamed(checkpoint: Checkpoint, directory: ZipDirectory, root: str) -> None:
     """Records that hold bytes of tensors and that the pickle does not name.
 
-    Those of a TorchScript program's constants are known for what they are; they are no part of its state
+    Those of a TorchScript program's constants are known for what they are; they are not part of its state
     dict.
     """
     data, constants = f"{root}/data/", f"{root}/constants/"
@@ -179,20 +134,6 @@ def _is_big_endian(directory: ZipDirectory, root: str) -> bool:
     if order not in (b"little", b"big"):
         raise CorruptArchiveError(f"{directory.file.uri}: byte order {order[:20]!r}, expected little or big")
     return order == b"big"
-
-
-def _storage_id(pid: Any) -> tuple[Any, str, int]:
-    # ('storage', class, key, location, number of elements): torch/serialization.py, persistent_id
-    if isinstance(pid, str):
-        pid = parse_text_id(pid)
-    if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] not in ("storage", b"storage"):
-        raise CorruptArchiveError(f"a persistent id that is no storage: {type(pid).__name__}")
-    key, numel = pid[2], pid[4]
-    if isinstance(key, int):
-        key = str(key)
-    if not isinstance(key, str) or not key or type(numel) is not int or not 0 <= numel < 1 << 59:
-        raise CorruptArchiveError("a storage id without key or element count")
-    return pid[1], key, numel
 
 
 def _place(opening: Opening, directory: ZipDirectory, name: str, nbytes: int) -> ByteRange | Deflated:

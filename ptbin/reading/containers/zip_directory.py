@@ -25,16 +25,17 @@ from ptbin.errors import CorruptArchiveError, LimitExceededError, NotACheckpoint
 from ptbin.options import Limits
 from ptbin.reading.containers.checkpoint import Opening
 from ptbin.reading.containers.source import EDGE_NBYTES, SourceFile
-from ptbin.values.framing import descriptor_nbytes, implied_data_offset
+from ptbin.values.framing import (
+    END,
+    END_64,
+    ENTRY,
+    LOCAL_HEADER,
+    LOCATOR_64,
+    descriptor_nbytes,
+    implied_data_offset,
+)
 
 __all__ = ["Member", "ZipDirectory", "read_zip_directory", "refuse_foreign_zip", "refuse_prefixed_zip"]
-
-# APPNOTE.TXT 4.3.16, 4.3.14, 4.3.15, 4.3.12, 4.3.7
-_END = struct.Struct("<4s4H2LH")
-_END64 = struct.Struct("<4sQ2H2L4Q")
-_LOCATOR64 = struct.Struct("<4sLQL")
-_ENTRY = struct.Struct("<4s6H3L5H2L")
-_LOCAL = struct.Struct("<4s5H3L2H")
 
 STORED, DEFLATED = 0, 8
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
@@ -81,13 +82,13 @@ class ZipDirectory:
         if member.data_offset is not None:
             return member
         where = f"{self.file.uri}: member {member.name!r}"
-        raw = self.file.read(member.header_offset, _LOCAL.size, f"local header of {member.name!r}")
-        signature, _, flags, method, _, _, crc, csize, usize, n, e = _LOCAL.unpack(raw)
+        raw = self.file.read(member.header_offset, LOCAL_HEADER.size, f"local header of {member.name!r}")
+        signature, _, flags, method, _, _, crc, csize, usize, n, e = LOCAL_HEADER.unpack(raw)
         if signature != b"PK\x03\x04":
             raise CorruptArchiveError(
                 f"{where}: found {signature!r}, expected a local header, at byte {member.header_offset}"
             )
-        name = self.file.read(member.header_offset + _LOCAL.size, n, "member name")
+        name = self.file.read(member.header_offset + LOCAL_HEADER.size, n, "member name")
         if name != member.raw_name:
             raise CorruptArchiveError(f"{where}: its local header calls it {name[:80]!r}")
         if method != member.method or flags & _ENCRYPTED:
@@ -98,7 +99,7 @@ class ZipDirectory:
             and ((crc, csize, usize) != (member.crc32, member.compressed_nbytes, member.nbytes))
         ):
             raise CorruptArchiveError(f"{where}: local header and directory disagree about CRC or sizes")
-        data_offset = member.header_offset + _LOCAL.size + n + e
+        data_offset = member.header_offset + LOCAL_HEADER.size + n + e
         if data_offset + member.compressed_nbytes > member.next_offset:
             raise CorruptArchiveError(
                 f"{where}: {member.compressed_nbytes} bytes at {data_offset} "
@@ -130,7 +131,7 @@ class ZipDirectory:
                 f"{self.file.uri}: member {name!r} claims to inflate "
                 f"from {member.compressed_nbytes} to {member.nbytes} bytes"
             )
-        # Index members are few and their headers lie beside them: no trust in the implied place here, where a
+        # Index members are few, their headers next to them: no trust in the implied place here, where a
         # loader that follows the local header would read another pickle.
         member = self.locate(member._replace(data_offset=None))
         assert member.data_offset is not None
@@ -162,7 +163,7 @@ def refuse_prefixed_zip(opening: Opening) -> None:
         CorruptArchiveError: bytes before its first member. NotACheckpointError: an archive without members.
     """
     file = opening.file
-    _, tail = file.tail(EDGE_NBYTES + _END.size)
+    _, tail = file.tail(EDGE_NBYTES + END.size)
     if b"PK\x05\x06" not in tail:
         return
     if file.head(4) == b"PK\x05\x06":
@@ -178,9 +179,9 @@ def read_zip_directory(file: SourceFile, limits: Limits) -> ZipDirectory:
         UnsupportedFormatError: encrypted members, several disks, other compression methods.
         LimitExceededError: more members or a larger directory than the limits allow.
     """
-    tail_offset, tail = file.tail(EDGE_NBYTES + _END.size)
+    tail_offset, tail = file.tail(EDGE_NBYTES + END.size)
     at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or at + _END.size > len(tail):
+    if at < 0 or at + END.size > len(tail):
         raise CorruptArchiveError(f"{file.uri}: a zip archive without its directory; is it truncated?")
     end_offset = tail_offset + at
     count, size, offset, directory_end = _read_end_records(file, tail, at, end_offset)
@@ -203,14 +204,14 @@ def read_zip_directory(file: SourceFile, limits: Limits) -> ZipDirectory:
 
 def _read_end_records(file: SourceFile, tail: bytes, at: int, end_offset: int) -> tuple[int, int, int, int]:
     """Number of entries, directory size and offset, and where the directory must end."""
-    _, disk, start_disk, here, count, size, offset, _ = _END.unpack_from(tail, at)
+    _, disk, start_disk, here, count, size, offset, _ = END.unpack_from(tail, at)
     directory_end = end_offset
-    locator_at = end_offset - _LOCATOR64.size
+    locator_at = end_offset - LOCATOR_64.size
     has_locator = locator_at >= 0 and file.read(locator_at, 4) == b"PK\x06\x07"
     if has_locator:
-        _, _, end64_offset, disks = _LOCATOR64.unpack(file.read(locator_at, _LOCATOR64.size))
-        raw = file.read(end64_offset, _END64.size, "zip64 end record")
-        signature, length, _, _, disk64, start64, here64, count64, size64, offset64 = _END64.unpack(raw)
+        _, _, end64_offset, disks = LOCATOR_64.unpack(file.read(locator_at, LOCATOR_64.size))
+        raw = file.read(end64_offset, END_64.size, "zip64 end record")
+        signature, length, _, _, disk64, start64, here64, count64, size64, offset64 = END_64.unpack(raw)
         if signature != b"PK\x06\x06" or disks > 1 or end64_offset + 12 + length != locator_at:
             raise CorruptArchiveError(f"{file.uri}: damaged zip64 end record at byte {end64_offset}")
         for name, narrow, wide, mask in (
@@ -232,12 +233,12 @@ def _parse_entries(uri: str, raw: bytes, count: int, directory_offset: int) -> l
     names: dict[str, str] = {}
     pos = 0
     for index in range(count):
-        if pos + _ENTRY.size > len(raw) or raw[pos : pos + 4] != b"PK\x01\x02":
+        if pos + ENTRY.size > len(raw) or raw[pos : pos + 4] != b"PK\x01\x02":
             raise CorruptArchiveError(f"{uri}: the directory breaks off at entry {index} of {count}")
-        (_, _, _, flags, method, _, _, crc, csize, usize, n, e, c, disk, _, _, offset) = _ENTRY.unpack_from(
+        (_, _, _, flags, method, _, _, crc, csize, usize, n, e, c, disk, _, _, offset) = ENTRY.unpack_from(
             raw, pos
         )
-        body = pos + _ENTRY.size
+        body = pos + ENTRY.size
         raw_name, extra = raw[body : body + n], raw[body + n : body + n + e]
         pos = body + n + e + c
         if pos > len(raw) or not raw_name:

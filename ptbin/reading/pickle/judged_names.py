@@ -9,10 +9,11 @@ picklescan and modelscan; CPython's own module index for what reaches the system
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Literal
 
-from ptbin.values.dtypes import BY_NAME, BY_STORAGE_CLASS
+from ptbin.values.dtypes import BY_NAME, BY_STORAGE_CLASS, QUANTIZER_SCHEMES
 
 __all__ = [
     "Verdict",
@@ -35,116 +36,87 @@ _RENAMED = {
 
 _TENSOR_CLASSES = frozenset(name.removesuffix("Storage") + "Tensor" for name in BY_STORAGE_CLASS)
 
-_PLACEMENTS = frozenset("Shard _StridedShard Replicate Partial _Partial".split())
-
 _SAFE_NAMES: dict[str, frozenset[str]] = {
-    "builtins": frozenset(
-        "dict list tuple set frozenset int float complex bool "
-        "str bytes bytearray slice range object long unicode".split()
-    ),
-    "collections": frozenset(["OrderedDict", "defaultdict", "Counter", "deque"]),
-    "copyreg": frozenset(["_reconstructor", "__newobj__"]),
-    "_codecs": frozenset(["encode"]),
-    "datetime": frozenset("datetime date time timedelta timezone".split()),
-    "decimal": frozenset(["Decimal"]),
-    "fractions": frozenset(["Fraction"]),
-    "uuid": frozenset(["UUID"]),
-    "pathlib": frozenset("Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath".split()),
-    "pathlib._local": frozenset("Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath".split()),
-    "argparse": frozenset(["Namespace"]),
-    "types": frozenset(["SimpleNamespace"]),
-    "numpy": frozenset(["dtype", "ndarray"]),
-    "numpy.core.multiarray": frozenset(["_reconstruct", "scalar"]),
-    "numpy._core.multiarray": frozenset(["_reconstruct", "scalar"]),
-    "numpy.core.numeric": frozenset(["_frombuffer"]),
-    "numpy._core.numeric": frozenset(["_frombuffer"]),
     "torch": frozenset(
-        [
-            *BY_NAME,
-            *BY_STORAGE_CLASS,
-            "Size",
-            "Tensor",
-            "device",
-            "per_tensor_affine",
-            "per_tensor_symmetric",
-            "per_channel_affine",
-            "per_channel_symmetric",
-            "per_channel_affine_float_qparams",
-            *_TENSOR_CLASSES,
-        ]
+        [*BY_NAME, *BY_STORAGE_CLASS, *_TENSOR_CLASSES, *QUANTIZER_SCHEMES, "Size", "Tensor", "device"]
     ),
     "torch.cuda": frozenset([*BY_STORAGE_CLASS, *_TENSOR_CLASSES]),
-    "torch.autograd.variable": frozenset(["Variable"]),
-    "torch.storage": frozenset(
-        ["UntypedStorage", "_UntypedStorage", "TypedStorage", "_TypedStorage", "_load_from_bytes"]
-    ),
-    "torch.serialization": frozenset(["_get_layout"]),
-    "torch.layout": frozenset(["torch.strided", "torch.sparse_coo", "torch.sparse_csr"]),
-    # What says where the piece of a distributed tensor lies; records without behaviour.
-    "torch.distributed.tensor": frozenset(["DTensor"]),
-    "torch.distributed.tensor._api": frozenset(["DTensor"]),
-    "torch.distributed._tensor.api": frozenset(["DTensor"]),
-    "torch.distributed.tensor._dtensor_spec": frozenset(["DTensorSpec", "TensorMeta", "ShardOrderEntry"]),
-    "torch.distributed._tensor.placement_types": _PLACEMENTS | {"DTensorSpec", "TensorMeta"},
-    "torch.distributed._tensor._dtensor_spec": frozenset(["DTensorSpec", "TensorMeta"]),
-    "torch.distributed.tensor.placement_types": _PLACEMENTS,
-    "torch.distributed.device_mesh": frozenset(["DeviceMesh"]),
-    "torch.distributed._mesh_layout": frozenset(["_MeshLayout", "_FlatLayout"]),
-    "torch.distributed._shard.sharded_tensor.api": frozenset(["ShardedTensor"]),
-    "torch.distributed._shard.sharded_tensor.shard": frozenset(["Shard"]),
-    "torch.distributed._shard.metadata": frozenset(["ShardMetadata"]),
-    "torch.distributed._shard.sharding_spec.chunk_sharding_spec": frozenset(["ChunkShardingSpec"]),
-    "torch.distributed._shard.sharding_spec.api": frozenset(["EnumerableShardingSpec"]),
-    "torch.distributed.remote_device": frozenset(["_remote_device"]),
-    # What `.metadata` of torch.distributed.checkpoint consists of; records without behaviour.
-    "torch.distributed.checkpoint.metadata": frozenset(
-        [
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        ]
-    ),
-    "torch.distributed.checkpoint.filesystem": frozenset(["_StorageInfo"]),
-    # Plans that Megatron-LM keeps in it, and what it keeps next to the model; records without behaviour.
-    "torch.distributed.checkpoint.planner": frozenset(
-        ["BytesWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"]
-    ),
-    "megatron.core.dist_checkpointing.strategies.torch": frozenset(["MCoreMetadata", "MCoreSavePlan"]),
-    "megatron.core.enums": frozenset(["ModelType"]),
-    "megatron.core.rerun_state_machine": frozenset(["RerunDiagnostic", "RerunMode", "RerunState"]),
-    "megatron.core.transformer.enums": frozenset(
-        ["AttnBackend", "AttnMaskType", "AttnType", "CudaGraphScope", "LayerType", "ModelType"]
-    ),
-    "torch.distributed._shard.sharded_tensor.metadata": frozenset(
-        ["MEM_FORMAT_ENCODING", "TensorProperties", "ShardedTensorMetadata"]
-    ),
-    "torch.nn.parameter": frozenset(["Parameter", "Buffer", "UninitializedParameter", "UninitializedBuffer"]),
-    "torch._tensor": frozenset(["_rebuild_from_type", "_rebuild_from_type_v2"]),
-    "torch.tensor": frozenset(["_rebuild_from_type", "_rebuild_from_type_v2"]),
-    "torch.nn.backends.thnn": frozenset(["_get_thnn_function_backend"]),
-    "torch._utils": frozenset(
-        [
-            "_rebuild_tensor",
-            "_rebuild_tensor_v2",
-            "_rebuild_tensor_v3",
-            "_rebuild_parameter",
-            "_rebuild_parameter_with_state",
-            "_rebuild_qtensor",
-            "_rebuild_sparse_tensor",
-            "_rebuild_sparse_csr_tensor",
-            "_rebuild_device_tensor_from_numpy",
-            "_rebuild_device_tensor_from_cpu_tensor",
-            "_rebuild_meta_tensor_no_storage",
-            "_rebuild_nested_tensor",
-            "_rebuild_wrapper_subclass",
-            "_rebuild_xla_tensor",
-        ]
-    ),
+} | {
+    module: frozenset(names.split())
+    for module, names in {
+        "builtins": (
+            "bool bytearray bytes complex dict float frozenset int list long object range set slice str "
+            "tuple unicode"
+        ),
+        "collections": "Counter OrderedDict defaultdict deque",
+        "copyreg": "__newobj__ _reconstructor",
+        "_codecs": "encode",
+        "datetime": "date datetime time timedelta timezone",
+        "decimal": "Decimal",
+        "fractions": "Fraction",
+        "uuid": "UUID",
+        "pathlib": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
+        "pathlib._local": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
+        "argparse": "Namespace",
+        "types": "SimpleNamespace",
+        "numpy": "dtype ndarray",
+        "numpy.core.multiarray": "_reconstruct scalar",
+        "numpy._core.multiarray": "_reconstruct scalar",
+        "numpy.core.numeric": "_frombuffer",
+        "numpy._core.numeric": "_frombuffer",
+        "torch.autograd.variable": "Variable",
+        "torch.storage": "TypedStorage UntypedStorage _TypedStorage _UntypedStorage _load_from_bytes",
+        "torch.serialization": "_get_layout",
+        "torch.layout": "torch.sparse_coo torch.sparse_csr torch.strided",
+        # What says where the piece of a distributed tensor lies; records without behaviour.
+        "torch.distributed.tensor": "DTensor",
+        "torch.distributed.tensor._api": "DTensor",
+        "torch.distributed._tensor.api": "DTensor",
+        "torch.distributed.tensor._dtensor_spec": "DTensorSpec ShardOrderEntry TensorMeta",
+        "torch.distributed._tensor.placement_types": (
+            "DTensorSpec Partial Replicate Shard TensorMeta _Partial _StridedShard"
+        ),
+        "torch.distributed._tensor._dtensor_spec": "DTensorSpec TensorMeta",
+        "torch.distributed.tensor.placement_types": "Partial Replicate Shard _Partial _StridedShard",
+        "torch.distributed.device_mesh": "DeviceMesh",
+        "torch.distributed._mesh_layout": "_FlatLayout _MeshLayout",
+        "torch.distributed._shard.sharded_tensor.api": "ShardedTensor",
+        "torch.distributed._shard.sharded_tensor.shard": "Shard",
+        "torch.distributed._shard.metadata": "ShardMetadata",
+        "torch.distributed._shard.sharding_spec.chunk_sharding_spec": "ChunkShardingSpec",
+        "torch.distributed._shard.sharding_spec.api": "EnumerableShardingSpec",
+        "torch.distributed.remote_device": "_remote_device",
+        # What `.metadata` of torch.distributed.checkpoint consists of; records without behaviour.
+        "torch.distributed.checkpoint.metadata": (
+            "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta TensorProperties "
+            "TensorStorageMetadata _MEM_FORMAT_ENCODING"
+        ),
+        "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+        # Plans that Megatron-LM keeps in it, and what it keeps next to the model; records without behaviour.
+        "torch.distributed.checkpoint.planner": (
+            "BytesWriteData SavePlan TensorWriteData WriteItem WriteItemType"
+        ),
+        "megatron.core.dist_checkpointing.strategies.torch": "MCoreMetadata MCoreSavePlan",
+        "megatron.core.enums": "ModelType",
+        "megatron.core.rerun_state_machine": "RerunDiagnostic RerunMode RerunState",
+        "megatron.core.transformer.enums": (
+            "AttnBackend AttnMaskType AttnType CudaGraphScope LayerType ModelType"
+        ),
+        "torch.distributed._shard.sharded_tensor.metadata": (
+            "MEM_FORMAT_ENCODING ShardedTensorMetadata TensorProperties"
+        ),
+        "torch.nn.parameter": "Buffer Parameter UninitializedBuffer UninitializedParameter",
+        "torch._tensor": "_rebuild_from_type _rebuild_from_type_v2",
+        "torch.tensor": "_rebuild_from_type _rebuild_from_type_v2",
+        "torch.nn.backends.thnn": "_get_thnn_function_backend",
+        "torch._utils": (
+            "_rebuild_device_tensor_from_cpu_tensor _rebuild_device_tensor_from_numpy "
+            "_rebuild_meta_tensor_no_storage _rebuild_nested_tensor _rebuild_parameter "
+            "_rebuild_parameter_with_state _rebuild_qtensor _rebuild_sparse_csr_tensor "
+            "_rebuild_sparse_tensor _rebuild_tensor _rebuild_tensor_v2 _rebuild_tensor_v3 "
+            "_rebuild_wrapper_subclass _rebuild_xla_tensor"
+        ),
+    }.items()
 }
 
 # A class under these packages, in CamelCase, is a layer or an optimizer of torch's own.
@@ -183,113 +155,53 @@ _UNSAFE_MODULES = frozenset(
     """.split()
 )
 
-# Of these only the module itself is judged: people's own packages are called like that, too.
+# Of these only the module itself is judged: other packages have these names, too.
 _COMMON_NAMES = frozenset(
     "code profile trace select sh invoke fabric platform inspect signal dis site test".split()
 )
 
-_UNSAFE_PATHS = (
-    "logging.config",
-    "logging.FileHandler",
-    "logging.handlers",
-    "functools.reduce",
-    "builtins.reduce",
-    "weakref.finalize",
-    "dataclasses._create_fn",
-    "typing._eval_type",
-    "typing.get_type_hints",
-    "operator.call",
-    "_operator.call",
-    "codecs.open",
-    "test.support",
-    "torch.jit.unsupported_tensor_ops",
-    "torch.multiprocessing",
-    "torch.distributed.elastic",
-    "torch.fx.graph_module._exec_with_source",
-    "torch.fx.graph_module._forward_from_src",
-    "torch.export.load",
-    "torch._ops",
-    "numpy.save",
-    "numpy.loadtxt",
-    "numpy.genfromtxt",
-    "numpy.core.multiarray.fromfile",
-    "numpy._core.multiarray.fromfile",
-    "numpy.rec",
-    "numpy.core.records",
-    "pandas.eval",
-    "hydra.utils",
-    "cloudpickle.cloudpickle.loads",
-    "cloudpickle.cloudpickle.subprocess",
-    "dill._dill._import_module",
-    "dill._dill._eval_repr",
-    "keras.models.load_model",
-    "itertools.starmap",
-    "operator.attrgetter",
-    "operator.methodcaller",
-    "operator.itemgetter",
-    "_operator.attrgetter",
-    "_operator.methodcaller",
-    "_operator.itemgetter",
-    "types.CodeType",
-    "types.FunctionType",
-    "types.MethodType",
-    "types.LambdaType",
-    "types.ModuleType",
-    "torch.load",
-    "torch.save",
-    "torch.hub",
-    "torch.jit.load",
-    "torch.serialization.load",
-    "torch.utils.cpp_extension",
-    "torch.utils.model_zoo",
-    "torch.utils.bottleneck",
-    "torch.utils.collect_env",
-    "torch.utils._config_module",
-    "torch.utils.data.datapipes.utils.decoder",
-    "torch._inductor",
-    "torch._dynamo.guards",
-    "torch._dynamo.utils",
-    "torch.distributed.rpc",
-    "torch.distributed.launcher",
-    "torch.distributed.run",
-    "torch.fx.experimental.symbolic_shapes.ShapeEnv.evaluate_guards_expression",
-    "torch.package",
-    "torch.cuda._dynamic",
-    "torch.ops",
-    "torch.classes",
-    "torch.testing",
-    "torch._C._load",
-    "torch._C._jit",
-    "torch._C.import",
-    "torch._C.PyTorchFileReader",
-    "torch._C.PyTorchFileWriter",
-    "torch._C._distributed",
-    "numpy.load",
-    "numpy.fromfile",
-    "numpy.memmap",
-    "numpy.testing",
-    "numpy.f2py",
-    "numpy.distutils",
-    "numpy.ctypeslib",
-    "numpy.lib.npyio",
-    "numpy.lib._npyio_impl",
-    "numpy.savetxt",
-    "numpy.DataSource",
-    "joblib.load",
-    "joblib.numpy_pickle",
-    "pandas.read_pickle",
-    "pandas.io",
-    "cloudpickle.loads",
-    "cloudpickle.load",
-    "dill.loads",
-    "dill.load",
-    "dill._dill.loads",
-    "copyreg.extension",
-    "yaml.load",
-    "yaml.unsafe_load",
-    "uuid._get_command_stdout",
-    "uuid._popen",
+_UNSAFE_PATHS = frozenset(
+    f"{module}.{name}"
+    for module, names in {
+        "_operator": "attrgetter call itemgetter methodcaller",
+        "builtins": "reduce",
+        "cloudpickle": "cloudpickle.loads cloudpickle.subprocess load loads",
+        "codecs": "open",
+        "copyreg": "extension",
+        "dataclasses": "_create_fn",
+        "dill": "_dill._eval_repr _dill._import_module _dill.loads load loads",
+        "functools": "reduce",
+        "hydra": "utils",
+        "itertools": "starmap",
+        "joblib": "load numpy_pickle",
+        "keras": "models.load_model",
+        "logging": "FileHandler config handlers",
+        "numpy": (
+            "DataSource _core.multiarray.fromfile core.multiarray.fromfile core.records ctypeslib distutils "
+            "f2py fromfile genfromtxt lib._npyio_impl lib.npyio load loadtxt memmap rec save savetxt testing"
+        ),
+        "operator": "attrgetter call itemgetter methodcaller",
+        "pandas": "eval io read_pickle",
+        "test": "support",
+        "torch": (
+            "_C.PyTorchFileReader _C.PyTorchFileWriter _C._distributed _C._jit _C._load _C.import "
+            "_dynamo.guards _dynamo.utils _inductor _ops classes cuda._dynamic distributed.elastic "
+            "distributed.launcher distributed.rpc distributed.run export.load "
+            "fx.experimental.symbolic_shapes.ShapeEnv.evaluate_guards_expression "
+            "fx.graph_module._exec_with_source fx.graph_module._forward_from_src hub jit.load "
+            "jit.unsupported_tensor_ops load multiprocessing ops package save serialization.load testing "
+            "utils._config_module utils.bottleneck utils.collect_env utils.cpp_extension "
+            "utils.data.datapipes.utils.decoder utils.model_zoo"
+        ),
+        "types": "CodeType FunctionType LambdaType MethodType ModuleType",
+        "typing": "_eval_type get_type_hints",
+        "uuid": "_get_command_stdout _popen",
+        "weakref": "finalize",
+        "yaml": "load unsafe_load",
+    }.items()
+    for name in names.split()
 )
+"""Functions, classes and whole modules by their path, in modules that are harmless otherwise."""
 
 _UNSAFE_PARTS = frozenset(
     "__globals__ __builtins__ __import__ __subclasses__ __bases__ __mro__ __code__ __class__ __dict__ "
@@ -314,8 +226,12 @@ _HARMLESS = {
 }
 
 
+_END_OF_STEP = re.compile(r"[.:]|$")
+
+
 def _names_unsafe_path(path: str) -> bool:
-    return any(path == bad or path.startswith((f"{bad}.", f"{bad}:")) for bad in _UNSAFE_PATHS)
+    """Whether a path is one of the unsafe ones, or leads to something inside one."""
+    return any(path[: end.start()] in _UNSAFE_PATHS for end in _END_OF_STEP.finditer(path))
 
 
 def judge_global(module: str, name: str) -> Verdict:

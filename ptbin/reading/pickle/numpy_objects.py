@@ -12,10 +12,11 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ptbin.values.dtypes import dtype_by_name
 from ptbin.values.nodes import NdArray, Opaque
-from ptbin.values.tensors import own_bytes
+from ptbin.values.tensors import InMemory, Storage, TypedStorage, dense_strides, distinct_bytes
 
-__all__ = ["ArrayBuilder", "DTypeNode", "iter_numpy_reducers"]
+__all__ = ["ArrayBuilder", "DTypeNode", "array_storage", "iter_numpy_reducers", "narrow_to_bfloat16"]
 
 # Letters of numpy's array interface that stand for plain numbers.
 _PLAIN = re.compile(r"^[<>|=]?[biufcSV?]\d*$")
@@ -35,7 +36,7 @@ class DTypeNode:
         if not isinstance(state, tuple) or len(state) < 5:
             raise ValueError("numpy.dtype state")
         if state[2] is not None or state[3] is not None:
-            self.code = "V"  # structured types are no weights
+            self.code = "V"  # structured types are not weights
         if isinstance(state[1], str):
             self.order = state[1]
 
@@ -70,7 +71,7 @@ class ArrayBuilder(NdArray):
             self.dtype, self.data, self.objects = "|O", b"", raw
             return
         self.shape = _shape(shape)
-        self.dtype, self.fortran, self.data = dtype.text, bool(fortran), own_bytes(raw)
+        self.dtype, self.fortran, self.data = dtype.text, bool(fortran), distinct_bytes(raw)
         if dtype.itemsize and math.prod(self.shape) * dtype.itemsize != len(self.data):
             raise ValueError(f"{len(self.data)} bytes for a {dtype.text} array of shape {self.shape}")
 
@@ -106,7 +107,7 @@ def _frombuffer(args: tuple[Any, ...]) -> NdArray:
     checked = _shape(shape)
     if dtype.itemsize and math.prod(checked) * dtype.itemsize != len(raw):
         raise ValueError(f"{len(raw)} bytes for a {dtype.text} array of shape {checked}")
-    return NdArray(dtype.text, checked, own_bytes(raw), fortran=order == "F")
+    return NdArray(dtype.text, checked, distinct_bytes(raw), fortran=order == "F")
 
 
 def iter_numpy_reducers() -> Iterator[tuple[tuple[str, str], Callable[[tuple[Any, ...]], Any]]]:
@@ -116,3 +117,34 @@ def iter_numpy_reducers() -> Iterator[tuple[tuple[str, str], Callable[[tuple[Any
         yield (f"{core}.multiarray", "scalar"), _scalar
         yield (f"{core}.numeric", "_frombuffer"), _frombuffer
     yield ("numpy", "dtype"), _dtype
+
+
+def array_storage(array: NdArray) -> tuple[TypedStorage, tuple[int, ...]]:
+    """An array's bytes as a storage, and the stride by which it views them.
+
+    Raises:
+        ValueError: an element type that torch does not have.
+    """
+    order, code = array.dtype[0], array.dtype[1:]
+    # bf2 is ours: numpy has no such type, torch writes it widened (`narrow_to_bfloat16`)
+    names = {"b1": "bool", "?": "bool", "bf2": "bfloat16"}
+    letters = {"f": "float", "i": "int", "u": "uint", "c": "complex"}
+    dtype = dtype_by_name(names.get(code) or (letters.get(code[:1], "?") + str(8 * int(code[1:] or 0))))
+    if dtype is None:
+        raise ValueError(f"numpy type {array.dtype}")
+    stride = dense_strides(array.shape)
+    if array.fortran:
+        stride = tuple(reversed(dense_strides(tuple(reversed(array.shape)))))
+    storage = Storage("numpy", len(array.data), InMemory(array.data), big_endian=order == ">")
+    return TypedStorage(storage, dtype), stride
+
+
+def narrow_to_bfloat16(array: NdArray) -> None:
+    """Make a float32 array the bfloat16 one it was widened from; nothing where that would not be exact."""
+    high, low = (0, 2) if array.dtype[0] == ">" else (2, 0)
+    data = array.data
+    if any(data[low::4]) or any(data[low + 1 :: 4]):
+        return
+    narrow = bytearray(len(data) // 2)
+    narrow[0::2], narrow[1::2] = data[high::4], data[high + 1 :: 4]
+    array.dtype, array.data = array.dtype[0] + "bf2", bytes(narrow)

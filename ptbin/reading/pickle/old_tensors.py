@@ -13,18 +13,17 @@ Knows no container. The checked view over a storage is made by the caller's `bui
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
-from ptbin.errors import UnsupportedFormatError, UnsupportedTensorError
+from ptbin.errors import UnsupportedTensorError
 from ptbin.values.dtypes import BY_STORAGE_CLASS, DType
 from ptbin.values.nodes import DictNode, Global, Instance, Opaque
 from ptbin.values.tensors import InMemory, SparseTensor, Storage, TensorRef, TypedStorage, dense_strides
 
-__all__ = ["OldTensors", "UnsetTensor", "parse_text_id"]
+__all__ = ["OldTensors", "UnsetTensor"]
 
 Build = Callable[[TypedStorage, int, tuple[int, ...], tuple[int, ...]], TensorRef]
 
@@ -53,37 +52,13 @@ _TENSOR_LIKE = (
 _HELD = (TensorRef, SparseTensor, Opaque)
 
 
-# How protocol 0 writes a persistent id: `str` of the tuple (CPython, Lib/pickle.py, `save_pers`).
-_TEXT_ID = re.compile(
-    r"\('storage', <class '([\w.]+)\.(\w+)'>, '([^'\\]+)', '[^'\\]*', (\d{1,18})"
-    r"(?:, (?:None|\('([^'\\]+)', (\d{1,18}), (\d{1,18})\)))?\)"
-)
-
-
-def parse_text_id(text: str) -> tuple[Any, ...]:
-    """The persistent id of a storage in a pickle of protocol 0, which torch writes and cannot read itself.
-
-    Raises:
-        UnsupportedFormatError: an id of another kind.
-    """
-    match = _TEXT_ID.fullmatch(text)
-    if match is None:
-        raise UnsupportedFormatError(
-            f"a pickle of protocol 0 that refers to {text[:80]!r}, which protocol 0 writes as mere text; "
-            "save it again with torch.save and its default protocol"
-        )
-    module, name, key, numel, view_key, offset, view_numel = match.groups()
-    view = None if view_key is None else (view_key, int(offset), int(view_numel))
-    return ("storage", Global(module, name), key, None, int(numel), view)
-
-
 class UnsetTensor(TensorRef):
     """A tensor that the pickle made empty and fills by BUILD."""
 
     __slots__ = ()
 
     def become(self, other: TensorRef) -> None:
-        """Show what `other` shows. Only for the pickle that is being read: nobody has looked at it yet."""
+        """Show what `other` shows. Only for the pickle that is being read: nothing has used it yet."""
         for field in fields(TensorRef):
             object.__setattr__(self, field.name, getattr(other, field.name))
 

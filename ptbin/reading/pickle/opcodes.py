@@ -27,7 +27,7 @@ _UINT32 = struct.Struct("<I")
 
 
 def _text(raw: bytes) -> str | bytes:
-    """A Python 2 string: torch decodes as UTF-8 (`pickle_load_args`); what is none stays bytes."""
+    """A Python 2 string: torch decodes as UTF-8 (`pickle_load_args`); what is not UTF-8 stays bytes."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -155,7 +155,7 @@ def _stack_global(m: Machine) -> None:
 
 def _extension(m: Machine, nbytes: int) -> None:
     code = m.unsigned(nbytes)
-    # The registry that gives such a code its meaning lies outside the file: nobody can tell what it names.
+    # The registry that gives such a code its meaning lies outside the file.
     m.program.oddities.append(f"extension code {code} at byte {m.pos}")
     m.stack.append(m.find_global("copyreg", f"extension:{code}"))
 
@@ -303,97 +303,96 @@ def _readonly_buffer(m: Machine) -> None:
     m.stack[-1]
 
 
-DISPATCH: list[Callable[[Machine], None] | None] = [None] * 256
+def _push(make: Callable[[Machine], Any]) -> Callable[[Machine], None]:
+    def handler(m: Machine) -> None:
+        m.stack.append(make(m))
+
+    return handler
 
 
-def _register() -> None:
-    def set_op(char: str, handler: Callable[[Machine], None]) -> None:
-        DISPATCH[ord(char)] = handler
+def _push_from_mark(build: Callable[[list[Any]], Any]) -> Callable[[Machine], None]:
+    def handler(m: Machine) -> None:
+        items = m.pop_mark()  # first: it changes which stack there is
+        m.stack.append(build(items))
 
-    def push(make: Callable[[Machine], Any]) -> Callable[[Machine], None]:
-        def handler(m: Machine) -> None:
-            m.stack.append(make(m))
+    return handler
 
-        return handler
 
+_HANDLERS: dict[str, Callable[[Machine], object]] = {
     # constants and numbers
-    set_op("N", push(lambda m: None))
-    set_op("\x88", push(lambda m: True))
-    set_op("\x89", push(lambda m: False))
-    set_op("I", _int)
-    set_op("L", _long)
-    set_op("J", push(lambda m: struct.unpack("<i", m.take(4))[0]))
-    set_op("K", _binint1)
-    set_op("M", push(lambda m: m.unsigned(2)))
-    set_op("\x8a", _long1)
-    set_op("\x8b", _long4)
-    set_op("F", push(lambda m: float(m.line())))
-    set_op("G", push(lambda m: struct.unpack(">d", m.take(8))[0]))
+    "N": _push(lambda m: None),
+    "\x88": _push(lambda m: True),
+    "\x89": _push(lambda m: False),
+    "I": _int,
+    "L": _long,
+    "J": _push(lambda m: struct.unpack("<i", m.take(4))[0]),
+    "K": _binint1,
+    "M": _push(lambda m: m.unsigned(2)),
+    "\x8a": _long1,
+    "\x8b": _long4,
+    "F": _push(lambda m: float(m.line())),
+    "G": _push(lambda m: struct.unpack(">d", m.take(8))[0]),
     # strings and bytes
-    set_op("S", _string)
-    set_op("T", _binstring)
-    set_op("U", push(lambda m: _text(m.take(m.unsigned(1)))))
-    set_op("V", push(lambda m: m.line().decode("raw-unicode-escape")))
-    set_op("X", _binunicode)
-    set_op("\x8c", push(lambda m: _decode(m.take(m.unsigned(1)))))
-    set_op("\x8d", push(lambda m: _decode(m.take(m.unsigned(8)))))
-    set_op("B", push(lambda m: m.take(m.unsigned(4))))
-    set_op("C", push(lambda m: m.take(m.unsigned(1))))
-    set_op("\x8e", push(lambda m: m.take(m.unsigned(8))))
-    set_op("\x96", push(lambda m: m.take(m.unsigned(8))))
-    set_op("\x97", _no_buffer)
-    set_op("\x98", _readonly_buffer)
+    "S": _string,
+    "T": _binstring,
+    "U": _push(lambda m: _text(m.take(m.unsigned(1)))),
+    "V": _push(lambda m: m.line().decode("raw-unicode-escape")),
+    "X": _binunicode,
+    "\x8c": _push(lambda m: _decode(m.take(m.unsigned(1)))),
+    "\x8d": _push(lambda m: _decode(m.take(m.unsigned(8)))),
+    "B": _push(lambda m: m.take(m.unsigned(4))),
+    "C": _push(lambda m: m.take(m.unsigned(1))),
+    "\x8e": _push(lambda m: m.take(m.unsigned(8))),
+    "\x96": _push(lambda m: m.take(m.unsigned(8))),
+    "\x97": _no_buffer,
+    "\x98": _readonly_buffer,
     # containers
-    set_op("(", _mark)
-    set_op("0", _pop)
-    set_op("1", lambda m: (m.pop_mark(), None)[1])
-    set_op("2", lambda m: m.stack.append(m.stack[-1]))
-    set_op(")", push(lambda m: ()))
-    set_op("t", lambda m: _push_from_mark(m, tuple))
-    set_op("\x85", _tuple_of(1))
-    set_op("\x86", _tuple_of(2))
-    set_op("\x87", _tuple_of(3))
-    set_op("]", push(lambda m: []))
-    set_op("l", lambda m: _push_from_mark(m, list))
-    set_op("}", push(lambda m: DictNode()))
-    set_op("d", lambda m: _push_from_mark(m, lambda items: DictNode("dict", _paired(items))))
-    set_op("\x8f", push(lambda m: SetNode([])))
-    set_op("\x91", lambda m: _push_from_mark(m, lambda items: SetNode(items, frozen=True)))
-    set_op("a", _append)
-    set_op("e", _appends)
-    set_op("s", _setitem)
-    set_op("u", _setitems)
-    set_op("\x90", _additems)
+    "(": _mark,
+    "0": _pop,
+    "1": lambda m: m.pop_mark(),
+    "2": lambda m: m.stack.append(m.stack[-1]),
+    ")": _push(lambda m: ()),
+    "t": _push_from_mark(tuple),
+    "\x85": _tuple_of(1),
+    "\x86": _tuple_of(2),
+    "\x87": _tuple_of(3),
+    "]": _push(lambda m: []),
+    "l": _push_from_mark(list),
+    "}": _push(lambda m: DictNode()),
+    "d": _push_from_mark(lambda items: DictNode("dict", _paired(items))),
+    "\x8f": _push(lambda m: SetNode([])),
+    "\x91": _push_from_mark(lambda items: SetNode(items, frozen=True)),
+    "a": _append,
+    "e": _appends,
+    "s": _setitem,
+    "u": _setitems,
+    "\x90": _additems,
     # memo
-    set_op("p", lambda m: _put(m, _decimal(m.line())))
-    set_op("q", _binput)
-    set_op("r", _long_binput)
-    set_op("\x94", lambda m: _put(m, len(m.memo)))
-    set_op("g", push(lambda m: m.memo[_decimal(m.line())]))
-    set_op("h", _binget)
-    set_op("j", _long_binget)
+    "p": lambda m: _put(m, _decimal(m.line())),
+    "q": _binput,
+    "r": _long_binput,
+    "\x94": lambda m: _put(m, len(m.memo)),
+    "g": _push(lambda m: m.memo[_decimal(m.line())]),
+    "h": _binget,
+    "j": _long_binget,
     # names and calls
-    set_op("c", _global)
-    set_op("\x93", _stack_global)
-    set_op("\x82", lambda m: _extension(m, 1))
-    set_op("\x83", lambda m: _extension(m, 2))
-    set_op("\x84", lambda m: _extension(m, 4))
-    set_op("R", _reduce)
-    set_op("\x81", _reduce)  # NEWOBJ: class and arguments, as REDUCE has function and arguments
-    set_op("\x92", _newobj_ex)
-    set_op("i", _inst)
-    set_op("o", _obj)
-    set_op("b", _build)
-    set_op("P", lambda m: _persistent_id(m, _decode(m.line())))
-    set_op("Q", lambda m: _persistent_id(m, m.stack.pop()))
+    "c": _global,
+    "\x93": _stack_global,
+    "\x82": lambda m: _extension(m, 1),
+    "\x83": lambda m: _extension(m, 2),
+    "\x84": lambda m: _extension(m, 4),
+    "R": _reduce,
+    "\x81": _reduce,  # NEWOBJ: class and arguments, as REDUCE has function and arguments
+    "\x92": _newobj_ex,
+    "i": _inst,
+    "o": _obj,
+    "b": _build,
+    "P": lambda m: _persistent_id(m, _decode(m.line())),
+    "Q": lambda m: _persistent_id(m, m.stack.pop()),
     # framing
-    set_op("\x80", _proto)
-    set_op("\x95", _frame)
+    "\x80": _proto,
+    "\x95": _frame,
+}
 
-
-def _push_from_mark(m: Machine, build: Callable[[list[Any]], Any]) -> None:
-    items = m.pop_mark()
-    m.stack.append(build(items))
-
-
-_register()
+DISPATCH = [_HANDLERS.get(chr(code)) for code in range(256)]
+"""By opcode; None for a byte that is not one."""

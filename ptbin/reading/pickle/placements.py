@@ -19,14 +19,22 @@ from typing import Literal
 from ptbin.reading.pickle.meshes import attributes_of
 from ptbin.values.nodes import DictNode, Instance
 
-__all__ = ["Placement", "Reading", "Run", "placements_of", "readings_of", "runs_of", "stated_orders"]
+__all__ = [
+    "Interpretation",
+    "Placement",
+    "Run",
+    "interpretations_of",
+    "placements_of",
+    "runs_of",
+    "stated_orders",
+]
 
 MAX_SPLIT_FACTOR = 1 << 14
 
 Run = tuple[int, int]
 """First index and count along one dimension."""
 
-Reading = Literal["ordered", "nested", "dealt"]
+Interpretation = Literal["ordered", "nested", "dealt"]
 """What a strided placement means: a cut that comes behind those it counts; a share of each of `split_factor`
 pieces; every n-th of all pieces (`_StridedShard._split_tensor` since 2.10, and before).
 """
@@ -45,7 +53,7 @@ class Placement:
 
 
 def placements_of(spec: DictNode, dimensions: int) -> tuple[Placement, ...] | str:
-    """The placements of a `DTensorSpec`, or why there are none that put a piece into its place."""
+    """The placements of a `DTensorSpec`, or why they do not say where its piece goes."""
     found = spec.get("placements")
     if not isinstance(found, (tuple, list)):
         return "it has no placements"
@@ -88,7 +96,7 @@ def runs_of(
     coordinate: tuple[int, ...],
     placements: Sequence[Placement],
     orders: Mapping[int, tuple[int, ...]],
-    reading: Reading = "ordered",
+    reading: Interpretation = "ordered",
 ) -> list[list[Run]] | None:
     """For every dimension the runs of indices that the rank holds, in order.
 
@@ -112,7 +120,7 @@ def runs_of(
     return found
 
 
-def readings_of(spec: DictNode, placements: Sequence[Placement]) -> tuple[Reading, ...]:
+def interpretations_of(spec: DictNode, placements: Sequence[Placement]) -> tuple[Interpretation, ...]:
     """The ways to read the placements, of which the first that fits the pieces' sizes counts.
 
     FSDP2 over tensor parallelism cuts in order, and so does torch 2.13 whatever it distributes, and notes it
@@ -166,7 +174,7 @@ def _cut_strided(
     grid: tuple[int, ...],
     coordinate: tuple[int, ...],
     placements: Sequence[Placement],
-    reading: Reading,
+    reading: Interpretation,
 ) -> list[Run]:
     """From left to right, as `_StridedShard._split_tensor`: the rank's share of each of the pieces before."""
     runs: list[Run] = [(0, size)]

@@ -27,7 +27,7 @@ __all__ = ["GlobalVerdict", "SafetyReport", "judge_global", "judge_programs", "r
 
 MAX_FINDINGS = 1000
 
-# What a longer chain of getattr calls than this is for is nobody's model.
+# No model needs a longer chain of getattr calls.
 MAX_ATTRIBUTE_STEPS = 16
 
 
@@ -93,7 +93,7 @@ def _judge_getattr(args: Any) -> str | None:
     Lib/pickle.py, `save_global`); protocol 4 writes the same as one dotted name, and it is judged as that.
     """
     target, name = (args[0], args[1]) if isinstance(args, tuple) and len(args) >= 2 else (None, None)
-    # A dunder, or a name that is computed or walks further, is no attribute that a pickler writes.
+    # A dunder, or a name that is computed or walks further, is not an attribute that a pickler writes.
     if not isinstance(name, str) or is_special_attribute(name):
         return "getattr of a special or computed name"
     path = _attribute_path(args)

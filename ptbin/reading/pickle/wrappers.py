@@ -9,15 +9,26 @@ Knows no container, and not what a piece is worth (`parts`).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from ptbin.reading.pickle.meshes import Grids, attributes_of, grid_of
+from ptbin.reading.tree import may_hold_data
 from ptbin.values.nodes import DictNode, Global, Instance, Opaque
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["WRAPPER", "Piece", "local_tensor", "piece_of", "placement_of", "read_wrapper"]
+__all__ = [
+    "WRAPPER",
+    "Piece",
+    "local_tensor",
+    "piece_of",
+    "placement_of",
+    "read_wrapper",
+    "with_attributes",
+    "wrapped_tensor",
+]
 
 WRAPPER = "torch._utils._rebuild_wrapper_subclass"
 
@@ -103,3 +114,43 @@ def local_tensor(node: Opaque) -> TensorRef | None:
 def placement_of(state: Any) -> Any:
     """What a distributed tensor's state holds besides data: its mesh and placements."""
     return attributes_of(state).get("_spec")
+
+
+# Attributes of a tensor that exchange its content when they are set.
+_CONTENT = frozenset(["data", "real", "imag", "_data", "grad_fn", "names"])
+
+
+def wrapped_tensor(name: str, contents: Any) -> Opaque:
+    """A tensor subclass around others (DTensor, optimum-quanto, torchao): `name` is its class."""
+    library = name.partition(".")[0]
+    unwrap = (
+        "`full_tensor()`"
+        if name.startswith("torch.distributed")
+        else "its `dequantize()` or a plain `state_dict()`"
+    )
+    return Opaque(
+        f"tensor of {name}",
+        f"only code of {library} can unwrap it; load the checkpoint where {library} is installed and save "
+        f"plain tensors ({unwrap})",
+        contents=contents,
+    )
+
+
+def with_attributes(tensor: Any, state: Any, name: str) -> Any:
+    """A tensor with the attributes that were set on it: those that hold data are kept, others fall away.
+
+    Attributes that would exchange what the tensor holds make it one that only its own class understands.
+    """
+    parts = [part for part in (state if isinstance(state, tuple) else (state,)) if part is not None]
+    if not parts:
+        return tensor
+    if not all(isinstance(part, DictNode) and _CONTENT.isdisjoint(part.by_name()) for part in parts):
+        return wrapped_tensor(name, (tensor, state))
+    pairs = [(str(key)[:200], value) for part in parts for key, value in part.pairs]
+    # A bounded look, because what is not finished yet cannot be searched; `keys` asks again.
+    holding = tuple((key, value) for key, value in pairs if may_hold_data(value))
+    if not holding:
+        return tensor
+    if not isinstance(tensor, TensorRef):
+        return wrapped_tensor(name, (tensor, state))
+    return dataclasses.replace(tensor, attributes=holding)

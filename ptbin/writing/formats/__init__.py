@@ -7,34 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ptbin.options import OutputFormat
 
 if TYPE_CHECKING:
     from ptbin.values.segments import FilePlan
-    from ptbin.writing.casts import Casts
+    from ptbin.writing.layout import FileContent
 
-__all__ = ["FORMATS", "FileContent", "Format"]
-
-
-@dataclass(frozen=True, slots=True)
-class FileContent:
-    """What one file of an output is to hold.
-
-    Attributes:
-        entries: names and values, in order.
-        mapping_kind: of the state dict, `OrderedDict` or `dict`.
-        metadata: the state dict's `_metadata`; None where it has none, and in later shards.
-        archive_root: name of the source archive's top folder.
-    """
-
-    name: str
-    entries: list[tuple[str, Any]]
-    casts: Casts
-    mapping_kind: Any
-    metadata: Any
-    archive_root: str | None
+__all__ = ["FORMATS", "Format"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,26 +35,19 @@ class Format:
     index: Callable[[list[FilePlan]], bytes] | None = None
 
 
-# Imported where they are used: whoever asks for a suffix alone, a listing say, needs none of them.
+# Imported where they are used: a listing, which asks for suffixes alone, needs none of them.
 
 
 def _plan_torch(file: FileContent) -> FilePlan:
     from ptbin.writing.formats.torch_archive import plan_torch_archive
 
-    return plan_torch_archive(
-        file.name,
-        file.entries,
-        mapping_kind=file.mapping_kind,
-        metadata=file.metadata,
-        archive_root=file.archive_root,
-        casts=file.casts,
-    )
+    return plan_torch_archive(file)
 
 
 def _plan_raw(file: FileContent) -> FilePlan:
     from ptbin.writing.formats.raw import plan_raw
 
-    return plan_raw(file.name, file.entries, file.casts)
+    return plan_raw(file)
 
 
 def _raw_index(files: list[FilePlan]) -> bytes:
@@ -85,7 +59,7 @@ def _raw_index(files: list[FilePlan]) -> bytes:
 def _plan_safetensors(file: FileContent) -> FilePlan:
     from ptbin.writing.formats.safetensors import plan_safetensors
 
-    return plan_safetensors(file.name, file.entries, file.casts)
+    return plan_safetensors(file)
 
 
 FORMATS: dict[OutputFormat, Format] = {

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from ptbin.errors import UnsupportedTensorError
 from ptbin.values.dtypes import DType
 from ptbin.values.segments import Cast, FilePlan, PlannedTensor, Recipe, Strided, nbytes_of
 from ptbin.values.tensors import Joined, SparseTensor, TensorRef, Tiled
 from ptbin.writing.casts import Casts
-from ptbin.writing.layout import FileLayout
-from ptbin.writing.prechecks import is_checked, prechecks_for
+from ptbin.writing.layout import FileContent, FileLayout, is_checked, prechecks_for
 from ptbin.writing.storages import slices_of, swapped
 
 __all__ = ["DenseTensor", "dense_file", "dense_recipes", "dense_tensors"]
@@ -31,15 +29,15 @@ class DenseTensor:
         return nbytes_of(self.recipes)
 
 
-def dense_tensors(entries: list[tuple[str, Any]], casts: Casts, format_name: str) -> list[DenseTensor]:
-    """The tensors among the entries; values that are none are not for these formats.
+def dense_tensors(file: FileContent, format_name: str) -> list[DenseTensor]:
+    """The tensors among the entries; other values are not for these formats.
 
     Raises:
         UnsupportedTensorError: sparse or quantized tensors, lazy conjugates; only `torch` holds these.
     """
     names: dict[tuple[object, ...], list[str]] = {}
     found: dict[tuple[object, ...], TensorRef] = {}
-    for name, value in entries:
+    for name, value in file.entries:
         if isinstance(value, SparseTensor):
             raise _unsupported(name, "a sparse tensor", format_name)
         if not isinstance(value, TensorRef):
@@ -52,7 +50,7 @@ def dense_tensors(entries: list[tuple[str, Any]], casts: Casts, format_name: str
         key = (*value.layout_key(), name if not value.numel else "")
         found.setdefault(key, value)
         names.setdefault(key, []).append(name)
-    return [_dense(tuple(names[key]), tensor, casts) for key, tensor in found.items()]
+    return [_dense(tuple(names[key]), tensor, file.casts) for key, tensor in found.items()]
 
 
 def _unsupported(name: str, what: str, format_name: str) -> UnsupportedTensorError:

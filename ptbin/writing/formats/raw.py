@@ -6,21 +6,19 @@ The index that describes them is a file of its own.
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from ptbin.values.segments import FilePlan
-from ptbin.writing.casts import Casts
 from ptbin.writing.formats.dense import dense_file, dense_tensors
-from ptbin.writing.layout import FileLayout
+from ptbin.writing.layout import FileContent, FileLayout
 
 __all__ = ["plan_raw", "raw_index"]
 
 ALIGNMENT = 64
 
 
-def plan_raw(name: str, entries: list[tuple[str, Any]], casts: Casts) -> FilePlan:
+def plan_raw(file: FileContent) -> FilePlan:
     """Lay a `raw` file out; errors as `dense_tensors`."""
-    return dense_file(name, FileLayout(), dense_tensors(entries, casts, "raw"), alignment=ALIGNMENT)
+    return dense_file(file.name, FileLayout(), dense_tensors(file, "raw"), alignment=ALIGNMENT)
 
 
 def raw_index(files: list[FilePlan]) -> bytes:

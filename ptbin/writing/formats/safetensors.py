@@ -12,23 +12,23 @@ from typing import Any
 
 from ptbin.errors import UnsupportedTensorError
 from ptbin.values.dtypes import SAFETENSORS_NAMES
+from ptbin.values.names import is_unicode
 from ptbin.values.segments import FilePlan, Literal
-from ptbin.writing.casts import Casts
 from ptbin.writing.formats.dense import dense_file, dense_tensors
-from ptbin.writing.layout import FileLayout
+from ptbin.writing.layout import FileContent, FileLayout
 
 __all__ = ["plan_safetensors"]
 
 ALIGNMENT = 64
 
 
-def plan_safetensors(name: str, entries: list[tuple[str, Any]], casts: Casts) -> FilePlan:
+def plan_safetensors(file: FileContent) -> FilePlan:
     """Lay a safetensors file out.
 
     Raises:
-        UnsupportedTensorError: as `dense_tensors`; an element type or a name that the format has not.
+        UnsupportedTensorError: as `dense_tensors`; an element type or a name that the format does not have.
     """
-    tensors = dense_tensors(entries, casts, "safetensors")
+    tensors = dense_tensors(file, "safetensors")
     tensors.sort(key=lambda tensor: -tensor.dtype.itemsize)
     # transformers refuses a file that does not say which framework's layout it follows
     metadata = {"format": "pt"}
@@ -40,10 +40,16 @@ def plan_safetensors(name: str, entries: list[tuple[str, Any]], casts: Casts) ->
         if short is None or tensor.dtype.per_unit > 1:
             raise UnsupportedTensorError(
                 f"{kept!r} has element type {tensor.dtype.name}, "
-                "which safetensors has not; --format raw holds it"
+                "which safetensors does not have; --format raw holds it"
             )
         if {"__metadata__", *metadata} & set(tensor.names):
-            raise UnsupportedTensorError(f"{kept!r} is no name that a tensor may have in safetensors")
+            raise UnsupportedTensorError(f"{kept!r} is not a name that a tensor may have in safetensors")
+        for each in tensor.names:
+            if not is_unicode(each):
+                raise UnsupportedTensorError(
+                    f"the name {each!a} is not valid Unicode, which readers of safetensors refuse; "
+                    "--rename it, or write another format"
+                )
         header[kept] = {
             "dtype": short,
             "shape": list(tensor.source.shape),
@@ -55,4 +61,4 @@ def plan_safetensors(name: str, entries: list[tuple[str, Any]], casts: Casts) ->
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     layout = FileLayout()
     layout.add(Literal(len(text).to_bytes(8, "little") + text))
-    return dense_file(name, layout, tensors, alignment=1)
+    return dense_file(file.name, layout, tensors, alignment=1)

@@ -12,15 +12,17 @@ The bytes are a function of the source's bytes and the options alone.
 
 from __future__ import annotations
 
-import struct
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ptbin.stores.joined import PART_BITS
 from ptbin.values.framing import (
     ALIGNMENT,
+    END,
+    END_64,
+    ENTRY,
+    LOCATOR_64,
     ZIP64_THRESHOLD,
     descriptor,
     descriptor_nbytes,
@@ -29,21 +31,14 @@ from ptbin.values.framing import (
     uses_zip64,
     zip64_field,
 )
-from ptbin.values.nodes import DictNode
-from ptbin.values.segments import FilePlan, Late, Literal, PlannedTensor
-from ptbin.values.state_dict import tensors_of
-from ptbin.writing.casts import Casts
-from ptbin.writing.layout import FileLayout
+from ptbin.values.segments import Deferred, FilePlan, Literal, PlannedTensor
+from ptbin.values.state_dict import iter_tensors
+from ptbin.values.tensors import is_contiguous
+from ptbin.writing.layout import FileContent, FileLayout, is_checked, prechecks_for
 from ptbin.writing.pickle_emitter import emit_state_dict
-from ptbin.writing.prechecks import is_checked, prechecks_for
-from ptbin.writing.storages import OutputStorage, OutputTensor, plan_storages
+from ptbin.writing.storages import OutputStorage, plan_storages
 
 __all__ = ["plan_torch_archive"]
-
-_ENTRY = struct.Struct("<4s6H3L5H2L")
-_END = struct.Struct("<4s4H2LH")
-_END64 = struct.Struct("<4sQ2H2L4Q")
-_LOCATOR64 = struct.Struct("<4sLQL")
 
 # The first record of a run this long is padded so that all of the run keeps its offsets modulo a page: the
 # kernel then copies page by page (a quarter less time, measured), and filesystems that share blocks may.
@@ -65,30 +60,17 @@ class _Entry:
     slot: int | None
 
 
-def plan_torch_archive(
-    name: str,
-    entries: list[tuple[str, Any]],
-    *,
-    mapping_kind: str,
-    metadata: DictNode | None,
-    archive_root: str | None,
-    casts: Casts,
-) -> FilePlan:
-    """Lay one archive out.
-
-    Args:
-        name: of the file.
-        entries: names and values, in order; metadata: what torch keeps as `_metadata`.
-        archive_root: the source's archive root where it is a torch zip, else None.
-    """
-    named = [item for label, value in entries for item in tensors_of(label, value)]
-    storages, views = plan_storages([t for _, t in named], keep_keys=archive_root is not None, casts=casts)
-    keep_root = archive_root is not None and len(archive_root.encode("utf-8", "replace")) <= MAX_ROOT_NBYTES
-    root = archive_root if keep_root and archive_root is not None else "archive"
+def plan_torch_archive(file: FileContent) -> FilePlan:
+    """Lay one archive out."""
+    named = list(iter_tensors(file.entries))
+    root = file.archive_root
+    storages, views = plan_storages([t for _, t in named], keep_keys=root is not None, casts=file.casts)
+    if root is None or len(root.encode("utf-8", "replace")) > MAX_ROOT_NBYTES:
+        root = "archive"
     pickle = emit_state_dict(
-        entries,
-        mapping_kind=mapping_kind,
-        metadata=metadata,
+        file.entries,
+        mapping_kind=file.mapping_kind,
+        metadata=file.metadata,
         locate=lambda tensor: views[tensor.layout_key()],
     )
     layout = _Archive(root)
@@ -112,21 +94,12 @@ def plan_torch_archive(
                 label,
                 tensor,
                 placed.dtype,
-                None if _is_contiguous(tensor.shape, placed) else placed.stride,
+                None if is_contiguous(tensor.shape, placed.stride) else placed.stride,
                 offsets[id(placed.storage)] + first,
                 placed.storage.key,
             )
         )
-    return FilePlan(name, layout.finish(prechecks), tuple(tensors))
-
-
-def _is_contiguous(shape: tuple[int, ...], placed: OutputTensor) -> bool:
-    expected = 1
-    for n, s in zip(reversed(shape), reversed(placed.stride), strict=True):
-        if n != 1 and s != expected:
-            return 0 in shape
-        expected *= n
-    return True
+    return FilePlan(file.name, layout.finish(prechecks), tuple(tensors))
 
 
 def _run_heads(storages: list[OutputStorage]) -> set[int]:
@@ -188,13 +161,13 @@ class _Archive(FileLayout):
         else:
             assert record.slot is not None
             build = _late_descriptor(record.slot, nbytes, zip64=zip64)
-            self.add(Late(len(descriptor(0, nbytes, zip64=zip64)), build))
+            self.add(Deferred(len(descriptor(0, nbytes, zip64=zip64)), build))
         return record.offset
 
     def directory(self) -> None:
         start = self.offset
         entries = tuple(self.entries)
-        size = sum(_ENTRY.size + len(e.name) + len(zip64_field(e.header_offset, e.nbytes)) for e in entries)
+        size = sum(ENTRY.size + len(e.name) + len(zip64_field(e.header_offset, e.nbytes)) for e in entries)
 
         def build(crcs: Mapping[int, int]) -> bytes:
             return b"".join(_entry(e, e.crc32 if e.slot is None else crcs[e.slot]) for e in entries)
@@ -202,7 +175,7 @@ class _Archive(FileLayout):
         if all(e.slot is None for e in entries):
             self.add(Literal(build({})))
         else:
-            self.add(Late(size, build))
+            self.add(Deferred(size, build))
         self.add(Literal(_end_records(len(entries), size, start)))
 
 
@@ -215,37 +188,20 @@ def _entry(entry: _Entry, crc32: int | None) -> bytes:
     zip64 = zip64_field(entry.header_offset, entry.nbytes)
     size = min(entry.nbytes, ZIP64_THRESHOLD)
     offset = min(entry.header_offset, ZIP64_THRESHOLD)
-    head = _ENTRY.pack(
-        b"PK\x01\x02",
-        0,
-        0,
-        flags_of(entry.nbytes),
-        0,
-        0,
-        0,
-        crc32,
-        size,
-        size,
-        len(entry.name),
-        len(zip64),
-        0,
-        0,
-        0,
-        0,
-        offset,
-    )
+    flags, names = flags_of(entry.nbytes), (len(entry.name), len(zip64))
+    head = ENTRY.pack(b"PK\x01\x02", 0, 0, flags, 0, 0, 0, crc32, size, size, *names, 0, 0, 0, 0, offset)
     return head + entry.name + zip64
 
 
 def _end_records(count: int, size: int, offset: int) -> bytes:
     """zip64 end record, its locator and the end record; torch writes all three in every archive."""
     version_made, version_needed = 0x031E, 0x002D
-    end64 = _END64.pack(
-        b"PK\x06\x06", _END64.size - 12, version_made, version_needed, 0, 0, count, count, size, offset
+    end64 = END_64.pack(
+        b"PK\x06\x06", END_64.size - 12, version_made, version_needed, 0, 0, count, count, size, offset
     )
-    locator = _LOCATOR64.pack(b"PK\x06\x07", 0, offset + size, 1)
+    locator = LOCATOR_64.pack(b"PK\x06\x07", 0, offset + size, 1)
     narrow = min(count, 0xFFFF)
-    end = _END.pack(
+    end = END.pack(
         b"PK\x05\x06", 0, 0, narrow, narrow, min(size, ZIP64_THRESHOLD), min(offset, ZIP64_THRESHOLD), 0
     )
     return end64 + locator + end

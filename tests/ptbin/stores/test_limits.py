@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Any
 
 import pytest
 
 from ptbin.stores.limits import RequestLimit, limit_requests, process_limit, request_slot
-from ptbin.stores.s3_client import S3Client
 from tests.servers.endpoint import S3Endpoint
 
 MIB = 1 << 20
@@ -20,24 +18,25 @@ def test_a_limit_of_nothing_is_refused() -> None:
         RequestLimit(0)
 
 
-def test_a_run_keeps_within_its_own_limit(moto_s3: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_keeps_within_its_own_limit(moto_s3: S3Endpoint) -> None:
     bucket = moto_s3.make_bucket()
-    store = moto_s3.store()
+    store = moto_s3.store(config_kwargs={"user_agent_extra": bucket})
     content = bytes(range(256)) * 16 * 4096
     store.write_bytes(f"{bucket}/x", content)
     at_once, most = 0, 0
-    send = S3Client.send
 
-    async def counted(self: S3Client, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    def begin(**_: object) -> None:
         nonlocal at_once, most
         at_once += 1
         most = max(most, at_once)
-        try:
-            return await send(self, method, parameters)
-        finally:
-            at_once -= 1
 
-    monkeypatch.setattr(S3Client, "send", counted)
+    def end(**_: object) -> None:
+        nonlocal at_once
+        at_once -= 1
+
+    events = store.client.fs.s3.meta.events
+    events.register("before-call.s3", begin)
+    events.register("after-call.s3", end)
     limit = RequestLimit(2)
     with limit_requests(limit), store.open_reader(f"{bucket}/x") as reader:
         got = b"".join(reader.iter_range(0, reader.size, chunk_nbytes=MIB))

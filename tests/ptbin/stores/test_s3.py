@@ -26,6 +26,7 @@ from ptbin.stores.retry import RetryPolicy
 from ptbin.stores.s3 import S3Store
 from ptbin.stores.s3_client import S3Client
 from ptbin.stores.s3_writer import part_nbytes_for
+from tests.servers.asked import Bend, asked, refusal
 from tests.servers.endpoint import QUICK, S3Endpoint
 from tests.servers.faulty_proxy import Fault, FaultyProxy, Request, faulty_proxy
 
@@ -235,26 +236,24 @@ def test_a_completion_whose_answer_was_lost_is_found_done(rados_s3: S3Endpoint) 
 
 @pytest.mark.parametrize("completed", [True, False])
 def test_a_missing_upload_is_a_success_only_where_the_object_is_there(
-    moto_s3: S3Endpoint, bucket: str, monkeypatch: pytest.MonkeyPatch, completed: bool
+    moto_s3: S3Endpoint, bucket: str, completed: bool
 ) -> None:
     # What S3 answers to a repeated completion; both servers of the suite accept it a second time.
     store = moto_s3.store()
-    send = store.client.send
 
-    async def forgetful(method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    def forget(method: str, parameters: dict[str, Any]) -> None:
         if method == "complete_multipart_upload":
             if completed:
-                await send(method, parameters)
-            raise StorageError("cannot write: the store answered NoSuchUpload")
-        return await send(method, parameters)
+                moto_s3.store(anon=False).client.call(method, "write", bucket, **parameters)
+            raise refusal("NoSuchUpload", 404)
 
-    monkeypatch.setattr(store.client, "send", forgetful)
     if completed:
-        write_large(store, bucket)
+        with asked(moto_s3.storage_options, forget):
+            write_large(store, bucket)
         assert store.read_bytes(f"{bucket}/x") == CONTENT
     else:
         store.write_bytes(f"{bucket}/x", b"an older one")
-        with pytest.raises(StorageError, match="NoSuchUpload"):
+        with asked(moto_s3.storage_options, forget), pytest.raises(StorageError, match="NoSuchUpload"):
             write_large(store, bucket)
         assert store.read_bytes(f"{bucket}/x") == b"an older one"
         assert moto_s3.uploads_in(bucket) == []
@@ -346,7 +345,7 @@ def check_pin(endpoint: S3Endpoint, *, versioned: bool) -> None:
     store = endpoint.store()
     store.write_bytes(f"{bucket}/x", b"old" * 6 * MIB)
     with store.open_reader(f"{bucket}/x") as reader:
-        assert (reader.version_id is not None) is versioned
+        assert ("VersionId" in reader.copy_source["CopySource"]) is versioned
         pieces = reader.iter_range(0, reader.size, chunk_nbytes=MIB // 4)
         got = [next(pieces)]
         store.write_bytes(f"{bucket}/x", b"new" * 6 * MIB)
@@ -404,29 +403,28 @@ def test_a_small_object_is_read_in_one_state_whatever_becomes_of_it(moto_s3: S3E
             reader.check_unchanged()
 
 
-def test_a_server_that_ignores_conditions_is_found_out(
-    store: S3Store, bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _without(parameter: str) -> Bend:
+    """As a server that pays no heed to it."""
+    return lambda method, parameters: parameters.pop(parameter, None)
+
+
+def test_a_server_that_ignores_conditions_is_found_out(moto_s3: S3Endpoint, bucket: str) -> None:
+    store = moto_s3.store()
     store.write_bytes(f"{bucket}/x", b"old" * MIB)
     with store.open_reader(f"{bucket}/x") as reader:
         store.write_bytes(f"{bucket}/x", b"new" * MIB)
-        monkeypatch.setattr(reader, "_pin", {})
-        with pytest.raises(SourceChangedError, match="not the object seen first"):
+        with (
+            asked(moto_s3.storage_options, _without("IfMatch")),
+            pytest.raises(SourceChangedError, match="not the object seen first"),
+        ):
             reader.read(0, 3)
 
 
-def test_a_server_that_ignores_ranges_is_found_out(
-    store: S3Store, bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_ignores_ranges_is_found_out(moto_s3: S3Endpoint, bucket: str) -> None:
+    store = moto_s3.store()
     store.write_bytes(f"{bucket}/x", CONTENT)
-    send = store.client.send
-
-    async def without_range(method: str, parameters: dict[str, Any]) -> dict[str, Any]:
-        parameters.pop("Range", None)
-        return await send(method, parameters)
-
-    monkeypatch.setattr(store.client, "send", without_range)
     with (
+        asked(moto_s3.storage_options, _without("Range")),
         store.open_reader(f"{bucket}/x") as reader,
         pytest.raises(StorageError, match="ignores ranges"),
     ):
@@ -503,7 +501,7 @@ def test_keys_are_taken_as_they_are(server: str, key: str, request: pytest.Fixtu
 
 def test_markers_of_folders_are_no_objects(moto_s3: S3Endpoint, bucket: str) -> None:
     store = moto_s3.store()
-    store.client.call("put_object", "write", "x", Bucket=bucket, Key="folder/", Body=b"")
+    store.client.call("put_object", "x", Bucket=bucket, Key="folder/", Body=b"")
     assert list(store.iter_objects(bucket)) == []
 
 
@@ -511,7 +509,7 @@ def test_a_key_with_a_slash_at_its_end_that_holds_something_is_listed(
     moto_s3: S3Endpoint, bucket: str
 ) -> None:
     store = moto_s3.store()
-    store.client.call("put_object", "write", "x", Bucket=bucket, Key="run/x.pt/", Body=bytearray(b"x"))
+    store.client.call("put_object", "x", Bucket=bucket, Key="run/x.pt/", Body=bytearray(b"x"))
     assert [item.path for item in store.iter_objects(bucket)] == ["run/x.pt/"]
 
 
@@ -572,7 +570,7 @@ listener = socket.create_server(("127.0.0.1", 0))  # takes connections, never an
 url = f"http://127.0.0.1:{listener.getsockname()[1]}"
 store, path = open_store("s3://bucket/x", {"key": "k", "secret": "s", "endpoint_url": url})
 for _ in range(4):
-    store.client.start(partial(store.client.acall, "head_object", "read", "x", Bucket="bucket", Key="x"))
+    store.client.start(partial(store.client.acall, "head_object", "x", Bucket="bucket", Key="x"))
 listener.accept()
 """
 

@@ -8,19 +8,18 @@ and drops them). Memory: one record a chunk. Source: torch/distributed/checkpoin
 from __future__ import annotations
 
 import dataclasses
-import struct
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 from ptbin.errors import CorruptArchiveError, UnsupportedFormatError
 from ptbin.options import Limits
-from ptbin.reading.containers.checkpoint import Opening, move_place
+from ptbin.reading.containers.checkpoint import Opening
 from ptbin.reading.containers.dcp.index import Entry, Span
 from ptbin.reading.containers.safetensors import looks_like_safetensors
 from ptbin.reading.containers.source import SourceFile, Window
-from ptbin.reading.pickle.machine import PickleProgram
 from ptbin.stores.joined import JoinedReader
+from ptbin.values.framing import LOCAL_HEADER
 from ptbin.values.nodes import DictNode, Opaque
 from ptbin.values.tensors import ByteRange, Place
 
@@ -58,13 +57,12 @@ class Chunks:
         self._reader = reader
         self._opening = opening
         self._limits = limits
-        self._globals: set[tuple[str, str]] = set()
         self._blobs: dict[int, dict[str, Any]] = {}
 
     def read_all(self, entries: list[Entry]) -> dict[tuple[Span, str | None], Any]:
         """(span, None) to what its archive holds, (span, name) to a tensor of a safetensors blob.
 
-        An object that is no torch archive (a planner may store any bytes) is an `Opaque`.
+        An object that is not a torch archive (a planner may store any bytes) is an `Opaque`.
         """
         wanted: dict[Span, list[str]] = {}
         objects: set[Span] = set()
@@ -113,11 +111,9 @@ class Chunks:
         except UnsupportedFormatError as error:
             if not is_object:
                 raise CorruptArchiveError(f"{file.uri}: expected a tensor: {error}") from error
-            return Opaque("object", "bytes that are no torch.save archive", has_data=False)
-        for storage in checkpoint.storages.values():
-            assert storage.place is not None
-            storage.place = _own_place(file, storage.place, span.offset)
-        self._keep_programs(inner.programs)
+            return Opaque("object", "bytes that are not a torch.save archive", has_data=False)
+        checkpoint.move(span.offset, lambda place: _without_framing(file, place))
+        self._opening.keep_programs(inner.programs)
         return checkpoint.root
 
     def _blob(self, span: Span, file: _ChunkFile) -> dict[str, Any] | None:
@@ -136,39 +132,27 @@ class Chunks:
         checkpoint = self._open(whole).checkpoint()
         if not isinstance(checkpoint.root, DictNode):
             raise CorruptArchiveError(f"{file.uri}: expected a safetensors blob")
-        for storage in checkpoint.storages.values():
-            assert storage.place is not None
-            storage.place = move_place(storage.place, span.offset)
+        checkpoint.move(span.offset)
         self._blobs[span.offset] = checkpoint.root.by_name()
         return self._blobs[span.offset]
 
     def _open(self, file: SourceFile) -> Opening:
         return self._opening.another(file, programs=[])
 
-    def _keep_programs(self, programs: list[PickleProgram]) -> None:
-        """Those that say something to judge which no earlier one said: there may be a million alike."""
-        for program in programs:
-            if program.globals.keys() <= self._globals and not program.oddities and not program.calls:
-                continue
-            self._globals.update(program.globals)
-            self._opening.programs.append(program)
 
+def _without_framing(file: SourceFile, place: Place) -> Place:
+    """A place inside a chunk's archive without its framing, which counts from the archive's own beginning.
 
-def _own_place(file: SourceFile, place: Place, base: int) -> Place:
-    """A place inside a chunk's archive as one of the folder.
-
-    Its framing counts offsets from the archive's own beginning, so it is of no use where the archive stands;
-    the local header, at hand here, must put the data where the directory does.
+    The local header, at hand here, must put the data where the directory does.
     """
     if isinstance(place, ByteRange) and place.record_offset is not None:
-        # APPNOTE.TXT 4.3.7: lengths of the name and of the extra field, at 26 of 30 bytes
-        header = file.read(place.record_offset, 30, "local header")
-        name_nbytes, extra_nbytes = struct.unpack_from("<HH", header, 26)
-        stated = place.record_offset + 30 + name_nbytes + extra_nbytes
+        header = file.read(place.record_offset, LOCAL_HEADER.size, "local header")
+        *_, name_nbytes, extra_nbytes = LOCAL_HEADER.unpack(header)
+        stated = place.record_offset + LOCAL_HEADER.size + name_nbytes + extra_nbytes
         if header[:4] != b"PK\x03\x04" or stated != place.offset:
             raise CorruptArchiveError(
                 f"{file.uri}: member {place.member!r} should begin at byte {place.offset}, "
                 f"its local header says {stated}"
             )
-        place = dataclasses.replace(place, record_offset=None, closed=False)
-    return move_place(place, base)
+        return dataclasses.replace(place, record_offset=None, closed=False)
+    return place

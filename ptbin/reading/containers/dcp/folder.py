@@ -1,4 +1,4 @@
-"""`torch.distributed.checkpoint` folders: one pickled index, and chunks of tensors in the files beside it.
+"""`torch.distributed.checkpoint` folders: one pickled index, and chunks of tensors in the files next to it.
 
 `.metadata` holds a `Metadata`: per flattened name the whole tensor's type, size and chunks (boxes), where
 each chunk's bytes are (file, offset, length), and the path each name had before it was flattened. A chunk
@@ -17,31 +17,19 @@ neighbours share requests, so about one a chunk; far fewer where chunks are smal
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from ptbin.errors import CorruptArchiveError, LimitExceededError
-from ptbin.merging.coverage import split_dimensions
+from ptbin.merging.tiles import Box, Part, whole_tensor
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder, read_part
 from ptbin.reading.containers.dcp.chunks import Chunks
 from ptbin.reading.containers.dcp.index import Entry, Span, entries_of
-from ptbin.reading.containers.dcp.tree import tree_of
+from ptbin.reading.containers.dcp.tree import is_torch_dist, split_by_role, tree_of
 from ptbin.reading.containers.megatron import megatron_facts
-from ptbin.reading.containers.megatron_dist import is_torch_dist, set_aside
-from ptbin.reading.pickle.interpreter import run_pickle
 from ptbin.sources.folders import COMMON_STATE, DCP_METADATA, LIGHTNING_METADATA
 from ptbin.values.nodes import DictNode, Instance, Opaque, iter_nodes
 from ptbin.values.state_dict import Excluded
-from ptbin.values.tensors import (
-    ByteRange,
-    InMemory,
-    Joined,
-    Storage,
-    TensorRef,
-    Tile,
-    Tiled,
-    dense_strides,
-)
+from ptbin.values.tensors import ByteRange, InMemory, Storage, TensorRef, dense_strides
 
 __all__ = ["read_dcp"]
 
@@ -61,17 +49,7 @@ def read_dcp(folder: Folder) -> Checkpoint:
     if part.size > limits.pickle_nbytes:
         raise LimitExceededError(f"{part.uri}: {part.size} bytes, the limit is {limits.pickle_nbytes}")
     opening = folder.opening(DCP_METADATA)
-    raw = part.read(0, part.size)
-    program = run_pickle(
-        raw,
-        reducers=opening.vocabulary.reducers(),
-        set_state=opening.vocabulary.set_state,
-        limits=limits,
-        where=part.uri,
-    )
-    if program.end != len(raw):
-        program.oddities.append(f"{len(raw) - program.end} bytes behind the end of {DCP_METADATA}")
-    opening.programs.append(program)
+    program = opening.run_whole(part.read(0, part.size), DCP_METADATA, part.uri)
     entries = entries_of(reader, program.root, limits)
     program.root = None  # the entries say all of it, in less memory
     found = Chunks(reader, opening, limits).read_all(entries)
@@ -82,12 +60,12 @@ def read_dcp(folder: Folder) -> Checkpoint:
     facts: dict[str, int] = {}
     if is_torch_dist(reader.names, entries):
         facts = megatron_facts(DictNode("dict", [(entry.name, value) for entry, value in values]))
-        values, excluded = set_aside(values)
+        values, excluded = split_by_role(values)
     root = tree_of(reader.uri, values)
     for name in (LIGHTNING_METADATA, COMMON_STATE):
         if name not in reader.names:
             continue
-        # What is neither module nor optimizer (Lightning), what is no rank's own (Megatron); it is unpickled.
+        # What is neither module nor optimizer (Lightning), what all ranks share (Megatron); it is unpickled.
         rest = read_part(reader, name, opening)
         storages.update({f"{name}/{key}": storage for key, storage in rest.storages.items()})
         if name == LIGHTNING_METADATA:
@@ -95,17 +73,7 @@ def read_dcp(folder: Folder) -> Checkpoint:
         else:
             excluded.append(Excluded(name, "trainer_state", node=rest.root))
             facts = facts or megatron_facts(rest.root)
-    return Checkpoint(
-        reader.uri,
-        reader.size,
-        "torch_dcp",
-        root,
-        opening.programs,
-        storages,
-        opening.vocabulary,
-        excluded=excluded,
-        facts=facts,
-    )
+    return folder.build("torch_dcp", root, opening, storages, excluded=excluded, facts=facts, is_whole=True)
 
 
 # -- whole tensors -------------------------------------------------------------------------------------
@@ -128,9 +96,9 @@ def _value(
     if entry.opaque is not None:
         return entry.opaque
     assert entry.dtype is not None
-    dense = dense_strides(entry.shape)
     if 0 in entry.shape:
         empty = Storage(entry.name, 0, InMemory(b""))
+        dense = dense_strides(entry.shape)
         return TensorRef(_register(storages, entry.name, empty), entry.dtype, entry.shape, dense)
     pieces = []
     for chunk in entry.chunks:
@@ -158,41 +126,21 @@ def _value(
     )
     if not plain:
         return Opaque("distributed tensor", "its chunks are quantized, compressed or lazily conjugated")
-    storage = Storage(
-        entry.name, entry.dtype.nbytes_of(math.prod(entry.shape)), big_endian=pieces[0].storage.big_endian
-    )
-    storage.place = _joined(entry, pieces) or _tiled(entry, pieces)
-    return TensorRef(_register(storages, entry.name, storage), entry.dtype, entry.shape, dense)
+    boxes = [
+        Box(Part(tensor, chunk.span.file), chunk.start, chunk.shape, 0, tensor.stride)
+        for chunk, tensor in zip(entry.chunks, pieces, strict=True)
+    ]
+    what = f"{uri}: the chunks of {entry.name[:200]!r}"
+    whole = whole_tensor(what, entry.name, entry.dtype, entry.shape, boxes, keep_records=True)
+    whole.storage.big_endian = pieces[0].storage.big_endian
+    _register(storages, entry.name, whole.storage)
+    return whole
 
 
 def _register(storages: dict[str, Storage], key: str, storage: Storage) -> Storage:
-    """Take up a storage under a key that is its own."""
+    """Register a storage under a key that no other one has."""
     if storages.setdefault(key, storage) is not storage:
         key = f"{key}#{len(storages)}"
         storages[key] = storage
     storage.key = key
     return storage
-
-
-def _joined(entry: Entry, pieces: list[TensorRef]) -> Joined | None:
-    """The chunks one behind the other, where they are the whole's own order; their order is row-major."""
-    split = split_dimensions(entry.shape, [(chunk.start, chunk.shape) for chunk in entry.chunks])
-    if len(split) != 1 or math.prod(entry.shape[: split[0]]) != 1:
-        return None
-    places = [t.storage.place for t in pieces if t.contiguous and t.storage_offset == 0]
-    ranges = [p for p in places if isinstance(p, (ByteRange, InMemory))]
-    # A storage with more in it than the chunk keeps its CRC-32 only as a whole, which a tile can say.
-    if len(ranges) != len(pieces) or any(p.nbytes != t.nbytes for p, t in zip(ranges, pieces, strict=True)):
-        return None
-    return Joined(tuple(ranges))
-
-
-def _tiled(entry: Entry, pieces: list[TensorRef]) -> Tiled:
-    assert entry.dtype is not None
-    tiles = []
-    for chunk, tensor in zip(entry.chunks, pieces, strict=True):
-        place = tensor.storage.place
-        assert isinstance(place, (ByteRange, InMemory))
-        offset = tensor.storage_offset * entry.dtype.itemsize
-        tiles.append(Tile(chunk.start, chunk.shape, place, offset, tensor.stride))
-    return Tiled(entry.shape, entry.dtype.itemsize, tuple(tiles))

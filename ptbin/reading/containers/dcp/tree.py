@@ -1,20 +1,29 @@
 """The state dict that a `torch.distributed.checkpoint` folder holds, in the shape that it was saved in.
 
 Names are flattened in the index; paths put them back. What a trainer keeps flat next to the model's names
-(torchtitan's optimizer, schedulers) is moved apart, told by what it holds. Pure.
+(torchtitan's optimizer, schedulers) is moved apart, told by what it holds.
+
+In Megatron-LM's `torch_dist` folders entries of the optimizer begin with its name, and an object that each
+rank saves for itself ends in `/shard_...` (megatron/core/dist_checkpointing/mapping.py,
+`ShardedObject.unique_key`; optimizer/distrib_optimizer.py). What all ranks share lies in `common.pt`, or in
+an entry `common_state`. Pure.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from ptbin.errors import CorruptArchiveError
 from ptbin.reading.containers.dcp.index import Entry
-from ptbin.values.nodes import DictNode, Instance, iter_nodes
+from ptbin.reading.tree import is_branch
+from ptbin.sources.folders import COMMON_STATE
+from ptbin.values.nodes import DictNode, iter_nodes
+from ptbin.values.state_dict import Excluded
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["tree_of"]
+__all__ = ["is_torch_dist", "split_by_role", "tree_of"]
 
 # An optimizer's or a scheduler's entry, flattened: told by what it holds, because a module of a model
 # may be called `opt` or `optimal_transport`.
@@ -30,6 +39,18 @@ _GROUP_NAMES = ("model", "state_dict", "model_state_dict", "weights")
 _COUNTERS = ("int64", "int32", "int16", "bool", "uint8")
 
 
+COMMON_ENTRY = "common_state"
+_SHARD = "/shard_"
+
+_ROLES = (
+    (re.compile(r"(?:^|\.)_extra_state(?:/shard_.*)?$"), "scaling_state"),
+    (re.compile(r"^(?:chained_\d+\.)*optimizer\."), "optimizer"),
+    (re.compile(r"^rng_state(?:$|[./])"), "random_state"),
+    (re.compile(r"^(?:rerun_state_machine\w*|dataloader_state|common_state)(?:$|[./])"), "trainer_state"),
+    (re.compile(r"^(?:opt_param_scheduler|lr_scheduler)(?:$|[./])"), "scheduler"),
+)
+
+
 def tree_of(uri: str, values: list[tuple[Entry, Any]]) -> DictNode:
     """The nested mapping that was saved, as the paths in the index have it; lists come back as lists."""
     root: dict[str | int, Any] = {}
@@ -38,7 +59,7 @@ def tree_of(uri: str, values: list[tuple[Entry, Any]]) -> DictNode:
         for step in entry.path[:-1]:
             node = node.setdefault(step, {})
             if type(node) is not dict:
-                raise CorruptArchiveError(f"{uri}: {entry.name[:200]!r} lies below what is no mapping")
+                raise CorruptArchiveError(f"{uri}: {entry.name[:200]!r} lies below a value, not a mapping")
         if entry.path[-1] in node:
             raise CorruptArchiveError(f"{uri}: the path of {entry.name[:200]!r} is taken")
         node[entry.path[-1]] = value
@@ -54,7 +75,7 @@ def _as_nodes(value: Any) -> Any:
 
 
 def _gathered(root: DictNode) -> DictNode:
-    """The tree with a model's entries that lie flat beside other states moved under a name of their own.
+    """The tree with a model's entries that lie flat next to other states moved into one mapping.
 
     torchtitan saves so: the model's own names, and among them `optimizer`, `lr_scheduler`, `dataloader`.
     Planners that keep no paths leave the optimizer's names flat as well.
@@ -75,10 +96,10 @@ def _gathered(root: DictNode) -> DictNode:
         for key, v in flat
         if isinstance(v, TensorRef) and type(key) is str and v.dtype.name not in _COUNTERS
     ]
-    beside = [(key, v) for key, v in pairs if _is_branch(v) and not str(key).endswith("_extra_state")]
+    beside = [(key, v) for key, v in pairs if is_branch(v) and not str(key).endswith("_extra_state")]
     seen: set[int] = set()
     other_models = any(not _is_optimizer(v) and _holds_weights(v, seen) for _, v in beside)
-    # A single tensor beside a model that has its own mapping is no model; dotted names are a module's.
+    # A single tensor next to a model that has its own mapping is not a model; dotted names are a module's.
     is_model = weights and (not other_models or any("." in key for key in weights))
     name = next((n for n in _GROUP_NAMES if root.get(n) is None), None)
     if not beside or not is_model or name is None:
@@ -124,18 +145,34 @@ def _is_moments(value: Any) -> bool:
     return isinstance(value, DictNode) and bool(value.by_name().keys() & _STATE_NAMES)
 
 
-def _is_branch(value: Any) -> bool:
-    return isinstance(value, (DictNode, Instance, list, tuple))
-
-
 def _belongs_to_model(key: Any, value: Any) -> bool:
     if type(key) is not str:
         return False
     return (
-        isinstance(value, TensorRef) or key.endswith("_extra_state") or ("." in key and not _is_branch(value))
+        isinstance(value, TensorRef) or key.endswith("_extra_state") or ("." in key and not is_branch(value))
     )
 
 
 def _holds_weights(value: Any, seen: set[int]) -> bool:
     tensors = (node for node in iter_nodes(value, seen) if isinstance(node, TensorRef))
     return any(tensor.dtype.name not in _COUNTERS for tensor in tensors)
+
+
+def is_torch_dist(files: Iterable[str], entries: Iterable[Entry]) -> bool:
+    """Whether Megatron wrote the folder: by its files, or by names that only Megatron gives."""
+    return COMMON_STATE in files or any(
+        entry.name == COMMON_ENTRY or _SHARD in entry.name for entry in entries
+    )
+
+
+def split_by_role(values: list[tuple[Entry, Any]]) -> tuple[list[tuple[Entry, Any]], list[Excluded]]:
+    """The entries that may be the model's, and the others by role."""
+    kept = []
+    others: dict[str, list[Any]] = {}
+    for entry, value in values:
+        role = next((role for pattern, role in _ROLES if pattern.search(entry.name)), None)
+        if role is None:
+            kept.append((entry, value))
+        else:
+            others.setdefault(role, []).append(value)
+    return kept, [Excluded(role, role, node=found) for role, found in others.items()]

@@ -14,15 +14,14 @@ from dataclasses import replace
 from typing import Any
 
 from ptbin.errors import CorruptArchiveError, UnsupportedTensorError
-from ptbin.merging.tiles import Box, Part, plain_part
+from ptbin.merging.tiles import Box, Part, require_plain
 from ptbin.merging.views import View, view_of
 from ptbin.reading.containers.part_files import PartFiles
-from ptbin.values.nodes import DictNode
+from ptbin.values.nodes import DictNode, entry_in, sizes_in
 from ptbin.values.tensors import TensorRef, dense_strides
 
 __all__ = ["is_scaled", "scaled_whole", "whole_of_pieces"]
 
-MAX_EXTENT = 1 << 48
 MAX_PIECES = 1 << 16
 
 
@@ -33,14 +32,14 @@ def whole_of_pieces(
 
     Raises:
         CorruptArchiveError: the map and the shards contradict each other.
-        UnsupportedTensorError: pieces that are no blocks of rows and columns.
+        UnsupportedTensorError: pieces that are not blocks of rows and columns.
     """
     what, shape, ranks = _read(name, parts, entry, where)
     boxes: list[Box] = []
     copies: dict[tuple[Any, ...], list[tuple[View, str]]] = {}
     for rank, part in enumerate(parts):
         row = ranks[rank]
-        own = _sizes(row.get("shard_shape") if isinstance(row, DictNode) else None, what)
+        own = _sizes(entry_in(row, "shard_shape"), what)
         shard = view_of(part.tensor, part.home)
         if math.prod(own) != math.prod(shard.shape):
             raise CorruptArchiveError(
@@ -79,9 +78,9 @@ def whole_of_pieces(
 
 def is_scaled(entry: Any) -> bool:
     """Whether some rank holds a block of the parameter multiplied by a number."""
-    rows = [row for _, row in ranks.pairs] if isinstance(ranks := _get(entry, "ranks"), DictNode) else []
-    pieces = [piece for row in rows for piece in _listed(_get(row, "pieces"))]
-    return any(_get(piece, "scale") not in (None, 1, 1.0) for piece in pieces)
+    rows = [row for _, row in ranks.pairs] if isinstance(ranks := entry_in(entry, "ranks"), DictNode) else []
+    pieces = [piece for row in rows for piece in _listed(entry_in(row, "pieces"))]
+    return any(entry_in(piece, "scale") not in (None, 1, 1.0) for piece in pieces)
 
 
 def scaled_whole(files: PartFiles, name: str, parts: Sequence[Part], entry: Any, where: str) -> TensorRef:
@@ -97,21 +96,21 @@ def scaled_whole(files: PartFiles, name: str, parts: Sequence[Part], entry: Any,
     what, shape, ranks = _read(name, parts, entry, where)
     first = parts[0].tensor
     for part in parts:
-        plain_part(part, name)
+        require_plain(part, name)
         if not files.small.can_read(part.tensor) or part.tensor.dtype != first.dtype:
             raise UnsupportedTensorError(f"{part.home}: {name[:200]!r} is scaled and of other numbers")
     if math.prod(shape) > sum(part.tensor.numel for part in parts):
         raise CorruptArchiveError(f"{what}: the shards are less than {list(shape)}")
-    if not files.small.fits(*(part.tensor for part in parts), *(part.tensor for part in parts)):
-        files.small.refuse_more(name)
+    if not files.small.reserve(*(part.tensor for part in parts), *(part.tensor for part in parts)):
+        files.small.refuse_too_many(name)
     wide = "f8" if first.dtype.name == "float64" else "f4"
     whole, holder = np.zeros(shape, wide), np.full(shape, -1, np.int32)
     for rank, part in enumerate(parts):
-        own = _sizes(_get(ranks[rank], "shard_shape"), what)
+        own = _sizes(entry_in(ranks[rank], "shard_shape"), what)
         if math.prod(own) != part.tensor.numel:
             raise CorruptArchiveError(f"{what} gives {part.home} a shard of {list(own)}")
         shard = files.small.numbers(part.tensor).astype(wide).reshape(own)
-        for piece in _listed(_get(ranks[rank], "pieces")):
+        for piece in _listed(entry_in(ranks[rank], "pieces")):
             extent, at, start, scale = _piece(piece, shape, own, what)
             here = tuple(slice(a, a + n) for a, n in zip(at, extent, strict=True))
             found = shard[tuple(slice(a, a + n) for a, n in zip(start, extent, strict=True))]
@@ -129,7 +128,7 @@ def scaled_whole(files: PartFiles, name: str, parts: Sequence[Part], entry: Any,
     made = files.small.tensor(name, whole, first.dtype)
     files.storages[f"computed/{name}"] = made.storage
     for part in parts:
-        files.leave(part.home, [part.tensor], "scaled")
+        files.leave_out(part.home, [part.tensor], "scaled")
     return made
 
 
@@ -138,15 +137,11 @@ def _read(
 ) -> tuple[str, tuple[int, ...], dict[Any, Any]]:
     """For messages; the parameter's shape; what each rank holds."""
     what = f"{where}: affine map of {name[:200]!r}"
-    shape = _sizes(_get(entry, "logical_shape"), what)
-    ranks = dict(_pairs(_get(entry, "ranks"), what))
+    shape = _sizes(entry_in(entry, "logical_shape"), what)
+    ranks = dict(_pairs(entry_in(entry, "ranks"), what))
     if sorted(ranks, key=str) != sorted(range(len(parts)), key=str):
         raise CorruptArchiveError(f"{what} is over {len(ranks)} ranks, {len(parts)} are there")
     return what, shape, ranks
-
-
-def _get(node: Any, key: str) -> Any:
-    return node.get(key) if isinstance(node, DictNode) else None
 
 
 def _listed(value: Any) -> Sequence[Any]:
@@ -158,7 +153,7 @@ def _piece(
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], float]:
     """Extent, start in the whole, start in the shard, and the scale of the shard's numbers."""
     if not isinstance(piece, DictNode):
-        raise CorruptArchiveError(f"{what}: a piece that is none")
+        raise CorruptArchiveError(f"{what}: a piece that is not a mapping")
     scale = piece.get("scale", 1.0)
     if type(scale) not in (int, float) or not math.isfinite(scale) or not scale:
         raise CorruptArchiveError(f"{what}: a piece is scaled by {str(scale)[:40]}")
@@ -171,9 +166,9 @@ def _piece(
         strides = _sizes(found[1], what)
         dense = dense_strides(of)
         if len(extent) != len(of) or len(strides) != len(of):
-            raise UnsupportedTensorError(f"{what}: a piece that is no block of rows and columns")
+            raise UnsupportedTensorError(f"{what}: a piece that is not a block of rows and columns")
         if any(n > 1 and a != b for n, a, b in zip(extent, strides, dense, strict=True)):
-            raise UnsupportedTensorError(f"{what}: a piece that is no block of rows and columns")
+            raise UnsupportedTensorError(f"{what}: a piece that is not a block of rows and columns")
         start, rest = [], found[0]
         for step, size in zip(dense, of, strict=True):
             index = min(rest // step, max(size - 1, 0)) if step else 0
@@ -191,13 +186,9 @@ def _piece(
 
 
 def _sizes(value: Any, what: str) -> tuple[int, ...]:
-    if (
-        not isinstance(value, (list, tuple))
-        or len(value) > 64
-        or not all(type(n) is int and 0 <= n < MAX_EXTENT for n in value)
-    ):
+    if (sizes := sizes_in(value)) is None:
         raise CorruptArchiveError(f"{what}: sizes that are not sizes")
-    return tuple(value)
+    return sizes
 
 
 def _pairs(value: Any, what: str) -> list[tuple[Any, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 from ptbin.errors import CorruptArchiveError, UnsupportedFormatError
 from ptbin.merging.views import stacked, view_of
 from ptbin.reading.containers.part_files import PartFiles
-from ptbin.values.nodes import DictNode
+from ptbin.values.nodes import DictNode, entry_in
 from ptbin.values.tensors import TensorRef
 
 __all__ = ["AutoLayer", "auto_layers_of", "fused_experts"]
@@ -51,7 +51,7 @@ def auto_layers_of(files: PartFiles, root: DictNode) -> tuple[AutoLayer, ...]:
     found = []
     for entry in entries if isinstance(entries, list) else [None]:
         if not isinstance(entry, DictNode):
-            raise CorruptArchiveError(f"{files.uri}: ds_autoep_layers is no list of layers")
+            raise CorruptArchiveError(f"{files.uri}: ds_autoep_layers is not a list of layers")
         if entry.get("checkpoint_format", "per_expert_files") != "per_expert_files":
             raise UnsupportedFormatError(
                 f"{files.uri}: experts of AutoEP in ZeRO stage 3 partitions; convert it with DeepSpeed's "
@@ -102,10 +102,10 @@ def fused_experts(
             if len(own) != layer.experts or len(forms) != 1:
                 raise CorruptArchiveError(f"{what} are {len(own)} of {layer.experts}, in {len(forms)} shapes")
             view = stacked([view_of(tensor, name) for tensor in own], 0)
-            yield (layer.number, 0), (name, view.tensor(what, name, files.made))
+            yield (layer.number, 0), (name, view.tensor(what, name, files.known_storages))
 
 
 def _refuse_sliced(files: PartFiles, folding: Any) -> None:
-    size = folding.get("etp_size") if isinstance(folding, DictNode) else None
+    size = entry_in(folding, "etp_size")
     if size not in (None, 1):
         raise UnsupportedFormatError(f"{files.uri}: experts of AutoEP cut over {str(size)[:20]} ranks each")

@@ -22,7 +22,7 @@ from ptbin.reading.containers.deepspeed.auto_experts import auto_layers_of, fuse
 from ptbin.reading.containers.deepspeed.models import mapping_in
 from ptbin.reading.containers.deepspeed.ranks import Ranks, merge_model_states, model_ranks
 from ptbin.reading.containers.deepspeed.rules import merge_ranks
-from ptbin.reading.containers.merges import parts_by_name, take_first
+from ptbin.reading.containers.merges import parts_by_name
 from ptbin.reading.containers.part_files import PartFiles, mapping_of
 from ptbin.sources.deepspeed_names import EXPERT
 from ptbin.values.nodes import DictNode
@@ -70,7 +70,7 @@ def read_deepspeed_experts(folder: Folder) -> Checkpoint:
         home[key] = name
         module.pairs.append((key, value))
     beside = [name for name in reader.names if name.endswith("_optim_states.pt")]
-    files.leave_unopened(beside, "optimizer")
+    files.leave_out_unopened(beside, "optimizer")
     return files.checkpoint("deepspeed_experts", ranks.root, preferred="module")
 
 
@@ -120,7 +120,7 @@ def _refuse_missing(
                 missing.append(f"layer_{layer}_expert_{expert}_{name}")
             if len(missing) > MAX_SHOWN:  # whatever the file claims
                 break
-    # In one file each, or in one of each rank: files of some ranks are no whole.
+    # In one file each, or in one of each rank: files of some ranks are not all.
     several = any(len(own) > 1 for own in found.values()) or sliced is True
     for (layer, expert), own in sorted(found.items()):
         if several and len(missing) <= MAX_SHOWN:
@@ -163,12 +163,12 @@ def _merged(
 ) -> Iterator[tuple[str, Any]]:
     """One expert's state dict, its ranks' files put together."""
     names = [own[rank] for rank in sorted(own)]
-    nodes = [mapping_in(files, name) for name in names]
-    for key, value, parts in parts_by_name(files, names, nodes):
+    states = [(name, dict(mapping_in(files, name).pairs)) for name in names]
+    for key, value, parts in parts_by_name(files, states):
         if len(parts) < 2:
             yield key, value
         elif sliced is False:
-            yield key, take_first(files, key, parts)
+            yield key, files.take_first(key, parts)
         elif sliced or files.folder.recipe is not None or ranks.rules.knows(key):
             yield key, merge_ranks(files, key, parts, ranks.rules)
         else:

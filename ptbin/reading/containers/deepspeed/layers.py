@@ -13,7 +13,6 @@ the index of each file, and small tensors that are summed over ranks.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -21,11 +20,17 @@ from typing import Any
 from ptbin.errors import CorruptArchiveError, UnsupportedFormatError
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
 from ptbin.reading.containers.deepspeed.models import mapping_in
-from ptbin.reading.containers.deepspeed.rules import Rules, merge_ranks, merges_by_name, rules_of
+from ptbin.reading.containers.deepspeed.rules import (
+    Rules,
+    merge_ranks,
+    merges_by_name,
+    parallel_degree,
+    rules_of,
+)
 from ptbin.reading.containers.merges import parts_by_name
 from ptbin.reading.containers.part_files import PartFiles, mapping_of
 from ptbin.sources.deepspeed_names import LAYER, MODEL_STATES, OPTIM_STATES
-from ptbin.values.nodes import DictNode
+from ptbin.values.nodes import DictNode, entry_in
 from ptbin.values.tensors import TensorRef
 
 __all__ = ["read_deepspeed_layers"]
@@ -68,15 +73,15 @@ def read_deepspeed_layers(folder: Folder) -> Checkpoint:
     rules = _rules(files, roots, held, folder.recipe)
     module = DictNode("OrderedDict")
     for layer, nodes in held.items():
-        names = [layers[layer][rank] for rank in range(count)]
-        module.pairs.extend(_merged(files, layer, names, nodes, rules))
+        parts = [(layers[layer][rank], dict(node.pairs)) for rank, node in enumerate(nodes)]
+        module.pairs.extend(_merged(files, layer, parts, rules))
     root = DictNode("dict", [("module", module)])
     if roots:
         root.pairs.extend((key, value) for key, value in roots[0][1].pairs if key != "module")
     for name, other in roots[1:]:
-        files.leave(name, [other.get("optimizer")], "optimizer")
-        files.leave(name, [value for key, value in other.pairs if key != "optimizer"], "trainer_state")
-    files.leave_unopened([name for name in reader.names if OPTIM_STATES.match(name)], "optimizer")
+        files.leave_out(name, [other.get("optimizer")], "optimizer")
+        files.leave_out(name, [value for key, value in other.pairs if key != "optimizer"], "trainer_state")
+    files.leave_out_unopened([name for name in reader.names if OPTIM_STATES.match(name)], "optimizer")
     return files.checkpoint("deepspeed_layers", root, preferred="module")
 
 
@@ -105,14 +110,10 @@ def _layers(files: PartFiles) -> dict[int, dict[int, str]]:
 def _refuse_missing_stage(files: PartFiles, roots: list[tuple[str, DictNode]]) -> None:
     """Model states are there of every stage and rank, where they count them."""
     for name, root in roots:
-        degrees = root.get("checkpoint_parallel_dimensions")
-        degrees = degrees if isinstance(degrees, DictNode) else DictNode()
-        found = [degrees.get(key) for key in ("pp_degree", "tp_degree")]
-        if not all(type(n) is int and 0 < n < MAX_LAYERS for n in found):
-            found = (
-                [size] if type(size := root.get("mp_world_size")) is int and 0 < size < MAX_LAYERS else [0]
-            )
-        count = math.prod(found)
+        count = (parallel_degree(root, "pp_degree") or 0) * (parallel_degree(root, "tp_degree") or 0)
+        if count <= 0:
+            size = root.get("mp_world_size")
+            count = size if type(size) is int else 0
         absent = [f"mp_rank_{n:02d}_model_states.pt" for n in range(min(count, MAX_LAYERS))]
         absent = [other for other in absent if other not in files.reader.names]
         if absent:
@@ -169,8 +170,7 @@ def _trained(roots: list[DictNode]) -> tuple[str, int] | None:
     elements = parameters = 0
     for root in roots:
         optimizer = root.get("optimizer")
-        optimizer = optimizer if isinstance(optimizer, DictNode) else DictNode()
-        flat, groups = optimizer.get("fp32_groups_flat"), optimizer.get("param_groups")
+        flat, groups = entry_in(optimizer, "fp32_groups_flat"), entry_in(optimizer, "param_groups")
         if isinstance(flat, list) and all(isinstance(tensor, TensorRef) for tensor in flat):
             elements += sum(tensor.numel for tensor in flat)
         elif isinstance(groups, list):
@@ -252,9 +252,9 @@ def _rules(
 
 
 def _merged(
-    files: PartFiles, layer: int, names: list[str], nodes: list[DictNode], rules: Rules
+    files: PartFiles, layer: int, states: list[tuple[str, dict[Any, Any]]], rules: Rules
 ) -> Iterator[tuple[str, Any]]:
-    for key, value, parts in parts_by_name(files, names, nodes):
+    for key, value, parts in parts_by_name(files, states):
         whole = f"{layer}.{key}"
         if not parts:
             yield whole, value

@@ -2,8 +2,8 @@
 
 One file for ZeRO stages 1 and 2, one for each data-parallel rank in stage 3, whose `module` has empty tensors
 in the places of its parameters (deepspeed/runtime/engine.py, `_common_checkpoint_state`, 0.19). All are
-opened:
-what they hold is accounted for, and their counters have to agree.
+opened: what they hold is accounted for, and their counters have to agree. Buffers that are floating numbers
+are cast to float32, as `zero_to_fp32` casts them.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ptbin.errors import CorruptArchiveError, UnsupportedFormatError
-from ptbin.reading.containers.deepspeed.buffers import Buffers
-from ptbin.reading.containers.deepspeed.partitions import Cutter, Vector, refuse_overlap, short
+from ptbin.reading.containers.deepspeed.partitions import FLOATING, Cutter, Vector, refuse_overlap, short
 from ptbin.reading.containers.part_files import PartFiles
-from ptbin.values.nodes import DictNode
+from ptbin.sources.deepspeed_names import MODEL_STATES
+from ptbin.values.nodes import DictNode, Opaque, sizes_in
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["ModelStates", "mapping_in", "shapes_in"]
+__all__ = ["Buffers", "ModelStates", "mapping_in", "model_files", "shapes_in"]
 
-MAX_DIMENSIONS = 64
-MAX_EXTENT = 1 << 48
+MAX_CAST_NBYTES = 64 << 20
+"""All buffers together that are cast in memory; a model whose buffers are larger has its weights in them."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -39,20 +39,26 @@ def mapping_in(files: PartFiles, name: str) -> DictNode:
     return root
 
 
+def model_files(files: PartFiles) -> dict[int, dict[int | None, str]]:
+    """Model states: tensor-parallel rank to data-parallel rank to file; None where one file serves all."""
+    found: dict[int, dict[int | None, str]] = {}
+    for name in files.reader.names:
+        if (match := MODEL_STATES.match(name)) is not None:
+            rank = None if match["rank"] is None else int(match["rank"])
+            found.setdefault(int(match["mp"]), {})[rank] = name
+    return found
+
+
 def shapes_in(uri: str, node: Any, what: str) -> Shapes:
     """Name to shape, checked."""
     if not isinstance(node, DictNode):
-        raise CorruptArchiveError(f"{uri}: {what} is no mapping of names to shapes")
+        raise CorruptArchiveError(f"{uri}: {what} is not a mapping of names to shapes")
     shapes: Shapes = {}
     for name, shape in node.pairs:
-        if (
-            not isinstance(name, str)
-            or not isinstance(shape, (tuple, list))
-            or len(shape) > MAX_DIMENSIONS
-            or not all(type(n) is int and 0 <= n < MAX_EXTENT for n in shape)
-        ):
+        sizes = sizes_in(shape)
+        if not isinstance(name, str) or sizes is None:
             raise CorruptArchiveError(f"{uri}: {what} has {short(name)} with shape {short(shape)}")
-        shapes[name] = tuple(shape)
+        shapes[name] = sizes
     return shapes
 
 
@@ -90,16 +96,14 @@ class ModelStates:
                 "convert it with DeepSpeed's ds_to_universal.py"
             )
         if not isinstance(model.get("buffer_names"), list):
-            raise CorruptArchiveError(
-                f"{where}: no buffer_names, so these are no model states of DeepSpeed's"
-            )
+            raise CorruptArchiveError(f"{where}: no buffer_names, so these are not DeepSpeed's model states")
         return model
 
     def groups(self) -> list[Shapes]:
         """The parameters that the optimizer trains, group by group."""
         node = self.root.get("param_shapes")
         if not isinstance(node, (list, tuple)):
-            raise CorruptArchiveError(f"{self.uri}: param_shapes is no list of groups")
+            raise CorruptArchiveError(f"{self.uri}: param_shapes is not a list of groups")
         groups: list[Shapes] = []
         seen: set[str] = set()
         for entry in node:
@@ -177,3 +181,38 @@ class ModelStates:
         found = {name: held[name] for name in shapes}
         refuse_overlap(f"{self.uri}: {file}", found.values())
         return found
+
+
+class Buffers:
+    """Casts the buffers of one checkpoint; tied ones stay tied."""
+
+    def __init__(self, files: PartFiles) -> None:
+        self._files = files
+        self._nbytes = 0
+        self._casts: dict[tuple[Any, ...], TensorRef | Opaque] = {}
+
+    def as_float32(self, value: Any) -> Any:
+        """A buffer as `zero_to_fp32` gives it: floating numbers as float32, anything else as it is.
+
+        What is too large or too odd to cast here becomes an `Opaque`, an error once `fp32` is converted.
+        """
+        if not isinstance(value, TensorRef) or not value.dtype.name.startswith(FLOATING):
+            return value
+        if value.dtype.name == "float32":
+            return value
+        known = self._casts.get(value.layout_key())
+        if known is None:
+            known = self._casts[value.layout_key()] = self._cast(value)
+        return known
+
+    def _cast(self, tensor: TensorRef) -> TensorRef | Opaque:
+        kind = f"{tensor.dtype.name} buffer"
+        if not self._files.small.can_read(tensor):
+            return Opaque(kind, "it would have to be cast to float32; --select module takes it as it is")
+        first, end = tensor.span
+        self._nbytes += max(end - first, tensor.storage.nbytes) + 4 * tensor.numel
+        if self._nbytes > MAX_CAST_NBYTES:
+            return Opaque(kind, f"buffers of more than {MAX_CAST_NBYTES} bytes to be cast to float32")
+        made = self._files.small.as_float32(f"fp32/buffer/{len(self._casts)}", tensor)
+        self._files.storages[made.storage.key] = made.storage
+        return made

@@ -12,7 +12,7 @@ from typing import Any
 from ptbin.errors import CorruptArchiveError, UnsupportedFormatError
 from ptbin.reading.containers.deepspeed.partitions import refuse_overlap, short
 from ptbin.reading.containers.small_tensors import SmallTensors
-from ptbin.values.nodes import DictNode, Global, Instance
+from ptbin.values.nodes import DictNode, Global, Instance, entry_in
 from ptbin.values.tensors import TensorRef
 
 __all__ = ["OptimStates", "read_optim_states"]
@@ -59,13 +59,13 @@ def read_optim_states(uri: str, name: str, root: DictNode, small: SmallTensors) 
     stage = _stage(states, where)
     if "ds_zero_partition_groups" in states.by_name():
         raise UnsupportedFormatError(
-            f"{where}: experts are partitioned over groups of their own; convert it with DeepSpeed's "
+            f"{where}: experts are partitioned over separate groups; convert it with DeepSpeed's "
             "ds_to_universal.py"
         )
     key = "single_partition_of_fp32_groups" if stage <= 2 else "fp32_flat_groups"
     groups = states.get(key)
     if not isinstance(groups, (list, tuple)) or not all(isinstance(flat, TensorRef) for flat in groups):
-        raise CorruptArchiveError(f"{where}: {key} is no list of tensors")
+        raise CorruptArchiveError(f"{where}: {key} is not a list of tensors")
     refuse_overlap(where, groups)
     rest = states.get("base_optimizer_state") if stage <= 2 else states.get("optimizer_state_dict")
     return OptimStates(
@@ -115,20 +115,18 @@ def _paddings(states: DictNode, where: str) -> list[list[int]] | None:
     if value is None:
         return None
     if not isinstance(value, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in value):
-        raise CorruptArchiveError(f"{where}: param_alignment_paddings is no list of lists")
+        raise CorruptArchiveError(f"{where}: param_alignment_paddings is not a list of lists")
     for row in value:
         if not all(type(n) is int and 0 <= n < MAX_EXTENT for n in row):
-            raise CorruptArchiveError(f"{where}: param_alignment_paddings are no numbers of elements")
+            raise CorruptArchiveError(f"{where}: param_alignment_paddings does not hold numbers of elements")
     return [list(row) for row in value]
 
 
 def _steps(rest: Any, small: SmallTensors) -> Iterator[float]:
     """The optimizer's counters, which say when the file was saved; they lie in `state`, a row for a group."""
-    state = rest.get("state") if isinstance(rest, DictNode) else None
+    state = entry_in(rest, "state")
     rows = [value for _, value in state.pairs] if isinstance(state, DictNode) else []
     for row in rows[:MAX_STEPS]:
-        step = row.get("step") if isinstance(row, DictNode) else None
-        if isinstance(step, (int, float)):
-            yield float(step)
-        elif isinstance(step, TensorRef) and step.numel == 1 and small.can_read(step):
-            yield float(small.numbers(step).reshape(()))
+        step = small.counter(entry_in(row, "step"))
+        if step is not None:
+            yield step

@@ -12,7 +12,16 @@ from typing import Any
 from ptbin.errors import CorruptArchiveError, LimitExceededError, UnsupportedTensorError
 from ptbin.options import Limits
 from ptbin.values.dtypes import BY_NAME, DType
-from ptbin.values.tensors import ByteRange, InMemory, Joined, Place, Storage, TensorRef, dense_strides
+from ptbin.values.tensors import (
+    ByteRange,
+    InMemory,
+    Joined,
+    Place,
+    Storage,
+    TensorRef,
+    dense_strides,
+    part_of,
+)
 
 __all__ = ["FLOATING", "Cutter", "Vector", "refuse_overlap", "short"]
 
@@ -56,7 +65,7 @@ class Vector:
         while numel > 0:
             begin = self.ends[index - 1] if index else 0
             taken = min(numel, self.ends[index] - start)
-            yield _slice(self.pieces[index], (start - begin) * width, taken * width)
+            yield part_of(self.pieces[index], (start - begin) * width, taken * width)
             start, numel, index = start + taken, numel - taken, index + 1
 
 
@@ -71,16 +80,7 @@ def _bytes_of(flat: TensorRef, what: str) -> ByteRange | InMemory:
         raise UnsupportedTensorError(f"{what}: stored big-endian")
     if not isinstance(place, (ByteRange, InMemory)):
         raise UnsupportedTensorError(f"{what}: stored compressed; unpack and pack the file uncompressed")
-    return _slice(place, flat.storage_offset * flat.dtype.itemsize, flat.nbytes)
-
-
-def _slice(place: ByteRange | InMemory, start: int, nbytes: int) -> ByteRange | InMemory:
-    """Part of a place. What vouches for the whole record (its CRC-32, its framing) does not for a part."""
-    if start == 0 and nbytes == place.nbytes:
-        return place
-    if isinstance(place, InMemory):
-        return InMemory(place.data[start : start + nbytes])
-    return ByteRange(place.offset + start, nbytes, member=place.member)
+    return part_of(place, flat.storage_offset * flat.dtype.itemsize, flat.nbytes)
 
 
 def refuse_overlap(uri: str, tensors: Iterable[TensorRef]) -> None:

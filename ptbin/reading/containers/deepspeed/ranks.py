@@ -1,22 +1,25 @@
 """DeepSpeed's tensor-parallel ranks without ZeRO: `mp_rank_<n>_model_states.pt`, each a slice of `module`.
 
 AutoTP and Megatron-DeepSpeed say in the files how the slices make a whole; GPT-NeoX's are known by their
-names
-(`deepspeed_rules`). Costs: the index of each file, and small tensors that are summed over ranks.
+names (`rules`). Costs: the index of each file, and small tensors that are summed over ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ptbin.errors import CorruptArchiveError
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
-from ptbin.reading.containers.deepspeed.models import mapping_in
-from ptbin.reading.containers.deepspeed.rules import Rules, merge_states, rules_of, tensor_ranks_of
+from ptbin.reading.containers.deepspeed.models import mapping_in, model_files
+from ptbin.reading.containers.deepspeed.rules import (
+    Rules,
+    merge_states,
+    parallel_degree,
+    rules_of,
+    tensor_ranks_of,
+)
 from ptbin.reading.containers.part_files import PartFiles
-from ptbin.sources.deepspeed_names import MODEL_STATES
 from ptbin.values.nodes import DictNode
 
 __all__ = ["Ranks", "merge_model_states", "model_ranks", "read_deepspeed_ranks"]
@@ -50,18 +53,13 @@ def read_deepspeed_ranks(folder: Folder) -> Checkpoint:
 
 def model_ranks(files: PartFiles) -> dict[int, str]:
     """Tensor-parallel rank to the name of its model states."""
-    ranks: dict[int, str] = {}
-    for name in files.reader.names:
-        match = MODEL_STATES.match(name)
-        if match is None:
-            continue
-        if match["rank"] is not None:
-            files.refuse(
-                f"{name} is of ZeRO stage 3, whose parameters lie in the *_optim_states.pt files; convert "
-                "the folder with those files in it"
-            )
-        ranks[int(match["mp"])] = name
-    return ranks
+    found = model_files(files)
+    for name in (name for own in found.values() for rank, name in own.items() if rank is not None):
+        files.refuse(
+            f"{name} is of ZeRO stage 3, whose parameters lie in the *_optim_states.pt files; convert the "
+            "folder with those files in it"
+        )
+    return {number: own[None] for number, own in found.items()}
 
 
 def merge_model_states(files: PartFiles, ranks: Mapping[int, str]) -> Ranks:
@@ -84,18 +82,14 @@ def merge_model_states(files: PartFiles, ranks: Mapping[int, str]) -> Ranks:
     )
     module: DictNode = roots[0].get("module")
     if len(roots) > 1:
-        states = [(name, _mapping(root.get("module"))) for name, root in zip(names, roots, strict=True)]
+        states = [(name, dict(root.get("module").pairs)) for name, root in zip(names, roots, strict=True)]
         module.pairs = merge_states(files, states, rules, buffer_names)
     for name, root in zip(names[1:], roots[1:], strict=True):
-        files.leave(name, [root.get("optimizer")], "optimizer")
-        files.leave(
+        files.leave_out(name, [root.get("optimizer")], "optimizer")
+        files.leave_out(
             name, [value for key, value in root.pairs if key not in ("module", "optimizer")], "trainer_state"
         )
     return Ranks(names, roots[0], rules)
-
-
-def _mapping(module: DictNode) -> dict[Any, Any]:
-    return dict(module.pairs)
 
 
 def _opened(files: PartFiles, name: str, count: int) -> DictNode:
@@ -109,9 +103,8 @@ def _opened(files: PartFiles, name: str, count: int) -> DictNode:
             + (f": mp_rank_{count:02d}_model_states.pt is missing" if stated > count else "")
             + "; fetch the folder again, whole"
         )
-    degrees = root.get("checkpoint_parallel_dimensions")
-    pipeline = degrees.get("pp_degree") if isinstance(degrees, DictNode) else None
-    if type(pipeline) is int and pipeline > 1:
+    pipeline = parallel_degree(root, "pp_degree")
+    if pipeline is not None and pipeline > 1:
         files.refuse(
             f"{name} is of {pipeline} stages of a pipeline, whose layers lie in files that are not there"
         )

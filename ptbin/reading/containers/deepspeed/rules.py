@@ -20,13 +20,21 @@ from ptbin.merging.shipped import find_recipe
 from ptbin.merging.tiles import Part
 from ptbin.merging.views import View, concatenated, view_of
 from ptbin.reading.containers.deepspeed.affine_maps import is_scaled, scaled_whole, whole_of_pieces
-from ptbin.reading.containers.merges import merge_parts, take_first, total_of
+from ptbin.reading.containers.merges import merge_parts, parts_by_name, total_of
 from ptbin.reading.containers.part_files import PartFiles
 from ptbin.reading.containers.patterns import Patterns
-from ptbin.values.nodes import DictNode, Instance
+from ptbin.values.nodes import DictNode, Instance, entry_in
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["Rules", "merge_ranks", "merge_states", "merges_by_name", "rules_of", "tensor_ranks_of"]
+__all__ = [
+    "Rules",
+    "merge_ranks",
+    "merge_states",
+    "merges_by_name",
+    "parallel_degree",
+    "rules_of",
+    "tensor_ranks_of",
+]
 
 AFFINE_VERSION = 1
 WIDTHS_VERSION = 0.4
@@ -65,15 +73,18 @@ class Rules:
         return any(name in patterns for patterns in found)
 
 
+def parallel_degree(root: DictNode, name: str) -> int | None:
+    """`tp_degree` or `pp_degree`, where model states state it."""
+    degree = entry_in(root.get("checkpoint_parallel_dimensions"), name)
+    return degree if type(degree) is int else None
+
+
 def tensor_ranks_of(root: DictNode) -> int | None:
     """Tensor-parallel ranks that model states count."""
-    degrees = root.get("checkpoint_parallel_dimensions")
-    degree = degrees.get("tp_degree") if isinstance(degrees, DictNode) else None
-    pipeline = degrees.get("pp_degree") if isinstance(degrees, DictNode) else None
-    if type(degree) is int:
+    if (degree := parallel_degree(root, "tp_degree")) is not None:
         return degree
     size = root.get("mp_world_size")
-    return size if type(size) is int and pipeline in (None, 1) else None
+    return size if type(size) is int and parallel_degree(root, "pp_degree") in (None, 1) else None
 
 
 def merges_by_name(names: Sequence[str]) -> tuple[Merge, ...]:
@@ -96,7 +107,7 @@ def rules_of(files: PartFiles, root: DictNode, name: str, recipe: str | None = N
     """The rules that model states state; without any those for known names, or the recipe's.
 
     Raises:
-        UnsupportedFormatError: information of a later format, or that is no information.
+        UnsupportedFormatError: information of a later format, or that is malformed.
     """
     where = f"{files.uri}: {name}: universal_checkpoint_info"
     own = find_recipe(recipe).merges if recipe is not None else ()
@@ -106,7 +117,7 @@ def rules_of(files: PartFiles, root: DictNode, name: str, recipe: str | None = N
         names = [key for key, _ in module.pairs if type(key) is str] if isinstance(module, DictNode) else []
         return Rules(where, own or merges_by_name(names), by_name=True)
     affine = info.get("affine_map")
-    params = affine.get("params") if isinstance(affine, DictNode) else None
+    params = entry_in(affine, "params")
     version = affine.get("version") if isinstance(affine, DictNode) else AFFINE_VERSION
     if type(version) is not int or version > AFFINE_VERSION:
         raise UnsupportedFormatError(
@@ -172,7 +183,7 @@ def merge_ranks(
     if len(parts) == 1:
         return parts[0].tensor
     if is_buffer:
-        return take_first(files, name, parts)
+        return files.take_first(name, parts)
     if rules.by_name:
         return merge_parts(files, name, parts, rules.merges, {})
     assert rules.lists is not None
@@ -188,12 +199,12 @@ def merge_ranks(
         whole, copies = whole_of_pieces(name, parts, rules.affine.get(pattern), rules.where)
         tensor = _without_padding(files, name, parts, whole, rules)
         for group in copies:
-            files.equal(name, tensor.storage, group)
+            files.take_first(name, group, tensor.storage)
         for part in parts:
-            files.leave(part.home, [part.tensor])  # what of it was not taken is in another rank's
+            files.leave_out(part.home, [part.tensor])  # what of it was not taken is in another rank's
         return tensor
     if name in rules.lists["tp_replicated_parameter_patterns"]:
-        return take_first(files, name, parts)
+        return files.take_first(name, parts)
     if name in rules.lists["parameter_to_average_patterns"]:
         return total_of(files, name, parts, mean=True)
     views = [view_of(part.tensor, part.home) for part in parts]
@@ -218,45 +229,22 @@ def merge_ranks(
 def merge_states(
     files: PartFiles, states: Sequence[tuple[str, Mapping[Any, Any]]], rules: Rules, buffers: Collection[str]
 ) -> list[tuple[Any, Any]]:
-    """The state dicts of all ranks as one, each with its file's name; what is no tensor is the first one's.
-
-    Raises:
-        IncompleteCheckpointError: a name is not in all of them. Others as `merge_ranks`.
-    """
-    (home, first), *others = states
+    """The state dicts of all ranks as one, each with its file's name. Errors as `merge_ranks`."""
     merged: list[tuple[Any, Any]] = []
     ties: dict[int, TensorRef] = {}
-    for key, value in first.items():
-        if not isinstance(value, TensorRef) or type(key) is not str:
-            merged.append((key, value))
-            continue
-        if id(value) not in ties:
-            parts = [Part(value, home)]
-            for name, held in others:
-                own = held.get(key)
-                if not isinstance(own, TensorRef):
-                    files.refuse(f"{key[:200]!r} is in {home} and not in {name}: they are not of one save")
-                parts.append(Part(own, name))
+    for key, value, parts in parts_by_name(files, states):
+        if parts and id(value) not in ties:
             ties[id(value)] = merge_ranks(files, key, parts, rules, is_buffer=key in buffers)
-        merged.append((key, ties[id(value)]))
-    for name, held in others:
-        more = next((key for key in held if key not in first), None)
-        if more is not None:
-            files.refuse(f"{str(more)[:200]!r} is in {name} and not in {home}: they are not of one save")
-        files.leave(name, [value for value in held.values() if not isinstance(value, TensorRef)])
+        merged.append((key, ties.get(id(value), value)))
     return merged
 
 
 def _refuse_unlike(files: PartFiles, name: str, parts: Sequence[Part], views: Sequence[View]) -> None:
     """All ranks' parts have one type and as many dimensions; which extents may differ is up to the rule."""
     for part, view in zip(parts, views, strict=True):
-        if (view.dtype, len(view.shape)) != (views[0].dtype, len(views[0].shape)) or sum(
-            a != b for a, b in zip(view.shape, views[0].shape, strict=True)
-        ) > 1:
-            files.refuse(
-                f"{name[:200]!r} is {views[0].dtype.name} {list(views[0].shape)} in {parts[0].home} and "
-                f"{view.dtype.name} {list(view.shape)} in {part.home}: the files are not of one save"
-            )
+        alike = (view.dtype, len(view.shape)) == (views[0].dtype, len(views[0].shape))
+        if not alike or sum(a != b for a, b in zip(view.shape, views[0].shape, strict=True)) > 1:
+            files.refuse_unlike(name, parts[0], part)
 
 
 def _interleaved(views: Sequence[View], axis: int, widths: Sequence[Sequence[int]]) -> View:
@@ -331,5 +319,5 @@ def _without_padding(
         view.tensor(what, name)  # proves that the parts fill what is cut off as well
         view = view.taken(0, 0, rows)
         for part in parts:
-            files.leave(part.home, [part.tensor], "padding")
-    return view.tensor(what, name, files.made)
+            files.leave_out(part.home, [part.tensor], "padding")
+    return view.tensor(what, name, files.known_storages)

@@ -2,8 +2,7 @@
 
 `ds_to_universal` writes there `{"param": tensor, "cat_dim": ...}`, or for ZeRO stage 3 without tensor
 parallelism a flat tensor, whose shape the model states next to `zero/` have. Those also say which parameters
-there are, which are tied, and hold buffers; what they have of 16-bit weights is another precision of the
-same.
+there are, which are tied, and hold buffers; their 16-bit weights are another precision of the same.
 Sources: deepspeed/checkpoint/ds_to_universal.py, universal_checkpoint.py, 0.19.
 
 Costs: the index of each `fp32.pt` and `step.pt` and of the model states; the optimizer's moments are not
@@ -17,12 +16,11 @@ from typing import Any
 
 from ptbin.errors import CorruptArchiveError, UnsupportedFormatError
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
-from ptbin.reading.containers.deepspeed.buffers import Buffers
-from ptbin.reading.containers.deepspeed.models import ModelStates, Shapes
+from ptbin.reading.containers.deepspeed.models import Buffers, ModelStates, Shapes, model_files
 from ptbin.reading.containers.deepspeed.partitions import Cutter
 from ptbin.reading.containers.deepspeed.rules import rules_of, tensor_ranks_of
 from ptbin.reading.containers.part_files import PartFiles
-from ptbin.sources.deepspeed_names import MODEL_STATES, OPTIM_STATES, UNIVERSAL, UNIVERSAL_OPTIMIZER
+from ptbin.sources.deepspeed_names import OPTIM_STATES, UNIVERSAL, UNIVERSAL_OPTIMIZER
 from ptbin.values.nodes import DictNode
 from ptbin.values.tensors import TensorRef, dense_strides
 
@@ -72,7 +70,7 @@ class _Universal:
             path = self.parameters[name]["fp32"]
             value = self._parameter(path, shapes.get(name, []))
             if name in buffers:
-                self.files.leave(path, [value], "precision_copy")  # a cast copy, of whole numbers too
+                self.files.leave_out(path, [value], "precision_copy")  # a cast copy, of whole numbers too
                 continue
             if name not in shapes and len(models) > 1 and not self._is_replicated(first, name):
                 self.files.refuse(
@@ -94,9 +92,9 @@ class _Universal:
         kept = {"module", "buffer_names", "frozen_param_fragments", "fp32"}
         root.pairs.extend((key, value) for key, value in first.root.pairs if key not in kept)
         for name, held in self.files.opened:
-            self.files.leave(name, [held], "precision_copy")
+            self.files.leave_out(name, [held], "precision_copy")
         unread = [path for path in self.files.reader.names if self._is_unread(path)]
-        self.files.leave_unopened(unread, "optimizer")
+        self.files.leave_out_unopened(unread, "optimizer")
         roles = {"fp32": "precision_copy", "module": "precision_copy"}
         return self.files.checkpoint("deepspeed_universal", root, preferred="fp32", roles=roles)
 
@@ -112,11 +110,8 @@ class _Universal:
 
     def _models(self) -> list[ModelStates]:
         """The model states of each tensor-parallel rank."""
-        ranks: dict[int, dict[int, str]] = {}
-        for name in self.files.reader.names:
-            match = MODEL_STATES.match(name)
-            if match is not None:
-                ranks.setdefault(int(match["mp"]), {})[int(match["rank"] or 0)] = name
+        found = model_files(self.files)
+        ranks = {number: {rank or 0: name for rank, name in own.items()} for number, own in found.items()}
         for number in range(max(ranks, default=0) + 1):
             if number not in ranks:
                 self.files.refuse(
@@ -149,7 +144,7 @@ class _Universal:
         if not isinstance(value, TensorRef):
             raise CorruptArchiveError(f"{self.uri}: {path} holds no parameter")
         if isinstance(root, DictNode):
-            self.files.leave(path, [v for k, v in root.pairs if k != "param"], "trainer_state")
+            self.files.leave_out(path, [v for k, v in root.pairs if k != "param"], "trainer_state")
             if shapes and value.numel > sum(math.prod(shape) for shape in shapes):
                 raise CorruptArchiveError(
                     f"{self.uri}: {path} has {list(value.shape)}, its slices {shapes[:4]}"
@@ -166,28 +161,15 @@ class _Universal:
 
     def _compare_steps(self) -> None:
         """Counters of all parameters agree."""
-        known: tuple[str, float] | None = None
         for states in self.parameters.values():
             path = states.get("step")
             if path is None:
                 continue
             root = self.files.open(path).root
-            self.files.leave(path, [root], "optimizer")
-            step = None
-            if type(root) in (int, float):
-                step = float(root)
-            elif isinstance(root, TensorRef) and root.numel == 1 and self.files.small.can_read(root):
-                step = float(self.files.small.numbers(root).reshape(()))
-            if step is None:
-                continue
-            if known is None:
-                known = (path, step)
-            elif known[1] != step:
-                self.files.refuse(
-                    f"{path} says step {step:g}, {known[0]} says {known[1]:g}: they were saved at "
-                    "different steps "
-                    "and are no parts of one checkpoint"
-                )
+            self.files.leave_out(path, [root], "optimizer")
+            step = self.files.small.counter(root)
+            if step is not None:
+                self.files.compare_counter("optimizer step", path, step)
 
 
 def _flattened(groups: list[Shapes]) -> Shapes:

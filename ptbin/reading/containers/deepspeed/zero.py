@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO folders: fp32 masters cut out of the optimizer's flat partitions, 16-bit weights beside.
+"""DeepSpeed ZeRO folders: fp32 masters cut out of the optimizer's flat partitions, and 16-bit weights.
 
 A tag folder (`global_step10/`) holds one `[bf16_]zero_pp_rank_<n>_mp_rank_<m>_optim_states.pt` for each data-
 and tensor-parallel rank, whose flat vectors of fp32 masters have no names, and model states that name them in
@@ -19,13 +19,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from ptbin.errors import CorruptArchiveError, IncompleteCheckpointError, UnsupportedFormatError
+from ptbin.errors import CorruptArchiveError, UnsupportedFormatError
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
-from ptbin.reading.containers.deepspeed.buffers import Buffers
-from ptbin.reading.containers.deepspeed.models import ModelStates, Shapes, mapping_in
+from ptbin.reading.containers.deepspeed.models import Buffers, ModelStates, Shapes, mapping_in, model_files
 from ptbin.reading.containers.deepspeed.optim import OptimStates, read_optim_states
 from ptbin.reading.containers.deepspeed.partitions import Cutter, Vector, short
-from ptbin.reading.containers.deepspeed.rules import merge_states, rules_of, tensor_ranks_of
+from ptbin.reading.containers.deepspeed.rules import merge_states, parallel_degree, rules_of, tensor_ranks_of
 from ptbin.reading.containers.part_files import PartFiles
 from ptbin.sources.deepspeed_names import MODEL_STATES, OPTIM_STATES
 from ptbin.values.nodes import DictNode
@@ -47,7 +46,7 @@ def read_deepspeed(folder: Folder) -> Checkpoint:
             how tensor-parallel ranks make a whole.
         UnsupportedFormatError: partitioned experts; nothing that ZeRO wrote.
         CorruptArchiveError: shapes and partitions contradict each other.
-        UnsupportedTensorError: partitions that are no plain vectors of floating numbers.
+        UnsupportedTensorError: partitions that are not plain vectors of floating numbers.
     """
     return _Folder(PartFiles(folder)).read()
 
@@ -71,7 +70,6 @@ class _Folder:
         self.cutter = Cutter(files.uri, files.folder.limits)
         self.buffers = Buffers(files)
         self.optim = self._optimizer_files()
-        self.steps: tuple[str, tuple[float, ...]] | None = None
 
     def read(self) -> Checkpoint:
         slices = [self._slice(number, len(self.optim)) for number in sorted(self.optim)]
@@ -93,9 +91,9 @@ class _Folder:
         root.pairs.append(("optimizer_states", DictNode("dict", [(rank.name, rank.rest) for rank in ranks])))
         for rank in ranks:
             # Every element that a parameter owns is in `fp32`: the rest fills partitions up.
-            self.files.leave(f"{rank.name} (flat partitions)", rank.groups, "padding")
+            self.files.leave_out(f"{rank.name} (flat partitions)", rank.groups, "padding")
         for name, held in self.files.opened:
-            self.files.leave(name, [held], "precision_copy" if MODEL_STATES.match(name) else "optimizer")
+            self.files.leave_out(name, [held], "precision_copy" if MODEL_STATES.match(name) else "optimizer")
         roles = {"fp32": "precision_copy", "module": "precision_copy", "optimizer_states": "optimizer"}
         return self.files.checkpoint("deepspeed_zero", root, preferred="fp32", roles=roles)
 
@@ -133,23 +131,16 @@ class _Folder:
             raise UnsupportedFormatError(f"{self.uri}: no optimizer states of ZeRO")
         if len(kinds) > 1:
             raise CorruptArchiveError(f"{self.uri}: two checkpoints, of different precision, in one folder")
-        ranks = {int(m["mp"]) for name in self.files.reader.names if (m := MODEL_STATES.match(name))}
-        for number in range(max({*found, *ranks}) + 1):
+        for number in range(max({*found, *model_files(self.files)}) + 1):
             if number not in found:
                 like = next(iter(next(iter(found.values())).values()))
                 missing = like.replace(f"mp_rank_{OPTIM_STATES.match(like)['mp']}", f"mp_rank_{number:02d}")  # type: ignore[index]
-                raise IncompleteCheckpointError(
-                    f"{self.uri}: {missing} is missing; fetch the folder again, whole"
-                )
+                self.files.refuse(f"{missing} is missing; fetch the folder again, whole")
         return {number: dict(sorted(own.items())) for number, own in sorted(found.items())}
 
     def _model_files(self, number: int, stage: int, world_size: int) -> list[str]:
         """The model states: one file, or one for each rank (DeepSpeed's engine, `_get_ckpt_name`)."""
-        found = {}
-        for name in self.files.reader.names:
-            match = MODEL_STATES.match(name)
-            if match is not None and int(match["mp"]) == number:
-                found[None if match["rank"] is None else int(match["rank"])] = name
+        found = model_files(self.files).get(number, {})
         tail = f"mp_rank_{number:02d}_model_states.pt"
         if stage <= 2:
             return [self._need(found, None, tail, "")]
@@ -160,9 +151,7 @@ class _Folder:
 
     def _need(self, found: dict[Any, str], key: int | None, name: str, of: str) -> str:
         if key not in found:
-            raise IncompleteCheckpointError(
-                f"{self.uri}: {name} is missing{of}; fetch the folder again, whole"
-            )
+            self.files.refuse(f"{name} is missing{of}; fetch the folder again, whole")
         return found[key]
 
     # -- one tensor-parallel rank ----------------------------------------------------------------
@@ -181,15 +170,12 @@ class _Folder:
         return _Slice(model, masters, model.module if whole else None, ranks)
 
     def _refuse_other_ranks(self, model: ModelStates, slices: int) -> None:
-        degrees = model.root.get("checkpoint_parallel_dimensions")
-        pipeline = degrees.get("pp_degree") if isinstance(degrees, DictNode) else None
-        size = tensor_ranks_of(model.root)
-        if (type(pipeline) is int and pipeline > 1) or (size is not None and size != slices):
-            raise IncompleteCheckpointError(
-                f"{self.uri}: the model is cut over tensor, pipeline or expert parallel ranks "
-                f"({model.names[0]} says so), of which {slices} are here; fetch the folder again, "
-                "whole, or merge "
-                "it with the tool of the framework that trained it"
+        pipeline, size = parallel_degree(model.root, "pp_degree"), tensor_ranks_of(model.root)
+        if (pipeline or 1) > 1 or (size is not None and size != slices):
+            self.files.refuse(
+                "the model is cut over tensor, pipeline or expert parallel ranks "
+                f"({model.names[0]} says so), of which {slices} are here; fetch the folder again, whole, or "
+                "merge it with the tool of the framework that trained it"
             )
 
     def _ranks(self, number: int) -> list[OptimStates]:
@@ -223,14 +209,8 @@ class _Folder:
         root = mapping_in(self.files, name)
         self.files.opened.append((name, root))
         found = read_optim_states(self.uri, name, root, self.files.small)
-        if self.steps is None:
-            self.steps = (name, found.steps)
-        elif found.steps and self.steps[1] and found.steps != self.steps[1]:
-            self.files.refuse(
-                f"{name} is of the optimizer's step {short(found.steps[0])}, {self.steps[0]} of "
-                f"{short(self.steps[1][0])}: they were saved at different steps and are no parts of "
-                "one checkpoint"
-            )
+        for group, step in enumerate(found.steps):
+            self.files.compare_counter(f"optimizer step (group {group})", name, step)
         return found
 
     # -- putting together ----------------------------------------------------------------------

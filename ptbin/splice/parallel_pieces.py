@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ptbin.splice.casting import CastTally
     from ptbin.stores import RangeReader, Writer
 
-__all__ = ["SideBySide"]
+__all__ = ["ParallelPieces"]
 
 MAX_THREADS = 8
 MIN_NBYTES = 1 << 20
@@ -33,8 +33,8 @@ REPORT_SECONDS = 0.25
 Tallies = dict[str, "CastTally"]
 
 
-class SideBySide:
-    """Runs ahead of whoever goes through `pieces`; to be closed in any case."""
+class ParallelPieces:
+    """Runs ahead of the caller, who goes through `pieces`; must be closed."""
 
     def __init__(
         self, pieces: Sequence[Piece | Move], reader: RangeReader, writer: Writer, *, check: bool

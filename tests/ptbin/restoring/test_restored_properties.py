@@ -21,7 +21,7 @@ from tests.bits import assert_same_tensors, same_bits
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("warm_children")]
 
-NETS = Path(__file__).parent.parent / "nets"
+NETS = Path(__file__).parents[2] / "nets"
 PARAMETRIZED = {"weight_norm", "orthogonal"}
 BLOCKS = (
     *("linear", "norm", "layer_norm", "extra", "versioned", "hooked", "kept", "dropped", "frozen"),

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from ptbin.reading.averages import AVERAGED, RAW, is_same_model
 from ptbin.reading.containers.checkpoint import Checkpoint
-from ptbin.reading.roles import looks_like_weights, role_of_content, role_of_leaf, role_of_name
+from ptbin.reading.contents import role_of_content
+from ptbin.reading.roles import looks_like_weights, role_of_leaf, role_of_name
 from ptbin.reading.search import Candidate, Findings
 from ptbin.reading.tree import (
     as_mapping,
@@ -25,7 +26,7 @@ from ptbin.values.nodes import NdArray, Opaque
 from ptbin.values.state_dict import Excluded, StateDict
 from ptbin.values.tensors import SparseTensor, TensorRef, TypedStorage
 
-__all__ = ["left_outside"]
+__all__ = ["list_left_out"]
 
 MAX_DEPTH = 200
 MAX_LOOKS = 2_000_000
@@ -34,7 +35,7 @@ MAX_ROWS = 10_000
 """Rows of one checkpoint; what lies deeper is put under the path above it."""
 
 
-def left_outside(
+def list_left_out(
     checkpoint: Checkpoint, chosen: Sequence[StateDict], findings: Findings, *, explicit: bool
 ) -> list[Excluded]:
     """Everything that is not selected, in file order.
@@ -42,13 +43,13 @@ def left_outside(
     Args:
         explicit: the caller named what to take: the rest is `not_selected` where nothing better is known.
     """
-    walk = _Outside(checkpoint, chosen, findings, explicit)
+    walk = _LeftOutWalk(checkpoint, chosen, findings, explicit)
     walk.descend((), checkpoint.root, None)
     return [*walk.rows, *checkpoint.excluded]
 
 
 @dataclass(slots=True)
-class _Outside:
+class _LeftOutWalk:
     checkpoint: Checkpoint
     chosen: Sequence[StateDict]
     findings: Findings
@@ -116,7 +117,7 @@ class _Outside:
                 self.values(steps, node)
 
     def values(self, steps: tuple[str, ...], node: Any) -> None:
-        """Plain values beside the selected state dict: nothing is lost with them, but people look for
+        """Plain values next to the selected state dict: nothing is lost with them, but people look for
         them.
         """
         if all(state_dict.path == "." for state_dict in self.chosen):

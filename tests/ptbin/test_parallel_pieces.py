@@ -14,7 +14,7 @@ import ptbin
 from ptbin.errors import ChecksumMismatchError
 from ptbin.options import ConvertOptions
 from ptbin.proof.verification import verify
-from ptbin.splice import side_by_side
+from ptbin.splice import parallel_pieces
 from ptbin.stores.local_writer import LocalWriter
 
 
@@ -34,15 +34,15 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def threads(monkeypatch: pytest.MonkeyPatch, count: int) -> set[str]:
     """Let so many cores be spare; the names of the threads that wrote."""
     used: set[str] = set()
-    real = side_by_side.SideBySide._run
+    real = parallel_pieces.ParallelPieces._run
 
-    def run(self: side_by_side.SideBySide, *arguments: Any) -> Any:
+    def run(self: parallel_pieces.ParallelPieces, *arguments: Any) -> Any:
         used.add(threading.current_thread().name)
         return real(self, *arguments)
 
-    monkeypatch.setattr(side_by_side.SideBySide, "_run", run)
-    monkeypatch.setattr(side_by_side, "spare_cores", lambda: count)
-    monkeypatch.setattr(side_by_side, "MIN_NBYTES", 1)
+    monkeypatch.setattr(parallel_pieces.ParallelPieces, "_run", run)
+    monkeypatch.setattr(parallel_pieces, "spare_cores", lambda: count)
+    monkeypatch.setattr(parallel_pieces, "MIN_NBYTES", 1)
     return used
 
 

@@ -11,7 +11,7 @@ import gc
 import threading
 from collections.abc import Iterator
 
-__all__ = ["collector_paused"]
+__all__ = ["gc_paused"]
 
 _lock = threading.Lock()
 _pausing = 0
@@ -19,7 +19,7 @@ _was_enabled = False
 
 
 @contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """No collection until the last of the threads that are inside leaves; as before afterwards."""
     global _pausing, _was_enabled  # noqa: PLW0603 - the collector is the process's, too
     with _lock:

@@ -1,8 +1,8 @@
-"""Files that are compressed as a whole: refused, with the command that unpacks them.
+"""Files that are known by how they begin and not read: refused by name, with the way out.
 
-Their weights are not byte ranges, so ptbin does not read them. Whether a checkpoint is inside is looked up
-in the first bytes of a gzip file, which is what people wrap checkpoints in (`.nemo` of NeMo 1, SageMaker's
-`model.tar.gz`). Costs nothing beyond the head.
+The weights of a file that is compressed as a whole are not byte ranges. Whether a checkpoint is inside is
+looked up in the first bytes of a gzip file, which is what people wrap checkpoints in (`.nemo` of NeMo 1,
+SageMaker's `model.tar.gz`). Costs nothing beyond the head.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ptbin.reading.containers.safetensors import looks_like_safetensors
 from ptbin.reading.containers.source import EDGE_NBYTES, SourceFile
 from ptbin.reading.containers.tar import iter_tar, looks_like_tar
 
-__all__ = ["refuse_compressed"]
+__all__ = ["refuse_compressed", "refuse_known_foreign"]
 
 MAX_INFLATED_NBYTES = 1 << 20
 """Of the head: enough for a configuration and tokenizers that stand before the weights."""
@@ -33,6 +33,16 @@ _KINDS = (
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x {0}", "7z x {0}"),
 )
 _NAMES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".th", ".tar", ".nemo")
+
+
+_FOREIGN = (
+    (b"\x89HDF", "an HDF5 file (Keras, maybe)"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x93NUMPY", "a numpy array file"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
+    (b"<!DOCTYPE", "an HTML page; was the download refused?"),
+    (b"<html", "an HTML page; was the download refused?"),
+)
 
 
 def refuse_compressed(opening: Opening) -> None:
@@ -67,6 +77,18 @@ def refuse_compressed(opening: Opening) -> None:
     if inside[:4] == b"PK\x03\x04" or looks_like_legacy(inside) or looks_like_safetensors(inside, 1 << 62):
         raise UnsupportedFormatError(message)
     raise NotACheckpointError(message)
+
+
+def refuse_known_foreign(opening: Opening) -> None:
+    """Name what the file is where its first bytes tell.
+
+    Raises:
+        NotACheckpointError: another kind of file.
+    """
+    head = opening.file.head(512)
+    for magic, what in _FOREIGN:
+        if head.startswith(magic):
+            raise NotACheckpointError(f"{opening.file.uri}: this is {what}")
 
 
 def _inflated(head: bytes) -> bytes:
