@@ -98,17 +98,7 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
     if "copied" in summary and not any(summary[key] for key in ("converted", "copied", "deleted", "kept")):
         fine = not summary["problems"] and not summary.get("told")
         lines += ["", "nothing to do: DEST is in step" if fine else "nothing was changed"]
-    if summary["problems"]:
-        lines += ["", *_problem_lines(summary["problems"])]
-    lines += _told_lines(summary)
-    if summary["known_problems"]:
-        lines += ["", "known:", *_problem_lines(summary["known_problems"])]
-    if summary["resolved"]:
-        lines += ["", f"{summary['resolved']} that failed before no longer do"]
-    lines += ["", f"{summary['seconds']:.1f} s, run {summary['run_id']}"]
-    if summary.get("record"):
-        lines.append(f"run record and report: {summary['record']}")
-    return lines
+    return lines + _last_lines(summary)
 
 
 def migration_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -139,11 +129,15 @@ def migration_lines(summary: Mapping[str, Any]) -> list[str]:
             lines.append(f"... and {len(migrated) - SHOWN_VERSIONS} more, in the run record")
     elif not summary["problems"] and not summary.get("told") and not summary["updated"]:
         lines += ["", "nothing to do: DEST is in step"]
-    if summary["problems"]:
-        lines += ["", *_problem_lines(summary["problems"])]
+    return lines + _last_lines(summary)
+
+
+def _last_lines(summary: Mapping[str, Any]) -> list[str]:
+    """The problems, and where the run record lies."""
+    lines = ["", *_problem_lines(summary["problems"])] if summary["problems"] else []
+    lines += _told_lines(summary)
     if summary["known_problems"]:
         lines += ["", "known:", *_problem_lines(summary["known_problems"])]
-    lines += _told_lines(summary)
     if summary["resolved"]:
         lines += ["", f"{summary['resolved']} that failed before no longer do"]
     lines += ["", f"{summary['seconds']:.1f} s, run {summary['run_id']}"]
@@ -241,15 +235,10 @@ def verification_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _problem_lines(problems: Sequence[Mapping[str, Any]]) -> list[str]:
-    rows = [
-        (
-            str(problem["reason"]),
-            f"{problem['source']}{_since(problem)}",
-            short_detail(problem["source"], problem["detail"]),
-        )
-        for problem in problems[:SHOWN_PROBLEMS]
-    ]
-    lines = [line for row in rows for line in (f"{row[0]}: {row[1]}", f"    {row[2]}")]
+    lines = []
+    for problem in problems[:SHOWN_PROBLEMS]:
+        lines.append(f"{problem['reason']}: {problem['source']}{_since(problem)}")
+        lines.append(f"    {short_detail(problem['source'], problem['detail'])}")
     if len(problems) > SHOWN_PROBLEMS:
         lines.append(f"... and {len(problems) - SHOWN_PROBLEMS} more, in the run record")
     return lines

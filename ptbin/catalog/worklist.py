@@ -369,14 +369,8 @@ class WorkList(Inventory):
     def iter_unexplained(self) -> Iterator[str]:
         """Paths below DEST of the manifests, and the copies that the index knows, of no job of this run."""
         query = "SELECT manifest FROM finished UNION SELECT path FROM stored WHERE path LIKE ?"
-        with self.lock:
-            cursor = self.db.execute(query, ("%" + MANIFEST_SUFFIX,))
-        while True:
-            with self.lock:
-                page = cursor.fetchmany(PAGE)
-            if not page:
-                return
-            yield from (path for (path,) in page if not self._is_explained(path))
+        found = self.rows(query, ("%" + MANIFEST_SUFFIX,))
+        return (path for (path,) in found if not self._is_explained(path))
 
     def _is_explained(self, path: str) -> bool:
         """Whether a job of this run has that manifest, or is that copy. Names that differ in case do not."""

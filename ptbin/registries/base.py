@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ptbin.errors import StorageError, UsageError
+from ptbin.errors import NotFoundInStoreError, PtbinError, StorageError, UsageError
 from ptbin.registries.layouts import Style
 from ptbin.registries.values import Model, Version
 from ptbin.stores import Place
@@ -218,6 +218,17 @@ class Registry(ABC):
         if not name or name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
             return f"{name!r} is no plain name: it would become a folder"
         return None
+
+    def _guarded(self, name: str, read: Callable[[], Model]) -> Model:
+        """What is wrong with this model alone becomes its problem; that it, or the registry, is gone does not."""
+        try:
+            return read()
+        except NotFoundInStoreError:
+            raise
+        except PtbinError as error:
+            if isinstance(error, StorageError) and error.transient:
+                raise
+            return Model(name, problem=str(error))
 
     def _refuse(self, what: str) -> UsageError:
         return UsageError(f"{self.uri}: {what}")

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from ptbin.errors import NotFoundInStoreError, PtbinError, StorageError
+from ptbin.errors import NotFoundInStoreError
 from ptbin.registries.base import Registry
 from ptbin.registries.mlflow_client import Connection, paged
 from ptbin.registries.values import Metric, Model, Origin, RunLink, Version
@@ -73,19 +73,8 @@ class MlflowSource(Registry):
         return found
 
     def _registered_model(self, name: str) -> Model:
-        return self._model(self._client.get_registered_model(name), only_ready=False)
-
-    def _guarded(self, name: str, read: Callable[[], Model]) -> Model:
-        """What is wrong with this one alone becomes its problem; a server that is gone is no such thing."""
-        try:
-            with self._faults(f"read model {name}"):
-                return read()
-        except NotFoundInStoreError:
-            raise
-        except PtbinError as error:
-            if isinstance(error, StorageError) and error.transient:
-                raise
-            return Model(name, problem=str(error))
+        with self._faults(f"read model {name}"):
+            return self._model(self._client.get_registered_model(name), only_ready=False)
 
     def _model(self, item: Any, *, only_ready: bool) -> Model:
         name = str(item.name)
