@@ -1,8 +1,8 @@
 """How a flow run ends that could not be carried out: `Failed`, with one line that says why.
 
 Prefect would log what a flow raises with its traceback, which says nothing to the people who read the run's
-page. So an error of ptbin's own (SOURCE is not there, DEST is busy, credentials that nobody has) is returned
-as the run's state. Whoever calls the flow as a function gets the error raised, as before. Anything else is a
+page. So an error of ptbin's own (SOURCE is not there, DEST is busy, credentials that are missing) is returned
+as the run's state. A caller of the flow as a function gets the error raised, as before. Anything else is a
 bug, and keeps its traceback.
 """
 

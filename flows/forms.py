@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from flows.endings import fails_with_one_line
-from flows.wishes import parse_duration, parse_size
+from flows.parsing import parse_duration, parse_size
 from ptbin.values.options import Option
 
 __all__ = ["DEST", "PLACES", "Text", "takes"]

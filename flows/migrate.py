@@ -1,8 +1,8 @@
 """The migrate flow: one model registry into another, every checkpoint on the way as weights.
 
 Versions are moved side by side and made known in order, model by model: a destination that numbers versions
-itself (MLflow) gives them numbers in the order of the source. What the destination cannot keep is told before
-anything is written.
+itself (MLflow) gives them numbers in the order of the source. What the destination cannot keep is reported
+before anything is written.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from flows.batches import cut, iter_batches
 from flows.conversion import Conversion
 from flows.forms import PLACES, Text
 from flows.options import CONTENT, MIGRATE, chosen
+from flows.parsing import build_options, refuse_secrets
 from flows.run_flow import run_flow
 from flows.stages import Stage
-from flows.wishes import build_options, refuse_secrets
 from ptbin.catalog import Job, Problem
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import UsageError
@@ -87,9 +87,9 @@ class Migrating(Conversion):
         """The plan knows."""
 
     def _clean_up(self) -> None:
-        """Unfinished outputs lie in places of their own; whoever takes up the version goes on from there.
+        """Unfinished outputs lie in places of their own; a run that takes up the version goes on from there.
 
-        What nobody takes up any more, since its source has changed again, is removed.
+        What no run takes up any more, since its source has changed again, is removed.
         """
         _, there = self.registries.open(**self.live.sides)
         there.tidy({job.parts[0].fingerprint for job in self.jobs})

@@ -67,7 +67,7 @@ def tag_flow_run(tags: Iterable[str] = (TAG,)) -> None:
 
     Deployments and the command line give them when they make the run, as automations want it: the server
     keeps the tags for its events for some minutes as they were then. This is for flows that people call.
-    A server that does not answer is no reason to stop.
+    The run goes on where the server does not answer.
     """
     from prefect.client.orchestration import get_client
 

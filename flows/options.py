@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from flows.wishes import MAX_WORKERS
+from flows.parsing import MAX_WORKERS
 from ptbin.options import FILES, FORM, PROOF, ConvertOptions
 from ptbin.restoring.options import RestoreOptions
 from ptbin.values.options import Option, options_of

@@ -16,7 +16,7 @@ from prefect.client.schemas.objects import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.forms import Text, takes
-from flows.wishes import MAX_WORKERS
+from flows.parsing import MAX_WORKERS
 from ptbin.runs.result import RunResult
 from ptbin.values.options import Option
 

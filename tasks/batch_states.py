@@ -1,8 +1,8 @@
 """How a batch's task run ends: `Completed`, with its outcomes as data, and what failed in name and message.
 
-A refused file is no failure of the task run that found it: the flow gets an outcome for every item. But who
-opens a run in Prefect's UI looks for the task run that met the file. So the state is called `2 of 50 failed`,
-which is what lists of task runs show, and its message has the counts and a line for each failure.
+A refused file is not a failure of the task run that found it: the flow gets an outcome for every item. But
+who opens a run in Prefect's UI looks for the task run that met the file. So the state is called `2 of 50
+failed`, which is what lists of task runs show, and its message has the counts and a line for each failure.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The tasks of a migration: compare two registries, move versions' files, make versions known.
 
-A version counts once `register_batch` has made it known; until then its files lie where nobody looks. What
+A version counts once `register_batch` has made it known; until then no consumer looks at its files. What
 goes wrong with one version becomes its outcome and the batch goes on.
 """
 

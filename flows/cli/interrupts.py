@@ -2,9 +2,9 @@
 
 The first signal raises `KeyboardInterrupt` in the main thread, so writers abort and nothing half-written
 stays. A second one ends the process at once: what it leaves has a temporary name or no manifest, and
-nobody takes that for finished.
+no later run takes that for finished.
 
-The exception may come out of the middle of somebody else's code and leave it as another one (pydantic wraps
+The exception may come out of the middle of other code and leave it as another one (pydantic wraps
 what is raised in its serializers), so it is also noted that a signal came.
 """
 
@@ -17,13 +17,13 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["INTERRUPTED_STATUS", "Heard", "hear_signals", "interrupts_held"]
+__all__ = ["INTERRUPTED_STATUS", "SignalHandler", "handle_signals", "interrupts_held"]
 
 INTERRUPTED_STATUS = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Heard:
+class SignalHandler:
     """Whether a signal came."""
 
     def __init__(self) -> None:
@@ -39,12 +39,12 @@ class Heard:
 
 
 @contextlib.contextmanager
-def hear_signals(heard: Heard) -> Iterator[None]:
+def handle_signals(signals: SignalHandler) -> Iterator[None]:
     """Handle both signals while the context lasts; only the main thread can, others are left alone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, heard.interrupt) for number in _SIGNALS}
+    before = {number: signal.signal(number, signals.interrupt) for number in _SIGNALS}
     try:
         yield
     finally:

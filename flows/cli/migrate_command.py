@@ -9,9 +9,9 @@ from flows.cli.destination import refuse_one_file
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared
-from flows.cli.summary import mapping_lines, migration_lines, tell_summary, untold
+from flows.cli.summary import mapping_lines, migration_lines, report_summary, untold
 from flows.options import CONTENT, MIGRATE, chosen
-from flows.wishes import build_options, refuse_secrets
+from flows.parsing import build_options, refuse_secrets
 
 __all__ = ["migrate_command"]
 
@@ -30,7 +30,7 @@ Examples:
 
 Every checkpoint of a version is converted as `ptbin convert` does, running none of its code; its other files
 go along as they are. A version is registered when all of it is there and proven, or not at all. What DEST
-cannot keep (a version's number, say) is told before anything is written. A second run does what is new.
+cannot keep (a version's number, say) is reported before anything is written. A second run does what is new.
 
 \b
 Exit status: 0 all in step; 1 some versions were rejected or failed; 2 the call was
@@ -68,4 +68,4 @@ def migrate_command(source: str, dest: str, asked: dict[str, Any], shared: Share
 
     with showing_progress(shared) as listener:
         summary = run_flow("migrate", shared, listener, source=source, dest=dest, **asked)
-    return tell_summary("migrate", summary, migration_lines(untold(summary, listener.told)), shared)
+    return report_summary("migrate", summary, migration_lines(untold(summary, listener.told)), shared)

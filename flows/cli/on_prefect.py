@@ -13,7 +13,7 @@ from flows.cli.interrupts import interrupts_held
 from flows.cli.progress import Problems
 from flows.cli.shared_options import Shared
 from flows.cli.started import began
-from flows.wishes import refuse_runner_secrets
+from flows.parsing import refuse_runner_secrets
 from ptbin.errors import PtbinError
 from ptbin.installed import require
 from ptbin.runs.record import new_run_id

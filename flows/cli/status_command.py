@@ -12,7 +12,7 @@ from flows.cli.command import command
 from flows.cli.printing import align, print_json, print_line
 from flows.cli.shared_options import Shared
 from flows.options import STATUS
-from flows.wishes import build_options
+from flows.parsing import build_options
 from ptbin.stores import public_uri
 from ptbin.values.options import Option
 

@@ -22,8 +22,8 @@ __all__ = [
     "conversion_lines",
     "mapping_lines",
     "migration_lines",
+    "report_summary",
     "single_lines",
-    "tell_summary",
     "untold",
     "verification_lines",
 ]
@@ -208,7 +208,7 @@ def _initial_lines(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def tell_summary(kind: str, summary: Mapping[str, Any], lines: Sequence[str], shared: Shared) -> int:
+def report_summary(kind: str, summary: Mapping[str, Any], lines: Sequence[str], shared: Shared) -> int:
     """Print the end of a run of that kind as the options ask; its exit status."""
     if shared.as_json:
         print_json({key: summary[key] for key in KEYS[kind]})

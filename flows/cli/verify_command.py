@@ -13,7 +13,7 @@ from flows.cli.shared_options import Shared
 from flows.cli.started import began
 from flows.cli.summary import verification_lines
 from flows.options import VERIFY
-from flows.wishes import refuse_secrets
+from flows.parsing import refuse_secrets
 from ptbin.errors import UsageError
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Jobs that want one place: outputs of one name, copies in the way of what lies beside an output, shards.
 
-Decided by names alone, before anything is written. Nobody wins such a place by being there first.
+Decided by names alone, before anything is written. Being there first wins no such place.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def suffixes_beside(options: ConvertOptions) -> list[str]:
 def settle_collisions(table: JobTable, options: ConvertOptions) -> list[Problem]:
     """Refuse the jobs that cannot all have their places; a problem for each. Under the table's lock.
 
-    What is a companion by its name (`optimizer.pt` next to `optimizer.bin`) gives way, and is no problem.
+    What is a companion by its name (`optimizer.pt` next to `optimizer.bin`) gives way, which is not a
+    problem.
     """
     problems = []
     shared = "SELECT place FROM jobs GROUP BY place HAVING count(*) > 1"

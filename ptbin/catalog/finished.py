@@ -5,8 +5,9 @@ state of a manifest (its ETag, or what the store has instead) was made of which 
 and what outputs it lists. It is believed where DEST's listing shows that very manifest and outputs of those
 sizes; so a lost, stale or damaged index costs requests, never a wrong answer.
 
-The index is a set of segments, gzip'd JSON lines under names that nobody uses twice: runs on one destination
-at the same time each add their own. A run that finds many writes one that replaces those it has read.
+The index is a set of segments, gzip'd JSON lines under names that are never used twice: runs on one
+destination at the same time each add their own. A run that finds many writes one that replaces those it has
+read.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class FinishedRow:
         row = cls(manifest, identity, digest, level, tuple((path, size) for path, size in outputs), source)
         if row.is_copy and not source:
             # An early version wrote it. Without it the copy is compared once more, and remembered with one.
-            raise ValueError("a copy of nobody knows what")
+            raise ValueError("a copy without its source")
         return row
 
     def is_enough(self, options: ConvertOptions) -> bool:

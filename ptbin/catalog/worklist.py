@@ -38,7 +38,7 @@ from ptbin.stores import ListedObject, place_of
 __all__ = ["WorkList"]
 
 NEW_EVERY = 20
-"""Of so many jobs one is looked up while SOURCE is still listed."""
+"""One of this many jobs is looked up while SOURCE is still listed."""
 JOINT_KIND = "parts"
 """Of identities of several files together (`stores.joined.joint_identity`)."""
 
@@ -232,7 +232,7 @@ class WorkList(Inventory):
             digest = digest_of(kind, self._options)
             if any(row.digest == digest for row in self.rows_of(self.relative_manifest(kind))):
                 return not kind.copies
-        from ptbin.catalog.comparing import is_convertible  # reads checkpoints: nobody else here does
+        from ptbin.catalog.comparing import is_convertible  # reads checkpoints: nothing else here does
 
         return is_convertible(place_of(job.source_uri, self._source_options), self._options)
 

@@ -247,7 +247,7 @@ def _row(line: bytes) -> Unconverted | None:
 
 
 def write_unconverted(dest: Where, rows: Iterable[Unconverted]) -> None:
-    """Put the rows in the place of all that were stored. For whoever holds the lease on DEST.
+    """Put the rows in the place of all that were stored. For the holder of the lease on DEST.
 
     Raises:
         StorageError: the store failed; what was stored before is still there.

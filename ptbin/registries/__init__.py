@@ -76,7 +76,7 @@ def open_registry(uri: str, layout: str | None = None, options: Mapping[str, Any
         options: storage options.
 
     Raises:
-        UsageError: a URI that is none of these, a layout where there is none to choose.
+        UsageError: any other URI, or a layout where there is none to choose.
     """
     if is_registry_uri(uri) and layout not in (None, "mirror"):
         raise UsageError(f"{uri}: a layout is for directory registries")

@@ -187,7 +187,7 @@ class Registry(ABC):
 
     @abstractmethod
     def register(self, model: Model, ready: Sequence[Registration]) -> list[str]:
-        """Make versions of one model known, in order; what each is called now. Doing it again is no error."""
+        """Make versions of one model known, in order; the names that they have now. It may be done again."""
 
     @abstractmethod
     def update(
@@ -216,11 +216,11 @@ class Registry(ABC):
     def name_problem(self, name: str) -> str | None:
         """Why a model of that name cannot be kept there; None: it can."""
         if not name or name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
-            return f"{name!r} is no plain name: it would become a folder"
+            return f"{name!r} is not a plain name: it would become a folder"
         return None
 
     def _guarded(self, name: str, read: Callable[[], Model]) -> Model:
-        """What is wrong with this model alone becomes its problem; that it, or the registry, is gone does not."""
+        """What is wrong with this model alone becomes its problem; that the registry is gone does not."""
         try:
             return read()
         except NotFoundInStoreError:

@@ -147,7 +147,7 @@ class FolderRegistry(Registry):
         if name == "_ptbin" or name in OWN_FILES:
             return f"{name!r} is a name of ptbin's own"
         if self.layout.model_folder(name) is None and self.layout.has_versions:
-            return f"the layout {self.layout.template!r} gives a model no folder of its own, for its {RECORD}"
+            return f"the layout {self.layout.template!r} gives a model no separate folder, for its {RECORD}"
         return super().name_problem(name)
 
     def name_versions(self, existing: Model | None, versions: Sequence[Version]) -> list[Name]:
@@ -163,7 +163,7 @@ class FolderRegistry(Registry):
         if (problem := super().name_problem(name)) is not None:
             return Name(problem=problem)
         if self.layout.style == "triton" and not (name.isascii() and name.isdigit() and name[0] != "0"):
-            return Name(problem=f"Triton's versions are numbers, and {version.path} is none")
+            return Name(problem=f"Triton's versions are numbers, and {version.path} is not one")
         return Name(name)
 
     def model_folder(self, model: str) -> Place | None:
@@ -335,7 +335,7 @@ class FolderRegistry(Registry):
 
 
 def _read_claim(folder: Place) -> dict[str, Any]:
-    """Empty where there is none that can be read."""
+    """Empty where none can be read."""
     try:
         found = json.loads((folder / CLAIM).read_bytes(limit=MAX_RECORD_NBYTES))
     except (NotFoundInStoreError, ValueError):

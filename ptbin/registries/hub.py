@@ -201,7 +201,7 @@ class HubRegistry(Registry):
         try:
             return ModelRecord.from_bytes(data, f"hf://{path}")
         except VerificationError:
-            return None  # a file of that name that is somebody else's
+            return None  # a file of that name of another program
 
     def detail(self, version: Version) -> Version:
         return version

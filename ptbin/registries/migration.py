@@ -33,7 +33,7 @@ class Registries:
     def open(
         self, source_options: Mapping[str, Any] | None, dest_options: Mapping[str, Any] | None
     ) -> tuple[Registry, Registry]:
-        """Both sides. Where DEST is no directory registry, its layout is taken for SOURCE's.
+        """Both sides. Where DEST is not a directory registry, its layout is taken for SOURCE's.
 
         Raises:
             UsageError: from `open_registry`, or one side lies in the other.

@@ -23,7 +23,7 @@ __all__ = ["EXPERIMENT", "MlflowRegistry"]
 
 EXPERIMENT = "ptbin"
 MAX_GAP = 100
-"""So many numbers in a row are used up to keep a version's own."""
+"""Up to this many numbers in a row are used up to keep a version's own."""
 BATCH = 100
 """Parameters (and metrics) in one request: MLflow's limit of parameters."""
 

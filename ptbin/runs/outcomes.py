@@ -146,7 +146,7 @@ class Written:
 class Outcome:
     """What became of the checkpoint at `path` (below SOURCE). `staged`: written, not yet proven.
 
-    `left_alone`: an optimizer, a scheduler, ... (`detail` says what); nobody's fault.
+    `left_alone`: an optimizer, a scheduler, ... (`detail` says what); not a fault.
     """
 
     path: str

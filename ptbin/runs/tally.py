@@ -152,7 +152,7 @@ class Tally:
         return entry
 
     def _judged(self, entry: Entry, state: str) -> Entry:
-        """A failure with what the ledger says of it; a known one has an outcome of its own."""
+        """A failure with what the ledger says of it; a known one has its own outcome."""
         failed = entry.outcome in {"rejected", "failed"}
         if entry.outcome not in {"rejected", "failed", "not_a_checkpoint", "left_alone"}:
             return entry
