@@ -6,7 +6,7 @@ What is read, and whose word it is:
 - sizes of model parallelism above 1 in the training arguments: Megatron-LM's and fairseq's `args`, NeMo's
   configuration (megatron/training/arguments.py; NeMo keeps the same names in `hyper_parameters` and `cfg`);
 - DeepSpeed's model states (runtime/engine.py, `_common_checkpoint_state`): `mp_world_size`, `num_experts`,
-  parameters of ZeRO stage 3 that are empty here, `universal_checkpoint_info` without a word on the size;
+  parameters of ZeRO stage 3 that are empty here, `universal_checkpoint_info` that does not state the size;
 - fairscale's `shard_metadata`; `DCP_SHARDING_INFO` of torch.distributed.checkpoint's safetensors files
   (distributed/checkpoint/filesystem.py), where a tensor begins elsewhere than at its own beginning.
 
@@ -15,19 +15,19 @@ A container of several files was put together by its reader, which has checked t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from typing import Any
 
 from ptbin.errors import IncompleteCheckpointError
 from ptbin.reading.containers.checkpoint import Checkpoint
-from ptbin.reading.containers.hf_shards import SHARDING_INFO
+from ptbin.reading.containers.deepspeed.rules import parallel_degree
+from ptbin.reading.containers.hf_shards import SHARDING_INFO, sharding_offsets
 from ptbin.reading.pickle.wrappers import WRAPPER, local_tensor, piece_of, placement_of
 from ptbin.values.nodes import DictNode, Instance, Opaque, iter_nodes
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["find_part", "refuse_part", "take_part"]
+__all__ = ["accept_part", "find_part", "refuse_part"]
 
 PARALLEL_SIZES = (
     "tensor_model_parallel_size",
@@ -53,26 +53,11 @@ _ARGUMENTS = (
 MAX_DEPTH = 4
 
 WRAPPER_GLOBAL = tuple(WRAPPER.rsplit(".", 1))
-MAX_SHARDING_NBYTES = 64 << 20
-_WHOLE_CONTAINERS = (
-    "torch_dcp",
-    "deepspeed_zero",
-    "deepspeed_experts",
-    "deepspeed_layers",
-    "deepspeed_ranks",
-    "deepspeed_universal",
-    "torch_ranks",
-    "meta_parts",
-    "hf_shards",
-    "megatron_parts",
-    "raw",
-    "torch_export",
-)
 
 
 def find_part(checkpoint: Checkpoint) -> str | None:
     """What shows that the checkpoint is one part of a whole, as half a sentence; None where nothing does."""
-    if checkpoint.container in _WHOLE_CONTAINERS or not checkpoint.storages:
+    if checkpoint.is_whole or not checkpoint.storages:
         return None
     return (
         _of_distributed_tensors(checkpoint)
@@ -92,8 +77,8 @@ def refuse_part(checkpoint: Checkpoint) -> None:
     if (why := find_part(checkpoint)) is not None:
         # Files of ranks are put together; which they are, their names say (`sources.part_names`).
         merge = (
-            "put all ranks' files, and nothing else, into one folder as rank_0.pt, rank_1.pt, ... and "
-            "convert the folder"
+            "put all ranks' files, and nothing else, into one folder as rank_0.pt, rank_1.pt, ... "
+            "and convert the folder"
             if _of_distributed_tensors(checkpoint)
             else "merge all parts with the tool of the framework that wrote them"
         )
@@ -103,7 +88,7 @@ def refuse_part(checkpoint: Checkpoint) -> None:
         )
 
 
-def take_part(checkpoint: Checkpoint) -> None:
+def accept_part(checkpoint: Checkpoint) -> None:
     """Note what shows that the checkpoint is a part; put this rank's own tensors in the place of pieces."""
     if checkpoint.part is not None:
         return  # done before
@@ -160,7 +145,7 @@ def _of_arguments(root: Any) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """The number itself; OmegaConf keeps each in a node of its own."""
+    """The number itself; OmegaConf wraps each in a node."""
     if isinstance(value, Instance) and value.class_path.startswith("omegaconf.nodes."):
         attributes = value.attributes()
         return attributes.get("_val") if attributes is not None else None
@@ -175,11 +160,9 @@ def _of_deepspeed(root: Any) -> str | None:
         return f"DeepSpeed's model states of one of {size} model-parallel ranks (mp_world_size)"
     if isinstance(info, DictNode) and size is None:
         return "DeepSpeed's model states with universal_checkpoint_info, and nothing says of how many ranks"
-    degrees = named.get("checkpoint_parallel_dimensions")
     for name in ("tp_degree", "pp_degree"):
-        degree = degrees.get(name) if isinstance(degrees, DictNode) else None
-        if type(degree) is int and degree > 1:
-            return f"DeepSpeed's model states with {name} {degree}"
+        if (parallel_degree(root, name) or 0) > 1:
+            return f"DeepSpeed's model states with {name} {parallel_degree(root, name)}"
     if _has_experts_elsewhere(named):
         return (
             "DeepSpeed's model states of a mixture of experts, which lie in files of their own (num_experts)"
@@ -220,16 +203,11 @@ def _of_fairscale(root: Any) -> str | None:
 
 
 def _of_sharding_info(checkpoint: Checkpoint) -> str | None:
-    text = checkpoint.metadata.get(SHARDING_INFO)
-    if text is None or len(text) > MAX_SHARDING_NBYTES:
-        return None
     try:
-        told = json.loads(text)
-    except (ValueError, RecursionError):
+        found = sharding_offsets(checkpoint)
+    except ValueError:
         return None
-    rows = told.items() if isinstance(told, dict) else ()
-    for name, row in rows:
-        offsets = row.get("saved_offsets") if isinstance(row, dict) else None
-        if isinstance(offsets, list) and any(type(n) is int and n > 0 for n in offsets):
-            return f"{SHARDING_INFO} says that its {name[:200]!r} begins at {offsets[:8]} of the whole"
+    for name, offsets in (found or {}).items():
+        if any(offsets):
+            return f"{SHARDING_INFO} says that its {name[:200]!r} begins at {list(offsets[:8])} of the whole"
     return None

@@ -244,7 +244,7 @@ def test_a_missing_upload_is_a_success_only_where_the_object_is_there(
     def forget(method: str, parameters: dict[str, Any]) -> None:
         if method == "complete_multipart_upload":
             if completed:
-                moto_s3.store(anon=False).client.call(method, "write", bucket, **parameters)
+                moto_s3.store(anon=False).client.call(method, bucket, **parameters)
             raise refusal("NoSuchUpload", 404)
 
     if completed:
