@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from flows.wishes import parse_duration
+from flows.parsing import parse_duration
 
 __all__ = ["link_of", "served_at"]
 

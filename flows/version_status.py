@@ -45,14 +45,9 @@ def refuse_registries(source: str, dest: str) -> None:
 
 
 def last_migration(
-    source: str,
-    dest: str,
-    *,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
+    source: str, dest: str, dest_options: Mapping[str, Any] | None = None
 ) -> LastMigration | None:
     """The newest recorded migration from SOURCE into DEST; None where its newest run is another."""
-    del source_options
     place = place_of(dest, dest_options)
     if not place.is_directory():
         return None

@@ -66,7 +66,7 @@ def status_command(source: str, dest: str, asked: dict[str, Any], shared: Shared
         request = replace(request, kind="sync", include=(), copied=include)
     run, migration = "", None
     if not _is_asked(asked):
-        migration = last_migration(source, dest, **shared.sides)
+        migration = last_migration(source, dest, shared.dest_options)
         if migration is None and (found := last_request(source, dest, **shared.sides)) is not None:
             request, run = found
     if migration is not None:

@@ -7,7 +7,8 @@ are written and proven there, and only `register` makes the version one that con
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ptbin.errors import NotFoundInStoreError, PtbinError, StorageError, UsageError
@@ -15,13 +16,37 @@ from ptbin.registries.layouts import Style
 from ptbin.registries.values import Model, Version
 from ptbin.stores import Place
 
-__all__ = ["Name", "Registration", "Registry", "RegistryError", "VersionSite"]
+__all__ = ["Attempts", "Name", "Registration", "Registry", "RegistryError", "VersionSite"]
 
 
 class RegistryError(StorageError):
     """A registry did not do what was asked."""
 
     reason = "registry_error"
+
+
+class Attempts:
+    """Several things that one call does, each tried although others fail, and one error in the end."""
+
+    def __init__(self) -> None:
+        self._errors: list[PtbinError] = []
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        try:
+            yield
+        except PtbinError as error:
+            self._errors.append(error)
+
+    def raise_any(self) -> None:
+        """Raises what went wrong, transient where trying again may mend some of it."""
+        if not self._errors:
+            return
+        first, *others = self._errors
+        if not others:
+            raise first
+        transient = any(isinstance(error, StorageError) and error.transient for error in self._errors)
+        raise RegistryError("; ".join(str(error) for error in self._errors), transient=transient) from first
 
 
 @dataclass(frozen=True, slots=True)

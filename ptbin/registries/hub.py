@@ -24,8 +24,7 @@ from ptbin.errors import (
     UsageError,
     VerificationError,
 )
-from ptbin.registries.attempts import Attempts
-from ptbin.registries.base import Name, Registration, Registry, RegistryError, VersionSite
+from ptbin.registries.base import Attempts, Name, Registration, Registry, RegistryError, VersionSite
 from ptbin.registries.record import RECORD, ModelRecord, VersionRecord
 from ptbin.registries.values import Model, Origin, Version, natural_order
 from ptbin.stores import Place, place_of, public_uri

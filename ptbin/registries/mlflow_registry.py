@@ -13,8 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ptbin.errors import PtbinError
-from ptbin.registries.attempts import Attempts
-from ptbin.registries.base import Name, Registration, VersionSite
+from ptbin.registries.base import Attempts, Name, Registration, VersionSite
 from ptbin.registries.mlflow_client import MISSING, paged
 from ptbin.registries.mlflow_source import PAGE, PLACEHOLDER, TAG, MlflowSource, without_own
 from ptbin.registries.values import Model, Version
