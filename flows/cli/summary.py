@@ -74,20 +74,12 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
     )
     if summary["copied_bytes"]:
         moved += f", {format_nbytes(summary['copied_bytes'])} of it copied inside the store"
-    rows = [
-        ("converted", str(summary["converted"]), moved if summary["converted"] else ""),
-        ("up to date", str(summary["up_to_date"]), ""),
-        ("rejected", str(summary["rejected"]), ""),
-        ("failed", str(summary["failed"]), ""),
-    ]
-    if summary["known"]:
-        rows.append(("known", str(summary["known"]), "failures that are acknowledged"))
-    if summary["left_alone"]:
-        rows.append(("left alone", str(summary["left_alone"]), LEFT_ALONE))
-    if summary.get("skipped"):
-        rows.append(("passed over", str(sum(summary["skipped"].values())), skipped_words(summary["skipped"])))
-    if summary.get("not_tried"):
-        rows.append(("not tried", str(summary["not_tried"]), "the run ended before it came to them"))
+    skipped = summary.get("skipped", {})
+    rows = _outcome_rows(summary, "converted", moved) + _rows_of_some(
+        ("left alone", summary["left_alone"], LEFT_ALONE),
+        ("passed over", sum(skipped.values()), skipped_words(skipped)),
+        ("not tried", summary.get("not_tried", 0), "the run ended before it came to them"),
+    )
     if "copied" in summary:
         rows.insert(1, ("copied", str(summary["copied"]), "files as they are" if summary["copied"] else ""))
         rows += [("deleted", str(summary["deleted"]), f"{summary['kept']} kept" if summary["kept"] else "")]
@@ -107,20 +99,11 @@ def migration_lines(summary: Mapping[str, Any]) -> list[str]:
         f"{format_nbytes(summary['source_bytes'])} of checkpoints, "
         f"{format_nbytes(summary['written_bytes'])} written, {summary['copied']} files as they are"
     )
-    rows = [
-        ("migrated", str(summary["migrated"]), moved if summary["migrated"] else ""),
-        ("up to date", str(summary["up_to_date"]), ""),
-        ("rejected", str(summary["rejected"]), ""),
-        ("failed", str(summary["failed"]), ""),
-    ]
-    if summary["known"]:
-        rows.append(("known", str(summary["known"]), "failures that are acknowledged"))
-    if summary["skipped"]:
-        rows.append(("without a checkpoint", str(summary["skipped"]), "left where they are"))
-    if summary["left_alone"]:
-        rows.append(("files left alone", str(summary["left_alone"]), LEFT_ALONE))
-    if summary["updated"]:
-        rows.append(("models updated", str(summary["updated"]), "descriptions, tags, aliases"))
+    rows = _outcome_rows(summary, "migrated", moved) + _rows_of_some(
+        ("without a checkpoint", summary["skipped"], "left where they are"),
+        ("files left alone", summary["left_alone"], LEFT_ALONE),
+        ("models updated", summary["updated"], "descriptions, tags, aliases"),
+    )
     lines = align(rows, right=[1], indent="")
     migrated = [row for row in summary["versions"] if row["outcome"] == "migrated"]
     if migrated:
@@ -130,6 +113,19 @@ def migration_lines(summary: Mapping[str, Any]) -> list[str]:
     elif not summary["problems"] and not summary.get("told") and not summary["updated"]:
         lines += ["", "nothing to do: DEST is in step"]
     return lines + _last_lines(summary)
+
+
+def _outcome_rows(summary: Mapping[str, Any], made: str, moved: str) -> list[tuple[str, str, str]]:
+    """The counts that every run has."""
+    rows = [(made, str(summary[made]), moved if summary[made] else "")]
+    for name in ("up_to_date", "rejected", "failed"):
+        rows.append((name.replace("_", " "), str(summary[name]), ""))
+    return rows + _rows_of_some(("known", summary["known"], "failures that are acknowledged"))
+
+
+def _rows_of_some(*rows: tuple[str, int, str]) -> list[tuple[str, str, str]]:
+    """Rows of what there is any of."""
+    return [(what, str(count), note) for what, count, note in rows if count]
 
 
 def _last_lines(summary: Mapping[str, Any]) -> list[str]:

@@ -15,9 +15,9 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ptbin.catalog.finding import OWN_FOLDER
 from ptbin.catalog.jobs import Job
@@ -27,7 +27,7 @@ from ptbin.manifests.damage import is_damaged
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.options import ConvertOptions
 from ptbin.sources.sidecars import change_of
-from ptbin.stores import Place, identity_text, place_of
+from ptbin.stores import Place, RangeReader, identity_text, place_of
 from ptbin.stores.copying import Copied, same_content
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "find_finished",
     "identity_text",
     "is_up_to_date",
+    "iter_rows",
     "iter_segment",
     "job_digest",
     "read_finished",
@@ -50,6 +51,8 @@ LEVELS = ("none", "checksum", "load")
 
 MAX_LINE_NBYTES = 1 << 20
 """A row with thousands of shards; longer lines are damage."""
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,30 +228,35 @@ def find_finished(job: Job, options: ConvertOptions, place: Place) -> Published 
 
 def iter_segment(place: Place) -> Iterator[FinishedRow]:
     """The rows of a segment, as far as they can be read; damage ends it, or costs a line. Memory: a block."""
-    inflater = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-    rest = b""
     try:
         with place.open_reader() as reader:
-            for block in reader.iter_range(0, reader.size):
-                pending = block
-                while pending:
-                    text = rest + inflater.decompress(pending, 1 << 20)
-                    pending = inflater.unconsumed_tail
-                    *lines, rest = text.split(b"\n")
-                    for line in lines:
-                        if (row := _row(line)) is not None:
-                            yield row
-                    if len(rest) > MAX_LINE_NBYTES:
-                        return
+            yield from iter_rows(_inflated(reader), FinishedRow.from_json)
     except (zlib.error, StorageError):
         return  # the manifests say the same, at a request each
 
 
-def _row(line: bytes) -> FinishedRow | None:
-    try:
-        return FinishedRow.from_json(json.loads(line))
-    except (ValueError, RecursionError):
-        return None
+def _inflated(reader: RangeReader) -> Iterator[bytes]:
+    inflater = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    for block in reader.iter_range(0, reader.size):
+        pending = bytes(block)
+        while pending:
+            yield inflater.decompress(pending, 1 << 20)
+            pending = inflater.unconsumed_tail
+
+
+def iter_rows(blocks: Iterable[bytes], parse: Callable[[Any], Row]) -> Iterator[Row]:
+    """Rows of JSON lines that come in blocks. A line that is not a row is passed over, a huge one ends it."""
+    rest = b""
+    for block in blocks:
+        *lines, rest = (rest + bytes(block)).split(b"\n")
+        for line in lines:
+            try:
+                row = parse(json.loads(line))
+            except (ValueError, RecursionError):
+                continue
+            yield row
+        if len(rest) > MAX_LINE_NBYTES:
+            return
 
 
 def write_segment(dest: Place, name: str, rows: Iterable[FinishedRow]) -> None:

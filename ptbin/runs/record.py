@@ -28,7 +28,9 @@ from ptbin.runs.tally import Entry, Tally
 __all__ = ["check_run_id", "manifests_by_tensor", "new_run_id", "record_files", "record_folder", "sha256sums"]
 
 
-LISTS = ("initial", "problems", "known_problems", "resolved_problems", "versions", "manifests")
+LISTS = (
+    "deleted_paths", "initial", "problems", "known_problems", "resolved_problems", "versions", "manifests",
+)  # fmt: skip
 """Of a summary, what grows with the number of checkpoints."""
 
 

@@ -254,24 +254,23 @@ class Tally:
     def summary(self, seconds: float) -> dict[str, Any]:
         """The `--json` document of `convert`; byte counts are of the checkpoints converted in this run."""
         done = [(entry, entry.converted) for entry in self.entries if entry.converted is not None]
-        mirrored = {}
+        only: dict[str, Any] = {}
         if self.kind == "sync":
-            mirrored = {
-                "copied": self.count("copied"),
-                "deleted": self.files["deleted"],
-                "backed_up": self.files["backed_up"],
-                "kept": self.kept,
-            }
+            only = {"copied": self.count("copied"), "kept": self.kept, "deleted_paths": list(self.deleted)}
+            only |= {name: self.files[name] for name in ("deleted", "backed_up")}
+        elif self.kind == "restore":
+            only["initial"] = [
+                {"source": entry.source, "names": list(facts.initial)}
+                for entry, facts in done
+                if facts.initial
+            ]
         return {
             "run_id": self.run_id,
             "source": self.source,
             "dest": self.dest,
             "converted": self.count("converted"),
-            **mirrored,
-            "up_to_date": self.count("up_to_date"),
-            "rejected": self.count("rejected"),
-            "failed": self.count("failed"),
-            "known": self.count("known"),
+            **only,
+            **{name: self.count(name) for name in ("up_to_date", "rejected", "failed", "known")},
             "new": sum(entry.novelty == "new" for entry in self.problems),
             "resolved": len(self.ledger.resolved),
             "left_alone": self.count("left_alone"),
@@ -283,27 +282,12 @@ class Tally:
             "copied_bytes": sum(facts.copied_nbytes for _, facts in done),
             "left_out": dict(sum((Counter(facts.left_out) for _, facts in done), Counter[str]())),
             "seconds": round(seconds, 3),
-            **(
-                {
-                    "initial": [
-                        {"source": entry.source, "names": list(facts.initial)}
-                        for entry, facts in done
-                        if facts.initial
-                    ]
-                }
-                if self.kind == "restore"
-                else {}
-            ),
             "manifests": sorted(facts.manifest_uri for _, facts in done if facts.manifest_uri),
             "problems": [entry.problem() for entry in self.problems]
-            + [
-                {"source": problem.source, "reason": problem.reason, "detail": problem.detail}
-                for problem in self.run_problems
-            ],
+            + [problem.to_json() for problem in self.run_problems],
             "known_problems": [entry.problem() for entry in self.known],
             "resolved_problems": [
                 {"source": row.source, "reason": row.reason, "since": row.since}
                 for row in self.ledger.resolved[:LISTED]
             ],
-            **({"deleted_paths": list(self.deleted)} if self.kind == "sync" else {}),
         }
