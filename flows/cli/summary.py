@@ -118,8 +118,8 @@ def migration_lines(summary: Mapping[str, Any]) -> list[str]:
 def _outcome_rows(summary: Mapping[str, Any], made: str, moved: str) -> list[tuple[str, str, str]]:
     """The counts that every run has."""
     rows = [(made, str(summary[made]), moved if summary[made] else "")]
-    for name in ("up_to_date", "rejected", "failed"):
-        rows.append((name.replace("_", " "), str(summary[name]), ""))
+    always = ("up_to_date", "rejected", "failed")
+    rows += [(name.replace("_", " "), str(summary[name]), "") for name in always]
     return rows + _rows_of_some(("known", summary["known"], "failures that are acknowledged"))
 
 
