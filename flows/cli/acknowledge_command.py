@@ -48,7 +48,7 @@ def acknowledge_command(dest: str, paths: Sequence[str], asked: dict[str, Any], 
         raise UsageError(f"--until {until:%Y-%m-%d} is over; today is {today} (UTC)")
     because = " ".join(asked["reason"].split())
     if not because:
-        raise UsageError("--reason is empty; whoever reads the report wants to know why this is no news")
+        raise UsageError("--reason is empty; readers of the report want to know why this is not news")
     failures = acknowledge(
         place_of(dest, shared.dest_options),
         paths,

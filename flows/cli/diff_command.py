@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flows.cli.command import command
 from flows.cli.printing import align, print_error, print_json, print_line
 from flows.cli.shared_options import Shared
-from flows.wishes import build_options
+from flows.parsing import build_options
 from ptbin.errors import PtbinError, UsageError
 from ptbin.options import ConvertOptions
 from ptbin.runs.units import counted, format_nbytes

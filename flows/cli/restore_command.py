@@ -11,7 +11,7 @@ from flows.cli.destination import one_file
 from flows.cli.shared_options import Shared
 from flows.cli.single import single_job
 from flows.options import RESTORE
-from flows.wishes import restore_options
+from flows.parsing import restore_options
 from ptbin.errors import UsageError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from flows.cli.command import command, dry_run_option
 from flows.cli.destination import refuse_one_file
 from flows.cli.shared_options import Shared
 from flows.options import SYNC
-from flows.wishes import refuse_secrets
+from flows.parsing import refuse_secrets
 
 __all__ = ["sync_command"]
 

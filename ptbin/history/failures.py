@@ -19,6 +19,7 @@ from datetime import UTC, date, datetime
 from typing import Any, Literal
 
 from ptbin.catalog.finding import OWN_FOLDER
+from ptbin.catalog.finished import iter_rows
 from ptbin.errors import NotFoundInStoreError, UsageError
 from ptbin.history.known import KNOWN, Acknowledgement, read_known, write_known
 from ptbin.stores import Where, place_of
@@ -38,8 +39,6 @@ __all__ = [
 
 UNCONVERTED = f"{OWN_FOLDER}/unconverted.jsonl"
 FAILURES = ("rejected", "failed")
-MAX_LINE_NBYTES = 1 << 20
-"""Longer lines are damage."""
 
 Novelty = Literal["new", "old", "known"]
 
@@ -227,29 +226,15 @@ def read_unconverted(dest: Where) -> Iterator[Unconverted]:
     Raises:
         StorageError: the store failed otherwise than by having no such file.
     """
-    rest = b""
     try:
         with (place_of(dest) / UNCONVERTED).open_reader() as reader:
-            for block in reader.iter_range(0, reader.size):
-                *lines, rest = (rest + bytes(block)).split(b"\n")
-                for line in lines:
-                    if (row := _row(line)) is not None:
-                        yield row
-                if len(rest) > MAX_LINE_NBYTES:
-                    return
+            yield from iter_rows(reader.iter_range(0, reader.size), Unconverted.from_json)
     except NotFoundInStoreError:
         return
 
 
-def _row(line: bytes) -> Unconverted | None:
-    try:
-        return Unconverted.from_json(json.loads(line))
-    except (ValueError, RecursionError):
-        return None
-
-
 def write_unconverted(dest: Where, rows: Iterable[Unconverted]) -> None:
-    """Put the rows in the place of all that were stored. For whoever holds the lease on DEST.
+    """Put the rows in the place of all that were stored. For the holder of the lease on DEST.
 
     Raises:
         StorageError: the store failed; what was stored before is still there.

@@ -41,7 +41,7 @@ class Acknowledgement:
 
     Attributes:
         path: of the checkpoint below SOURCE, or its URI.
-        because: what people are told.
+        because: what reports say.
         until: the last day (UTC) on which it holds, as `YYYY-MM-DD`.
         state: of the checkpoint; None, where written by hand: whatever its state is.
         reason: the reason code; None, where written by hand: any reason.

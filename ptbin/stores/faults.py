@@ -128,9 +128,10 @@ def mapped_faults(doing: str, uri: str) -> Iterator[None]:
 def fault(error: BaseException, doing: str, uri: str) -> PtbinError:
     """What `error`, met while doing something to `uri`, is in ptbin's terms."""
     uri = public_uri(uri)
+    # fsspec's HTTP filesystem calls whatever went wrong a missing file (`HTTPFileSystem._info`). The one in
+    # memory means what it says; a KeyError is behind that.
     if isinstance(error, FileNotFoundError) and error.errno is None and error.__cause__ is not None:
-        # fsspec's HTTP filesystem says so of whatever went wrong (`HTTPFileSystem._info`).
-        error = error.__cause__
+        error = error if isinstance(error.__cause__, LookupError) else error.__cause__
     response = getattr(error, "response", None)
     if isinstance(response, dict) and isinstance(response.get("Error"), dict):
         return _answered(response, doing, uri)
