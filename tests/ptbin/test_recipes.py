@@ -313,7 +313,7 @@ RULE: dict[str, Any] = {"from": r"a\.(qkv)", "to": "x.{1}"}
         ({"steps": [{"take": [0, 0, "1" + "+1" * 480]}]}, r"tensors 1"),
         ({"steps": [{"take": [0, 0, "1" + "+1" * 4000]}]}, "at most 1000"),
         ({"steps": [{"flatten": [1, 0]}]}, r"flatten from 1 to 0 \(tensors 1"),
-        ({"steps": [{"unstack": [0, ""]}]}, "unstacked into a named group"),
+        ({"steps": [{"unstack": [0, ""]}]}, "unstacked into a new named group"),
         ({"to": "x.{2}"}, r"names no group '2' \(tensors 1"),
         ({"to": "x.{1 - 3}"}, r"'qkv' is not a number \(tensors 1"),
         ({"from": [r"a\.qkv", "norm"]}, r"puts 'a.qkv' .* together \(tensors 1"),
