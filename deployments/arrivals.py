@@ -26,7 +26,7 @@ from typing import Any
 from prefect.events import emit_event
 
 from flows.arrivals import ARRIVED, arrived_paths
-from flows.wishes import parse_duration
+from flows.parsing import parse_duration
 from ptbin.errors import UsageError
 
 MAX_BODY_NBYTES = 1 << 20

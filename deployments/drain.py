@@ -28,7 +28,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound
 
-from flows.wishes import parse_duration
+from flows.parsing import parse_duration
 from ptbin.errors import UsageError
 
 ACTIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]

@@ -15,13 +15,13 @@ from flows.access import Running, RunSettings, current_flow_run_id, join_run, ru
 from flows.artifacts import Artifacts, conversion_rows
 from flows.batches import MAX_BATCHES, cut, iter_batches
 from flows.notices import failure_line, final_state, log_failures, state_message
+from flows.parsing import refuse_secrets
 from flows.prefect.orchestrator import ABSENT_SECONDS, await_server
 from flows.prefect.signals import INTERRUPTS
 from flows.report_link import link_of
 from flows.report_markdown import render_markdown
 from flows.selection import with_named_files
 from flows.stages import Stage, Stages, count_of
-from flows.wishes import refuse_secrets
 from ptbin.catalog import Job
 from ptbin.catalog.checks import check_request
 from ptbin.catalog.request import RunRequest
@@ -42,12 +42,12 @@ from tasks.steps import step, sure_step
 __all__ = ["Conversion", "carry_out"]
 
 LOGGED = 1000
-"""So many checkpoints have a line of their own in the flow run's log on the server."""
+"""Up to this many checkpoints get a line each in the flow run's log on the server."""
 ASKING_COUNT = 200
 ASKING_BATCHES = 50
 """With 200 batches, each written and proven, and the index, that is about 500 task runs at most."""
 ASKING_WIDTH = 8
-"""At least so many ask what is up to date: that is waiting for small answers, not work."""
+"""At least this many ask what is up to date: that is waiting for small answers, not work."""
 
 
 def carry_out(

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from flows.cli.help import GroupedOption
-from flows.wishes import parse_duration, parse_share, parse_size
+from flows.parsing import parse_duration, parse_share, parse_size
 from ptbin.errors import UsageError
 from ptbin.merging.shipped import SHIPPED
 from ptbin.values.options import Kind, Option

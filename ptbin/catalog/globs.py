@@ -11,11 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptbin.errors import StorageError
-from ptbin.stores import place_of
+from ptbin.stores import Place, Where, place_of
 
 __all__ = ["is_excluded", "matches", "root_of", "split_glob"]
-
-Text = str | os.PathLike[str]
 
 _GLOB = re.compile(r"[*?\[]")
 
@@ -80,11 +78,13 @@ def _class_end(pattern: str, start: int) -> int:
     return end if end > 0 and "/" not in pattern[start:end] else 0
 
 
-def split_glob(source: Text, storage_options: Mapping[str, Any] | None) -> tuple[str, str | None]:
+def split_glob(source: Where, storage_options: Mapping[str, Any] | None) -> tuple[Where, str | None]:
     """SOURCE up to the first wildcard's folder, and the pattern below it; (SOURCE, None) without wildcard.
 
-    An existing path wins over its reading as a pattern.
+    An existing path wins over its reading as a pattern, and a place is not read as one.
     """
+    if isinstance(source, Place):
+        return source, None
     source = os.fspath(source)
     if _GLOB.search(source) is None:
         return source, None
@@ -104,6 +104,6 @@ def split_glob(source: Text, storage_options: Mapping[str, Any] | None) -> tuple
     return root, f"/{pattern}"
 
 
-def root_of(source: Text, storage_options: Mapping[str, Any] | None) -> str:
+def root_of(source: Where, storage_options: Mapping[str, Any] | None) -> str:
     """URI of the place that paths below SOURCE are relative to: the same however SOURCE is written."""
     return place_of(split_glob(source, storage_options)[0], storage_options).uri

@@ -154,7 +154,7 @@ class Plan:
 
     @property
     def has_many_segments(self) -> bool:
-        """Whether the index lies in so many files that one is to take their place."""
+        """Whether the index has enough segments for one to take their place."""
         return len(self.work.segments()) >= MERGED_SEGMENTS
 
     def merge_index(self, name: str) -> None:

@@ -1,7 +1,7 @@
 """Artifacts behind an MLflow server (`mlflow-artifacts://HOST:PORT/PATH`) as an fsspec filesystem.
 
-Such a server hands out and takes whole files only, so a file that is read lies in a folder on this machine
-meanwhile: the option `scratch`, or a temporary one that goes with the filesystem. MLflow's own client does
+Such a server hands out and takes whole files only, so a file that is read lies in a temporary folder on this
+machine, which goes with the filesystem: with the last place that was made of it. MLflow's own client does
 the transfers, with its retries, multipart uploads and credentials (`MLFLOW_TRACKING_TOKEN` and the like).
 """
 
@@ -11,8 +11,10 @@ import contextlib
 import hashlib
 import io
 import os
+import shutil
 import tempfile
 import threading
+import weakref
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +30,6 @@ class MlflowArtifactFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     Args:
         tracking_uri: of the server, where it is not simply `http://HOST:PORT` (a path before it, say).
-        scratch: folder for whole files that were read.
     """
 
     protocol = ("mlflow-artifacts", "mlflow-artifacts+https")
@@ -37,15 +38,13 @@ class MlflowArtifactFileSystem(AbstractFileSystem):  # type: ignore[misc]
     def __init__(
         self,
         tracking_uri: str | None = None,
-        scratch: str | None = None,
         scheme: str = "http",
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self._tracking_uri = tracking_uri
         self._scheme = scheme
-        self._scratch = scratch or None
-        self._own: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: Path | None = None
         self._lock = threading.Lock()
 
     @classmethod
@@ -146,9 +145,9 @@ class MlflowArtifactFileSystem(AbstractFileSystem):  # type: ignore[misc]
     def _kept(self, path: str) -> Path:
         with self._lock:
             if self._scratch is None:
-                self._own = tempfile.TemporaryDirectory(prefix="ptbin-")
-                self._scratch = self._own.name
-        return Path(self._scratch) / hashlib.sha256(path.encode()).hexdigest()[:40]
+                self._scratch = Path(tempfile.mkdtemp(prefix="ptbin-"))
+                weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
+        return self._scratch / hashlib.sha256(path.encode()).hexdigest()[:40]
 
     # -- writing ------------------------------------------------------------------------------------
 

@@ -212,11 +212,11 @@ def test_no_secret_and_no_machine_stands_in_any_file() -> None:
     [
         (["arrivals.py", "s3://b", "--listen", "host:port"], "is not HOST:PORT"),
         (["arrivals.py", "s3://b", "--listen", "127.0.0.1:1", "--token-variable", "NOT_SET"], "is not set"),
-        (["arrivals.py", "s3://b", "--every", "soon"], "is no duration"),
+        (["arrivals.py", "s3://b", "--every", "soon"], "is not a duration"),
         (["arrivals.py", "bucket"], "such as s3://"),
         (["automate.py", "crashed-runs"], "does not answer"),
         (["drain.py", "ptbin-process"], "does not answer"),
-        (["drain.py", "ptbin-process", "--timeout", "soon"], "is no duration"),
+        (["drain.py", "ptbin-process", "--timeout", "soon"], "is not a duration"),
     ],
     ids=str,
 )

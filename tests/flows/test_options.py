@@ -17,10 +17,10 @@ from flows.cli.help import COMMAND_GROUPS
 from flows.convert import convert
 from flows.migrate import migrate
 from flows.options import CONVERT, MIGRATE, RESTORE, SYNC, VERIFY
+from flows.parsing import build_options, parse_duration, parse_size
 from flows.restore import restore
 from flows.sync import sync
 from flows.verify import verify
-from flows.wishes import build_options, parse_duration, parse_size
 from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions
 from ptbin.values.dtypes import CAST_NAMES
@@ -127,7 +127,7 @@ def test_what_is_wrong_is_refused_before_there_is_a_run(parameter: str, value: A
 def test_what_only_the_flow_can_tell_is_refused_by_it() -> None:
     with pytest.raises(Exception, match="deadline"):
         convert.validate_parameters({"source": "a", "dest": "b", "deadline": "0s"})
-    with pytest.raises(UsageError, match="no duration"):
+    with pytest.raises(UsageError, match="not a duration"):
         parse_duration("0s")
 
 
