@@ -26,7 +26,6 @@ PATH is a checkpoint that failed in an earlier run, relative to SOURCE, or its U
 still tries it, and no longer fails because of it, as long as neither the file nor the reason of the failure
 changes. The list lies in DEST/_ptbin/known.json; delete an entry there to take it back.
 
-\b
 Exit status: 0 acknowledged; 2 the call was wrong, or nothing fails at a PATH: nothing was written."""
 
 

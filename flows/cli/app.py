@@ -53,8 +53,8 @@ Examples:
   ptbin restore last.bin last.pt
   ptbin status s3://training/runs s3://models/weights
   ptbin runs s3://models/weights
-  ptbin metrics s3://models/weights --textfile /var/lib/node_exporter/ptbin.prom
-  ptbin acknowledge weights/ run3/cut.pt --reason 'known, issue 412' --until 2026-12-31
+  ptbin metrics s3://models/weights --textfile ptbin.prom
+  ptbin acknowledge weights/ cut.pt --reason 'issue 412' --until 2026-12-31
 
 \b
 Exit status: 0 all done; 1 some checkpoints failed or were rejected;
@@ -63,7 +63,8 @@ Exit status: 0 all done; 1 some checkpoints failed or were rejected;
 Every option can come from the environment: PTBIN_WORKERS=4 for all commands, PTBIN_CONVERT_WORKERS=4 for one.
 
 \b
-Completion in a shell: eval "$(_PTBIN_COMPLETE=bash_source ptbin)" (or zsh_source, fish_source).
+Completion in a shell (or zsh_source, fish_source):
+  eval "$(_PTBIN_COMPLETE=bash_source ptbin)"
 
 ptbin COMMAND --help has examples and all options of a command."""
 

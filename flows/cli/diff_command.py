@@ -35,7 +35,6 @@ A and B are files, indices of shards, folders that are one checkpoint, or manife
 compared by their digests, and no weight is read. --source-options are for A, and for B as well where
 there are no --dest-options.
 
-\b
 Exit status: 0 equal; 1 different; 2 the call was wrong, or one of the two cannot be read."""
 
 

@@ -32,7 +32,6 @@ Every checkpoint of a version is converted as `ptbin convert` does, running none
 go along as they are. A version is registered when all of it is there and proven, or not at all. What DEST
 cannot keep (a version's number, say) is reported before anything is written. A second run does what is new.
 
-\b
 Exit status: 0 all in step; 1 some versions were rejected or failed; 2 the call was
 wrong, nothing was written; 130 interrupted."""
 

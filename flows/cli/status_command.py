@@ -43,7 +43,6 @@ Lists both sides as a run does, writes nothing and reads no checkpoint. Without 
 asks for what the last recorded run from SOURCE was asked for; with any of them, or --sync, the options given
 are all that count.
 
-\b
 Exit status: 0 all in step; 1 something is new, changed, fails or is refused, and is not acknowledged;
 2 the call was wrong."""
 

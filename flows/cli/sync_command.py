@@ -25,7 +25,6 @@ README, licence, *.json, *.yaml, ...) and what else --include names, as they are
 changed does nothing. Nothing is deleted unless asked for, never when anything failed, and never what ptbin
 did not make of SOURCE.
 
-\b
 Exit status: 0 all in step; 1 some were rejected or failed; 2 the call was wrong,
 nothing was written; 130 interrupted."""
 

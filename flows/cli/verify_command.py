@@ -35,7 +35,6 @@ prefix, where outputs without a manifest are reported too, and where checksum li
 statements of provenance must say what the manifests say. A registry's URI (mlflow+http://...) stands for the
 place of its files. Damage is noted in the output's manifest: the next convert or sync makes that output anew.
 
-\b
 Exit status: 0 all proven; 1 something is not what its manifest says;
 2 the call was wrong; 130 interrupted."""
 

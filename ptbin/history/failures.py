@@ -11,6 +11,7 @@ else *new*; so a source that changed is new. States are told apart by the source
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +23,7 @@ from ptbin.catalog.finished import iter_rows
 from ptbin.errors import NotFoundInStoreError, UsageError
 from ptbin.history.known import KNOWN, Acknowledgement, read_known, write_known
 from ptbin.stores import Where, place_of
+from ptbin.values.names import shown_path
 
 __all__ = [
     "Ledger",
@@ -263,20 +265,21 @@ def acknowledge(
     """
     if not place_of(dest).is_directory():
         raise UsageError(f"no destination with runs in it: {dest} is not a directory or prefix")
-    wanted = set(paths)
+    names = {path: _names_of(path) for path in paths}
+    wanted = {name for each in names.values() for name in each}
     failures = [
         row
         for row in read_unconverted(dest)
         if row.is_failure and not wanted.isdisjoint((row.path, row.source))
     ]
-    if missing := wanted.difference(*((row.path, row.source) for row in failures)):
+    found = {name for row in failures for name in (row.path, row.source)}
+    if missing := [shown_path(path) for path in names if names[path].isdisjoint(found)]:
         raise UsageError(
             f"nothing fails at {', '.join(sorted(missing))} below {dest}, as far as its runs have recorded; "
             "`ptbin status SOURCE DEST` lists what does"
         )
     at = utc_text(datetime.now(UTC))
-    named = {name for row in failures for name in (row.path, row.source)}
-    kept = [item for item in read_known(dest) if item.path not in named and not item.is_expired(today)]
+    kept = [item for item in read_known(dest) if item.path not in found and not item.is_expired(today)]
     added = [
         Acknowledgement(
             row.path if row.path in wanted else row.source, because, until, row.state, row.reason, at
@@ -285,3 +288,11 @@ def acknowledge(
     ]
     write_known(dest, [*kept, *added])
     return failures
+
+
+def _names_of(path: str) -> set[str]:
+    """What a failure that is meant by `path` may be called: below SOURCE, by URI, as a shell completes it."""
+    names = {shown_path(path), shown_path(path.removeprefix("./"))}
+    with contextlib.suppress(UsageError):  # a URI of a store that this installation does not have
+        names.add(shown_path(place_of(path).uri))
+    return names

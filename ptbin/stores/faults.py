@@ -104,7 +104,7 @@ NO_CREDENTIALS_CLASS_NAMES = {
 
 _USERINFO = re.compile(r"(?<=://)([^/@\s:]*):[^/@\s]*@")
 _SECRET_PARAMETER = re.compile(
-    r"(?i)([?&](?:[\w-]*(?:signature|credential|token|password|secret|key)[\w-]*|sig|sv|se|sp)=)[^&\s'\"]*"
+    r"(?i)([?&](?!max-keys=)(?:[\w-]*(?:signature|credential|token|password|secret|key)[\w-]*|sig|sv|se|sp)=)[^&\s'\"]*"
 )
 MESSAGE_NCHARS = 300
 
@@ -128,9 +128,10 @@ def mapped_faults(doing: str, uri: str) -> Iterator[None]:
 def fault(error: BaseException, doing: str, uri: str) -> PtbinError:
     """What `error`, met while doing something to `uri`, is in ptbin's terms."""
     uri = public_uri(uri)
+    # fsspec's HTTP filesystem calls whatever went wrong a missing file (`HTTPFileSystem._info`). The one in
+    # memory means what it says; a KeyError is behind that.
     if isinstance(error, FileNotFoundError) and error.errno is None and error.__cause__ is not None:
-        # fsspec's HTTP filesystem says so of whatever went wrong (`HTTPFileSystem._info`).
-        error = error.__cause__
+        error = error if isinstance(error.__cause__, LookupError) else error.__cause__
     response = getattr(error, "response", None)
     if isinstance(response, dict) and isinstance(response.get("Error"), dict):
         return _answered(response, doing, uri)

@@ -55,6 +55,8 @@ PUBLISH_ON_CLOSE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss
 PUBLISH_ON_CLOSE |= {"mlflow-artifacts", "mlflow-artifacts+https"}
 """Protocols whose file appears only when it is closed; a rename there would be a copy and a delete."""
 
+READ_ONLY = {"http", "https"}
+
 # (key of fsspec's info(), kind), the strongest first: what changes with every write, whatever the clock does.
 IDENTITY_KEYS: tuple[tuple[str, IdentityKind], ...] = (
     ("ETag", "etag"),
@@ -272,6 +274,9 @@ class FsspecStore(Store):
 
         Where directories are real, in the nearest one that exists.
         """
+        if self.written_protocol in READ_ONLY:
+            uri = self.uri_of(path)
+            raise StorageError(f"cannot write to {uri}: what lies at {self.written_protocol}:// is only read")
         folder = path.rstrip("/")
         with contextlib.suppress(StorageError):
             if self._info(path).get("type") == "file":

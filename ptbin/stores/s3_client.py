@@ -122,7 +122,8 @@ class S3Client:
             # Not its text: some of these quote the options.
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             named = f": {unknown[1]}" if unknown else ""
-            raise UsageError(f"the storage options for S3 are not what s3fs takes{named}") from error
+            where = "; AWS_ENDPOINT_URL and ~/.aws/config count as well" if not named else ""
+            raise UsageError(f"the storage options for S3 are not what s3fs takes{named}{where}") from error
         return fs
 
     @property
