@@ -286,20 +286,10 @@ class Conversion:
         facts = outcome.converted
         if self.runner.is_remote and facts is not None:
             self.live.listener.moved(facts.read_nbytes)
-        self.live.listener.settled(
-            Settled(
-                job.path,
-                kind,
-                job.source_size,
-                outcome.reason,
-                outcome.detail,
-                outcome.seconds,
-                *((facts.read_nbytes, facts.written_nbytes) if facts is not None else ()),
-            )
-        )
-        if outcome.reason:
-            self.logger.warning("%s %s: %s: %s", kind, job.path, outcome.reason, outcome.detail)
-        elif len(self.stages.settled) <= LOGGED:
+        moved = (facts.read_nbytes, facts.written_nbytes) if facts is not None else ()
+        if self._announce_outcome(outcome, kind, job.source_size, *moved):
+            return
+        if len(self.stages.settled) <= LOGGED:
             written = f", {format_nbytes(facts.written_nbytes)} written" if facts is not None else ""
             size = format_nbytes(job.source_size)
             what = outcome.kind.replace("_", " ")
@@ -311,6 +301,14 @@ class Conversion:
         if self.lines:
             self.logger.info("%s", "\n".join(self.lines))
             self.lines = []
+
+    def _announce_outcome(self, outcome: Outcome, kind: str, nbytes: int, *moved: int) -> bool:
+        """Report to the listener, and a problem to the log as well; whether it was one."""
+        facts = (outcome.reason, outcome.detail, outcome.seconds)
+        self.live.listener.settled(Settled(outcome.path, kind, nbytes, *facts, *moved))
+        if outcome.reason:
+            self.logger.warning("%s %s: %s: %s", kind, outcome.path, outcome.reason, outcome.detail)
+        return bool(outcome.reason)
 
     def _announce(self, path: str, kind: str, reason: str, detail: str) -> None:
         self.live.listener.settled(Settled(path, kind, reason=reason, detail=detail))

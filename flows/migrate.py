@@ -33,7 +33,6 @@ from ptbin.runs.record import new_run_id
 from ptbin.runs.remembering import VersionMemory
 from ptbin.runs.tally import Entry
 from tasks.listing import plan_of
-from tasks.live import Settled
 from tasks.migrating import (
     VersionJob,
     model_of,
@@ -172,12 +171,7 @@ class Migrating(Conversion):
         if self.runner.is_remote:
             self.live.listener.moved(read)
         kind = "migrated" if kind == "converted" else kind
-        self.live.listener.settled(
-            Settled(job.path, kind, nbytes, outcome.reason, outcome.detail, outcome.seconds, read, written)
-        )
-        if outcome.reason:
-            self.logger.warning("%s %s: %s: %s", kind, job.path, outcome.reason, outcome.detail)
-        else:
+        if not self._announce_outcome(outcome, kind, nbytes, read, written):
             now = f" as version {facts.dest_version}" if facts is not None else ""
             self.lines.append(f"{kind.replace('_', ' ')} {job.path}{now} in {outcome.seconds:.2f} s")
 

@@ -72,28 +72,22 @@ COMPLETION_VARIABLE = "_PTBIN_COMPLETE"
 _commands = 0
 
 
+COMMANDS = {
+    "Checkpoints": (inspect_command, convert_command, verify_command, diff_command, restore_command),
+    "Whole stores": (sync_command, migrate_command, status_command),
+    "Runs and operation": (runs_command, acknowledge_command, metrics_command, deployments_command),
+}
+
+
 @click.group(
     cls=GroupedCommands,
+    groups=COMMANDS,
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name="ptbin", message="%(prog)s %(version)s")
 def cli() -> None:
     """Turn PyTorch checkpoints into clean, proven weights, without running their code."""
-
-
-cli.add_command(inspect_command)
-cli.add_command(convert_command)
-cli.add_command(diff_command)
-cli.add_command(verify_command)
-cli.add_command(restore_command)
-cli.add_command(sync_command)
-cli.add_command(migrate_command)
-cli.add_command(runs_command)
-cli.add_command(deployments_command)
-cli.add_command(status_command)
-cli.add_command(acknowledge_command)
-cli.add_command(metrics_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

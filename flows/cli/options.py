@@ -110,7 +110,7 @@ def _recipe(text: str) -> str:
         return text
     if not os.path.isfile(text):
         raise UsageError(f"{text!r} is neither a file nor one of {', '.join(SHIPPED)}")
-    with open(text, encoding="utf-8") as file:
+    with open(text, encoding="utf-8-sig") as file:  # some editors begin files with a mark
         try:
             content = file.read(MAX_RECIPE_NBYTES + 1)
         except UnicodeDecodeError as error:

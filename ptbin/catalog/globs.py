@@ -44,38 +44,19 @@ def _folder_is_excluded(folder: str, globs: tuple[str, ...]) -> bool:
     return _folder_is_excluded(folder.rpartition("/")[0], globs)
 
 
+_PIECE = re.compile(r"\*\*/|\*\*|\*|\?|\[!?\]?[^]/]*\]|.", re.DOTALL)
+"""A class is closed in its own part of the path; a bracket right at its beginning is a member."""
+_MEANINGS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+
 @functools.lru_cache(maxsize=512)
 def _compiled(pattern: str) -> re.Pattern[str]:
-    pieces = []
-    position = 0
-    while position < len(pattern):
-        if pattern.startswith("**/", position):
-            pieces.append("(?:.*/)?")
-            position += 3
-        elif pattern.startswith("**", position):
-            pieces.append(".*")
-            position += 2
-        elif pattern[position] == "*":
-            pieces.append("[^/]*")
-            position += 1
-        elif pattern[position] == "?":
-            pieces.append("[^/]")
-            position += 1
-        elif pattern[position] == "[" and (end := _class_end(pattern, position)) > 0:
-            # fnmatch knows all about classes: "(?s:" + class + ")\\Z" is what it makes of one.
-            pieces.append(fnmatch.translate(pattern[position : end + 1])[4:-3])
-            position = end + 1
-        else:
-            pieces.append(re.escape(pattern[position]))
-            position += 1
+    # fnmatch knows all about classes: "(?s:" + class + ")\\Z" is what it makes of one.
+    pieces = [
+        _MEANINGS.get(piece) or (fnmatch.translate(piece)[4:-3] if piece[1:] else re.escape(piece))
+        for piece in _PIECE.findall(pattern)
+    ]
     return re.compile("".join(pieces), re.DOTALL)
-
-
-def _class_end(pattern: str, start: int) -> int:
-    """Where the class that `[` at `start` opens is closed; 0 where it is none, as when a slash lies in it."""
-    first = start + 2 if pattern.startswith("!", start + 1) else start + 1
-    end = pattern.find("]", first + 1)  # a bracket right at the beginning is a member
-    return end if end > 0 and "/" not in pattern[start:end] else 0
 
 
 def split_glob(source: Where, storage_options: Mapping[str, Any] | None) -> tuple[Where, str | None]:

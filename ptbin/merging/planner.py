@@ -20,7 +20,7 @@ from ptbin.errors import (
     UsageError,
 )
 from ptbin.merging.coverage import prove_used
-from ptbin.merging.recipes import Recipe, Rule, Step, evaluate
+from ptbin.merging.recipes import PLACE, Recipe, Rule, Step, evaluate
 from ptbin.merging.views import View, concatenated, leaf, stacked, view_of
 from ptbin.values.tensors import Storage, TensorRef
 
@@ -313,4 +313,4 @@ class _Plan:
                 raise UsageError(f"recipe {self.recipe.name!r}: {template!r} comes to {number}")
             return str(number)
 
-        return re.sub(r"\{(\w+)(?: ?([+-] ?\d{1,9}))?\}", replace, template)
+        return PLACE.sub(replace, template)

@@ -48,9 +48,7 @@ class MigrationTally(Tally):
 
     def add_version(self, version: Version, outcome: Outcome) -> Entry:
         """One version that did not come along, or had to do no more: with what the ledger says of it."""
-        facts = (outcome.kind, outcome.reason, outcome.detail)
-        entry = Entry(version.path, version.uri, 0, *facts, seconds=outcome.seconds)
-        return self._append(entry, state_of(version))
+        return self._append(Entry.of(version.uri, 0, outcome), state_of(version))
 
     def summary(self, seconds: float) -> dict[str, Any]:
         document = Tally.summary(self, seconds)

@@ -18,7 +18,7 @@ from ptbin.catalog import Job, Problem, is_rejection
 from ptbin.catalog.worklist import WorkList
 from ptbin.errors import PtbinError
 from ptbin.history.failures import Ledger
-from ptbin.runs.outcomes import Converted, Outcome, one_line
+from ptbin.runs.outcomes import Converted, Kind, Outcome, one_line
 from ptbin.sources.companions import companion_of, is_companion
 from ptbin.stores import identity_text
 
@@ -45,6 +45,12 @@ class Entry:
     """Of a failure: when a run first found it like this."""
     because: str = ""
     """Of a known one: what its acknowledgement says, and until when it holds."""
+
+    @classmethod
+    def of(cls, source: str, nbytes: int, outcome: Outcome) -> Entry:
+        """What became of a source of that size."""
+        facts = (outcome.reason, outcome.detail, outcome.converted, outcome.seconds)
+        return cls(outcome.path, source, nbytes, outcome.kind, *facts)
 
     def problem(self) -> dict[str, str]:
         """As a row of the summary."""
@@ -88,19 +94,7 @@ class Tally:
         return self.home or self.dest
 
     def add(self, job: Job, outcome: Outcome) -> Entry:
-        return self._append(
-            Entry(
-                job.path,
-                job.source_uri,
-                job.source_size,
-                outcome.kind,
-                outcome.reason,
-                outcome.detail,
-                outcome.converted,
-                outcome.seconds,
-            ),
-            identity_text(job.identity),
-        )
+        return self._append(Entry.of(job.source_uri, job.source_size, outcome), identity_text(job.identity))
 
     def add_all(self, jobs: Iterable[Job], outcome: str) -> None:
         """Jobs that nothing was done about: all count, the first ones are listed (there may be millions)."""
@@ -125,19 +119,12 @@ class Tally:
         self.add_all(work.iter_to_ask(), "not_tried")  # some, where the asking was cut short
 
     def add_collisions(self, problems: Iterable[Problem]) -> list[Entry]:
-        return [
-            self._append(
-                Entry(
-                    problem.source,
-                    problem.source,
-                    0,
-                    "rejected" if is_rejection(problem.reason) else "failed",
-                    problem.reason,
-                    problem.detail,
-                )
-            )
-            for problem in problems
-        ]
+        entries = []
+        for problem in problems:
+            kind: Kind = "rejected" if is_rejection(problem.reason) else "failed"
+            outcome = Outcome(problem.source, kind, problem.reason, problem.detail)
+            entries.append(self._append(Entry.of(problem.source, 0, outcome)))
+        return entries
 
     def add_run_error(self, error: BaseException) -> None:
         """Something that ended the run itself."""

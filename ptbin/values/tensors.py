@@ -28,6 +28,7 @@ __all__ = [
     "TypedStorage",
     "dense_strides",
     "distinct_bytes",
+    "extent_of",
     "is_contiguous",
     "part_of",
 ]
@@ -202,7 +203,7 @@ class TensorRef:
     @property
     def span(self) -> tuple[int, int]:
         """First byte and end of the part of the storage that the view touches."""
-        extent = _extent(self.shape, self.stride)
+        extent = extent_of(self.shape, self.stride)
         if not extent:
             return (0, 0)
         first = self.storage_offset // self.dtype.per_unit * self.dtype.itemsize
@@ -257,7 +258,7 @@ class SparseTensor:
 
 
 @functools.lru_cache(4096)
-def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+def extent_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Elements from the first one of a view to the last one, both included; 0 of an empty view."""
     extent = 1
     for n, s in zip(shape, stride, strict=True):

@@ -755,6 +755,6 @@ def test_a_flipped_weight_is_noticed(tensor: str, lie: Lie, tmp_path: Path) -> N
 def test_a_folder_of_optimizers_only(tmp_path: Path) -> None:
     folder = save_alone(tmp_path / "saved", {"optim": moments()})
     checkpoint, _ = read(folder)
-    assert not [c for c in find_state_dicts(checkpoint, Limits()).candidates if not c.beside]
+    assert not [c for c in find_state_dicts(checkpoint, Limits()).candidates if not c.auxiliary]
     with pytest.raises(NoStateDictError):
         selected(checkpoint)
