@@ -16,6 +16,7 @@ import argparse
 import hmac
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -25,11 +26,13 @@ from typing import Any
 from prefect.events import emit_event
 
 from flows.arrivals import ARRIVED, arrived_paths
-from flows.wishes import parse_duration
+from flows.parsing import parse_duration
+from ptbin.errors import UsageError
 
 MAX_BODY_NBYTES = 1 << 20
 MAX_PATHS = 1_000
 """Of one event; more come in the next."""
+MAX_PORT = 65_535
 
 
 class Arrivals:
@@ -93,25 +96,53 @@ def handler_of(arrivals: Arrivals, token: str | None) -> type[BaseHTTPRequestHan
     return Handler
 
 
+def as_source(text: str) -> str:
+    if "://" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a bucket or a prefix, such as s3://training/runs")
+    return text.rstrip("/")
+
+
+def as_address(text: str) -> tuple[str, int]:
+    """Without a host it is this machine alone that is heard."""
+    host, _, port = text.rpartition(":")
+    if not port.isascii() or not port.isdecimal() or int(port) > MAX_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as 127.0.0.1:8765")
+    return host or "127.0.0.1", int(port)
+
+
+def as_seconds(text: str) -> float:
+    try:
+        return parse_duration(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("source", help="the SOURCE of convert-arrivals, s3://bucket/prefix")
-    parser.add_argument("--listen", default="127.0.0.1:8765", metavar="HOST:PORT")
-    parser.add_argument("--every", default="5s", metavar="DURATION", help="gather for that long")
+    parser.add_argument("source", type=as_source, help="the SOURCE of convert-arrivals, s3://bucket/prefix")
+    parser.add_argument("--listen", type=as_address, default="127.0.0.1:8765", metavar="HOST:PORT")
+    parser.add_argument("--every", type=as_seconds, default="5s", metavar="DURATION", help="gather that long")
     parser.add_argument(
         "--token-variable", metavar="NAME", help="a variable that holds the token of requests"
     )
     arguments = parser.parse_args()
-    host, _, port = arguments.listen.rpartition(":")
-    token = os.environ[arguments.token_variable] if arguments.token_variable else None
-    arrivals = Arrivals(arguments.source.rstrip("/"))
-    server = ThreadingHTTPServer((host, int(port)), handler_of(arrivals, token))
+    token = os.environ.get(arguments.token_variable, "") if arguments.token_variable else None
+    if token == "":
+        parser.error(f"--token-variable: {arguments.token_variable} is not set in the environment, or empty")
+    host, port = arguments.listen
+    arrivals = Arrivals(arguments.source)
+    try:
+        server = ThreadingHTTPServer((host, port), handler_of(arrivals, token))
+    except OSError as error:
+        parser.error(f"cannot listen on {host}:{port}: {error.strerror}")
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # so that a service that is stopped tells the rest
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"listening on {host}:{server.server_address[1]}", flush=True)
-    pause = parse_duration(arguments.every)
     try:
         while True:
-            time.sleep(pause)
+            time.sleep(arguments.every)
             if count := arrivals.tell():
                 print(f"{count} arrived", flush=True)
     except KeyboardInterrupt:

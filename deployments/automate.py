@@ -4,7 +4,8 @@
     python deployments/automate.py notify-slack --block slack-webhook/ptbin-alerts
 
 `--block KIND/NAME` is what a notification goes through; its id takes the place of BLOCK in the file. An
-automation of the same name is replaced. Exit status: 0 it is there; 2 there is no such file or block.
+automation of the same name is replaced. Exit status: 0 it is there; 2 there is no such file, block or
+server.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import yaml
 from prefect.automations import Automation
 from prefect.client.orchestration import get_client
@@ -75,6 +77,9 @@ def main() -> int:
         print(create(arguments.name, arguments.block))
     except CallError as error:
         print(f"{arguments.name}: {error}", file=sys.stderr)
+        return 2
+    except httpx.HTTPError as error:
+        print(f"the Prefect server that PREFECT_API_URL names does not answer: {error}", file=sys.stderr)
         return 2
     return 0
 

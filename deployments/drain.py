@@ -4,7 +4,8 @@
     prefect work-pool resume ptbin-process
 
 SIGTERM to a worker ends the runs in its hands (they tidy up, and the next run goes on from there); after a
-drain there are none. Exit status: 0 nothing runs any more; 1 something still does.
+drain there are none. Exit status: 0 nothing runs any more; 1 something still does; 2 there
+is no such pool or server.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import asyncio
 import sys
 import time
 
+import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.client.schemas.filters import (
@@ -24,8 +26,10 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import StateType
+from prefect.exceptions import ObjectNotFound
 
-from flows.wishes import parse_duration
+from flows.parsing import parse_duration
+from ptbin.errors import UsageError
 
 ACTIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
@@ -63,7 +67,19 @@ def main() -> int:
     parser.add_argument("pool")
     parser.add_argument("--timeout", default="6h", help="how long to wait: 90, 45m, 6h")
     arguments = parser.parse_args()
-    left = asyncio.run(drain(arguments.pool, parse_duration(arguments.timeout)))
+    try:
+        left = asyncio.run(drain(arguments.pool, parse_duration(arguments.timeout)))
+    except UsageError as error:
+        parser.error(str(error))
+    except ObjectNotFound:
+        parser.error(
+            f"the server has no work pool {arguments.pool}; `prefect work-pool ls` lists those it has"
+        )
+    except httpx.HTTPError as error:
+        parser.error(f"the Prefect server that PREFECT_API_URL names does not answer: {error}")
+    except KeyboardInterrupt:
+        print(f"interrupted; if {arguments.pool} was paused already, it stays so", file=sys.stderr)
+        return 130
     if left:
         print(f"{left} runs of {arguments.pool} are still active; the pool stays paused", file=sys.stderr)
         return 1

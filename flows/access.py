@@ -16,9 +16,9 @@ from typing import Any
 from flows.metering import metering
 from flows.notices import tag_flow_run, untagged_tasks
 from flows.options import DEFAULT_REQUESTS
+from flows.parsing import parse_duration, refuse_runner_secrets
 from flows.prefect.signals import hold_signals
 from flows.runners import Runner, RunnerName, open_runner
-from flows.wishes import parse_duration, refuse_runner_secrets
 from ptbin.catalog.lease import Lease, acquire_lease
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import PtbinError
@@ -75,7 +75,7 @@ def join_run(run_id: str, settings: RunSettings) -> Iterator[LiveRun]:
     """The run that the caller opened in this process, or else a new one with the options referred to.
 
     Raises:
-        UsageError: an id that is none, or options that are not to be had here.
+        UsageError: not a valid id, or options that cannot be found here.
 
     Whatever ends the context other than its end, an interrupt above all, stops the tasks that still run:
     Prefect's thread pool would wait for them.
@@ -115,7 +115,7 @@ class Running:
         self.live.stop(reason)
         if self.lease is not None and self.runner.is_remote and not self.stopped.is_set():
             self.stopped.set()
-            self.lease.tell_to_stop()
+            self.lease.ask_to_stop()
 
     @property
     def is_stopping(self) -> bool:

@@ -3,7 +3,7 @@
 The key is the same for every run of a flow, so the UI keeps their history under it. Prefect accepts
 tables of several thousand rows (5,000 measured); the rest is in the run record.
 
-Nobody's work depends on any of it: a thread of its own sends it, what cannot be sent is logged once, and the
+No work depends on any of it: a separate thread sends it, what cannot be sent is logged once, and the
 end of a run waits for it for `END_SECONDS` and no longer.
 """
 
@@ -45,12 +45,12 @@ class Artifacts:
         self._telling = threading.Event()
 
     def begin(self, count: int) -> None:
-        """So many files there are to do."""
+        """The number of files to do."""
         self._count = count
         self._told_at = time.monotonic()
 
     def update(self, done: int, text: str) -> None:
-        """So many are done; most calls cost nothing. Short runs come to no progress artifact at all."""
+        """The number of files done; most calls cost nothing. Short runs have no progress artifact."""
         if not self._count or time.monotonic() < self._told_at + UPDATE_SECONDS or self._telling.is_set():
             return
         self._told_at = time.monotonic()

@@ -15,13 +15,13 @@ from flows.access import Running, RunSettings, current_flow_run_id, join_run, ru
 from flows.artifacts import Artifacts, conversion_rows
 from flows.batches import MAX_BATCHES, cut, iter_batches
 from flows.notices import failure_line, final_state, log_failures, state_message
+from flows.parsing import refuse_secrets
 from flows.prefect.orchestrator import ABSENT_SECONDS, await_server
 from flows.prefect.signals import INTERRUPTS
 from flows.report_link import link_of
 from flows.report_markdown import render_markdown
 from flows.selection import with_named_files
 from flows.stages import Stage, Stages, count_of
-from flows.wishes import refuse_secrets
 from ptbin.catalog import Job
 from ptbin.catalog.checks import check_request
 from ptbin.catalog.request import RunRequest
@@ -42,12 +42,12 @@ from tasks.steps import step, sure_step
 __all__ = ["Conversion", "carry_out"]
 
 LOGGED = 1000
-"""So many checkpoints have a line of their own in the flow run's log on the server."""
+"""Up to this many checkpoints get a line each in the flow run's log on the server."""
 ASKING_COUNT = 200
 ASKING_BATCHES = 50
 """With 200 batches, each written and proven, and the index, that is about 500 task runs at most."""
 ASKING_WIDTH = 8
-"""At least so many ask what is up to date: that is waiting for small answers, not work."""
+"""At least this many ask what is up to date: that is waiting for small answers, not work."""
 
 
 def carry_out(
@@ -286,20 +286,10 @@ class Conversion:
         facts = outcome.converted
         if self.runner.is_remote and facts is not None:
             self.live.listener.moved(facts.read_nbytes)
-        self.live.listener.settled(
-            Settled(
-                job.path,
-                kind,
-                job.source_size,
-                outcome.reason,
-                outcome.detail,
-                outcome.seconds,
-                *((facts.read_nbytes, facts.written_nbytes) if facts is not None else ()),
-            )
-        )
-        if outcome.reason:
-            self.logger.warning("%s %s: %s: %s", kind, job.path, outcome.reason, outcome.detail)
-        elif len(self.stages.settled) <= LOGGED:
+        moved = (facts.read_nbytes, facts.written_nbytes) if facts is not None else ()
+        if self._announce_outcome(outcome, kind, job.source_size, *moved):
+            return
+        if len(self.stages.settled) <= LOGGED:
             written = f", {format_nbytes(facts.written_nbytes)} written" if facts is not None else ""
             size = format_nbytes(job.source_size)
             what = outcome.kind.replace("_", " ")
@@ -311,6 +301,14 @@ class Conversion:
         if self.lines:
             self.logger.info("%s", "\n".join(self.lines))
             self.lines = []
+
+    def _announce_outcome(self, outcome: Outcome, kind: str, nbytes: int, *moved: int) -> bool:
+        """Report to the listener, and a problem to the log as well; whether it was one."""
+        facts = (outcome.reason, outcome.detail, outcome.seconds)
+        self.live.listener.settled(Settled(outcome.path, kind, nbytes, *facts, *moved))
+        if outcome.reason:
+            self.logger.warning("%s %s: %s: %s", kind, outcome.path, outcome.reason, outcome.detail)
+        return bool(outcome.reason)
 
     def _announce(self, path: str, kind: str, reason: str, detail: str) -> None:
         self.live.listener.settled(Settled(path, kind, reason=reason, detail=detail))

@@ -15,9 +15,9 @@ from typing import Any
 from flows.conversion import Conversion, carry_out
 from flows.forms import PLACES, Text
 from flows.options import CONVERT
+from flows.parsing import refuse_secrets
 from flows.requests import convert_request
 from flows.run_flow import run_flow
-from flows.wishes import refuse_secrets
 
 __all__ = ["convert"]
 

@@ -53,7 +53,7 @@ def fan_out(
 
     Once `keep_on` says no, only urgent work is still started. `check` is called every now and then and may
     raise. That, and whatever is raised in `then`, ends the loop: `stop` is called, which is to tell what is
-    under way, and what that comes to within `DRAIN_SECONDS` is still heard; then the error goes on.
+    under way, and what that comes to within `DRAIN_SECONDS` still counts; then the error goes on.
     """
     order = itertools.count()
     ready: list[tuple[bool, int, Work]] = []
@@ -133,7 +133,7 @@ def _final_state(future: PrefectFuture[Any]) -> State[Any]:
     try:
         future.wait()
         state = future.state
-    except Exception as error:  # noqa: BLE001 - each engine has errors of its own for this
+    except Exception as error:  # noqa: BLE001 - each engine has its own errors for this
         return Crashed(message=f"{type(error).__name__}: {error}")
     return state if state.is_final() else Crashed(message="its worker was lost")
 

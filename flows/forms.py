@@ -2,7 +2,7 @@
 
 The form is flat. Choices are enumerations; sizes and durations carry the pattern that they have to match,
 so that Prefect's server refuses others before it creates a run. What ptbin refuses later ends the run with
-one line (`flows.endings`).
+one line (`flows.run_flow`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from flows.endings import fails_with_one_line
-from flows.wishes import parse_duration, parse_size
+from flows.parsing import parse_duration, parse_size
 from ptbin.values.options import Option
 
 __all__ = ["DEST", "PLACES", "Text", "takes"]
@@ -68,11 +67,10 @@ def takes(places: Sequence[Option], options: Sequence[Option]) -> Callable[[Func
             )
             for entry in every
         ]
-        run = fails_with_one_line(function)
-        run.__signature__ = inspect.Signature(parameters, return_annotation=Any)  # type: ignore[attr-defined]
+        function.__signature__ = inspect.Signature(parameters, return_annotation=Any)  # type: ignore[attr-defined]
         lines = [f"    {entry.name}: {entry.help}" for entry in every]
-        run.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Args:", *lines, ""])
-        return run
+        function.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Args:", *lines, ""])
+        return function
 
     return decorate
 

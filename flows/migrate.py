@@ -1,16 +1,14 @@
 """The migrate flow: one model registry into another, every checkpoint on the way as weights.
 
 Versions are moved side by side and made known in order, model by model: a destination that numbers versions
-itself (MLflow) gives them numbers in the order of the source. What the destination cannot keep is told before
-anything is written.
+itself (MLflow) gives them numbers in the order of the source. What the destination cannot keep is reported
+before anything is written.
 """
 
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from flows.access import Running, RunSettings, join_run, running
@@ -18,25 +16,24 @@ from flows.batches import cut, iter_batches
 from flows.conversion import Conversion
 from flows.forms import PLACES, Text
 from flows.options import CONTENT, MIGRATE, chosen
+from flows.parsing import build_options, refuse_secrets
 from flows.run_flow import run_flow
 from flows.stages import Stage
-from flows.wishes import build_options, refuse_secrets
 from ptbin.catalog import Job, Problem
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions
 from ptbin.registries import Migration, ModelPlan, Version, wanted_names
-from ptbin.registries.migration import prepare
-from ptbin.registries.transfer import is_of_training
+from ptbin.registries.contents import is_of_training
+from ptbin.registries.migration import Registries, prepare
 from ptbin.registries.values import natural_order
+from ptbin.runs.migrating import MigrationTally, loss_lines
 from ptbin.runs.outcomes import Outcome, Staged
 from ptbin.runs.record import new_run_id
-from ptbin.runs.remembering import VersionMemory, state_of
-from ptbin.runs.tally import Entry, Tally
+from ptbin.runs.remembering import VersionMemory
+from ptbin.runs.tally import Entry
 from tasks.listing import plan_of
-from tasks.live import Settled
 from tasks.migrating import (
-    Registries,
     VersionJob,
     model_of,
     register_batch,
@@ -45,69 +42,13 @@ from tasks.migrating import (
 )
 from tasks.steps import step
 
-__all__ = ["Migrating", "MigrationTally", "loss_lines", "migrate"]
+__all__ = ["Migrating", "migrate"]
 
 TRANSFERS = 150
 VERSIONS_PER_BATCH = 8
 MODELS_PER_UPDATE = 50
 UPDATES = 50
 """With 150 transfers, each followed by one registration at most, that is about 400 task runs."""
-
-
-@dataclass(slots=True)
-class MigrationTally(Tally):
-    """Counts are of versions; the entries of what was converted are checkpoints."""
-
-    kind: str = "migrate"
-    versions: list[dict[str, Any]] = field(default_factory=list)
-    """A row for each version of the plan, in its order, with what became of it."""
-    updated: int = 0
-    """Models whose metadata was brought in step."""
-    files: Counter[str] = field(default_factory=Counter)
-
-    def message(self) -> str:
-        parts = [
-            f"migrated {self.count('converted')}",
-            f"up to date {self.count('up_to_date')}",
-            f"rejected {self.count('rejected')}",
-            f"failed {self.count('failed')}",
-        ]
-        if known := self.count("known"):
-            parts.append(f"known failures {known}")
-        if self.updated:
-            parts.append(f"models updated {self.updated}")
-        if skipped := self.count("not_a_checkpoint"):
-            parts.append(f"without a checkpoint {skipped}")
-        if left := self.count("not_tried"):
-            parts.append(f"not tried {left}")
-        parts.extend(f"{problem.reason}: {problem.detail}" for problem in self.run_problems)
-        return ("interrupted: " if self.interrupted else "") + ", ".join(parts)
-
-    def add_version(self, version: Version, outcome: Outcome) -> Entry:
-        """One version that did not come along, or had to do no more: with what the ledger says of it."""
-        entry = Entry(
-            version.path,
-            version.uri,
-            0,
-            outcome.kind,
-            outcome.reason,
-            outcome.detail,
-            seconds=outcome.seconds,
-        )
-        return self._append(entry, state_of(version))
-
-    def summary(self, seconds: float) -> dict[str, Any]:
-        document = Tally.summary(self, seconds)
-        return {
-            **document,
-            "migrated": document["converted"],
-            "converted": sum(1 for entry in self.entries if entry.converted is not None),
-            "copied": self.files["copied"],
-            "skipped": self.count("not_a_checkpoint"),
-            "left_alone": self.files["left_alone"],
-            "updated": self.updated,
-            "versions": list(self.versions),
-        }
 
 
 class Migrating(Conversion):
@@ -145,11 +86,11 @@ class Migrating(Conversion):
         """The plan knows."""
 
     def _clean_up(self) -> None:
-        """Unfinished outputs lie in places of their own; whoever takes up the version goes on from there.
+        """Unfinished outputs lie in places of their own; a run that takes up the version goes on from there.
 
-        What nobody takes up any more, since its source has changed again, is removed.
+        What no run takes up any more, since its source has changed again, is removed.
         """
-        _, there = self.registries.open(self.live)
+        _, there = self.registries.open(**self.live.sides)
         there.tidy({job.parts[0].fingerprint for job in self.jobs})
 
     def run(self) -> None:
@@ -230,12 +171,7 @@ class Migrating(Conversion):
         if self.runner.is_remote:
             self.live.listener.moved(read)
         kind = "migrated" if kind == "converted" else kind
-        self.live.listener.settled(
-            Settled(job.path, kind, nbytes, outcome.reason, outcome.detail, outcome.seconds, read, written)
-        )
-        if outcome.reason:
-            self.logger.warning("%s %s: %s: %s", kind, job.path, outcome.reason, outcome.detail)
-        else:
+        if not self._announce_outcome(outcome, kind, nbytes, read, written):
             now = f" as version {facts.dest_version}" if facts is not None else ""
             self.lines.append(f"{kind.replace('_', ' ')} {job.path}{now} in {outcome.seconds:.2f} s")
 
@@ -287,16 +223,6 @@ class Migrating(Conversion):
         return jobs[0].path if len(jobs) == 1 else f"{len(jobs)} versions"
 
 
-def loss_lines(plan: Migration) -> list[str]:
-    """What of the source the destination cannot keep, a line each; those of all versions first."""
-    lines = list(plan.never_kept) if any(step.action == "migrate" for step in plan.steps()) else []
-    for model in plan.models:
-        lines += [f"{model.model.name}: {text}" for text in model.not_kept]
-        for one in model.steps:
-            lines += [f"{one.version.model}: {text}" for text in one.not_kept]
-    return lines
-
-
 @run_flow(PLACES, MIGRATE)
 def migrate(source: Text, dest: Text, **asked: Any) -> Any:
     """Bring the models of the registry `source` into the registry `dest`, as weights.
@@ -311,7 +237,7 @@ def migrate(source: Text, dest: Text, **asked: Any) -> Any:
     settings = RunSettings.of(asked)
     registries = Registries(source, dest, asked["source_layout"], asked["layout"])
     with join_run(asked["run_id"] or new_run_id(), settings) as live:
-        here, there = registries.open(live)
+        here, there = registries.open(**live.sides)
         here.check_readable()
         there.check_writable()
         # Before anything is made at DEST.

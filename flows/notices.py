@@ -15,9 +15,11 @@ from typing import Any
 from prefect.states import Completed, Failed
 
 from flows.prefect.undocumented import flow_run_context, without_tags
+from ptbin.runs.outcomes import one_line
 from ptbin.runs.result import RunFailedError, RunResult
 from ptbin.runs.tally import Entry
 from ptbin.runs.units import short_detail
+from tasks.batch_states import MAX_LINE_LENGTH, MAX_LISTED_FAILURES, first_failures
 
 __all__ = [
     "MAX_LISTED_FAILURES",
@@ -32,21 +34,18 @@ __all__ = [
 
 TAG = "ptbin"
 """Of every flow run; `deployments/automations/` match it."""
-MAX_LISTED_FAILURES = 10
-MAX_LINE_LENGTH = 300
 
 
 def failure_line(entry: Entry) -> str:
     """`new: run3/cut.pt: corrupt_archive: ...`, or `since 2026-11-01: ...`; one line."""
     when = "new" if entry.novelty == "new" else f"since {entry.since[:10]}" if entry.since else entry.outcome
-    return _line(f"{when}: {entry.path}: {entry.reason}: {short_detail(entry.path, entry.detail)}")
+    text = f"{when}: {entry.path}: {entry.reason}: {short_detail(entry.path, entry.detail)}"
+    return one_line(text, MAX_LINE_LENGTH)
 
 
 def state_message(counts: str, failures: Sequence[str], report: str | None = None) -> str:
     """The message of a run's final state: counts, failures as `failure_line` writes them, the report."""
-    lines = [counts, *failures[:MAX_LISTED_FAILURES]]
-    if len(failures) > MAX_LISTED_FAILURES:
-        lines.append(f"and {len(failures) - MAX_LISTED_FAILURES:,} more")
+    lines = [counts, *first_failures(failures)]
     if failures and report:
         lines.append(f"report: {report}")
     return "\n".join(lines)
@@ -67,7 +66,7 @@ def tag_flow_run(tags: Iterable[str] = (TAG,)) -> None:
 
     Deployments and the command line give them when they make the run, as automations want it: the server
     keeps the tags for its events for some minutes as they were then. This is for flows that people call.
-    A server that does not answer is no reason to stop.
+    The run goes on where the server does not answer.
     """
     from prefect.client.orchestration import get_client
 
@@ -95,11 +94,6 @@ def untagged_tasks() -> Iterator[None]:
     """
     with without_tags():
         yield
-
-
-def _line(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= MAX_LINE_LENGTH else f"{text[: MAX_LINE_LENGTH - 1]}…"
 
 
 def final_state(result: RunResult, message: str) -> Any:

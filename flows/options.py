@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from flows.wishes import MAX_WORKERS
+from flows.parsing import MAX_WORKERS
 from ptbin.options import FILES, FORM, PROOF, ConvertOptions
 from ptbin.restoring.options import RestoreOptions
 from ptbin.values.options import Option, options_of
@@ -33,6 +34,10 @@ _RESTORING = options_of(RestoreOptions)
 
 CONTENT = tuple(entry for name, entry in _ENGINE.items() if name not in {"layout", "force"})
 """What is in an output, and how far it is proven."""
+
+_of_run = partial(Option, group=RUN)
+_of_mirror = partial(Option, group=MIRROR)
+_of_registries = partial(Option, group=REGISTRIES)
 
 NAMING = Option(
     "naming",
@@ -56,51 +61,46 @@ COPY_LINKS = Option(
 )
 
 RUNNER = (
-    Option(
+    _of_run(
         "workers",
         "Batches worked on at once: one a core (2 to 16), or as many as the cluster has threads.",
         kind="count",
         metavar="N",
         most=MAX_WORKERS,
-        group=RUN,
     ),
-    Option(
+    _of_run(
         "runner",
         "What works on them: threads, processes, a Dask or a Ray cluster.",
         "threads",
         "choice",
         ("threads", "processes", "dask", "ray"),
-        group=RUN,
     ),
-    Option(
+    _of_run(
         "runner_address",
         "A running Dask scheduler or Ray head (tcp://HOST:8786, ray://HOST:10001).",
         metavar="ADDR",
-        group=RUN,
     ),
 )
 RUNNING = (
-    Option("fail_fast", "Begin nothing new after the first problem.", False, "flag", group=RUN),
+    _of_run("fail_fast", "Begin nothing new after the first problem.", False, "flag"),
     *RUNNER,
-    Option(
+    _of_run(
         "max_requests",
         "Requests to S3 under way at once, of the whole run.",
         DEFAULT_REQUESTS,
         "count",
         metavar="N",
-        group=RUN,
     ),
-    Option("deadline", "Stop the run after that long: 90, 45m, 6h, 1h30m.", kind="duration", group=RUN),
+    _of_run("deadline", "Stop the run after that long: 90, 45m, 6h, 1h30m.", kind="duration"),
 )
 """How a run is carried out, whatever it does."""
 
 JUDGING = (
-    Option(
+    _of_run(
         "min_success",
         "Succeed if that share of the checkpoints does (0.99), acknowledged failures aside.",
         kind="share",
         metavar="SHARE",
-        group=RUN,
     ),
 )
 
@@ -128,32 +128,27 @@ CONVERT = (
 
 MIRRORING = (
     replace(EXCLUDE, help="Neither convert, copy nor delete these."),
-    Option(
+    _of_mirror(
         "delete",
         "Delete from DEST what SOURCE no longer has; never when anything failed.",
         False,
         "flag",
-        group=MIRROR,
     ),
-    Option(
+    _of_mirror(
         "max_delete",
         "If more are gone than that, delete none.",
         kind="count",
         metavar="N",
         least=0,
-        group=MIRROR,
     ),
-    Option(
+    _of_mirror(
         "checksum",
         "Compare by content, outputs too; times and ETags are not believed.",
         False,
         "flag",
-        group=MIRROR,
     ),
-    Option(
-        "immutable", "Never change what is there; what differs is a failure.", False, "flag", group=MIRROR
-    ),
-    Option("backup_dir", "First copy there what is written over or deleted.", metavar="PLACE", group=MIRROR),
+    _of_mirror("immutable", "Never change what is there; what differs is a failure.", False, "flag"),
+    _of_mirror("backup_dir", "First copy there what is written over or deleted.", metavar="PLACE"),
 )
 """What `sync` does beyond converting."""
 
@@ -169,23 +164,21 @@ SYNC = (
 )
 
 MIGRATE = (
-    Option(
+    _of_registries(
         "layout",
         "Of DEST where it is a directory registry: mirror, hf, triton, a template such as "
         "models/{name}/v{version}, or both, hf:{name}. Of SOURCE where only that is one.",
         metavar="LAYOUT",
-        group=REGISTRIES,
     ),
-    Option("source_layout", "Of SOURCE, likewise.", metavar="LAYOUT", group=REGISTRIES),
+    _of_registries("source_layout", "Of SOURCE, likewise.", metavar="LAYOUT"),
     replace(INCLUDE, help="Only models of such names."),
     replace(EXCLUDE, help="No models of such names."),
-    Option(
+    _of_registries(
         "versions",
         "Of each model: all, the latest one, those that have an alias.",
         "all",
         "choice",
         ("all", "latest", "aliased"),
-        group=REGISTRIES,
     ),
     *CONTENT,
     *RUNNING,

@@ -42,7 +42,7 @@ def refuse_nothing(live: LiveRun, request: RunRequest) -> None:
     """Refuse a conversion of nothing before anything is written; the listing ends at the first candidate.
 
     Raises:
-        UsageError: there is no checkpoint below SOURCE, and no problem.
+        UsageError: there is no checkpoint below SOURCE, nor any problem.
     """
     if request.named is not None or request.kind == "sync":
         return

@@ -4,7 +4,7 @@
 |---|---|
 | below a prefix of `PTBIN_SERVED` (`s3://models=https://models.example ...`) | that site |
 | `http://`, `https://` | itself |
-| `s3://`, with `PTBIN_PRESIGN=7d` | signed for that long (whoever sees the run can then read the report) |
+| `s3://`, with `PTBIN_PRESIGN=7d` | signed for that long (all who see the run can then read the report) |
 | `s3://` at AWS, `gs://` | the provider's console, which asks who is there |
 | a local path | `file://`, for a browser on that machine |
 
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from flows.wishes import parse_duration
+from flows.parsing import parse_duration
 
 __all__ = ["link_of", "served_at"]
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from flows.wishes import build_options, restore_options
+from flows.parsing import build_options, restore_options
 from ptbin.catalog.request import RunRequest
 
 __all__ = ["convert_request", "restore_request", "sync_request"]

@@ -13,10 +13,10 @@ from flows.access import Running
 from flows.conversion import Conversion, carry_out
 from flows.forms import PLACES, Text
 from flows.options import RESTORE
+from flows.parsing import restore_options
 from flows.requests import restore_request
 from flows.run_flow import run_flow
 from flows.stages import Stage
-from flows.wishes import restore_options
 from ptbin import RestoreOptions
 from ptbin.runs.tally import Tally
 from tasks.restoring import restore_batch

@@ -8,15 +8,19 @@ its record in DEST.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
-from prefect import Flow, flow
+from prefect import Flow, flow, get_run_logger
 from prefect.client.schemas.objects import State
+from prefect.states import Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.forms import Text, takes
-from flows.wishes import MAX_WORKERS
+from flows.parsing import MAX_WORKERS
+from flows.prefect.undocumented import flow_run_context
+from ptbin.errors import PtbinError
 from ptbin.runs.result import RunResult
 from ptbin.values.options import Option
 
@@ -34,6 +38,28 @@ if TYPE_CHECKING:
         def __call__(self, *places: Text, **asked: Any) -> Any: ...
 
 
+def fails_with_one_line(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the flow made of `function` end Failed, with the reason and message of an error of ptbin's.
+
+    Prefect would log what a flow raises with its traceback, which says nothing to the readers of the run's
+    page. A caller of the flow as a function gets the error raised. Anything else is a bug, and keeps its
+    traceback.
+    """
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            return function(*arguments, **keywords)
+        except PtbinError as error:
+            if flow_run_context() is None:
+                raise
+            line = " ".join(f"{error.reason}: {error}".split())
+            get_run_logger().error("%s", line)
+            return Failed(message=line, data=error)
+
+    return run
+
+
 def run_flow(places: Sequence[Option], options: Sequence[Option]) -> Callable[[Callable[..., Any]], RunFlow]:
     """A flow of the function's name, with the parameters that these options stand for."""
 
@@ -44,7 +70,7 @@ def run_flow(places: Sequence[Option], options: Sequence[Option]) -> Callable[[C
             # Wide enough for any `workers`; the fan-out itself never has more in flight than it was told.
             task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
             persist_result=False,
-        )(takes(places, options)(function))
+        )(takes(places, options)(fails_with_one_line(function)))
         return cast("RunFlow", made)
 
     return decorate

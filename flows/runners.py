@@ -24,8 +24,8 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 
 from flows.batches import BATCH_COUNT, BATCHES_PER_WORKER
 from flows.fanout import quote
+from flows.parsing import MAX_WORKERS, refuse_runner_secrets
 from flows.prefect.undocumented import is_broken
-from flows.wishes import MAX_WORKERS, refuse_runner_secrets
 from ptbin.cores import default_workers, share_cores
 from ptbin.errors import UsageError
 from tasks.live import stop_all
@@ -60,7 +60,7 @@ class Runner:
 
     @property
     def batch_count(self) -> int:
-        """So many checkpoints go into a batch at most: a task run costs 5 ms in a thread, else 100."""
+        """The most checkpoints in a batch: a task run costs 5 ms in a thread, else 100."""
         return REMOTE_BATCH_COUNT if self.is_remote else BATCH_COUNT
 
     @property
@@ -218,7 +218,7 @@ def _ray(address: str | None, workers: int | None, empty: str) -> Runner:
     ray = _import("ray", "ray")
     width = workers or default_workers()
     quiet = {"logging_level": "error", "log_to_driver": False, "configure_logging": False}
-    # Ray's workers import from the working folder of whoever starts them, unless they are given another one.
+    # Ray's workers import from their parent's working folder, unless they are given another one.
     elsewhere = {"runtime_env": {"working_dir": empty}}
     if address is None:
         options = quiet | elsewhere | {"num_cpus": width, "include_dashboard": False}

@@ -15,10 +15,10 @@ from flows.batches import plan_batches
 from flows.forms import DEST, Text
 from flows.notices import final_state, log_failures, state_message
 from flows.options import VERIFY
+from flows.parsing import refuse_secrets
 from flows.prefect.orchestrator import await_server
 from flows.run_flow import run_flow
 from flows.stages import Stage, Stages, count_of
-from flows.wishes import refuse_secrets
 from ptbin.catalog import find_orphans
 from ptbin.options import VerifyLevel
 from ptbin.proof.signatures import verify_signatures

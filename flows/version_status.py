@@ -17,7 +17,7 @@ from ptbin.history.records import RecordedRun, iter_runs
 from ptbin.history.status import RECORDS_READ, Status
 from ptbin.options import ConvertOptions
 from ptbin.registries import ModelPlan, is_registry_uri
-from ptbin.registries.migration import open_both, prepare
+from ptbin.registries.migration import Registries, prepare
 from ptbin.registries.planning import Step
 from ptbin.runs.remembering import state_of
 from ptbin.stores import place_of, public_uri
@@ -45,14 +45,9 @@ def refuse_registries(source: str, dest: str) -> None:
 
 
 def last_migration(
-    source: str,
-    dest: str,
-    *,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
+    source: str, dest: str, dest_options: Mapping[str, Any] | None = None
 ) -> LastMigration | None:
     """The newest recorded migration from SOURCE into DEST; None where its newest run is another."""
-    del source_options
     place = place_of(dest, dest_options)
     if not place.is_directory():
         return None
@@ -82,14 +77,8 @@ def version_status(
         StorageError: either side failed.
     """
     asked = migration.run.mapping("selection")
-    here, there = open_both(
-        migration.source,
-        migration.dest,
-        asked.get("source_layout"),
-        asked.get("layout"),
-        source_options or {},
-        dest_options or {},
-    )
+    sides = Registries(migration.source, migration.dest, asked.get("source_layout"), asked.get("layout"))
+    here, there = sides.open(source_options, dest_options)
     include, exclude = asked.get("include", []), asked.get("exclude", [])
     plan = prepare(here, there, include, exclude, asked.get("versions", "all"), migration.options)
     ledger = read_ledger(place_of(migration.dest, dest_options), root=here.uri)

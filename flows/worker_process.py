@@ -1,4 +1,4 @@
-"""How flow runs of a process pool get the time to end well when their worker is told to end.
+"""How flow runs of a process pool get the time to end well when their worker is stopped.
 
 A Prefect worker that gets SIGTERM sends one to each process it has started and SIGKILL right behind it
 (`prefect.utilities.processutils.open_process`, when cancelled), so a run would leave its lease, its uploads
@@ -63,7 +63,7 @@ def main(words: Sequence[str]) -> int:
 
 
 class _Unread(io.FileIO):
-    """Output that nobody may read any more. The worker did; rich, in Prefect's log, ends the process then."""
+    """Output whose reader may be gone. The worker did; rich, in Prefect's log, ends the process then."""
 
     def write(self, data: Any) -> int:
         try:

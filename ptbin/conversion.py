@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -88,7 +87,7 @@ def convert(
 
     Args:
         source: local path or fsspec URL of one checkpoint, or a `Place`.
-        dest: where the output goes; its manifest goes beside it.
+        dest: where the output goes; its manifest goes next to it.
         source_options, dest_options: fsspec storage options, where places are given as text; they never reach
             manifests or messages.
         progress: called with the bytes moved since its last call.
@@ -125,7 +124,7 @@ def stage(
     options = options or ConvertOptions()
     if options.verify == "load":
         require_reader(options.format)
-    started = time.time()
+    started_at = utc_now()
     written: list[Written] = []
     files: list[DraftFile] = []
     notes: list[str] = []
@@ -152,7 +151,7 @@ def stage(
         else:
             notes.append(f"{name} of the output before this one stays: it has other content by now")
     manifest["run_id"] = run_id or os.urandom(6).hex()
-    manifest["started_at"] = _iso(started)
+    manifest["started_at"] = started_at
     manifest["finished_at"] = utc_now()
     manifest["bytes_read"] = bytes_read
     manifest["bytes_written"] = sum(file.size for file in files)
@@ -414,7 +413,3 @@ def publish_at(draft: Draft, source: Place, dest: Place, progress: Progress | No
     if draft.claimed:
         end_claim(dest)
     return Published(manifest, identity or place.stat().identity)
-
-
-def _iso(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

@@ -7,14 +7,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ptbin.errors import CheckpointError, CorruptArchiveError
+from ptbin.errors import CheckpointError
 from ptbin.options import ConvertOptions, Limits
-from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.parts import accept_part
-from ptbin.reading.pickle.verdicts import judge_programs, refuse_unsafe_fragment
 from ptbin.reading.search import find_state_dicts
-from ptbin.reading.selected import Selected, refuse_unsafe, select_from
+from ptbin.reading.selected import Selected, read_and_judge, refuse_unsafe, select_from
 from ptbin.reading.selection import why_chosen
 from ptbin.sources.opening import find_source
 from ptbin.stores import Where
@@ -51,12 +49,7 @@ def inspect(
         options = options.replace(limits=limits)
     place = find_source(uri, storage_options)
     with place.open() as reader, as_checkpoint_errors(reader.uri):
-        try:
-            checkpoint = read_checkpoint(reader, options.limits, options.recipe, parts=options.parts)
-        except CorruptArchiveError as error:
-            refuse_unsafe_fragment(error, reader.uri)
-            raise
-        safety = judge_programs(checkpoint.programs)
+        checkpoint, safety = read_and_judge(reader, options)
         if options.parts:
             accept_part(checkpoint)
         findings = find_state_dicts(checkpoint, options.limits)

@@ -1,7 +1,7 @@
 """What a caller may ask of a conversion, as frozen values.
 
 `ConvertOptions` decides *what* the output is; its fingerprint goes into the manifest, so that a
-rerun can tell whether an output was made with the same wishes. What only decides *how* the work is
+rerun can tell whether an output was made with the same options. What only decides *how* the work is
 done (proof level, force, storage options, workers) stays out of the fingerprint. `Limits` bounds the
 memory and time that a hostile file may claim. No value here is ever a secret: storage options travel
 beside the options, never inside them.
@@ -70,7 +70,7 @@ class Limits:
     inflated_member_nbytes: int = 64 * MIB
     """Largest deflated *index* member (pickle, code); deflated storages are streamed and not bound by it."""
     pickle_inflate_ratio: int = 100
-    """A deflated pickle that grows by more is no state dict's: those shrink about tenfold."""
+    """A deflated pickle that grows by more is not a state dict's: those shrink about tenfold."""
     code_nbytes: int = 32 * MIB
     """All of a TorchScript archive's code together."""
     copied_nbytes: int = 256 * MIB
@@ -244,7 +244,7 @@ class ConvertOptions:
     def from_json(cls, recorded: Mapping[str, Any], **others: Any) -> ConvertOptions:
         """The options a manifest records; `others` are the fields it does not."""
         fields = {**recorded, **others}
-        fields.pop("restore", None)  # of the way back (`restoring`), which is no conversion's
+        fields.pop("restore", None)  # of the way back (`restoring`), which is not a conversion's
         fields["rename"] = tuple((old, new) for old, new in recorded["rename"])
         fields["drop"] = tuple(recorded["drop"])
         if isinstance(recorded.get("select"), list):

@@ -131,7 +131,7 @@ class _Writing:
         place = self.place.place_of(plan.name)
         opened = place.open_writer(size_hint=plan.plan.size, copies=copies, claim=self.place.claim)
         with at_work(), opened as writer:
-            descriptor = writer.written() if check_source else None
+            descriptor = writer.descriptor() if check_source else None
             proof = self._proof(descriptor) if descriptor is not None else None
             try:
                 if proof is not None:

@@ -3,7 +3,7 @@
 One task run and one event for each asset, each event with SOURCE as what it was made from. A run that made
 more outputs than `MAX_OUTPUTS` tells of DEST alone, with the counts: a million checkpoints make two events.
 Prefect takes keys of the form `scheme://path` without blanks, `%`, `+` in the scheme and some other
-characters; a place that has them is no asset. Nothing else depends on any of it.
+characters; a place that has them is not an asset. Nothing else depends on any of it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The tasks that make outputs: `convert_batch` writes, `verify_batch` proves and writes manifests.
 
-A batch that is stopped half-way leaves outputs without manifests at worst, which nobody takes for finished.
+A batch that is stopped half-way leaves outputs without manifests at worst, which no run takes for finished.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "read_block"]
 
 STS_SECONDS = 3600
-"""How long the credentials of an assumed role hold where nobody says otherwise (STS API, `AssumeRole`)."""
+"""How long the credentials of an assumed role hold unless stated otherwise (STS API, `AssumeRole`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 Task and flow parameters are stored on Prefect's server and shown in its UI, so secrets cannot be among
 them. A flow opens a `LiveRun` under its run id; tasks that are threads of the same process find it there. A
 task in another process gets a `Ticket` and makes a live run of its own from it, which it shares with all
-tasks of that run in its process, and which hears from the run's lease on DEST when to stop.
+tasks of that run in its process, and which learns from the run's lease on DEST when to stop.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ class Listener:
     """Hears how a run gets on; this one does nothing with it. Called from several threads."""
 
     def planned(self, files: int, nbytes: int, up_to_date: int) -> None:
-        """So many files with so many bytes are going to be worked on."""
+        """The number of files that are going to be worked on, and their bytes."""
 
     def noted(self, text: str) -> None:
         """Something that is to be known before the run writes."""
 
     def moved(self, nbytes: int) -> None:
-        """So many bytes were moved or read back since the last call."""
+        """The bytes that were moved or read back since the last call."""
 
     def settled(self, file: Settled) -> None:
         """One file has its outcome."""
@@ -100,7 +100,7 @@ class LiveRun:
     check: Callable[[], object] = field(default=lambda: None, repr=False)
     """Raises in the flow's own thread what a signal stands for, if one came."""
     stop_reason: str = field(default="", repr=False)
-    """Why a run stops that nobody interrupted: its deadline has passed, its lease is lost."""
+    """Why a run stops that was not interrupted: its deadline has passed, its lease is lost."""
     plan: Plan | None = field(default=None, repr=False)
     """What the run is to do: opened, and mostly made, by the command line, or else by the flow."""
     lease: Lease | None = field(default=None, repr=False)
@@ -165,7 +165,7 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def open_live_run(live: LiveRun) -> Iterator[LiveRun]:
-    """Make `live` findable by its run id while the context lasts; what still runs then is told to stop."""
+    """Make `live` findable by its run id while the context lasts; what still runs then is stopped."""
     _runs[live.run_id] = live
     try:
         yield live

@@ -1,6 +1,6 @@
 """The tasks of a migration: compare two registries, move versions' files, make versions known.
 
-A version counts once `register_batch` has made it known; until then its files lie where nobody looks. What
+A version counts once `register_batch` has made it known; until then no consumer looks at its files. What
 goes wrong with one version becomes its outcome and the batch goes on.
 """
 
@@ -13,56 +13,18 @@ from typing import Any
 from ptbin.catalog import Job
 from ptbin.manifests.manifest import manifest_uri
 from ptbin.options import ConvertOptions
-from ptbin.registries import Folder, Model, ModelPlan, Registration, Registry, Step, Version
-from ptbin.registries.migration import (
-    ADVICE,
-    brought_before,
-    open_both,
-    refuse_files_of_others,
-)
-from ptbin.registries.transfer import (
-    NoCheckpointError,
-    examine,
-    files_of,
-    own_first,
-    scratch,
-    transfer,
-)
+from ptbin.registries import Model, ModelPlan, Registration, Registry, Step, Version
+from ptbin.registries.contents import NoCheckpointError
+from ptbin.registries.migration import ADVICE, Registries, brought_before, plan_version
+from ptbin.registries.transfer import files_of, transfer
 from ptbin.runs.outcomes import Converted, Outcome, Staged, Written
 from ptbin.runs.retrying import is_transient
-from ptbin.stores import identity_text
+from ptbin.stores import Place, identity_text
 from ptbin.stores.copying import copy_file
 from tasks.batches import batch_task
 from tasks.live import LiveRun
 
-__all__ = [
-    "Registries",
-    "VersionJob",
-    "model_of",
-    "register_batch",
-    "transfer_batch",
-    "update_models",
-]
-
-
-@dataclass(frozen=True, slots=True)
-class Registries:
-    """The two sides of a migration, as every process of the run opens them."""
-
-    source: str
-    dest: str
-    source_layout: str | None = None
-    dest_layout: str | None = None
-
-    def open(self, live: LiveRun) -> tuple[Registry, Registry]:
-        return open_both(
-            self.source,
-            self.dest,
-            self.source_layout,
-            self.dest_layout,
-            live.source_options,
-            live.dest_options,
-        )
+__all__ = ["VersionJob", "model_of", "register_batch", "transfer_batch", "update_models"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +65,12 @@ class VersionJob(Job):
 
 
 def _open_sides(live: LiveRun, registries: Registries, **values: Any) -> dict[str, Any]:
-    source, dest = registries.open(live)
+    source, dest = registries.open(**live.sides)
     return {**values, "source": source, "dest": dest}
 
 
 def _open_dest(live: LiveRun, registries: Registries) -> dict[str, Any]:
-    return {"dest": registries.open(live)[1]}
+    return {"dest": registries.open(**live.sides)[1]}
 
 
 @batch_task("transfer versions", opens=_open_sides)
@@ -134,51 +96,42 @@ def _transfer(
     options: ConvertOptions,
 ) -> Outcome:
     step, _, existing = job.parts
+    contents = plan_version(source, dest, step, existing, job.beside, options, live.source_options)
     version = source.detail(step.version)
-    folder = source.folder(version)
-    style = dest.style
-    with scratch({**live.source_options, **folder.options}) as (source_options,):
-        contents = examine(folder, style, options, source_options)
-        refuse_files_of_others(dest, version.model, job.beside, live.source_options, live.dest_options)
-        place = dest.place(existing, version, step.dest_version, step.fingerprint)
-        try:
-            with scratch({**live.dest_options, **place.folder.options}) as (dest_options,):
-                beside = () if dest.model_folder(version.model) is not None else job.beside
-                extra = own_first(contents, beside)
-                done = transfer(
-                    contents,
-                    folder,
-                    place.folder,
-                    options,
-                    current=place.current,
-                    source_options=source_options,
-                    dest_options=dest_options,
-                    annotations=_annotations(source, step, version),
-                    run_id=live.run_id,
-                    progress=live.moved,
-                    extra=extra,
-                )
-        except Exception as error:
-            if not is_transient(error):
-                dest.abandon(place)
-            raise
-    base = place.final.uri.rstrip("/")
+    place = dest.place(existing, version, step.dest_version, step.fingerprint)
+    try:
+        done = transfer(
+            contents,
+            place.folder,
+            options,
+            current=place.current,
+            source_options=live.source_options,
+            annotations=_annotations(source, step, version),
+            run_id=live.run_id,
+            progress=live.moved,
+        )
+    except Exception as error:
+        if not is_transient(error):
+            dest.abandon(place)
+        raise
     parts = tuple(
         (
-            each_one.path,
-            Converted.from_manifest(each_one.published.manifest, manifest_uri(f"{base}/{each_one.output}")),
-            int(each_one.published.manifest["source"]["size"]),
+            each.job.path,
+            Converted.from_manifest(
+                each.published.manifest, manifest_uri((place.final / each.job.dest_uri).uri)
+            ),
+            int(each.published.manifest["source"]["size"]),
         )
-        for each_one in done
+        for each in done
     )
     written = Written(
         version,
         place.token,
-        tuple(manifest_uri(each_one.output) for each_one in done),
+        tuple(manifest_uri(each.job.dest_uri) for each in done),
         parts,
-        frozenset(each_one.path for each_one in done if each_one.fresh),
-        len(contents.others),
-        files_of(contents, done, [path for _, path in extra]),
+        frozenset(each.job.path for each in done if each.fresh),
+        len(contents.copies),
+        files_of(contents, done),
         contents.left,
     )
     return Outcome(job.path, "staged", written=written)
@@ -245,7 +198,7 @@ def _register(
 
 
 def _bring_along(
-    live: LiveRun, files: Sequence[tuple[str, str]], folder: Folder, known: Mapping[str, str]
+    live: LiveRun, files: Sequence[tuple[str, str]], folder: Place, known: Mapping[str, str]
 ) -> dict[str, str]:
     """Copy files of the model; what each is now, by its path. One that holds the same already stays.
 
@@ -256,7 +209,7 @@ def _bring_along(
     for uri, path in files:
         copied = copy_file(
             live.source_at(uri),
-            folder.place(live.dest_options) / path,
+            folder / path,
             progress=live.moved,
             may_replace=brought_before(known, path),
             advice=ADVICE,

@@ -41,7 +41,7 @@ def copy_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
         live.dest_at(job.dest_uri),
         expected=job.identity,
         verify=options.verify != "none",
-        change=change_on_copying(job, options),
+        change=change_on_copying(job.source_uri, job.dest_uri, options, size=job.source_size),
         progress=live.moved,
         may_replace=may_replace_copy(job, options),
     )

@@ -26,7 +26,6 @@ PATH is a checkpoint that failed in an earlier run, relative to SOURCE, or its U
 still tries it, and no longer fails because of it, as long as neither the file nor the reason of the failure
 changes. The list lies in DEST/_ptbin/known.json; delete an entry there to take it back.
 
-\b
 Exit status: 0 acknowledged; 2 the call was wrong, or nothing fails at a PATH: nothing was written."""
 
 
@@ -49,7 +48,7 @@ def acknowledge_command(dest: str, paths: Sequence[str], asked: dict[str, Any], 
         raise UsageError(f"--until {until:%Y-%m-%d} is over; today is {today} (UTC)")
     because = " ".join(asked["reason"].split())
     if not because:
-        raise UsageError("--reason is empty; whoever reads the report wants to know why this is no news")
+        raise UsageError("--reason is empty; readers of the report want to know why this is not news")
     failures = acknowledge(
         place_of(dest, shared.dest_options),
         paths,

@@ -25,7 +25,7 @@ from flows.cli.deployments_command import deployments_command
 from flows.cli.diff_command import diff_command
 from flows.cli.help import GroupedCommands
 from flows.cli.inspect_command import inspect_command
-from flows.cli.interrupts import INTERRUPTED_STATUS, Heard, hear_signals
+from flows.cli.interrupts import INTERRUPTED_STATUS, SignalHandler, handle_signals
 from flows.cli.metrics_command import metrics_command
 from flows.cli.migrate_command import migrate_command
 from flows.cli.printing import print_error, print_json, printable
@@ -53,8 +53,8 @@ Examples:
   ptbin restore last.bin last.pt
   ptbin status s3://training/runs s3://models/weights
   ptbin runs s3://models/weights
-  ptbin metrics s3://models/weights --textfile /var/lib/node_exporter/ptbin.prom
-  ptbin acknowledge weights/ run3/cut.pt --reason 'known, issue 412' --until 2026-12-31
+  ptbin metrics s3://models/weights --textfile ptbin.prom
+  ptbin acknowledge weights/ cut.pt --reason 'issue 412' --until 2026-12-31
 
 \b
 Exit status: 0 all done; 1 some checkpoints failed or were rejected;
@@ -63,7 +63,8 @@ Exit status: 0 all done; 1 some checkpoints failed or were rejected;
 Every option can come from the environment: PTBIN_WORKERS=4 for all commands, PTBIN_CONVERT_WORKERS=4 for one.
 
 \b
-Completion in a shell: eval "$(_PTBIN_COMPLETE=bash_source ptbin)" (or zsh_source, fish_source).
+Completion in a shell (or zsh_source, fish_source):
+  eval "$(_PTBIN_COMPLETE=bash_source ptbin)"
 
 ptbin COMMAND --help has examples and all options of a command."""
 
@@ -71,28 +72,22 @@ COMPLETION_VARIABLE = "_PTBIN_COMPLETE"
 _commands = 0
 
 
+COMMANDS = {
+    "Checkpoints": (inspect_command, convert_command, verify_command, diff_command, restore_command),
+    "Whole stores": (sync_command, migrate_command, status_command),
+    "Runs and operation": (runs_command, acknowledge_command, metrics_command, deployments_command),
+}
+
+
 @click.group(
     cls=GroupedCommands,
+    groups=COMMANDS,
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name="ptbin", message="%(prog)s %(version)s")
 def cli() -> None:
     """Turn PyTorch checkpoints into clean, proven weights, without running their code."""
-
-
-cli.add_command(inspect_command)
-cli.add_command(convert_command)
-cli.add_command(diff_command)
-cli.add_command(verify_command)
-cli.add_command(restore_command)
-cli.add_command(sync_command)
-cli.add_command(migrate_command)
-cli.add_command(runs_command)
-cli.add_command(deployments_command)
-cli.add_command(status_command)
-cli.add_command(acknowledge_command)
-cli.add_command(metrics_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -120,9 +115,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if _commands > 1:
         begin_again()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    heard = Heard()
+    signals = SignalHandler()
     try:
-        with hear_signals(heard):
+        with handle_signals(signals):
             _quieten_libraries(words)
             # Not `cli.main`: it would answer an interrupt with an empty line of its own.
             with cli.make_context("ptbin", words.copy()) as context:
@@ -138,11 +133,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return _interrupted(words)
     except BrokenPipeError:
-        # Whoever read our output has had enough; nothing may be flushed into the closed pipe at exit.
+        # The reader of our output has closed it; nothing may be flushed into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except PtbinError as error:
-        if heard.interrupted:
+        if signals.interrupted:
             return _interrupted(words)
         _print_traceback(words)
         return _failed(words, error.reason, str(error), 1 if isinstance(error, CheckpointError) else 2)
@@ -150,7 +145,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         _print_traceback(words)
         return _failed(words, "not_installed", missing_line(str(error.name), "this command"), 2)
     except Exception as error:  # noqa: BLE001 - the last line of defence: a line, not a traceback
-        if heard.interrupted:
+        if signals.interrupted:
             return _interrupted(words)
         _print_traceback(words)
         detail = f"{type(error).__name__}: {error} (a fault in ptbin; --log-level debug shows where)"

@@ -9,8 +9,8 @@ from flows.cli.plans import print_dry_run
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared
 from flows.cli.single import plan_one, run_one
-from flows.cli.summary import conversion_lines, tell_summary, untold
-from flows.wishes import refuse_secrets
+from flows.cli.summary import conversion_lines, report_summary, untold
+from flows.parsing import refuse_secrets
 
 if TYPE_CHECKING:
     from flows.cli.single import Make
@@ -48,10 +48,10 @@ def carry_out(
             return print_dry_run(plan_run(plan, look), shared)
     if single is not None:
         assert make is not None
-        return tell_summary(request.kind, *run_one(single, request, make, shared), shared)
+        return report_summary(request.kind, *run_one(single, request, make, shared), shared)
     refuse_secrets(request.source, request.dest)
     from flows.cli.on_prefect import run_prepared
 
     with showing_progress(shared) as listener:
         summary = run_prepared(request, shared, listener, **asked)
-    return tell_summary(request.kind, summary, conversion_lines(untold(summary, listener.told)), shared)
+    return report_summary(request.kind, summary, conversion_lines(untold(summary, listener.told)), shared)

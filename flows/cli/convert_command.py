@@ -36,7 +36,6 @@ into DEST. Everything else (a directory, a prefix, a quoted glob) is converted b
 on the server of PREFECT_API_URL, or on one that is started for the run. A rerun converts only what is new
 or changed.
 
-\b
 Exit status: 0 all converted or up to date; 1 some were rejected or failed;
 2 the call was wrong, nothing was written; 130 interrupted."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flows.cli.command import command
 from flows.cli.printing import align, print_error, print_json, print_line
 from flows.cli.shared_options import Shared
-from flows.wishes import build_options
+from flows.parsing import build_options
 from ptbin.errors import PtbinError, UsageError
 from ptbin.options import ConvertOptions
 from ptbin.runs.units import counted, format_nbytes
@@ -35,7 +35,6 @@ A and B are files, indices of shards, folders that are one checkpoint, or manife
 compared by their digests, and no weight is read. --source-options are for A, and for B as well where
 there are no --dest-options.
 
-\b
 Exit status: 0 equal; 1 different; 2 the call was wrong, or one of the two cannot be read."""
 
 

@@ -1,12 +1,13 @@
 """How the help of a command reads: examples first, then its options below headings.
 
 The heading of an option is its `group`, which `ptbin.values.options.Option` carries; options without one come
-first. Headings of commands are in `COMMAND_GROUPS`.
+first.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -18,12 +19,6 @@ __all__ = ["ACCESS", "PRINTING", "GroupedCommand", "GroupedCommands", "GroupedOp
 PRINTING = "What is printed"
 ACCESS = "Access to stores"
 UNGROUPED = "Options"
-
-COMMAND_GROUPS = {
-    "Checkpoints": ("inspect", "convert", "verify", "diff", "restore"),
-    "Whole stores": ("sync", "migrate", "status"),
-    "Runs and operation": ("runs", "acknowledge", "metrics", "deployments"),
-}
 
 
 class GroupedOption(click.Option):
@@ -63,13 +58,27 @@ class GroupedCommand(click.Command):
 
 
 class GroupedCommands(click.Group):
-    """The command of commands: each with its whole first sentence, below a heading."""
+    """The command of commands: each with its whole first sentence, below a heading.
+
+    `groups`: the commands below each heading, in order.
+    """
+
+    def __init__(
+        self, *arguments: Any, groups: Mapping[str, Sequence[click.Command]], **settings: Any
+    ) -> None:
+        super().__init__(*arguments, **settings)
+        self.groups = groups
+        for commands in groups.values():
+            for command in commands:
+                self.add_command(command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         del ctx
-        for title, names in COMMAND_GROUPS.items():
+        for title, commands in self.groups.items():
             with formatter.section(title):
-                formatter.write_dl([(name, _first_sentence(self.commands[name])) for name in names])
+                formatter.write_dl(
+                    [(str(each.name), each.get_short_help_str(limit=1000)) for each in commands]
+                )
 
 
 class PlaceType(click.ParamType[str]):
@@ -86,7 +95,3 @@ class PlaceType(click.ParamType[str]):
     ) -> list[CompletionItem]:
         del ctx, param
         return [CompletionItem(incomplete, type="file")]
-
-
-def _first_sentence(command: click.Command) -> str:
-    return command.get_short_help_str(limit=1000)

@@ -8,7 +8,7 @@ from flows.cli.command import command
 from flows.cli.printing import align, print_error, print_json, print_line
 from flows.cli.shared_options import Shared
 from flows.options import INSPECT
-from flows.wishes import build_options
+from flows.parsing import build_options
 from ptbin.errors import CheckpointError
 from ptbin.runs.units import counted, format_nbytes, left_out_words
 from ptbin.stores import public_uri

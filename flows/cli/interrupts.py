@@ -2,9 +2,9 @@
 
 The first signal raises `KeyboardInterrupt` in the main thread, so writers abort and nothing half-written
 stays. A second one ends the process at once: what it leaves has a temporary name or no manifest, and
-nobody takes that for finished.
+no later run takes that for finished.
 
-The exception may come out of the middle of somebody else's code and leave it as another one (pydantic wraps
+The exception may come out of the middle of other code and leave it as another one (pydantic wraps
 what is raised in its serializers), so it is also noted that a signal came.
 """
 
@@ -14,16 +14,17 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
-__all__ = ["INTERRUPTED_STATUS", "Heard", "hear_signals", "interrupts_held"]
+__all__ = ["INTERRUPTED_STATUS", "SignalHandler", "handle_signals", "interrupts_held"]
 
 INTERRUPTED_STATUS = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Heard:
+class SignalHandler:
     """Whether a signal came."""
 
     def __init__(self) -> None:
@@ -39,25 +40,15 @@ class Heard:
 
 
 @contextlib.contextmanager
-def hear_signals(heard: Heard) -> Iterator[None]:
+def handle_signals(signals: SignalHandler) -> Iterator[None]:
     """Handle both signals while the context lasts; only the main thread can, others are left alone."""
-    if threading.current_thread() is not threading.main_thread():
+    with _handlers(signals.interrupt):
         yield
-        return
-    before = {number: signal.signal(number, heard.interrupt) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
     """While Prefect is imported: a signal that comes is raised at the end, a second one ends the process."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -66,17 +57,26 @@ def interrupts_held() -> Iterator[None]:
             os._exit(INTERRUPTED_STATUS)
         came.append(number)
 
-    before = {number: signal.signal(number, note) for number in _SIGNALS}
-    try:
+    with _handlers(note) as before:
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if came:
-        handler = before[signal.Signals(came[0])]
+        handler = before[came[0]]
         if callable(handler):
             handler(came[0], None)
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[dict[int, Any]]:
+    """Both signals have this handler while the context lasts, in the main thread; those of before."""
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, handler) for number in _SIGNALS}
+    try:
+        yield before
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def _leave_at_once(number: int, frame: FrameType | None) -> None:

@@ -25,7 +25,6 @@ Examples:
 Gauges of the last run for each SOURCE, in OpenMetrics text that Prometheus's own format allows as well. The
 file is written whole under another name and renamed; node_exporter reads only names that end in .prom.
 
-\b
 Exit status: 0 written; 2 the call was wrong, or there is no DEST."""
 
 

@@ -9,9 +9,9 @@ from flows.cli.destination import refuse_one_file
 from flows.cli.printing import print_json, print_line
 from flows.cli.progress import showing_progress
 from flows.cli.shared_options import Shared
-from flows.cli.summary import mapping_lines, migration_lines, tell_summary, untold
+from flows.cli.summary import mapping_lines, migration_lines, report_summary, untold
 from flows.options import CONTENT, MIGRATE, chosen
-from flows.wishes import build_options, refuse_secrets
+from flows.parsing import build_options, refuse_secrets
 
 __all__ = ["migrate_command"]
 
@@ -30,9 +30,8 @@ Examples:
 
 Every checkpoint of a version is converted as `ptbin convert` does, running none of its code; its other files
 go along as they are. A version is registered when all of it is there and proven, or not at all. What DEST
-cannot keep (a version's number, say) is told before anything is written. A second run does what is new.
+cannot keep (a version's number, say) is reported before anything is written. A second run does what is new.
 
-\b
 Exit status: 0 all in step; 1 some versions were rejected or failed; 2 the call was
 wrong, nothing was written; 130 interrupted."""
 
@@ -46,20 +45,18 @@ def migrate_command(source: str, dest: str, asked: dict[str, Any], shared: Share
     options = build_options(chosen(CONTENT, asked))
     refuse_secrets(source, dest)
     from ptbin.registries import is_registry_uri
-    from ptbin.registries.migration import open_both
+    from ptbin.registries.migration import Registries
 
     if not is_registry_uri(dest):
         refuse_one_file(dest, shared.dest_options, "migrate")
-    here, there = open_both(
-        source, dest, asked["source_layout"], asked["layout"], shared.source_options, shared.dest_options
-    )
+    here, there = Registries(source, dest, asked["source_layout"], asked["layout"]).open(**shared.sides)
     here.check_readable()
     if asked.pop("dry_run"):
-        from ptbin.registries.dry_run import dry_run as plan_run
         from ptbin.registries.migration import prepare
+        from ptbin.runs.migrating import dry_run as plan_run
 
         plan = prepare(here, there, asked["include"], asked["exclude"], asked["versions"], options)
-        document = plan_run(plan, here, there, options, shared.source_options, shared.dest_options)
+        document = plan_run(plan, here, there, options, **shared.sides)
         if shared.as_json:
             print_json(document)
         else:
@@ -70,4 +67,4 @@ def migrate_command(source: str, dest: str, asked: dict[str, Any], shared: Share
 
     with showing_progress(shared) as listener:
         summary = run_flow("migrate", shared, listener, source=source, dest=dest, **asked)
-    return tell_summary("migrate", summary, migration_lines(untold(summary, listener.told)), shared)
+    return report_summary("migrate", summary, migration_lines(untold(summary, listener.told)), shared)

@@ -13,7 +13,7 @@ from flows.cli.interrupts import interrupts_held
 from flows.cli.progress import Problems
 from flows.cli.shared_options import Shared
 from flows.cli.started import began
-from flows.wishes import refuse_runner_secrets
+from flows.parsing import refuse_runner_secrets
 from ptbin.errors import PtbinError
 from ptbin.installed import require
 from ptbin.runs.record import new_run_id
@@ -141,8 +141,8 @@ def _stopped_summary(
     name: str, live: LiveRun, parameters: dict[str, Any], error: PtbinError
 ) -> dict[str, Any]:
     """That of a run that was stopped while it was still looking at what there is to do."""
-    from flows.migrate import MigrationTally
     from ptbin.catalog import Problem
+    from ptbin.runs.migrating import MigrationTally
     from ptbin.runs.tally import Tally
 
     make = MigrationTally if name == "migrate" else Tally

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from flows.cli.help import GroupedOption
-from flows.wishes import parse_duration, parse_share, parse_size
+from flows.parsing import parse_duration, parse_share, parse_size
 from ptbin.errors import UsageError
 from ptbin.merging.shipped import SHIPPED
 from ptbin.values.options import Kind, Option
@@ -110,7 +110,7 @@ def _recipe(text: str) -> str:
         return text
     if not os.path.isfile(text):
         raise UsageError(f"{text!r} is neither a file nor one of {', '.join(SHIPPED)}")
-    with open(text, encoding="utf-8") as file:
+    with open(text, encoding="utf-8-sig") as file:  # some editors begin files with a mark
         try:
             content = file.read(MAX_RECIPE_NBYTES + 1)
         except UnicodeDecodeError as error:

@@ -43,7 +43,7 @@ class Position:
 
     @property
     def nbytes_per_second(self) -> float | None:
-        """Bytes of SOURCE a second; bytes moved where there is no telling how many of SOURCE that is."""
+        """Bytes of SOURCE a second; bytes moved where those are not known."""
         done = self.nbytes_done or self.moved_nbytes
         return done / self.seconds if done and self.seconds > 0 else None
 

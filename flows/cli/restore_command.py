@@ -11,7 +11,7 @@ from flows.cli.destination import one_file
 from flows.cli.shared_options import Shared
 from flows.cli.single import single_job
 from flows.options import RESTORE
-from flows.wishes import restore_options
+from flows.parsing import restore_options
 from ptbin.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ SOURCE is one set of weights (a file, an index of shards, a folder), and DEST a 
 A file at DEST is replaced only where ptbin restored it before and it is unchanged (or with --force). With
 --model the code that you name is imported, in a process of its own; nothing else is.
 
-\b
 Exit status: 0 all restored; 1 some were rejected (the report says which keys do not fit) or failed;
 2 the call was wrong, nothing was written; 130 interrupted."""
 

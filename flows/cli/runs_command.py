@@ -31,7 +31,6 @@ Examples:
 
 Reads DEST/_ptbin/runs: one listing, and one read for each run that is shown.
 
-\b
 Exit status: 0 the history was read; 2 the call was wrong, or there is no DEST."""
 
 
@@ -70,7 +69,7 @@ def _to_json(run: RecordedRun) -> dict[str, Any]:
 
 def _row(run: RecordedRun) -> Sequence[str]:
     if run.problem:
-        return (run.began, "unreadable", "", "", run.run_id, run.problem)
+        return (run.began.replace("T", " "), "unreadable", "", "", run.run_id, run.problem)
     ended = "interrupted" if run.facts.get("interrupted") else "ok" if run.succeeded else "failed"
     always = ("converted", "up_to_date", "rejected", "failed")
     counts = ", ".join(

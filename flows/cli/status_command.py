@@ -12,7 +12,7 @@ from flows.cli.command import command
 from flows.cli.printing import align, print_json, print_line
 from flows.cli.shared_options import Shared
 from flows.options import STATUS
-from flows.wishes import build_options
+from flows.parsing import build_options
 from ptbin.stores import public_uri
 from ptbin.values.options import Option
 
@@ -43,7 +43,6 @@ Lists both sides as a run does, writes nothing and reads no checkpoint. Without 
 asks for what the last recorded run from SOURCE was asked for; with any of them, or --sync, the options given
 are all that count.
 
-\b
 Exit status: 0 all in step; 1 something is new, changed, fails or is refused, and is not acknowledged;
 2 the call was wrong."""
 
@@ -66,7 +65,7 @@ def status_command(source: str, dest: str, asked: dict[str, Any], shared: Shared
         request = replace(request, kind="sync", include=(), copied=include)
     run, migration = "", None
     if not _is_asked(asked):
-        migration = last_migration(source, dest, **shared.sides)
+        migration = last_migration(source, dest, shared.dest_options)
         if migration is None and (found := last_request(source, dest, **shared.sides)) is not None:
             request, run = found
     if migration is not None:

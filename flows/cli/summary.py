@@ -22,8 +22,8 @@ __all__ = [
     "conversion_lines",
     "mapping_lines",
     "migration_lines",
+    "report_summary",
     "single_lines",
-    "tell_summary",
     "untold",
     "verification_lines",
 ]
@@ -74,20 +74,12 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
     )
     if summary["copied_bytes"]:
         moved += f", {format_nbytes(summary['copied_bytes'])} of it copied inside the store"
-    rows = [
-        ("converted", str(summary["converted"]), moved if summary["converted"] else ""),
-        ("up to date", str(summary["up_to_date"]), ""),
-        ("rejected", str(summary["rejected"]), ""),
-        ("failed", str(summary["failed"]), ""),
-    ]
-    if summary["known"]:
-        rows.append(("known", str(summary["known"]), "failures that are acknowledged"))
-    if summary["left_alone"]:
-        rows.append(("left alone", str(summary["left_alone"]), LEFT_ALONE))
-    if summary.get("skipped"):
-        rows.append(("passed over", str(sum(summary["skipped"].values())), skipped_words(summary["skipped"])))
-    if summary.get("not_tried"):
-        rows.append(("not tried", str(summary["not_tried"]), "the run ended before it came to them"))
+    skipped = summary.get("skipped", {})
+    rows = _outcome_rows(summary, "converted", moved) + _rows_of_some(
+        ("left alone", summary["left_alone"], LEFT_ALONE),
+        ("passed over", sum(skipped.values()), skipped_words(skipped)),
+        ("not tried", summary.get("not_tried", 0), "the run ended before it came to them"),
+    )
     if "copied" in summary:
         rows.insert(1, ("copied", str(summary["copied"]), "files as they are" if summary["copied"] else ""))
         rows += [("deleted", str(summary["deleted"]), f"{summary['kept']} kept" if summary["kept"] else "")]
@@ -98,17 +90,7 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
     if "copied" in summary and not any(summary[key] for key in ("converted", "copied", "deleted", "kept")):
         fine = not summary["problems"] and not summary.get("told")
         lines += ["", "nothing to do: DEST is in step" if fine else "nothing was changed"]
-    if summary["problems"]:
-        lines += ["", *_problem_lines(summary["problems"])]
-    lines += _told_lines(summary)
-    if summary["known_problems"]:
-        lines += ["", "known:", *_problem_lines(summary["known_problems"])]
-    if summary["resolved"]:
-        lines += ["", f"{summary['resolved']} that failed before no longer do"]
-    lines += ["", f"{summary['seconds']:.1f} s, run {summary['run_id']}"]
-    if summary.get("record"):
-        lines.append(f"run record and report: {summary['record']}")
-    return lines
+    return lines + _last_lines(summary)
 
 
 def migration_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -117,20 +99,11 @@ def migration_lines(summary: Mapping[str, Any]) -> list[str]:
         f"{format_nbytes(summary['source_bytes'])} of checkpoints, "
         f"{format_nbytes(summary['written_bytes'])} written, {summary['copied']} files as they are"
     )
-    rows = [
-        ("migrated", str(summary["migrated"]), moved if summary["migrated"] else ""),
-        ("up to date", str(summary["up_to_date"]), ""),
-        ("rejected", str(summary["rejected"]), ""),
-        ("failed", str(summary["failed"]), ""),
-    ]
-    if summary["known"]:
-        rows.append(("known", str(summary["known"]), "failures that are acknowledged"))
-    if summary["skipped"]:
-        rows.append(("without a checkpoint", str(summary["skipped"]), "left where they are"))
-    if summary["left_alone"]:
-        rows.append(("files left alone", str(summary["left_alone"]), LEFT_ALONE))
-    if summary["updated"]:
-        rows.append(("models updated", str(summary["updated"]), "descriptions, tags, aliases"))
+    rows = _outcome_rows(summary, "migrated", moved) + _rows_of_some(
+        ("without a checkpoint", summary["skipped"], "left where they are"),
+        ("files left alone", summary["left_alone"], LEFT_ALONE),
+        ("models updated", summary["updated"], "descriptions, tags, aliases"),
+    )
     lines = align(rows, right=[1], indent="")
     migrated = [row for row in summary["versions"] if row["outcome"] == "migrated"]
     if migrated:
@@ -139,11 +112,28 @@ def migration_lines(summary: Mapping[str, Any]) -> list[str]:
             lines.append(f"... and {len(migrated) - SHOWN_VERSIONS} more, in the run record")
     elif not summary["problems"] and not summary.get("told") and not summary["updated"]:
         lines += ["", "nothing to do: DEST is in step"]
-    if summary["problems"]:
-        lines += ["", *_problem_lines(summary["problems"])]
+    return lines + _last_lines(summary)
+
+
+def _outcome_rows(summary: Mapping[str, Any], made: str, moved: str) -> list[tuple[str, str, str]]:
+    """The counts that every run has."""
+    rows = [(made, str(summary[made]), moved if summary[made] else "")]
+    always = ("up_to_date", "rejected", "failed")
+    rows += [(name.replace("_", " "), str(summary[name]), "") for name in always]
+    return rows + _rows_of_some(("known", summary["known"], "failures that are acknowledged"))
+
+
+def _rows_of_some(*rows: tuple[str, int, str]) -> list[tuple[str, str, str]]:
+    """Rows of what there is any of."""
+    return [(what, str(count), note) for what, count, note in rows if count]
+
+
+def _last_lines(summary: Mapping[str, Any]) -> list[str]:
+    """The problems, and where the run record lies."""
+    lines = ["", *_problem_lines(summary["problems"])] if summary["problems"] else []
+    lines += _told_lines(summary)
     if summary["known_problems"]:
         lines += ["", "known:", *_problem_lines(summary["known_problems"])]
-    lines += _told_lines(summary)
     if summary["resolved"]:
         lines += ["", f"{summary['resolved']} that failed before no longer do"]
     lines += ["", f"{summary['seconds']:.1f} s, run {summary['run_id']}"]
@@ -161,10 +151,12 @@ def _version_row(row: Mapping[str, Any]) -> tuple[str, str, str]:
 def mapping_lines(plan: Mapping[str, Any]) -> list[str]:
     """What a migration would do, one version a line, and what would not be kept."""
     rows = []
+    known = {problem["source"] for problem in plan["known_problems"]}
     for row in plan["versions"]:
         what, where, aliases = _version_row(row)
         if row["action"] == "refused":
-            rows.append(("refuse", what, row["reason"], row["detail"]))
+            verb = "known" if f"{row['model']}/{row['version']}" in known else "refuse"
+            rows.append((verb, what, row["reason"], row["detail"]))
         else:
             notes = [aliases, *row["not_kept"], *row.get("checkpoints", ())]
             if row.get("replaces"):
@@ -178,7 +170,9 @@ def mapping_lines(plan: Mapping[str, Any]) -> list[str]:
     counts = Counter(row["action"] for row in plan["versions"])
     lines.append(
         f"would migrate {counts['migrate']} versions, up to date {counts['up_to_date']}, "
-        f"refused {counts['refused']}; nothing was written"
+        f"refused {counts['refused'] - len(known)}"
+        + (f", known failures {len(known)}" if known else "")
+        + "; nothing was written"
     )
     return lines
 
@@ -210,7 +204,7 @@ def _initial_lines(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def tell_summary(kind: str, summary: Mapping[str, Any], lines: Sequence[str], shared: Shared) -> int:
+def report_summary(kind: str, summary: Mapping[str, Any], lines: Sequence[str], shared: Shared) -> int:
     """Print the end of a run of that kind as the options ask; its exit status."""
     if shared.as_json:
         print_json({key: summary[key] for key in KEYS[kind]})
@@ -237,15 +231,10 @@ def verification_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _problem_lines(problems: Sequence[Mapping[str, Any]]) -> list[str]:
-    rows = [
-        (
-            str(problem["reason"]),
-            f"{problem['source']}{_since(problem)}",
-            short_detail(problem["source"], problem["detail"]),
-        )
-        for problem in problems[:SHOWN_PROBLEMS]
-    ]
-    lines = [line for row in rows for line in (f"{row[0]}: {row[1]}", f"    {row[2]}")]
+    lines = []
+    for problem in problems[:SHOWN_PROBLEMS]:
+        lines.append(f"{problem['reason']}: {problem['source']}{_since(problem)}")
+        lines.append(f"    {short_detail(problem['source'], problem['detail'])}")
     if len(problems) > SHOWN_PROBLEMS:
         lines.append(f"... and {len(problems) - SHOWN_PROBLEMS} more, in the run record")
     return lines

@@ -9,7 +9,7 @@ from flows.cli.command import command, dry_run_option
 from flows.cli.destination import refuse_one_file
 from flows.cli.shared_options import Shared
 from flows.options import SYNC
-from flows.wishes import refuse_secrets
+from flows.parsing import refuse_secrets
 
 __all__ = ["sync_command"]
 
@@ -25,7 +25,6 @@ README, licence, *.json, *.yaml, ...) and what else --include names, as they are
 changed does nothing. Nothing is deleted unless asked for, never when anything failed, and never what ptbin
 did not make of SOURCE.
 
-\b
 Exit status: 0 all in step; 1 some were rejected or failed; 2 the call was wrong,
 nothing was written; 130 interrupted."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flows.cli.command import command
@@ -12,10 +13,11 @@ from flows.cli.shared_options import Shared
 from flows.cli.started import began
 from flows.cli.summary import verification_lines
 from flows.options import VERIFY
-from flows.wishes import refuse_secrets
+from flows.parsing import refuse_secrets
 from ptbin.errors import UsageError
 
 if TYPE_CHECKING:
+    from ptbin.options import VerifyLevel
     from ptbin.stores import Place
 
 __all__ = ["verify_command"]
@@ -33,7 +35,6 @@ prefix, where outputs without a manifest are reported too, and where checksum li
 statements of provenance must say what the manifests say. A registry's URI (mlflow+http://...) stands for the
 place of its files. Damage is noted in the output's manifest: the next convert or sync makes that output anew.
 
-\b
 Exit status: 0 all proven; 1 something is not what its manifest says;
 2 the call was wrong; 130 interrupted."""
 
@@ -114,42 +115,25 @@ def _manifest_of(dest: str, shared: Shared) -> str:
 
 
 def _verify_one(
-    dest: str, level: str, public_key: str | None, shared: Shared, listener: Any
+    dest: str, level: VerifyLevel, public_key: str | None, shared: Shared, listener: Any
 ) -> dict[str, Any]:
-    import ptbin
     from ptbin.manifests.manifest import MANIFEST_SUFFIX
-    from ptbin.stores import public_uri
+    from ptbin.runs.verifying import issues_of, sum_up, verify_manifest
+    from ptbin.stores import place_of, public_uri
     from tasks.live import Settled
 
     listener.planned(1, 0, 0)
     uri = dest if dest.endswith(MANIFEST_SUFFIX) else _manifest_of(dest, shared)
-    found = ptbin.verify(
-        uri,
-        level=level,
-        storage_options=shared.dest_options,
-        source_options=shared.source_options,
-        progress=listener.moved,
-        note=True,
-    )
+    verdict = verify_manifest(uri, level, shared.dest_options, listener.moved)
+    issues = list(issues_of(verdict))
     if public_key is not None:
         from ptbin.proof.signatures import verify_signatures
-        from ptbin.stores import place_of
 
-        found += verify_signatures(
-            place_of(dest, shared.dest_options),
-            public_key,
-            [place_of(uri, shared.dest_options).uri],
-            progress=listener.moved,
-        )
-    issues = [issue.to_json() for issue in found]
+        place, manifest = place_of(dest, shared.dest_options), place_of(uri, shared.dest_options)
+        signed = verify_signatures(place, public_key, [manifest.uri], progress=listener.moved)
+        issues += [issue.to_json() for issue in signed]
     for issue in issues:
         listener.settled(Settled(issue["uri"], "failed", reason=issue["reason"], detail=issue["detail"]))
-    return {
-        "dest": public_uri(dest),
-        "manifests": 1,
-        "proven": int(not issues),
-        "failed": int(bool(issues)),
-        "orphans": 0,
-        "seconds": round(time.monotonic() - began(), 3),
-        "issues": issues,
-    }
+    if issues:
+        verdict = replace(verdict, kind="failed")
+    return sum_up(public_uri(dest), [verdict], [], issues, time.monotonic() - began())

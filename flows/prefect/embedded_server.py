@@ -32,7 +32,7 @@ def serve(listening_fd: int) -> None:
 
     def make_app() -> Any:
         app = create_app()
-        # Prefect has set up logging by now: what keeps the server from starting would be told to nobody.
+        # Prefect has set up logging by now: what keeps the server from starting would be reported nowhere.
         logger = logging.getLogger("uvicorn.error")
         logger.setLevel(logging.ERROR)
         logger.addHandler(logging.StreamHandler())

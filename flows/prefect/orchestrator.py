@@ -195,7 +195,7 @@ def await_server(check: Callable[[], object], seconds: float = ABSENT_SECONDS) -
     at once instead of after minutes. An interrupt that `check` raises ends the wait and is raised.
     """
     if _embedded:
-        seconds = 0.0  # a child of this process: nobody will start it again
+        seconds = 0.0  # a child of this process: nothing starts it again
     deadline = time.monotonic() + seconds
     try:
         while not (there := server_answers()) and time.monotonic() < deadline:

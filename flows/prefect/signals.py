@@ -21,7 +21,7 @@ __all__ = ["INTERRUPTS", "HeldSignals", "end_run", "hold_signals", "is_hidden_in
 INTERRUPTS = (KeyboardInterrupt, TerminationSignal)
 """What Ctrl-C and SIGTERM are raised as while a flow runs; the latter is Prefect's."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_SECOND_STATUS = 130
+INTERRUPTED_STATUS = 130
 
 
 class HeldSignals:
@@ -33,15 +33,15 @@ class HeldSignals:
     def hear(self, number: int, frame: FrameType | None) -> None:
         """The handler. A second Ctrl-C ends the process: what it leaves has no manifest.
 
-        A second SIGTERM does not: it is nobody's impatience. systemd sends one to a worker's whole group and
-        the worker sends its own; Prefect repeats it on the way out, for the handler that was there before its
-        own (`capture_sigterm`). Whoever cannot wait has SIGKILL.
+        A second SIGTERM does not: it is not a sign of impatience. systemd sends one to a worker's whole group
+        and the worker sends its own; Prefect repeats it on the way out, for the handler that was there before
+        its own (`capture_sigterm`). SIGKILL is there for those who cannot wait.
         """
         del frame
         if self.number is None:
             self.number = number
         elif number == signal.SIGINT:
-            os._exit(_SECOND_STATUS)
+            os._exit(INTERRUPTED_STATUS)
 
     def check(self) -> None:
         """Raises what the signal stands for, if one came."""
@@ -55,16 +55,16 @@ _held: HeldSignals | None = None
 
 
 def end_run() -> None:
-    """As if SIGTERM had come, from any thread, to the run that is under way: whoever started it is gone."""
+    """As if SIGTERM had come, from any thread, to the run that is under way: its parent is gone."""
     if _held is not None and _held.number is None:
         _held.number = signal.SIGTERM
 
 
 def is_hidden_interrupt(error: BaseException) -> bool:
-    """Whether another error stands for an interrupt that came in the middle of somebody else's code.
+    """Whether another error stands for an interrupt that came in the middle of other code.
 
     pydantic wraps whatever is raised in its serializers, a signal's exception too, and keeps only the name.
-    Prefect hears SIGTERM in a way of its own from the start of a flow run until the flow's first line.
+    Prefect handles SIGTERM itself from the start of a flow run until the flow's first line.
     """
     return any(kind.__name__ in f"{type(error).__name__}: {error}" for kind in INTERRUPTS)
 

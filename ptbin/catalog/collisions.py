@@ -1,9 +1,11 @@
 """Jobs that want one place: outputs of one name, copies in the way of what lies beside an output, shards.
 
-Decided by names alone, before anything is written. Nobody wins such a place by being there first.
+Decided by names alone, before anything is written. Being there first wins no such place.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 from ptbin.catalog.finding import SHARD_NUMBER, split_bases
 from ptbin.catalog.jobs import Problem
@@ -27,7 +29,8 @@ def suffixes_beside(options: ConvertOptions) -> list[str]:
 def settle_collisions(table: JobTable, options: ConvertOptions) -> list[Problem]:
     """Refuse the jobs that cannot all have their places; a problem for each. Under the table's lock.
 
-    What is a companion by its name (`optimizer.pt` next to `optimizer.bin`) gives way, and is no problem.
+    What is a companion by its name (`optimizer.pt` next to `optimizer.bin`) gives way, which is not a
+    problem.
     """
     problems = []
     shared = "SELECT place FROM jobs GROUP BY place HAVING count(*) > 1"
@@ -71,36 +74,32 @@ def _refuse_shards(table: JobTable, options: ConvertOptions) -> list[Problem]:
     """Files that would go where a shard of another output may go, and those others."""
     if options.max_shard_size is None:
         return []
-    refused: dict[int, str] = {}
-    query = "SELECT id, place, path, copies FROM jobs WHERE place LIKE '%-of-%' AND certain AND state != ?"
-    for number, place, path, copies in table.db.execute(query, (REFUSED,)).fetchall():
-        whole = SHARD_NUMBER.sub("", place)
-        if whole == place:
-            continue
-        query = "SELECT id, path FROM jobs WHERE place = ? AND NOT copies AND certain AND state != ?"
-        for other, its_path in table.db.execute(query, (whole, REFUSED)).fetchall():
-            refused[number] = f"a shard of the output of {its_path}"
-            if not copies:
-                refused[other] = f"the output of {path}, under the name of one of its shards"
-    return [_refuse_for(table, number, what) for number, what in refused.items()]
+    return _refuse_inside(table, "%-of-%", lambda place: [SHARD_NUMBER.sub("", place)], "shard")
 
 
 def _refuse_parts(table: JobTable, options: ConvertOptions) -> list[Problem]:
     """Files that would go where a part of another output may go (`a.generator.bin` of `a.bin`), and those
-    others: what the parts are called is only known once the checkpoint is read.
+    others: the names of the parts are only known once the checkpoint is read.
     """
-    if not options.split:
-        return []
+    return _refuse_inside(table, "%.%.%", split_bases, "part") if options.split else []
+
+
+def _refuse_inside(
+    table: JobTable, pattern: str, bases: Callable[[str], Iterable[str]], what: str
+) -> list[Problem]:
+    """Refuse files that may be a `what` of the outputs which `bases` derives from their place, and these."""
     refused: dict[int, str] = {}
-    query = "SELECT id, place, path, copies FROM jobs WHERE place LIKE '%.%.%' AND certain AND state != ?"
-    for number, place, path, copies in table.db.execute(query, (REFUSED,)).fetchall():
-        for base in split_bases(place):
-            query = "SELECT id, path FROM jobs WHERE place = ? AND NOT copies AND certain AND state != ?"
-            for other, its_path in table.db.execute(query, (base, REFUSED)).fetchall():
-                refused[number] = f"a part of the output of {its_path}"
+    named = "SELECT id, place, path, copies FROM jobs WHERE place LIKE ? AND certain AND state != ?"
+    whole = "SELECT id, path FROM jobs WHERE place = ? AND NOT copies AND certain AND state != ?"
+    for number, place, path, copies in table.db.execute(named, (pattern, REFUSED)).fetchall():
+        for base in bases(place):
+            if base == place:
+                continue
+            for other, its_path in table.db.execute(whole, (base, REFUSED)).fetchall():
+                refused[number] = f"a {what} of the output of {its_path}"
                 if not copies:
-                    refused[other] = f"the output of {path}, under the name of one of its parts"
-    return [_refuse_for(table, number, what) for number, what in refused.items()]
+                    refused[other] = f"the output of {path}, under the name of one of its {what}s"
+    return [_refuse_for(table, number, why) for number, why in refused.items()]
 
 
 def _refuse_for(table: JobTable, number: int, what: str) -> Problem:

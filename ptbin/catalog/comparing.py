@@ -106,7 +106,8 @@ def compare_job(
     source, dest = place_of(job.source_uri, source_options), place_of(job.dest_uri, dest_options)
     try:
         if job.copies:
-            copy = same_content(source, dest, change=change_on_copying(job, options), progress=progress)
+            change = change_on_copying(job.source_uri, job.dest_uri, options, size=job.source_size)
+            copy = same_content(source, dest, change=change, progress=progress)
             return Unchanged(row_of_copy(job, "", copy, options)) if copy is not None else None
         same = find_unchanged(source, dest, options, progress=progress, on_damage=on_damage)
     except Exception:  # noqa: BLE001 - whatever it is
@@ -114,14 +115,19 @@ def compare_job(
     return Unchanged(row_of(same.manifest, "", identity_text(same.identity))) if same is not None else None
 
 
-def change_on_copying(job: Job, options: ConvertOptions) -> Callable[[bytes], bytes] | None:
-    """What becomes of a copied file's content on its way; a Git LFS pointer in place of a file is refused."""
-    change = change_of(job.dest_uri.rpartition("/")[2], options.dtype)
-    if job.source_size > MAX_POINTER_NBYTES:
+def change_on_copying(
+    source_uri: str, dest: str, options: ConvertOptions, *, size: int = 0
+) -> Callable[[bytes], bytes] | None:
+    """What becomes of a copied file's content on its way; a Git LFS pointer in place of a file is refused.
+
+    `size`: in bytes, where it is known: larger files are not pointers.
+    """
+    change = change_of(dest.rpartition("/")[2], options.dtype)
+    if size > MAX_POINTER_NBYTES:
         return change
 
     def looked_at(data: bytes) -> bytes:
-        refuse_pointer(data, job.source_uri)
+        refuse_pointer(data, source_uri)
         return change(data) if change is not None else data
 
     return looked_at

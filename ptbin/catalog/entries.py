@@ -61,7 +61,7 @@ class Entries(Watch):
         self.passed: list[tuple[str, str]] = []
         """Kind and path of what was passed over, the first `LISTED`."""
         self.kept: list[str] = []
-        """Paths of links that were passed over: nobody knows what lies below them."""
+        """Paths of links that were passed over: it is not known what lies below them."""
         self._shown = tuple(glob for glob in shown if glob.startswith(".") or "/." in glob)
         self._exclude = tuple(exclude)
         self._copy_links = copy_links

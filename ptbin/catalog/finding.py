@@ -8,7 +8,6 @@ the files that may be parts of a checkpoint of several files.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -45,7 +44,7 @@ SHARD_NUMBER = re.compile(r"-\d{5,}-of-\d{5,}(?=\.[a-z]+$)")
 
 
 def find_checkpoints(
-    source: str | os.PathLike[str],
+    source: Where,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),

@@ -5,8 +5,9 @@ state of a manifest (its ETag, or what the store has instead) was made of which 
 and what outputs it lists. It is believed where DEST's listing shows that very manifest and outputs of those
 sizes; so a lost, stale or damaged index costs requests, never a wrong answer.
 
-The index is a set of segments, gzip'd JSON lines under names that nobody uses twice: runs on one destination
-at the same time each add their own. A run that finds many writes one that replaces those it has read.
+The index is a set of segments, gzip'd JSON lines under names that are never used twice: runs on one
+destination at the same time each add their own. A run that finds many writes one that replaces those it has
+read.
 """
 
 from __future__ import annotations
@@ -14,25 +15,28 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ptbin.catalog.finding import OWN_FOLDER
 from ptbin.catalog.jobs import Job
+from ptbin.conversion import Published
 from ptbin.errors import NotFoundInStoreError, StorageError, VerificationError
 from ptbin.manifests.damage import is_damaged
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.options import ConvertOptions
 from ptbin.sources.sidecars import change_of
-from ptbin.stores import Place, identity_text, place_of
+from ptbin.stores import Place, RangeReader, identity_text, place_of
 from ptbin.stores.copying import Copied, same_content
 
 __all__ = [
     "INDEX_FOLDER",
     "FinishedRow",
+    "find_finished",
     "identity_text",
     "is_up_to_date",
+    "iter_rows",
     "iter_segment",
     "job_digest",
     "read_finished",
@@ -47,6 +51,8 @@ LEVELS = ("none", "checksum", "load")
 
 MAX_LINE_NBYTES = 1 << 20
 """A row with thousands of shards; longer lines are damage."""
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +103,7 @@ class FinishedRow:
         row = cls(manifest, identity, digest, level, tuple((path, size) for path, size in outputs), source)
         if row.is_copy and not source:
             # An early version wrote it. Without it the copy is compared once more, and remembered with one.
-            raise ValueError("a copy of nobody knows what")
+            raise ValueError("a copy without its source")
         return row
 
     def is_enough(self, options: ConvertOptions) -> bool:
@@ -190,7 +196,12 @@ def read_finished(
 def is_up_to_date(
     job: Job, options: ConvertOptions, *, dest_options: Mapping[str, Any] | None = None
 ) -> bool:
-    """Whether the job's output exists, was made of this very source with these options, and is proven enough.
+    """Whether the job's output is finished: see `find_finished`."""
+    return find_finished(job, options, place_of(job.dest_uri, dest_options)) is not None
+
+
+def find_finished(job: Job, options: ConvertOptions, place: Place) -> Published | None:
+    """The output at `place`, if it was made of the job's very source with these options and is proven enough.
 
     Costs one small read, and one stat for each output.
 
@@ -198,19 +209,18 @@ def is_up_to_date(
         StorageError: the store failed in another way than by having no such file.
     """
     if options.force or job.identity is None:
-        return False
-    place = place_of(job.dest_uri, dest_options)
+        return None
     try:
-        manifest = parse_manifest(place.beside(MANIFEST_SUFFIX).read_bytes(), job.dest_uri)
+        data, identity = place.beside(MANIFEST_SUFFIX).read_identified()
+        manifest = parse_manifest(data, place.uri)
+        row = row_of(manifest, "", "not asked for")
+        if row is None or row.digest != digest_of(job, options) or not row.is_enough(options):
+            return None
+        if all((place.parent / name).stat().size == size for name, size in row.outputs):
+            return Published(manifest, identity)
     except (NotFoundInStoreError, VerificationError):
-        return False
-    row = row_of(manifest, "", "not asked for")
-    if row is None or row.digest != digest_of(job, options) or not row.is_enough(options):
-        return False
-    try:
-        return all((place.parent / name).stat().size == size for name, size in row.outputs)
-    except NotFoundInStoreError:
-        return False
+        pass
+    return None
 
 
 # -- segments ------------------------------------------------------------------------------------
@@ -218,30 +228,35 @@ def is_up_to_date(
 
 def iter_segment(place: Place) -> Iterator[FinishedRow]:
     """The rows of a segment, as far as they can be read; damage ends it, or costs a line. Memory: a block."""
-    inflater = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-    rest = b""
     try:
         with place.open_reader() as reader:
-            for block in reader.iter_range(0, reader.size):
-                pending = block
-                while pending:
-                    text = rest + inflater.decompress(pending, 1 << 20)
-                    pending = inflater.unconsumed_tail
-                    *lines, rest = text.split(b"\n")
-                    for line in lines:
-                        if (row := _row(line)) is not None:
-                            yield row
-                    if len(rest) > MAX_LINE_NBYTES:
-                        return
+            yield from iter_rows(_inflated(reader), FinishedRow.from_json)
     except (zlib.error, StorageError):
         return  # the manifests say the same, at a request each
 
 
-def _row(line: bytes) -> FinishedRow | None:
-    try:
-        return FinishedRow.from_json(json.loads(line))
-    except (ValueError, RecursionError):
-        return None
+def _inflated(reader: RangeReader) -> Iterator[bytes]:
+    inflater = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    for block in reader.iter_range(0, reader.size):
+        pending = bytes(block)
+        while pending:
+            yield inflater.decompress(pending, 1 << 20)
+            pending = inflater.unconsumed_tail
+
+
+def iter_rows(blocks: Iterable[bytes], parse: Callable[[Any], Row]) -> Iterator[Row]:
+    """Rows of JSON lines that come in blocks. A line that is not a row is passed over, a huge one ends it."""
+    rest = b""
+    for block in blocks:
+        *lines, rest = (rest + bytes(block)).split(b"\n")
+        for line in lines:
+            try:
+                row = parse(json.loads(line))
+            except (ValueError, RecursionError):
+                continue
+            yield row
+        if len(rest) > MAX_LINE_NBYTES:
+            return
 
 
 def write_segment(dest: Place, name: str, rows: Iterable[FinishedRow]) -> None:

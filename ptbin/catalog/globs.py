@@ -11,11 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptbin.errors import StorageError
-from ptbin.stores import place_of
+from ptbin.stores import Place, Where, place_of
 
 __all__ = ["is_excluded", "matches", "root_of", "split_glob"]
-
-Text = str | os.PathLike[str]
 
 _GLOB = re.compile(r"[*?\[]")
 
@@ -46,45 +44,28 @@ def _folder_is_excluded(folder: str, globs: tuple[str, ...]) -> bool:
     return _folder_is_excluded(folder.rpartition("/")[0], globs)
 
 
+_PIECE = re.compile(r"\*\*/|\*\*|\*|\?|\[!?\]?[^]/]*\]|.", re.DOTALL)
+"""A class is closed in its own part of the path; a bracket right at its beginning is a member."""
+_MEANINGS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+
 @functools.lru_cache(maxsize=512)
 def _compiled(pattern: str) -> re.Pattern[str]:
-    pieces = []
-    position = 0
-    while position < len(pattern):
-        if pattern.startswith("**/", position):
-            pieces.append("(?:.*/)?")
-            position += 3
-        elif pattern.startswith("**", position):
-            pieces.append(".*")
-            position += 2
-        elif pattern[position] == "*":
-            pieces.append("[^/]*")
-            position += 1
-        elif pattern[position] == "?":
-            pieces.append("[^/]")
-            position += 1
-        elif pattern[position] == "[" and (end := _class_end(pattern, position)) > 0:
-            # fnmatch knows all about classes: "(?s:" + class + ")\\Z" is what it makes of one.
-            pieces.append(fnmatch.translate(pattern[position : end + 1])[4:-3])
-            position = end + 1
-        else:
-            pieces.append(re.escape(pattern[position]))
-            position += 1
+    # fnmatch knows all about classes: "(?s:" + class + ")\\Z" is what it makes of one.
+    pieces = [
+        _MEANINGS.get(piece) or (fnmatch.translate(piece)[4:-3] if piece[1:] else re.escape(piece))
+        for piece in _PIECE.findall(pattern)
+    ]
     return re.compile("".join(pieces), re.DOTALL)
 
 
-def _class_end(pattern: str, start: int) -> int:
-    """Where the class that `[` at `start` opens is closed; 0 where it is none, as when a slash lies in it."""
-    first = start + 2 if pattern.startswith("!", start + 1) else start + 1
-    end = pattern.find("]", first + 1)  # a bracket right at the beginning is a member
-    return end if end > 0 and "/" not in pattern[start:end] else 0
-
-
-def split_glob(source: Text, storage_options: Mapping[str, Any] | None) -> tuple[str, str | None]:
+def split_glob(source: Where, storage_options: Mapping[str, Any] | None) -> tuple[Where, str | None]:
     """SOURCE up to the first wildcard's folder, and the pattern below it; (SOURCE, None) without wildcard.
 
-    An existing path wins over its reading as a pattern.
+    An existing path wins over its reading as a pattern, and a place is not read as one.
     """
+    if isinstance(source, Place):
+        return source, None
     source = os.fspath(source)
     if _GLOB.search(source) is None:
         return source, None
@@ -104,6 +85,6 @@ def split_glob(source: Text, storage_options: Mapping[str, Any] | None) -> tuple
     return root, f"/{pattern}"
 
 
-def root_of(source: Text, storage_options: Mapping[str, Any] | None) -> str:
+def root_of(source: Where, storage_options: Mapping[str, Any] | None) -> str:
     """URI of the place that paths below SOURCE are relative to: the same however SOURCE is written."""
     return place_of(split_glob(source, storage_options)[0], storage_options).uri

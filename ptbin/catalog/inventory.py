@@ -94,15 +94,7 @@ class Inventory(JobTable):
 
     def iter_finished(self) -> Iterator[FinishedRow]:
         """Every row that DEST's listing bears out."""
-        with self.lock:
-            cursor = self.db.execute("SELECT row FROM finished")
-        while True:
-            with self.lock:
-                page = cursor.fetchmany(PAGE)
-            if not page:
-                return
-            for (text,) in page:
-                yield _load(text)
+        return (_load(text) for (text,) in self.rows("SELECT row FROM finished"))
 
 
 def _dump(row: FinishedRow) -> str:

@@ -60,6 +60,14 @@ class JobTable:
             "copies AND EXISTS (SELECT 1 FROM finished WHERE manifest = output) FROM jobs "
             f"WHERE {where} ORDER BY {order}"
         )
+        for row in self.rows(query, values):
+            number, output, path, uri, size, kind, value, certain, copies, alone, there, known = row
+            identity = Identity(kind, value) if kind is not None else None
+            place, standing = f"{self.rule.base}/{output}", _standing(there, alone, known)
+            yield number, Job(uri, size, place, path, bool(certain), identity, bool(copies), standing)
+
+    def rows(self, query: str, values: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        """What a query finds, read a page at a time, each under the lock."""
         with self.lock:
             cursor = self.db.execute(query, values)
         while True:
@@ -67,22 +75,7 @@ class JobTable:
                 page = cursor.fetchmany(PAGE)
             if not page:
                 return
-            for number, output, path, uri, size, kind, value, certain, copies, alone, there, known in page:
-                identity = Identity(kind, value) if kind is not None else None
-                place = f"{self.rule.base}/{output}"
-                yield (
-                    number,
-                    Job(
-                        uri,
-                        size,
-                        place,
-                        path,
-                        bool(certain),
-                        identity,
-                        bool(copies),
-                        _standing(there, alone, known),
-                    ),
-                )
+            yield from page
 
     def count(self) -> int:
         """Checkpoints that the listing came to, collisions aside."""

@@ -1,14 +1,14 @@
 """One run at a time on one destination, on stores that can do no more than write, list and delete.
 
-Each run keeps a small file of its own below `DEST/_ptbin/leases/` and renews it. Who begins writes his, then
-lists: of two that begin at once at least one sees the other, and whoever sees one withdraws. So no store has
-to compare and swap, which few can.
+Each run keeps one small file below `DEST/_ptbin/leases/` and renews it. A run that begins writes its own,
+then lists: of two that begin at once at least one sees the other, and a run that sees another withdraws. So
+no store has to compare and swap, which few can.
 
-A lease is dead once it has not been renewed for `PATIENCE` seconds of the observer's own clock (clocks of two
-machines are never compared), or at once where its process ran on this machine and is gone. Dead ones are
-removed by whoever finds them; a run that wakes up and finds its lease gone must stop.
+A lease is dead once it has not been renewed for `STALE_AFTER_SECONDS` of the observer's own clock
+(clocks of two machines are never compared), or at once where its process ran on this machine and is gone.
+Dead ones are removed by the run that finds them; a run that wakes up and finds its lease gone must stop.
 
-The workers of a run on other machines read the lease as well: it is where they are told to stop.
+The workers of a run on other machines read the lease as well: it says when they are to stop.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from ptbin.catalog.finding import OWN_FOLDER
 from ptbin.errors import DestinationBusyError, NotFoundInStoreError, StorageError
 from ptbin.stores import Place, Where, place_of
 
-__all__ = ["LEASES_FOLDER", "PATIENCE", "Holder", "Lease", "LeaseWatch", "acquire_lease"]
+__all__ = ["LEASES_FOLDER", "STALE_AFTER_SECONDS", "Holder", "Lease", "LeaseWatch", "acquire_lease"]
 
 LEASES_FOLDER = f"{OWN_FOLDER}/leases"
 RENEWAL_SECONDS = 10.0
-PATIENCE = 45.0
+STALE_AFTER_SECONDS = 45.0
 """Seconds without a renewal after which a lease counts for nothing."""
 POLL_SECONDS = 1.0
 WATCH_SECONDS = 2.0
@@ -64,7 +64,7 @@ class Holder:
 
     @classmethod
     def from_bytes(cls, data: bytes, run_id: str) -> Holder:
-        """What cannot be read is somebody's all the same: of an unknown process."""
+        """What cannot be read is a lease all the same: of an unknown process."""
         try:
             found = json.loads(data)
             return cls(
@@ -88,7 +88,7 @@ class Holder:
         except ProcessLookupError:
             return True
         except OSError:
-            pass  # somebody else's, whether that one or a later one of its number
+            pass  # another user's, whether that one or a later one of its number
         born = _born(self.pid)
         return born is not None and born != self.born
 
@@ -133,7 +133,7 @@ class Lease:
     def uri(self) -> str:
         return self._place.uri
 
-    def tell_to_stop(self) -> None:
+    def ask_to_stop(self) -> None:
         """Have workers elsewhere stop; they hear of it within seconds. Errors are no news to anyone."""
         with contextlib.suppress(StorageError), self._lock:
             self._holder = replace(self._holder, stop=True, renewals=self._holder.renewals + 1)
@@ -166,7 +166,7 @@ class Lease:
                 self._lost("the run's lease was taken away: it was held for dead")
                 return
             except StorageError as error:
-                if time.monotonic() > renewed + PATIENCE:
+                if time.monotonic() > renewed + STALE_AFTER_SECONDS:
                     self._lost(f"the run's lease could not be renewed: {error}")
                     return
 
@@ -178,9 +178,10 @@ def acquire_lease(
     lost: Callable[[str], None] = lambda _: None,
     tick: Callable[[], object] = lambda: None,
 ) -> Lease:
-    """The lease on DEST for a run; `lost` is told, from another thread, if it cannot be kept.
+    """The lease on DEST for a run; `lost` is called, from another thread, if it cannot be kept.
 
-    Waits until other leases turn out to be dead, at most about `PATIENCE` seconds. `tick` may raise.
+    Waits until other leases turn out to be dead, at most about `STALE_AFTER_SECONDS`. `tick` may
+    raise.
 
     Raises:
         DestinationBusyError: another run works there.
@@ -197,7 +198,7 @@ def acquire_lease(
         if not others:
             return Lease(place, mine, lost, follows_dead=removed > 0)
         place.delete()
-        # Two that began at once have both withdrawn now: whoever comes back first finds nobody.
+        # Two that began at once have both withdrawn now: the first one to come back finds none.
         time.sleep(random.uniform(0.05, 0.3) * (1 + attempt))  # noqa: S311 - not a secret
         removed += _wait_for_death(folder, run_id, others, tick)
     raise DestinationBusyError(f"{folder.uri}: other runs keep beginning there")
@@ -247,7 +248,7 @@ def _wait_for_death(
                 raise DestinationBusyError(
                     f"{place}: run {holder.run_id} is at work there, process {holder.pid} on {holder.host}"
                 )
-        if time.monotonic() > began + PATIENCE:
+        if time.monotonic() > began + STALE_AFTER_SECONDS:
             for path in now:
                 (folder / path).delete()
             return removed + len(now)
@@ -280,4 +281,4 @@ class LeaseWatch:
         now = time.monotonic()
         if holder is not None and holder.renewals != self._seen:
             self._seen, self._seen_at = holder.renewals, now
-        return now > self._seen_at + PATIENCE or (holder is not None and holder.stop)
+        return now > self._seen_at + STALE_AFTER_SECONDS or (holder is not None and holder.stop)

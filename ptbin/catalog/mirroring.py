@@ -1,7 +1,7 @@
 """What of DEST a mirror may delete.
 
 An output belongs to a mirror if it was made of a file below its SOURCE and lies where this mirror would put
-it. Whatever else lies in DEST is somebody's, even with a manifest of ptbin's beside it: the outputs of
+it. Whatever else lies in DEST is not the mirror's, even with a manifest of ptbin's next to it: the outputs of
 another conversion, a copy that was made by hand, files behind a symbolic link. Costs, for each candidate: a
 read of its manifest, and a look at each file that it lists.
 """
@@ -76,7 +76,7 @@ def iter_gone(
 
 
 def excess(count: int, most: int | None) -> str:
-    """Why so many are not deleted; empty where they may be."""
+    """Why that many are not deleted; empty where they may be."""
     if most is None or count <= most:
         return ""
     return f"{count} outputs are gone from SOURCE, more than the {most} allowed; none was deleted"

@@ -55,8 +55,9 @@ class Plan:
         source_options: Mapping[str, Any] | None = None,
         dest_options: Mapping[str, Any] | None = None,
     ) -> None:
-        for where, options in ((request.source, source_options), (request.dest, dest_options)):
-            refuse_bytes(place_of(where, options))
+        if request.kind != "migrate":  # whose SOURCE is a registry
+            refuse_bytes(place_of(request.source, source_options))
+        refuse_bytes(place_of(request.dest, dest_options))
         self.request = request
         self.sides: dict[str, Any] = {"source_options": source_options, "dest_options": dest_options}
         self.work = WorkList(request.dest, dest_options=dest_options)
@@ -154,7 +155,7 @@ class Plan:
 
     @property
     def has_many_segments(self) -> bool:
-        """Whether the index lies in so many files that one is to take their place."""
+        """Whether the index has enough segments for one to take their place."""
         return len(self.work.segments()) >= MERGED_SEGMENTS
 
     def merge_index(self, name: str) -> None:

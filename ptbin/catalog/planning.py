@@ -17,7 +17,7 @@ from ptbin.values.names import bad_name, shown_path
 __all__ = ["OutputRule", "plan_outputs", "relative_output", "settle_collision"]
 
 NAMED = 5
-"""Of the files that collide, so many are named in each problem."""
+"""How many of the files that collide are named in each problem."""
 
 OUTPUT_SUFFIX = ".bin"
 
@@ -123,7 +123,7 @@ def _unsafe_path(path: str, uri: str) -> Problem | None:
             place = shown_path(uri.removesuffix(f"/{after}") + "/" if after else uri)
             return Problem(place, "unsafe_path", f"the name {part!a} {why}; rename it first")
     if any(part in ("", ".", "..") for part in parts) or "\\" in path or "\0" in path:
-        return Problem(uri, "unsafe_path", f"{path!r} is no plain relative path; rename the object first")
+        return Problem(uri, "unsafe_path", f"{path!r} is not a plain relative path; rename the object first")
     return None
 
 

@@ -38,7 +38,7 @@ from ptbin.stores import ListedObject, place_of
 __all__ = ["WorkList"]
 
 NEW_EVERY = 20
-"""Of so many jobs one is looked up while SOURCE is still listed."""
+"""One of this many jobs is looked up while SOURCE is still listed."""
 JOINT_KIND = "parts"
 """Of identities of several files together (`stores.joined.joint_identity`)."""
 
@@ -232,7 +232,7 @@ class WorkList(Inventory):
             digest = digest_of(kind, self._options)
             if any(row.digest == digest for row in self.rows_of(self.relative_manifest(kind))):
                 return not kind.copies
-        from ptbin.catalog.comparing import is_convertible  # reads checkpoints: nobody else here does
+        from ptbin.catalog.comparing import is_convertible  # reads checkpoints: nothing else here does
 
         return is_convertible(place_of(job.source_uri, self._source_options), self._options)
 
@@ -369,14 +369,8 @@ class WorkList(Inventory):
     def iter_unexplained(self) -> Iterator[str]:
         """Paths below DEST of the manifests, and the copies that the index knows, of no job of this run."""
         query = "SELECT manifest FROM finished UNION SELECT path FROM stored WHERE path LIKE ?"
-        with self.lock:
-            cursor = self.db.execute(query, ("%" + MANIFEST_SUFFIX,))
-        while True:
-            with self.lock:
-                page = cursor.fetchmany(PAGE)
-            if not page:
-                return
-            yield from (path for (path,) in page if not self._is_explained(path))
+        found = self.rows(query, ("%" + MANIFEST_SUFFIX,))
+        return (path for (path,) in found if not self._is_explained(path))
 
     def _is_explained(self, path: str) -> bool:
         """Whether a job of this run has that manifest, or is that copy. Names that differ in case do not."""

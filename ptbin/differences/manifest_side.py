@@ -6,7 +6,6 @@ for, or a quantized tensor's scale is wanted, which no manifest states.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +21,7 @@ from ptbin.errors import (
 )
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.options import ConvertOptions
+from ptbin.proof.output import stored_tensor
 from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.keys import new_names
@@ -31,7 +31,7 @@ from ptbin.stores import ListedObject, Place, RangeReader
 from ptbin.stores.joined import JoinedReader, part_base
 from ptbin.values.dtypes import BY_NAME
 from ptbin.values.state_dict import iter_tensors
-from ptbin.values.tensors import ByteRange, Storage, TensorRef, dense_strides
+from ptbin.values.tensors import ByteRange, Storage, TensorRef, dense_strides, extent_of
 
 __all__ = ["ManifestSide", "is_manifest"]
 
@@ -125,27 +125,18 @@ class ManifestSide(Side):
         return ListedObject(output["path"], found.uri, found.size, found.identity)
 
     def _tensor(self, row: Mapping[str, Any]) -> SideTensor:
-        """The row, held against what makes sense."""
-        get = row.get
-        shape: Any
-        shape, dtype, sha256 = get("shape"), BY_NAME.get(get("dtype", "")), get("sha256")
-        offset, nbytes, stride, lazy = get("offset"), get("nbytes"), get("stride"), get("lazy", ())
-        numbers = [offset, nbytes, *shape] if type(shape) is list else []
-        if stride is not None:
-            numbers += stride if type(stride) is list and len(stride) == len(numbers) - 2 else [None]
-        if (
-            dtype is None
-            or set(map(type, numbers)) != {int}
-            or min(numbers) < 0
-            or max(numbers) >= 1 << 62
-            or nbytes != dtype.nbytes_of(math.prod(shape))
-            or not (sha256 is None or (type(sha256) is str and len(sha256) == 64))
-            or not {"conj", "neg"}.issuperset(lazy)
-        ):
-            raise VerificationError(f"{self.uri}: tensor {row['name'][:200]!r} is not described consistently")
-        shape = tuple(shape)
-        key = (row["file"], offset, dtype.name, shape, None if stride is None else tuple(stride))
-        return SideTensor(dtype, shape, sha256, tuple(lazy), None, nbytes, key)
+        """The row, once it makes sense."""
+        try:
+            stored = stored_tensor(row)
+        except VerificationError as error:
+            raise VerificationError(f"{self.uri}: {error}") from error
+        sha256, lazy = row.get("sha256"), row.get("lazy", ())
+        if not (sha256 is None or (type(sha256) is str and len(sha256) == 64)) or set(lazy) - {"conj", "neg"}:
+            raise VerificationError(
+                f"{self.uri}: the sha256 or lazy of tensor {row['name'][:200]!r} makes no sense"
+            )
+        key = (row["file"], stored.offset, row["dtype"], stored.shape, stored.stride)
+        return SideTensor(BY_NAME[row["dtype"]], stored.shape, sha256, tuple(lazy), None, stored.nbytes, key)
 
     def _refuse_sparse(self) -> None:
         for name in self.tensors:
@@ -175,10 +166,8 @@ class ManifestSide(Side):
 
 def _extent(row: Mapping[str, Any], tensor: SideTensor) -> int:
     """Bytes of the file that a tensor spans."""
-    if row.get("stride") is None:
-        return int(row["nbytes"])
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, row["stride"], strict=True))
-    return tensor.dtype.nbytes_of(last + 1)
+    stride = row.get("stride")
+    return tensor.nbytes if stride is None else tensor.dtype.nbytes_of(extent_of(tensor.shape, tuple(stride)))
 
 
 def _named_rows(
@@ -189,7 +178,7 @@ def _named_rows(
     rows = manifest["tensors"]
     for row in rows:
         if not isinstance(row, dict) or not isinstance(row.get("name"), str) or row.get("file") not in files:
-            raise VerificationError(f"{uri}: the manifest lists a tensor in no output of its own")
+            raise VerificationError(f"{uri}: the manifest lists a tensor that is in none of its outputs")
     if not rows:
         raise VerificationError(f"{uri}: the manifest lists no tensors; name the output itself")
     if options.drop:

@@ -279,7 +279,7 @@ def _changed_bits(a: memoryview, b: memoryview, dtype: DType) -> NDArray[Any]:
 
 
 def _decode(data: memoryview, dtype: DType) -> NDArray[Any] | None:
-    """Elements as numbers: integers of their own type, float64, or float64 pairs; None where there are
+    """Elements as numbers: integers as they are, float64, or float64 pairs; None where there are
     none.
     """
     import numpy

@@ -11,6 +11,7 @@ else *new*; so a source that changed is new. States are told apart by the source
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,9 +19,11 @@ from datetime import UTC, date, datetime
 from typing import Any, Literal
 
 from ptbin.catalog.finding import OWN_FOLDER
+from ptbin.catalog.finished import iter_rows
 from ptbin.errors import NotFoundInStoreError, UsageError
 from ptbin.history.known import KNOWN, Acknowledgement, read_known, write_known
 from ptbin.stores import Where, place_of
+from ptbin.values.names import shown_path
 
 __all__ = [
     "Ledger",
@@ -36,8 +39,6 @@ __all__ = [
 
 UNCONVERTED = f"{OWN_FOLDER}/unconverted.jsonl"
 FAILURES = ("rejected", "failed")
-MAX_LINE_NBYTES = 1 << 20
-"""Longer lines are damage."""
 
 Novelty = Literal["new", "old", "known"]
 
@@ -225,29 +226,15 @@ def read_unconverted(dest: Where) -> Iterator[Unconverted]:
     Raises:
         StorageError: the store failed otherwise than by having no such file.
     """
-    rest = b""
     try:
         with (place_of(dest) / UNCONVERTED).open_reader() as reader:
-            for block in reader.iter_range(0, reader.size):
-                *lines, rest = (rest + bytes(block)).split(b"\n")
-                for line in lines:
-                    if (row := _row(line)) is not None:
-                        yield row
-                if len(rest) > MAX_LINE_NBYTES:
-                    return
+            yield from iter_rows(reader.iter_range(0, reader.size), Unconverted.from_json)
     except NotFoundInStoreError:
         return
 
 
-def _row(line: bytes) -> Unconverted | None:
-    try:
-        return Unconverted.from_json(json.loads(line))
-    except (ValueError, RecursionError):
-        return None
-
-
 def write_unconverted(dest: Where, rows: Iterable[Unconverted]) -> None:
-    """Put the rows in the place of all that were stored. For whoever holds the lease on DEST.
+    """Put the rows in the place of all that were stored. For the holder of the lease on DEST.
 
     Raises:
         StorageError: the store failed; what was stored before is still there.
@@ -278,20 +265,21 @@ def acknowledge(
     """
     if not place_of(dest).is_directory():
         raise UsageError(f"no destination with runs in it: {dest} is not a directory or prefix")
-    wanted = set(paths)
+    names = {path: _names_of(path) for path in paths}
+    wanted = {name for each in names.values() for name in each}
     failures = [
         row
         for row in read_unconverted(dest)
         if row.is_failure and not wanted.isdisjoint((row.path, row.source))
     ]
-    if missing := wanted.difference(*((row.path, row.source) for row in failures)):
+    found = {name for row in failures for name in (row.path, row.source)}
+    if missing := [shown_path(path) for path in names if names[path].isdisjoint(found)]:
         raise UsageError(
             f"nothing fails at {', '.join(sorted(missing))} below {dest}, as far as its runs have recorded; "
             "`ptbin status SOURCE DEST` lists what does"
         )
     at = utc_text(datetime.now(UTC))
-    named = {name for row in failures for name in (row.path, row.source)}
-    kept = [item for item in read_known(dest) if item.path not in named and not item.is_expired(today)]
+    kept = [item for item in read_known(dest) if item.path not in found and not item.is_expired(today)]
     added = [
         Acknowledgement(
             row.path if row.path in wanted else row.source, because, until, row.state, row.reason, at
@@ -300,3 +288,11 @@ def acknowledge(
     ]
     write_known(dest, [*kept, *added])
     return failures
+
+
+def _names_of(path: str) -> set[str]:
+    """What a failure that is meant by `path` may be called: below SOURCE, by URI, as a shell completes it."""
+    names = {shown_path(path), shown_path(path.removeprefix("./"))}
+    with contextlib.suppress(UsageError):  # a URI of a store that this installation does not have
+        names.add(shown_path(place_of(path).uri))
+    return names

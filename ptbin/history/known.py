@@ -19,6 +19,7 @@ from ptbin.stores import Where, place_of
 __all__ = ["KNOWN", "Acknowledgement", "read_known", "write_known"]
 
 KNOWN = f"{OWN_FOLDER}/known.json"
+SCHEMA_VERSION = 1
 
 
 class Failure(Protocol):
@@ -40,7 +41,7 @@ class Acknowledgement:
 
     Attributes:
         path: of the checkpoint below SOURCE, or its URI.
-        because: what people are told.
+        because: what reports say.
         until: the last day (UTC) on which it holds, as `YYYY-MM-DD`.
         state: of the checkpoint; None, where written by hand: whatever its state is.
         reason: the reason code; None, where written by hand: any reason.
@@ -107,6 +108,9 @@ def read_known(dest: Where) -> list[Acknowledgement]:
 
 def _entries(document: Any) -> list[Any]:
     entries = document.get("known") if isinstance(document, dict) else None
+    if isinstance(document, dict) and document.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        version = document["schema_version"]
+        raise ValueError(f"it is of schema version {version!r}, and this ptbin reads {SCHEMA_VERSION}")
     if not isinstance(entries, list):
         raise ValueError('expected {"schema_version": 1, "known": [...]}')
     return entries
@@ -118,5 +122,6 @@ def write_known(dest: Where, known: Iterable[Acknowledgement]) -> None:
         {name: value for name, value in asdict(item).items() if value is not None}
         for item in sorted(known, key=lambda item: item.path)
     ]
-    text = json.dumps({"schema_version": 1, "known": rows}, indent=2, ensure_ascii=False)
-    (place_of(dest) / KNOWN).write_bytes(text.encode() + b"\n")
+    text = json.dumps({"schema_version": SCHEMA_VERSION, "known": rows}, indent=2, ensure_ascii=False)
+    # What a shell hands over may be no text; JSON takes it escaped.
+    (place_of(dest) / KNOWN).write_bytes(text.encode("utf-8", "backslashreplace") + b"\n")

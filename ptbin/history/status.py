@@ -37,7 +37,7 @@ class Status:
     """What was found. Lists hold the first `MAX_LISTED` of what is counted.
 
     Attributes:
-        run: the run that was asked what this was asked; empty where nobody was.
+        run: the run that was asked what this was asked; empty where none was.
         kind: of the run that would bring both in step.
         counts: by kind. `new`: never converted; `changed`: converted from another state or by other options;
             `failed`, `refused`: as the last run left them, and nothing has changed; `known`: those of them
@@ -204,6 +204,6 @@ def _refuse(status: Status, ledger: Ledger, problem: Problem) -> None:
 
 
 def _is_whole_place(source: str, source_options: Mapping[str, Any] | None) -> bool:
-    """Whether SOURCE is a folder or prefix: of a file or a glob nobody can say what is gone."""
+    """Whether SOURCE is a folder or prefix: of a file or a glob it cannot be said what is gone."""
     root, pattern = split_glob(source, source_options)
     return pattern is None and place_of(root, source_options).is_directory()

@@ -85,22 +85,24 @@ def parse_manifest(data: bytes, uri: str) -> dict[str, Any]:
     try:
         manifest = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise VerificationError(f"{uri}: the manifest is no JSON: {error}") from error
+        raise VerificationError(f"{uri}: the manifest is not JSON: {error}") from error
     if not isinstance(manifest, dict):
-        raise VerificationError(f"{uri}: the manifest is no JSON object")
+        raise VerificationError(f"{uri}: the manifest is not a JSON object")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise VerificationError(
             f"{uri}: manifest of schema version {manifest.get('schema_version')!r}, expected {SCHEMA_VERSION}"
         )
     for key, kind in _REQUIRED.items():
         if not isinstance(manifest.get(key), kind):
-            raise VerificationError(f"{uri}: the manifest has no proper {key!r}")
+            raise VerificationError(f"{uri}: the manifest lacks {key!r}, or it has the wrong type")
     for output in manifest["outputs"]:
         path = output.get("path") if isinstance(output, dict) else None
         if not isinstance(path, str) or not path or not isinstance(output.get("size"), int):
             raise VerificationError(f"{uri}: the manifest names an output without path or size")
         if bad_name(path) or len(path.encode("utf-8", "replace")) > MAX_NAME_NBYTES:
-            raise VerificationError(f"{uri}: the manifest names an output by what is no file name")
+            raise VerificationError(
+                f"{uri}: the manifest names an output with a text that is not a file name"
+            )
         if "/" in path or "\\" in path or path in (".", ".."):
             raise VerificationError(f"{uri}: the manifest names {path!r}, which lies outside its folder")
     return manifest

@@ -1,9 +1,9 @@
 """Where an output comes from, in a form that others can check: an in-toto statement with SLSA provenance.
 
-It says nothing that the manifest does not say: `statement_of` makes it of a manifest, so that whoever has
-both can compare them. Subjects are the output's files; the resolved dependencies are the source's, with the
-SHA-256 of each as it was read, its size, and what its store told it apart by (ETag, version id, time). Of a
-file whose SHA-256 was not asked for (`--file-digest none`) the subjects are its tensors.
+It says nothing that the manifest does not say: `statement_of` makes it of a manifest, so that a reader who
+has both can compare them. Subjects are the output's files; the resolved dependencies are the source's, with
+the SHA-256 of each as it was read, its size, and what its store told it apart by (ETag, version id, time). Of
+a file whose SHA-256 was not asked for (`--file-digest none`) the subjects are its tensors.
 
 https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md, https://slsa.dev/spec/v1.0/provenance
 """

@@ -10,10 +10,10 @@ deleted once the manifest is there. It vouches as a manifest does.
 
 Objects of S3 need no such file where nothing is to be replaced: each carries its claim in its metadata, which
 goes when another program writes the object. It names the place and the source, and vouches where no manifest
-is: for a rerun, and for nobody else.
+is: for a rerun only.
 
-Content is told by the identity that the manifest has recorded (ETag, modification time): only where that
-differs, or is unknown, is a file read.
+Content is recognised by the identity that the manifest has recorded (ETag, modification time): only where
+that differs, or is unknown, is a file read.
 
 Costs: a write and a deletion, of the claim file where there is one. Unless a listing has shown that the place
 is free, also one read of the manifest, and one stat for each file to be written that the listing does not
@@ -82,7 +82,7 @@ def claim_place(output: Place) -> Place:
 def end_claim(output: Place) -> None:
     """Delete the claim of an output, once its manifest is there or its files are gone.
 
-    One that stays behind is hidden and harms nobody: a store's fault is passed over.
+    One that stays behind is hidden and harmless: a store's fault is passed over.
     """
     with contextlib.suppress(StorageError):
         claim_place(output).delete()
@@ -413,7 +413,7 @@ def _rows_of(manifest: Mapping[str, Any]) -> list[_Vouched]:
 
 
 def _damaged_rows(manifest: Mapping[str, Any]) -> list[_Vouched]:
-    """What `verify` found in the place of files of the output: it may be replaced, for it is nobody's."""
+    """What `verify` found in the place of files of the output: it may be replaced, for no output has it."""
     files = manifest.get(DAMAGED, {}).get("files") if isinstance(manifest.get(DAMAGED), dict) else None
     if not isinstance(files, dict):
         return []

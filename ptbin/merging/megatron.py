@@ -58,7 +58,7 @@ _PER_GROUP = "num_attention_heads / num_query_groups"
 
 
 def _in_layers(below: str, to: str, *steps: _Row) -> list[_Row]:
-    """A tensor of each layer: under a name of its own, or of all layers on the first axis of one."""
+    """A tensor of each layer: under its own name, or of all layers on the first axis of one."""
     target = "model.layers.{l}." + to
     return [
         {"from": rf"{_TOP}decoder\.layers\.(?P<l>\d+)\.{below}", "to": target, "steps": list(steps)},
@@ -126,7 +126,7 @@ def _dense(below: str, to: str) -> list[_Row]:
 
 
 def _experts(to: str, gate: str, up: str, down: str) -> list[_Row]:
-    """Experts: each under a name of its own, or all of a layer in one tensor."""
+    """Experts: each under its own name, or all of a layer in one tensor."""
     rows: list[_Row] = []
     matrices: tuple[tuple[str, str, _Steps], ...] = (
         ("linear_fc1", gate, _half(0)),

@@ -20,7 +20,7 @@ from ptbin.errors import (
     UsageError,
 )
 from ptbin.merging.coverage import prove_used
-from ptbin.merging.recipes import Recipe, Rule, Step, evaluate
+from ptbin.merging.recipes import PLACE, Recipe, Rule, Step, evaluate
 from ptbin.merging.views import View, concatenated, leaf, stacked, view_of
 from ptbin.values.tensors import Storage, TensorRef
 
@@ -72,7 +72,7 @@ class _Plan:
         self.uri = uri
         self.values = dict(facts)
         for name, expression in recipe.values:
-            # A value of the recipe's own stands in for what the checkpoint does not state.
+            # The recipe's values stand in for what the checkpoint does not state.
             self.values[name] = evaluate(expression, self.values)
         self.known: dict[object, Storage] = {}
         self.used: dict[str, list[tuple[int, tuple[int, ...], tuple[int, ...]]]] = {}
@@ -234,9 +234,7 @@ class _Plan:
     ) -> list[tuple[dict[str, str], View]]:
         axis, group = step.arguments[0], str(step.arguments[1])
         if group == "" or any(group in own for own, _ in views):
-            raise UsageError(
-                f"recipe {self.recipe.name!r}: an axis is unstacked into a named group of its own"
-            )
+            raise UsageError(f"recipe {self.recipe.name!r}: an axis must be unstacked into a new named group")
         found = []
         for own, view in views:
             self._axis(step, view, axis)
@@ -315,4 +313,4 @@ class _Plan:
                 raise UsageError(f"recipe {self.recipe.name!r}: {template!r} comes to {number}")
             return str(number)
 
-        return re.sub(r"\{(\w+)(?: ?([+-] ?\d{1,9}))?\}", replace, template)
+        return PLACE.sub(replace, template)

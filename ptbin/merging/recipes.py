@@ -21,12 +21,14 @@ from typing import Any, Literal
 
 from ptbin.errors import UsageError
 
-__all__ = ["Expression", "Merge", "Recipe", "Rule", "Step", "evaluate", "parse_recipe"]
+__all__ = ["PLACE", "Expression", "Merge", "Recipe", "Rule", "Step", "evaluate", "parse_recipe"]
 
 MAX_TEXT = 1 << 20
 MAX_RULES = 10_000
 MAX_VALUE = 1 << 48
 MAX_EXPRESSION = 1000
+PLACE = re.compile(r"\{(\w+)(?: ?([+-] ?\d{1,9}))?\}")
+"""Where a group stands in a name: `{layer}`, or a number with something added, `{layer - 2}`."""
 
 Expression = int | str
 """A whole number, or arithmetic (`+ - * /`) over the names of values."""
@@ -148,7 +150,10 @@ def _evaluate(node: ast.expr, text: str, values: Mapping[str, int]) -> int:
             return left * right
         if isinstance(node.op, ast.Div) and right and left % right == 0:
             return left // right
-        raise UsageError(f"recipe: {text!r} is {left} and {right}, which give no whole number")
+        if isinstance(node.op, (ast.Mult, ast.Div)):
+            raise UsageError(
+                f"recipe: {text!r} is {left} and {right}, which give no whole number below 2**48"
+            )
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_evaluate(node.operand, text, values)
     raise UsageError(f"recipe: {text!r} is not arithmetic (+ - * / over whole numbers and names of values)")
@@ -163,7 +168,7 @@ def parse_recipe(text: str) -> Recipe:
     if len(text) > MAX_TEXT:
         raise UsageError(f"recipe: {len(text)} characters, the limit is {MAX_TEXT}")
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"recipe: not JSON: {error}") from error
     row = _Row(found, "recipe")
@@ -183,6 +188,15 @@ def parse_recipe(text: str) -> Recipe:
     if not merges and not rules:
         raise UsageError("recipe: neither `merge` nor `tensors` has a rule")
     return recipe
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key[:80]!r} stands twice in one object")
+        found[key] = value
+    return found
 
 
 class _Row:
@@ -241,6 +255,10 @@ def _rule(row: _Row) -> Rule:
     to = row.take("to")
     if to == "" or not (to is None or isinstance(to, str)):
         raise UsageError(f"{row.what}: `to` is not a name")
+    if to is not None and {"{", "}"} & set(PLACE.sub("", to)):
+        raise UsageError(
+            f"{row.what}: `to` {to[:80]!r} has braces that are neither {{group}} nor {{group - 2}}"
+        )
     concat, stack = row.take("concat", 0), row.take("stack", "")
     if type(concat) is not int or not 0 <= concat < 64 or not isinstance(stack, str):
         raise UsageError(f"{row.what}: `concat` is not an axis, or `stack` is not the name of a group")

@@ -102,14 +102,14 @@ def whole_tensor(
     own_storage: bool = False,
     keep_records: bool = False,
 ) -> TensorRef:
-    """The tensor that the boxes fill, over a storage of its own, or over the only box's where that is all.
+    """The tensor that the boxes fill, over a new storage, or over the only box's where that is all.
 
     Args:
         what: for messages.
         key: name of the new storage.
         shape: the space that boxes are given in.
         final_shape: the tensor's own shape where it differs: as many elements, in the same order.
-        own_storage: a view of a part gets a storage of its own.
+        own_storage: a view of a part gets a new storage.
         keep_records: do not cut parts into runs, for which their CRC-32s do not vouch.
         known: storages made before, by what they are made of: tensors that are tied in all files stay tied.
 

@@ -22,7 +22,7 @@ MAX_BOXES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Elements of other tensors, in an order of its own.
+    """Elements of other tensors, reordered.
 
     Attributes:
         final_shape: the shape that it is to have, as many elements in the same order; None: `shape`.
@@ -173,7 +173,7 @@ def stacked(views: Sequence[View], axis: int) -> View:
 
 
 def leaf(tensor: TensorRef, home: str) -> View:
-    """The tensor as if it lay densely in a storage of its own: for proofs, which need no place."""
+    """The tensor as if it lay densely in a separate storage: for proofs, which need no place."""
     dense = dense_strides(tensor.shape)
     own = TensorRef(Storage(home, tensor.nbytes), tensor.dtype, tensor.shape, dense)
     box = Box(Part(own, home), (0,) * len(tensor.shape), tensor.shape, 0, dense)

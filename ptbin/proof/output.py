@@ -35,7 +35,7 @@ from ptbin.stores import identity_text
 from ptbin.values.digests import FileDigests, StoredTensor
 from ptbin.values.dtypes import BY_NAME
 from ptbin.values.state_dict import iter_tensors
-from ptbin.values.tensors import ByteRange, TensorRef
+from ptbin.values.tensors import ByteRange, TensorRef, extent_of
 
 if TYPE_CHECKING:
     from ptbin.manifests.draft import Draft, DraftFile
@@ -233,18 +233,11 @@ def stored_tensor(row: Mapping[str, Any], file_size: int | None = None) -> Store
     assert isinstance(offset, int)
     if nbytes != dtype.nbytes_of(math.prod(shape)):
         raise wrong
-    last = sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if stride is not None else 0
-    end = offset + (dtype.nbytes_of(last + 1) if stride is not None else nbytes) if nbytes else offset
+    sizes, strides = tuple(shape), None if stride is None else tuple(stride)
+    end = offset + (nbytes if strides is None else dtype.nbytes_of(extent_of(sizes, strides)))
     if file_size is not None and (end > file_size or nbytes > max(file_size, MAX_UNFOLDED_NBYTES)):
         raise wrong
-    return StoredTensor(
-        row["offset"],
-        row["nbytes"],
-        tuple(shape),
-        tuple(stride) if stride is not None else None,
-        dtype.itemsize,
-        dtype.per_unit,
-    )
+    return StoredTensor(offset, nbytes, sizes, strides, dtype.itemsize, dtype.per_unit)
 
 
 def _check_structure(reader: RangeReader, draft: Draft, rows: list[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ weight averaging keeps the average in `state_dict` (lightning/pytorch/callbacks/
 * a state dict of its own under a telling name (`state_dict_ema`, `ema.model`, `averaged_model`, ...);
 * inside the model's flat state dict, with names of its own: `ema_model.` (ema_pytorch), `model_ema.` with the
   dots taken out (LitEma of latent diffusion). Offered as `<path>#ema`, under the names of the raw weights;
-* a list `shadow_params` (torch_ema, diffusers), where one model beside it has as many parameters of the same
+* a list `shadow_params` (torch_ema, diffusers), where one model next to it has as many parameters of the same
   shapes in the same order. Offered as its path, under that model's names.
 """
 
@@ -38,7 +38,7 @@ __all__ = [
 AVERAGED = "ema"
 """What `--select` takes for the averaged copy, wherever it is; also the role of a candidate that is one."""
 RAW = "raw"
-"""Role of a candidate that is the raw weights beside an average that is the model."""
+"""Role of a candidate that is the raw weights next to an average that is the model."""
 
 _AVERAGED = re.compile(r"(?:^|[._#])(?:ema|swa|averaged?|shadow)(?:$|[._#\d])", re.IGNORECASE)
 _PREFIXES = ("ema_model.", "model_ema.", "ema.")
@@ -71,7 +71,7 @@ def roles_by_producer(root: Any) -> dict[str, str]:
 
 
 def swapped_copy(root: Any, found: StateDict) -> StateDict | None:
-    """mmcv's average: the plain names, beside raw weights in buffers called `ema_` and the name without dots.
+    """mmcv's average: plain names, next to raw weights in buffers called `ema_` and the name without dots.
 
     mmcv/runner/hooks/ema.py swaps the two before a checkpoint is saved.
     """
@@ -111,7 +111,7 @@ def _shapes(found: StateDict) -> dict[str, tuple[int, ...]]:
 
 
 def copies_inside(found: StateDict) -> StateDict | None:
-    """The averaged copy that a flat state dict holds beside the raw weights, if it holds one."""
+    """The averaged copy that a flat state dict holds next to the raw weights, if it holds one."""
     tensors = {name: value for name, value in found.entries if isinstance(value, TensorRef)}
     if not any(name.startswith(_PREFIXES) for name in tensors):
         return None

@@ -136,7 +136,7 @@ def _tensor_names(pairs: list[tuple[Any, Any]]) -> list[str]:
 
 
 def _is_plain_state_dict(pairs: list[tuple[Any, Any]]) -> bool:
-    """Tensors, and values beside them that belong to them (`_packed_params.dtype`)."""
+    """Tensors, and values next to them that belong to them (`_packed_params.dtype`)."""
     tensors = [value for _, value in pairs if isinstance(value, (TensorRef, SparseTensor, Opaque))]
     return bool(tensors) and not any(
         is_branch(value) and not str(key).endswith(EXTRA_STATE) and holds_data(value) and not is_packed(value)
@@ -145,7 +145,7 @@ def _is_plain_state_dict(pairs: list[tuple[Any, Any]]) -> bool:
 
 
 def _role_at_top(step: str, value: Any) -> str | None:
-    """The role of a counter or a metric beside modules, by its name: a single number may be a buffer."""
+    """The role of a counter or a metric next to modules, by its name: a single number may be a buffer."""
     role = role_of_leaf(step, value, None)
     return None if role == "metrics" and role_of_name(step) not in ("metrics", "loss_function") else role
 

@@ -86,7 +86,7 @@ def _refuse_loss(name: str, value: Any, uri: str, done: set[int], search: DataSe
     if not _is_writable(value, 0, done):
         raise UnsupportedTensorError(
             f"{uri}: {name!r} is a {_describe(value)} that holds tensors, which weights_only=True cannot "
-            f"read; save it under names of its own; {way_out}"
+            f"read; save its tensors under separate names; {way_out}"
         )
 
 

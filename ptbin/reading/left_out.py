@@ -117,7 +117,7 @@ class _LeftOutWalk:
                 self.values(steps, node)
 
     def values(self, steps: tuple[str, ...], node: Any) -> None:
-        """Plain values beside the selected state dict: nothing is lost with them, but people look for
+        """Plain values next to the selected state dict: nothing is lost with them, but people look for
         them.
         """
         if all(state_dict.path == "." for state_dict in self.chosen):

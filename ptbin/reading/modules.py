@@ -3,7 +3,7 @@
 Walks what `torch.nn.Module.state_dict` walks (torch/nn/modules/module.py, `_save_to_state_dict`):
 `_parameters`, then `_buffers` less the non-persistent ones, then `_modules`, names joined by dots; a module
 that `torch.compile` wrapped is one with a child `_orig_mod`, as torch names it. A child that pickles itself
-by code of its own (`__reduce__`, a tuple for a state) and weights that a quantized layer keeps packed cannot
+with custom code (`__reduce__`, a tuple for a state) and weights that a quantized layer keeps packed cannot
 be had without that code: they become `Opaque` entries, which no conversion takes or passes over. TorchScript
 modules keep flat attributes instead; there the lists in the archive's code say which are parameters and
 buffers.
@@ -137,7 +137,7 @@ def _packed_weights(module: Instance, value: Any) -> Opaque:
 def _own_pickling(child: Any) -> Opaque:
     path = child.class_path if isinstance(child, Instance) else type(child).__name__
     return Opaque(
-        f"module of {path}, which pickles itself by code of its own",
+        f"module of {path}, which pickles itself with custom code",
         "its parameters have no names in the file; load the model where that class is, and save its "
         "state_dict() instead",
         contents=child,

@@ -6,7 +6,7 @@ What is read, and whose word it is:
 - sizes of model parallelism above 1 in the training arguments: Megatron-LM's and fairseq's `args`, NeMo's
   configuration (megatron/training/arguments.py; NeMo keeps the same names in `hyper_parameters` and `cfg`);
 - DeepSpeed's model states (runtime/engine.py, `_common_checkpoint_state`): `mp_world_size`, `num_experts`,
-  parameters of ZeRO stage 3 that are empty here, `universal_checkpoint_info` without a word on the size;
+  parameters of ZeRO stage 3 that are empty here, `universal_checkpoint_info` that does not state the size;
 - fairscale's `shard_metadata`; `DCP_SHARDING_INFO` of torch.distributed.checkpoint's safetensors files
   (distributed/checkpoint/filesystem.py), where a tensor begins elsewhere than at its own beginning.
 
@@ -145,7 +145,7 @@ def _of_arguments(root: Any) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """The number itself; OmegaConf keeps each in a node of its own."""
+    """The number itself; OmegaConf wraps each in a node."""
     if isinstance(value, Instance) and value.class_path.startswith("omegaconf.nodes."):
         attributes = value.attributes()
         return attributes.get("_val") if attributes is not None else None

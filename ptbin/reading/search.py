@@ -1,9 +1,9 @@
-"""The search for state dicts: what in a checkpoint could be a model, and what was turned down. Pure.
+"""The search for state dicts: what in a checkpoint could be a model, and what was rejected. Pure.
 
 A candidate is a pickled module, or a mapping of strings whose values are tensors and plain values. States of
 optimizers, schedulers and random generators are not candidates, nor is anything inside a tensor that cannot
 be read. A mapping that holds tensors and cannot be taken as it is, because more of it lies in mappings below,
-say, is *turned down*: what lies below it is offered for `--select` and never chosen, or a piece of a model
+say, is *rejected*: what lies below it is offered for `--select` and never chosen, or a piece of a model
 would pass for the model.
 """
 
@@ -44,7 +44,7 @@ __all__ = [
     "PRIMARY_NAMES",
     "Candidate",
     "Findings",
-    "TurnedDown",
+    "Rejected",
     "as_state_dict",
     "find_state_dicts",
     "is_packed",
@@ -78,18 +78,16 @@ class Candidate:
     """A place that could be the state dict.
 
     Attributes:
-        beside: found below something that is saved beside a model, or below a mapping that was turned down;
-            never
-            chosen automatically.
-        role: `ema` where it is an averaged copy of a model's weights, `raw` where it is the raw one beside an
-            average.
+        auxiliary: found below something that is saved next to a model, or below a mapping that was rejected;
+            never chosen automatically.
+        role: `ema` of an averaged copy of a model's weights, `raw` of the raw weights next to an average.
     """
 
     path: str
     state_dict: StateDict
     tensors: int
     nbytes: int
-    beside: bool
+    auxiliary: bool
     role: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -97,7 +95,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class TurnedDown:
+class Rejected:
     """A mapping that holds tensors and is not a state dict as it stands: why, and which tensors directly."""
 
     path: str
@@ -110,7 +108,7 @@ class Findings:
     """What the search found, in file order."""
 
     candidates: list[Candidate] = field(default_factory=list)
-    turned_down: list[TurnedDown] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
 
 
 def find_state_dicts(checkpoint: Checkpoint, limits: Limits) -> Findings:
@@ -125,7 +123,7 @@ def find_state_dicts(checkpoint: Checkpoint, limits: Limits) -> Findings:
     stack: list[tuple[tuple[str, ...], Any, bool, bool]] = [((), checkpoint.root, False, False)]
     visited, looks = 0, MAX_LOOKS
     while stack:
-        steps, node, beside, inside = stack.pop()
+        steps, node, auxiliary, inside = stack.pop()
         if id(node) in seen or len(steps) > MAX_SEARCH_DEPTH or is_unreadable_tensor(node):
             continue
         seen.add(id(node))
@@ -133,32 +131,32 @@ def find_state_dicts(checkpoint: Checkpoint, limits: Limits) -> Findings:
         if visited > limits.tree_nodes:
             raise LimitExceededError(f"{checkpoint.uri}: more than {limits.tree_nodes} records")
         path = ".".join(steps) or "."
-        if not beside and steps:
-            beside, looks = _is_beside(steps[-1], node, looks)
+        if not auxiliary and steps:
+            auxiliary, looks = _is_auxiliary(steps[-1], node, looks)
         content = role_of_content(node)
         if content == "loss_function":
-            beside = True
+            auxiliary = True
         elif content is not None:
             continue
         answer = as_state_dict(checkpoint, node, path, name=steps[-1] if steps else None, inside=inside)
         if isinstance(answer, StateDict):
             role = roles.get(path, role_of(path))
-            found.candidates.append(_measured(answer, beside or role == RAW, role))
+            found.candidates.append(_measured(answer, auxiliary or role == RAW, role))
             continue
-        if isinstance(answer, TurnedDown):
-            found.turned_down.append(answer)
-            beside = True
+        if isinstance(answer, Rejected):
+            found.rejected.append(answer)
+            auxiliary = True
         inside = inside or (isinstance(node, Instance) and as_mapping(node) is None)
         for step, child in reversed(named_children(as_mapping(node) or node)):
             # Extra state belongs to the state dict that it stands in, whatever its shape: never the model.
             if is_branch(child) and not step.endswith(EXTRA_STATE):
-                stack.append(((*steps, step), child, beside, inside))
+                stack.append(((*steps, step), child, auxiliary, inside))
     found.candidates += _averaged_copies(checkpoint, found.candidates)
     return found
 
 
-def _is_beside(step: str, node: Any, looks: int) -> tuple[bool, int]:
-    """Whether a name says that something is saved beside a model, and how many looks below are left.
+def _is_auxiliary(step: str, node: Any, looks: int) -> tuple[bool, int]:
+    """Whether a name says that something is saved next to a model, and how many looks below are left.
 
     `best_state` may well be the model.
     """
@@ -172,18 +170,18 @@ def _is_beside(step: str, node: Any, looks: int) -> tuple[bool, int]:
 
 def _averaged_copies(checkpoint: Checkpoint, candidates: list[Candidate]) -> list[Candidate]:
     """Averages inside other state dicts; offered, never chosen."""
-    main = [c.state_dict for c in candidates if not c.beside]
+    main = [c.state_dict for c in candidates if not c.auxiliary]
     copies = [copies_inside(state_dict) for state_dict in main]
     copies += [swapped_copy(checkpoint.root, state_dict) for state_dict in main]
     copies.append(named_by_order(checkpoint.root, main))
     return [_measured(copy, True, role_of(copy.path)) for copy in copies if copy is not None]
 
 
-def _measured(state_dict: StateDict, beside: bool, role: str | None) -> Candidate:
+def _measured(state_dict: StateDict, auxiliary: bool, role: str | None) -> Candidate:
     tensors = [tensor for _, tensor in iter_tensors(state_dict.entries)]
     count, storages = len(tensors), {id(tensor.storage): tensor.storage for tensor in tensors}
     nbytes = sum(storage.nbytes for storage in storages.values())
-    return Candidate(state_dict.path, state_dict, count, nbytes, beside, role)
+    return Candidate(state_dict.path, state_dict, count, nbytes, auxiliary, role)
 
 
 def as_state_dict(
@@ -194,7 +192,7 @@ def as_state_dict(
     name: str | None = None,
     inside: bool = False,
     named_by_user: bool = False,
-) -> StateDict | TurnedDown | None:
+) -> StateDict | Rejected | None:
     """The node as a state dict; why it is not one although it holds tensors; or None.
 
     Args:
@@ -229,19 +227,19 @@ def _is_empty(value: Any) -> bool:
 
 def _strict_mapping(
     checkpoint: Checkpoint, node: Any, mapping: DictNode, path: str, name: str | None, *, inside: bool
-) -> StateDict | TurnedDown | None:
+) -> StateDict | Rejected | None:
     """A mapping that can hardly be anything but a state dict."""
     named = mapping.by_name()
     tensors = {key: value for key, value in named.items() if _is_tensor(value) and not _is_empty(value)}
     if not tensors and any(isinstance(value, Opaque) for value in named.values()):
-        # meta tensors alone, which are refused by what they are; no model if there is one beside them
-        return _made(node, path, mapping, list(named.items())) if not holds_data(mapping) else None
+        # meta tensors alone, which are refused by what they are; no model if there is one next to them
+        return _state_dict_of(node, path, mapping, list(named.items())) if not holds_data(mapping) else None
     if not tensors:
         arrays = _of_arrays(checkpoint, named) if len(named) == len(mapping.pairs) else None
         if arrays is not None:
-            return _made(node, path, mapping, list(arrays.items()))
+            return _state_dict_of(node, path, mapping, list(arrays.items()))
         if any(_is_tensor(value) for key, value in mapping.pairs if type(key) is not str):
-            return TurnedDown(path, "its keys are not names")
+            return Rejected(path, "its keys are not names")
         return None
     roles: set[str | None] = set()
     for key, value in tensors.items():
@@ -252,14 +250,14 @@ def _strict_mapping(
     tables = roles == {"index_table"}
     whole = is_main and (tables or len(tensors) == len(mapping.pairs))
     if None not in roles and not whole:
-        return None  # counters and metrics, with or without something else beside them
+        return None  # counters and metrics, with or without something else next to them
     nested = _nested(mapping, checkpoint.search)
     if nested is not None:
-        # indices beside a model, which lies below
-        return None if tables else TurnedDown(path, nested, tuple(tensors))
+        # indices next to a model, which lies below
+        return None if tables else Rejected(path, nested, tuple(tensors))
     if not is_main and inside and not looks_like_weights(tensors):
         return None
-    return _made(node, path, mapping, list(named.items()))
+    return _state_dict_of(node, path, mapping, list(named.items()))
 
 
 def _nested(mapping: DictNode, search: DataSearch) -> str | None:
@@ -276,7 +274,7 @@ def _nested(mapping: DictNode, search: DataSearch) -> str | None:
         if is_packed(value):
             continue
         if search.holds(value):
-            return f"{key[:100]!r} holds tensors of its own"
+            return f"{key[:100]!r} holds tensors as well"
     return None
 
 
@@ -298,14 +296,14 @@ def _of_arrays(checkpoint: Checkpoint, named: dict[str, Any]) -> dict[str, Tenso
 
 def _named_mapping(
     checkpoint: Checkpoint, node: Any, mapping: DictNode, path: str
-) -> StateDict | TurnedDown | None:
+) -> StateDict | Rejected | None:
     """A mapping that the caller named, as `torch.load` gives it: what cannot be kept is an `Opaque`."""
     named = mapping.by_name()
     arrays = _of_arrays(checkpoint, named) if len(named) == len(mapping.pairs) else None
     if arrays is not None:
-        return _made(node, path, mapping, list(arrays.items()))
+        return _state_dict_of(node, path, mapping, list(arrays.items()))
     if not any(_is_tensor(value) for _, value in mapping.pairs):
-        return TurnedDown(path, "its tensors lie in mappings below") if holds_data(mapping) else None
+        return Rejected(path, "its tensors lie in mappings below") if holds_data(mapping) else None
     entries: list[tuple[str, Any]] = list(named.items())
     for key, value in mapping.pairs:
         if type(key) is not str and checkpoint.search.holds(value):
@@ -314,10 +312,10 @@ def _named_mapping(
                 f"tensor whose key is not text ({label})", "--flatten gives it a name", contents=value
             )
             entries.append((label, what))
-    return _made(node, path, mapping, entries)
+    return _state_dict_of(node, path, mapping, entries)
 
 
-def _made(node: Any, path: str, mapping: DictNode, entries: list[tuple[str, Any]]) -> StateDict:
+def _state_dict_of(node: Any, path: str, mapping: DictNode, entries: list[tuple[str, Any]]) -> StateDict:
     state = mapping.state if isinstance(mapping.state, DictNode) else None
     kind = "OrderedDict" if mapping.kind == "OrderedDict" else "dict"
     entries = [(name, readable(value)) for name, value in entries]

@@ -25,7 +25,7 @@ from ptbin.reading.search import Findings, find_state_dicts
 from ptbin.reading.selection import WAYS_OUT, select_state_dicts
 from ptbin.values.state_dict import Excluded, StateDict, storages_of
 
-__all__ = ["Selected", "read_selected", "refuse_unsafe", "select_from"]
+__all__ = ["Selected", "read_and_judge", "read_selected", "refuse_unsafe", "select_from"]
 
 SHOWN_PATHS = 10
 
@@ -97,7 +97,7 @@ def _refuse_unaccounted(selected: Selected, found: Accounting, *, explicit: bool
     elif len(selected.state_dicts) == 1:
         advice = f"--select {path} takes {path!r} and leaves the rest; {WAYS_OUT}"
     raise AmbiguousStateDictError(
-        f"{selected.checkpoint.uri}: {nbytes} bytes beside {path!r} are of no known role: {listed}; {advice}",
+        f"{selected.checkpoint.uri}: {nbytes} bytes next to {path!r} have no known role: {listed}; {advice}",
         tuple(candidate.path for candidate in selected.findings.candidates),
     )
 
@@ -111,13 +111,7 @@ def read_selected(reader: RandomReader, options: ConvertOptions) -> Selected:
         UnsupportedTensorError: something in it that cannot be kept.
         IncompleteCheckpointError: parts are missing, or copies of the selected tensors differ.
     """
-    try:
-        checkpoint = read_checkpoint(reader, options.limits, options.recipe, parts=options.parts)
-    except CorruptArchiveError as error:
-        if options.on_unsafe == "reject":
-            refuse_unsafe_fragment(error, reader.uri)
-        raise
-    safety = judge_programs(checkpoint.programs)
+    checkpoint, safety = read_and_judge(reader, options)
     refuse_unsafe(safety, options, reader.uri)
     selected = select_from(checkpoint, safety, options)
     if checkpoint.replicas:
@@ -125,6 +119,22 @@ def read_selected(reader: RandomReader, options: ConvertOptions) -> Selected:
         taken = storages_of(entries)
         refuse_unequal(reader, (group for storage, group in checkpoint.replicas if id(storage) in taken))
     return selected
+
+
+def read_and_judge(reader: RandomReader, options: ConvertOptions) -> tuple[Checkpoint, SafetyReport]:
+    """The source's index, and the verdict on its pickles, which is not acted upon.
+
+    Raises:
+        UnsafePickleError: it is damaged, and `unsafe` by what it had said until then.
+        CheckpointError: it cannot be read.
+    """
+    try:
+        checkpoint = read_checkpoint(reader, options.limits, options.recipe, parts=options.parts)
+    except CorruptArchiveError as error:
+        if options.on_unsafe == "reject":
+            refuse_unsafe_fragment(error, reader.uri)
+        raise
+    return checkpoint, judge_programs(checkpoint.programs)
 
 
 def select_from(

@@ -19,7 +19,7 @@ from ptbin.reading.search import (
     PRIMARY_NAMES,
     Candidate,
     Findings,
-    TurnedDown,
+    Rejected,
     as_state_dict,
     find_state_dicts,
 )
@@ -85,9 +85,9 @@ def _named(checkpoint: Checkpoint, path: str, findings: Findings) -> StateDict:
     chosen = next((c.state_dict for c in candidates if c.path == path), None)
     if chosen is None:
         found = as_state_dict(checkpoint, resolve(checkpoint.root, path), path, named_by_user=True)
-        if isinstance(found, TurnedDown) and path == AVERAGED:
+        if isinstance(found, Rejected) and path == AVERAGED:
             found = _the_average(checkpoint, candidates)
-        if isinstance(found, TurnedDown):
+        if isinstance(found, Rejected):
             raise AmbiguousStateDictError(
                 f"{checkpoint.uri}: {path!r} is not a state dict by itself, {found.why}; "
                 f"--select {path} --flatten joins their names by dots",
@@ -126,7 +126,7 @@ def _to_split(checkpoint: Checkpoint, findings: Findings) -> list[Candidate]:
     """Every state dict that is no part of another one, of no trainer's state, and no second name of an
     earlier one.
     """
-    main = _without_twins([c for c in findings.candidates if not c.beside or c.role is not None])
+    main = _without_twins([c for c in findings.candidates if not c.auxiliary or c.role is not None])
     whole = {c.path for c in main}
     main = [c for c in main if c.path.removesuffix(COPY_SUFFIX) == c.path or c.path not in whole]
     main = [c for c in main if not c.path.endswith(COPY_SUFFIX)]
@@ -155,8 +155,8 @@ def why_chosen(chosen: Candidate, findings: Findings, preferred: str | None) -> 
         return "the only state dict there is"
     if chosen.path == preferred:
         return "what this container is meant to hold"
-    if all(c.beside for c in others):
-        return "the only one that is not saved beside a model"
+    if all(c.auxiliary for c in others):
+        return "the only one that is not saved next to a model"
     return "the others are the same weights"
 
 
@@ -167,12 +167,12 @@ def choose_candidate(checkpoint: Checkpoint, findings: Findings) -> Candidate:
         NoStateDictError, AmbiguousStateDictError: as `select_state_dicts`.
     """
     candidates = findings.candidates
-    main = _without_twins([c for c in candidates if not c.beside])
+    main = _without_twins([c for c in candidates if not c.auxiliary])
     preferred = next((c for c in candidates if c.path == checkpoint.preferred), None)
     if preferred is not None:
         return preferred
-    if findings.turned_down and not main:
-        raise _turned_down(checkpoint, findings)
+    if findings.rejected and not main:
+        raise _all_rejected(checkpoint, findings)
     if len(main) == 1:
         return main[0]
     if main:
@@ -186,8 +186,8 @@ def choose_candidate(checkpoint: Checkpoint, findings: Findings) -> Candidate:
     raise NoStateDictError(f"{checkpoint.uri}: {_why_none(checkpoint, candidates)}")
 
 
-def _turned_down(checkpoint: Checkpoint, findings: Findings) -> AmbiguousStateDictError:
-    first = findings.turned_down[0]
+def _all_rejected(checkpoint: Checkpoint, findings: Findings) -> AmbiguousStateDictError:
+    first = findings.rejected[0]
     paths = tuple(c.path for c in findings.candidates)
     where = "the top" if first.path == "." else repr(first.path)
     held = ", ".join(repr(name[:100]) for name in first.tensors[:3]) or "tensors"
@@ -202,10 +202,10 @@ def _turned_down(checkpoint: Checkpoint, findings: Findings) -> AmbiguousStateDi
     )
 
 
-def _why_none(checkpoint: Checkpoint, beside: list[Candidate]) -> str:
+def _why_none(checkpoint: Checkpoint, auxiliary: list[Candidate]) -> str:
     root = checkpoint.root
-    if beside:
-        return "no state dict of a model; --select takes one of " + ", ".join(c.path for c in beside[:10])
+    if auxiliary:
+        return "no state dict of a model; --select takes one of " + ", ".join(c.path for c in auxiliary[:10])
     if (
         isinstance(root, (list, tuple))
         and root
@@ -215,7 +215,7 @@ def _why_none(checkpoint: Checkpoint, beside: list[Candidate]) -> str:
     if isinstance(root, (TensorRef, SparseTensor)):
         return "a single tensor without a name"
     if next((data for data in iter_data(root) if isinstance(data, (bytes, bytearray))), None) is not None:
-        return "it holds the bytes of another torch.save; write them to a file of their own and convert that"
+        return "it holds the bytes of another torch.save; write them to a separate file and convert that"
     what = root.class_path if isinstance(root, Instance) else getattr(root, "kind", type(root).__name__)
     return f"no mapping of names to tensors, and no module, in what it holds ({what})"
 

@@ -49,7 +49,7 @@ def is_branch(value: Any) -> bool:
 
 
 def is_saved_file(value: Any) -> bool:
-    """Bytes that are the output of a `torch.save` of their own."""
+    """Bytes that are the output of another `torch.save`."""
     return isinstance(value, (bytes, bytearray)) and (
         value.startswith(_ZIP_HEAD) or _LEGACY_HEAD in bytes(value[:32])
     )

@@ -4,7 +4,7 @@
     for model in registry.models(lambda name: True): ...
 
 `values` are what registries hold, `base` is the interface, `folders`, `mlflow_registry` and `hub` keep it;
-`planning` compares two of them, `transfer` moves the files of one version.
+`planning` compares two of them, `contents` plans the files of one version, `transfer` moves them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ptbin.errors import UsageError
-from ptbin.registries.base import Folder, Registration, Registry, RegistryError, VersionSite
+from ptbin.registries.base import Registration, Registry, RegistryError, VersionSite
 from ptbin.registries.layouts import Layout, parse_layout
 from ptbin.registries.planning import Migration, ModelPlan, Step, plan_migration, wanted_names
 from ptbin.registries.values import Model, Version
 
 __all__ = [
     "REGISTRIES",
-    "Folder",
     "Layout",
     "Migration",
     "Model",
@@ -77,7 +76,7 @@ def open_registry(uri: str, layout: str | None = None, options: Mapping[str, Any
         options: storage options.
 
     Raises:
-        UsageError: a URI that is none of these, a layout where there is none to choose.
+        UsageError: any other URI, or a layout where there is none to choose.
     """
     if is_registry_uri(uri) and layout not in (None, "mirror"):
         raise UsageError(f"{uri}: a layout is for directory registries")

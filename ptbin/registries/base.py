@@ -7,16 +7,16 @@ are written and proven there, and only `register` makes the version one that con
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-from ptbin.errors import StorageError, UsageError
+from ptbin.errors import NotFoundInStoreError, PtbinError, StorageError, UsageError
 from ptbin.registries.layouts import Style
 from ptbin.registries.values import Model, Version
-from ptbin.stores import Place, place_of
+from ptbin.stores import Place
 
-__all__ = ["Folder", "Name", "Registration", "Registry", "RegistryError", "VersionSite"]
+__all__ = ["Attempts", "Name", "Registration", "Registry", "RegistryError", "VersionSite"]
 
 
 class RegistryError(StorageError):
@@ -25,20 +25,28 @@ class RegistryError(StorageError):
     reason = "registry_error"
 
 
-@dataclass(frozen=True, slots=True)
-class Folder:
-    """Where a version's files lie: a URI, and storage options that go beside the user's own.
+class Attempts:
+    """Several things that one call does, each tried although others fail, and one error in the end."""
 
-    `files`: their paths below it, where the registry knows them; else the folder is listed.
-    """
+    def __init__(self) -> None:
+        self._errors: list[PtbinError] = []
 
-    uri: str
-    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    files: tuple[str, ...] | None = None
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        try:
+            yield
+        except PtbinError as error:
+            self._errors.append(error)
 
-    def place(self, options: Mapping[str, Any] | None = None) -> Place:
-        """That place; `options` are the user's own."""
-        return place_of(self.uri, {**(options or {}), **self.options})
+    def raise_any(self) -> None:
+        """Raises what went wrong, transient where trying again may mend some of it."""
+        if not self._errors:
+            return
+        first, *others = self._errors
+        if not others:
+            raise first
+        transient = any(isinstance(error, StorageError) and error.transient for error in self._errors)
+        raise RegistryError("; ".join(str(error) for error in self._errors), transient=transient) from first
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +67,12 @@ class VersionSite:
             there that need not change may stay there.
     """
 
-    folder: Folder
+    folder: Place
     token: str = ""
-    current: Folder | None = None
+    current: Place | None = None
 
     @property
-    def final(self) -> Folder:
+    def final(self) -> Place:
         """Where the files lie once the version is registered."""
         return self.current or self.folder
 
@@ -126,13 +134,16 @@ class Registry(ABC):
         """The same version with run, metrics and parameters."""
 
     @abstractmethod
-    def folder(self, version: Version) -> Folder:
+    def folder(self, version: Version) -> Place:
         """Where the version's files lie."""
 
-    def model_files(self, model: str) -> Folder | None:
-        """Files that belong to the model and to no version (Triton's `config.pbtxt`, say); None: none."""
+    def model_files(self, model: str) -> tuple[tuple[str, str], ...]:
+        """Files that belong to the model and to no version (Triton's `config.pbtxt`, say).
+
+        URI of each, and its path below the model's folder.
+        """
         del model
-        return None
+        return ()
 
     def model_files_left(self, model: str) -> list[str]:
         """Files in a model's folder and in no version that stay behind: checkpoints, strange paths."""
@@ -171,20 +182,20 @@ class Registry(ABC):
         """What of no version can be kept there."""
         return []
 
-    def model_folder(self, model: str) -> Folder | None:
+    def model_folder(self, model: str) -> Place | None:
         """Where files go that belong to the model and to no version; None: into each version."""
         del model
         return None
 
     @abstractmethod
     def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> VersionSite:
-        """Where the files of that version go; the same again where a run was killed.
+        """Where the files of that version go, once `check_place` has passed; the same again after a kill.
 
         Nothing that is registered is touched before `register`.
         """
 
     def check_place(self, model: Model, version: Version, dest_version: str) -> None:
-        """Find out whether `place` would find files there of somebody else; for dry runs too. Writes nothing.
+        """Find out whether files are in the way of `place` that no migration brought. Writes nothing.
 
         Raises:
             OutputExistsError: it would.
@@ -201,7 +212,7 @@ class Registry(ABC):
 
     @abstractmethod
     def register(self, model: Model, ready: Sequence[Registration]) -> list[str]:
-        """Make versions of one model known, in order; what each is called now. Doing it again is no error."""
+        """Make versions of one model known, in order; the names that they have now. It may be done again."""
 
     @abstractmethod
     def update(
@@ -230,8 +241,19 @@ class Registry(ABC):
     def name_problem(self, name: str) -> str | None:
         """Why a model of that name cannot be kept there; None: it can."""
         if not name or name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
-            return f"{name!r} is no plain name: it would become a folder"
+            return f"{name!r} is not a plain name: it would become a folder"
         return None
+
+    def _guarded(self, name: str, read: Callable[[], Model]) -> Model:
+        """What is wrong with this model alone becomes its problem; that the registry is gone does not."""
+        try:
+            return read()
+        except NotFoundInStoreError:
+            raise
+        except PtbinError as error:
+            if isinstance(error, StorageError) and error.transient:
+                raise
+            return Model(name, problem=str(error))
 
     def _refuse(self, what: str) -> UsageError:
         return UsageError(f"{self.uri}: {what}")

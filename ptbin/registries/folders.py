@@ -15,7 +15,7 @@ from typing import Any
 
 from ptbin.errors import NotFoundInStoreError, OutputExistsError, VerificationError
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
-from ptbin.registries.base import Folder, Name, Registration, Registry, RegistryError, VersionSite
+from ptbin.registries.base import Name, Registration, Registry, RegistryError, VersionSite
 from ptbin.registries.folder_listing import ONLY_VERSION, ListedModel, RegistryListing, list_registry
 from ptbin.registries.layouts import Layout
 from ptbin.registries.record import CLAIM, OWN_FILES, RECORD, ModelRecord, VersionRecord
@@ -37,8 +37,7 @@ class FolderRegistry(Registry):
     def __init__(self, uri: str, layout: Layout, options: Mapping[str, Any] | None = None) -> None:
         self.layout = layout
         self.style = layout.style
-        self._options = dict(options or {})
-        self._root = place_of(uri, self._options).file
+        self._root = place_of(uri, options).file
         self.folds_case = self._root.is_local
         # However it was spelled: it tells versions of this registry from those of another.
         self.uri = public_uri(self._root.uri)
@@ -119,19 +118,18 @@ class FolderRegistry(Registry):
     def detail(self, version: Version) -> Version:
         return version
 
-    def folder(self, version: Version) -> Folder:
-        return Folder(self._place_of(version.model, version.version).uri)
+    def folder(self, version: Version) -> Place:
+        return self._place_of(version.model, version.version)
 
     def _place_of(self, model: str, version: str) -> Place:
         return self._root / self.layout.folder(model, version)
 
-    def model_files(self, model: str) -> Folder | None:
+    def model_files(self, model: str) -> tuple[tuple[str, str], ...]:
         above = self.layout.model_folder(model)
-        beside = self._list().model(model).beside
-        if above is None or not beside:
-            return None
-        files = tuple(sorted(path[len(above) + 1 :] for path in beside))
-        return Folder((self._root / above).uri, files=files)
+        if above is None:
+            return ()
+        paths = sorted(self._list().model(model).beside)
+        return tuple(((self._root / path).uri, path[len(above) + 1 :]) for path in paths)
 
     def model_files_left(self, model: str) -> list[str]:
         above = self.layout.model_folder(model)
@@ -149,7 +147,7 @@ class FolderRegistry(Registry):
         if name == "_ptbin" or name in OWN_FILES:
             return f"{name!r} is a name of ptbin's own"
         if self.layout.model_folder(name) is None and self.layout.has_versions:
-            return f"the layout {self.layout.template!r} gives a model no folder of its own, for its {RECORD}"
+            return f"the layout {self.layout.template!r} gives a model no separate folder, for its {RECORD}"
         return super().name_problem(name)
 
     def name_versions(self, existing: Model | None, versions: Sequence[Version]) -> list[Name]:
@@ -165,21 +163,18 @@ class FolderRegistry(Registry):
         if (problem := super().name_problem(name)) is not None:
             return Name(problem=problem)
         if self.layout.style == "triton" and not (name.isascii() and name.isdigit() and name[0] != "0"):
-            return Name(problem=f"Triton's versions are numbers, and {version.path} is none")
+            return Name(problem=f"Triton's versions are numbers, and {version.path} is not one")
         return Name(name)
 
-    def model_folder(self, model: str) -> Folder | None:
-        above = self._above(model)
-        return Folder((self._root / above).uri) if self.layout.has_versions else None
+    def model_folder(self, model: str) -> Place | None:
+        return self._root / self._above(model) if self.layout.has_versions else None
 
     def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> VersionSite:
         folder = self._place_of(version.model, dest_version)
-        final = Folder(folder.uri)
         if any(old.version == dest_version for old in model.versions):
-            return VersionSite(Folder(self._staging(fingerprint).uri), dest_version, final)
-        place = VersionSite(final, dest_version)
+            return VersionSite(self._staging(fingerprint), dest_version, folder)
+        place = VersionSite(folder, dest_version)
         claim = {"model": version.model, "version": version.version, "fingerprint": fingerprint}
-        self.check_place(model, version, dest_version)
         if not _is_empty(folder):
             if _read_claim(folder) == claim:
                 return place
@@ -204,7 +199,7 @@ class FolderRegistry(Registry):
 
     def abandon(self, place: VersionSite) -> None:
         """Remove what was written; what is registered is never touched."""
-        folder = place.folder.place(self._options)
+        folder = place.folder
         if place.current is None:
             claim = _read_claim(folder)
             if not claim:
@@ -340,7 +335,7 @@ class FolderRegistry(Registry):
 
 
 def _read_claim(folder: Place) -> dict[str, Any]:
-    """Empty where there is none that can be read."""
+    """Empty where none can be read."""
     try:
         found = json.loads((folder / CLAIM).read_bytes(limit=MAX_RECORD_NBYTES))
     except (NotFoundInStoreError, ValueError):

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,13 @@ from ptbin.errors import (
     AccessDeniedError,
     NotFoundInStoreError,
     PtbinError,
-    StorageError,
     UsageError,
     VerificationError,
 )
-from ptbin.registries.attempts import Attempts
-from ptbin.registries.base import Folder, Name, Registration, Registry, RegistryError, VersionSite
+from ptbin.registries.base import Attempts, Name, Registration, Registry, RegistryError, VersionSite
 from ptbin.registries.record import RECORD, ModelRecord, VersionRecord
 from ptbin.registries.values import Model, Origin, Version, natural_order
-from ptbin.stores import public_uri
+from ptbin.stores import Place, place_of, public_uri
 
 __all__ = ["HubRegistry"]
 
@@ -45,11 +44,11 @@ _OPTIONS = ("endpoint", "token")
 class _Staged(VersionSite):
     """A folder on this machine, from which the files go to a revision of a repository."""
 
-    published: str = ""
+    published: Place | None = None
 
     @property
-    def final(self) -> Folder:
-        return Folder(self.published)
+    def final(self) -> Place:
+        return self.published or self.folder
 
 
 class HubRegistry(Registry):
@@ -111,9 +110,7 @@ class HubRegistry(Registry):
             next(iter(self._api.list_models(author=self._owner, limit=1)), None)
 
     def models(self, wanted: Callable[[str], bool]) -> list[Model]:
-        return [
-            model for name in self._names() if wanted(name) and (model := self._guarded(name)) is not None
-        ]
+        return list(self._found(filter(wanted, self._names())).values())
 
     def has_models(self, wanted: Callable[[str], bool]) -> bool:
         return any(map(wanted, self._names()))
@@ -126,24 +123,19 @@ class HubRegistry(Registry):
             )
 
     def existing(self, names: Iterable[str]) -> dict[str, Model]:
-        found = {name: self._guarded(name) for name in names if self.name_problem(name) is None}
-        return {name: model for name, model in found.items() if model is not None}
+        return self._found(name for name in names if self.name_problem(name) is None)
 
-    def _guarded(self, name: str) -> Model | None:
-        """What is wrong with this one alone becomes its problem; a Hub that is gone is no such thing."""
-        try:
-            return self._model(name)
-        except PtbinError as error:
-            if isinstance(error, StorageError) and error.transient:
-                raise
-            return Model(name, problem=str(error))
+    def _found(self, names: Iterable[str]) -> dict[str, Model]:
+        """Those of which there is a repository."""
+        found = {}
+        for name in names:
+            with contextlib.suppress(NotFoundInStoreError):
+                found[name] = self._guarded(name, partial(self._model, name))
+        return found
 
-    def _model(self, name: str) -> Model | None:
-        """None where there is no such repository."""
-        try:
-            tags, branches = self._references(name)
-        except NotFoundInStoreError:
-            return None
+    def _model(self, name: str) -> Model:
+        """Raises NotFoundInStoreError where there is no such repository."""
+        tags, branches = self._references(name)
         record = self._record(name)
         known = {row.version.version: row.version for row in record.versions} if record is not None else {}
         by_commit: dict[str, list[str]] = {}
@@ -208,13 +200,13 @@ class HubRegistry(Registry):
         try:
             return ModelRecord.from_bytes(data, f"hf://{path}")
         except VerificationError:
-            return None  # a file of that name that is somebody else's
+            return None  # a file of that name of another program
 
     def detail(self, version: Version) -> Version:
         return version
 
-    def folder(self, version: Version) -> Folder:
-        return Folder(f"hf://{version.source}")
+    def folder(self, version: Version) -> Place:
+        return place_of(f"hf://{version.source}", self._options)
 
     # -- destination --------------------------------------------------------------------------------
 
@@ -250,7 +242,8 @@ class HubRegistry(Registry):
     def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> VersionSite:
         del version
         folder = str(self._staging / fingerprint)
-        return _Staged(Folder(folder), folder, published=f"hf://{self._owner}/{model.name}@{dest_version}")
+        published = place_of(f"hf://{self._owner}/{model.name}@{dest_version}", self._options)
+        return _Staged(place_of(folder), folder, published=published)
 
     @property
     def _staging(self) -> Path:
@@ -268,8 +261,7 @@ class HubRegistry(Registry):
         repository = f"{self._owner}/{model.name}"
         with self._faults(f"make the repository {model.name}"):
             self._api.create_repo(repository, exist_ok=True, private=bool(self._options.get("private", True)))
-        there = self._model(model.name)
-        known = there.by_fingerprint() if there is not None else {}
+        known = self._model(model.name).by_fingerprint()
         attempts = Attempts()
         for new in ready:
             if new.fingerprint not in known:

@@ -47,7 +47,7 @@ class Layout:
             or "name" not in fields
         ):
             raise UsageError(
-                f"layout: {self.template!r} is no template; a relative path with {{name}} and, as a rule, "
+                f"layout: {self.template!r} is not a template; a relative path with {{name}} and, as a rule, "
                 "{version} in it: {name}/{version}, models/{name}/v{version}"
             )
         text, at = "", 0
@@ -97,5 +97,5 @@ def parse_layout(text: str) -> Layout:
     if style in ("mirror", "hf", "triton"):
         return Layout(style, template) if colon else Layout(style)  # type: ignore[arg-type]
     if "{" not in text:
-        raise UsageError(f"layout: {text!r} is none of mirror, hf, triton, nor a path template")
+        raise UsageError(f"layout: {text!r} is neither mirror, hf or triton nor a path template")
     return Layout("mirror", text)

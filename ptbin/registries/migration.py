@@ -1,46 +1,53 @@
-"""The first half of a migration: open both registries and compare them. Writes nothing."""
+"""A migration before anything is written: both registries opened and compared, each version planned."""
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions
 from ptbin.registries import is_registry_uri, open_registry
 from ptbin.registries.base import Registry
-from ptbin.registries.planning import Migration, Versions, plan_migration, wanted_names
+from ptbin.registries.contents import Contents, Pair, plan_contents
+from ptbin.registries.planning import Migration, Step, Versions, plan_migration, wanted_names
+from ptbin.registries.values import Model
 from ptbin.stores import place_of
 from ptbin.stores.copying import find_in_place
 
-__all__ = ["ADVICE", "brought_before", "open_both", "prepare", "refuse_files_of_others"]
+__all__ = ["ADVICE", "Registries", "brought_before", "plan_version", "prepare"]
 
 ADVICE = "move it away, or choose another DEST"
 
 
-def open_both(
-    source: str,
-    dest: str,
-    source_layout: str | None,
-    dest_layout: str | None,
-    source_options: Mapping[str, Any],
-    dest_options: Mapping[str, Any],
-) -> tuple[Registry, Registry]:
-    """Both sides. Where DEST is no directory registry, its layout is taken for SOURCE's.
+@dataclass(frozen=True, slots=True)
+class Registries:
+    """The two sides of a migration, as every process of the run opens them."""
 
-    Raises:
-        UsageError: from `open_registry`, or one side lies in the other.
-    """
-    if is_registry_uri(dest) and not is_registry_uri(source) and source_layout is None:
-        source_layout, dest_layout = dest_layout, None
-    own, other = dest.rstrip("/") + "/", source.rstrip("/") + "/"
-    if own.startswith(other) or other.startswith(own):
-        raise UsageError(f"the registries lie in one another: {source}, {dest}")
-    return open_registry(source, source_layout, source_options), open_registry(
-        dest, dest_layout, dest_options
-    )
+    source: str
+    dest: str
+    source_layout: str | None = None
+    dest_layout: str | None = None
+
+    def open(
+        self, source_options: Mapping[str, Any] | None, dest_options: Mapping[str, Any] | None
+    ) -> tuple[Registry, Registry]:
+        """Both sides. Where DEST is not a directory registry, its layout is taken for SOURCE's.
+
+        Raises:
+            UsageError: from `open_registry`, or one side lies in the other.
+        """
+        source_layout, dest_layout = self.source_layout, self.dest_layout
+        if is_registry_uri(self.dest) and not is_registry_uri(self.source) and source_layout is None:
+            source_layout, dest_layout = dest_layout, None
+        own, other = self.dest.rstrip("/") + "/", self.source.rstrip("/") + "/"
+        if own.startswith(other) or other.startswith(own):
+            raise UsageError(f"the registries lie in one another: {self.source}, {self.dest}")
+        return (
+            open_registry(self.source, source_layout, source_options),
+            open_registry(self.dest, dest_layout, dest_options),
+        )
 
 
 def prepare(
@@ -51,7 +58,7 @@ def prepare(
     versions: Versions,
     options: ConvertOptions,
 ) -> Migration:
-    """What each wanted version comes to.
+    """The plan of a migration: what each wanted version comes to.
 
     Raises:
         UsageError: no model of that name.
@@ -64,46 +71,43 @@ def prepare(
     migration = plan_migration(models, existing, source.uri, dest, versions, options.fingerprint())
     plans = []
     for plan in migration.models:
-        folder = source.model_files(plan.model.name)
-        files = () if folder is None else folder.files or ()
-        beside = (
-            tuple((posixpath.join(folder.uri, path), path) for path in files) if folder is not None else ()
-        )
-        left = tuple(
-            f"file {path}: it belongs to no version" for path in source.model_files_left(plan.model.name)
-        )
-        plans.append(replace(plan, beside=beside, not_kept=(*plan.not_kept, *left)))
+        name = plan.model.name
+        left = tuple(f"file {path}: it belongs to no version" for path in source.model_files_left(name))
+        plans.append(replace(plan, beside=source.model_files(name), not_kept=(*plan.not_kept, *left)))
     return replace(migration, models=tuple(plans))
+
+
+def plan_version(
+    source: Registry,
+    dest: Registry,
+    step: Step,
+    existing: Model,
+    beside: Sequence[Pair],
+    options: ConvertOptions,
+    source_options: Mapping[str, Any] | None,
+) -> Contents:
+    """What becomes of a version's files. Reads the index of each checkpoint, and writes nothing.
+
+    Args:
+        existing: the model as DEST has it; `beside`: files of the model and of no version.
+
+    Raises:
+        OutputExistsError: a file is in the way that no migration brought.
+        CheckpointError, OutputCollisionError: as `plan_contents`.
+    """
+    name = step.version.model
+    dest.check_place(existing, step.version, step.dest_version)
+    contents = plan_contents(source.folder(step.version), dest.style, options)
+    folder = dest.model_folder(name)
+    if folder is None:
+        return replace(contents, beside=contents.with_beside(beside))
+    known = dest.known_files(name) if beside else {}
+    for uri, path in beside:
+        may_replace = brought_before(known, path)
+        find_in_place(place_of(uri, source_options), folder / path, may_replace, advice=ADVICE)
+    return contents
 
 
 def brought_before(known: Mapping[str, str], path: str) -> Callable[[str], bool]:
     """Whether a file of a model is still what a migration brought: `copy_file`'s `may_replace`."""
     return lambda identity: known.get(path) == identity
-
-
-def refuse_files_of_others(
-    dest: Registry,
-    model: str,
-    beside: Sequence[tuple[str, str]],
-    source_options: Mapping[str, Any],
-    dest_options: Mapping[str, Any],
-) -> None:
-    """Look at the places of a model's own files before any of its versions is written.
-
-    Args:
-        beside: (URI, path in the model's folder) of each.
-
-    Raises:
-        OutputExistsError: another file is at the place of one, and no migration brought it.
-    """
-    folder = dest.model_folder(model)
-    if folder is None or not beside:
-        return
-    known = dest.known_files(model)
-    for uri, path in beside:
-        find_in_place(
-            place_of(uri, source_options),
-            folder.place(dest_options) / path,
-            brought_before(known, path),
-            advice=ADVICE,
-        )

@@ -1,7 +1,7 @@
 """Artifacts behind an MLflow server (`mlflow-artifacts://HOST:PORT/PATH`) as an fsspec filesystem.
 
-Such a server hands out and takes whole files only, so a file that is read lies in a folder on this machine
-meanwhile: the option `scratch`, or a temporary one that goes with the filesystem. MLflow's own client does
+Such a server hands out and takes whole files only, so a file that is read lies in a temporary folder on this
+machine, which goes with the filesystem: with the last place that was made of it. MLflow's own client does
 the transfers, with its retries, multipart uploads and credentials (`MLFLOW_TRACKING_TOKEN` and the like).
 """
 
@@ -11,8 +11,10 @@ import contextlib
 import hashlib
 import io
 import os
+import shutil
 import tempfile
 import threading
+import weakref
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +30,6 @@ class MlflowArtifactFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     Args:
         tracking_uri: of the server, where it is not simply `http://HOST:PORT` (a path before it, say).
-        scratch: folder for whole files that were read.
     """
 
     protocol = ("mlflow-artifacts", "mlflow-artifacts+https")
@@ -37,15 +38,13 @@ class MlflowArtifactFileSystem(AbstractFileSystem):  # type: ignore[misc]
     def __init__(
         self,
         tracking_uri: str | None = None,
-        scratch: str | None = None,
         scheme: str = "http",
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self._tracking_uri = tracking_uri
         self._scheme = scheme
-        self._scratch = scratch or None
-        self._own: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: Path | None = None
         self._lock = threading.Lock()
 
     @classmethod
@@ -69,14 +68,7 @@ class MlflowArtifactFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         path = self._strip_protocol(path)
-        found = [
-            {
-                "name": f"{path}/{item.path.rpartition('/')[2]}",
-                "size": None if item.is_dir else int(item.file_size or 0),
-                "type": "directory" if item.is_dir else "file",
-            }
-            for item in self._list(path)
-        ]
+        found = [_entry(f"{path}/{item.path.rpartition('/')[2]}", item) for item in self._list(path)]
         if not found and (info := self._info_as_entry(path)) is not None:
             found = [info]
         return found if detail else [item["name"] for item in found]
@@ -95,16 +87,12 @@ class MlflowArtifactFileSystem(AbstractFileSystem):  # type: ignore[misc]
         parent, _, name = path.rpartition("/")
         if not parent:
             return None
-        for item in self._list(parent):
-            if item.path.rpartition("/")[2] == name:
-                kind = "directory" if item.is_dir else "file"
-                return {"name": path, "size": None if item.is_dir else int(item.file_size or 0), "type": kind}
-        return None
+        found = (_entry(path, item) for item in self._list(parent) if item.path.rpartition("/")[2] == name)
+        return next(found, None)
 
     def _list(self, path: str) -> list[Any]:
-        repository, _ = self._repository(path)
         try:
-            return list(repository.list_artifacts())
+            return list(self._repository(path).list_artifacts())
         except Exception as error:
             if _is_not_found(error):
                 return []
@@ -131,7 +119,7 @@ class MlflowArtifactFileSystem(AbstractFileSystem):  # type: ignore[misc]
         with self._lock:
             if not kept.exists():
                 folder, _, name = path.rpartition("/")
-                repository, _ = self._repository(folder)
+                repository = self._repository(folder)
                 part = kept.with_suffix(".part")
                 try:
                     repository._download_file(name, str(part))  # noqa: SLF001 - the abstract method of its repositories
@@ -146,16 +134,14 @@ class MlflowArtifactFileSystem(AbstractFileSystem):  # type: ignore[misc]
     def _kept(self, path: str) -> Path:
         with self._lock:
             if self._scratch is None:
-                self._own = tempfile.TemporaryDirectory(prefix="ptbin-")
-                self._scratch = self._own.name
-        return Path(self._scratch) / hashlib.sha256(path.encode()).hexdigest()[:40]
+                self._scratch = Path(tempfile.mkdtemp(prefix="ptbin-"))
+                weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
+        return self._scratch / hashlib.sha256(path.encode()).hexdigest()[:40]
 
     # -- writing ------------------------------------------------------------------------------------
 
     def _put(self, local: Path, path: str) -> None:
-        folder, _, _ = path.rpartition("/")
-        repository, _ = self._repository(folder)
-        repository.log_artifact(str(local))
+        self._repository(path.rpartition("/")[0]).log_artifact(str(local))
         self._kept(path).unlink(missing_ok=True)
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
@@ -166,10 +152,9 @@ class MlflowArtifactFileSystem(AbstractFileSystem):  # type: ignore[misc]
     def rm_file(self, path: str) -> None:
         path = self._strip_protocol(path)
         folder, _, name = path.rpartition("/")
-        repository, _ = self._repository(folder)
         self._kept(path).unlink(missing_ok=True)
         try:
-            repository.delete_artifacts(name)
+            self._repository(folder).delete_artifacts(name)
         except Exception as error:
             if _is_not_found(error):
                 raise FileNotFoundError(path) from error
@@ -186,12 +171,12 @@ class MlflowArtifactFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     # -- MLflow's client ----------------------------------------------------------------------------
 
-    def _repository(self, path: str) -> tuple[Any, str]:
+    def _repository(self, path: str) -> Any:
         from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
 
         host, _, inside = path.partition("/")
         tracking_uri = self._tracking_uri or f"{self._scheme}://{host}"
-        return MlflowArtifactsRepository(f"mlflow-artifacts:/{inside}", tracking_uri=tracking_uri), inside
+        return MlflowArtifactsRepository(f"mlflow-artifacts:/{inside}", tracking_uri=tracking_uri)
 
 
 class _Upload(io.BufferedIOBase):
@@ -241,6 +226,12 @@ class _Upload(io.BufferedIOBase):
         with contextlib.suppress(Exception):
             if not self._done:
                 self.discard()
+
+
+def _entry(path: str, item: Any) -> dict[str, Any]:
+    """A file or folder as fsspec has it."""
+    size = None if item.is_dir else int(item.file_size or 0)
+    return {"name": path, "size": size, "type": "directory" if item.is_dir else "file"}
 
 
 def _is_not_found(error: Exception) -> bool:

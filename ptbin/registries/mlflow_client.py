@@ -18,8 +18,8 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from ptbin.errors import AccessDeniedError, NotFoundInStoreError, PtbinError, UsageError
-from ptbin.registries.base import Folder, RegistryError
-from ptbin.stores import public_uri
+from ptbin.registries.base import RegistryError
+from ptbin.stores import Place, place_of, public_uri
 
 __all__ = ["MISSING", "Connection", "local_path", "paged"]
 
@@ -142,23 +142,21 @@ class Connection:
         """For people, of what lies at `path` in the server's pages."""
         return f"{public_uri(self.tracking)}/#/{path}" if self.has_server else f"{self.uri}#{path}"
 
-    def storage(self, uri: str) -> Folder:
-        """An artifact URI of MLflow's as a storage URI."""
+    def place(self, uri: str, options: Mapping[str, Any] | None = None) -> Place:
+        """Where an artifact URI of MLflow's leads; `options` are the user's storage options."""
         parts = urlsplit(uri)
         if parts.scheme in ("", "file"):
-            return Folder(local_path(uri))
+            return place_of(local_path(uri))
         if parts.scheme != "mlflow-artifacts":
-            return Folder(uri)
+            return place_of(uri, options)
         if not self.has_server:
             raise UsageError(
                 f"{self.uri}: its artifacts are only to be had from its server: mlflow+http://HOST:PORT"
             )
         secure = "+https" if self._parts.scheme == "https" else ""
         host = parts.netloc or self._parts.netloc.rpartition("@")[2]
-        options: dict[str, Any] = {"scratch": ""}
-        if self._parts.path:
-            options["tracking_uri"] = self.tracking
-        return Folder(f"mlflow-artifacts{secure}://{host}{parts.path}", options)
+        own = {"tracking_uri": self.tracking} if self._parts.path else {}
+        return place_of(f"mlflow-artifacts{secure}://{host}{parts.path}", {**(options or {}), **own})
 
     def make_global(self) -> None:
         """A database's own client looks logged models up in the tracking store of the process."""

@@ -13,8 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ptbin.errors import PtbinError
-from ptbin.registries.attempts import Attempts
-from ptbin.registries.base import Name, Registration, VersionSite
+from ptbin.registries.base import Attempts, Name, Registration, VersionSite
 from ptbin.registries.mlflow_client import MISSING, paged
 from ptbin.registries.mlflow_source import PAGE, PLACEHOLDER, TAG, MlflowSource, without_own
 from ptbin.registries.values import Model, Version
@@ -23,7 +22,7 @@ __all__ = ["EXPERIMENT", "MlflowRegistry"]
 
 EXPERIMENT = "ptbin"
 MAX_GAP = 100
-"""So many numbers in a row are used up to keep a version's own."""
+"""Up to this many numbers in a row are used up to keep a version's own."""
 BATCH = 100
 """Parameters (and metrics) in one request: MLflow's limit of parameters."""
 
@@ -45,7 +44,7 @@ class MlflowRegistry(MlflowSource):
             self._client.search_experiments(max_results=1)
 
     def home(self) -> str:
-        return self._connection.storage(str(self._experiment().artifact_location)).uri
+        return self._connection.place(str(self._experiment().artifact_location), self._options).uri
 
     def _experiment(self) -> Any:
         if self._its_experiment is None:
@@ -142,13 +141,16 @@ class MlflowRegistry(MlflowSource):
                     tags=tags,
                     params=dict(version.params),
                 )
-        return VersionSite(self._connection.storage(str(logged.artifact_location)), str(logged.model_id))
+        return self._site(logged)
+
+    def _site(self, logged: Any) -> VersionSite:
+        place = self._connection.place(str(logged.artifact_location), self._options)
+        return VersionSite(place, str(logged.model_id))
 
     def abandon(self, place: VersionSite) -> None:
         with contextlib.suppress(PtbinError):
-            folder = place.folder.place(self._options)
-            for item in list(folder.iter_objects()):
-                (folder / item.path).delete()
+            for item in list(place.folder.iter_objects()):
+                (place.folder / item.path).delete()
         with contextlib.suppress(PtbinError), self._faults("give up a logged model"):
             logged = self._client.get_logged_model(place.token)
             self._client.delete_logged_model(place.token)
@@ -175,8 +177,7 @@ class MlflowRegistry(MlflowSource):
                 if not _is_ready(logged)
             ]
         for logged in pending:
-            place = VersionSite(self._connection.storage(str(logged.artifact_location)), str(logged.model_id))
-            self.abandon(place)
+            self.abandon(self._site(logged))
         with self._faults("end runs that were left half done"):
             for run in _left(
                 lambda token: self._client.search_runs(

@@ -14,10 +14,11 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from ptbin.errors import NotFoundInStoreError, PtbinError, StorageError
-from ptbin.registries.base import Folder, Registry
+from ptbin.errors import NotFoundInStoreError
+from ptbin.registries.base import Registry
 from ptbin.registries.mlflow_client import Connection, paged
 from ptbin.registries.values import Metric, Model, Origin, RunLink, Version
+from ptbin.stores import Place
 
 __all__ = ["PLACEHOLDER", "TAG", "MlflowSource", "without_own"]
 
@@ -72,19 +73,8 @@ class MlflowSource(Registry):
         return found
 
     def _registered_model(self, name: str) -> Model:
-        return self._model(self._client.get_registered_model(name), only_ready=False)
-
-    def _guarded(self, name: str, read: Callable[[], Model]) -> Model:
-        """What is wrong with this one alone becomes its problem; a server that is gone is no such thing."""
-        try:
-            with self._faults(f"read model {name}"):
-                return read()
-        except NotFoundInStoreError:
-            raise
-        except PtbinError as error:
-            if isinstance(error, StorageError) and error.transient:
-                raise
-            return Model(name, problem=str(error))
+        with self._faults(f"read model {name}"):
+            return self._model(self._client.get_registered_model(name), only_ready=False)
 
     def _model(self, item: Any, *, only_ready: bool) -> Model:
         name = str(item.name)
@@ -188,14 +178,14 @@ class MlflowSource(Registry):
         ordered = tuple(sorted(both, key=lambda metric: (metric.key, metric.on_version)))
         return replace(version, run=run, metrics=ordered, params=params)
 
-    def folder(self, version: Version) -> Folder:
+    def folder(self, version: Version) -> Place:
         with self._faults(f"find the files of {version.path}"):
             uri = str(self._client.get_model_version_download_uri(version.model, version.version))
             if uri.startswith("runs:/"):
                 from mlflow.store.artifact.runs_artifact_repo import RunsArtifactRepository
 
                 uri = str(RunsArtifactRepository.get_underlying_uri(uri, self._connection.tracking))
-        return self._connection.storage(uri)
+        return self._connection.place(uri, self._options)
 
 
 def without_own(tags: Mapping[str, Any] | None) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What a migration would do: source models and what the destination has, in; steps and losses out. Pure.
 
 Until it is cut over, the source leads: descriptions, tags and aliases there are brought along again by every
-run. What others put into the destination stays: an alias that somebody else's version has is not moved, tags
+run. What others put into the destination stays: an alias of a version from elsewhere is not moved, tags
 that the source does not have are not removed, a version that came from another registry is not written over.
 """
 
@@ -271,7 +271,7 @@ def _choose(model: Model, versions: Versions) -> list[Version]:
 def _differs(
     description: str, tags: Mapping[str, str], wanted_description: str, wanted: Mapping[str, str]
 ) -> bool:
-    """Whether the source has something that is otherwise there; what it does not have is no difference."""
+    """Whether the source has something that is otherwise there; what it lacks is not a difference."""
     if wanted_description and wanted_description != description:
         return True
     return any(tags.get(key) != value for key, value in wanted.items() if not key.startswith("ptbin."))

@@ -153,7 +153,7 @@ def _version(model: str, row: Mapping[str, Any], aliases: Mapping[str, str]) -> 
     manifests, files = (tuple(map(str, row.get(key, ()))) for key in ("manifests", "files"))
     for named in (*manifests, *files, *([path] if path != "." else [])):
         if not is_plain_path(named):
-            raise ValueError(f"{named!r} is no plain relative path")
+            raise ValueError(f"{named!r} is not a plain relative path")
     version = Version(
         model=model,
         version=name,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -160,20 +161,8 @@ class Model:
 def natural_order(text: str) -> list[tuple[int, int, str]]:
     """Sorts `2` before `10` and `v2` before `v10`."""
     parts: list[tuple[int, int, str]] = []
-    digits, word = "", ""
-    for character in [*text, ""]:
-        if character.isascii() and character.isdigit():
-            if word:
-                parts.append((1, 0, word))
-                word = ""
-            digits += character
-            continue
-        if digits:
-            # As text: a name of thousands of digits is a name all the same, and `int` refuses it.
-            number = digits.lstrip("0")
-            parts.append((0, len(number), number))
-            digits = ""
-        word += character
-    if word:
-        parts.append((1, 0, word))
+    for part in re.findall("[0-9]+|[^0-9]+", text):
+        # Numbers as text: a name of thousands of digits is a name all the same, and `int` refuses it.
+        number = part.lstrip("0") if part[0] in "0123456789" else None
+        parts.append((1, 0, part) if number is None else (0, len(number), number))
     return parts

@@ -33,8 +33,8 @@ def verify_records(
         digests: URI of each output that a manifest vouches for, its hexadecimal SHA-256, and the id of the
             run that stored it.
 
-    A list speaks of what its own run stored: what a later one wrote over is no contradiction, nor is what is
-    not there any more.
+    A list speaks of what its own run stored: what a later one wrote over does not contradict it, nor does
+    what is not there any more.
     """
     root = place_of(dest, storage_options).file
     issues: list[Issue] = []
@@ -77,7 +77,7 @@ def _read_list(place: Place, sums: dict[str, str]) -> list[Issue]:
         name = _ESCAPED.sub(_unescape, match[3]) if match[1] else match[3]
         sums[name] = match[2]
     return (
-        [Issue("checksum_list_mismatch", uri, f"{wrong} lines are none of a checksum list")] if wrong else []
+        [Issue("checksum_list_mismatch", uri, f"{wrong} lines are not of a checksum list")] if wrong else []
     )
 
 

@@ -129,7 +129,7 @@ def _built(request: dict[str, Any], code: UserCode) -> nn.Module:
 def _transformers(folder: str | None, weights: Mapping[str, Any]) -> tuple[nn.Module, Filled]:
     """The architecture of config.json, with all that `from_pretrained` takes: renamed keys, fused experts."""
     if folder is None:
-        raise RefusalError("--model transformers needs a config.json beside the weights")
+        raise RefusalError("--model transformers needs a config.json next to the weights")
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -173,7 +173,7 @@ def _keep_types(model: nn.Module, weights: Mapping[str, Any]) -> None:
 
 
 def _example(model: nn.Module, request: dict[str, Any], code: UserCode) -> Example | None:
-    """Inputs to trace with, and to compare outputs by; None where nobody names any and none are needed."""
+    """Inputs to trace with, and to compare outputs by; None where none are named and none are needed."""
     if request["example"] is not None:
         inputs = _resolve(request["example"], code)()
     elif request["as"] == "exported":

@@ -62,7 +62,7 @@ def _is_wrapper(model: nn.Module) -> bool:
 
 
 def fill(model: nn.Module, weights: Mapping[str, Any]) -> Filled:
-    """Load the weights and keep the model's own tensors; what does not fit is told, not raised."""
+    """Load the weights and keep the model's own tensors; what does not fit is reported, not raised."""
     before = _Tensors(model)
     filled = Filled()
 

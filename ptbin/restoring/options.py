@@ -80,7 +80,7 @@ class RestoreOptions:
         return self.save_as or ("state-dict" if self.model is None else "module")
 
     def to_json(self) -> dict[str, Any]:
-        """What shapes the output, as the manifest records it beside a conversion's options."""
+        """What shapes the output, as the manifest records it next to a conversion's options."""
         recorded = {key: value for key, value in asdict(self).items() if key not in _UNRECORDED}
         recorded = {
             key: value for key, value in recorded.items() if key not in _LATER or value != _LATER[key]

@@ -69,7 +69,7 @@ class Output:
         link = folder / ("restored" + _SUFFIXES.get(options.form, ".pt"))
         with contextlib.ExitStack() as stack:
             writer = stack.enter_context(at.place.open_writer(copies=False, claim=at.claim))
-            descriptor = writer.lend()
+            descriptor = writer.descriptor()
             lent = descriptor is not None
             if descriptor is not None:
                 link.symlink_to(f"/proc/self/fd/{descriptor}")

@@ -1,4 +1,4 @@
-"""`.bin` back to `.pt`: a state dict by a splice, or a model by the caller's code in processes of its own.
+"""`.bin` back to `.pt`: a state dict by a splice, or a model by the caller's code in separate processes.
 
 Without a model the output is a state dict, a splice as any other, and torch takes no part. With one, `models`
 has it built and proven. Nothing appears at DEST before that, and nothing there is replaced that a manifest
@@ -39,7 +39,7 @@ def restore(
 
     Args:
         source: `.bin` of format torch or raw, safetensors, an index of shards, or a folder.
-        dest: the `.pt`; its manifest goes beside it.
+        dest: the `.pt`; its manifest goes next to it.
         standing: what a listing has shown at `dest`; spares requests.
 
     Raises:

@@ -60,7 +60,7 @@ def save(model: nn.Module, form: str, out: str, example: Example | None, *, trai
     except OSError as error:
         raise UnwritableError(str(error)) from error
     except RuntimeError as error:
-        # caffe2/serialize/inline_container.cc writes archives, and has no error of its own for the disk.
+        # caffe2/serialize/inline_container.cc writes archives, and has no error class for the disk.
         # What it raises first ("file write failed") may be hidden behind what its end then raises.
         if "inline_container.cc" not in str(error):
             raise
@@ -98,7 +98,7 @@ def _save_module(model: nn.Module, out: str) -> None:
 
 
 def _copy_of(model: nn.Module) -> nn.Module:
-    """A copy with buffers of its own; it shares the parameters, which would double the memory."""
+    """A copy with its own buffers; it shares the parameters, which would double the memory."""
     try:
         return copy.deepcopy(model, {id(p): p for p in model.parameters()})
     except RuntimeError:  # "Only Tensors created explicitly by the user support the deepcopy protocol"

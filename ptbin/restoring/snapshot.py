@@ -94,7 +94,7 @@ def registered(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by the names they have in the model: what programs keep.
 
-    A state dict may have other names for them, by hooks of its own.
+    A state dict may have other names for them, by its hooks.
     """
     found: dict[str, torch.Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):

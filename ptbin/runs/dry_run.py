@@ -244,7 +244,7 @@ def preview_job(
         place_of(job.source_uri, source_options),
         place_of(job.dest_uri, dest_options),
         may_replace_copy(job, options) or (lambda _: True),
-        change=change_on_copying(job, options),
+        change=change_on_copying(job.source_uri, job.dest_uri, options, size=job.source_size),
     )
     return Preview((name,), (name,)) if same is None else Preview()
 

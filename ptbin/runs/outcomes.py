@@ -146,7 +146,7 @@ class Written:
 class Outcome:
     """What became of the checkpoint at `path` (below SOURCE). `staged`: written, not yet proven.
 
-    `left_alone`: an optimizer, a scheduler, ... (`detail` says what); nobody's fault.
+    `left_alone`: an optimizer, a scheduler, ... (`detail` says what); not a fault.
     """
 
     path: str
@@ -211,7 +211,7 @@ def _left_out(manifest: dict[str, Any]) -> dict[str, int]:
     return dict(accounting["left_out"]) if accounting else {}
 
 
-def one_line(text: str) -> str:
+def one_line(text: str, nchars: int = DETAIL_LENGTH) -> str:
     """Messages quote what files contain: keep them to one line of bounded length."""
     text = " ".join(text.split())
-    return text if len(text) <= DETAIL_LENGTH else text[: DETAIL_LENGTH - 1] + "…"
+    return text if len(text) <= nchars else text[: nchars - 1] + "…"

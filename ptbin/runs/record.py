@@ -28,7 +28,9 @@ from ptbin.runs.tally import Entry, Tally
 __all__ = ["check_run_id", "manifests_by_tensor", "new_run_id", "record_files", "record_folder", "sha256sums"]
 
 
-LISTS = ("initial", "problems", "known_problems", "resolved_problems", "versions", "manifests")
+LISTS = (
+    "deleted_paths", "initial", "problems", "known_problems", "resolved_problems", "versions", "manifests",
+)  # fmt: skip
 """Of a summary, what grows with the number of checkpoints."""
 
 
@@ -41,7 +43,7 @@ def new_run_id() -> str:
     return f"{now:%Y%m%dT%H%M%SZ}-{now.microsecond * 4096 // 1_000_000:03x}{uuid.uuid4().hex[:5]}"
 
 
-# It becomes a folder's name in DEST, and whoever may start a run says what it is.
+# It becomes a folder's name in DEST, and it comes from the caller of the run.
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -53,7 +55,7 @@ def check_run_id(run_id: str) -> str:
     """
     if not _RUN_ID.fullmatch(run_id):
         raise UsageError(
-            f"{run_id!r} is no run id: at most 100 letters, digits, dots, dashes and underscores, "
+            f"{run_id!r} is not a run id: at most 100 letters, digits, dots, dashes and underscores, "
             "the first one a letter or digit; leave it out to get a new one"
         )
     return run_id

@@ -21,7 +21,7 @@ __all__ = ["render_report"]
 KINDS = ("weights", "optimizer", "other")
 LISTED_FAILURES = 20
 LARGEST = 12
-"""So many checkpoints have a bar of their own."""
+"""Up to this many checkpoints get a bar each."""
 OUTCOMES = {
     "failed": "failed",
     "rejected": "rejected",
@@ -166,7 +166,7 @@ def _is_warning(row: Mapping[str, Any]) -> bool:
 
 
 def _failures(checkpoints: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the page begins with: the failures that nobody has acknowledged, new ones first."""
+    """What the page begins with: the failures that are not acknowledged, new ones first."""
     found = sorted(
         (row for row in checkpoints if row["outcome"] in {"rejected", "failed"}),
         key=lambda row: (row.get("novelty") != "new", row["path"]),

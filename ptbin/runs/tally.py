@@ -18,7 +18,7 @@ from ptbin.catalog import Job, Problem, is_rejection
 from ptbin.catalog.worklist import WorkList
 from ptbin.errors import PtbinError
 from ptbin.history.failures import Ledger
-from ptbin.runs.outcomes import Converted, Outcome, one_line
+from ptbin.runs.outcomes import Converted, Kind, Outcome, one_line
 from ptbin.sources.companions import companion_of, is_companion
 from ptbin.stores import identity_text
 
@@ -45,6 +45,12 @@ class Entry:
     """Of a failure: when a run first found it like this."""
     because: str = ""
     """Of a known one: what its acknowledgement says, and until when it holds."""
+
+    @classmethod
+    def of(cls, source: str, nbytes: int, outcome: Outcome) -> Entry:
+        """What became of a source of that size."""
+        facts = (outcome.reason, outcome.detail, outcome.converted, outcome.seconds)
+        return cls(outcome.path, source, nbytes, outcome.kind, *facts)
 
     def problem(self) -> dict[str, str]:
         """As a row of the summary."""
@@ -88,19 +94,7 @@ class Tally:
         return self.home or self.dest
 
     def add(self, job: Job, outcome: Outcome) -> Entry:
-        return self._append(
-            Entry(
-                job.path,
-                job.source_uri,
-                job.source_size,
-                outcome.kind,
-                outcome.reason,
-                outcome.detail,
-                outcome.converted,
-                outcome.seconds,
-            ),
-            identity_text(job.identity),
-        )
+        return self._append(Entry.of(job.source_uri, job.source_size, outcome), identity_text(job.identity))
 
     def add_all(self, jobs: Iterable[Job], outcome: str) -> None:
         """Jobs that nothing was done about: all count, the first ones are listed (there may be millions)."""
@@ -125,19 +119,12 @@ class Tally:
         self.add_all(work.iter_to_ask(), "not_tried")  # some, where the asking was cut short
 
     def add_collisions(self, problems: Iterable[Problem]) -> list[Entry]:
-        return [
-            self._append(
-                Entry(
-                    problem.source,
-                    problem.source,
-                    0,
-                    "rejected" if is_rejection(problem.reason) else "failed",
-                    problem.reason,
-                    problem.detail,
-                )
-            )
-            for problem in problems
-        ]
+        entries = []
+        for problem in problems:
+            kind: Kind = "rejected" if is_rejection(problem.reason) else "failed"
+            outcome = Outcome(problem.source, kind, problem.reason, problem.detail)
+            entries.append(self._append(Entry.of(problem.source, 0, outcome)))
+        return entries
 
     def add_run_error(self, error: BaseException) -> None:
         """Something that ended the run itself."""
@@ -152,7 +139,7 @@ class Tally:
         return entry
 
     def _judged(self, entry: Entry, state: str) -> Entry:
-        """A failure with what the ledger says of it; a known one has an outcome of its own."""
+        """A failure with what the ledger says of it; a known one has its own outcome."""
         failed = entry.outcome in {"rejected", "failed"}
         if entry.outcome not in {"rejected", "failed", "not_a_checkpoint", "left_alone"}:
             return entry
@@ -236,40 +223,41 @@ class Tally:
                 parts.append(f"gone from SOURCE and kept {self.kept}")
         if known := self.count("known"):
             parts.append(f"known failures {known}")
-        if skipped := self.count("not_a_checkpoint"):
-            parts.append(f"not checkpoints {skipped}")
-        if alone := self.count("left_alone"):
-            parts.append(f"left alone {alone}")
-        if skipped := self.skipped.total():
-            parts.append(f"passed over {skipped}")
-        if left := self.count("not_tried"):
-            parts.append(f"not tried {left}")
+        parts += [f"{what} {count}" for what, count in self._counted() if count]
         parts.extend(f"{problem.reason}: {problem.detail}" for problem in self.run_problems)
         if self.succeeded and not self.is_clean:
             parts.append(f"{self.success_share:.2%} went well, of {self.min_success:.2%} asked for")
         return ("interrupted: " if self.interrupted else "") + ", ".join(parts)
 
+    def _counted(self) -> list[tuple[str, int]]:
+        """What the message counts where there is any."""
+        return [
+            ("not checkpoints", self.count("not_a_checkpoint")),
+            ("left alone", self.count("left_alone")),
+            ("passed over", self.skipped.total()),
+            ("not tried", self.count("not_tried")),
+        ]
+
     def summary(self, seconds: float) -> dict[str, Any]:
         """The `--json` document of `convert`; byte counts are of the checkpoints converted in this run."""
         done = [(entry, entry.converted) for entry in self.entries if entry.converted is not None]
-        mirrored = {}
+        only: dict[str, Any] = {}
         if self.kind == "sync":
-            mirrored = {
-                "copied": self.count("copied"),
-                "deleted": self.files["deleted"],
-                "backed_up": self.files["backed_up"],
-                "kept": self.kept,
-            }
+            only = {"copied": self.count("copied"), "kept": self.kept, "deleted_paths": list(self.deleted)}
+            only |= {name: self.files[name] for name in ("deleted", "backed_up")}
+        elif self.kind == "restore":
+            only["initial"] = [
+                {"source": entry.source, "names": list(facts.initial)}
+                for entry, facts in done
+                if facts.initial
+            ]
         return {
             "run_id": self.run_id,
             "source": self.source,
             "dest": self.dest,
             "converted": self.count("converted"),
-            **mirrored,
-            "up_to_date": self.count("up_to_date"),
-            "rejected": self.count("rejected"),
-            "failed": self.count("failed"),
-            "known": self.count("known"),
+            **only,
+            **{name: self.count(name) for name in ("up_to_date", "rejected", "failed", "known")},
             "new": sum(entry.novelty == "new" for entry in self.problems),
             "resolved": len(self.ledger.resolved),
             "left_alone": self.count("left_alone"),
@@ -281,27 +269,12 @@ class Tally:
             "copied_bytes": sum(facts.copied_nbytes for _, facts in done),
             "left_out": dict(sum((Counter(facts.left_out) for _, facts in done), Counter[str]())),
             "seconds": round(seconds, 3),
-            **(
-                {
-                    "initial": [
-                        {"source": entry.source, "names": list(facts.initial)}
-                        for entry, facts in done
-                        if facts.initial
-                    ]
-                }
-                if self.kind == "restore"
-                else {}
-            ),
             "manifests": sorted(facts.manifest_uri for _, facts in done if facts.manifest_uri),
             "problems": [entry.problem() for entry in self.problems]
-            + [
-                {"source": problem.source, "reason": problem.reason, "detail": problem.detail}
-                for problem in self.run_problems
-            ],
+            + [problem.to_json() for problem in self.run_problems],
             "known_problems": [entry.problem() for entry in self.known],
             "resolved_problems": [
                 {"source": row.source, "reason": row.reason, "since": row.since}
                 for row in self.ledger.resolved[:LISTED]
             ],
-            **({"deleted_paths": list(self.deleted)} if self.kind == "sync" else {}),
         }

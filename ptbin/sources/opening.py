@@ -23,7 +23,6 @@ from ptbin.errors import (
 from ptbin.sources.folders import INDEX_SUFFIX, Group, main_handle
 from ptbin.sources.part_names import find_parts, may_be_part, split_place
 from ptbin.stores import Identity, ListedObject, ObjectStat, Place, RangeReader, place_of
-from ptbin.stores.base import refuse_other_object
 from ptbin.stores.joined import JoinedReader, joint_identity
 
 if TYPE_CHECKING:
@@ -91,13 +90,8 @@ class SourcePlace:
         if not self.parts:
             if self.found is None:
                 return self.place.open_reader(expected=expected)
-            if expected is not None:
-                refuse_other_object(self.found.uri, self.found.identity, expected)
-            return self.place.open_found(self.found)
-        reader = JoinedReader(self.folder, self.parts, uri=self.place.uri)
-        if expected is not None:
-            refuse_other_object(reader.uri, reader.identity, expected)
-        return reader
+            return self.place.open_found(self.found).expecting(expected)
+        return JoinedReader(self.folder, self.parts, uri=self.place.uri).expecting(expected)
 
 
 def open_source(

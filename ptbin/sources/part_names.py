@@ -13,9 +13,10 @@ manager, fairseq's checkpoint_utils.py.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from ptbin.sources.companions import companion_of
 from ptbin.sources.deepspeed_names import (
@@ -170,23 +171,20 @@ def find_parts(names: Iterable[str]) -> list[Parts]:
         *_of_chunks(mine, known),
     ]
     claimed = {member for group in found for member in group.members}
-    return found + _counted([name for name in mine if name not in claimed])
+    return [*found, *_counted([name for name in mine if name not in claimed])]
 
 
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:MAX_LISTED_NAMES])
+_FETCH = "fetch the rest"
+_TAKE_FOLDER = "convert the folder, which takes all of them"
+
+
+def _parts(members: Collection[str], what: str, way_out: str, kind: str = "", missing: str = "") -> Parts:
+    return Parts(tuple(members), f"{what} ({_listed(members)}{missing}); {way_out}", kind)
+
+
+def _listed(names: Collection[str]) -> str:
+    shown = ", ".join(itertools.islice(names, MAX_LISTED_NAMES))
     return shown if len(names) <= MAX_LISTED_NAMES else f"{shown} and {len(names) - MAX_LISTED_NAMES} more"
-
-
-def _by(
-    pattern: re.Pattern[str], names: Sequence[str], *keys: str
-) -> dict[tuple[str, ...], dict[str, re.Match[str]]]:
-    """Names that match, in groups of equal `keys`."""
-    groups: dict[tuple[str, ...], dict[str, re.Match[str]]] = {}
-    for name in names:
-        if (match := pattern.match(name)) is not None:
-            groups.setdefault(tuple(match[key] for key in keys), {})[name] = match
-    return groups
 
 
 def _missing(numbers: Collection[int], first: int, count: int, name_of: Callable[[int], str] = str) -> str:
@@ -195,24 +193,27 @@ def _missing(numbers: Collection[int], first: int, count: int, name_of: Callable
     return f"; not there: {_listed(missing)}" if missing else ""
 
 
-def _of_meta(names: Sequence[str], known: Collection[str]) -> list[Parts]:
-    found = []
-    for group in _by(_META, names, "tail").values():
-        numbers = {int(match["n"]) for match in group.values()}
-        if len(numbers) > 1 or max(numbers) > 0:
-            count = max(numbers) + 1
-            missing = _missing(numbers, 0, count, "consolidated.{:02d}.pth".format)
-            way_out = "fetch the rest" if missing else "convert the folder, which takes all of them"
-            beside = (META_PARAMETERS,) if META_PARAMETERS in known else ()
-            found.append(
-                Parts(
-                    (*group, *beside),
-                    f"Meta's tensor-parallel parts, {count} or more ({_listed(list(group))}{missing}); "
-                    f"{way_out}",
-                    "" if missing else "meta_parts",
-                )
-            )
-    return found
+def _by(
+    pattern: re.Pattern[str], names: Sequence[str], *keys: str
+) -> Iterator[tuple[tuple[str, ...], dict[str, int]]]:
+    """Names that match and their numbers, in groups of equal `keys`."""
+    groups: dict[tuple[str, ...], dict[str, int]] = {}
+    for name in names:
+        if (match := pattern.match(name)) is not None:
+            groups.setdefault(tuple(match[key] for key in keys), {})[name] = int(match["n"])
+    yield from groups.items()
+
+
+def _of_meta(names: Sequence[str], known: Collection[str]) -> Iterator[Parts]:
+    for _, group in _by(_META, names, "tail"):
+        count = max(group.values()) + 1
+        if count == 1:
+            continue
+        missing = _missing(group.values(), 0, count, "consolidated.{:02d}.pth".format)
+        way_out, kind = (_FETCH, "") if missing else (_TAKE_FOLDER, "meta_parts")
+        parts = _parts(group, f"Meta's tensor-parallel parts, {count} or more", way_out, kind, missing)
+        beside = (META_PARAMETERS,) if META_PARAMETERS in known else ()
+        yield replace(parts, members=parts.members + beside)
 
 
 _DEEPSPEED = {
@@ -223,123 +224,77 @@ _DEEPSPEED = {
 }
 
 
-def _of_deepspeed(names: Sequence[str]) -> list[Parts]:
+def _of_deepspeed(names: Sequence[str]) -> Iterator[Parts]:
     kind, found = deepspeed_checkpoint(names)
-    members = tuple(name for name in found if not OPTIM_STATES.match(name) and companion_of(name) is None)
-    stage_3 = [name for name in members if (match := MODEL_STATES.match(name)) and match["rank"] is not None]
-    stage_3 = stage_3 or [name for name in names if (match := MODEL_STATES.match(name)) and match["rank"]]
+    members = [name for name in found if not OPTIM_STATES.match(name) and companion_of(name) is None]
+    stage_3 = [name for name in names if (match := MODEL_STATES.match(name)) and match["rank"]]
     if stage_3 and kind in ("", "deepspeed_zero", "deepspeed_ranks"):
-        members = members or tuple(stage_3)
-        why = "DeepSpeed's model states of ZeRO stage 3, whose parameters lie in the *_optim_states.pt files"
-        return [Parts(members, f"{why} ({_listed(members)}); convert the folder with those files in it")]
-    if kind not in _DEEPSPEED:
-        return []
-    return [
-        Parts(
-            members, f"{_DEEPSPEED[kind]} ({_listed(members)}); convert the folder, which takes all of them"
-        )
-    ]
+        what = "DeepSpeed's model states of ZeRO stage 3, whose parameters lie in the *_optim_states.pt files"
+        yield _parts(members or stage_3, what, "convert the folder with those files in it")
+    elif kind in _DEEPSPEED:
+        yield _parts(members, _DEEPSPEED[kind], _TAKE_FOLDER)
 
 
-def _of_rank_folders(names: Sequence[str]) -> list[Parts]:
+def _of_rank_folders(names: Sequence[str]) -> Iterator[Parts]:
     groups: dict[str, dict[str, int]] = {}
     for name in names:
         folder, slash, file = name.rpartition("/")
         if slash and (match := _RANK_FOLDER.match(folder)) is not None:
             groups.setdefault(file, {})[name] = max(int(n) for n in match.groups() if n is not None)
-    return [
-        Parts(
-            tuple(group),
-            f"files of tensor-, pipeline- or expert-parallel ranks ({_listed(list(group))}); "
-            + (
-                "convert the folder, which takes all of them"
-                if _is_megatron_file(file)
-                else "the framework that trained the model (Megatron, NeMo) has a tool that merges them"
-            ),
-            "megatron_parts" if _is_megatron_file(file) else "",
-        )
-        for file, group in groups.items()
-        if len(group) > 1 or max(group.values()) > 0
-    ]
+    tool = "the framework that trained the model (Megatron, NeMo) has a tool that merges them"
+    for file, group in groups.items():
+        if len(group) > 1 or max(group.values()) > 0:
+            merged = _is_megatron_file(file)
+            way_out, kind = (_TAKE_FOLDER, "megatron_parts") if merged else (tool, "")
+            yield _parts(group, "files of tensor-, pipeline- or expert-parallel ranks", way_out, kind)
 
 
-def _of_world(names: Sequence[str]) -> list[Parts]:
-    found = []
-    for (stem, of, tail), group in _by(_OF_WORLD, names, "stem", "of", "tail").items():
+def _of_world(names: Sequence[str]) -> Iterator[Parts]:
+    for (stem, of, tail), group in _by(_OF_WORLD, names, "stem", "of", "tail"):
         if (count := int(of)) < 2:
             continue
-        numbers = {int(match["n"]) for match in group.values()}
-        missing = [n for n in range(min(count, MAX_COUNTED)) if n not in numbers]
-        names_of = [f"{stem}world_size_{of}_rank_{n}{tail}" for n in missing]
-        rest = f"; not there: {_listed(names_of)}" if missing else ""
-        way_out = "fetch the rest" if missing else "convert the folder, which takes all of them"
-        found.append(
-            Parts(
-                tuple(group),
-                f"files of {of} ranks ({_listed(list(group))}{rest}); {way_out}",
-                "" if missing or len(group) != count else "torch_ranks",
-            )
-        )
-    return found
+        missing = _missing(group.values(), 0, count, f"{stem}world_size_{of}_rank_{{}}{tail}".format)
+        kind = "" if missing or len(group) != count else "torch_ranks"
+        yield _parts(group, f"files of {of} ranks", _FETCH if missing else _TAKE_FOLDER, kind, missing)
 
 
-def _of_torch(names: Sequence[str]) -> list[Parts]:
-    members = tuple(name for name in names if _TORCH_SHARD.match(name))
-    if not members:
-        return []
-    return [
-        Parts(
-            members,
-            f"shards that torch.distributed.checkpoint wrote, one file for each rank ({_listed(members)}); "
-            "convert the folder, which takes all of them; where the folder above holds the merged "
-            "model, leave "
-            "these out with --exclude",
-            "hf_shards",
-        )
-    ]
+def _of_torch(names: Sequence[str]) -> Iterator[Parts]:
+    members = [name for name in names if _TORCH_SHARD.match(name)]
+    way_out = f"{_TAKE_FOLDER}; where the folder above holds the merged model, leave these out with --exclude"
+    if members:
+        what = "shards that torch.distributed.checkpoint wrote, one file for each rank"
+        yield _parts(members, what, way_out, "hf_shards")
 
 
-def _of_hugging_face(names: Sequence[str], known: Collection[str]) -> list[Parts]:
-    found = []
-    for (stem, of, tail), group in _by(_HF_SHARD, names, "stem", "of", "tail").items():
+def _of_hugging_face(names: Sequence[str], known: Collection[str]) -> Iterator[Parts]:
+    for (stem, of, tail), group in _by(_HF_SHARD, names, "stem", "of", "tail"):
         count = int(of)
         if count < 2 or any(_TORCH_SHARD.match(name) for name in group):
             continue
         index = f"{stem}{tail}{INDEX_SUFFIX}"
-        missing = _missing({int(match["n"]) for match in group.values()}, 1, count)
-        if index in known:
-            way_out = f"convert {index} instead, which names them all"
-        else:
+        missing = _missing(group.values(), 1, count)
+        way_out = f"convert {index} instead, which names them all"
+        if index not in known:
             way_out = f"their index {index} is not there; fetch it{' and the rest' if missing else ''}"
-        found.append(Parts(tuple(group), f"shards of {count} ({_listed(list(group))}{missing}); {way_out}"))
-    return found
+        yield _parts(group, f"shards of {count}", way_out, missing=missing)
 
 
-def _of_chunks(names: Sequence[str], known: Collection[str]) -> list[Parts]:
-    members = tuple(name for name in names if _CHUNKS.match(name))
-    if not members:
-        return []
-    way_out = (
-        "convert the folder instead" if ".metadata" in known else "their .metadata is not there; fetch it"
-    )
-    return [Parts(members, f"chunks of torch.distributed.checkpoint ({_listed(members)}); {way_out}")]
+def _of_chunks(names: Sequence[str], known: Collection[str]) -> Iterator[Parts]:
+    if members := [name for name in names if _CHUNKS.match(name)]:
+        whole = ".metadata" in known
+        way_out = "convert the folder instead" if whole else "their .metadata is not there; fetch it"
+        yield _parts(members, "chunks of torch.distributed.checkpoint", way_out)
 
 
-def _counted(names: Sequence[str]) -> list[Parts]:
+def _counted(names: Sequence[str]) -> Iterator[Parts]:
     """Files that are counted from 0: rank files of trainers, fairseq's shards."""
-    found = []
     for pattern in _COUNTED:
-        for (stem, _), group in _by(pattern, names, "stem", "tail").items():
-            numbers = sorted(int(match["n"]) for match in group.values())
-            if len(numbers) > 1 and numbers[0] == 0 and not _CONTEST.search(stem):
-                missing = _missing(numbers, 0, numbers[-1] + 1)
-                merged = "convert the folder, which takes all of them" if pattern is _RANK else "merge them"
-                found.append(
-                    Parts(
-                        tuple(group),
-                        f"files of {len(numbers)} ranks ({_listed(list(group))}{missing}); {merged}, or, "
-                        "where each is a whole copy, convert one with --parts",
-                        "torch_ranks" if pattern is _RANK and numbers == list(range(len(numbers))) else "",
-                    )
-                )
-    return found
+        for (stem, _), group in _by(pattern, names, "stem", "tail"):
+            numbers = sorted(group.values())
+            if len(numbers) < 2 or numbers[0] != 0 or _CONTEST.search(stem):
+                continue
+            merged = _TAKE_FOLDER if pattern is _RANK else "merge them"
+            way_out = f"{merged}, or, where each is a whole copy, convert one with --parts"
+            kind = "torch_ranks" if pattern is _RANK and numbers == list(range(len(numbers))) else ""
+            missing = _missing(numbers, 0, numbers[-1] + 1)
+            yield _parts(group, f"files of {len(numbers)} ranks", way_out, kind, missing)

@@ -65,7 +65,7 @@ def _candidates(pieces: list[Piece]) -> dict[int, tuple[int, bytes]]:
 
 
 def _confirmed(between: dict[int, tuple[int, bytes]], reader: RangeReader, spare_nbytes: int) -> set[int]:
-    """Those whose bytes the source does hold; so many more bytes may be read to save requests."""
+    """Those whose bytes the source does hold; up to `spare_nbytes` more may be read to save requests."""
     indices = list(between)
     ranges = [(between[index][0], len(between[index][1])) for index in indices]
     gap = affordable_gap(ranges, most=reader.gap_nbytes, budget_nbytes=spare_nbytes)

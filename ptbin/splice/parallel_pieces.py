@@ -34,7 +34,7 @@ Tallies = dict[str, "CastTally"]
 
 
 class ParallelPieces:
-    """Runs ahead of whoever goes through `pieces`; to be closed in any case."""
+    """Runs ahead of the caller, who goes through `pieces`; must be closed."""
 
     def __init__(
         self, pieces: Sequence[Piece | Move], reader: RangeReader, writer: Writer, *, check: bool

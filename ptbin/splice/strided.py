@@ -49,7 +49,7 @@ def iter_in_order(
 
 
 def _blocks(read: Read, offset: int, axes: list[tuple[int, int]], unit: int) -> Iterator[bytes]:
-    """Of `axes`, each a count and a step in bytes, the outermost first; of units of so many bytes."""
+    """Of `axes`, each a count and a step in bytes, the outermost first; `unit`: bytes of each element."""
     if not axes:
         yield read(offset, unit)
         return

@@ -6,22 +6,21 @@ with place.open_reader() as reader: ...
 
 from __future__ import annotations
 
-from ptbin.stores.base import (
-    PARTIAL_SUFFIX,
-    CopyRefused,
-    Identity,
-    ListedObject,
-    ObjectStat,
-    RangeReader,
-    Store,
-    Writer,
-    is_partial_name,
-)
+from ptbin.stores.base import Store
 from ptbin.stores.faults import public_uri
 from ptbin.stores.opening import open_store, register_store
 from ptbin.stores.place import Place, Where, place_of
-from ptbin.stores.values import identity_text
+from ptbin.stores.reader import RangeReader
+from ptbin.stores.values import (
+    PARTIAL_SUFFIX,
+    Identity,
+    ListedObject,
+    ObjectStat,
+    identity_text,
+    is_partial_name,
+)
 from ptbin.stores.watching import Watch, WatchQuietly
+from ptbin.stores.writer import CopyRefused, Writer
 
 __all__ = [
     "PARTIAL_SUFFIX",

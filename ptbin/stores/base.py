@@ -12,45 +12,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from ptbin.stores.reader import Pending, RangeReader
-from ptbin.stores.values import (
-    MIB,
-    PARTIAL_SUFFIX,
-    READ_BYTES_LIMIT,
-    Identity,
-    ListedObject,
-    ObjectStat,
-    check_range,
-    is_partial_name,
-    refuse_other_object,
-    refuse_too_large,
-    target_of_partial,
-)
-from ptbin.stores.watching import Watch
-from ptbin.stores.writer import CopyRefused, Writer
+from ptbin.stores.values import READ_BYTES_LIMIT, refuse_too_large
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = [
-    "MIB",
-    "PARTIAL_SUFFIX",
-    "READ_BYTES_LIMIT",
-    "CopyRefused",
-    "Identity",
-    "ListedObject",
-    "ObjectStat",
-    "Pending",
-    "RangeReader",
-    "Store",
-    "Watch",
-    "Writer",
-    "check_range",
-    "is_partial_name",
-    "refuse_other_object",
-    "refuse_too_large",
-    "target_of_partial",
-]
+    from ptbin.stores.reader import RangeReader
+    from ptbin.stores.values import Identity, ListedObject, ObjectStat
+    from ptbin.stores.watching import Watch
+    from ptbin.stores.writer import Writer
+
+__all__ = ["Store"]
 
 
 class Store(ABC):

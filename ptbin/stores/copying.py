@@ -64,14 +64,7 @@ def copy_file(
         SourceChangedError, StorageError: from the stores. VerificationError: it arrived otherwise; removed.
     """
     if may_replace is not None:
-        same = find_in_place(
-            source,
-            dest,
-            may_replace,
-            change=change,
-            progress=progress,
-            advice=advice,
-        )
+        same = find_in_place(source, dest, may_replace, change=change, progress=progress, advice=advice)
         if same is not None:
             return same
     with source.open_reader(expected=expected) as reader:
@@ -116,12 +109,7 @@ def find_in_place(
         return None
     if may_replace(identity_text(there.identity)):
         return None
-    same = same_content(
-        source,
-        dest,
-        change=change,
-        progress=progress,
-    )
+    same = same_content(source, dest, change=change, progress=progress)
     if same is None:
         raise OutputExistsError(
             f"{dest.uri}: a file of {there.size} bytes is there that ptbin did not copy; {advice}"
@@ -186,11 +174,7 @@ def _arrived(dest: Place, size: int, crc32: int | None, progress: Progress | Non
 
 
 def same_content(
-    source: Place,
-    dest: Place,
-    *,
-    change: Change | None = None,
-    progress: Progress | None = None,
+    source: Place, dest: Place, *, change: Change | None = None, progress: Progress | None = None
 ) -> Copied | None:
     """What is at DEST if it holds what `copy_file` would put there, else None.
 

@@ -54,39 +54,21 @@ ADVICE = {
     errno.EMFILE: "raise the limit of open files (ulimit -n) or use fewer workers",
 }
 
-# https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html; the plain numbers are what
-# botocore gives where the answer has no body (every HEAD).
-NOT_FOUND_CODES = {"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "404"}
-DENIED_CODES = {
-    "401",
-    "403",
-    "AccessDenied",
-    "AccountProblem",
-    "AllAccessDisabled",
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidObjectState",
-    "InvalidToken",
-    "MethodNotAllowed",
-    "RequestTimeTooSkewed",
-    "SignatureDoesNotMatch",
-}
+# Of https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html those whose HTTP status does not say
+# it: 400 for most, 409 where two requests met, 200 where the answer had begun before it failed.
+DENIED_CODES = {"ExpiredToken", "InvalidToken", "MethodNotAllowed"}
+DENIED_STATUSES = {401, 403}
 TRANSIENT_CODES = {
-    "BandwidthLimitExceeded",
     "ConditionalRequestConflict",
     "InternalError",
     "OperationAborted",
-    "RequestLimitExceeded",
-    "RequestThrottled",
     "RequestTimeout",
-    "ServiceUnavailable",
     "SlowDown",
     "Throttling",
     "ThrottlingException",
-    "TooManyRequestsException",
     "XAmzContentSHA256Mismatch",
 }
-TRANSIENT_STATUSES = {408, 429, 500, 502, 503, 504}
+TRANSIENT_STATUSES = {408, 429, 500, 502, 503, 504, 509}
 
 TRANSIENT_CLASS_NAMES = {
     # botocore.exceptions; EndpointConnectionError is also "connection refused"
@@ -122,7 +104,7 @@ NO_CREDENTIALS_CLASS_NAMES = {
 
 _USERINFO = re.compile(r"(?<=://)([^/@\s:]*):[^/@\s]*@")
 _SECRET_PARAMETER = re.compile(
-    r"(?i)([?&](?:[\w-]*(?:signature|credential|token|password|secret|key)[\w-]*|sig|sv|se|sp)=)[^&\s'\"]*"
+    r"(?i)([?&](?!max-keys=)(?:[\w-]*(?:signature|credential|token|password|secret|key)[\w-]*|sig|sv|se|sp)=)[^&\s'\"]*"
 )
 MESSAGE_NCHARS = 300
 
@@ -146,9 +128,10 @@ def mapped_faults(doing: str, uri: str) -> Iterator[None]:
 def fault(error: BaseException, doing: str, uri: str) -> PtbinError:
     """What `error`, met while doing something to `uri`, is in ptbin's terms."""
     uri = public_uri(uri)
+    # fsspec's HTTP filesystem calls whatever went wrong a missing file (`HTTPFileSystem._info`). The one in
+    # memory means what it says; a KeyError is behind that.
     if isinstance(error, FileNotFoundError) and error.errno is None and error.__cause__ is not None:
-        # fsspec's HTTP filesystem says so of whatever went wrong (`HTTPFileSystem._info`).
-        error = error.__cause__
+        error = error if isinstance(error.__cause__, LookupError) else error.__cause__
     response = getattr(error, "response", None)
     if isinstance(response, dict) and isinstance(response.get("Error"), dict):
         return _answered(response, doing, uri)
@@ -205,9 +188,9 @@ def _classified(code: str, status: int | None, said: str, doing: str, uri: str) 
         return SourceChangedError(f"cannot {doing} {uri}: it was overwritten since it was seen first (412)")
     if code == "NoSuchBucket":
         return NotFoundInStoreError(f"cannot {doing} {uri}: there is no such bucket")
-    if code in NOT_FOUND_CODES or (status == 404 and code != "NoSuchUpload"):
+    if status == 404 and code != "NoSuchUpload":
         return NotFoundInStoreError(f"cannot {doing} {uri}: no such object")
-    if code in DENIED_CODES or status in (401, 403):
+    if code in DENIED_CODES or status in DENIED_STATUSES:
         return AccessDeniedError(
             f"cannot {doing} {uri}: access denied ({_shorten(answer)}); "
             "check the credentials and their rights"

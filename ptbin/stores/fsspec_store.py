@@ -23,24 +23,24 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from ptbin.errors import NotFoundInStoreError, SourceChangedError, StorageError, UsageError
-from ptbin.stores.base import (
+from ptbin.stores.base import Store
+from ptbin.stores.faults import fault, mapped_faults, public_uri
+from ptbin.stores.reader import Pending, RangeReader
+from ptbin.stores.retry import RetryPolicy, call_with_retries, call_with_retries_async
+from ptbin.stores.values import (
     MIB,
     PARTIAL_SUFFIX,
     Identity,
     ListedObject,
     ObjectStat,
-    Pending,
-    RangeReader,
-    Store,
-    Watch,
-    Writer,
     check_range,
     is_partial_name,
+    partial_name,
     refuse_other_object,
     target_of_partial,
 )
-from ptbin.stores.faults import fault, mapped_faults, public_uri
-from ptbin.stores.retry import RetryPolicy, call_with_retries, call_with_retries_async
+from ptbin.stores.watching import Watch
+from ptbin.stores.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -54,6 +54,8 @@ __all__ = ["FsspecStore", "open_fsspec"]
 PUBLISH_ON_CLOSE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "tos"}
 PUBLISH_ON_CLOSE |= {"mlflow-artifacts", "mlflow-artifacts+https"}
 """Protocols whose file appears only when it is closed; a rename there would be a copy and a delete."""
+
+READ_ONLY = {"http", "https"}
 
 # (key of fsspec's info(), kind), the strongest first: what changes with every write, whatever the clock does.
 IDENTITY_KEYS: tuple[tuple[str, IdentityKind], ...] = (
@@ -166,11 +168,15 @@ class FsspecStore(Store):
         return public_uri(self._prefix + path + self._behind)
 
     def _info(self, path: str) -> dict[str, Any]:
-        def ask() -> dict[str, Any]:
-            with mapped_faults("read", self.uri_of(path)):
+        return self._ask("read", path, lambda: self.fs.info(path))
+
+    def _ask(self, doing: str, path: str, question: Callable[[], T]) -> T:
+        """The answer as it is now, and not as a cache has it."""
+
+        def ask() -> T:
+            with mapped_faults(doing, self.uri_of(path)):
                 self.fs.invalidate_cache()
-                info: dict[str, Any] = self.fs.info(path)
-                return info
+                return question()
 
         return call_with_retries(ask, self.retry)
 
@@ -230,14 +236,8 @@ class FsspecStore(Store):
             return []
 
     def _entries(self, directory: str) -> list[dict[str, Any]]:
-        def ask() -> list[dict[str, Any]]:
-            with mapped_faults("list", self.uri_of(directory)):
-                self.fs.invalidate_cache()
-                listed: list[dict[str, Any]] = self.fs.ls(directory, detail=True)
-                return listed
-
         try:
-            listed = call_with_retries(ask, self.retry)
+            listed = self._ask("list", directory, lambda: self.fs.ls(directory, detail=True))
         except NotFoundInStoreError:
             return []
         bare = directory.rstrip("/")
@@ -248,10 +248,7 @@ class FsspecStore(Store):
         return _stripped(self.fs, info["name"]).rstrip("/")
 
     def open_reader(self, path: str, *, expected: Identity | None = None) -> RangeReader:
-        found = self.stat(path)
-        if expected is not None:
-            refuse_other_object(found.uri, found.identity, expected)
-        return FsspecReader(self, path, found)
+        return FsspecReader(self, path, self.stat(path)).expecting(expected)
 
     def open_writer(
         self, path: str, *, size_hint: int | None = None, copies: bool = True, claim: str = ""
@@ -265,10 +262,8 @@ class FsspecStore(Store):
 
     def discard_unfinished(self, path: str, is_ours: Callable[[str], bool]) -> int:
         root, count = path.rstrip("/"), 0
-        with mapped_faults("list", self.uri_of(path)):
-            self.fs.invalidate_cache()
-            names = [_stripped(self.fs, name) for name in self.fs.find(root)]
-        for name in names:
+        for found in self._ask("list", path, lambda: self.fs.find(root)):
+            name = _stripped(self.fs, found)
             if is_partial_name(name) and is_ours(target_of_partial(name[len(root) :].lstrip("/"))):
                 self.delete(name)
                 count += 1
@@ -279,6 +274,9 @@ class FsspecStore(Store):
 
         Where directories are real, in the nearest one that exists.
         """
+        if self.written_protocol in READ_ONLY:
+            uri = self.uri_of(path)
+            raise StorageError(f"cannot write to {uri}: what lies at {self.written_protocol}:// is only read")
         folder = path.rstrip("/")
         with contextlib.suppress(StorageError):
             if self._info(path).get("type") == "file":
@@ -290,11 +288,6 @@ class FsspecStore(Store):
         with mapped_faults("write to", self.uri_of(path)):
             self.fs.pipe_file(probe, b"")
             self.fs.rm_file(probe)
-
-
-def _partial_name(path: str) -> str:
-    parent, slash, name = path.rpartition("/")
-    return f"{parent}{slash}.{name}.{os.urandom(6).hex()}{PARTIAL_SUFFIX}"
 
 
 def _make_parents(store: FsspecStore, path: str) -> None:
@@ -389,7 +382,7 @@ class FsspecWriter(Writer):
         self._store = store
         self._final = path
         self._in_place = store.written_protocol in PUBLISH_ON_CLOSE
-        self._path = path if self._in_place else _partial_name(path)
+        self._path = path if self._in_place else partial_name(path)
         self._file: Any = None
         with mapped_faults("write", self.uri):
             if not self._in_place and store.fs.isdir(path):

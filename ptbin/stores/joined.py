@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ptbin.errors import CorruptArchiveError
-from ptbin.stores.base import Identity, ListedObject, RangeReader, check_range
+from ptbin.stores.reader import RangeReader
+from ptbin.stores.values import Identity, ListedObject, check_range
 
 if TYPE_CHECKING:
     from ptbin.stores.place import Place

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
@@ -79,9 +79,5 @@ def limit_requests(limit: RequestLimit | None) -> Iterator[None]:
 async def request_slot() -> AsyncIterator[None]:
     """Wait for a free slot, hold it for one request."""
     limit = _of_run.get()
-    if limit is None:
-        async with _process.slot():
-            yield
-        return
-    async with limit.slot(), _process.slot():
+    async with limit.slot() if limit is not None else nullcontext(), _process.slot():
         yield

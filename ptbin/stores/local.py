@@ -14,22 +14,22 @@ import stat as stat_module
 from typing import TYPE_CHECKING
 
 from ptbin.errors import AccessDeniedError, CorruptArchiveError, NotFoundInStoreError, StorageError
-from ptbin.stores.base import (
+from ptbin.stores.base import Store
+from ptbin.stores.faults import fault, mapped_faults
+from ptbin.stores.local_writer import LocalWriter, identity_of, open_unpublished
+from ptbin.stores.reader import RangeReader
+from ptbin.stores.values import (
     MIB,
     PARTIAL_SUFFIX,
     Identity,
     ListedObject,
     ObjectStat,
-    RangeReader,
-    Store,
-    Watch,
     check_range,
     is_partial_name,
     refuse_other_object,
     target_of_partial,
 )
-from ptbin.stores.faults import fault, mapped_faults
-from ptbin.stores.local_writer import LocalWriter, identity_of, open_unpublished
+from ptbin.stores.watching import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -127,14 +127,7 @@ class LocalStore(Store):
                 yield ListedObject(relative, entry.path, status.st_size, identity_of(status))
 
     def open_reader(self, path: str, *, expected: Identity | None = None) -> LocalReader:
-        reader = LocalReader(path)
-        if expected is not None:
-            try:
-                refuse_other_object(path, reader.identity, expected)
-            except BaseException:
-                reader.close()
-                raise
-        return reader
+        return LocalReader(path).expecting(expected)
 
     def open_writer(
         self, path: str, *, size_hint: int | None = None, copies: bool = True, claim: str = ""

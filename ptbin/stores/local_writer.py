@@ -19,16 +19,17 @@ import os
 from typing import TYPE_CHECKING
 
 from ptbin.errors import StorageError
-from ptbin.stores.base import MIB, PARTIAL_SUFFIX, Identity, Writer
 from ptbin.stores.faults import mapped_faults
-from ptbin.stores.reserving import RESERVE_NBYTES, Reservation
+from ptbin.stores.reserving import RESERVE_NBYTES, reserve
+from ptbin.stores.values import MIB, Identity, partial_name
+from ptbin.stores.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from queue import SimpleQueue
     from threading import Thread
 
-    from ptbin.stores.base import RangeReader
+    from ptbin.stores.reader import RangeReader
 
 __all__ = ["LocalWriter", "identity_of", "open_unpublished"]
 
@@ -37,8 +38,6 @@ COPY_NBYTES = 16 * MIB
 BLOCK_NBYTES = 4096
 """A block of the filesystems that share them between files."""
 STREAM_NBYTES = 1 * MIB
-NAME_MAX = 255
-"""Longest file name in bytes on every usual Linux filesystem (limits.h)."""
 
 # What a filesystem answers that cannot flush a directory (some network and FUSE mounts).
 NO_DIRECTORY_FSYNC_ERRNOS = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -68,15 +67,8 @@ def open_unpublished(target: str) -> tuple[int, str | None]:
             if os.path.exists(f"/proc/self/fd/{descriptor}"):  # needed to give it a name
                 return descriptor, None
             os.close(descriptor)
-    name = _partial_name(target)
+    name = partial_name(target)
     return os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o666), name
-
-
-def _partial_name(target: str) -> str:
-    directory, name = os.path.split(target)
-    ending = f".{os.urandom(6).hex()}{PARTIAL_SUFFIX}"
-    kept = os.fsencode(name)[: NAME_MAX - len(ending) - 1].decode(errors="ignore")
-    return os.path.join(directory, f".{kept}{ending}")
 
 
 def identity_of(status: os.stat_result) -> Identity:
@@ -95,13 +87,12 @@ class LocalWriter(Writer):
         self._descriptor = -1
         self._partial: str | None = None
         self._write_back = _WriteBack()
-        self._reservation: Reservation | None = None
         try:
             with mapped_faults("write", target):
                 _refuse_target(target)
                 self._retried_without_parents(self._begin)
                 if size_hint is not None and size_hint >= RESERVE_NBYTES:
-                    self._reservation = Reservation(self._descriptor, size_hint)
+                    reserve(self._descriptor, size_hint)
         except BaseException:
             self.abort()
             raise
@@ -144,15 +135,10 @@ class LocalWriter(Writer):
     def _moved(self, nbytes: int) -> None:
         self.bytes_written += nbytes
         self._write_back.reached(self._descriptor, self.bytes_written)
-        if self._reservation is not None:
-            self._reservation.reached(self.bytes_written)
         if self.reached is not None:
             self.reached(self.bytes_written)
 
-    def written(self) -> int | None:
-        return self._descriptor
-
-    def lend(self) -> int | None:
+    def descriptor(self) -> int | None:
         return self._descriptor
 
     def flush_up_to(self, position: int) -> None:
@@ -223,7 +209,7 @@ class LocalWriter(Writer):
         try:
             self._link(self._target)
         except FileExistsError:
-            partial = _partial_name(self._target)
+            partial = partial_name(self._target)
             self._link(partial)
             self._partial = partial
             os.replace(partial, self._target)

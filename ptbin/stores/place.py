@@ -107,54 +107,42 @@ class Place:
     def _bare(self) -> str:
         return self.path.rstrip("/")
 
-    # -- what the store does there ---------------------------------------------------------------
+    # -- what the store's methods of these names do -----------------------------------------------
 
     def stat(self) -> ObjectStat:
-        """As `Store.stat`."""
         return self.store.stat(self.path)
 
     def look(self) -> ObjectStat:
-        """As `Store.look`."""
         return self.store.look(self.path)
 
     def is_directory(self) -> bool:
-        """As `Store.is_directory`."""
         return self.store.is_directory(self.path)
 
     def iter_objects(self, watch: Watch | None = None) -> Iterator[ListedObject]:
-        """As `Store.iter_objects`."""
         return self.store.iter_objects(self.path, watch)
 
     def open_reader(self, *, expected: Identity | None = None) -> RangeReader:
-        """As `Store.open_reader`."""
         return self.store.open_reader(self.path, expected=expected)
 
     def open_found(self, found: ObjectStat) -> RangeReader:
-        """As `Store.open_found`."""
         return self.store.open_found(self.path, found)
 
     def open_writer(self, *, size_hint: int | None = None, copies: bool = True, claim: str = "") -> Writer:
-        """As `Store.open_writer`."""
         return self.store.open_writer(self.path, size_hint=size_hint, copies=copies, claim=claim)
 
     def read_bytes(self, *, limit: int = READ_BYTES_LIMIT) -> bytes:
-        """As `Store.read_bytes`."""
         return self.store.read_bytes(self.path, limit=limit)
 
     def read_identified(self, *, limit: int = READ_BYTES_LIMIT) -> tuple[bytes, Identity]:
-        """As `Store.read_identified`."""
         return self.store.read_identified(self.path, limit=limit)
 
     def write_bytes(self, data: bytes, *, claim: str = "") -> Identity | None:
-        """As `Store.write_bytes`."""
         return self.store.write_bytes(self.path, data, claim=claim)
 
     def delete(self) -> None:
-        """As `Store.delete`."""
         self.store.delete(self.path)
 
     def check_writable(self) -> None:
-        """As `Store.check_writable`."""
         self.store.check_writable(self.path)
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 from ptbin.stores.ranges import Fetch, plan_fetches
-from ptbin.stores.values import MIB, Identity, check_range
+from ptbin.stores.values import MIB, Identity, check_range, refuse_other_object
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -59,6 +59,13 @@ class RangeReader(ABC):
             SourceChangedError: the object is not the one that was opened.
             StorageError: the store failed, retries included.
         """
+
+    def expecting(self, expected: Identity | None) -> Self:
+        """This reader; where it is of another state it is closed, and SourceChangedError raised."""
+        if expected is not None and self.identity != expected:
+            self.close()
+            refuse_other_object(self.uri, self.identity, expected)
+        return self
 
     @abstractmethod
     def check_unchanged(self) -> None:

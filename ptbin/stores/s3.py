@@ -14,26 +14,26 @@ from __future__ import annotations
 
 import base64
 import contextlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import AccessDeniedError, NotFoundInStoreError, PtbinError, StorageError, UsageError
-from ptbin.stores.base import (
+from ptbin.stores.base import Store
+from ptbin.stores.s3_client import S3Client, S3Object
+from ptbin.stores.s3_listing import iter_entries
+from ptbin.stores.s3_reader import S3Reader, S3Stat, etag_of
+from ptbin.stores.s3_writer import CLAIM_METADATA, S3Writer
+from ptbin.stores.values import (
     PARTIAL_SUFFIX,
     READ_BYTES_LIMIT,
     Identity,
     ListedObject,
     ObjectStat,
-    Store,
-    Watch,
     is_partial_name,
-    refuse_other_object,
     refuse_too_large,
     target_of_partial,
 )
-from ptbin.stores.s3_client import S3Client
-from ptbin.stores.s3_listing import iter_entries
-from ptbin.stores.s3_reader import S3Reader, S3Stat, etag_of
-from ptbin.stores.s3_writer import CLAIM_METADATA, S3Writer
+from ptbin.stores.watching import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -73,21 +73,21 @@ class S3Store(Store):
         return ObjectStat(self.uri_of(path), answer["ContentLength"], Identity("etag", etag_of(answer)))
 
     def _head(self, path: str) -> dict[str, Any]:
-        uri, (bucket, key) = self.uri_of(path), self._key_of(path)
+        at = self._object(path)
         try:
-            return self.client.call("head_object", "read", uri, Bucket=bucket, Key=key)
+            return at.call("head_object")
         except NotFoundInStoreError:
             # A HEAD's answer has no body that would tell a missing bucket from a missing key.
-            self._refuse_missing_bucket(bucket, "read", uri)
+            self._refuse_missing_bucket(at, "read")
             raise
 
-    def _refuse_missing_bucket(self, bucket: str, doing: str, uri: str) -> None:
+    def _refuse_missing_bucket(self, at: S3Object, doing: str) -> None:
         try:
-            self.client.call("head_bucket", doing, uri, Bucket=bucket)
+            self.client.call("head_bucket", at.uri, Bucket=at.bucket)
         except NotFoundInStoreError as error:
-            raise NotFoundInStoreError(f"cannot {doing} {uri}: there is no such bucket") from error
+            raise NotFoundInStoreError(f"cannot {doing} {at.uri}: there is no such bucket") from error
         except PtbinError:
-            return  # allowed to use objects, not to ask for the bucket
+            return  # allowed to use objects, not to ask for the bucket; a store that is down will show
 
     def is_directory(self, path: str) -> bool:
         """One listing of one key, two where keys lie between that of an object and the prefix of its name.
@@ -98,37 +98,41 @@ class S3Store(Store):
         Raises:
             NotFoundInStoreError: not even the bucket exists.
         """
-        bucket, key = self.client.split(path)
-        if key and not key.endswith("/"):
-            first = self._first(path, bucket, key)
-            if first is None or (first["Key"] == key and first["Size"]):
+        at = self._at(path)
+        if at.key != at.prefix:
+            first = self._first(at, at.key)
+            if first is None or (first["Key"] == at.key and first["Size"]):
                 return False
-            if first["Key"].startswith(f"{key}/"):
+            if first["Key"].startswith(at.prefix):
                 return True
-        return self._first(path, *self._prefix(path)) is not None
+        return self._first(at, at.prefix) is not None
 
-    def _first(self, path: str, bucket: str, prefix: str) -> dict[str, Any] | None:
-        answer = self.client.call(
-            "list_objects_v2", "list", self.uri_of(path), Bucket=bucket, Prefix=prefix, MaxKeys=1
-        )
+    def _first(self, at: S3Object, prefix: str) -> dict[str, Any] | None:
+        asked = {"Bucket": at.bucket, "Prefix": prefix, "MaxKeys": 1}
+        answer = self.client.call("list_objects_v2", at.uri, **asked)
         return next(iter(answer.get("Contents", ())), None)
 
-    def _prefix(self, path: str) -> tuple[str, str]:
-        bucket, key = self.client.split(path)
-        return bucket, key if not key or key.endswith("/") else key + "/"
+    def _at(self, path: str) -> S3Object:
+        return S3Object.of_path(self.client, path)
+
+    def _object(self, path: str) -> S3Object:
+        """As `_at`, of what is to be read."""
+        at = self._at(path)
+        if not at.key:
+            raise NotFoundInStoreError(f"cannot read {at.uri}: it is a bucket, not an object")
+        return at
 
     def iter_objects(self, path: str, watch: Watch | None = None) -> Iterator[ListedObject]:
         """In the order of the keys' UTF-8 bytes; costs and memory as `s3_listing` says."""
         del watch  # keys are files
-        bucket, prefix = self._prefix(path)
-        for key, size, etag in iter_entries(
-            self.client, self.uri_of(path), bucket, prefix, page_keys=self.page_keys
-        ):
+        at = self._at(path)
+        prefix = at.prefix
+        for key, size, etag in iter_entries(self.client, at.uri, at.bucket, prefix, page_keys=self.page_keys):
             if is_partial_name(key):
                 continue
             if not size and key.endswith("/"):  # the "folders" of web consoles
                 continue
-            uri = self.uri_of(f"{bucket}/{key}")
+            uri = self.uri_of(f"{at.bucket}/{key}")
             yield ListedObject(key[len(prefix) :], uri, size, Identity("etag", etag))
 
     def look(self, path: str) -> S3Stat:
@@ -162,7 +166,7 @@ class S3Store(Store):
 
     def _get(self, path: str, accept: Callable[[int], None], **how: Any) -> tuple[bytes, dict[str, Any]]:
         """One GET of an object, whose answer is one state of it; `accept` refuses too many bytes."""
-        uri, (bucket, key) = self.uri_of(path), self._key_of(path)
+        at = self._object(path)
 
         async def get() -> tuple[bytes, dict[str, Any]]:
             answers: list[dict[str, Any]] = []
@@ -172,65 +176,42 @@ class S3Store(Store):
                 answers.append(answer)
                 accept(answer["ContentLength"])
 
-            await self.client.fetch("read", uri, begin, blocks.append, Bucket=bucket, Key=key, **how)
+            await at.fetch(begin, blocks.append, **how)
             data, size = b"".join(blocks), answers[0]["ContentLength"]
             if len(data) != size:
-                raise StorageError(f"cannot read {uri}: {len(data)} of {size} bytes came", transient=True)
+                raise StorageError(f"cannot read {at.uri}: {len(data)} of {size} bytes came", transient=True)
             return data, answers[0]
 
         return self.client.repeated(get)
 
-    def _key_of(self, path: str) -> tuple[str, str]:
-        """The bucket and the key of an object that is to be read."""
-        bucket, key = self.client.split(path)
-        if not key:
-            raise NotFoundInStoreError(f"cannot read {self.uri_of(path)}: it is a bucket, not an object")
-        return bucket, key
-
     def open_reader(self, path: str, *, expected: Identity | None = None) -> S3Reader:
         """By `look`."""
-        found = self.look(path)
-        if expected is not None:
-            refuse_other_object(found.uri, found.identity, expected)
-        return self.open_found(path, found)
+        return self.open_found(path, self.look(path)).expecting(expected)
 
     def open_found(self, path: str, found: ObjectStat) -> S3Reader:
         """No request."""
         assert isinstance(found, S3Stat)
-        bucket, key = self.client.split(path)
-        return S3Reader(self.client, found, bucket=bucket, key=key)
+        return S3Reader(self._at(path), found)
 
     def open_writer(
         self, path: str, *, size_hint: int | None = None, copies: bool = True, claim: str = ""
     ) -> S3Writer:
-        bucket, key = self.client.split(path)
-        if not key or key.endswith("/"):
-            raise StorageError(f"cannot write {self.uri_of(path)}: it names no object")
-        return S3Writer(
-            self.client,
-            self.uri_of(path),
-            bucket=bucket,
-            key=key,
-            size_hint=size_hint,
-            copies=copies and self.client.options.server_side_copy,
-            claim=claim,
-        )
+        at = self._at(path)
+        if at.key == at.prefix:
+            raise StorageError(f"cannot write {at.uri}: it names no object")
+        return S3Writer(at, size_hint=size_hint, copies=copies, claim=claim)
 
     def claim_of(self, path: str) -> str:
         """One HEAD."""
-        bucket, key = self.client.split(path)
         try:
-            answer = self.client.call("head_object", "read", self.uri_of(path), Bucket=bucket, Key=key)
+            answer = self._at(path).call("head_object")
         except NotFoundInStoreError:
             return ""
         return str((answer.get("Metadata") or {}).get(CLAIM_METADATA, ""))
 
     def crc32_of(self, path: str) -> int | None:
         """One HEAD. Of composite checksums (of parts, not of the object) S3 says so: they are none."""
-        bucket, key = self.client.split(path)
-        answer = self.client.call(
-            "head_object", "read", self.uri_of(path), Bucket=bucket, Key=key, ChecksumMode="ENABLED"
-        )
+        answer = self._at(path).call("head_object", ChecksumMode="ENABLED")
         stated = answer.get("ChecksumCRC32")
         if not isinstance(stated, str) or answer.get("ChecksumType") != "FULL_OBJECT":
             return None
@@ -246,22 +227,19 @@ class S3Store(Store):
         return data, Identity("etag", etag_of(answer))
 
     def delete(self, path: str) -> None:
-        bucket, key = self.client.split(path)
-        self.client.call("delete_object", "delete", self.uri_of(path), Bucket=bucket, Key=key)
+        self._at(path).call("delete_object")
 
     def discard_unfinished(self, path: str, is_ours: Callable[[str], bool]) -> int:
         """Abort multipart uploads; a request for a thousand of them, and one for each that is ours."""
-        bucket, prefix = self._prefix(path)
-        uri, count = self.uri_of(path), 0
-        asked: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
+        at, count = self._at(path), 0
+        asked: dict[str, Any] = {"Bucket": at.bucket, "Prefix": at.prefix}
         while True:
-            answer = self.client.call("list_multipart_uploads", "list uploads below", uri, **asked)
+            answer = self.client.call("list_multipart_uploads", at.uri, **asked)
             for upload in answer.get("Uploads", ()):
                 key = str(upload["Key"])
                 target = target_of_partial(key) if is_partial_name(key) else key
-                if is_ours(target[len(prefix) :]):
-                    named = {"Bucket": bucket, "Key": key, "UploadId": upload["UploadId"]}
-                    self.client.call("abort_multipart_upload", "abort the upload of", uri, **named)
+                if is_ours(target[len(at.prefix) :]):
+                    replace(at, key=key).call("abort_multipart_upload", UploadId=upload["UploadId"])
                     count += 1
             if not answer.get("IsTruncated"):
                 return count
@@ -273,24 +251,12 @@ class S3Store(Store):
 
         So nothing ever appears, not even in a bucket that keeps versions or sends events.
         """
-        bucket, key = self.client.split(path)
-        uri = self.uri_of(path)
-        with contextlib.suppress(AccessDeniedError):  # the right to write does not imply the right to ask
-            try:
-                self.client.call("head_bucket", "write to", uri, Bucket=bucket)
-            except NotFoundInStoreError as error:
-                raise NotFoundInStoreError(f"cannot write to {uri}: there is no such bucket") from error
-        probe = f"{key.rstrip('/')}/.check{PARTIAL_SUFFIX}".lstrip("/")
-        answer = self.client.call("create_multipart_upload", "write to", uri, Bucket=bucket, Key=probe)
+        at = self._at(path)
+        self._refuse_missing_bucket(at, "write to")
+        probe = replace(at, key=f"{at.key.rstrip('/')}/.check{PARTIAL_SUFFIX}".lstrip("/"))
+        answer = probe.call("create_multipart_upload")
         with contextlib.suppress(StorageError):
-            self.client.call(
-                "abort_multipart_upload",
-                "write to",
-                uri,
-                Bucket=bucket,
-                Key=probe,
-                UploadId=answer["UploadId"],
-            )
+            probe.call("abort_multipart_upload", UploadId=answer["UploadId"])
 
 
 def _size_of(answer: Mapping[str, Any]) -> int:

@@ -16,6 +16,7 @@ import asyncio
 import os
 import re
 import threading
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,20 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     T = TypeVar("T")
+    Accept = Callable[[dict[str, Any]], None]
+    Consume = Callable[[bytes], Awaitable[None] | None]
 
-__all__ = ["S3Client", "wait_for"]
+__all__ = ["S3Client", "S3Object", "wait_for"]
+
+DOING = {
+    "abort_multipart_upload": "abort the upload of",
+    "delete_object": "delete",
+    "get_object": "read",
+    "head_object": "read",
+    "list_multipart_uploads": "list uploads below",
+    "list_objects_v2": "list",
+}
+"""What a call is for, as messages say it; "write" where nothing else is said."""
 
 BLOCK_NBYTES = 1 << 20
 """Bodies are read by at most so much, into memory that was used before. Read at once, bodies of 8 MiB took
@@ -109,7 +122,8 @@ class S3Client:
             # Not its text: some of these quote the options.
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             named = f": {unknown[1]}" if unknown else ""
-            raise UsageError(f"the storage options for S3 are not what s3fs takes{named}") from error
+            where = "; AWS_ENDPOINT_URL and ~/.aws/config count as well" if not named else ""
+            raise UsageError(f"the storage options for S3 are not what s3fs takes{named}{where}") from error
         return fs
 
     @property
@@ -152,13 +166,13 @@ class S3Client:
             raise RuntimeError("a store is asked to wait on fsspec's event loop: call it from another thread")
         return asyncio.run_coroutine_threadsafe(work(), loop)
 
-    def call(self, method: str, doing: str, uri: str, **parameters: Any) -> dict[str, Any]:
-        """One S3 call, repeated where that may help."""
-        return self.repeated(partial(self.attempt, method, doing, uri, **parameters))
+    def call(self, method: str, uri: str, **parameters: Any) -> dict[str, Any]:
+        """One S3 call, repeated where that may help; `uri` is for the message."""
+        return self.repeated(partial(self.attempt, method, uri, **parameters))
 
-    async def acall(self, method: str, doing: str, uri: str, **parameters: Any) -> dict[str, Any]:
+    async def acall(self, method: str, uri: str, **parameters: Any) -> dict[str, Any]:
         """As `call`, on the loop."""
-        return await self.arepeated(partial(self.attempt, method, doing, uri, **parameters))
+        return await self.arepeated(partial(self.attempt, method, uri, **parameters))
 
     def repeated(self, operation: Callable[[], Awaitable[T]]) -> T:
         """Wait for `operation`, again where that may help."""
@@ -168,18 +182,17 @@ class S3Client:
         """As `repeated`, on the loop."""
         return await call_with_retries_async(operation, self.retry)
 
-    async def attempt(self, method: str, doing: str, uri: str, **parameters: Any) -> dict[str, Any]:
-        """One S3 call, tried once; `doing` and `uri` are for the message."""
+    async def attempt(self, method: str, uri: str, **parameters: Any) -> dict[str, Any]:
+        """As `acall`, tried once."""
         async with request_slot():
-            with mapped_faults(doing, uri):
+            with mapped_faults(DOING.get(method, "write"), uri):
                 return await self.send(method, parameters)
 
     async def fetch(
         self,
-        doing: str,
         uri: str,
-        accept: Callable[[dict[str, Any]], None],
-        consume: Callable[[bytes], Awaitable[None] | None],
+        accept: Accept,
+        consume: Consume,
         **parameters: Any,
     ) -> None:
         """One GET, tried once; its body goes to `consume` in blocks, which holds it up where it awaits.
@@ -188,7 +201,7 @@ class S3Client:
         then cut, or else goes back to the pool.
         """
         async with request_slot():
-            with mapped_faults(doing, uri):
+            with mapped_faults("read", uri):
                 answer = await self.send("get_object", parameters)
                 body = answer["Body"]
                 try:
@@ -212,13 +225,44 @@ class S3Client:
             raise
         return answer
 
-    def split(self, path: str) -> tuple[str, str]:
-        """(bucket, key) of a path; access points' names hold slashes of their own.
+
+@dataclass(frozen=True, slots=True)
+class S3Object:
+    """One key, and the client that asks for it."""
+
+    client: S3Client
+    uri: str
+    bucket: str
+    key: str
+
+    @classmethod
+    def of_path(cls, client: S3Client, path: str) -> S3Object:
+        """Of "bucket/key"; access points' names hold slashes of their own.
 
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/access-points-naming.html
         """
         match = _ACCESS_POINT.match(path)
-        if match is not None:
-            return match[1], match[2]
-        bucket, _, key = path.partition("/")
-        return bucket, key
+        bucket, _, key = path.partition("/") if match is None else (match[1], "", match[2])
+        return cls(client, f"s3://{path}", bucket, key)
+
+    @property
+    def prefix(self) -> str:
+        """Of the keys below this one."""
+        return self.key if not self.key or self.key.endswith("/") else f"{self.key}/"
+
+    @property
+    def names(self) -> dict[str, str]:
+        """As arguments of a call."""
+        return {"Bucket": self.bucket, "Key": self.key}
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        return self.client.call(method, self.uri, **self.names, **parameters)
+
+    async def acall(self, method: str, **parameters: Any) -> dict[str, Any]:
+        return await self.client.acall(method, self.uri, **self.names, **parameters)
+
+    async def attempt(self, method: str, **parameters: Any) -> dict[str, Any]:
+        return await self.client.attempt(method, self.uri, **self.names, **parameters)
+
+    async def fetch(self, accept: Accept, consume: Consume, **parameters: Any) -> None:
+        await self.client.fetch(self.uri, accept, consume, **self.names, **parameters)

@@ -57,7 +57,7 @@ class _Listing:
             self._asked["MaxKeys"] = page_keys
 
     async def _ask(self, **more: Any) -> dict[str, Any]:
-        return await self._client.acall("list_objects_v2", "list", self._uri, **(self._asked | more))
+        return await self._client.acall("list_objects_v2", self._uri, **(self._asked | more))
 
     async def page(self, at: _Range) -> list[Entry]:
         """The range's next page, cut off at its end."""

@@ -16,23 +16,16 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import NotFoundInStoreError, SourceChangedError, StorageError
-from ptbin.stores.base import (
-    MIB,
-    Identity,
-    ObjectStat,
-    Pending,
-    RangeReader,
-    check_range,
-    refuse_other_object,
-)
 from ptbin.stores.ranges import Fetch, Piece, plan_fetches
+from ptbin.stores.reader import Pending, RangeReader
+from ptbin.stores.values import MIB, Identity, ObjectStat, check_range, refuse_other_object
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
     from concurrent.futures import Future
 
     from ptbin.stores.reader import WriteAt
-    from ptbin.stores.s3_client import S3Client
+    from ptbin.stores.s3_client import Consume, S3Client, S3Object
 
 __all__ = ["S3Reader", "S3Stat", "etag_of"]
 
@@ -71,20 +64,16 @@ class S3Reader(RangeReader):
     window_nbytes = 32 * MIB
     max_under_way = 16
 
-    def __init__(self, client: S3Client, found: S3Stat, *, bucket: str, key: str) -> None:
+    def __init__(self, at: S3Object, found: S3Stat) -> None:
         super().__init__(found.uri, found.size, found.identity)
-        self.version_id = found.version_id
-        self._client = client
-        self._object = {"Bucket": bucket, "Key": key}
-        self._etag = etag = found.identity.value
+        self._at = at
+        self._client = at.client
+        self._etag = found.identity.value
         self._tail = found.tail
         self._tail_start = found.size - len(found.tail)
         self._tail_counted = False
-        self._pin: dict[str, str] = {}
-        if etag:
-            self._pin["IfMatch"] = f'"{etag}"'
-        if found.version_id is not None:
-            self._pin["VersionId"] = found.version_id
+        self._match = {"IfMatch": f'"{self._etag}"'} if self._etag else {}
+        self._version = {"VersionId": found.version_id} if found.version_id is not None else {}
 
     @property
     def _is_whole(self) -> bool:
@@ -157,9 +146,7 @@ class S3Reader(RangeReader):
                 if scattering.future is not None:
                     scattering.future.cancel()
 
-    async def _get(
-        self, offset: int, nbytes: int, consume: Callable[[bytes], Awaitable[None] | None]
-    ) -> None:
+    async def _get(self, offset: int, nbytes: int, consume: Consume) -> None:
         """A range, block by block; what breaks off is taken up where it broke off."""
         done = 0
 
@@ -180,9 +167,7 @@ class S3Reader(RangeReader):
 
         await self._client.arepeated(attempt)
 
-    async def _get_once(
-        self, offset: int, nbytes: int, consume: Callable[[bytes], Awaitable[None] | None]
-    ) -> None:
+    async def _get_once(self, offset: int, nbytes: int, consume: Consume) -> None:
         self.requests += 1
 
         def accept(answer: dict[str, Any]) -> None:
@@ -196,9 +181,8 @@ class S3Reader(RangeReader):
 
         last = offset + nbytes - 1  # inclusive (RFC 9110, 14.1.2)
         try:
-            await self._client.fetch(
-                "read", self.uri, accept, consume, **self._object, **self._pin, Range=f"bytes={offset}-{last}"
-            )
+            pin = self._match | self._version
+            await self._at.fetch(accept, consume, **pin, Range=f"bytes={offset}-{last}")
         except NotFoundInStoreError as error:
             raise SourceChangedError(f"{self.uri} was deleted while it was read") from error
         except StorageError as error:
@@ -209,7 +193,7 @@ class S3Reader(RangeReader):
     @property
     def server_side_store(self) -> S3Client | None:
         # Ceph 16 decodes the name of a copy's source twice: it would take another object, or none.
-        return None if {"%", "?"} & set(self._object["Key"]) else self._client
+        return None if {"%", "?"} & set(self._at.key) else self._client
 
     @property
     def copy_source(self) -> dict[str, Any]:
@@ -217,13 +201,10 @@ class S3Reader(RangeReader):
 
         Some servers ignore the ETag here (Ceph does): whoever copies asks `check_unchanged` afterwards.
         """
-        source = dict(self._object)
-        if self.version_id is not None:
-            source["VersionId"] = self.version_id
-        named: dict[str, Any] = {"CopySource": source}
-        if self._etag:
-            named["CopySourceIfMatch"] = f'"{self._etag}"'
-        return named
+        return {
+            "CopySource": self._at.names | self._version,
+            **{f"CopySource{name}": etag for name, etag in self._match.items()},
+        }
 
     def confirm(self) -> None:
         """Nothing where one answer held all of it; else as `check_unchanged`, for the sake of copies."""
@@ -233,7 +214,7 @@ class S3Reader(RangeReader):
     def check_unchanged(self) -> None:
         """One HEAD of the name, whatever version was read."""
         try:
-            answer = self._client.call("head_object", "read", self.uri, **self._object)
+            answer = self._at.call("head_object")
         except NotFoundInStoreError as error:
             raise SourceChangedError(f"{self.uri} was deleted while it was read") from error
         refuse_other_object(self.uri, Identity("etag", etag_of(answer)), self.identity)

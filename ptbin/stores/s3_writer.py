@@ -27,16 +27,18 @@ from ptbin.errors import (
     SourceChangedError,
     StorageError,
 )
-from ptbin.stores.base import MIB, CopyRefused, Identity, Writer
 from ptbin.stores.parts import Extent, Part, PartRules, plan_parts
+from ptbin.stores.s3_client import S3Client
 from ptbin.stores.s3_reader import S3Reader, etag_of
+from ptbin.stores.values import MIB, Identity
+from ptbin.stores.writer import CopyRefused, Writer
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from concurrent.futures import Future
 
-    from ptbin.stores.base import RangeReader
-    from ptbin.stores.s3_client import S3Client
+    from ptbin.stores.reader import RangeReader
+    from ptbin.stores.s3_client import S3Object
 
 __all__ = ["CLAIM_METADATA", "S3Writer", "part_nbytes_for"]
 
@@ -75,24 +77,14 @@ class _Sent:
 class S3Writer(Writer):
     """Made by `S3Store.open_writer`; asks nothing of the store before the first part is full."""
 
-    def __init__(
-        self,
-        client: S3Client,
-        uri: str,
-        *,
-        bucket: str,
-        key: str,
-        size_hint: int | None,
-        copies: bool,
-        claim: str = "",
-    ) -> None:
-        super().__init__(uri)
-        self._client = client
+    def __init__(self, at: S3Object, *, size_hint: int | None, copies: bool, claim: str = "") -> None:
+        super().__init__(at.uri)
+        self._at = at
+        self._client = at.client
         self._metadata: dict[str, Any] = {}
         if claim:
-            self._metadata = {"Metadata": {**client.options.metadata, CLAIM_METADATA: claim}}
-        self._object = {"Bucket": bucket, "Key": key}
-        self._copies = copies
+            self._metadata = {"Metadata": {**at.client.options.metadata, CLAIM_METADATA: claim}}
+        self._copies = copies and at.client.options.server_side_copy
         self._part_nbytes = part_nbytes_for(size_hint)
         self._sizes: deque[int] = deque()  # of the parts to be uploaded, where they were laid out
         self._filling = bytearray()
@@ -161,14 +153,7 @@ class S3Writer(Writer):
 
     async def _create_upload(self) -> str:
         """Begin the upload; with copies in it, ask the store to keep a CRC-32 of the whole object."""
-        begin = partial(
-            self._client.acall,
-            "create_multipart_upload",
-            "write",
-            self.uri,
-            **self._object,
-            **self._metadata,
-        )
+        begin = partial(self._at.acall, "create_multipart_upload", **self._metadata)
         asked: dict[str, str] = {}
         if self._moves:
             asked = {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"}
@@ -184,16 +169,8 @@ class S3Writer(Writer):
 
     async def _upload_part(self, number: int, part: bytearray) -> _Sent:
         checksum = {"ChecksumCRC32": _base64(zlib.crc32(part))} if self.checks_crc32 else {}
-        answer = await self._client.attempt(
-            "upload_part",
-            "write",
-            self.uri,
-            **self._object,
-            **checksum,
-            UploadId=self._upload_id,
-            PartNumber=number,
-            **self._body(part),
-        )
+        which = {"UploadId": self._upload_id, "PartNumber": number}
+        answer = await self._at.attempt("upload_part", **which, **checksum, **self._body(part))
         return _Sent(str(answer["ETag"]), checksum.get("ChecksumCRC32"))
 
     def _body(self, data: bytearray) -> dict[str, Any]:
@@ -207,17 +184,12 @@ class S3Writer(Writer):
     _moves = False
 
     def moves_from(self, reader: RangeReader) -> bool:
-        return self._copies and reader.server_side_store is not None and self._reaches(reader)
-
-    def _reaches(self, reader: RangeReader) -> bool:
         other = reader.server_side_store
-        return other is self._client or (
-            isinstance(other, type(self._client)) and self._client.reaches_same_store(other)
-        )
+        return self._copies and isinstance(other, S3Client) and self._client.reaches_same_store(other)
 
     def lay_out(self, stretches: Sequence[Extent]) -> list[Part]:
         try:
-            parts = plan_parts(stretches, self._rules())
+            parts = plan_parts(stretches, PartRules(equal=self._client.equal_parts))
         except ValueError as error:
             raise StorageError(f"cannot write {self.uri}: {error}") from error
         if sum(part.nbytes for part in parts if part.copied) < LEAST_COPIED_NBYTES:
@@ -227,9 +199,6 @@ class S3Writer(Writer):
         self._part_nbytes = self._sizes.popleft() if self._sizes else RULES.upload_nbytes
         self._begin()
         return parts
-
-    def _rules(self) -> PartRules:
-        return PartRules(equal=self._client.equal_parts)
 
     def copy_from(self, reader: RangeReader, offset: int, nbytes: int) -> bool:
         """One part, copied by the store; between parts only, as `lay_out` has cut them."""
@@ -250,11 +219,8 @@ class S3Writer(Writer):
 
     async def _copy_part(self, number: int, source: dict[str, Any], offset: int, nbytes: int) -> _Sent:
         try:
-            answer = await self._client.attempt(
+            answer = await self._at.attempt(
                 "upload_part_copy",
-                "write",
-                self.uri,
-                **self._object,
                 **source,
                 CopySourceRange=f"bytes={offset}-{offset + nbytes - 1}",
                 UploadId=self._upload_id,
@@ -287,12 +253,7 @@ class S3Writer(Writer):
             # Not so where a key of KMS or of the caller's encrypts it, or where a gateway has other ETags.
             md5 = hashlib.md5(body, usedforsecurity=False).hexdigest()
 
-            async def put() -> dict[str, Any]:
-                return await self._client.attempt(
-                    "put_object", "write", self.uri, **self._object, **self._metadata, **self._body(body)
-                )
-
-            answer = self._client.repeated(put)
+            answer = self._at.call("put_object", **self._metadata, **self._body(body))
             self.identity = Identity("etag", etag_of(answer)) if etag_of(answer) else None
             self.acknowledged = etag_of(answer) == md5
             return
@@ -312,15 +273,8 @@ class S3Writer(Writer):
         if self.checks_crc32 and self.expected_crc32 is not None:
             expected = {"ChecksumCRC32": _base64(self.expected_crc32), "ChecksumType": "FULL_OBJECT"}
         try:
-            self._client.call(
-                "complete_multipart_upload",
-                "write",
-                self.uri,
-                **self._object,
-                **expected,
-                UploadId=upload_id,
-                MultipartUpload={"Parts": parts},
-            )
+            which = {"UploadId": upload_id, "MultipartUpload": {"Parts": parts}}
+            self._at.call("complete_multipart_upload", **which, **expected)
         except PtbinError as error:
             if expected and "BadDigest" in str(error):
                 raise CopyRefused(
@@ -337,7 +291,7 @@ class S3Writer(Writer):
             digest = hashlib.md5(usedforsecurity=False)
             for sent in self._sent:
                 digest.update(bytes.fromhex(sent.etag.strip('"')))
-            answer = self._client.call("head_object", "write", self.uri, **self._object)
+            answer = self._at.call("head_object")
         except (ValueError, PtbinError):
             return False
         expected = f"{digest.hexdigest()}-{len(self._sent)}"
@@ -354,18 +308,11 @@ class S3Writer(Writer):
             return
         beginning, self._beginning = self._beginning, None
         with contextlib.suppress(PtbinError, CancelledError):
-            upload_id = beginning.result()
-            self._client.call(
-                "abort_multipart_upload",
-                "abort the upload of",
-                self.uri,
-                **self._object,
-                UploadId=upload_id,
-            )
+            self._at.call("abort_multipart_upload", UploadId=beginning.result())
 
 
 class _Blocks:
-    """A body that is sent block by block, as the socket takes it; made anew for each attempt.
+    """A body that is sent block by block, as the socket takes it; each attempt begins anew.
 
     A file would be read in a thread, 64 KiB at a time: half as fast. Bytes in one piece would be copied into
     the connection's buffer, whole.

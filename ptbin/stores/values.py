@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -19,6 +20,7 @@ __all__ = [
     "ObjectStat",
     "check_range",
     "is_partial_name",
+    "partial_name",
     "refuse_other_object",
     "refuse_too_large",
     "target_of_partial",
@@ -28,6 +30,9 @@ MIB = 1 << 20
 
 PARTIAL_SUFFIX = ".ptbin-partial"
 """Last part of every temporary name; listings pass such names over, so no output is ever taken from one."""
+
+NAME_MAX = 255
+"""Longest file name in bytes on every usual Linux filesystem (limits.h)."""
 
 READ_BYTES_LIMIT = 256 * MIB
 
@@ -79,11 +84,16 @@ class ListedObject:
     identity: Identity | None
 
 
-def target_of_partial(path: str) -> str:
-    """Where the output of that partial name was to go: of `a/.b.bin.<12 digits>.ptbin-partial`, `a/b.bin`.
+def partial_name(path: str) -> str:
+    """A temporary name next to `a/b.bin`: `a/.b.bin.<12 digits>.ptbin-partial`; a long one is cut short."""
+    folder, slash, name = path.rpartition("/")
+    ending = f".{os.urandom(6).hex()}{PARTIAL_SUFFIX}"
+    kept = os.fsencode(name)[: NAME_MAX - len(ending) - 1].decode(errors="ignore")
+    return f"{folder}{slash}.{kept}{ending}"
 
-    A name that was too long for its file system is cut short.
-    """
+
+def target_of_partial(path: str) -> str:
+    """Where the output of that partial name was to go, as far as its name was not cut short."""
     folder, slash, name = path.rpartition("/")
     return folder + slash + name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[0].removeprefix(".")
 

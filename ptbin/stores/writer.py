@@ -39,7 +39,7 @@ class Writer(ABC):
     """Known after `commit`: the store answered with the MD5 of the bytes that it was sent."""
 
     reached: Callable[[int], None] | None = None
-    """Called with the number of bytes that are in place, by writers whose `written` gives a descriptor."""
+    """Called with the number of bytes that are in place, by writers with a `descriptor`."""
 
     step_nbytes: int | None = None
     """How much should at most be moved between two such calls, where that is less than the writer's step."""
@@ -101,9 +101,11 @@ class Writer(ABC):
         del reader, offset, nbytes
         return False
 
-    def written(self) -> int | None:
-        """A descriptor by which what was written can be read before it is published; None where there is
-        none.
+    def descriptor(self) -> int | None:
+        """The open file that is written; None where there is none.
+
+        What was written can be read from it before it is published. Another process may write to it: then
+        nothing comes through `write`, and `take_back` follows when that process is done.
         """
         return None
 
@@ -111,18 +113,11 @@ class Writer(ABC):
         """All that was written, where it is in memory and `commit` sends it in one request; else None."""
         return None
 
-    def lend(self) -> int | None:
-        """A descriptor by which another process may write the whole output; None where there is none.
-
-        Then nothing comes through `write`, and `take_back` follows when the other process is done.
-        """
-        return None
-
     def flush_up_to(self, position: int) -> None:  # noqa: B027 - most writers have nothing to do then
         """The other process has written as far as `position`, as seen from outside."""
 
     def take_back(self) -> None:
-        """What was written by the descriptor that `lend` gave is the output."""
+        """What another process has written to the descriptor is the output."""
         raise NotImplementedError
 
     def settle(self) -> None:  # noqa: B027 - most writers have nothing under way

@@ -32,7 +32,15 @@ def is_unicode(text: str) -> bool:
 
 
 def shown_path(path: str) -> str:
-    r"""A path as text that any log and any JSON file takes: what is not UTF-8 in it as `\xff`."""
-    if is_unicode(path):
+    r"""A path as text on one line that any log, page and JSON file takes.
+
+    What is not UTF-8 in it becomes `\xff`, a line break `\n`.
+    """
+    if not is_unicode(path):
+        path = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    if path.isprintable():
         return path
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in _NO_NAME_CATEGORIES else c
+        for c in path
+    )

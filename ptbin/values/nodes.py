@@ -3,7 +3,7 @@
 The pickle machine builds these instead of objects. Numbers, strings, None, lists and tuples stay
 Python's own; everything that could have behaviour becomes one of the classes here. None of them
 hashes, compares or prints its children: a graph of 10^9 leaves fits into 229 bytes of pickle, and
-whoever walks one must remember nodes by identity (`iter_nodes` does).
+code that walks one must remember nodes by identity (`iter_nodes` does).
 """
 
 from __future__ import annotations

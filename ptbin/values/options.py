@@ -23,10 +23,10 @@ Kind = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option, whoever asks for it.
+    """One option, for the engine, the flows and the command line.
 
     Attributes:
-        default: None where leaving it out means something of its own; `required` where it cannot be.
+        default: None where leaving it out is a choice as well; `required` where it cannot be.
         metavar: how its value is written in help, `GLOB` say.
         flag: how it is called on a command line where that is not its name; several, separated by spaces.
         most: upper limit of a count.

@@ -215,7 +215,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class FilePlan:
-    """One output file: its name beside the others, its pieces, the tensors in it."""
+    """One output file: its name next to the others, its pieces, the tensors in it."""
 
     name: str
     plan: Plan

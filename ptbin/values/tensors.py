@@ -28,6 +28,7 @@ __all__ = [
     "TypedStorage",
     "dense_strides",
     "distinct_bytes",
+    "extent_of",
     "is_contiguous",
     "part_of",
 ]
@@ -72,9 +73,7 @@ class _DistinctBytes(bytes):
 
 
 def distinct_bytes(data: bytes | bytearray) -> bytes:
-    """Bytes with an identity of their own, by which they are counted: Python keeps one object for each single
-    byte.
-    """
+    """Bytes as a distinct object, by whose identity they are counted: Python shares all single bytes."""
     return _DistinctBytes(data) if len(data) == 1 else bytes(data)
 
 
@@ -179,7 +178,7 @@ class TensorRef:
     Attributes:
         quantizer: arguments of `torch._utils._rebuild_qtensor` (scheme name, scale or scales, zero
             point or points, axis), tensors among them as `TensorRef`; None for plain tensors.
-        flags: `conj` and `neg`, the lazy operations torch records beside the bytes instead of doing them.
+        flags: `conj` and `neg`, the lazy operations torch records next to the bytes instead of doing them.
         attributes: Python attributes of the tensor that hold data themselves (bitsandbytes' `SCB`).
     """
 
@@ -204,7 +203,7 @@ class TensorRef:
     @property
     def span(self) -> tuple[int, int]:
         """First byte and end of the part of the storage that the view touches."""
-        extent = _extent(self.shape, self.stride)
+        extent = extent_of(self.shape, self.stride)
         if not extent:
             return (0, 0)
         first = self.storage_offset // self.dtype.per_unit * self.dtype.itemsize
@@ -236,10 +235,6 @@ class TensorRef:
             span += s * (n - 1)
         return False
 
-    @property
-    def expanded(self) -> bool:
-        return any(s == 0 and n > 1 for n, s in zip(self.shape, self.stride, strict=True))
-
     def layout_key(self) -> tuple[Any, ...]:
         """Equal for views that show the same elements in the same order."""
         return (id(self.storage), self.dtype.name, self.shape, self.stride, self.storage_offset)
@@ -263,7 +258,7 @@ class SparseTensor:
 
 
 @functools.lru_cache(4096)
-def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+def extent_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Elements from the first one of a view to the last one, both included; 0 of an empty view."""
     extent = 1
     for n, s in zip(shape, stride, strict=True):

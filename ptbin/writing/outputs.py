@@ -47,7 +47,7 @@ class OutputPlan:
 def plan_outputs(
     state_dicts: Sequence[StateDict], options: ConvertOptions, name: str, *, archive_root: str | None
 ) -> OutputPlan:
-    """Lay the output of one checkpoint out: `name` (`last.bin`), or a file of its own for each of several
+    """Lay the output of one checkpoint out: `name` (`last.bin`), or one file for each of several
     state dicts.
 
     Those are called `last.<path>.bin`, the path reduced to characters that are safe in file names everywhere.

@@ -107,7 +107,7 @@ def _clusters(views: list[TensorRef]) -> list[list[TensorRef]]:
 
 
 def _without_gaps(cluster: list[TensorRef]) -> list[list[TensorRef]]:
-    """The cluster, or each view by itself where they interlace and leave bytes that nobody views."""
+    """The cluster, or each view by itself where they interlace and leave bytes that no tensor views."""
     if len(cluster) == 1 or all(t.dense for t in cluster):
         return [cluster]
     span = max(t.span[1] for t in cluster) - min(t.span[0] for t in cluster)

@@ -1,6 +1,6 @@
 """Joining tensors that are equal bit for bit, as if the source had tied them.
 
-Wrappers separate what was one: a gathered copy of `lm_head` beside the embedding, say. Only matrices of more
+Wrappers separate what was one: a gathered copy of `lm_head` next to the embedding, say. Only matrices of more
 than one distinct value are joined: that two biases, or two fresh adapters, are all zeros means nothing.
 """
 

@@ -17,6 +17,7 @@ from typing import Any, Self
 import pytest
 import yaml
 from prefect.events.schemas.automations import AutomationCore
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.utilities.importtools import import_object
 
 from tests.servers.prefect_stack import ROOT
@@ -204,3 +205,39 @@ def test_no_secret_and_no_machine_stands_in_any_file() -> None:
             assert not re.search(r"AKIA[0-9A-Z]{16}|-----BEGIN|ghp_|/root/|/work/", text), path
             for secret in re.findall(r'"secret": "([^"]*)"', text):
                 assert secret.startswith(("change-me", "...")), path
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["arrivals.py", "s3://b", "--listen", "host:port"], "is not HOST:PORT"),
+        (["arrivals.py", "s3://b", "--listen", "127.0.0.1:1", "--token-variable", "NOT_SET"], "is not set"),
+        (["arrivals.py", "s3://b", "--every", "soon"], "is not a duration"),
+        (["arrivals.py", "bucket"], "such as s3://"),
+        (["automate.py", "crashed-runs"], "does not answer"),
+        (["drain.py", "ptbin-process"], "does not answer"),
+        (["drain.py", "ptbin-process", "--timeout", "soon"], "is not a duration"),
+    ],
+    ids=str,
+)
+def test_an_operators_script_that_cannot_work_says_why_in_one_line(
+    words: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("NOT_SET", raising=False)
+    monkeypatch.setattr(sys, "argv", words)
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        try:
+            status = runpy.run_path(str(FOLDER / words[0]))["main"]()
+        except SystemExit as end:
+            status = end.code
+    told = capsys.readouterr()
+    assert (status, told.out) == (2, "")
+    assert said in told.err.splitlines()[-1]
+
+
+def test_a_port_alone_is_heard_on_this_machine_alone() -> None:
+    script = runpy.run_path(str(FOLDER / "arrivals.py"))
+    assert script["as_address"](":8765") == script["as_address"]("8765") == ("127.0.0.1", 8765)

@@ -408,7 +408,7 @@ def test_a_mistake_costs_one_line(
     for words, said in (
         (("good", "good/inside"), "lie in one another"),
         (("hf://acme/name", "out"), "names a user"),
-        (("good", "out", "--layout", "{nope}"), "no template"),
+        (("good", "out", "--layout", "{nope}"), "not a template"),
         (("good", "hf://acme", "--source-layout", "hf", "--layout", "hf"), "for directory registries"),
     ):
         done = ptbin("migrate", *words)

@@ -307,7 +307,7 @@ def test_calls_that_cannot_work(ptbin: Run, tmp_path: Path) -> None:
         (("mlflow+http://127.0.0.1:9", "out"), "no MLflow server answers"),
         (("mlflow+sqlite:////nowhere/x.db", "out"), "no such database file"),
         (("missing", "out"), "no such directory"),
-        (("mlflow+http://127.0.0.1:9", "out", "--layout", "nonsense"), "none of mirror, hf, triton"),
+        (("mlflow+http://127.0.0.1:9", "out", "--layout", "nonsense"), "neither mirror, hf or triton"),
     ):
         done = ptbin("migrate", *words)
         assert done.returncode == 2, done.stderr

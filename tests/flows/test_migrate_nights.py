@@ -104,6 +104,13 @@ def test_the_commands_of_the_second_day_know_migrations(
     assert [row["path"] for row in status["failed"]] == ["resnet/2"]
     assert status["failed"][0]["since"]
     assert [row["path"] for row in status["known"]] == ["bert/2"]
+    words = ["migrate", str(registry), str(dest), "--dry-run"]
+    assert run_command([*words, "--json"]) == 1
+    plan = json.loads(capsys.readouterr().out)
+    known, left = ([row["source"] for row in plan[name]] for name in ("known_problems", "problems"))
+    assert (known, left) == (["bert/2"], ["resnet/2"])
+    assert run_command([*words, "--exclude", "resnet"]) == 0, "as the run will"
+    assert "refused 0, known failures 1" in capsys.readouterr().out
     (registry / "gpt/1").mkdir(parents=True)
     shutil.copyfile(registry / "bert/1/model.pt", registry / "gpt/1/model.pt")
     os.utime(registry / "resnet/1/model.pt", (1, 1))

@@ -188,11 +188,14 @@ def test_each_problem_is_printed_once(
 ) -> None:
     monkeypatch.setattr(on_prefect, "_run", None)
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / os.fsdecode(b"bad\xff.pt")).write_bytes(b"x")
+    (tmp_path / "in" / os.fsdecode(b"bad\xff\n.pt")).write_bytes(b"x")
     assert run_command(["convert", str(tmp_path / "in"), str(tmp_path / "out")]) == 1
     told = capsys.readouterr()
     assert (told.out + told.err).count("unsafe_path") == 1
     assert "1 problem, told above" in told.out
+    # By one name everywhere, which `acknowledge` takes: on the screen, and in what pages are made of.
+    assert r"in/bad\xff\n.pt: unsafe_path" in told.err
+    assert r'"path":"bad\\xff\\n.pt"' in (tmp_path / "out" / "_ptbin" / "unconverted.jsonl").read_text()
 
 
 def test_quiet_nights_are_in_the_history_that_records_hand_on(

@@ -53,7 +53,7 @@ def bucket(moto_s3: S3Endpoint, checkpoint: Path) -> Place:
     client = moto_s3.store().client
     for key in (*CONVERTED, ONE_STEP, *REPORTED):
         where = {"Bucket": bucket.path, "Key": f"in/{key}"}
-        client.call("put_object", "write", key, **where, Body=bytearray(blank))
+        client.call("put_object", key, **where, Body=bytearray(blank))
     return bucket
 
 

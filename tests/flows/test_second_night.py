@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from flows.cli import app
 from flows.cli.app import cli
 from flows.convert import convert
+from flows.parsing import parse_share
 from flows.sync import sync
-from flows.wishes import parse_share
 from ptbin.catalog.named import NamedFiles, parse_lines
 from ptbin.errors import UsageError
 from ptbin.runs.record import new_run_id

@@ -116,7 +116,7 @@ def test_a_run_id_that_is_no_plain_name_is_refused(good_source: Path, tmp_path: 
     dest = tmp_path / "deep" / "in" / "out"
     state = convert(source=str(good_source), dest=str(dest), run_id=run_id, return_state=True)
     assert state.is_failed()
-    with pytest.raises(UsageError, match="is no run id"):
+    with pytest.raises(UsageError, match="is not a run id"):
         state.result()
     assert not (tmp_path / "deep").exists()
     with pytest.raises(LookupError):

@@ -334,7 +334,7 @@ def test_names_from_a_store_never_become_paths_out_of_dest(path: str) -> None:
 def test_unsafe_object_keys_of_a_real_listing(moto_s3: S3Endpoint) -> None:
     bucket, client = moto_s3.make_bucket(), moto_s3.store().client
     for key in ("m/run/../../../b.pt", "m//c.pt", "m/good.pt"):
-        client.call("put_object", "write", bucket, Bucket=bucket, Key=key, Body=b"x")
+        client.call("put_object", bucket, Bucket=bucket, Key=key, Body=b"x")
     found = catalog.find_checkpoints(f"s3://{bucket}/m", storage_options=moto_s3.storage_options)
     jobs, problems = plan_outputs(found, "/out")
     assert [job.dest_uri for job in jobs] == ["/out/good.bin"]

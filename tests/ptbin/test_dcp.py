@@ -382,7 +382,7 @@ def test_extra_state_is_kept_where_it_is_plain(tmp_path: Path) -> None:
     checkpoint, _ = read(folder)
     state_dict = selected(checkpoint)
     assert dict(state_dict.entries)["layer._extra_state"].by_name() == {"scale": 2.0}
-    assert list(left_out(checkpoint)) == ["other._extra_state"]
+    assert list(left_out(checkpoint)) == ["model.other._extra_state"]
 
 
 class Unknown:
@@ -755,6 +755,6 @@ def test_a_flipped_weight_is_noticed(tensor: str, lie: Lie, tmp_path: Path) -> N
 def test_a_folder_of_optimizers_only(tmp_path: Path) -> None:
     folder = save_alone(tmp_path / "saved", {"optim": moments()})
     checkpoint, _ = read(folder)
-    assert not [c for c in find_state_dicts(checkpoint, Limits()).candidates if not c.beside]
+    assert not [c for c in find_state_dicts(checkpoint, Limits()).candidates if not c.auxiliary]
     with pytest.raises(NoStateDictError):
         selected(checkpoint)

@@ -146,6 +146,30 @@ def test_an_acknowledgement_holds_for_this_state_and_reason(tmp_path: Path) -> N
     assert (only.path, only.state, only.reason) == ("/in/cut.pt", "etag:1", "corrupt_archive")
 
 
+@pytest.mark.parametrize(
+    ("path", "kept"),
+    [
+        ("./cut.pt", "cut.pt"),
+        ("in/cut.pt", "{folder}/in/cut.pt"),
+        ("in/../in/cut.pt", "{folder}/in/cut.pt"),
+        ("odd\udcff\n.pt", r"odd\xff\n.pt"),
+        (r"odd\xff\n.pt", r"odd\xff\n.pt"),
+    ],
+)
+def test_a_failure_is_named_as_people_and_shells_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, kept: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        Unconverted(f"{tmp_path}/in/{name}", name, f"{tmp_path}/in", "", "rejected", "unsafe_path")
+        for name in ("cut.pt", r"odd\xff\n.pt")
+    ]
+    write_unconverted(str(tmp_path), rows)
+    acknowledge(str(tmp_path), [path], because="\udcff", until="2026-12-31", today=date(2026, 11, 10))
+    (only,) = read_known(str(tmp_path))
+    assert only.path == kept.format(folder=tmp_path)
+
+
 ENTRY = '"path": "x", "because": "y"'
 
 
@@ -155,6 +179,7 @@ ENTRY = '"path": "x", "because": "y"'
         ("", "Expecting value"),
         ("[]", 'expected {"schema_version": 1, "known": [...]}'),
         ('{"known": {"x": "y"}}', 'expected {"schema_version": 1, "known": [...]}'),
+        ('{"schema_version": 2, "known": []}', "it is of schema version 2, and this ptbin reads 1"),
         ('{"known": [3]}', "3 is not an object with path, because and until"),
         ('{"known": [{"path": "x"}]}', "has no text 'because'"),
         (f'{{"known": [{{{ENTRY}, "until": "2027-01-01", "colour": "red"}}]}}', "has a field 'colour'"),

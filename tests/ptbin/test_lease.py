@@ -57,7 +57,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The waits shrunk, their proportions kept."""
     monkeypatch.setattr(lease_module, "RENEWAL_SECONDS", 0.1)
-    monkeypatch.setattr(lease_module, "PATIENCE", 0.6)
+    monkeypatch.setattr(lease_module, "STALE_AFTER_SECONDS", 0.6)
     monkeypatch.setattr(lease_module, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(lease_module, "WATCH_SECONDS", 0.05)
 
@@ -106,7 +106,7 @@ def test_a_process_of_this_machine_that_is_gone_holds_nothing(place: Place) -> N
     place.put(Holder.from_bytes(data, "dead"))
     began = time.monotonic()
     lease = place.acquire("next")
-    assert time.monotonic() - began < lease_module.PATIENCE / 2
+    assert time.monotonic() - began < lease_module.STALE_AFTER_SECONDS / 2
     assert lease.follows_dead
     assert place.leases() == ["next.json"]
     lease.release()
@@ -176,7 +176,7 @@ def test_workers_elsewhere_hear_of_the_end(place: Place, end: str) -> None:
     if end != "dead":
         assert not stopped.wait(0.9)  # longer than the patience: it is being renewed
     if end == "told to stop":
-        lease.tell_to_stop()
+        lease.ask_to_stop()
     elif end == "released":
         lease.release()
     assert stopped.wait(5)

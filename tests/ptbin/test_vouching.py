@@ -178,9 +178,7 @@ def test_an_object_s_claim_holds_for_its_place_and_source_alone(moto_s3: S3Endpo
     ptbin.stage(str(tmp_path / "one.pt"), f"s3://{bucket}/a.bin", dest_options=options)
     store = moto_s3.store()
     assert store.claim_of(f"{bucket}/a.bin")
-    store.client.call(
-        "copy_object", "copy", "a.bin", Bucket=bucket, Key="b.bin", CopySource=f"{bucket}/a.bin"
-    )
+    store.client.call("copy_object", "a.bin", Bucket=bucket, Key="b.bin", CopySource=f"{bucket}/a.bin")
     assert store.claim_of(f"{bucket}/b.bin") == store.claim_of(f"{bucket}/a.bin")
     for dest in ("a.bin", "b.bin"):
         with pytest.raises(OutputExistsError):
@@ -192,7 +190,7 @@ def test_a_store_s_own_metadata_stays_beside_the_claim(moto_s3: S3Endpoint, tmp_
     bucket = moto_s3.make_bucket()
     options = {**moto_s3.storage_options, "s3_additional_kwargs": {"Metadata": {"team": "vision"}}}
     ptbin.convert(str(tmp_path / "one.pt"), f"s3://{bucket}/a.bin", dest_options=options)
-    answer = moto_s3.store().client.call("head_object", "read", "a.bin", Bucket=bucket, Key="a.bin")
+    answer = moto_s3.store().client.call("head_object", "a.bin", Bucket=bucket, Key="a.bin")
     assert answer["Metadata"]["team"] == "vision"
     assert len(answer["Metadata"]) == 2
 

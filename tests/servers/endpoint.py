@@ -40,10 +40,10 @@ class S3Endpoint:
         """A fresh bucket; the servers are thrown away whole, so nobody cleans up."""
         bucket = f"bucket-{os.urandom(6).hex()}"
         client = self.store().client
-        client.call("create_bucket", "make", bucket, Bucket=bucket)
+        client.call("create_bucket", bucket, Bucket=bucket)
         if versioned:
             status = {"Status": "Enabled"}
-            client.call("put_bucket_versioning", "set", bucket, Bucket=bucket, VersioningConfiguration=status)
+            client.call("put_bucket_versioning", bucket, Bucket=bucket, VersioningConfiguration=status)
         return bucket
 
     def empty(self, bucket: str) -> None:
@@ -54,5 +54,5 @@ class S3Endpoint:
 
     def uploads_in(self, bucket: str) -> list[str]:
         """Keys of the multipart uploads that were begun and neither completed nor aborted."""
-        answer = self.store().client.call("list_multipart_uploads", "list", bucket, Bucket=bucket)
+        answer = self.store().client.call("list_multipart_uploads", bucket, Bucket=bucket)
         return [upload["Key"] for upload in answer.get("Uploads", ())]

@@ -1,12 +1,12 @@
 """Checkpoints that lie inside an archive: NeMo's `.nemo`, stable-baselines3's `.zip`, tars and zips.
 
 A member that is stored uncompressed is a byte range of the archive: it is indexed where it lies, and its
-weights are spliced from there. Which members are checkpoints is told by their first bytes, never by their
-names. One is the checkpoint; several become a mapping by member name, so that selection (and `--select
-MEMBER`) applies to them as to any mapping. Member names are text and never become paths.
+weights are spliced from there. First bytes tell which members are checkpoints, never names. One is the
+checkpoint; several become a mapping by member name, so that selection (and `--select MEMBER`) applies to them
+as to any mapping. Member names are text and never become paths.
 
 Costs: what walking the archive costs (`tar`, `zip_directory`), a request for each zip member whose first
-bytes are looked at, and for each checkpoint found what it costs as a file of its own.
+bytes are looked at, and for each checkpoint found what it costs as a separate file.
 
 The records of an embedded torch archive lose their framing: it counts offsets from the archive's own
 beginning (`framing`), so headers are written anew and only the weights' bytes are taken.
@@ -48,7 +48,7 @@ KNOWN_MODELS = ("policy.pth", "model_weights.ckpt")
 """The member that holds the model where there are several: stable-baselines3 and NeMo."""
 
 KNOWN_ROLES = {"pytorch_variables.pth": "trainer_state"}
-"""What the algorithms of stable-baselines3 keep beside their policy: an entropy coefficient, say."""
+"""What the algorithms of stable-baselines3 keep next to their policy: an entropy coefficient, say."""
 
 
 # Files of a checkpoint that is a folder: torch.distributed.checkpoint, DeepSpeed's ZeRO, Hugging Face shards.

@@ -17,12 +17,7 @@ from ptbin.reading.containers.megatron import Sizes
 from ptbin.reading.containers.part_files import PartFiles
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["grouped_experts", "is_grouped"]
-
-
-def is_grouped(name: str) -> bool:
-    """Whether a tensor of this name is all experts of a layer."""
-    return name.endswith((".experts.weight1", ".experts.weight2"))
+__all__ = ["grouped_experts"]
 
 
 def grouped_experts(

@@ -21,24 +21,23 @@ from ptbin.merging.recipes import Merge
 from ptbin.merging.shipped import find_recipe
 from ptbin.merging.tiles import Part
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
-from ptbin.reading.containers.grouped_experts import grouped_experts, is_grouped
+from ptbin.reading.containers.grouped_experts import grouped_experts
 from ptbin.reading.containers.megatron import (
+    Path,
     Rank,
     Sizes,
     describe_sizes,
-    folder_of,
-    megatron_arguments,
-    megatron_facts,
-    rank_of,
-    sizes_of,
-)
-from ptbin.reading.containers.megatron_names import (
-    Path,
     expert_in,
+    folder_of,
     global_name,
     is_expert,
+    is_grouped,
+    megatron_arguments,
+    megatron_facts,
     orders_of,
     piece_of,
+    rank_of,
+    sizes_of,
     split_like,
 )
 from ptbin.reading.containers.merges import merge_parts

@@ -29,7 +29,7 @@ MAX_PROGRESS_DEPTH = 2
 Pieces = dict[tuple[Any, ...], list[list[Box]]]
 """Where in the whole a piece lies, as (start, shape) of each of its boxes, to every copy of it."""
 
-# Counters that all parts of one save share (Megatron-LM, DeepSpeed, Lightning, trainers of people's own).
+# Counters that all parts of one save share (Megatron-LM, DeepSpeed, Lightning, custom trainers).
 _PROGRESS = frozenset(
     """
     step steps global_step global_steps global_samples iteration iterations iter epoch epochs num_updates

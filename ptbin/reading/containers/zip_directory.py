@@ -131,7 +131,7 @@ class ZipDirectory:
                 f"{self.file.uri}: member {name!r} claims to inflate "
                 f"from {member.compressed_nbytes} to {member.nbytes} bytes"
             )
-        # Index members are few and their headers lie beside them: no trust in the implied place here, where a
+        # Index members are few, their headers next to them: no trust in the implied place here, where a
         # loader that follows the local header would read another pickle.
         member = self.locate(member._replace(data_offset=None))
         assert member.data_offset is not None

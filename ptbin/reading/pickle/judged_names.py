@@ -155,7 +155,7 @@ _UNSAFE_MODULES = frozenset(
     """.split()
 )
 
-# Of these only the module itself is judged: people's own packages are called like that, too.
+# Of these only the module itself is judged: other packages have these names, too.
 _COMMON_NAMES = frozenset(
     "code profile trace select sh invoke fabric platform inspect signal dis site test".split()
 )

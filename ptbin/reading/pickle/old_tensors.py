@@ -58,7 +58,7 @@ class UnsetTensor(TensorRef):
     __slots__ = ()
 
     def become(self, other: TensorRef) -> None:
-        """Show what `other` shows. Only for the pickle that is being read: nobody has looked at it yet."""
+        """Show what `other` shows. Only for the pickle that is being read: nothing has used it yet."""
         for field in fields(TensorRef):
             object.__setattr__(self, field.name, getattr(other, field.name))
 

@@ -40,27 +40,8 @@ def _decimal(raw: bytes) -> int:
     return int(raw)
 
 
-# The opcodes that make up nine tenths of a state dict's pickle take the shortest way to their argument.
-
-
-def _byte(m: Machine) -> int:
-    pos = m.pos
-    if pos >= m.size:
-        return m.take(1)[0]
-    m.pos = pos + 1
-    return m.data[pos]
-
-
-def _binget(m: Machine) -> None:
-    m.stack.append(m.memo[_byte(m)])
-
-
-def _binput(m: Machine) -> None:
-    m.memo[_byte(m)] = m.stack[-1]
-
-
-def _binint1(m: Machine) -> None:
-    m.stack.append(_byte(m))
+# The opcodes that a state dict's pickle is made of take the shortest way to their argument. BININT1, BINGET
+# and BINPUT are done in the interpreter's loop, and come here only at the end of the data.
 
 
 def _long_binget(m: Machine) -> None:
@@ -109,11 +90,6 @@ def _int(m: Machine) -> None:
     m.stack.append(False if raw == b"00" else True if raw == b"01" else _decimal(raw))
 
 
-def _long(m: Machine) -> None:
-    raw = m.line()
-    m.stack.append(_decimal(raw.removesuffix(b"L")))
-
-
 def _string(m: Machine) -> None:
     raw = m.line().strip()
     if len(raw) < 2 or raw[:1] not in b"'\"" or raw[-1:] != raw[:1]:
@@ -121,28 +97,21 @@ def _string(m: Machine) -> None:
     m.stack.append(_text(codecs.escape_decode(raw[1:-1])[0]))
 
 
-def _long1(m: Machine) -> None:
-    m.stack.append(int.from_bytes(m.take(m.unsigned(1)), "little", signed=True))
+def _int32(m: Machine) -> int:
+    number: int = struct.unpack("<i", m.take(4))[0]
+    return number
 
 
-def _long4(m: Machine) -> None:
-    (n,) = struct.unpack("<i", m.take(4))
-    m.stack.append(int.from_bytes(m.take(n), "little", signed=True))
-
-
-def _binstring(m: Machine) -> None:
-    (n,) = struct.unpack("<i", m.take(4))
-    m.stack.append(_text(m.take(n)))
+def _signed(m: Machine, nbytes: int) -> int:
+    return int.from_bytes(m.take(nbytes), "little", signed=True)
 
 
 def _decode(raw: bytes) -> str:
     return raw.decode("utf-8", "surrogatepass")
 
 
-def _global(m: Machine) -> None:
-    module = _decode(m.line())
-    name = _decode(m.line())
-    m.stack.append(m.find_global(module, name))
+def _named(m: Machine) -> Global:
+    return m.find_global(_decode(m.line()), _decode(m.line()))
 
 
 def _stack_global(m: Machine) -> None:
@@ -155,16 +124,15 @@ def _stack_global(m: Machine) -> None:
 
 def _extension(m: Machine, nbytes: int) -> None:
     code = m.unsigned(nbytes)
-    # The registry that gives such a code its meaning lies outside the file: nobody can tell what it names.
+    # The registry that gives such a code its meaning lies outside the file.
     m.program.oddities.append(f"extension code {code} at byte {m.pos}")
     m.stack.append(m.find_global("copyreg", f"extension:{code}"))
 
 
 def _inst(m: Machine) -> None:
-    module = _decode(m.line())
-    name = _decode(m.line())
+    found = _named(m)
     args = tuple(m.pop_mark())
-    m.stack.append(m.call(m.find_global(module, name), args))
+    m.stack.append(m.call(found, args))
 
 
 def _obj(m: Machine) -> None:
@@ -324,17 +292,17 @@ _HANDLERS: dict[str, Callable[[Machine], object]] = {
     "\x88": _push(lambda m: True),
     "\x89": _push(lambda m: False),
     "I": _int,
-    "L": _long,
-    "J": _push(lambda m: struct.unpack("<i", m.take(4))[0]),
-    "K": _binint1,
+    "L": _push(lambda m: _decimal(m.line().removesuffix(b"L"))),
+    "J": _push(_int32),
+    "K": _push(lambda m: m.unsigned(1)),
     "M": _push(lambda m: m.unsigned(2)),
-    "\x8a": _long1,
-    "\x8b": _long4,
+    "\x8a": _push(lambda m: _signed(m, m.unsigned(1))),
+    "\x8b": _push(lambda m: _signed(m, _int32(m))),
     "F": _push(lambda m: float(m.line())),
     "G": _push(lambda m: struct.unpack(">d", m.take(8))[0]),
     # strings and bytes
     "S": _string,
-    "T": _binstring,
+    "T": _push(lambda m: _text(m.take(_int32(m)))),
     "U": _push(lambda m: _text(m.take(m.unsigned(1)))),
     "V": _push(lambda m: m.line().decode("raw-unicode-escape")),
     "X": _binunicode,
@@ -369,14 +337,14 @@ _HANDLERS: dict[str, Callable[[Machine], object]] = {
     "\x90": _additems,
     # memo
     "p": lambda m: _put(m, _decimal(m.line())),
-    "q": _binput,
+    "q": lambda m: _put(m, m.unsigned(1)),
     "r": _long_binput,
     "\x94": lambda m: _put(m, len(m.memo)),
     "g": _push(lambda m: m.memo[_decimal(m.line())]),
-    "h": _binget,
+    "h": _push(lambda m: m.memo[m.unsigned(1)]),
     "j": _long_binget,
     # names and calls
-    "c": _global,
+    "c": _push(_named),
     "\x93": _stack_global,
     "\x82": lambda m: _extension(m, 1),
     "\x83": lambda m: _extension(m, 2),

@@ -38,8 +38,8 @@ _SPARSE_PARTS = {
 
 # Packages for other devices whose tensors are pickled as torch's own, arguments in the same order, by a
 # function of theirs: (storage, offset, size, stride, requires_grad, hooks, what the device wants to know).
-# torch_npu's is torch_npu/utils/storage.py, `_rebuild_npu_tensor`; what it keeps in a layout of its own it
-# saves as plain.
+# torch_npu's is torch_npu/utils/storage.py, `_rebuild_npu_tensor`; tensors in a private layout it
+# saves as plain ones.
 _VENDORS = frozenset(["torch_npu", "torch_mlu", "torch_musa", "torch_gcu", "habana_frameworks", "torch_xla"])
 _VENDOR_REBUILD = re.compile(r"^_?rebuild_\w*tensor(_v2)?$")
 

@@ -27,7 +27,7 @@ __all__ = ["GlobalVerdict", "SafetyReport", "judge_global", "judge_programs", "r
 
 MAX_FINDINGS = 1000
 
-# What a longer chain of getattr calls than this is for is nobody's model.
+# No model needs a longer chain of getattr calls.
 MAX_ATTRIBUTE_STEPS = 16
 
 

@@ -35,7 +35,7 @@ class Format:
     index: Callable[[list[FilePlan]], bytes] | None = None
 
 
-# Imported where they are used: whoever asks for a suffix alone, a listing say, needs none of them.
+# Imported where they are used: a listing, which asks for suffixes alone, needs none of them.
 
 
 def _plan_torch(file: FileContent) -> FilePlan:

@@ -9,8 +9,7 @@ from ptbin.values.dtypes import DType
 from ptbin.values.segments import Cast, FilePlan, PlannedTensor, Recipe, Strided, nbytes_of
 from ptbin.values.tensors import Joined, SparseTensor, TensorRef, Tiled
 from ptbin.writing.casts import Casts
-from ptbin.writing.layout import FileContent, FileLayout
-from ptbin.writing.prechecks import is_checked, prechecks_for
+from ptbin.writing.layout import FileContent, FileLayout, is_checked, prechecks_for
 from ptbin.writing.storages import slices_of, swapped
 
 __all__ = ["DenseTensor", "dense_file", "dense_recipes", "dense_tensors"]

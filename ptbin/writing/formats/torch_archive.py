@@ -34,9 +34,8 @@ from ptbin.values.framing import (
 from ptbin.values.segments import Deferred, FilePlan, Literal, PlannedTensor
 from ptbin.values.state_dict import iter_tensors
 from ptbin.values.tensors import is_contiguous
-from ptbin.writing.layout import FileContent, FileLayout
+from ptbin.writing.layout import FileContent, FileLayout, is_checked, prechecks_for
 from ptbin.writing.pickle_emitter import emit_state_dict
-from ptbin.writing.prechecks import is_checked, prechecks_for
 from ptbin.writing.storages import OutputStorage, plan_storages
 
 __all__ = ["plan_torch_archive"]

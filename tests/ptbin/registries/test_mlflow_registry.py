@@ -394,7 +394,7 @@ def test_a_database_that_is_not_mlflows_is_left_alone(content: str, tmp_path: Pa
     ],
 )
 def test_where_artifacts_lie(uri: str, path: str) -> None:
-    assert Connection("mlflow+http://127.0.0.1:9").storage(uri).uri == path
+    assert Connection("mlflow+http://127.0.0.1:9").place(uri).uri == path
 
 
 def test_a_server_that_goes_away_is_given_up_soon_and_tried_again_by_the_task() -> None:

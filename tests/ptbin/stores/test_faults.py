@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import errno
 import pickle
+from unittest.mock import Mock
 
+import aiohttp
 import pytest
 from botocore.exceptions import (
     ClientError,
@@ -21,6 +23,7 @@ from ptbin.errors import (
     SourceChangedError,
     StorageError,
 )
+from ptbin.stores import place_of
 from ptbin.stores.faults import fault, mapped_faults, public_uri
 
 
@@ -95,6 +98,21 @@ def test_http_clients_are_known_by_their_status() -> None:
     throttled = fault(HttpError(429), "read", "gs://b/k")
     assert isinstance(throttled, StorageError)
     assert throttled.transient
+
+
+def test_a_server_that_is_away_or_refuses_is_not_a_missing_file() -> None:
+    for cause, kind in (
+        (aiohttp.ServerDisconnectedError(), StorageError),
+        (aiohttp.ClientResponseError(Mock(), (), status=403), AccessDeniedError),
+        (aiohttp.ClientResponseError(Mock(), (), status=404), NotFoundInStoreError),
+    ):
+        error = FileNotFoundError("http://host/a.pt")  # as fsspec's HTTP store has it
+        error.__cause__ = cause
+        assert type(fault(error, "read", "http://host/a.pt")) is kind
+    with pytest.raises(StorageError, match="the store does not answer"):
+        place_of("http://127.0.0.1:9/a.pt").stat()
+    with pytest.raises(StorageError, match="is only read"):
+        place_of("http://127.0.0.1:9/a.bin").check_writable()
 
 
 def test_a_message_says_what_to_do_next() -> None:

@@ -11,7 +11,7 @@ import pytest
 import s3fs
 
 from ptbin.errors import StorageError, UsageError
-from ptbin.stores.s3_client import S3Client
+from ptbin.stores.s3_client import S3Client, S3Object
 from ptbin.stores.s3_options import read_options
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -76,7 +76,7 @@ def test_a_request_carries_what_the_options_ask_of_each() -> None:
         "provide-client-params.s3.*", lambda params, **_: sent.update(params) or params
     )
     with pytest.raises(StorageError):  # a prefix is no number, so nothing is sent
-        client.call("list_objects_v2", "list", "s3://none-such", Bucket="none-such", Prefix=3)
+        client.call("list_objects_v2", "s3://none-such", Bucket="none-such", Prefix=3)
     assert "ServerSideEncryption" not in sent  # a listing takes none
     assert sent["RequestPayer"] == "requester"
 
@@ -117,5 +117,6 @@ def test_equal_parts_where_the_store_wants_them(options: dict[str, Any], expecte
     ],
 )  # fmt: skip
 def test_paths_divide_as_s3fs_divides_them(path: str, bucket: str, key: str) -> None:
-    assert S3Client({}).split(path) == (bucket, key)
+    at = S3Object.of_path(S3Client({}), path)
+    assert (at.bucket, at.key) == (bucket, key)
     assert tuple(s3fs.S3FileSystem(anon=True).split_path(path)[:2]) == (bucket, key)

@@ -1,4 +1,4 @@
-"""`torch.distributed.checkpoint` folders: one pickled index, and chunks of tensors in the files beside it.
+"""`torch.distributed.checkpoint` folders: one pickled index, and chunks of tensors in the files next to it.
 
 `.metadata` holds a `Metadata`: per flattened name the whole tensor's type, size and chunks (boxes), where
 each chunk's bytes are (file, offset, length), and the path each name had before it was flattened. A chunk
@@ -65,7 +65,7 @@ def read_dcp(folder: Folder) -> Checkpoint:
     for name in (LIGHTNING_METADATA, COMMON_STATE):
         if name not in reader.names:
             continue
-        # What is neither module nor optimizer (Lightning), what is no rank's own (Megatron); it is unpickled.
+        # What is neither module nor optimizer (Lightning), what all ranks share (Megatron); it is unpickled.
         rest = read_part(reader, name, opening)
         storages.update({f"{name}/{key}": storage for key, storage in rest.storages.items()})
         if name == LIGHTNING_METADATA:
@@ -138,7 +138,7 @@ def _value(
 
 
 def _register(storages: dict[str, Storage], key: str, storage: Storage) -> Storage:
-    """Take up a storage under a key that is its own."""
+    """Register a storage under a key that no other one has."""
     if storages.setdefault(key, storage) is not storage:
         key = f"{key}#{len(storages)}"
         storages[key] = storage

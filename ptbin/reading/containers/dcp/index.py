@@ -98,7 +98,7 @@ class _Index:
         self._tensors = self._mapping(state.get("state_dict_metadata"), "state_dict_metadata")
         self._storage = self._mapping(state.get("storage_data"), "storage_data")
         paths = state.get("planner_data")
-        # Planners of people's own keep other things there.
+        # Custom planners keep other things there.
         self._paths = paths.by_name() if isinstance(paths, DictNode) else {}
         self._count = 0
 

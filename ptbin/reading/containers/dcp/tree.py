@@ -75,7 +75,7 @@ def _as_nodes(value: Any) -> Any:
 
 
 def _gathered(root: DictNode) -> DictNode:
-    """The tree with a model's entries that lie flat beside other states moved under a name of their own.
+    """The tree with a model's entries that lie flat next to other states moved into one mapping.
 
     torchtitan saves so: the model's own names, and among them `optimizer`, `lr_scheduler`, `dataloader`.
     Planners that keep no paths leave the optimizer's names flat as well.

@@ -59,7 +59,7 @@ def read_optim_states(uri: str, name: str, root: DictNode, small: SmallTensors) 
     stage = _stage(states, where)
     if "ds_zero_partition_groups" in states.by_name():
         raise UnsupportedFormatError(
-            f"{where}: experts are partitioned over groups of their own; convert it with DeepSpeed's "
+            f"{where}: experts are partitioned over separate groups; convert it with DeepSpeed's "
             "ds_to_universal.py"
         )
     key = "single_partition_of_fp32_groups" if stage <= 2 else "fp32_flat_groups"

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO folders: fp32 masters cut out of the optimizer's flat partitions, 16-bit weights beside.
+"""DeepSpeed ZeRO folders: fp32 masters cut out of the optimizer's flat partitions, and 16-bit weights.
 
 A tag folder (`global_step10/`) holds one `[bf16_]zero_pp_rank_<n>_mp_rank_<m>_optim_states.pt` for each data-
 and tensor-parallel rank, whose flat vectors of fp32 masters have no names, and model states that name them in

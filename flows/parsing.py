@@ -44,7 +44,7 @@ def parse_size(text: str | int) -> int:
     match = _SIZE.fullmatch(str(text))
     unit = _UNITS.get(match[2].upper().removesuffix("B") + "B" if match[2] else "") if match else None
     if match is None or unit is None:
-        raise UsageError(f"{text!r} is no size; examples: 500MB, 5GB, 2GiB")
+        raise UsageError(f"{text!r} is not a size; examples: 500MB, 5GB, 2GiB")
     return int(float(match[1]) * unit)
 
 
@@ -62,7 +62,7 @@ def parse_duration(text: str | float) -> float:
     parts = _DURATION.findall(rest)
     seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
     if "".join(number + unit for number, unit in parts) != rest or seconds <= 0:
-        raise UsageError(f"{text!r} is no duration; examples: 90, 45m, 6h, 1h30m")
+        raise UsageError(f"{text!r} is not a duration; examples: 90, 45m, 6h, 1h30m")
     return seconds
 
 
@@ -88,7 +88,8 @@ def build_options(asked: Mapping[str, Any], **instead: Any) -> ConvertOptions:
     `rename` is written as `OLD=NEW`, sizes with units, one path to select or several.
 
     Raises:
-        UsageError: an unknown value, a rename without `=`, a size that is none, torch wanted and not there.
+        UsageError: an unknown value, a rename without `=`, a value that is not a size, torch needed and
+        missing.
     """
     values = _of_fields(ConvertOptions, {**asked, **instead})
     if values.get("verify") == "load":

@@ -1,0 +1,146 @@
+"""A migration's account: counts of versions, and a row for each version; and its dry run, judged by the same.
+
+A dry run costs what the run pays before it writes: a listing of each version that is to be migrated, and the
+index of each of its checkpoints. Nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ptbin.errors import PtbinError
+from ptbin.history.failures import read_ledger
+from ptbin.options import ConvertOptions
+from ptbin.registries import Migration, ModelPlan, Registry, Step, Version, is_registry_uri
+from ptbin.registries.contents import NoCheckpointError
+from ptbin.registries.migration import plan_version
+from ptbin.runs.outcomes import Outcome
+from ptbin.runs.remembering import state_of
+from ptbin.runs.tally import Entry, Tally
+from ptbin.stores import place_of
+
+__all__ = ["MigrationTally", "dry_run", "loss_lines"]
+
+
+@dataclass(slots=True)
+class MigrationTally(Tally):
+    """Counts are of versions; the entries of what was converted are checkpoints."""
+
+    kind: str = "migrate"
+    versions: list[dict[str, Any]] = field(default_factory=list)
+    """A row for each version of the plan, in its order, with what became of it."""
+    updated: int = 0
+    """Models whose metadata was brought in step."""
+    files: Counter[str] = field(default_factory=Counter)
+
+    def _counted(self) -> list[tuple[str, int]]:
+        return [
+            ("models updated", self.updated),
+            ("without a checkpoint", self.count("not_a_checkpoint")),
+            ("not tried", self.count("not_tried")),
+        ]
+
+    def message(self) -> str:
+        return Tally.message(self).replace("converted ", "migrated ", 1)
+
+    def add_version(self, version: Version, outcome: Outcome) -> Entry:
+        """One version that did not come along, or had to do no more: with what the ledger says of it."""
+        return self._append(Entry.of(version.uri, 0, outcome), state_of(version))
+
+    def summary(self, seconds: float) -> dict[str, Any]:
+        document = Tally.summary(self, seconds)
+        return {
+            **document,
+            "migrated": document["converted"],
+            "converted": sum(1 for entry in self.entries if entry.converted is not None),
+            "copied": self.files["copied"],
+            "skipped": self.count("not_a_checkpoint"),
+            "left_alone": self.files["left_alone"],
+            "updated": self.updated,
+            "versions": list(self.versions),
+        }
+
+
+def loss_lines(plan: Migration) -> list[str]:
+    """What of the source the destination cannot keep, a line each; those of all versions first."""
+    lines = list(plan.never_kept) if any(step.action == "migrate" for step in plan.steps()) else []
+    for model in plan.models:
+        lines += [f"{model.model.name}: {text}" for text in model.not_kept]
+        for step in model.steps:
+            lines += [f"{step.version.model}: {text}" for text in step.not_kept]
+    return lines
+
+
+def dry_run(
+    plan: Migration,
+    source: Registry,
+    dest: Registry,
+    options: ConvertOptions,
+    source_options: Mapping[str, Any],
+    dest_options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The document of `ptbin migrate --dry-run --json`.
+
+    Each version that would be migrated says what it `writes`, paths below its folder; of shards and split
+    checkpoints only the name that they share is known before they are made.
+    """
+    tally = MigrationTally("", source.uri, dest.uri)
+    if not is_registry_uri(dest.uri):  # others hold no history of their runs
+        tally.ledger = read_ledger(place_of(dest.home(), dest_options), root=source.uri)
+    problems = [
+        {"source": model.model.name, "reason": "registry_error", "detail": model.problem}
+        for model in plan.models
+        if model.problem and not model.steps
+    ]
+    rows: list[dict[str, Any]] = []
+    known: list[dict[str, str]] = []
+    for model in plan.models:
+        for step in model.steps:
+            row = _row(source, dest, step, model, options, source_options)
+            rows.append(row)
+            if row["action"] != "refused":
+                continue
+            refused = Outcome(step.version.path, "rejected", row["reason"], row["detail"])
+            entry = tally.add_version(step.version, refused)
+            problem = {"source": entry.path, "reason": entry.reason, "detail": entry.detail}
+            (known if entry.outcome == "known" else problems).append(problem)
+    lost = [f"{model.model.name}: {text}" for model in plan.models for text in model.not_kept]
+    return {
+        "dry_run": True,
+        "source": source.uri,
+        "dest": dest.uri,
+        "versions": rows,
+        "not_kept": [*plan.never_kept, *lost],
+        "updates": [model.model.name for model in plan.models if model.needs_update],
+        "problems": problems,
+        "known_problems": known,
+    }
+
+
+def _row(
+    source: Registry,
+    dest: Registry,
+    step: Step,
+    plan: ModelPlan,
+    options: ConvertOptions,
+    source_options: Mapping[str, Any],
+) -> dict[str, Any]:
+    row = step.to_json()
+    if step.action != "migrate":
+        return row
+    try:
+        contents = plan_version(source, dest, step, plan.existing, plan.beside, options, source_options)
+    except PtbinError as error:
+        action = "skip" if isinstance(error, NoCheckpointError) else "refused"
+        refusal = {"action": action, "dest_version": None, "reason": error.reason, "detail": str(error)}
+        return {**row, **refusal}
+    return {
+        **row,
+        "replaces": any(old.version == step.dest_version for old in plan.existing.versions),
+        "checkpoints": [job.path for job in contents.conversions],
+        "files": len(contents.copies),
+        "writes": contents.files(options),
+    } | ({"left_behind": list(contents.left)} if contents.left else {})
