@@ -31,6 +31,8 @@ SOURCES := $(shell find ptbin tasks flows deployments -type f ! -name '*.pyc')
 # its variable, so that child processes inherit it) takes the working directory off sys.path.
 # demo and bench do without: -P would hide a script's own neighbours too.
 export PYTHONSAFEPATH := 1
+# Some images set it. Then each of a thousand processes compiles all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 # Installed without byte code, each process would compile what it imports anew, for twice the time of its start, where
 # the environment says that none is to be written (images of containers do).
 unexport PYTHONDONTWRITEBYTECODE

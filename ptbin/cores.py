@@ -41,10 +41,12 @@ _at_work = 0
 def share_cores(processes: int) -> None:
     """This process is one of so many that work on checkpoints side by side: each takes its part of the cores.
 
-    To be called before anything is hashed.
+    To be called while nothing is hashed: the pool is made anew, for the cores that there are by then.
     """
     global _sharing  # noqa: PLW0603 - of the process
     _sharing = max(1, processes)
+    _cgroup_cores.cache_clear()
+    _forget()
 
 
 def available_cores() -> int:

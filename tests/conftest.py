@@ -5,6 +5,7 @@ The factories themselves are in `tests.checkpoints`. Fixtures of one room live i
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections import defaultdict
@@ -13,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Nothing that is imported or collected ever goes: it is not looked through for garbage, neither meanwhile nor
+# later (`pytest_collection_finish`).
+gc.disable()
 
 # Before anything imports Prefect, transformers or torch: no calls home, no model hubs, and one thread per
 # process, since the suite starts many of them on few cores.
@@ -96,6 +101,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         marked = [SECONDS[name] for name in SECONDS if item.get_closest_marker(name)]
         seconds[item.path] += max(marked, default=0.1)
     items.sort(key=lambda item: -LONG.get(item.path.name, seconds[item.path]))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

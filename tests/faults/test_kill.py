@@ -35,6 +35,7 @@ ROOT = Path(ptbin.__file__).parents[1]
 # Python starts once; each conversion runs in a fork of it, which is what gets killed.
 _RUNNER = """
 import json, os, signal, sys
+import numpy, s3fs
 import ptbin, ptbin.conversion, ptbin.proof.output, ptbin.stores.local
 
 SYSTEM_CALLS = ("open", "mkdir", "write", "copy_file_range", "fsync", "link", "replace", "unlink", "pread")

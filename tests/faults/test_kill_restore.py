@@ -1,4 +1,8 @@
-"""A restore that is killed, or finds the disk full: nothing looks finished that is not, a rerun mends it."""
+"""A restore that is killed, or finds the disk full: nothing looks finished that is not, a rerun mends it.
+
+What is killed, or finds no room, is a real process with real children; restores before and after it have warm
+ones.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ import ptbin
 from ptbin import RestoreOptions
 from ptbin.errors import StorageError
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.starts_processes]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("warm_children")]
 
 ROOT = Path(ptbin.__file__).parents[1]
 NETS = "from torch import nn\ndef net(): return nn.Linear(200, 200)\n"
@@ -26,6 +30,7 @@ NETS = "from torch import nn\ndef net(): return nn.Linear(200, 200)\n"
 # Python starts once; each restore runs in a fork of it, which is what gets killed.
 STEPS = """
 import json, os, signal, sys
+import numpy
 import ptbin, ptbin.conversion, ptbin.proof.output, ptbin.restoring.restore, ptbin.stores.local
 
 SYSTEM_CALLS = ("open", "mkdir", "write", "copy_file_range", "fsync", "link", "replace", "unlink")

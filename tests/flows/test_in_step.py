@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import ptbin
-from flows.cli import on_prefect
 from flows.cli.app import run as run_command
 from ptbin.history.records import iter_runs
 
@@ -27,7 +26,7 @@ def _no_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise NeedsPrefectError
 
-    monkeypatch.setattr(on_prefect, "_run", refuse)
+    monkeypatch.setattr("flows.prefect.orchestrator.import_prefect", refuse)
     monkeypatch.setattr("flows.prefect.orchestrator.start_early", lambda: None)
 
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import ptbin
-from flows.cli import on_prefect
 from flows.cli.app import run as run_command
 from flows.prefect.child import OrchestratorError
 from ptbin.catalog import cases
@@ -172,7 +171,7 @@ def test_a_run_that_cannot_begin_leaves_no_empty_folders(
     def away(*_: object) -> None:
         raise OrchestratorError("no server")
 
-    monkeypatch.setattr(on_prefect, "_run", away)
+    monkeypatch.setattr("flows.prefect.orchestrator.import_prefect", away)
     monkeypatch.setattr("flows.prefect.orchestrator.start_early", lambda: None)
     (tmp_path / "in").mkdir()
     torch.save({"w": torch.ones(2)}, tmp_path / "in" / "a.pt")
@@ -186,7 +185,7 @@ def test_a_run_that_cannot_begin_leaves_no_empty_folders(
 def test_each_problem_is_printed_once(
     tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(on_prefect, "_run", None)
+    monkeypatch.setattr("flows.prefect.orchestrator.import_prefect", None)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / os.fsdecode(b"bad\xff\n.pt")).write_bytes(b"x")
     assert run_command(["convert", str(tmp_path / "in"), str(tmp_path / "out")]) == 1
@@ -201,7 +200,9 @@ def test_each_problem_is_printed_once(
 def test_quiet_nights_are_in_the_history_that_records_hand_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(on_prefect, "_run", None)  # nothing to do: Prefect is not asked
+    monkeypatch.setattr(
+        "flows.prefect.orchestrator.import_prefect", None
+    )  # nothing to do: Prefect is not asked
     (tmp_path / "in").mkdir()
     torch.save({"w": torch.ones(2)}, tmp_path / "in" / "a.pt")
     ptbin.convert(tmp_path / "in" / "a.pt", tmp_path / "out" / "a.bin")

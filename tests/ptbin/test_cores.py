@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,15 +20,15 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Let there be that many cores, and neither pool nor slots of before."""
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Let there be that many cores."""
 
     def set_cores(count: int) -> None:
-        monkeypatch.setattr(cores, "_pool", None)
-        monkeypatch.setattr(cores, "_slots", None)
         monkeypatch.setattr(cores, "available_cores", lambda: count)
+        cores.share_cores(1)
 
-    return set_cores
+    yield set_cores
+    cores.share_cores(1)
 
 
 @pytest.fixture
@@ -66,13 +66,11 @@ def test_cores_are_those_of_affinity_control_group_and_sharing(
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:
+    request.addfinalizer(lambda: cores.share_cores(1))
     (tmp_path / "cpu.max").write_text(quota + "\n")
     monkeypatch.setattr(cores, "Path", lambda text: tmp_path / Path(text).name)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)))
     monkeypatch.delattr(os, "process_cpu_count", raising=False)
-    monkeypatch.setattr(cores, "_sharing", 1)
-    cores._cgroup_cores.cache_clear()
-    request.addfinalizer(cores._cgroup_cores.cache_clear)
     cores.share_cores(sharing)
     assert cores.available_cores() == count
 

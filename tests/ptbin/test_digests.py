@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ptbin import cores
 from ptbin.proof.digests import digest_descriptor, digest_file
 from ptbin.proof.growing import GROUP_NBYTES, GrowingFile
 from ptbin.proof.regions import RegionLane
@@ -102,7 +103,7 @@ def test_what_the_file_does_not_give_is_an_error(data: bytes, descriptor: int) -
 
 @pytest.mark.usefixtures("descriptor")
 def test_what_has_arrived_and_is_not_hashed_is_bounded(
-    data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Several threads hash groups side by side, and whoever reads waits for them."""
     most, hashed = 0, 0
@@ -122,9 +123,9 @@ def test_what_has_arrived_and_is_not_hashed_is_bounded(
     monkeypatch.setattr("ptbin.proof.stream.WAITING_NBYTES", 10 * MIB)
     monkeypatch.setattr("ptbin.proof.stream.GROUP_NBYTES", 5 * MIB)
     monkeypatch.setattr("ptbin.proof.digests.CHUNK_NBYTES", MIB)
-    monkeypatch.setattr("ptbin.cores._pool", None)
-    monkeypatch.setattr("ptbin.cores._slots", None)
-    monkeypatch.setattr("ptbin.cores.available_cores", lambda: 4)
+    monkeypatch.setattr(cores, "available_cores", lambda: 4)
+    cores.share_cores(1)
+    request.addfinalizer(lambda: cores.share_cores(1))
     store = CountingStore(LocalStore())
     records = [(position, MIB) for position in range(0, len(data) - MIB, MIB)]
     with store.open_reader(str(tmp_path / "file")) as reader:

@@ -32,15 +32,15 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def threads(monkeypatch: pytest.MonkeyPatch, count: int) -> set[str]:
-    """Let so many cores be spare; the names of the threads that wrote."""
+    """Let so many cores be spare; the names of the threads that wrote at places of their own."""
     used: set[str] = set()
-    real = parallel_pieces.ParallelPieces._run
+    real = LocalWriter.write_at
 
-    def run(self: parallel_pieces.ParallelPieces, *arguments: Any) -> Any:
+    def write_at(self: LocalWriter, *arguments: Any) -> None:
         used.add(threading.current_thread().name)
-        return real(self, *arguments)
+        real(self, *arguments)
 
-    monkeypatch.setattr(parallel_pieces.ParallelPieces, "_run", run)
+    monkeypatch.setattr(LocalWriter, "write_at", write_at)
     monkeypatch.setattr(parallel_pieces, "spare_cores", lambda: count)
     monkeypatch.setattr(parallel_pieces, "MIN_NBYTES", 1)
     return used

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ptbin.restoring import children
 from tests.servers.endpoint import S3Endpoint
 from tests.servers.rados_gateway import RadosGateway, missing_programs
+from tests.warm_children import Warm, warm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-__all__ = ["moto_s3", "rados_s3"]
+__all__ = ["moto_s3", "rados_s3", "warm_children", "warm_process"]
 
 _MOTO = pytest.StashKey[S3Endpoint]()
 _RADOS = pytest.StashKey[S3Endpoint]()
@@ -61,3 +63,15 @@ def _start_rados(config: pytest.Config) -> S3Endpoint:
     gateway = RadosGateway(capacity_nbytes=6 << 30, gc_wait_s=15)
     config.add_cleanup(gateway.stop)
     return gateway.start()
+
+
+@pytest.fixture(scope="session")
+def warm_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    with warm(tmp_path_factory.mktemp("warm")) as process:
+        yield process
+
+
+@pytest.fixture
+def warm_children(warm_process: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restore's child processes are forked from one that has torch."""
+    monkeypatch.setattr(children, "subprocess", warm_process)

@@ -184,17 +184,22 @@ def test_what_is_wrong_with_one_model_is_its_problem_alone(
 ) -> None:
     for name in ("a", "b"):
         registry.register(Model(name), [ready(registry, version("1", name), "1")])
-    real, transient = registry._versions, False
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos import databricks_pb2
 
-    def broken(name: str) -> list[Any]:
-        if name == "a":
-            raise RegistryError("no such thing", transient=transient)
-        return real(name)
+    real, code = MlflowClient.search_model_versions, databricks_pb2.INVALID_PARAMETER_VALUE
 
-    monkeypatch.setattr(registry, "_versions", broken)
+    def broken(self: MlflowClient, wanted: str, **more: Any) -> Any:
+        if wanted == "name = 'a'":
+            raise MlflowException("no such thing", error_code=code)
+        return real(self, wanted, **more)
+
+    monkeypatch.setattr(MlflowClient, "search_model_versions", broken)
     for models in (registry.models(lambda name: True), list(registry.existing(["a", "b", "c"]).values())):
-        assert [(model.name, model.problem) for model in models] == [("a", "no such thing"), ("b", "")]
-    transient = True
+        assert [(model.name, bool(model.problem)) for model in models] == [("a", True), ("b", False)]
+        assert "no such thing" in models[0].problem
+    code = databricks_pb2.TEMPORARILY_UNAVAILABLE
     with pytest.raises(RegistryError, match="no such thing"):
         registry.models(lambda name: True)
     with pytest.raises(RegistryError, match="no such thing"):
