@@ -275,7 +275,7 @@ def test_a_killed_dask_worker_s_batch_is_done_by_another(
     cluster.workers[0].kill()
     summary = summary_of(process)
     assert (summary["converted"], summary["failed"]) == (40, 0)
-    sources = [line.split()[1] for line in notes.read_text().splitlines()]
+    sources = [line.split()[2] for line in notes.read_text().splitlines()]
     twice = {source for source in sources if sources.count(source) > 1}
     assert len(set(sources)) == 40
     assert len(twice) <= 10  # a batch: what was in flight
