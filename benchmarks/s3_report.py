@@ -97,7 +97,12 @@ def verdicts(results: Results) -> list[Verdict]:
         runs = results.faults.values()
         found += [
             Verdict("conversions gone wrong under faults", sum(len(run.wrong) for run in runs), 0, ""),
-            Verdict("multipart uploads left behind", sum(len(run.orphans) for run in runs), 0, ""),
+            Verdict(
+                "multipart uploads left behind that were heard of",
+                sum(len(run.orphans) for run in runs),
+                0,
+                "",
+            ),
         ]
     return found
 

@@ -66,13 +66,24 @@ class Otlp:
         try:
             from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
             from opentelemetry.sdk.metrics import MeterProvider
-            from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+            from opentelemetry.sdk.metrics.export import MetricExportResult, PeriodicExportingMetricReader
             from opentelemetry.sdk.resources import Resource
         except ImportError as error:
             text = missing_line("opentelemetry-exporter-otlp-proto-http", "metrics to OpenTelemetry")
             raise MissingPackageError(text) from error
+
+        class Exporter(OTLPMetricExporter):
+            """Keeps what became of the last export: the SDK logs a failure and goes on."""
+
+            last = MetricExportResult.SUCCESS
+
+            def export(self, *arguments: Any, **options: Any) -> MetricExportResult:
+                self.last = super().export(*arguments, **options)
+                return self.last
+
+        self._exporter = Exporter()
         # Sent when we say so: without an interval the reader has no thread.
-        reader = PeriodicExportingMetricReader(OTLPMetricExporter(), export_interval_millis=math.inf)
+        reader = PeriodicExportingMetricReader(self._exporter, export_interval_millis=math.inf)
         resource = Resource.create({"service.name": "ptbin"})
         self._provider = MeterProvider([reader], resource, shutdown_on_exit=False)
         self._meter = self._provider.get_meter("ptbin")
@@ -85,7 +96,8 @@ class Otlp:
                     family.full_name, [self._observe(family.full_name)], description=family.help
                 )
             self._samples[family.full_name] = family.samples
-        if not self._provider.force_flush(int(PUSH_SECONDS * 1000)):
+        flushed = self._provider.force_flush(int(PUSH_SECONDS * 1000))
+        if not flushed or self._exporter.last.name != "SUCCESS":
             raise OSError("the collector did not take them")
 
     def _observe(self, name: str) -> Any:

@@ -36,6 +36,7 @@ __all__ = [
     "OnUnsafe",
     "OutputFormat",
     "VerifyLevel",
+    "refuse_text",
 ]
 
 OutputFormat = Literal["torch", "raw", "safetensors"]
@@ -53,6 +54,13 @@ NAMES = "Names of tensors"
 PROOF = "Proof and safety"
 FILES = "Which files"
 """Headings of the options in a command's help."""
+
+
+def refuse_text(**sequences: Any) -> None:
+    """Raises UsageError where one text stands for a sequence of texts: it would be taken letter by letter."""
+    for name, value in sequences.items():
+        if isinstance(value, (str, bytes)):
+            raise UsageError(f"{name}: {value!r} is one text, and a sequence is expected: [{value!r}]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +196,10 @@ class ConvertOptions:
                 raise UsageError(f"{name}: {value!r} is not one of {', '.join(get_args(kind))}")
         if self.dtype is not None and self.dtype not in CAST_NAMES:
             raise UsageError(f"dtype: {self.dtype!r} is not one of {', '.join(CAST_NAMES)}")
-        if self.max_shard_size is not None and self.max_shard_size < 1:
-            raise UsageError(f"max_shard_size: {self.max_shard_size} is not a positive number of bytes")
+        if self.max_shard_size is not None and not (
+            isinstance(self.max_shard_size, int) and self.max_shard_size > 0
+        ):
+            raise UsageError(f"max_shard_size: {self.max_shard_size!r} is not a positive number of bytes")
         if self.provenance and self.verify == "none":
             raise UsageError("provenance states digests of what is stored, which --verify none does not read")
         if self.layout == "hf" and self.format == "raw":
@@ -198,6 +208,7 @@ class ConvertOptions:
             find_recipe(self.recipe)
         if self.split and self.flatten:
             raise UsageError("split gives each state dict an output of its own, flatten makes one of all")
+        refuse_text(drop=self.drop, rename=self.rename)
         for pattern in (*self.drop, *(old for old, _ in self.rename)):
             try:
                 re.compile(pattern)

@@ -9,7 +9,9 @@ wrong and nothing was written. 130: interrupted. `diff` answers as diff(1) does:
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
+import io
 import logging
 import os
 import sys
@@ -68,6 +70,7 @@ Completion in a shell (or zsh_source, fish_source):
 
 ptbin COMMAND --help has examples and all options of a command."""
 
+OUTPUT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF}
 COMPLETION_VARIABLE = "_PTBIN_COMPLETE"
 _commands = 0
 
@@ -115,6 +118,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if _commands > 1:
         begin_again()
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _open_streams()
     signals = SignalHandler()
     try:
         with handle_signals(signals):
@@ -148,9 +152,24 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if signals.interrupted:
             return _interrupted(words)
         _print_traceback(words)
+        if isinstance(error, OSError) and error.errno in OUTPUT_ERRNOS:
+            # Errors of stores are ours by now: this is what we print. Nothing may be flushed into it at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print_error(f"standard output cannot be written: {error.strerror}")
+            return 1
         detail = f"{type(error).__name__}: {error} (a fault in ptbin; --log-level debug shows where)"
         return _failed(words, "internal_error", detail, 1)
     return status if isinstance(status, int) else 0
+
+
+def _open_streams() -> None:
+    """Let every text be written: one that was closed takes all, and what a locale lacks is escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _quieten_libraries(words: Sequence[str]) -> None:

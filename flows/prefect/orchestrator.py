@@ -47,6 +47,7 @@ INTERRUPTED_SECONDS = 1.5
 """The recorder writes at least once a second."""
 DRAIN_SECONDS = 20.0
 HEALTH_SECONDS = 3.0
+NOT_THERE = 404
 AWAY_SECONDS = 5.0
 """How long a server may be away when a run begins."""
 ABSENT_SECONDS = 60.0
@@ -145,13 +146,18 @@ def orchestrator() -> Iterator[Orchestrator]:
 def _refuse_absent(api_url: str) -> None:
     """Raises OrchestratorError where the server does not answer, after some seconds: it may be starting."""
     deadline = time.monotonic() + AWAY_SECONDS
-    while not server_answers():
+    while (error := _health()) is not None and (answer := getattr(error, "response", None)) is None:
         if time.monotonic() > deadline:
             raise OrchestratorError(
                 f"Prefect's server does not answer at {public_uri(api_url)} (PREFECT_API_URL); start it, or "
                 "unset PREFECT_API_URL to have one started for the run"
             )
         time.sleep(0.5)
+    if error is not None and getattr(answer, "status_code", None) == NOT_THERE:
+        raise OrchestratorError(
+            f"what answers at {public_uri(api_url)} (PREFECT_API_URL) is not Prefect's API, whose address "
+            "ends in /api"
+        )
 
 
 def start_early() -> None:
@@ -177,6 +183,13 @@ def chosen_settings() -> dict[str, str]:
 def server_answers() -> bool:
     """Whether anything answers for the API just now; it need not be content with the question."""
     from httpx import HTTPStatusError
+
+    error = _health()
+    return error is None or isinstance(error, HTTPStatusError)
+
+
+def _health() -> Exception | None:
+    """What asking the server for its health came to; None: it is well."""
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
@@ -184,8 +197,7 @@ def server_answers() -> bool:
         temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
         get_client(sync_client=True, httpx_settings={"timeout": HEALTH_SECONDS}) as client,
     ):
-        error = client.api_healthcheck()
-    return error is None or isinstance(error, HTTPStatusError)
+        return client.api_healthcheck()
 
 
 def await_server(check: Callable[[], object], seconds: float = ABSENT_SECONDS) -> bool:

@@ -179,6 +179,10 @@ class Tally:
     ) -> None:
         import numpy
 
+        rounded = _rounded(a) | _rounded(b) if changed is None else None
+        if rounded is not None and a.dtype.kind in "iu" and b.dtype.kind in "iu":
+            # One of them uint64: as such they are equal, or not at all.
+            rounded &= (a < 0) | (b < 0) | (a.astype(numpy.uint64) != b.astype(numpy.uint64))
         a, b = a.astype(float, copy=False), b.astype(float, copy=False)
         if a.ndim != b.ndim:  # one of them complex
             a, b = _as_complex(a), _as_complex(b)
@@ -187,6 +191,10 @@ class Tally:
             same = same.all(axis=1)
         if changed is None:
             assert same is not None
+            assert rounded is not None
+            same &= (
+                ~rounded
+            )  # what float64 rounds is no value of the other type, though both look alike in it
             changed = ~same
         distance = _modulus(a - b)
         count = len(a)
@@ -257,6 +265,20 @@ def _as_complex(values: NDArray[Any]) -> NDArray[Any]:
     import numpy
 
     return values if values.ndim == 2 else numpy.stack([values, numpy.zeros_like(values)], axis=1)
+
+
+def _rounded(values: NDArray[Any]) -> NDArray[Any]:
+    """Which elements float64 does not hold exactly: integers beyond 2**53, some of them."""
+    import numpy
+
+    if values.dtype not in (numpy.int64, numpy.uint64):
+        return numpy.zeros(len(values), bool)
+    # The largest ones are rounded to 2**63 and 2**64, which their own type does not hold.
+    most = numpy.iinfo(values.dtype).max - (1023 if values.dtype == numpy.int64 else 2047)
+    beyond = values > most
+    held = numpy.where(beyond, values.dtype.type(0), values)
+    rounded: NDArray[Any] = beyond | (held.astype(float).astype(values.dtype) != held)
+    return rounded
 
 
 def _same_sign_range(a: NDArray[Any], b: NDArray[Any]) -> bool:

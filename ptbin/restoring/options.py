@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from ptbin.errors import UsageError
-from ptbin.options import NAMES, ConvertOptions
+from ptbin.options import NAMES, ConvertOptions, refuse_text
 from ptbin.values.options import option, same_option
 
 __all__ = ["RestoreOptions", "SaveAs"]
@@ -72,6 +72,7 @@ class RestoreOptions:
             raise UsageError(f"model: {self.model!r} is not of the form MODULE:CALLABLE")
         if self.train and self.form not in {"torchscript", "exported"}:
             raise UsageError("--train is for --as torchscript and --as exported: a module keeps its own mode")
+        refuse_text(allow_missing=self.allow_missing, allow_unexpected=self.allow_unexpected)
         # Its own checks; one path is one path, however it was given.
         object.__setattr__(self, "select", self.conversion().select)
 

@@ -23,7 +23,7 @@ from ptbin.catalog.plan import Plan
 from ptbin.catalog.request import RunRequest
 from ptbin.cores import default_workers
 from ptbin.errors import StorageError, UsageError
-from ptbin.options import ConvertOptions, Naming
+from ptbin.options import ConvertOptions, Naming, refuse_text
 from ptbin.runs.account import FULL, Account
 from ptbin.runs.outcomes import Outcome, outcome_of_error
 from ptbin.runs.record import check_run_id, new_run_id
@@ -81,6 +81,7 @@ def convert_directory(
         DestinationBusyError: another run works on `dest`.
         StorageError: a store failed while it was listed.
     """
+    refuse_text(include=include, exclude=exclude, files=files)
     check_run_id(run_id := run_id or new_run_id())
     request = RunRequest(
         os.fspath(source),

@@ -31,12 +31,14 @@ class Gateway:
 
     def __init__(self) -> None:
         self.bodies: list[tuple[str, bytes]] = []
+        self.status = 200
         bodies = self.bodies
+        gateway = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_PUT(self) -> None:
                 bodies.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
-                self.send_response(200)
+                self.send_response(gateway.status)
                 self.end_headers()
 
             do_POST = do_PUT  # noqa: N815 - http.server's names
@@ -124,6 +126,9 @@ def test_a_collector_of_opentelemetry_gets_the_same_numbers(
         "outcome": "converted",
     }
     assert any(item.value.string_value == "ptbin" for item in resource.resource.attributes)
+    gateway.status = 400
+    with pytest.raises(OSError, match="did not take them"):
+        target.send([family])
 
 
 @pytest.mark.parametrize(

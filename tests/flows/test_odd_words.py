@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,45 @@ def test_an_interrupt_before_and_after_the_command_is_no_traceback(
     assert (done.returncode, done.stderr) == (status, said)
     if status:
         assert json.loads(done.stdout)["exit_status"] == status
+
+
+@pytest.mark.starts_processes
+@pytest.mark.parametrize(
+    ("redirection", "status", "said"),
+    [
+        (">/dev/full", 1, "standard output cannot be written"),
+        ("--json >/dev/full", 1, "standard output cannot be written"),
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_no_traceback(
+    tmp_path: Path, redirection: str, status: int, said: str
+) -> None:
+    torch.save({"w\u20ac": torch.ones(2)}, tmp_path / "\u20ac.pt")
+    command = f'"{sys.executable}" -m ptbin inspect \u20ac.pt {redirection}'
+    latin = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, env=latin, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == status, done.stderr
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) <= 1
+
+
+@pytest.mark.starts_processes
+def test_an_address_that_is_not_of_prefects_api_is_one_line(source: Path, tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)  # answers 404
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/api"
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "ptbin", "convert", source, tmp_path / "out"],
+        env={**os.environ, "PREFECT_API_URL": url, "PREFECT_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 2
+    assert "is not Prefect's API, whose address ends in /api" in done.stderr.splitlines()[-1]

@@ -198,6 +198,29 @@ def test_types_that_differ_are_compared_by_value(tmp_path: Path) -> None:
 # -- what differs ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "equal"),
+    [
+        (torch.tensor([2**53 + 1, 3]), torch.tensor([2.0**53, 3], dtype=torch.float64), False),
+        (torch.tensor([2**63 - 1]), torch.tensor([2.0**63], dtype=torch.float64), False),
+        (torch.tensor([2**53, -(2**62)]), torch.tensor([2.0**53, -(2.0**62)], dtype=torch.float64), True),
+        (torch.tensor([2**24 + 1]), torch.tensor([2.0**24]), False),
+        (torch.tensor([2**60], dtype=torch.uint64), torch.tensor([2.0**60]), True),
+        (torch.tensor([2**60]), torch.tensor([2.0**60 + 0j]), True),
+        (torch.tensor([2**53 + 1], dtype=torch.uint64), torch.tensor([2**53 + 1]), True),
+        (torch.tensor([2**53 + 1], dtype=torch.uint64), torch.tensor([2**53]), False),
+        (torch.tensor([2**64 - 1], dtype=torch.uint64), torch.tensor([2.0**64]), False),
+    ],
+)
+def test_an_integer_that_a_float_rounds_to_is_not_its_equal(
+    a: torch.Tensor, b: torch.Tensor, equal: bool, tmp_path: Path
+) -> None:
+    torch.save({"w": a}, tmp_path / "a.pt")
+    torch.save({"w": b}, tmp_path / "b.pt")
+    assert ptbin.diff(tmp_path / "a.pt", tmp_path / "b.pt", check_dtype=False).equal is equal
+    assert ptbin.diff(tmp_path / "b.pt", tmp_path / "a.pt", check_dtype=False, rtol=1e-6).equal
+
+
 def test_names_shapes_and_order(tmp_path: Path) -> None:
     a = {**SAMPLE, "gone": torch.ones(2), "grown": torch.ones(2, 3), "far": torch.zeros(3)}
     b = {**changed(SAMPLE), "new": torch.ones(4), "grown": torch.ones(3, 3), "far": torch.full((3,), 9.0)}

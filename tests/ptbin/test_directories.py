@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -118,6 +118,18 @@ assert result.counts["converted"] == 2
 assert ptbin.verify_directory(sys.argv[2]).succeeded
 print(sorted(name for name in ("prefect", "torch", "flows", "tasks", "click") if name in sys.modules))
 """
+
+
+def test_one_text_is_not_taken_for_a_sequence_of_letters(store: Path, tmp_path: Path) -> None:
+    for name in ("include", "exclude", "files"):
+        with pytest.raises(UsageError, match=f"{name}: .* a sequence is expected"):
+            ptbin.convert_directory(store, tmp_path / "out", **cast("Any", {name: "*.pt"}))
+    for name in ("drop", "rename"):
+        with pytest.raises(UsageError, match=f"{name}: .* a sequence is expected"):
+            ptbin.ConvertOptions(**cast("Any", {name: "bias"}))
+    with pytest.raises(UsageError, match="'5GB' is not a positive number of bytes"):
+        ptbin.ConvertOptions(max_shard_size="5GB")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.starts_processes
