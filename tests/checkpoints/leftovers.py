@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["leftovers", "write_training_folder"]
+__all__ = ["NAMES", "leftovers", "write_training_folder"]
+
+NAMES = (
+    *("optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "rng_state_1.pth"),
+    *("random_states_0.pkl", "scaler.pt", "training_args.bin", "extra_state_world_size_2_rank_0.pt"),
+    "optim_world_size_2_rank_0.pt",
+)
+"""The keys of `leftovers`, which imports all of torch's compiler with the first optimizer."""
 
 
+@functools.cache
 def leftovers() -> dict[str, tuple[str, Any]]:
     """File name to what it is and its content, made by torch's own objects."""
     model = torch.nn.Linear(3, 2)

@@ -65,7 +65,7 @@ class Line:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(stages, "retry_delay", lambda _: 0.001)
         self.stopping = threading.Event()
-        live = SimpleNamespace(run_id="r", check=lambda: None, stopping=self.stopping)
+        live = SimpleNamespace(run_id="r", check=lambda: None, stopping=self.stopping, task_runs=0)
         run = SimpleNamespace(runner=Runner(), live=live, ticket=None, stop=self.stopping.set)
         run.is_stopping = False
         self.run = run

@@ -110,6 +110,7 @@ def _tiny(architecture: str) -> Any:
     return transformers.LlamaModel(config).eval()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
 def test_transformers(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _tiny(architecture)
@@ -127,6 +128,7 @@ def test_transformers(architecture: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert same_bits(whole(tokens).last_hidden_state.detach(), wanted)
 
 
+@pytest.mark.thorough
 def test_a_lora_adapter(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = _tiny("gpt2")

@@ -20,6 +20,7 @@ from tests.laws.trees import Tree, trees
 EXAMPLES = int(os.environ.get("PTBIN_LAW_EXAMPLES", "0"))
 
 pytestmark = [
+    pytest.mark.thorough,
     pytest.mark.filterwarnings("ignore"),  # what torch says of quantized tensors, old storages, sparse ones
     pytest.mark.timeout(0 if EXAMPLES else 300),
 ]

@@ -14,15 +14,17 @@ from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.contents import role_of_leftover
 from ptbin.sources.companions import companion_of, left_alone_as
 from ptbin.sources.opening import open_source
-from tests.checkpoints.leftovers import leftovers
+from tests.checkpoints.leftovers import NAMES, leftovers
 from tests.checkpoints.parts import weights
 
-LEFTOVERS = leftovers()
+
+def test_all_leftovers_are_named() -> None:
+    assert list(NAMES) == list(leftovers())
 
 
-@pytest.mark.parametrize("name", LEFTOVERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_each_is_known_by_content_and_by_name(tmp_path: Path, name: str) -> None:
-    role, content = LEFTOVERS[name]
+    role, content = leftovers()[name]
     for place in (tmp_path / name, tmp_path / "saved.pt"):
         torch.save(content, place)
         with pytest.raises(NoStateDictError) as refused:

@@ -105,6 +105,7 @@ KINDS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_computes_the_same_with_what_a_recipe_makes(tmp_path: Path, kind: str) -> None:
     transformers = pytest.importorskip("transformers")

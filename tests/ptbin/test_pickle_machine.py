@@ -136,6 +136,7 @@ def test_every_truncation_asks_for_more_bytes() -> None:
             run(data[:length])
 
 
+@pytest.mark.thorough
 def test_a_million_opcodes_take_seconds() -> None:
     buffer = io.BytesIO()
     pickle.Pickler(buffer, 2).dump([{"name": str(i), "value": i} for i in range(120_000)])

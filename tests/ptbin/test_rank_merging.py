@@ -327,6 +327,7 @@ def _tiny(kind: str) -> Any:
     return transformers.MixtralForCausalLM(config)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["llama", "qwen", "mixtral"])
 def test_transformers_computes_the_same_from_the_merged_folder(tmp_path: Path, kind: str) -> None:
     from torch.distributed.tensor import Replicate, Shard
