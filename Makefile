@@ -33,9 +33,6 @@ SOURCES := $(shell find ptbin tasks flows deployments -type f ! -name '*.pyc')
 export PYTHONSAFEPATH := 1
 # Some images set it. Then each of a thousand processes compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
-# Installed without byte code, each process would compile what it imports anew, for twice the time of its start, where
-# the environment says that none is to be written (images of containers do).
-unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo docs test test-quick test-slow test-stores check bench bench-s3 bench-peers s3-server s3-packages store-packages browser-packages postgres-packages prometheus-packages demo-deploy clean
 

@@ -5,6 +5,7 @@ The factories themselves are in `tests.checkpoints`. Fixtures of one room live i
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -39,8 +40,9 @@ os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from tests import starting  # noqa: E402 - as below
-from tests.checkpoints import FACTORIES, Checkpoint  # noqa: E402 - the settings above come first
+# The settings above come first.
+from tests import starting, warm_python  # noqa: E402
+from tests.checkpoints import FACTORIES, Checkpoint  # noqa: E402
 
 
 @pytest.fixture
@@ -91,6 +93,10 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 def pytest_configure(config: pytest.Config) -> None:
     if f"not {starting.PROCESSES}" in config.option.markexpr:
         starting.watch()
+    if warm_python.VARIABLE not in os.environ:  # in a process of pytest-xdist it is
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warm_python.warm_python())
+            config.add_cleanup(stack.pop_all().close)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

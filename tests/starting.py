@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests import warm_python
+
 __all__ = ["PROCESSES", "SERVERS", "mark", "only_where_marked", "watch"]
 
 PROCESSES, SERVERS = "starts_processes", "starts_servers"
@@ -63,7 +65,7 @@ def watch() -> None:
 
     def watched_popen(self: subprocess.Popen[Any], args: Any, *more: Any, **options: Any) -> None:
         words = [args] if isinstance(args, str) else [str(word) for word in args]
-        if sys.executable in words or words[0].endswith("ptbin"):
+        if sys.executable in words or words[0].endswith("ptbin") or warm_python.is_stand_in(words[0]):
             _refuse()
         popen(self, args, *more, **options)
 

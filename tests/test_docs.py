@@ -23,6 +23,7 @@ from flows.cli.app import cli
 from ptbin.options import ConvertOptions
 from tests.documented import prepare_documented_files
 from tests.pages import BLOCK, script_of
+from tests.warm_python import stand_in, warm_path
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -47,12 +48,12 @@ def test_a_pages_commands_do_what_it_says(page: str, tmp_path: Path) -> None:
     (folder / "weights").mkdir()
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
     done = subprocess.run(
-        ["bash", "-c", script_of((DOCS / page).read_text(encoding="utf-8"))],
+        ["bash", "-c", script_of((DOCS / page).read_text(encoding="utf-8"), f"{stand_in()} -P")],
         cwd=folder,
-        env=kept | {"HOME": str(home), "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"},
+        env=kept | {"HOME": str(home), "PATH": f"{warm_path()}{os.pathsep}{os.environ['PATH']}"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from tests.servers.endpoint import S3Endpoint
 from tests.servers.fixtures import moto_s3
 from tests.servers.prefect_home import prefect_template
 from tests.servers.prefect_stack import ROOT, PrefectStack, wait_for
+from tests.warm_python import stand_in
 
 __all__ = ["moto_s3"]
 
@@ -54,12 +54,12 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectStack]:
 
 def run(stack: PrefectStack, *words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-P", *map(str, words)],
+        [stand_in(), "-P", *map(str, words)],
         env=stack.environment,
         cwd=stack.folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -181,7 +181,7 @@ def test_what_arrives_is_converted_as_the_store_s_notification_says(
     script = str(ROOT / "deployments" / "arrivals.py")
     words = [f"s3://{bucket}/runs", "--listen", "127.0.0.1:0", "--every", "1s"]
     stack.start_process(
-        "arrivals", [sys.executable, "-P", script, *words, "--token-variable", "PTBIN_ARRIVALS_TOKEN"]
+        "arrivals", [stand_in(), "-P", script, *words, "--token-variable", "PTBIN_ARRIVALS_TOKEN"]
     )
     log = stack.folder / "arrivals.log"
     wait_for(lambda: log.read_text().startswith("listening on "), 90, "the listener's start")

@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 
 from tests.deployments.mailbox import Mailbox
 from tests.servers.prefect_stack import ROOT, free_port
+from tests.warm_python import warm_path
 
 pytestmark = [pytest.mark.starts_servers, pytest.mark.timeout(900)]
 
@@ -73,7 +73,7 @@ def test_the_guide_s_blocks_lead_from_nothing_to_an_alert_a_retry_and_metrics(
     }
     workdir = tmp_path / "not" / "there" / "yet"
     environment = kept | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{warm_path()}{os.pathsep}{os.environ['PATH']}",
         "HOME": str(machine),
         "PORT": str(free_port()),
         "PTBIN_SOURCE": str(source),
@@ -93,7 +93,7 @@ def test_the_guide_s_blocks_lead_from_nothing_to_an_alert_a_retry_and_metrics(
         start_new_session=True,
     )
     try:
-        out, _ = process.communicate(timeout=600)
+        out, _ = process.communicate(timeout=800)
     finally:
         end_group(process)
     logs = "\n".join(file.read_text() for file in machine.glob("*.log"))

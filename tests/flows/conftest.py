@@ -6,6 +6,7 @@ it takes some seconds once, and its database can be read afterwards.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sqlite3
@@ -19,6 +20,7 @@ import pytest
 
 from flows.prefect.orchestrator import Orchestrator, orchestrator
 from tests.servers.prefect_home import prefect_template
+from tests.warm_python import stand_in
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +48,10 @@ def prefect_home(template: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 @pytest.fixture(scope="session")
 def server(prefect_home: Path) -> Iterator[Orchestrator]:
     """A running embedded server that this process's flows use."""
-    with orchestrator() as server:
+    with contextlib.ExitStack() as running:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "executable", stand_in())
+            server = running.enter_context(orchestrator())
         yield server
 
 
@@ -121,15 +126,19 @@ def ptbin(home: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProce
     """Run the command line as a process of its own, in the test's folder."""
 
     def run(
-        *words: str | Path, code: str = COMMAND, home: Path = home, **environment: str
+        *words: str | Path,
+        code: str = COMMAND,
+        home: Path = home,
+        python: str | None = None,
+        **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command_of(words, code),
+            command_of(words, code, python),
             cwd=tmp_path,
             env=environment_of(home, environment),
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=600,
         )
 
     return run
@@ -140,9 +149,9 @@ def ptbin_started(home: Path, tmp_path: Path) -> Iterator[Callable[..., subproce
     """Start the command line and leave it running; what still runs at the end of the test is killed."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*words: str | Path, code: str = COMMAND) -> subprocess.Popen[str]:
+    def start(*words: str | Path, code: str = COMMAND, python: str | None = None) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            command_of(words, code),
+            command_of(words, code, python),
             cwd=tmp_path,
             env=environment_of(home, {}),
             stdout=subprocess.PIPE,
@@ -159,8 +168,8 @@ def ptbin_started(home: Path, tmp_path: Path) -> Iterator[Callable[..., subproce
         process.communicate()
 
 
-def command_of(words: Sequence[str | Path], code: str) -> list[str]:
-    return [sys.executable, "-c", code, *map(str, words)]
+def command_of(words: Sequence[str | Path], code: str, python: str | None) -> list[str]:
+    return [python or stand_in(), "-c", code, *map(str, words)]
 
 
 def environment_of(home: Path, more: dict[str, str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ import re
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from flows.prefect.orchestrator import Orchestrator
+from tests.servers.prefect_stack import descendants
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Database = Callable[[str], list[tuple[Any, ...]]]
@@ -51,15 +53,11 @@ main()
 """
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"
         time.sleep(0.05)
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def is_alive(pid: int) -> bool:
@@ -77,7 +75,7 @@ def test_small_commands_import_nothing_heavy(
     words = {"inspect": [checkpoint], "convert": [checkpoint, out], "verify": [out]}.get(command, [])
     if command == "verify":
         assert ptbin("convert", checkpoint, out).returncode == 0
-    done = ptbin(command, *words, code=REPORT_IMPORTS)
+    done = ptbin(command, *words, code=REPORT_IMPORTS, python=sys.executable)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "imported []"
 
@@ -138,7 +136,7 @@ def test_an_interrupted_conversion_of_one_file_leaves_nothing(
     process = ptbin_started("convert", checkpoint, "out/x.bin", code=SLOW)
     wait_for((tmp_path / "staging").exists)
     process.send_signal(number)
-    _, problems = process.communicate(timeout=20)
+    _, problems = process.communicate(timeout=600)
     assert process.returncode == 130
     assert problems == "ptbin: interrupted\n"
     assert not list(tmp_path.glob("out/*"))
@@ -148,12 +146,14 @@ def test_an_interrupted_conversion_of_one_file_leaves_nothing(
 def test_an_interrupted_run_is_recorded_as_crashed_and_leaves_no_server(
     ptbin_started: Start, good_source: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    process = ptbin_started("convert", good_source, "out", code=SLOW)
-    wait_for((tmp_path / "staging").exists, 120)
-    children = children_of(process.pid)
+    # Ctrl-C on a command as a user starts it.
+    python = sys.executable if number == signal.SIGINT else None
+    process = ptbin_started("convert", good_source, "out", code=SLOW, python=python)
+    wait_for((tmp_path / "staging").exists)
+    children = descendants(process.pid)
     assert children
     process.send_signal(number)
-    _, problems = process.communicate(timeout=60)
+    _, problems = process.communicate(timeout=600)
     assert process.returncode == 130
     assert problems.splitlines()[-1] == "ptbin: interrupted"
     assert "Traceback" not in problems
@@ -166,12 +166,13 @@ def test_an_interrupted_run_is_recorded_as_crashed_and_leaves_no_server(
 def test_a_killed_run_leaves_no_server_behind(
     ptbin_started: Start, good_source: Path, tmp_path: Path
 ) -> None:
-    process = ptbin_started("convert", good_source, "out", code=SLOW)
-    wait_for((tmp_path / "staging").exists, 120)
-    children = children_of(process.pid)
+    process = ptbin_started("convert", good_source, "out", code=SLOW, python=sys.executable)
+    wait_for((tmp_path / "staging").exists)
+    children = descendants(process.pid)
+    assert children
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=20)
-    wait_for(lambda: not any(map(is_alive, children)), 30)
+    process.communicate(timeout=600)
+    wait_for(lambda: not any(map(is_alive, children)))
 
 
 def test_a_server_that_cannot_start_is_one_line(ptbin: Run, good_source: Path, tmp_path: Path) -> None:
@@ -191,7 +192,7 @@ def test_json_lines_are_all_there_is_on_standard_error(
     process = ptbin_started("convert", checkpoint, "out/x.bin", *words, code=SLOW)
     wait_for((tmp_path / "staging").exists)
     process.send_signal(signal.SIGINT)
-    _, problems = process.communicate(timeout=20)
+    _, problems = process.communicate(timeout=600)
     told = [json.loads(line) for line in problems.splitlines()]
     assert (told[-1]["event"], told[-1]["level"], told[-1]["message"]) == (
         "message",
@@ -199,7 +200,7 @@ def test_json_lines_are_all_there_is_on_standard_error(
         "interrupted",
     )
     wrong = ptbin_started("convert", tmp_path / "nothing here", "out", *words)
-    _, problems = wrong.communicate(timeout=60)
+    _, problems = wrong.communicate(timeout=600)
     assert wrong.returncode == 2
     (line,) = problems.splitlines()
     assert json.loads(line)["level"] == "error"
@@ -210,6 +211,6 @@ def test_a_closed_pipe_is_no_error(checkpoint: Path, tmp_path: Path, ptbin_start
     process = ptbin_started("inspect", checkpoint)
     assert process.stdout is not None
     process.stdout.close()
-    process.wait(20)
+    process.wait(600)
     assert process.stderr is not None
     assert "Traceback" not in process.stderr.read()

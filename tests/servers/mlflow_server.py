@@ -15,13 +15,14 @@ import signal
 import socket
 import sqlite3
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tests.warm_python import stand_in
 
 __all__ = ["MlflowServer", "copy_empty", "run_mlflow", "run_script"]
 
@@ -49,12 +50,12 @@ class MlflowServer:
 
 def run_script(script: str, *words: str, environment: Mapping[str, str]) -> Any:
     done = subprocess.run(
-        [sys.executable, str(SCRIPTS / f"{script}.py"), *words],
+        [stand_in(), str(SCRIPTS / f"{script}.py"), *words],
         # -P, where the suite runs with it, would hide the scripts from one another.
         env=_quiet(environment) | {"PYTHONPATH": str(SCRIPTS)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -98,7 +99,7 @@ def run_mlflow(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [
-        *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)),
+        *(stand_in(), "-m", "mlflow", "server", "--workers", "1", "--port", str(port)),
         *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
         *(artifacts or ("--artifacts-destination", str(folder / "artifacts"))),
     ]

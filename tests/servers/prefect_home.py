@@ -10,10 +10,11 @@ import fcntl
 import os
 import sqlite3
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.warm_python import stand_in
 
 __all__ = ["prefect_template"]
 
@@ -32,10 +33,10 @@ def prefect_template(factory: pytest.TempPathFactory) -> Path:
 
 
 def _migrate(home: Path, made: Path) -> None:
-    command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+    command = [stand_in("prefect"), "server", "database", "upgrade", "--yes"]
     settings = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
     settings["PREFECT_HOME"] = str(home)
-    done = subprocess.run(command, env=settings, cwd=made.parent, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=settings, cwd=made.parent, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     # Not the file: part of its content is in the log beside it.
     with (

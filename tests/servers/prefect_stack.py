@@ -20,7 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FINAL", "PrefectStack", "postgres_programs", "prefect_stack", "wait_for"]
+from tests.warm_python import parent_of, stand_in
+
+__all__ = ["FINAL", "PrefectStack", "descendants", "postgres_programs", "prefect_stack", "wait_for"]
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 240
@@ -54,10 +56,9 @@ def free_port() -> int:
 def descendants(pid: int) -> list[int]:
     """Processes that a process has started, and those that they have: a flow run has a group of its own."""
     children: dict[int, list[int]] = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
+    for one in map(int, filter(str.isdigit, os.listdir("/proc"))):
         with contextlib.suppress(OSError):
-            parent = int(status.read_text().rsplit(")", 1)[1].split()[1])
-            children.setdefault(parent, []).append(int(status.parent.name))
+            children.setdefault(parent_of(one), []).append(one)
     found = [pid]
     for one in found:
         found += children.get(one, [])
@@ -143,10 +144,9 @@ class PrefectStack:
         wait_for(answers, START_SECONDS, "PostgreSQL's start")
 
     def start_server(self) -> None:
-        """The API, the UI and the background services."""
-        self.server = self.start_process(
-            "server", self._prefect("server", "start", "--host", "127.0.0.1", "--port", str(self.port))
-        )
+        """The API, the UI and the background services, which read their settings when they are imported."""
+        words = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
+        self.server = self.start_process("server", [sys.executable, *words])
 
         def answers() -> bool:
             with (
@@ -159,9 +159,9 @@ class PrefectStack:
         wait_for(answers, START_SECONDS, "the server's start")
 
     def start_worker(self, name: str = "worker", pool: str = "ptbin-process") -> subprocess.Popen[bytes]:
-        return self.start_process(
-            name, self._prefect("worker", "start", "--pool", pool, "--name", name, "--type", "process")
-        )
+        """A worker, as the processes that an operator has: what it starts are its children."""
+        words = ["-m", "prefect", "worker", "start", "--pool", pool, "--name", name, "--type", "process"]
+        return self.start_process(name, [sys.executable, *words])
 
     def running_in(self, worker: subprocess.Popen[bytes]) -> list[int]:
         """Process ids of what a worker has started, itself left out."""
@@ -184,19 +184,15 @@ class PrefectStack:
 
     # -- commands --------------------------------------------------------------------------------
 
-    @staticmethod
-    def _prefect(*words: str) -> list[str]:
-        return [str(Path(sys.executable).with_name("prefect")), *words]
-
     def prefect(self, *words: str) -> str:
         """A command of Prefect's, as an operator types it; its output."""
         done = subprocess.run(
-            self._prefect("--no-prompt", *words),
+            [stand_in("prefect"), "--no-prompt", *words],
             cwd=ROOT,
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
         if done.returncode:
             raise RuntimeError(f"prefect {' '.join(words)}: {done.stdout}{done.stderr}")
