@@ -80,7 +80,7 @@ def test_names_that_are_no_text_are_one_problem_each(
     summary = run(flow, store, tmp_path / "out")
     assert reasons(summary) == {
         "bad\\xff.pt": "unsafe_path",
-        "two\nlines.pt": "unsafe_path",
+        "two\\nlines.pt": "unsafe_path",
         "folder\\xfe/": "unsafe_path",
     }
     assert summary["converted"] == 2
