@@ -46,7 +46,7 @@ __all__ = ["VARIABLE", "is_stand_in", "parent_of", "stand_in", "warm_path", "war
 VARIABLE = "PTBIN_TEST_WARM_PYTHON"
 """Names the folder of stand-ins, to the processes of pytest-xdist as well."""
 BIN = Path(sys.executable).parent
-ANEW = re.compile(r"(ptbin|tasks|flows|mlflow\.server)\b")
+ANEW = re.compile(r"(ptbin|tasks|flows|mlflow\.server|huggingface_hub)\b")
 """What each process imports by itself: this project, and what reads the environment when it is imported."""
 PR_SET_NAME = 15  # linux/prctl.h
 IMPORTED = {

@@ -361,7 +361,9 @@ def test_into_a_hub_and_out_again(
     def run(*words: str) -> tuple[int, dict[str, Any], str]:
         done = ptbin("migrate", *words, "--json", **environment)
         assert "hf_secret" not in done.stdout + done.stderr
-        return done.returncode, json.loads(done.stdout), done.stderr
+        summary = json.loads(done.stdout)
+        assert "migrated" in summary, summary
+        return done.returncode, summary, done.stderr
 
     up = ("source", "hf://acme", "--dest-options", options)
     status, summary, log = run(*up)

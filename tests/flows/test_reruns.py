@@ -109,7 +109,7 @@ def test_a_lost_index_is_made_again_from_the_manifests(bucket: Bucket, proxy: Fa
 
 
 def test_many_segments_become_one(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.conversion.SEGMENT_ROWS", 1)
+    monkeypatch.setattr("ptbin.runs.account.SEGMENT_ROWS", 1)
     bucket.convert()
     assert len(bucket.index()) > 16
     summary = bucket.convert()

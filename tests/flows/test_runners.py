@@ -225,8 +225,16 @@ def test_a_killed_process_of_the_pool_costs_its_batch_a_second_try(
     assert_all_there(tmp_path / "out", 40)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("runner", ["threads", "processes", "dask"])
+# Both signals end in the same call, whatever the runner.
+@pytest.mark.parametrize(
+    ("runner", "number"),
+    [
+        ("threads", signal.SIGINT),
+        ("threads", signal.SIGTERM),
+        ("processes", signal.SIGINT),
+        ("dask", signal.SIGTERM),
+    ],
+)
 def test_an_interrupted_run_ends_soon_and_accounts_for_itself(
     many: Path, notes: Path, tmp_path: Path, start: Start, runner: str, number: int
 ) -> None:
