@@ -1,15 +1,16 @@
 """From the boxes that a tensor lies in to one place: a range, ranges one behind the other, or tiles. Pure.
 
-Long runs become `Joined` ranges, which a store copies by itself; short ones, the rows of a matrix that is cut
-along its columns, stay `Tiled` and are assembled in memory, a slab at a time.
+Parts that each lie in one run become `Joined` ranges, which a store copies by itself. Those that are cut into
+runs, the rows of a matrix that is divided along its columns, stay `Tiled` and are assembled in memory, a slab
+at a time: the CRC-32 that an archive states is one of a whole part.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 
 from ptbin.errors import UnsupportedTensorError
 from ptbin.merging.coverage import prove_cover
@@ -28,11 +29,6 @@ from ptbin.values.tensors import (
 )
 
 __all__ = ["Box", "Part", "require_plain", "tile_of", "whole_tensor"]
-
-MIN_RUN_NBYTES = 1 << 20
-"""Runs below that are read together: each range of a `Joined` is a request or a system call by itself, and
-its CRC-32 has to be combined, which takes as long as that of 100 KB.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +96,6 @@ def whole_tensor(
     final_shape: tuple[int, ...] | None = None,
     known: dict[object, Storage] | None = None,
     own_storage: bool = False,
-    keep_records: bool = False,
 ) -> TensorRef:
     """The tensor that the boxes fill, over a new storage, or over the only box's where that is all.
 
@@ -110,7 +105,6 @@ def whole_tensor(
         shape: the space that boxes are given in.
         final_shape: the tensor's own shape where it differs: as many elements, in the same order.
         own_storage: a view of a part gets a new storage.
-        keep_records: do not cut parts into runs, for which their CRC-32s do not vouch.
         known: storages made before, by what they are made of: tensors that are tied in all files stay tied.
 
     Raises:
@@ -128,9 +122,7 @@ def whole_tensor(
     made_of = (shape, *((_identity(b.part.tensor.storage), *_layout(b)) for b in boxes))
     if known is not None and (storage := known.get(made_of)) is not None:
         return TensorRef(storage, dtype, own, dense_strides(own))
-    place = _joined(shape, dtype.itemsize, boxes, keep_records=keep_records) or Tiled(
-        shape, dtype.itemsize, tuple(tile_of(box) for box in boxes)
-    )
+    place = _joined(shape, boxes) or Tiled(shape, dtype.itemsize, tuple(tile_of(box) for box in boxes))
     storage = Storage(key, math.prod(shape) * dtype.itemsize, place)
     assert place.nbytes == storage.nbytes
     if known is not None:
@@ -165,27 +157,26 @@ def tile_of(box: Box) -> Tile:
     return Tile(box.start, box.shape, place, offset, box.stride)
 
 
-def _joined(
-    shape: tuple[int, ...], itemsize: int, boxes: Sequence[Box], *, keep_records: bool
-) -> Place | None:
-    """The runs of all boxes in the whole's order; None where they are short.
+def _joined(shape: tuple[int, ...], boxes: Sequence[Box]) -> Place | None:
+    """The parts in the whole's order; None where one of them is not a single run there.
 
     Also where a part does not fill its storage (a view, padding): the storage's CRC-32 and the accounting
     speak of all of it, which a tile can say.
     """
-    if not all(_fills_storage(box.part.tensor) for box in boxes):
+    if not all(_fills_storage(box.part.tensor) and _is_one_run(shape, box) for box in boxes):
         return None
-    split = [_run_axis(shape, box) for box in boxes]
-    runs = [math.prod(box.shape[axis:]) * itemsize for box, axis in zip(boxes, split, strict=True)]
-    several = any(math.prod(box.shape[:axis]) > 1 for box, axis in zip(boxes, split, strict=True))
-    if several and (keep_records or min(runs) < MIN_RUN_NBYTES):
-        return None
-    found: list[tuple[int, ByteRange | InMemory]] = []
-    for box, axis, nbytes in zip(boxes, split, runs, strict=True):
-        found.extend(_runs(shape, itemsize, box, axis, nbytes))
-    found.sort(key=lambda run: run[0])
-    places = tuple(place for _, place in found)
+    dense = dense_strides(shape)
+    in_order = sorted(boxes, key=lambda box: sum(map(operator.mul, box.start, dense)))
+    places = tuple(map(_bytes_of, in_order))
     return places[0] if len(places) == 1 else Joined(places)
+
+
+def _bytes_of(box: Box) -> ByteRange | InMemory:
+    """Where a box of a single run lies."""
+    tensor = box.part.tensor
+    place, itemsize = tensor.storage.place, tensor.dtype.itemsize
+    assert isinstance(place, ByteRange)
+    return part_of(place, (tensor.storage_offset + box.offset) * itemsize, math.prod(box.shape) * itemsize)
 
 
 def _fills_storage(tensor: TensorRef) -> bool:
@@ -194,8 +185,8 @@ def _fills_storage(tensor: TensorRef) -> bool:
     return tensor.dense and tensor.nbytes == place.nbytes and isinstance(place, ByteRange)
 
 
-def _run_axis(shape: tuple[int, ...], box: Box) -> int:
-    """The first axis from which on the box is one run, both in the whole and in its part."""
+def _is_one_run(shape: tuple[int, ...], box: Box) -> bool:
+    """Whether the box's elements lie one behind the other, both in the whole and in its part."""
     step = 1
     axis = len(shape)
     while axis > 0:
@@ -206,19 +197,4 @@ def _run_axis(shape: tuple[int, ...], box: Box) -> int:
         axis -= 1
         if extent != shape[axis]:
             break
-    return axis
-
-
-def _runs(
-    shape: tuple[int, ...], itemsize: int, box: Box, axis: int, nbytes: int
-) -> Iterator[tuple[int, ByteRange | InMemory]]:
-    """(element of the whole, place) of each run of a box."""
-    dense = dense_strides(shape)
-    tensor = box.part.tensor
-    place = tensor.storage.place
-    assert isinstance(place, ByteRange)
-    first = sum(start * step for start, step in zip(box.start, dense, strict=True))
-    for index in product(*(range(n) for n in box.shape[:axis])):
-        to = first + sum(i * step for i, step in zip(index, dense, strict=False))
-        at = box.offset + sum(i * step for i, step in zip(index, box.stride, strict=False))
-        yield to, part_of(place, (tensor.storage_offset + at) * itemsize, nbytes)
+    return math.prod(box.shape[:axis]) == 1

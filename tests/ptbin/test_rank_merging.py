@@ -7,6 +7,7 @@ import importlib
 import io
 import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -507,3 +508,21 @@ def test_a_piece_whose_name_tells_nothing_says_how_to_bring_all_together(tmp_pat
     cut_ranks(tmp_path / "in", (2,), {"w": (torch.ones(4), [Shard(0)])}, "ckpt_{rank}.pt")
     with pytest.raises(IncompleteCheckpointError, match=r"into one folder as rank_0\.pt, rank_1\.pt"):
         ptbin.convert(tmp_path / "in" / "ckpt_1.pt", tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize(("dimension", "shape"), [(0, (8, 2)), (1, (8, 4)), (1, (2, 2048, 256))])
+def test_a_flipped_byte_of_a_rank_is_found_however_the_tensor_is_cut(
+    tmp_path: Path, dimension: int, shape: tuple[int, ...]
+) -> None:
+    """In short runs, and in ones of a megabyte."""
+    from torch.distributed.tensor import Shard
+
+    whole = torch.arange(float(math.prod(shape))).reshape(shape)
+    cut_ranks(tmp_path / "in", (2,), {"w": (whole, [Shard(dimension)])})
+    (path,) = (tmp_path / "in").glob("*rank_1*")
+    data = bytearray(path.read_bytes())
+    data[data.index(whole.chunk(2, dimension)[1].contiguous().numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="CRC"):
+        ptbin.convert(tmp_path / "in", tmp_path / "x.bin")
+    assert not (tmp_path / "x.bin").exists()

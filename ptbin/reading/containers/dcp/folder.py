@@ -131,7 +131,7 @@ def _value(
         for chunk, tensor in zip(entry.chunks, pieces, strict=True)
     ]
     what = f"{uri}: the chunks of {entry.name[:200]!r}"
-    whole = whole_tensor(what, entry.name, entry.dtype, entry.shape, boxes, keep_records=True)
+    whole = whole_tensor(what, entry.name, entry.dtype, entry.shape, boxes)
     whole.storage.big_endian = pieces[0].storage.big_endian
     _register(storages, entry.name, whole.storage)
     return whole
