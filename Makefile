@@ -78,7 +78,7 @@ demo-deploy: install browser-packages postgres-packages
 
 # On more processes than there are cores, because many tests wait for servers. Whole files each, so that what the
 # tests of a file share is made once. With PYTEST_ARGS (paths, -k) everything in one process.
-TEST_PROCESSES ?= 5
+TEST_PROCESSES ?= 4
 test: install s3-packages browser-packages postgres-packages prometheus-packages
 	$(BIN)/python -m pytest $(if $(PYTEST_ARGS),$(PYTEST_ARGS),-n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder)
 

@@ -175,7 +175,7 @@ def test_the_workers_of_a_flow(runner: str, trap: Trap, tmp_path_factory: pytest
         shutil.copyfile(prefect_template(tmp_path_factory), trap.folder / "prefect-home" / "prefect.db")
     for number in range(2):
         torch.save(STATE_DICT, trap.folder / "weights" / f"{number}.pt")
-    words = ["convert", "weights", "out", "--runner", runner, "--verify", "load"]
+    words = ["convert", "weights", "out", "--runner", runner, "--workers", "1", "--verify", "load"]
     with tempfile.TemporaryDirectory(prefix="t") as short:  # Ray's sockets lie there, in names of 107 bytes
         trap.plant(Path(short))
         trap.run(PTBIN, *words, temporary=Path(short))
