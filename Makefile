@@ -108,6 +108,7 @@ bench: install bench-peers s3-packages
 # S3's part alone: half an hour on a machine that does nothing else.
 bench-s3: install bench-peers s3-packages
 	env -u PYTHONSAFEPATH $(BIN)/python benchmarks/s3.py --peers $(PEERS) $(if $(BENCH_DIR),--work-dir $(BENCH_DIR))
+	env -u PYTHONSAFEPATH $(BIN)/python benchmarks/s3_many.py $(if $(BENCH_DIR),--work-dir $(BENCH_DIR))
 
 # Other people's tools to compare with, beside .venv because awscli pins other versions of what ptbin needs;
 # mergekit without its requirements, of which its loader needs those that .venv has. What cannot be had is left

@@ -26,7 +26,9 @@ from tests.servers.rados_gateway import RadosGateway
 
 __all__ = [
     "AS_MANY_BYTES_URI",
+    "BUCKET",
     "OUTPUT_FOLDER_URI",
+    "OUTPUT_PREFIX",
     "OUTPUT_URI",
     "SOURCE_URI",
     "Bench",
