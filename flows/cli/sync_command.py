@@ -40,5 +40,5 @@ def sync_command(source: str, dest: str, asked: dict[str, Any], shared: Shared) 
     # First of all: what refuses the call otherwise may name SOURCE as it was written.
     refuse_secrets(source, dest, *([request.backup_dir] if request.backup_dir else []))
     refuse_one_file(dest, shared.dest_options, "sync")
-    check_request(request, writes=not dry_run, **shared.sides)
+    check_request(request, shared.sides, writes=not dry_run)
     return carry_out(request, asked, shared, dry_run=dry_run)
