@@ -40,8 +40,7 @@ from ptbin.output_files import write_files
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import Selected, read_selected
 from ptbin.sources.opening import SourcePlace, find_source
-from ptbin.sources.pointers import refuse_pointer_at
-from ptbin.sources.sidecars import find_sidecars
+from ptbin.sources.sidecars import find_sidecars, refuse_pointer_at
 from ptbin.splice import iter_recipe, splice
 from ptbin.stores import (
     Identity,

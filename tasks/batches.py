@@ -20,7 +20,7 @@ from prefect.client.schemas.objects import State
 
 from ptbin.runs.account import FULL_AFTER
 from ptbin.runs.outcomes import Outcome, outcome_of_error
-from ptbin.stores.limits import limit_requests
+from ptbin.stores.requests import limit_requests
 from tasks.batch_states import state_of_batch
 from tasks.live import Interrupted, Ticket, enter_run
 

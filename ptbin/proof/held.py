@@ -13,7 +13,7 @@ from ptbin.errors import VerificationError
 from ptbin.proof.digests import OnePass
 from ptbin.proof.output import check_structure, compare_checksums
 from ptbin.stores.reader import RangeReader
-from ptbin.stores.values import Identity, check_range
+from ptbin.stores.values import Identity
 from ptbin.values.digests import FileDigests, StoredTensor
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ class _HeldReader(RangeReader):
         super().__init__(uri, len(data), Identity("uid", ""))
         self._data = data
 
-    def read(self, offset: int, nbytes: int) -> bytes:
-        check_range(self.uri, self.size, offset, nbytes)
+    def _read(self, offset: int, nbytes: int) -> bytes:
         return bytes(memoryview(self._data)[offset : offset + nbytes])
 
     def check_unchanged(self) -> None:

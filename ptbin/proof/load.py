@@ -22,7 +22,7 @@ from ptbin.options import ConvertOptions
 from ptbin.proof.loaded import iter_loaded_tensors
 from ptbin.proof.logical import iter_logical_bytes
 from ptbin.reading.selected import read_selected
-from ptbin.sources.opening import open_source
+from ptbin.sources.opening import find_source
 from ptbin.stores import Identity
 from ptbin.values.dtypes import DType
 from ptbin.values.state_dict import iter_tensors
@@ -46,7 +46,7 @@ def prove_by_loading(draft: Draft, source: Place, dest: Place) -> None:
     """
     options = ConvertOptions.from_json(draft.manifest["options"], verify="load", limits=draft.limits)
     identity = Identity.from_json(draft.manifest["source"]["identity"])
-    with open_source(source, expected=identity) as reader:
+    with find_source(source).open(identity) as reader:
         selected = read_selected(reader, options)
         for rows, state_dict in zip(rows_by_state_dict(draft.manifest), selected.state_dicts, strict=True):
             _compare_state_dict(dest, draft.manifest, rows, state_dict, reader)

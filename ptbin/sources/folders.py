@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from ptbin.sources.companions import companion_of
 from ptbin.sources.deepspeed_names import UNIVERSAL_OPTIMIZER, deepspeed_checkpoint
 from ptbin.sources.part_names import (
+    INDEX_SUFFIX,
     META_PARAMETERS,
     find_parts,
     is_megatron_name,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DCP_METADATA", "INDEX_SUFFIX", "Group", "Grouping", "is_folder_part", "main_handle"]
 
-INDEX_SUFFIX = ".index.json"
 DCP_METADATA = ".metadata"
 LIGHTNING_METADATA = "meta.pt"
 COMMON_STATE = "common.pt"
@@ -100,9 +100,7 @@ def is_folder_part(name: str) -> bool:
     """Whether a file of this name (by `split_place`) may be part of a checkpoint of several files."""
     suffixes = (".distcp", INDEX_SUFFIX, "_states.pt", ".bin", ".safetensors")
     beside = (DCP_METADATA, LIGHTNING_METADATA, COMMON_STATE, META_PARAMETERS, UNIVERSAL_OPTIMIZER)
-    if name in beside or name.endswith(suffixes):
-        return True
-    return may_be_part(name)
+    return name in beside or name.endswith(suffixes) or may_be_part(name)
 
 
 class Grouping:
