@@ -19,8 +19,9 @@ from flows.metric_targets import Target, parse_targets
 from flows.prefect.undocumented import flow_run_context
 from ptbin.errors import PtbinError
 from ptbin.history.openmetrics import Family, families
+from ptbin.runs.tally import Entry
 from ptbin.stores import public_uri
-from tasks.live import Listener, LiveRun, Settled
+from tasks.live import Listener, LiveRun
 
 __all__ = ["Meter", "metering"]
 
@@ -67,11 +68,11 @@ class Meter(Listener):
                 self._sums["run_moved_bytes"] += nbytes
         self._inner.moved(nbytes)
 
-    def settled(self, file: Settled) -> None:
+    def settled(self, entry: Entry) -> None:
         with self._lock:
-            self._outcomes[file.kind, file.reason] += 1
-            self._sums.update(run_read_bytes=file.read_nbytes, run_written_bytes=file.written_nbytes)
-        self._inner.settled(file)
+            self._outcomes[entry.outcome, entry.reason] += 1
+            self._sums.update(run_read_bytes=entry.read_nbytes, run_written_bytes=entry.written_nbytes)
+        self._inner.settled(entry)
 
     def families(self, *, active: bool) -> list[Family]:
         """What it has come to so far."""

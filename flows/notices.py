@@ -12,6 +12,8 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from prefect import get_run_logger
+from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows.prefect.undocumented import flow_run_context, without_tags
@@ -26,7 +28,6 @@ __all__ = [
     "TAG",
     "failure_line",
     "final_state",
-    "log_failures",
     "state_message",
     "tag_flow_run",
     "untagged_tasks",
@@ -51,7 +52,7 @@ def state_message(counts: str, failures: Sequence[str], report: str | None = Non
     return "\n".join(lines)
 
 
-def log_failures(logger: logging.Logger | logging.LoggerAdapter[Any], failures: Sequence[str]) -> None:
+def _log_failures(logger: logging.Logger | logging.LoggerAdapter[Any], failures: Sequence[str]) -> None:
     """The list of what failed as the last words of a run's log: one record, however many there are."""
     if failures:
         shown = failures[: 10 * MAX_LISTED_FAILURES]
@@ -96,12 +97,16 @@ def untagged_tasks() -> Iterator[None]:
         yield
 
 
-def final_state(result: RunResult, message: str) -> Any:
-    """The state that a flow returns, with its result: the flow's caller gets a `RunResult` of it.
+def final_state(
+    result: RunResult, counts: str, failures: Sequence[str], report: str | None = None
+) -> State[Any]:
+    """Log what failed, and make the state that a flow returns; its caller gets the `RunResult` of it.
 
     Prefect returns a completed run's data to the caller and raises a failed run's, which has to be an
     exception: `RunFailedError` holds the same result.
     """
+    _log_failures(get_run_logger(), failures)
+    message = state_message(counts, failures, report)
     if result.succeeded:
         return Completed(data=result, message=message)
     return Failed(data=RunFailedError(result), message=message)

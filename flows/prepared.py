@@ -30,7 +30,7 @@ from ptbin.runs.remembering import CheckpointMemory
 from ptbin.runs.tally import Tally
 from ptbin.sources.companions import companion_of, is_companion
 from ptbin.stores import identity_text
-from tasks.live import LiveRun, Settled
+from tasks.live import LiveRun
 
 __all__ = ["finish_in_step", "preparing", "refuse_nothing"]
 
@@ -140,7 +140,7 @@ def finish_in_step(live: LiveRun, min_success: float | None = None) -> dict[str,
     if text := work.entries.links_words():
         live.listener.noted(text)
     for entry in refused:
-        live.listener.settled(Settled(entry.source, entry.outcome, reason=entry.reason, detail=entry.detail))
+        live.listener.settled(entry)
     tally.add_untouched(work)
     live.listener.planned(0, 0, tally.count("up_to_date"))
     return account.close() | {"task_runs": 0}

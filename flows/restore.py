@@ -19,7 +19,7 @@ from flows.run_flow import run_flow
 from flows.stages import Stage
 from ptbin import RestoreOptions
 from ptbin.runs.tally import Tally
-from tasks.restoring import restore_batch
+from tasks.converting import restore_batch
 
 __all__ = ["restore"]
 

@@ -84,8 +84,7 @@ class Synchronization(Conversion):
 
     def _give_up(self, job: Job, reason: str, detail: str) -> None:
         self.work.refuse(job)
-        self.tally.add(job, Outcome(job.path, "failed", reason, detail))
-        self._announce(job.path, "failed", reason, detail)
+        self._report(self.tally.add(job, Outcome(job.path, "failed", reason, detail)))
 
     def _release_companions(self) -> None:
         """Take companions off the manifests of outputs that are made anew: the mirror copies them itself.

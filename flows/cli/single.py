@@ -86,7 +86,6 @@ def run_one(job: Job, request: RunRequest, make: Make, shared: Shared) -> tuple[
     from ptbin.runs.record import new_run_id
     from ptbin.runs.tally import Tally
     from ptbin.stores import public_uri
-    from tasks.live import Settled
 
     tally = Tally(new_run_id(), public_uri(request.source), public_uri(request.dest), kind=request.kind)
     report: list[str] = []
@@ -112,8 +111,7 @@ def run_one(job: Job, request: RunRequest, make: Make, shared: Shared) -> tuple[
                 # whole, with its lines: which keys do not fit is what the caller wants to know
                 outcome = replace(outcome, detail=str(error))
                 shown, *report = str(error).splitlines() or [""]
-            tally.add(job, outcome)
-            listener.settled(Settled(job.path, outcome.kind, job.source_size, outcome.reason, shown))
+            listener.settled(replace(tally.add(job, outcome), detail=shown))
     print_lines_of_error(report)
     summary = tally.summary(time.monotonic() - began())
     return summary | {"succeeded": tally.succeeded}, single_lines(tally.entries[0], job, summary["seconds"])

@@ -118,9 +118,9 @@ def _verify_one(
     dest: str, level: VerifyLevel, public_key: str | None, shared: Shared, listener: Any
 ) -> dict[str, Any]:
     from ptbin.manifests.manifest import MANIFEST_SUFFIX
+    from ptbin.runs.tally import Entry
     from ptbin.runs.verifying import issues_of, sum_up, verify_manifest
     from ptbin.stores import place_of, public_uri
-    from tasks.live import Settled
 
     listener.planned(1, 0, 0)
     uri = dest if dest.endswith(MANIFEST_SUFFIX) else _manifest_of(dest, shared)
@@ -133,7 +133,7 @@ def _verify_one(
         signed = verify_signatures(place, public_key, [manifest.uri], progress=listener.moved)
         issues += [issue.to_json() for issue in signed]
     for issue in issues:
-        listener.settled(Settled(issue["uri"], "failed", reason=issue["reason"], detail=issue["detail"]))
+        listener.settled(Entry(issue["uri"], issue["uri"], 0, "failed", issue["reason"], issue["detail"]))
     if issues:
         verdict = replace(verdict, kind="failed")
     return sum_up(public_uri(dest), [verdict], [], issues, time.monotonic() - began())

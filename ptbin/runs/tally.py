@@ -19,6 +19,7 @@ from ptbin.catalog.worklist import WorkList
 from ptbin.errors import PtbinError
 from ptbin.history.failures import Ledger
 from ptbin.runs.outcomes import Converted, Kind, Outcome, one_line
+from ptbin.runs.units import format_nbytes
 from ptbin.sources.companions import companion_of, is_companion
 from ptbin.stores import identity_text
 
@@ -51,6 +52,22 @@ class Entry:
         """What became of a source of that size."""
         facts = (outcome.reason, outcome.detail, outcome.converted, outcome.seconds)
         return cls(outcome.path, source, nbytes, outcome.kind, *facts)
+
+    @property
+    def read_nbytes(self) -> int:
+        return self.converted.read_nbytes if self.converted is not None else 0
+
+    @property
+    def written_nbytes(self) -> int:
+        return self.converted.written_nbytes if self.converted is not None else 0
+
+    def line(self) -> str:
+        """Of what went well, for logs: `converted a.pt (1.50 MiB, 1.20 MiB written) in 0.21 s`."""
+        written = f", {format_nbytes(self.written_nbytes)} written" if self.written_nbytes else ""
+        detail = f"; {self.detail}" if self.detail else ""
+        size = format_nbytes(self.nbytes)
+        what = self.outcome.replace("_", " ")
+        return f"{what} {self.path} ({size}{written}) in {self.seconds:.2f} s{detail}"
 
     def problem(self) -> dict[str, str]:
         """As a row of the summary."""
