@@ -20,7 +20,7 @@ from flows.prefect.orchestrator import ABSENT_SECONDS, await_server
 from flows.prefect.signals import INTERRUPTS
 from flows.report_link import link_of
 from flows.report_markdown import render_markdown
-from flows.selection import with_named_files
+from flows.requests import with_named_files
 from flows.stages import Stage, Stages, count_of
 from ptbin.catalog import Job
 from ptbin.catalog.checks import check_request
@@ -183,7 +183,7 @@ class Conversion:
         self.stages.carry_out(*self._parts())
         self._account_for_the_rest()
 
-    def _parts(self) -> Sequence[tuple[Stage, Iterable[Sequence[Job]]]]:
+    def _parts(self) -> Sequence[tuple[Stage, Iterable[Sequence[Any]]]]:
         """What the run is made of: stages, and the batches that go through them."""
         return [(self._making(), self._batches(MAX_BATCHES))]
 
@@ -269,13 +269,13 @@ class Conversion:
         )
         self.progress.end()
 
-    def _settle_all(self, final: Sequence[tuple[Job, Outcome]]) -> None:
+    def _settle_all(self, final: Sequence[tuple[Any, Outcome]]) -> None:
         for job, outcome in final:
             self._settle(job, outcome)
         self._log_lines()
         self.progress.update(len(self.stages.settled), self.tally.message())
 
-    def _settle(self, job: Job, outcome: Outcome) -> None:
+    def _settle(self, job: Any, outcome: Outcome) -> None:
         """One checkpoint has its final outcome."""
         entry = self.account.settle(job, outcome)
         if self.account.is_full:
@@ -298,7 +298,7 @@ class Conversion:
             self.logger.info("%s", "\n".join(self.lines))
             self.lines = []
 
-    def _label(self, jobs: Sequence[Job | Staged]) -> str:
+    def _label(self, jobs: Sequence[Any]) -> str:
         nbytes = sum(job.item.source_size if isinstance(job, Staged) else job.source_size for job in jobs)
         what = jobs[0].path if len(jobs) == 1 else f"{len(jobs)} checkpoints"
         return f"{what} ({format_nbytes(nbytes)})"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flows.access import Running, RunSettings, join_run, running
@@ -19,7 +20,7 @@ from flows.options import CONTENT, MIGRATE, chosen
 from flows.parsing import build_options, refuse_secrets
 from flows.run_flow import run_flow
 from flows.stages import Stage
-from ptbin.catalog import Job, Problem
+from ptbin.catalog import Problem
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions
@@ -70,14 +71,14 @@ class Migrating(Conversion):
         self.migration = plan
         self.versions = tally
         self.jobs = [
-            VersionJob.of(model, step)
+            VersionJob(step, replace(model, model=replace(model.model, versions=()), steps=()))
             for model in plan.models
             for step in model.steps
             if step.action == "migrate"
         ]
         self.unsettled = {step.version.path for step in plan.steps()}
         # Where the destination counts, what was passed over earlier comes behind what keeps its number.
-        in_order = sorted(self.jobs, key=lambda job: natural_order(job.parts[0].dest_version))
+        in_order = sorted(self.jobs, key=lambda job: natural_order(job.step.dest_version))
         self.stages.expect(model_of, in_order)
 
     def drop_up_to_date(self) -> None:
@@ -89,7 +90,7 @@ class Migrating(Conversion):
         What no run takes up any more, since its source has changed again, is removed.
         """
         _, there = self.registries.open(**self.live.sides)
-        there.tidy({job.parts[0].fingerprint for job in self.jobs})
+        there.tidy({job.step.fingerprint for job in self.jobs})
 
     def run(self) -> None:
         for line in loss_lines(self.migration):
@@ -112,7 +113,7 @@ class Migrating(Conversion):
         self._update()
         self._account_for_the_rest()
 
-    def _parts(self) -> Sequence[tuple[Stage, Iterable[Sequence[Job]]]]:
+    def _parts(self) -> Sequence[tuple[Stage, Iterable[Sequence[VersionJob]]]]:
         sides = {"registries": self.registries}
         transfer = Stage(
             transfer_batch, "transfer", {**sides, "options": self.options}, self._settle_all, self._label
@@ -151,9 +152,8 @@ class Migrating(Conversion):
         stage = Stage(update_models, "update", {"registries": self.registries}, settle, label)
         self._apart(stage, cut(plans, len(plans), MODELS_PER_UPDATE, max_batches=UPDATES))
 
-    def _settle(self, job: Job, outcome: Outcome) -> None:
-        assert isinstance(job, VersionJob)
-        self._report(self._close(job.parts[0], outcome))
+    def _settle(self, job: VersionJob, outcome: Outcome) -> None:
+        self._report(self._close(job.step, outcome))
 
     def _close(self, step: Step, outcome: Outcome) -> Entry:
         self.unsettled.discard(step.version.path)
@@ -162,11 +162,11 @@ class Migrating(Conversion):
     def _account_for_the_rest(self) -> None:
         for job in self.jobs:
             if job.path in self.unsettled:
-                self._close(job.parts[0], Outcome(job.path, "not_tried"))
+                self._close(job.step, Outcome(job.path, "not_tried"))
         order = {step.version.path: index for index, step in enumerate(self.migration.steps())}
         self.versions.versions.sort(key=lambda row: order[f"{row['model']}/{row['version']}"])
 
-    def _label(self, jobs: Sequence[Job | Staged]) -> str:
+    def _label(self, jobs: Sequence[VersionJob | Staged]) -> str:
         return jobs[0].path if len(jobs) == 1 else f"{len(jobs)} versions"
 
 

@@ -8,10 +8,10 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from flows.cli.command import Shared
 from flows.cli.destination import leaving_no_empty_folders
 from flows.cli.interrupts import interrupts_held
 from flows.cli.progress import Problems
-from flows.cli.shared_options import Shared
 from flows.cli.started import began
 from flows.parsing import refuse_runner_secrets
 from ptbin.errors import PtbinError

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from flows.cli.command import Shared
 from flows.cli.pace import Pace
 from flows.cli.printing import print_error, printable
-from flows.cli.shared_options import Shared
 from ptbin.installed import is_installed
 from ptbin.runs.units import format_nbytes, short_detail
 from tasks.live import Listener

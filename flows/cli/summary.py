@@ -8,12 +8,12 @@ from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 from flows.cli.interrupts import INTERRUPTED_STATUS
-from flows.cli.printing import align, print_error, print_json, print_line
+from flows.cli.printing import SHOWN_ROWS, align, and_more, print_error
 from ptbin.catalog.entries import skipped_words
 from ptbin.runs.units import counted, format_nbytes, left_out_words, short_detail
 
 if TYPE_CHECKING:
-    from flows.cli.shared_options import Shared
+    from flows.cli.command import Shared
     from ptbin.catalog import Job
     from ptbin.runs.tally import Entry
 
@@ -50,7 +50,6 @@ KEYS = {
 }
 
 LEFT_ALONE = "what training leaves next to weights: optimizers, schedulers, ..."
-SHOWN_PROBLEMS = 20
 SHOWN_VERSIONS = 40
 
 
@@ -108,8 +107,7 @@ def migration_lines(summary: Mapping[str, Any]) -> list[str]:
     migrated = [row for row in summary["versions"] if row["outcome"] == "migrated"]
     if migrated:
         lines += ["", *align([_version_row(row) for row in migrated[:SHOWN_VERSIONS]], indent="")]
-        if len(migrated) > SHOWN_VERSIONS:
-            lines.append(f"... and {len(migrated) - SHOWN_VERSIONS} more, in the run record")
+        lines += and_more(len(migrated), SHOWN_VERSIONS, ", in the run record")
     elif not summary["problems"] and not summary.get("told") and not summary["updated"]:
         lines += ["", "nothing to do: DEST is in step"]
     return lines + _last_lines(summary)
@@ -195,22 +193,16 @@ def _initial_lines(summary: Mapping[str, Any]) -> list[str]:
     """What `restore --allow-missing` let through: names that keep the values that the model's code gave."""
     lines = []
     rows = summary.get("initial", ())
-    for row in rows[:SHOWN_PROBLEMS]:
+    for row in rows[:SHOWN_ROWS]:
         names = row["names"]
-        more = f" and {len(names) - SHOWN_PROBLEMS} more" if len(names) > SHOWN_PROBLEMS else ""
-        lines.append(f"initial values kept in {row['source']}: {', '.join(names[:SHOWN_PROBLEMS])}{more}")
-    if len(rows) > SHOWN_PROBLEMS:
-        lines.append(f"... and in {len(rows) - SHOWN_PROBLEMS} more, by their manifests")
-    return lines
+        more = f" and {len(names) - SHOWN_ROWS} more" if len(names) > SHOWN_ROWS else ""
+        lines.append(f"initial values kept in {row['source']}: {', '.join(names[:SHOWN_ROWS])}{more}")
+    return lines + and_more(len(rows), where=", by their manifests")
 
 
 def report_summary(kind: str, summary: Mapping[str, Any], lines: Sequence[str], shared: Shared) -> int:
     """Print the end of a run of that kind as the options ask; its exit status."""
-    if shared.as_json:
-        print_json({key: summary[key] for key in KEYS[kind]})
-    elif not shared.quiet:
-        for line in (*lines, *_initial_lines(summary)):
-            print_line(line)
+    shared.answer(lambda: {key: summary[key] for key in KEYS[kind]}, [*lines, *_initial_lines(summary)])
     if summary.get("interrupted"):
         print_error("interrupted", kind="ptbin")
         return INTERRUPTED_STATUS
@@ -232,12 +224,10 @@ def verification_lines(summary: Mapping[str, Any]) -> list[str]:
 
 def _problem_lines(problems: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
-    for problem in problems[:SHOWN_PROBLEMS]:
+    for problem in problems[:SHOWN_ROWS]:
         lines.append(f"{problem['reason']}: {problem['source']}{_since(problem)}")
         lines.append(f"    {short_detail(problem['source'], problem['detail'])}")
-    if len(problems) > SHOWN_PROBLEMS:
-        lines.append(f"... and {len(problems) - SHOWN_PROBLEMS} more, in the run record")
-    return lines
+    return lines + and_more(len(problems), where=", in the run record")
 
 
 def _since(problem: Mapping[str, Any]) -> str:

@@ -6,10 +6,8 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from flows.cli.command import command
-from flows.cli.printing import print_json, print_line
+from flows.cli.command import Shared, command
 from flows.cli.progress import showing_progress
-from flows.cli.shared_options import Shared
 from flows.cli.started import began
 from flows.cli.summary import verification_lines
 from flows.options import VERIFY
@@ -61,11 +59,7 @@ def verify_command(dest: str, asked: dict[str, Any], shared: Shared) -> int:
         else:
             _refuse_missing(place)
             summary = _verify_one(dest, asked["level"], asked["public_key"], shared, listener)
-    if shared.as_json:
-        print_json({key: summary[key] for key in JSON_KEYS})
-    elif not shared.quiet:
-        for line in verification_lines(summary):
-            print_line(line)
+    shared.answer(lambda: {key: summary[key] for key in JSON_KEYS}, verification_lines(summary))
     return 0 if not summary["issues"] else 1
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ptbin.errors import NotFoundInStoreError, PtbinError, StorageError, UsageError
 from ptbin.registries.layouts import Style
-from ptbin.registries.values import Model, Version
+from ptbin.registries.values import Model, Origin, Version
 from ptbin.stores import Place
 
 __all__ = ["Attempts", "Name", "Registration", "Registry", "RegistryError", "VersionSite"]
@@ -97,6 +97,12 @@ class Registration:
     source_uri: str
     run_id: str
     files: tuple[str, ...] = ()
+
+    @property
+    def recorded(self) -> Version:
+        """The version as a record there has it: by its name there, and with its origin."""
+        origin = Origin(self.source_uri, self.version.model, self.version.version, self.fingerprint)
+        return replace(self.version, version=self.dest_version, origin=origin)
 
 
 class Registry(ABC):

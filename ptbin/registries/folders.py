@@ -16,14 +16,14 @@ from typing import Any
 from ptbin.errors import NotFoundInStoreError, OutputExistsError, VerificationError
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
 from ptbin.registries.base import Name, Registration, Registry, RegistryError, VersionSite
-from ptbin.registries.folder_listing import ONLY_VERSION, ListedModel, RegistryListing, list_registry
-from ptbin.registries.layouts import Layout
+from ptbin.registries.folder_listing import ListedModel, RegistryListing, list_registry
+from ptbin.registries.layouts import ONLY_VERSION, Layout
 from ptbin.registries.record import CLAIM, OWN_FILES, RECORD, ModelRecord, VersionRecord
 from ptbin.registries.values import Model, Origin, Version, natural_order
 from ptbin.stores import ListedObject, Place, identity_text, place_of, public_uri
 from ptbin.stores.copying import copy_file, same_content
 
-__all__ = ["ONLY_VERSION", "FolderRegistry"]
+__all__ = ["FolderRegistry"]
 
 MAX_RECORD_NBYTES = 64 << 20
 STAGING = "_ptbin/staging"
@@ -167,7 +167,7 @@ class FolderRegistry(Registry):
         return Name(name)
 
     def model_folder(self, model: str) -> Place | None:
-        return self._root / self._above(model) if self.layout.has_versions else None
+        return self._root / self.layout.home(model) if self.layout.has_versions else None
 
     def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> VersionSite:
         folder = self._place_of(version.model, dest_version)
@@ -220,13 +220,8 @@ class FolderRegistry(Registry):
             model.name, model.description, model.tags, layout=self.style
         )
         aliases = dict(record.aliases)
-        above = self._above(model.name)
+        above = self.layout.home(model.name)
         for new in ready:
-            version = replace(
-                new.version,
-                version=new.dest_version,
-                origin=Origin(new.source_uri, new.version.model, new.version.version, new.fingerprint),
-            )
             folder = self.layout.folder(model.name, new.dest_version)
             old = record.row(new.dest_version)
             if old is not None and (old.version.origin or NOBODY).fingerprint != new.fingerprint:
@@ -234,11 +229,11 @@ class FolderRegistry(Registry):
                 self._replace(record, old, new, self._root / folder)
             path = folder[len(above) :].lstrip("/") or "."
             identities = _identities(self._root / folder, new.files)
-            record = record.with_version(VersionRecord(version, path, new.manifests, new.files, identities))
+            record = record.with_version(
+                VersionRecord(new.recorded, path, new.manifests, new.files, identities)
+            )
             aliases.update(dict.fromkeys(new.aliases, new.dest_version))
-        self._write_record(
-            replace(record, description=model.description or record.description, aliases=aliases)
-        )
+        self._write_record(replace(record.updated(model), aliases=aliases))
         for new in ready:
             (self._place_of(model.name, new.dest_version) / CLAIM).delete()
             _empty(self._staging(new.fingerprint))
@@ -298,29 +293,13 @@ class FolderRegistry(Registry):
         record = self._read_record(model.name)
         if record is None:
             return
-        wanted = dict(versions)
-        rows = tuple(row.updated(wanted.get(row.version.version)) for row in record.versions)
-        self._write_record(
-            replace(
-                record,
-                description=model.description or record.description,
-                tags={**record.tags, **model.tags},
-                aliases={**record.aliases, **aliases},
-                versions=rows,
-            )
-        )
+        updated = record.updated(model, dict(versions))
+        self._write_record(replace(updated, aliases={**record.aliases, **aliases}))
 
     # -- registry.json ------------------------------------------------------------------------------
 
-    def _above(self, name: str) -> str:
-        above = self.layout.model_folder(name)
-        return above if above is not None else self.layout.folder(name, ONLY_VERSION)
-
-    def _record_path(self, name: str) -> str:
-        return f"{self._above(name)}/{RECORD}"
-
     def _read_record(self, name: str) -> ModelRecord | None:
-        place = self._root / self._record_path(name)
+        place = self._record_place(name)
         try:
             data = place.read_bytes(limit=MAX_RECORD_NBYTES)
         except NotFoundInStoreError:
@@ -331,7 +310,10 @@ class FolderRegistry(Registry):
             raise RegistryError(str(error)) from error
 
     def _write_record(self, record: ModelRecord) -> None:
-        (self._root / self._record_path(record.name)).write_bytes(record.to_bytes())
+        self._record_place(record.name).write_bytes(record.to_bytes())
+
+    def _record_place(self, name: str) -> Place:
+        return self._root / self.layout.home(name) / RECORD
 
 
 def _read_claim(folder: Place) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ptbin.errors import (
 )
 from ptbin.registries.base import Attempts, Name, Registration, Registry, RegistryError, VersionSite
 from ptbin.registries.record import RECORD, ModelRecord, VersionRecord
-from ptbin.registries.values import Model, Origin, Version, natural_order
+from ptbin.registries.values import Model, Version, natural_order
 from ptbin.stores import Place, place_of, public_uri
 
 __all__ = ["HubRegistry"]
@@ -279,18 +279,8 @@ class HubRegistry(Registry):
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         record = self._record(model.name) or ModelRecord(model.name)
-        version = replace(
-            new.version,
-            version=new.dest_version,
-            aliases=(),
-            origin=Origin(new.source_uri, new.version.model, new.version.version, new.fingerprint),
-        )
-        record = replace(
-            record.with_version(VersionRecord(version, ".", new.manifests)),
-            description=model.description or record.description,
-            tags={**record.tags, **model.tags},
-            aliases={},  # the tags are
-        )
+        record = record.with_version(VersionRecord(new.recorded, ".", new.manifests)).updated(model)
+        record = replace(record, aliases={})  # the tags are
         files = _staged(new)
         added = [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
@@ -328,12 +318,7 @@ class HubRegistry(Registry):
         record = self._record(model.name)
         if record is None:
             return
-        changed = replace(
-            record,
-            description=model.description or record.description,
-            tags={**record.tags, **model.tags},
-            versions=tuple(row.updated(wanted.get(row.version.version)) for row in record.versions),
-        )
+        changed = record.updated(model, wanted)
         if changed.to_bytes() == record.to_bytes():
             return
         with self._faults(f"update {model.name}"):

@@ -72,15 +72,13 @@ class MigrationTally(Tally):
         self.counts["converted"] += 1
         self.files["copied"] += written.copied
         whole = Entry(version.path, version.uri, 0, "migrated", seconds=outcome.seconds)
-        parts = [
-            replace(whole, path=f"{version.path}/{path}", nbytes=size, outcome="converted", converted=facts)
-            for path, facts, size in written.parts
-        ]
-        self.entries.extend(parts)
-        fresh = [facts for path, facts, _ in written.parts if path in written.fresh]
+        for part in written.parts:
+            own = replace(whole, path=f"{version.path}/{part.path}", outcome="converted")
+            self.entries.append(replace(own, nbytes=part.nbytes, converted=part.converted))
+        fresh = [part.converted for part in written.parts if part.fresh]
         read, wrote = sum(each.read_nbytes for each in fresh), sum(each.written_nbytes for each in fresh)
-        nbytes = sum(part.nbytes for part in parts)
         name = f"version {written.dest_version}" if written.dest_version else ""
+        nbytes = sum(part.nbytes for part in written.parts)
         return replace(whole, nbytes=nbytes, detail=name, converted=Converted("", (), 0, read, wrote))
 
     def summary(self, seconds: float) -> dict[str, Any]:
@@ -165,7 +163,7 @@ def _row(
     if step.action != "migrate":
         return row
     try:
-        contents = plan_version(source, dest, step, plan.existing, plan.beside, options, source_options)
+        contents = plan_version(source, dest, step, plan, options, source_options)
     except PtbinError as error:
         action = "skip" if isinstance(error, NoCheckpointError) else "refused"
         refusal = {"action": action, "dest_version": None, "reason": error.reason, "detail": str(error)}
