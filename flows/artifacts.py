@@ -119,7 +119,7 @@ def conversion_rows(entries: Iterable[Entry]) -> list[dict[str, Any]]:
         {
             "checkpoint": entry.path,
             "outcome": entry.outcome.replace("_", " "),
-            "since": "new" if entry.novelty == "new" else entry.since[:10],
+            "since": entry.age,
             "reason": entry.reason,
             "detail": short_detail(entry.path, entry.detail),
             "source size": format_nbytes(entry.nbytes),

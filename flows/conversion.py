@@ -49,9 +49,7 @@ ASKING_WIDTH = 8
 """At least this many ask what is up to date: that is waiting for small answers, not work."""
 
 
-def carry_out(
-    request: RunRequest, asked: Mapping[str, Any], make: Callable[[Running, Tally, bool], Conversion]
-) -> Any:
+def carry_out(request: RunRequest, asked: Mapping[str, Any], make: Callable[[Running], Conversion]) -> Any:
     """A flow from its request to its final state; `make` gets what the run is made of."""
     refuse_secrets(request.source, request.dest, *([request.backup_dir] if request.backup_dir else []))
     settings = RunSettings.of(asked)
@@ -61,14 +59,7 @@ def carry_out(
         with running(live, request, settings) as run:
             step(live, "list both sides", lambda: live.opened_plan.make(live.tick))
             live.opened_plan.refuse_nothing()
-            tally = Tally(
-                live.run_id,
-                request.source,
-                request.dest,
-                kind=request.kind,
-                min_success=asked.get("min_success"),
-            )
-            return make(run, tally, asked["fail_fast"]).carry_out()
+            return make(run).carry_out()
 
 
 class Conversion:
@@ -76,8 +67,8 @@ class Conversion:
 
     artifact_key = "ptbin-convert"
 
-    def __init__(self, run: Running, tally: Tally, fail_fast: bool, memory: Memory | None = None) -> None:
-        """`memory`: of what failed; left out, that of the plan's checkpoints."""
+    def __init__(self, run: Running, tally: Tally | None = None, memory: Memory | None = None) -> None:
+        """Left out, tally and memory are those of the plan's checkpoints."""
         self.running = run
         self.live = run.live
         self.runner = run.runner
@@ -85,12 +76,11 @@ class Conversion:
         self.work = self.plan.work
         self.lines: list[str] = []
         self.options = self.plan.request.making
-        self.tally = tally
-        self.fail_fast = fail_fast
+        self.tally = tally or Tally.of(self.live.run_id, self.plan.request, run.settings.min_success)
         self.logger = get_run_logger()
         self.account = Account(
             self.plan,
-            tally,
+            self.tally,
             memory or CheckpointMemory(self.plan),
             began=self.live.began,
             do=lambda name, write: sure_step(self.live, name, write),
@@ -168,7 +158,9 @@ class Conversion:
         self.account.remember(self.work.answer([job for job, _ in asked], rows, planning))
 
     def _keeps_on(self) -> bool:
-        return not self.running.is_stopping and not (self.fail_fast and self.tally.has_problems)
+        return not self.running.is_stopping and not (
+            self.running.settings.fail_fast and self.tally.has_problems
+        )
 
     def run(self) -> None:
         """Convert and prove what is to be done; every checkpoint is in the tally afterwards."""

@@ -23,7 +23,6 @@ from flows.stages import Stage
 from ptbin.catalog import Problem
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import UsageError
-from ptbin.options import ConvertOptions
 from ptbin.registries import Migration, ModelPlan, Step, wanted_names
 from ptbin.registries.migration import Registries, prepare
 from ptbin.registries.values import natural_order
@@ -58,15 +57,12 @@ class Migrating(Conversion):
     def __init__(
         self,
         run: Running,
-        options: ConvertOptions,
         tally: MigrationTally,
-        fail_fast: bool,
+        memory: VersionMemory,
         registries: Registries,
         plan: Migration,
-        memory: VersionMemory,
     ) -> None:
-        super().__init__(run, tally, fail_fast, memory)
-        self.options = options
+        super().__init__(run, tally, memory)
         self.registries = registries
         self.migration = plan
         self.versions = tally
@@ -200,4 +196,4 @@ def migrate(source: Text, dest: Text, **asked: Any) -> Any:
             )
             tally = MigrationTally(live.run_id, source, dest, home=home)
             memory = VersionMemory(live.opened_plan, here.uri, plan, asked)
-            return Migrating(run, options, tally, asked["fail_fast"], registries, plan, memory).carry_out()
+            return Migrating(run, tally, memory, registries, plan).carry_out()

@@ -39,7 +39,7 @@ TAG = "ptbin"
 
 def failure_line(entry: Entry) -> str:
     """`new: run3/cut.pt: corrupt_archive: ...`, or `since 2026-11-01: ...`; one line."""
-    when = "new" if entry.novelty == "new" else f"since {entry.since[:10]}" if entry.since else entry.outcome
+    when = "new" if entry.age == "new" else f"since {entry.age}" if entry.age else entry.outcome
     text = f"{when}: {entry.path}: {entry.reason}: {short_detail(entry.path, entry.detail)}"
     return one_line(text, MAX_LINE_LENGTH)
 

@@ -12,7 +12,7 @@ from prefect import get_run_logger
 
 from flows.access import Running, RunSettings, join_run, running
 from flows.artifacts import Artifacts, verification_rows
-from flows.batches import plan_batches
+from flows.batches import iter_batches
 from flows.forms import DEST, Text
 from flows.notices import final_state
 from flows.options import VERIFY
@@ -89,5 +89,5 @@ def _verify_all(run: Running, manifests: Sequence[str], level: VerifyLevel, fina
 
     stage = Stage(verify_manifests, "verify", {"level": level}, settle, count_of("manifests"))
     # Sizes stand in the manifests, which are not read twice: batches go by count alone.
-    batches = plan_batches(manifests, nbytes=lambda _: 0, workers=run.runner.width)
+    batches = iter_batches(manifests, len(manifests), 0, nbytes=lambda _: 0, workers=run.runner.width)
     Stages(run, logger).carry_out((stage, batches))

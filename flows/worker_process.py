@@ -9,7 +9,7 @@ and the state `Running`. Two small processes stand in between:
 - `python -P -m flows.worker_process prefect worker start ...`: a worker, and then a wait for all that it
   leaves behind. For containers, where the end of the first process is the end of all (compose.yaml).
 
-Knows nothing of flows; what a run does when it is to end is in `flows.prefect.signals` and
+Knows nothing of flows; what a run does when it is to end is in `flows.interrupts` and
 `flows.conversion`.
 """
 
@@ -112,7 +112,7 @@ def _adopt_orphans() -> None:
 def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(WATCH_SECONDS)
-    from flows.prefect.signals import end_run
+    from flows.interrupts import end_run
 
     deadline = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < deadline:

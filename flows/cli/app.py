@@ -27,7 +27,6 @@ from flows.cli.deployments_command import deployments_command
 from flows.cli.diff_command import diff_command
 from flows.cli.help import GroupedCommands
 from flows.cli.inspect_command import inspect_command
-from flows.cli.interrupts import INTERRUPTED_STATUS, SignalHandler, handle_signals
 from flows.cli.metrics_command import metrics_command
 from flows.cli.migrate_command import migrate_command
 from flows.cli.printing import print_error, print_json, printable
@@ -37,6 +36,7 @@ from flows.cli.started import begin_again
 from flows.cli.status_command import status_command
 from flows.cli.sync_command import sync_command
 from flows.cli.verify_command import verify_command
+from flows.interrupts import INTERRUPTED_STATUS, SignalHandler, handle_signals
 from ptbin.errors import CheckpointError, PtbinError
 from ptbin.installed import missing_line
 from ptbin.version import __version__
@@ -121,7 +121,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     _open_streams()
     signals = SignalHandler()
     try:
-        with handle_signals(signals):
+        with handle_signals(signals.handle):
             _quieten_libraries(words)
             # Not `cli.main`: it would answer an interrupt with an empty line of its own.
             with cli.make_context("ptbin", words.copy()) as context:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from flows.cli.command import Shared
 from flows.cli.destination import leaving_no_empty_folders
-from flows.cli.interrupts import interrupts_held
 from flows.cli.progress import Problems
 from flows.cli.started import began
+from flows.interrupts import hold_signals, interrupts_held
 from flows.parsing import refuse_runner_secrets
 from ptbin.errors import PtbinError
 from ptbin.installed import require
@@ -101,7 +101,7 @@ def _run(name: str, live: LiveRun, shared: Shared, parameters: dict[str, Any]) -
 
             from flows.access import RunStoppedError
             from flows.notices import TAG
-            from flows.prefect.signals import INTERRUPTS, hold_signals, is_hidden_interrupt
+            from flows.prefect.signals import INTERRUPTS, is_hidden_interrupt
 
         # Prefect's modules stay to the end: a full collection would walk a million objects of them, 0.1 s.
         gc.freeze()

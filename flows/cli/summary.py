@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
-from flows.cli.interrupts import INTERRUPTED_STATUS
 from flows.cli.printing import SHOWN_ROWS, align, and_more, print_error
+from flows.interrupts import INTERRUPTED_STATUS
 from ptbin.catalog.entries import skipped_words
 from ptbin.runs.units import counted, format_nbytes, left_out_words, short_detail
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flows.cli.command import Shared, command
-from flows.cli.progress import showing_progress
+from flows.cli.progress import Problems, showing_progress
 from flows.cli.started import began
 from flows.cli.summary import verification_lines
 from flows.options import VERIFY
@@ -15,7 +15,6 @@ from flows.parsing import refuse_secrets
 from ptbin.errors import UsageError
 
 if TYPE_CHECKING:
-    from ptbin.options import VerifyLevel
     from ptbin.stores import Place
 
 __all__ = ["verify_command"]
@@ -57,29 +56,9 @@ def verify_command(dest: str, asked: dict[str, Any], shared: Shared) -> int:
             _refuse_empty(dest, shared)
             summary = run_flow("verify", shared, listener, dest=dest, **asked)
         else:
-            _refuse_missing(place)
-            summary = _verify_one(dest, asked["level"], asked["public_key"], shared, listener)
+            summary = _verify_one(dest, place, asked, shared, listener)
     shared.answer(lambda: {key: summary[key] for key in JSON_KEYS}, verification_lines(summary))
     return 0 if not summary["issues"] else 1
-
-
-def _refuse_missing(place: Place) -> None:
-    """A missing DEST is the caller's mistake, not an issue; of shards and split outputs only the manifest is
-    there.
-
-    Raises:
-        NotFoundInStoreError: neither is.
-    """
-    from ptbin.errors import NotFoundInStoreError
-    from ptbin.manifests.manifest import MANIFEST_SUFFIX
-
-    try:
-        place.stat()
-    except NotFoundInStoreError:
-        try:
-            place.beside(MANIFEST_SUFFIX).stat()
-        except NotFoundInStoreError:
-            place.stat()
 
 
 def _refuse_empty(dest: str, shared: Shared) -> None:
@@ -91,40 +70,42 @@ def _refuse_empty(dest: str, shared: Shared) -> None:
     raise UsageError(f"nothing to verify below DEST, neither manifests nor outputs: {dest}")
 
 
-def _manifest_of(dest: str, shared: Shared) -> str:
-    """The manifest of an output: next to it, or that of the output that `--split` made it a part of."""
+def _manifest_of(place: Place) -> str:
+    """The manifest of DEST: itself, next to it, or that of the output that `--split` made it a part of.
+
+    Raises:
+        NotFoundInStoreError: neither an output nor a manifest is there, which is the caller's mistake and not
+            an issue. Of shards and split outputs only the manifest is there.
+    """
     from ptbin.catalog.finding import split_manifest
     from ptbin.errors import NotFoundInStoreError
-    from ptbin.manifests.manifest import MANIFEST_SUFFIX, manifest_uri
-    from ptbin.stores import place_of
+    from ptbin.manifests.manifest import MANIFEST_SUFFIX
 
-    uri = manifest_uri(dest)
-    place = place_of(dest, shared.dest_options)
+    own = place if place.name.endswith(MANIFEST_SUFFIX) else place.beside(MANIFEST_SUFFIX)
     try:
-        place.beside(MANIFEST_SUFFIX).stat()
+        own.stat()
     except NotFoundInStoreError:
+        place.stat()
         found = split_manifest(place.parent, place.name)
-        return (place.parent / found).uri if found is not None else uri
-    return uri
+        return own.uri if found is None else (place.parent / found).uri
+    return own.uri
 
 
 def _verify_one(
-    dest: str, level: VerifyLevel, public_key: str | None, shared: Shared, listener: Any
+    dest: str, place: Place, asked: dict[str, Any], shared: Shared, listener: Problems
 ) -> dict[str, Any]:
-    from ptbin.manifests.manifest import MANIFEST_SUFFIX
     from ptbin.runs.tally import Entry
     from ptbin.runs.verifying import issues_of, sum_up, verify_manifest
-    from ptbin.stores import place_of, public_uri
+    from ptbin.stores import public_uri
 
     listener.planned(1, 0, 0)
-    uri = dest if dest.endswith(MANIFEST_SUFFIX) else _manifest_of(dest, shared)
-    verdict = verify_manifest(uri, level, shared.dest_options, listener.moved)
+    uri = _manifest_of(place)
+    verdict = verify_manifest(uri, asked["level"], shared.dest_options, listener.moved)
     issues = list(issues_of(verdict))
-    if public_key is not None:
+    if (public_key := asked["public_key"]) is not None:
         from ptbin.proof.signatures import verify_signatures
 
-        place, manifest = place_of(dest, shared.dest_options), place_of(uri, shared.dest_options)
-        signed = verify_signatures(place, public_key, [manifest.uri], progress=listener.moved)
+        signed = verify_signatures(place, public_key, [uri], progress=listener.moved)
         issues += [issue.to_json() for issue in signed]
     for issue in issues:
         listener.settled(Entry(issue["uri"], issue["uri"], 0, "failed", issue["reason"], issue["detail"]))

@@ -131,7 +131,7 @@ def orchestrator() -> Iterator[Orchestrator]:
         OrchestratorError: no server could be started, with the last thing it said.
     """
     early = take_early()
-    url, started = early.wait() if early is not None else (None, contextlib.ExitStack())
+    url, started = early.result() if early is not None else (None, contextlib.ExitStack())
     chosen = chosen_settings()
     if api_url := chosen.get("PREFECT_API_URL"):
         _refuse_absent(api_url)

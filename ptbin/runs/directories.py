@@ -114,7 +114,7 @@ class _Run:
 
     def __init__(self, plan: Plan, run_id: str, progress: Progress | None, min_success: float | None) -> None:
         self.plan, self.work, self.request = plan, plan.work, plan.request
-        self.tally = Tally(run_id, self.request.source, self.request.dest, min_success=min_success)
+        self.tally = Tally.of(run_id, self.request, min_success)
         self.account = Account(plan, self.tally, CheckpointMemory(plan), began=time.monotonic())
         self.stopping = threading.Event()
         self.reason = ""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ptbin.catalog import Job, Problem, is_rejection
+from ptbin.catalog.request import RunRequest
 from ptbin.catalog.worklist import WorkList
 from ptbin.errors import PtbinError
 from ptbin.history.failures import Ledger
@@ -69,6 +70,11 @@ class Entry:
         what = self.outcome.replace("_", " ")
         return f"{what} {self.path} ({size}{written}) in {self.seconds:.2f} s{detail}"
 
+    @property
+    def age(self) -> str:
+        """Of a failure, for tables: `new`, or the day since when it is like this."""
+        return "new" if self.novelty == "new" else self.since[:10]
+
     def problem(self) -> dict[str, str]:
         """As a row of the summary."""
         row = {"source": self.source, "reason": self.reason, "detail": self.detail}
@@ -105,6 +111,11 @@ class Tally:
     """Entries of SOURCE that were passed over, by kind (`ptbin.catalog.entries`)."""
     run_problems: list[Problem] = field(default_factory=list)
     """Problems of the run itself, such as a run record that could not be written."""
+
+    @classmethod
+    def of(cls, run_id: str, request: RunRequest, min_success: float | None = None) -> Tally:
+        """That of a run which is asked for this."""
+        return cls(run_id, request.source, request.dest, kind=request.kind, min_success=min_success)
 
     @property
     def place(self) -> str:

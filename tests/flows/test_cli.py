@@ -14,11 +14,11 @@ from click.testing import CliRunner
 import ptbin
 from flows.cli import app
 from flows.cli.app import cli
-from flows.cli.interrupts import interrupts_held
 from flows.cli.pace import Pace
 from flows.cli.printing import align, printable
 from flows.cli.progress import PlainProgress
 from flows.cli.summary import JSON_KEYS
+from flows.interrupts import interrupts_held
 from ptbin.runs.tally import Entry
 from ptbin.runs.units import format_nbytes, short_detail
 
