@@ -44,8 +44,8 @@ def iter_batches(
     """Batches of `count` items, `total` bytes together, that come largest first: at most `max_batches`.
 
     A batch closes when it holds the count or has reached the bytes; an item larger than that is alone in its
-    batch. Both bounds shrink for short lists, so that each worker gets `per_worker` batches, and grow for long
-    ones; else `most` items go into one.
+    batch. Both bounds shrink for short lists, so that each worker gets `per_worker` batches, and grow for
+    long ones; else `most` items go into one.
     """
     # Every closed batch has used up a share of the count or of the bytes: with half of the batches
     # allowed to each, and one unfinished batch at the end, there are never more than `max_batches`.

@@ -21,7 +21,7 @@ from ptbin.runs.outcomes import one_line
 from ptbin.runs.result import RunFailedError, RunResult
 from ptbin.runs.tally import Entry
 from ptbin.runs.units import short_detail
-from tasks.batch_states import MAX_LINE_LENGTH, MAX_LISTED_FAILURES, first_failures
+from tasks.batches import MAX_LINE_LENGTH, MAX_LISTED_FAILURES, first_failures
 
 __all__ = [
     "MAX_LISTED_FAILURES",

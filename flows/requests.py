@@ -11,8 +11,9 @@ from flows.options import LAST
 from flows.parsing import build_options, restore_options
 from ptbin.catalog.globs import root_of
 from ptbin.catalog.named import parse_lines
-from ptbin.catalog.request import RunRequest
+from ptbin.catalog.request import RunKind, RunRequest
 from ptbin.errors import UsageError
+from ptbin.options import ConvertOptions
 from ptbin.stores import place_of
 
 __all__ = ["convert_request", "restore_request", "sync_request", "with_named_files"]
@@ -22,29 +23,24 @@ Text = str | os.PathLike[str]
 
 def convert_request(source: Text, dest: Text, asked: Mapping[str, Any]) -> RunRequest:
     """The request of `convert`, but for the files that it names (`with_named_files`)."""
-    return RunRequest(
-        os.fspath(source),
-        os.fspath(dest),
-        build_options(asked),
-        naming=asked["naming"],
-        include=tuple(asked["include"]),
-        exclude=tuple(asked["exclude"]),
-        copy_links=asked["copy_links"],
-        must_exist=asked["retry_failed"] is None,
-    )
+    must_exist = asked["retry_failed"] is None
+    return replace(_request("convert", source, dest, asked, build_options(asked)), must_exist=must_exist)
+
+
+def restore_request(source: Text, dest: Text, asked: Mapping[str, Any]) -> RunRequest:
+    """The request of `restore`. A model's code may have changed: what it made is never up to date."""
+    options = restore_options(asked)
+    request = _request("restore", source, dest, asked, options.conversion())
+    return replace(request, distrust=options.model is not None)
 
 
 def sync_request(source: Text, dest: Text, asked: Mapping[str, Any]) -> RunRequest:
-    """The request of `sync`. Raises UsageError as `build_options` and `RunRequest`."""
-    return RunRequest(
-        os.fspath(source),
-        os.fspath(dest),
-        build_options(asked),
-        "sync",
-        asked["naming"],
-        exclude=tuple(asked["exclude"]),
-        copied=tuple(asked["include"]),
-        copy_links=asked["copy_links"],
+    """The request of `sync`, whose `include` are files to be copied. Raises UsageError as `RunRequest`."""
+    request = _request("sync", source, dest, asked, build_options(asked))
+    return replace(
+        request,
+        include=(),
+        copied=request.include,
         distrust=asked["checksum"],
         compares=asked["checksum"],
         immutable=asked["immutable"],
@@ -54,18 +50,18 @@ def sync_request(source: Text, dest: Text, asked: Mapping[str, Any]) -> RunReque
     )
 
 
-def restore_request(source: Text, dest: Text, asked: Mapping[str, Any]) -> RunRequest:
-    """The request of `restore`. A model's code may have changed: what it made is never up to date."""
-    options = restore_options(asked)
+def _request(
+    kind: RunKind, source: Text, dest: Text, asked: Mapping[str, Any], options: ConvertOptions
+) -> RunRequest:
     return RunRequest(
         os.fspath(source),
         os.fspath(dest),
-        options.conversion(),
-        "restore",
+        options,
+        kind,
         asked["naming"],
-        include=tuple(asked["include"]),
-        exclude=tuple(asked["exclude"]),
-        distrust=options.model is not None,
+        tuple(asked["include"]),
+        tuple(asked["exclude"]),
+        copy_links=asked.get("copy_links", False),
     )
 
 

@@ -105,9 +105,7 @@ def register_batch(live: LiveRun, versions: Sequence[Staged], dest: Registry) ->
     plan: ModelPlan = versions[0].item.plan
     ready = [staged.outcome.written for staged in versions if staged.outcome.written is not None]
     brought = bring_along(plan, dest, live.source_options, live.moved)
-    names = dest.register(plan.model, [each.registration for each in ready])
-    if brought:
-        dest.remember_files(plan.path, brought)
+    names = dest.register(plan.model, [each.registration for each in ready], brought)
     return [
         Outcome(staged.path, "converted", written=replace(each, dest_version=name))
         for staged, each, name in zip(versions, ready, names, strict=True)

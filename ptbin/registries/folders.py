@@ -15,7 +15,7 @@ from typing import Any
 
 from ptbin.errors import NotFoundInStoreError, OutputExistsError, VerificationError
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
-from ptbin.registries.base import Name, Registration, Registry, RegistryError, VersionSite
+from ptbin.registries.base import Name, Pair, Registration, Registry, RegistryError, VersionSite
 from ptbin.registries.folder_listing import ListedModel, RegistryListing, list_registry
 from ptbin.registries.layouts import ONLY_VERSION, Layout
 from ptbin.registries.record import CLAIM, OWN_FILES, RECORD, ModelRecord, VersionRecord
@@ -124,16 +124,12 @@ class FolderRegistry(Registry):
     def _place_of(self, model: str, version: str) -> Place:
         return self._root / self.layout.folder(model, version)
 
-    def model_files(self, model: str) -> tuple[tuple[str, str], ...]:
-        above = self.layout.model_folder(model)
-        if above is None:
-            return ()
-        paths = sorted(self._list().model(model).beside)
-        return tuple(((self._root / path).uri, path[len(above) + 1 :]) for path in paths)
-
-    def model_files_left(self, model: str) -> list[str]:
-        above = self.layout.model_folder(model)
-        return [path[len(above or "") :].lstrip("/") for path in sorted(self._list().model(model).left)]
+    def loose_files(self, model: str) -> tuple[tuple[Pair, ...], list[str]]:
+        listed, above = self._list().model(model), self.layout.model_folder(model)
+        start = 0 if above is None else len(above) + 1
+        beside = () if above is None else listed.beside
+        pairs = tuple(((self._root / path).uri, path[start:]) for path in sorted(beside))
+        return pairs, [path[start:] for path in sorted(listed.left)]
 
     # -- destination --------------------------------------------------------------------------------
 
@@ -215,7 +211,9 @@ class FolderRegistry(Registry):
             if item.path.split("/", 1)[0] not in fingerprints:
                 (staging / item.path).delete()
 
-    def register(self, model: Model, ready: Sequence[Registration]) -> list[str]:
+    def register(
+        self, model: Model, ready: Sequence[Registration], brought: Mapping[str, str] | None = None
+    ) -> list[str]:
         record = self._read_record(model.name) or ModelRecord(
             model.name, model.description, model.tags, layout=self.style
         )
@@ -233,7 +231,8 @@ class FolderRegistry(Registry):
                 VersionRecord(new.recorded, path, new.manifests, new.files, identities)
             )
             aliases.update(dict.fromkeys(new.aliases, new.dest_version))
-        self._write_record(replace(record.updated(model), aliases=aliases))
+        files = {**record.files, **(brought or {})}
+        self._write_record(replace(record.updated(model), aliases=aliases, files=files))
         for new in ready:
             (self._place_of(model.name, new.dest_version) / CLAIM).delete()
             _empty(self._staging(new.fingerprint))
@@ -281,11 +280,6 @@ class FolderRegistry(Registry):
     def known_files(self, model: str) -> Mapping[str, str]:
         record = self._read_record(model)
         return {} if record is None else record.files
-
-    def remember_files(self, model: str, files: Mapping[str, str]) -> None:
-        record = self._read_record(model)
-        if record is not None and record.files != {**record.files, **files}:
-            self._write_record(replace(record, files={**record.files, **files}))
 
     def update(
         self, model: Model, aliases: Mapping[str, str], versions: Iterable[tuple[str, Version]]

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,17 +38,6 @@ _REFERENCE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.))*(?<!\.)(?<!\.loc
 """What is a tag of git everywhere (git-check-ref-format(1)) and a revision in the Hub's URLs."""
 _VERSION_LIKE = re.compile(r"[vV]?[0-9]+(?:[._-].*)?")
 _OPTIONS = ("endpoint", "token")
-
-
-@dataclass(frozen=True, slots=True)
-class _Staged(VersionSite):
-    """A folder on this machine, from which the files go to a revision of a repository."""
-
-    published: Place | None = None
-
-    @property
-    def final(self) -> Place:
-        return self.published or self.folder
 
 
 class HubRegistry(Registry):
@@ -243,7 +232,7 @@ class HubRegistry(Registry):
         del version
         folder = str(self._staging / fingerprint)
         published = place_of(f"hf://{self._owner}/{model.name}@{dest_version}", self._options)
-        return _Staged(place_of(folder), folder, published=published)
+        return VersionSite(place_of(folder), folder, published=published)
 
     @property
     def _staging(self) -> Path:
@@ -257,7 +246,10 @@ class HubRegistry(Registry):
             if folder.name not in fingerprints:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def register(self, model: Model, ready: Sequence[Registration]) -> list[str]:
+    def register(
+        self, model: Model, ready: Sequence[Registration], brought: Mapping[str, str] | None = None
+    ) -> list[str]:
+        del brought
         repository = f"{self._owner}/{model.name}"
         with self._faults(f"make the repository {model.name}"):
             self._api.create_repo(repository, exist_ok=True, private=bool(self._options.get("private", True)))

@@ -79,9 +79,9 @@ def prepare(
     migration = plan_migration(models, existing, source.uri, dest, versions, options.fingerprint())
     plans = []
     for plan in migration.models:
-        name = plan.model.name
-        left = tuple(f"file {path}: it belongs to no version" for path in source.model_files_left(name))
-        plans.append(replace(plan, beside=source.model_files(name), not_kept=(*plan.not_kept, *left)))
+        beside, left = source.loose_files(plan.path)
+        lost = [f"file {path}: it belongs to no version" for path in left]
+        plans.append(replace(plan, beside=beside, not_kept=(*plan.not_kept, *lost)))
     return replace(migration, models=tuple(plans))
 
 

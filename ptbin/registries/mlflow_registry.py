@@ -191,7 +191,10 @@ class MlflowRegistry(MlflowSource):
             ):
                 self._end_run(str(run.info.run_id))
 
-    def register(self, model: Model, ready: Sequence[Registration]) -> list[str]:
+    def register(
+        self, model: Model, ready: Sequence[Registration], brought: Mapping[str, str] | None = None
+    ) -> list[str]:
+        del brought
         self._ensure_model(model)
         known: dict[str, str] = {}
         last = 0
