@@ -1,6 +1,6 @@
 """Metrics of a run under way, where `PTBIN_METRICS` asks for them (`flows.metric_targets`).
 
-What the run tells its listener is counted on the way; a thread sends the counts every `SEND_SECONDS`
+What the run reports to its listener is counted on the way; a thread sends the counts every `SEND_SECONDS`
 and once more at the end. A target that cannot be reached is logged once and costs nothing else.
 """
 
@@ -40,7 +40,7 @@ MEANINGS = {
 
 
 class Meter(Listener):
-    """Counts what a run tells, and tells it on to the listener that was there."""
+    """Counts what a run reports, and passes it on to the listener that was there."""
 
     def __init__(self, labels: dict[str, str], inner: Listener) -> None:
         self._labels = labels
@@ -75,7 +75,7 @@ class Meter(Listener):
         self._inner.settled(entry)
 
     def families(self, *, active: bool) -> list[Family]:
-        """What it has come to so far."""
+        """The counts so far."""
         found = families(MEANINGS)
         with self._lock:
             for name in MEANINGS:

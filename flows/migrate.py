@@ -81,7 +81,7 @@ class Migrating(Conversion):
         """The plan knows."""
 
     def _clean_up(self) -> None:
-        """Unfinished outputs lie in places of their own; a run that takes up the version goes on from there.
+        """Unfinished outputs lie apart; a run that takes up the version goes on from there.
 
         What no run takes up any more, since its source has changed again, is removed.
         """
@@ -170,8 +170,8 @@ class Migrating(Conversion):
 def migrate(source: Text, dest: Text, **asked: Any) -> Any:
     """Bring the models of the registry `source` into the registry `dest`, as weights.
 
-    Returns its `RunResult`; ends Failed (`RunFailedError`) where a version was rejected or failed that nobody
-    acknowledged.
+    Returns its `RunResult`; ends Failed (`RunFailedError`) where a version was rejected or failed and
+    that is not acknowledged.
     """
     source, dest = os.fspath(source), os.fspath(dest)
     options = build_options(chosen(CONTENT, asked))

@@ -1,4 +1,4 @@
-"""What a run tells those who do not watch it: its tags, the message of its state, the end of its log.
+"""What a run leaves for people who do not watch it: tags, the message of its state, the end of its log.
 
 Automations match the tag `ptbin`, and take the state's message as it is: the counts in its first line, then
 what failed, new failures first, then where the report is. So whatever a team makes of it, in Prefect's own
@@ -84,7 +84,7 @@ def tag_flow_run(tags: Iterable[str] = (TAG,)) -> None:
     except Exception as error:  # noqa: BLE001 - whatever Prefect's client comes to
         logging.getLogger(__name__).warning("the run has no tag %s: %s", TAG, type(error).__name__)
         return
-    context.flow_run.tags = wanted  # what this process tells of the run carries them as well
+    context.flow_run.tags = wanted  # for the events that this process sends
 
 
 @contextlib.contextmanager

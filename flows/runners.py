@@ -55,7 +55,7 @@ class Runner:
 
     @property
     def begins_elsewhere(self) -> bool:
-        """Whether its processes begin in a working folder of their own, which they may leave."""
+        """Whether its processes start in another working folder, which they may leave."""
         return self.name == "ray"
 
     @property

@@ -2,8 +2,8 @@
 
 Task and flow parameters are stored on Prefect's server and shown in its UI, so secrets cannot be among
 them. A flow opens a `LiveRun` under its run id; tasks that are threads of the same process find it there. A
-task in another process gets a `Ticket` and makes a live run of its own from it, which it shares with all
-tasks of that run in its process, and which learns from the run's lease on DEST when to stop.
+task in another process gets a `Ticket` and makes its own live run from it, shared by all tasks of that run in
+its process, which learns from the run's lease on DEST when to stop.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def enter_run(ticket: Ticket) -> LiveRun:
         if ticket.requests is not None:
             live.requests = RequestLimit(ticket.requests)
         if ticket.lease is None:
-            return live  # nothing would tell when to forget it
+            return live  # without a lease nothing says when to forget it
         _runs[ticket.run_id] = live
     _watch(live, ticket.lease)
     return live

@@ -123,7 +123,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         with handle_signals(signals.handle):
             _quieten_libraries(words)
-            # Not `cli.main`: it would answer an interrupt with an empty line of its own.
+            # Not `cli.main`: it would answer an interrupt with an empty line.
             with cli.make_context("ptbin", words.copy()) as context:
                 status = cli.invoke(context)
             sys.stdout.flush()
@@ -173,7 +173,7 @@ def _open_streams() -> None:
 
 
 def _quieten_libraries(words: Sequence[str]) -> None:
-    """What libraries of stores log goes nowhere, unless asked for: a line of ours tells their errors."""
+    """Drop what store libraries log, unless it is asked for: their errors are reported by ptbin."""
     if not _wants_debug(words) and not logging.getLogger().handlers:
         logging.getLogger().addHandler(logging.NullHandler())
 

@@ -1,6 +1,6 @@
 """Progress on standard error: a live bar on a terminal, plain lines elsewhere, JSON lines where asked for.
 
-All tell the same numbers, those of `flows.cli.pace`.
+All show the same numbers, those of `flows.cli.pace`.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ LINE_SECONDS = 5.0
 
 
 class Problems(Listener):
-    """Tells of problems and of nothing else: what `--quiet` leaves."""
+    """Prints problems and nothing else: what `--quiet` leaves."""
 
     def stage(self, text: str) -> None:
-        """Say what is being waited for before anything can be counted."""
+        """What the run waits for, before anything can be counted."""
 
     def __init__(self) -> None:
-        self.told: set[tuple[str, str]] = set()
+        self.reported: set[tuple[str, str]] = set()
         """Reason and detail of the problems that were printed: the summary does not print them again."""
         self.leaves_them = False
         """Whether problems are left to the report at the end, which is what the command is for."""
 
     def settled(self, entry: Entry) -> None:
         if entry.reason and not self.leaves_them:
-            self.told.add((entry.reason, entry.detail))
-            self.tell(
+            self.reported.add((entry.reason, entry.detail))
+            self.report(
                 f"{entry.outcome} {entry.path}: {entry.reason}: {short_detail(entry.path, entry.detail)}"
             )
 
     def noted(self, text: str) -> None:
-        self.tell(text)
+        self.report(text)
 
-    def tell(self, text: str) -> None:
+    def report(self, text: str) -> None:
         print_error(text, kind="ptbin")
 
 
@@ -104,7 +104,7 @@ class PlainProgress(_Counting):
         self._timer = _Timer()
 
     def stage(self, text: str) -> None:
-        self.tell(text)
+        self.report(text)
 
     def planned(self, files: int, nbytes: int, up_to_date: int) -> None:
         self._timer = _Timer()
@@ -113,21 +113,21 @@ class PlainProgress(_Counting):
             return  # one file is the call itself; it is news only where it takes long
         size = f", {format_nbytes(nbytes)}" if nbytes else ""
         done = f"; {up_to_date} up to date" if up_to_date else ""
-        self.tell(f"{files} files to work on{size}{done}")
+        self.report(f"{files} files to work on{size}{done}")
 
     def settled(self, entry: Entry) -> None:
         Problems.settled(self, entry)
         if self._each and not entry.reason:
-            self.tell(entry.line())
+            self.report(entry.line())
         super().settled(entry)
 
     def _show(self) -> None:
         if self._timer.is_due() and (position := self._pace.now()).files:
-            self.tell(str(position))
+            self.report(str(position))
 
 
 class BarProgress(_Counting):
-    """A live bar, drawn by rich. Problems are counted here; the summary, right below, tells them."""
+    """A live bar, drawn by rich. Problems are only counted here: the summary, right below, lists them."""
 
     def __init__(self, progress: Any, *, each: bool = False) -> None:
         super().__init__(each=each)
@@ -139,10 +139,10 @@ class BarProgress(_Counting):
 
     def settled(self, entry: Entry) -> None:
         if self._each and not entry.reason:
-            self.tell(entry.line())
+            self.report(entry.line())
         super().settled(entry)
 
-    def tell(self, text: str) -> None:
+    def report(self, text: str) -> None:
         self._progress.console.print(
             f"ptbin: {printable(text)}", markup=False, highlight=False, soft_wrap=True
         )
@@ -160,7 +160,7 @@ class BarProgress(_Counting):
 
 
 class JsonLines(_Counting):
-    """Every event as a JSON object on a line of its own, for a log collector."""
+    """Every event as a JSON object on one line, for a log collector."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class JsonLines(_Counting):
         if self._timer.is_due():
             self._print("progress", **self._pace.now().to_json())
 
-    def tell(self, text: str) -> None:
+    def report(self, text: str) -> None:
         self._print("message", level="warning", message=text)
 
     def _print(self, event: str, *, level: str = "info", **facts: Any) -> None:

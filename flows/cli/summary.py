@@ -24,7 +24,7 @@ __all__ = [
     "migration_lines",
     "report_summary",
     "single_lines",
-    "untold",
+    "unreported",
     "verification_lines",
 ]
 
@@ -53,16 +53,16 @@ LEFT_ALONE = "what training leaves next to weights: optimizers, schedulers, ..."
 SHOWN_VERSIONS = 40
 
 
-def untold(
-    summary: Mapping[str, Any], told: AbstractSet[tuple[str, str]], key: str = "problems"
+def unreported(
+    summary: Mapping[str, Any], reported: AbstractSet[tuple[str, str]], key: str = "problems"
 ) -> dict[str, Any]:
-    """The summary without the problems that were printed while the run was under way; `told` counts them."""
-    left = [row for row in summary[key] if (row["reason"], row["detail"]) not in told]
-    return {**summary, key: left, "told": len(summary[key]) - len(left)}
+    """The summary without the problems that were printed during the run; `reported` counts them."""
+    left = [row for row in summary[key] if (row["reason"], row["detail"]) not in reported]
+    return {**summary, key: left, "reported": len(summary[key]) - len(left)}
 
 
-def _told_lines(summary: Mapping[str, Any]) -> list[str]:
-    return [counted(summary["told"], "problem") + ", told above"] if summary.get("told") else []
+def _reported_lines(summary: Mapping[str, Any]) -> list[str]:
+    return [counted(summary["reported"], "problem") + ", listed above"] if summary.get("reported") else []
 
 
 def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -87,7 +87,7 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
     if summary["left_out"]:
         lines.append(f"left out: {left_out_words(summary['left_out'])}")
     if "copied" in summary and not any(summary[key] for key in ("converted", "copied", "deleted", "kept")):
-        fine = not summary["problems"] and not summary.get("told")
+        fine = not summary["problems"] and not summary.get("reported")
         lines += ["", "nothing to do: DEST is in step" if fine else "nothing was changed"]
     return lines + _last_lines(summary)
 
@@ -108,7 +108,7 @@ def migration_lines(summary: Mapping[str, Any]) -> list[str]:
     if migrated:
         lines += ["", *align([_version_row(row) for row in migrated[:SHOWN_VERSIONS]], indent="")]
         lines += and_more(len(migrated), SHOWN_VERSIONS, ", in the run record")
-    elif not summary["problems"] and not summary.get("told") and not summary["updated"]:
+    elif not summary["problems"] and not summary.get("reported") and not summary["updated"]:
         lines += ["", "nothing to do: DEST is in step"]
     return lines + _last_lines(summary)
 
@@ -129,7 +129,7 @@ def _rows_of_some(*rows: tuple[str, int, str]) -> list[tuple[str, str, str]]:
 def _last_lines(summary: Mapping[str, Any]) -> list[str]:
     """The problems, and where the run record lies."""
     lines = ["", *_problem_lines(summary["problems"])] if summary["problems"] else []
-    lines += _told_lines(summary)
+    lines += _reported_lines(summary)
     if summary["known_problems"]:
         lines += ["", "known:", *_problem_lines(summary["known_problems"])]
     if summary["resolved"]:
@@ -176,7 +176,7 @@ def mapping_lines(plan: Mapping[str, Any]) -> list[str]:
 
 
 def single_lines(entry: Entry, job: Job, seconds: float) -> list[str]:
-    """The outcome of a single conversion; a problem has been told already."""
+    """The outcome of a single conversion; a problem was printed before."""
     if entry.outcome == "up_to_date":
         return [f"{job.dest_uri} is up to date"]
     if entry.converted is None:
@@ -219,7 +219,7 @@ def verification_lines(summary: Mapping[str, Any]) -> list[str]:
     problems = [{"source": issue["uri"], **issue} for issue in summary["issues"]]
     if problems:
         lines += ["", *_problem_lines(problems)]
-    return [*lines, *_told_lines(summary), "", f"{summary['seconds']:.1f} s"]
+    return [*lines, *_reported_lines(summary), "", f"{summary['seconds']:.1f} s"]
 
 
 def _problem_lines(problems: Sequence[Mapping[str, Any]]) -> list[str]:

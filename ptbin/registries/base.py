@@ -240,7 +240,7 @@ class Registry(ABC):
         """
 
     def known_files(self, model: str) -> Mapping[str, str]:
-        """Files of the model's own that migrations brought, as `register` was told."""
+        """Files of the model's own that migrations brought, as `register` keeps them."""
         del model
         return {}
 

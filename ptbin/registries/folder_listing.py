@@ -1,7 +1,7 @@
 """What lies in a directory registry: which file belongs to which version of which model, by the template.
 
 One listing. A folder that cannot be read is a problem of the version that it belongs to, which is then not
-taken (part of it may be missing), or else of its own; the rest of the registry is read all the same.
+taken (part of it may be missing), or else a problem by itself; the rest of the registry is still read.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class FolderRegistry(Registry):
         self.style = layout.style
         self._root = place_of(uri, options).file
         self.folds_case = self._root.is_local
-        # However it was spelled: it tells versions of this registry from those of another.
+        # However it was spelled: by it versions of this registry differ from those of another.
         self.uri = public_uri(self._root.uri)
         self._listed: RegistryListing | None = None
 

@@ -196,9 +196,9 @@ def _expected_tables() -> set[str]:
 
 
 def _quieten() -> None:
-    """MLflow's client would tell its makers of every call, and standard output of every run.
+    """Else MLflow's client reports every call to its makers, and prints every run on standard output.
 
-    It would also ask a server that is gone for four minutes, each request: tasks have retries of their own.
+    It would also retry each request to a server that is gone for four minutes: tasks have their own retries.
     The seconds that it waits for one answer stay: a server takes them to store a large file that it was sent.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -239,8 +239,8 @@ class MlflowRegistry(MlflowSource):
     def _register_one(self, name: str, new: Registration, last: int) -> str:
         """Make versions and delete them again until one has the number that is wanted.
 
-        MLflow gives no number twice, and does not tell which ones it gave: each may turn out to be the last.
-        A version that needs no number of its own takes the next that there is.
+        MLflow gives no number twice, and does not say which ones it gave: each may turn out to be the last.
+        A version without a number to keep takes the next one.
         """
         version = new.version
         wanted = int(new.dest_version) if _keeps_number(new) else 0

@@ -123,7 +123,7 @@ def plan_migration(
         reason = "unsafe_path"
         other = taken.setdefault(model.name.casefold(), model.name)
         if problem is None and dest.folds_case and other != model.name:
-            problem = f"{other} and {model.name} would be one where the store does not tell cases apart"
+            problem = f"{other} and {model.name} would be one where the store ignores case"
         for broken in (there.problem, model.problem):
             if broken:
                 problem, reason = broken, "registry_error"
@@ -208,7 +208,7 @@ def _not_ours(old: Version, version: Version, source_uri: str) -> str:
     if old.origin.registry != source_uri:
         return (
             f"version {old.version} is there already and comes from {old.origin.registry}: give each source "
-            "a DEST of its own, or remove that version there"
+            "its own DEST, or remove that version there"
         )
     return ""
 
