@@ -15,9 +15,10 @@ from typing import Any
 
 from flows.interrupts import hold_signals
 from flows.metering import metering
-from flows.notices import tag_flow_run, untagged_tasks
+from flows.notices import tag_flow_run
 from flows.options import DEFAULT_REQUESTS
 from flows.parsing import parse_duration, refuse_runner_secrets
+from flows.prefect.undocumented import without_tags
 from flows.runners import Runner, RunnerName, open_runner
 from ptbin.catalog.lease import Lease, acquire_lease
 from ptbin.catalog.request import RunRequest
@@ -91,7 +92,7 @@ def join_run(run_id: str, settings: RunSettings) -> Iterator[LiveRun]:
             stack.enter_context(open_live_run(live))
         live.summary["flow_run_id"] = current_flow_run_id()
         tag_flow_run()
-        stack.enter_context(untagged_tasks())
+        stack.enter_context(without_tags())
         stack.enter_context(metering(live))
         live.check = stack.enter_context(hold_signals()).check
         try:

@@ -7,16 +7,15 @@ templates, needs no more than `flow_run.state.message`.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from prefect import get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.prefect.undocumented import flow_run_context, without_tags
+from flows.prefect.undocumented import flow_run_context
 from ptbin.runs.outcomes import one_line
 from ptbin.runs.result import RunFailedError, RunResult
 from ptbin.runs.tally import Entry
@@ -30,7 +29,6 @@ __all__ = [
     "final_state",
     "state_message",
     "tag_flow_run",
-    "untagged_tasks",
 ]
 
 TAG = "ptbin"
@@ -62,8 +60,8 @@ def _log_failures(logger: logging.Logger | logging.LoggerAdapter[Any], failures:
         logger.error("%d failed:\n%s%s", len(failures), "\n".join(shown), more)
 
 
-def tag_flow_run(tags: Iterable[str] = (TAG,)) -> None:
-    """Give this thread's flow run the tags that it lacks. Costs a request for a run that lacks any.
+def tag_flow_run() -> None:
+    """Give this thread's flow run its tag. Costs a request for a run that lacks it.
 
     Deployments and the command line give them when they make the run, as automations want it: the server
     keeps the tags for its events for some minutes as they were then. This is for flows that people call.
@@ -72,12 +70,9 @@ def tag_flow_run(tags: Iterable[str] = (TAG,)) -> None:
     from prefect.client.orchestration import get_client
 
     context = flow_run_context()
-    if context is None or context.flow_run is None:
+    if context is None or context.flow_run is None or TAG in context.flow_run.tags:
         return
-    missing = [tag for tag in tags if tag not in context.flow_run.tags]
-    if not missing:
-        return
-    wanted = [*context.flow_run.tags, *missing]
+    wanted = [*context.flow_run.tags, TAG]
     try:
         with get_client(sync_client=True) as client:
             client.update_flow_run(context.flow_run.id, tags=wanted)
@@ -85,16 +80,6 @@ def tag_flow_run(tags: Iterable[str] = (TAG,)) -> None:
         logging.getLogger(__name__).warning("the run has no tag %s: %s", TAG, type(error).__name__)
         return
     context.flow_run.tags = wanted  # for the events that this process sends
-
-
-@contextlib.contextmanager
-def untagged_tasks() -> Iterator[None]:
-    """Keep the tags of `prefect.tags(...)` to the flow run that was made in it.
-
-    Task runs would have them as well, and a task run with tags asks the server for concurrency limits.
-    """
-    with without_tags():
-        yield
 
 
 def final_state(

@@ -53,7 +53,7 @@ def status_command(source: str, dest: str, asked: dict[str, Any], shared: Shared
     """Say how far DEST is in step with SOURCE: what is new, changed, failed, left over."""
     options = build_options(asked)
     include, exclude = tuple(asked["include"]), tuple(asked["exclude"])
-    from flows.version_status import last_migration, refuse_registries, version_status
+    from flows.version_status import refuse_registries, version_status
     from ptbin.catalog.request import RunRequest
     from ptbin.history.status import last_request, status_of
 
@@ -61,15 +61,12 @@ def status_command(source: str, dest: str, asked: dict[str, Any], shared: Shared
     request = RunRequest(source, dest, options, naming=asked["naming"], include=include, exclude=exclude)
     if asked["mirrors"]:
         request = replace(request, kind="sync", include=(), copied=include)
-    run, migration = "", None
+    run, status = "", None
     if not _is_asked(asked):
-        migration = last_migration(source, dest, shared.dest_options)
-        if migration is None and (found := last_request(source, dest, **shared.sides)) is not None:
+        status = version_status(source, dest, **shared.sides)
+        if status is None and (found := last_request(source, dest, **shared.sides)) is not None:
             request, run = found
-    if migration is not None:
-        status = version_status(migration, **shared.sides)
-    else:
-        status = status_of(request, run=run, **shared.sides)
+    status = status or status_of(request, run=run, **shared.sides)
     shared.answer(lambda: _to_json(source, dest, status), _lines(status))
     return 0 if status.is_in_step else 1
 

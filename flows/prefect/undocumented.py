@@ -92,7 +92,10 @@ def flow_run_context() -> Any:
 
 @contextlib.contextmanager
 def without_tags() -> Iterator[None]:
-    """Leave the tags of `prefect.tags(...)`, which can only add some, to the flow run that was made in it."""
+    """Keep the tags of `prefect.tags(...)`, which can only add some, to the flow run that was made in it.
+
+    Task runs would have them as well, and a task run with tags asks the server for concurrency limits.
+    """
     from prefect.context import TagsContext
 
     with TagsContext(current_tags=set()):

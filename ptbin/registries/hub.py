@@ -21,9 +21,9 @@ from ptbin.errors import (
     AccessDeniedError,
     NotFoundInStoreError,
     PtbinError,
-    UsageError,
     VerificationError,
 )
+from ptbin.installed import require
 from ptbin.registries.base import Attempts, Name, Registration, Registry, RegistryError, VersionSite
 from ptbin.registries.record import RECORD, ModelRecord, VersionRecord
 from ptbin.registries.values import Model, Version, natural_order
@@ -60,12 +60,9 @@ class HubRegistry(Registry):
     @property
     def _api(self) -> Any:
         if self._made is None:
-            try:
-                from huggingface_hub import HfApi
-            except ImportError as error:
-                raise UsageError(
-                    f"{self.uri}: the Hub's client is not installed: pip install 'ptbin[hub]'"
-                ) from error
+            require("huggingface_hub", self.uri)
+            from huggingface_hub import HfApi
+
             self._made = HfApi(**{name: self._options[name] for name in _OPTIONS if name in self._options})
         return self._made
 
