@@ -53,10 +53,10 @@ def verify(dest: Text, **asked: Any) -> Any:
             return verdicts
 
         summary = verify_below(
+            live.dest_at(dest),
             dest,
             verify_all,
             asked["public_key"],
-            live.dest_options,
             began=live.began,
             progress=live.moved,
             do=partial(step, live),

@@ -7,9 +7,6 @@ them, which are directory registries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from ptbin.errors import PtbinError, UsageError
 from ptbin.history.failures import Ledger, Unconverted, read_ledger
 from ptbin.history.records import RecordedRun, iter_runs
@@ -19,7 +16,7 @@ from ptbin.registries import ModelPlan, is_registry_uri
 from ptbin.registries.migration import Registries, prepare
 from ptbin.registries.planning import Step
 from ptbin.runs.remembering import state_of
-from ptbin.stores import Place, place_of, public_uri
+from ptbin.stores import NO_OPTIONS, Place, Sides, public_uri
 
 __all__ = ["refuse_registries", "version_status"]
 
@@ -33,13 +30,7 @@ def refuse_registries(source: str, dest: str) -> None:
         )
 
 
-def version_status(
-    source: str,
-    dest: str,
-    *,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
-) -> Status | None:
+def version_status(source: str, dest: str, sides: Sides = NO_OPTIONS) -> Status | None:
     """Compare the two registries as their last recorded migration would again.
 
     None where the newest run from SOURCE into DEST is another, or none is recorded.
@@ -49,13 +40,13 @@ def version_status(
         VerificationError: the list of what is acknowledged is damaged.
         StorageError: either side failed.
     """
-    place = place_of(dest, dest_options)
+    place = sides.dest_at(dest)
     if (last := _last_migration(source, place)) is None:
         return None
     run, options = last
     asked = run.mapping("selection")
-    sides = Registries(source, dest, asked.get("source_layout"), asked.get("layout"))
-    here, there = sides.open(source_options, dest_options)
+    layouts = asked.get("source_layout"), asked.get("layout")
+    here, there = Registries(source, dest, *layouts).open(sides)
     include, exclude = asked.get("include", []), asked.get("exclude", [])
     plan = prepare(here, there, include, exclude, asked.get("versions", "all"), options)
     ledger = read_ledger(place, root=here.uri)

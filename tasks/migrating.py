@@ -42,12 +42,12 @@ def model_of(job: VersionJob) -> str:
 
 
 def _open_sides(live: LiveRun, registries: Registries, **values: Any) -> dict[str, Any]:
-    source, dest = registries.open(**live.sides)
+    source, dest = registries.open(live.sides)
     return {**values, "source": source, "dest": dest}
 
 
 def _open_dest(live: LiveRun, registries: Registries) -> dict[str, Any]:
-    return {"dest": registries.open(**live.sides)[1]}
+    return {"dest": registries.open(live.sides)[1]}
 
 
 @batch_task("transfer versions", opens=_open_sides)
@@ -57,7 +57,7 @@ def transfer_batch(
     """Put the files of a version where they belong: `staged` where all are proven."""
     step, plan = job.step, job.plan
     try:
-        contents = plan_version(source, dest, step, plan, options, live.source_options)
+        contents = plan_version(source, dest, step, plan, options, live.sides)
     except NoCheckpointError as error:
         return Outcome(job.path, "not_a_checkpoint", detail=str(error))
     version = source.detail(step.version)
@@ -70,7 +70,7 @@ def transfer_batch(
             place.folder,
             options,
             current=place.current,
-            source_options=live.source_options,
+            sides=live.sides,
             annotations={"name": version.model, "origin": origin, **version.metadata()},
             run_id=live.run_id,
             progress=live.moved,
@@ -104,7 +104,7 @@ def register_batch(live: LiveRun, versions: Sequence[Staged], dest: Registry) ->
     """Make versions of one model known whose files are there; `converted`."""
     plan: ModelPlan = versions[0].item.plan
     ready = [staged.outcome.written for staged in versions if staged.outcome.written is not None]
-    brought = bring_along(plan, dest, live.source_options, live.moved)
+    brought = bring_along(plan, dest, live.sides, live.moved)
     names = dest.register(plan.model, [each.registration for each in ready], brought)
     return [
         Outcome(staged.path, "converted", written=replace(each, dest_version=name))

@@ -52,7 +52,7 @@ def carry_out(
     from ptbin.catalog.checks import check_request
 
     dry_run = asked.pop("dry_run")
-    check_request(request, writes=not dry_run, **shared.sides)
+    check_request(request, shared.sides, writes=not dry_run)
     single = _single_job(request, shared, names_one=names_one) if make is not None else None
     if single is not None and (asked.get("files_from"), asked.get("retry_failed")) != (None, None):
         raise UsageError(
@@ -60,14 +60,14 @@ def carry_out(
         )
     if single is None:
         # Here already: a wrong call costs nothing.
-        request = with_named_files(request, asked, **shared.sides)
+        request = with_named_files(request, asked, shared.sides)
     if dry_run:
         from ptbin.catalog.plan import Plan
         from ptbin.runs.dry_run import dry_run as plan_run
 
         if single is not None:
             return print_dry_run(_plan_one(single, request, look, shared), shared)
-        with closing(Plan(request, **shared.sides)) as plan:
+        with closing(Plan(request, shared.sides)) as plan:
             return print_dry_run(plan_run(plan, look), shared)
     if single is not None:
         assert make is not None
@@ -89,10 +89,9 @@ def _single_job(request: RunRequest, shared: Shared, *, names_one: bool) -> Job 
         UsageError: DEST names one output, and SOURCE is a place with many.
     """
     from ptbin import catalog
-    from ptbin.stores import place_of
 
     dest = request.dest
-    source = place_of(request.source, shared.source_options)
+    source = shared.sides.source_at(request.source)
     if not names_one and source.is_directory():
         return None
     try:
@@ -129,7 +128,7 @@ def _plan_one(job: Job, request: RunRequest, look: Look | None, shared: Shared) 
         found.up_to_date.append(job)
     else:
         making = request.making
-        plan_jobs([job], making, look or (lambda one: preview_job(one, making, **shared.sides)), found)
+        plan_jobs([job], making, look or (lambda one: preview_job(one, making, shared.sides)), found)
     return found
 
 
@@ -150,9 +149,8 @@ def _run_one(job: Job, request: RunRequest, make: Make, shared: Shared) -> tuple
             else:
                 listener.planned(1, job.source_size, 0)
                 manifest = make(
-                    job.source_uri,
-                    job.dest_uri,
-                    **shared.sides,
+                    shared.sides.source_at(job.source_uri),
+                    shared.sides.dest_at(job.dest_uri),
                     run_id=tally.run_id,
                     progress=listener.moved,
                 )

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +22,9 @@ from flows.cli.printing import print_error, print_json, print_line
 from flows.options import RUN, chosen
 from ptbin.errors import PtbinError
 from ptbin.values.options import Option
+
+if TYPE_CHECKING:
+    from ptbin.stores import Sides
 
 __all__ = ["Shared", "command", "dry_run_option"]
 
@@ -62,9 +65,11 @@ class Shared:
     dest_options: dict[str, Any] = field(repr=False)
 
     @property
-    def sides(self) -> dict[str, Any]:
-        """The storage options of both places, as functions of the engine take them."""
-        return {"source_options": self.source_options, "dest_options": self.dest_options}
+    def sides(self) -> Sides:
+        """What makes places of texts."""
+        from ptbin.stores import Sides
+
+        return Sides(self.source_options, self.dest_options)
 
     @property
     def live_bar(self) -> bool:

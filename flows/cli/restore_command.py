@@ -50,7 +50,8 @@ def restore_command(source: str, dest: str, asked: dict[str, Any], shared: Share
     request = restore_request(source, dest, asked)
 
     def look(job: Job) -> Preview:
-        return preview_restore(job.source_uri, job.dest_uri, options, standing=job.standing, **shared.sides)
+        places = shared.sides.source_at(job.source_uri), shared.sides.dest_at(job.dest_uri)
+        return preview_restore(*places, options, standing=job.standing)
 
     make = partial(ptbin.restore, options=options)
     return carry_out(request, asked, shared, names_one=names_one, make=make, look=look)

@@ -63,10 +63,10 @@ def status_command(source: str, dest: str, asked: dict[str, Any], shared: Shared
         request = replace(request, kind="sync", include=(), copied=include)
     run, status = "", None
     if not _is_asked(asked):
-        status = version_status(source, dest, **shared.sides)
-        if status is None and (found := last_request(source, dest, **shared.sides)) is not None:
+        status = version_status(source, dest, shared.sides)
+        if status is None and (found := last_request(source, dest, shared.sides)) is not None:
             request, run = found
-    status = status or status_of(request, run=run, **shared.sides)
+    status = status or status_of(request, shared.sides, run=run)
     shared.answer(lambda: _to_json(source, dest, status), _lines(status))
     return 0 if status.is_in_step else 1
 

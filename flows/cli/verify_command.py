@@ -40,7 +40,6 @@ Exit status: 0 all proven; 1 something is not what its manifest says;
 def verify_command(dest: str, asked: dict[str, Any], shared: Shared) -> int:
     """Check every manifest at or below DEST against what is stored."""
     from ptbin.registries import is_registry_uri, open_registry
-    from ptbin.stores import place_of
 
     # A repository of a Hub is a place like any other: what was published is read back from there.
     if is_registry_uri(dest) and not ("/" in dest.removeprefix("hf://") and dest.startswith("hf://")):
@@ -48,29 +47,29 @@ def verify_command(dest: str, asked: dict[str, Any], shared: Shared) -> int:
 
     with showing_progress(shared) as listener:
         listener.leaves_them = not shared.quiet and not shared.as_json
-        place = place_of(dest, shared.dest_options)
+        place = shared.sides.dest_at(dest)
         if place.is_directory():
             from flows.cli.on_prefect import run_flow
 
             refuse_secrets(dest)
-            _refuse_empty(dest, shared)
+            _refuse_empty(place, dest)
             summary = run_flow("verify", shared, listener, dest=dest, **asked)
         else:
-            summary = _verify_one(dest, place, asked, shared, listener)
+            summary = _verify_one(dest, place, asked, listener)
     shared.answer(lambda: {key: summary[key] for key in JSON_KEYS}, verification_lines(summary))
     return 0 if not summary["issues"] else 1
 
 
-def _refuse_empty(dest: str, shared: Shared) -> None:
+def _refuse_empty(place: Place, dest: str) -> None:
     from ptbin import catalog
 
     for find in (catalog.find_manifests, catalog.find_orphans):
-        if next(iter(find(dest, storage_options=shared.dest_options)), None) is not None:
+        if next(iter(find(place)), None) is not None:
             return
     raise UsageError(f"nothing to verify below DEST, neither manifests nor outputs: {dest}")
 
 
-def _manifest_of(place: Place) -> str:
+def _manifest_of(place: Place) -> Place:
     """The manifest of DEST: itself, next to it, or that of the output that `--split` made it a part of.
 
     Raises:
@@ -87,25 +86,23 @@ def _manifest_of(place: Place) -> str:
     except NotFoundInStoreError:
         place.stat()
         found = split_manifest(place.parent, place.name)
-        return own.uri if found is None else (place.parent / found).uri
-    return own.uri
+        return own if found is None else place.parent / found
+    return own
 
 
-def _verify_one(
-    dest: str, place: Place, asked: dict[str, Any], shared: Shared, listener: Problems
-) -> dict[str, Any]:
+def _verify_one(dest: str, place: Place, asked: dict[str, Any], listener: Problems) -> dict[str, Any]:
     from ptbin.runs.tally import Entry
     from ptbin.runs.verifying import issues_of, sum_up, verify_manifest
     from ptbin.stores import public_uri
 
     listener.planned(1, 0, 0)
-    uri = _manifest_of(place)
-    verdict = verify_manifest(uri, asked["level"], shared.dest_options, listener.moved)
+    manifest = _manifest_of(place)
+    verdict = verify_manifest(manifest, asked["level"], listener.moved)
     issues = list(issues_of(verdict))
     if (public_key := asked["public_key"]) is not None:
         from ptbin.proof.signatures import verify_signatures
 
-        signed = verify_signatures(place, public_key, [uri], progress=listener.moved)
+        signed = verify_signatures(place, public_key, [manifest.uri], progress=listener.moved)
         issues += [issue.to_json() for issue in signed]
     for issue in issues:
         listener.settled(Entry(issue["uri"], issue["uri"], 0, "failed", issue["reason"], issue["detail"]))

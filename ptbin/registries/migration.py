@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions
@@ -21,7 +20,7 @@ from ptbin.registries.planning import (
     plan_migration,
     wanted_names,
 )
-from ptbin.stores import Place, identity_text, place_of
+from ptbin.stores import NO_OPTIONS, Place, Sides, identity_text
 from ptbin.stores.copying import copy_file, find_in_place
 
 __all__ = ["Registries", "bring_along", "plan_version", "prepare"]
@@ -38,9 +37,7 @@ class Registries:
     source_layout: str | None = None
     dest_layout: str | None = None
 
-    def open(
-        self, source_options: Mapping[str, Any] | None, dest_options: Mapping[str, Any] | None
-    ) -> tuple[Registry, Registry]:
+    def open(self, sides: Sides = NO_OPTIONS) -> tuple[Registry, Registry]:
         """Both sides. Where DEST is not a directory registry, its layout is taken for SOURCE's.
 
         Raises:
@@ -53,8 +50,8 @@ class Registries:
         if own.startswith(other) or other.startswith(own):
             raise UsageError(f"the registries lie in one another: {self.source}, {self.dest}")
         return (
-            open_registry(self.source, source_layout, source_options),
-            open_registry(self.dest, dest_layout, dest_options),
+            open_registry(self.source, source_layout, sides.source_options),
+            open_registry(self.dest, dest_layout, sides.dest_options),
         )
 
 
@@ -91,7 +88,7 @@ def plan_version(
     step: Step,
     plan: ModelPlan,
     options: ConvertOptions,
-    source_options: Mapping[str, Any] | None,
+    sides: Sides = NO_OPTIONS,
 ) -> Contents:
     """What becomes of a version's files. Reads the index of each checkpoint, and writes nothing.
 
@@ -104,16 +101,13 @@ def plan_version(
     folder = dest.model_folder(plan.path)
     if folder is None:
         return replace(contents, beside=contents.with_beside(plan.beside))
-    for found, place, may_replace in _beside(plan, dest, folder, source_options):
+    for found, place, may_replace in _beside(plan, dest, folder, sides):
         find_in_place(found, place, may_replace, advice=ADVICE)
     return contents
 
 
 def bring_along(
-    plan: ModelPlan,
-    dest: Registry,
-    source_options: Mapping[str, Any] | None,
-    progress: Callable[[int], None],
+    plan: ModelPlan, dest: Registry, sides: Sides, progress: Callable[[int], None]
 ) -> dict[str, str]:
     """Copy the files of a model and of no version; what each is now, by its path. The same file stays.
 
@@ -123,16 +117,16 @@ def bring_along(
     folder = dest.model_folder(plan.path)
     brought = {}
     if folder is not None:
-        for found, place, may_replace in _beside(plan, dest, folder, source_options):
+        for found, place, may_replace in _beside(plan, dest, folder, sides):
             copied = copy_file(found, place, progress=progress, may_replace=may_replace, advice=ADVICE)
             brought[place.relative_to(folder)] = identity_text(copied.identity)
     return brought
 
 
 def _beside(
-    plan: ModelPlan, dest: Registry, folder: Place, source_options: Mapping[str, Any] | None
+    plan: ModelPlan, dest: Registry, folder: Place, sides: Sides
 ) -> Iterator[tuple[Place, Place, Callable[[str], bool]]]:
     """Where each such file lies, where it goes, and whether the one there is what a migration brought."""
     known = dest.known_files(plan.path) if plan.beside else {}
     for uri, path in plan.beside:
-        yield place_of(uri, source_options), folder / path, partial(operator.eq, known.get(path))
+        yield sides.source_at(uri), folder / path, partial(operator.eq, known.get(path))
