@@ -108,8 +108,6 @@ class JoinedReader(RangeReader):
         reader, inner = self.locate(offset, nbytes)
         return reader.read(inner, nbytes)
 
-    _read = read
-
     def iter_ranges(
         self,
         ranges: Sequence[tuple[int, int]],

@@ -63,9 +63,9 @@ class RangeReader(ABC):
         check_range(self.uri, self.size, offset, nbytes)
         return self._read(offset, nbytes) if nbytes else b""
 
-    @abstractmethod
     def _read(self, offset: int, nbytes: int) -> bytes:
-        """As `read`, of a range that is not empty and lies in the object."""
+        """As `read`, of a range in the object that is not empty. A reader of readers gives `read` itself."""
+        raise NotImplementedError
 
     def expecting(self, expected: Identity | None) -> Self:
         """This reader; where it is of another state it is closed, and SourceChangedError raised."""
