@@ -23,7 +23,7 @@ from ptbin.proof.logical import iter_logical_bytes
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import read_selected
 from ptbin.sources.opening import open_source
-from ptbin.stores import Identity, Place, Where, place_of, public_uri
+from ptbin.stores import Identity, Place, RangeReader, Where, place_of, public_uri
 from ptbin.values.dtypes import DType
 from ptbin.values.tensors import ByteRange, TensorRef
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ptbin.stores import RangeReader
 
 __all__ = ["Weights", "load"]
 

@@ -22,8 +22,6 @@ _COLUMN = (
 _ROW = r"linear_proj|linear_fc2|(?:self_|inter_)?attention\.dense|dense_4h_to_h"
 _NUMBER = r"\d*"  # of an expert of a group: `linear_fc1.weight3`
 
-_VOCABULARY: _Row = {"how": "rows", "cut": "vocab_size"}
-
 _ANY = r"(?:.*\.)?"
 _ENDS = rf"\.(?:weight|bias){_NUMBER}"
 

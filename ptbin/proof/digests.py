@@ -11,7 +11,6 @@ tensors that are not contiguous once more. Memory is a chunk for each thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from ptbin.proof.groups import Group, GroupHash
 from ptbin.proof.growing import GrowingFile
@@ -20,10 +19,8 @@ from ptbin.proof.logical import ReadSpan
 from ptbin.proof.regions import strided_sha256
 from ptbin.proof.serial import Serial, SerialLane
 from ptbin.proof.stream import StreamHash
+from ptbin.stores import RangeReader
 from ptbin.values.digests import FileDigests, StoredTensor
-
-if TYPE_CHECKING:
-    from ptbin.stores import RangeReader
 
 __all__ = ["FileDigests", "OnePass", "StoredTensor", "digest_descriptor", "digest_file"]
 

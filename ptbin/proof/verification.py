@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ptbin.errors import LimitExceededError, NotFoundInStoreError, StorageError, VerificationError
 from ptbin.manifests.damage import damaged_file, note_damage
@@ -22,9 +22,7 @@ from ptbin.proof.digests import digest_file
 from ptbin.proof.output import stored_tensor
 from ptbin.proof.serial import Serial
 from ptbin.stores import ObjectStat, Place, RangeReader, place_of
-
-if TYPE_CHECKING:
-    from ptbin.stores.place import Where
+from ptbin.stores.place import Where
 
 MAX_STATEMENT_NBYTES = 64 << 20
 
@@ -248,8 +246,3 @@ def _verify_by_loading(output: Place, manifest: dict[str, Any]) -> Iterable[Issu
             detail = "torch loads other tensors than the manifest lists"
             return [Issue("load_failed", output.uri, detail)]
     return []
-
-
-def is_manifest_path(path: str) -> bool:
-    """Whether a listed path is a manifest."""
-    return path.endswith(MANIFEST_SUFFIX)

@@ -19,7 +19,6 @@ __all__ = [
     "looks_like_weights",
     "role_of_leaf",
     "role_of_name",
-    "role_words",
 ]
 
 REASONS = {
@@ -157,11 +156,6 @@ _PART_WORDS = frozenset(
 _WORD = re.compile(r"[a-z]+\d*|[A-Z]+(?![a-z])\d*|[A-Z][a-z]*\d*")
 
 _FLOATING = ("float", "bfloat", "complex")
-
-
-def role_words(role: str) -> str:
-    """A role as people read it."""
-    return role.replace("_", " ")
 
 
 def role_of_name(step: str) -> str | None:

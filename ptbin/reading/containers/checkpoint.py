@@ -20,7 +20,7 @@ from ptbin.errors import (
 )
 from ptbin.merging.replicas import Replicas
 from ptbin.options import Limits
-from ptbin.reading.containers.source import SourceFile
+from ptbin.reading.containers.source import MemoryReader, SourceFile
 from ptbin.reading.pickle.gc_pause import gc_paused
 from ptbin.reading.pickle.interpreter import run_pickle
 from ptbin.reading.pickle.machine import PickleProgram
@@ -33,7 +33,6 @@ from ptbin.values.tensors import ByteRange, Deflated, InMemory, Joined, Place, S
 __all__ = [
     "Checkpoint",
     "Folder",
-    "MemoryReader",
     "Opening",
     "ReadFile",
     "as_checkpoint_errors",
@@ -246,18 +245,6 @@ def as_checkpoint_errors(uri: str) -> Iterator[None]:
         ) from error
     except struct.error as error:
         raise CorruptArchiveError(f"{uri}: a number in it is out of range ({error})") from error
-
-
-class MemoryReader:
-    """Bytes in memory, as a `RandomReader`."""
-
-    def __init__(self, data: bytes, uri: str) -> None:
-        self._data = data
-        self.size = len(data)
-        self.uri = uri
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        return self._data[offset : offset + nbytes]
 
 
 def read_part(reader: JoinedReader, name: str, opening: Opening) -> Checkpoint:

@@ -145,18 +145,15 @@ def _place(opening: Opening, directory: ZipDirectory, name: str, nbytes: int) ->
         raise CorruptArchiveError(
             f"{uri}: member {name!r} has {member.nbytes} bytes, the pickle says {nbytes}"
         )
-    if member.data_offset is None:
-        member = directory.locate(member)
-        assert member.data_offset is not None
-    crc = directory.crc32_of(member)
+    offset, crc = directory.data_offset_of(member), directory.crc32_of(member)
     if member.method == DEFLATED:
         if member.nbytes > opening.limits.inflate_ratio * member.compressed_nbytes + 64:
             raise LimitExceededError(
                 f"{uri}: member {name!r} claims to inflate from "
                 f"{member.compressed_nbytes} to {member.nbytes} bytes"
             )
-        return Deflated(member.data_offset, member.compressed_nbytes, member.nbytes, crc, name)
-    return ByteRange(member.data_offset, nbytes, crc, member.header_offset, name, member.closed)
+        return Deflated(offset, member.compressed_nbytes, member.nbytes, crc, name)
+    return ByteRange(offset, nbytes, crc, member.header_offset, name, member.closed)
 
 
 def _read_script_classes(
