@@ -57,8 +57,8 @@ def carry_out(
     refuse_secrets(request.source, request.dest, *([request.backup_dir] if request.backup_dir else []))
     settings = RunSettings.of(asked)
     with join_run(asked["run_id"] or new_run_id(), settings) as live:
-        check_request(request, **live.sides)
-        request = with_named_files(request, asked, **live.sides)
+        check_request(request, live.sides)
+        request = with_named_files(request, asked, live.sides)
         with running(live, request, settings) as run:
             step(live, "list both sides", lambda: plan_of(live).make(live.tick))
             plan_of(live).refuse_nothing()

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from flows.environment import CLOSE_LIKENESS, METRICS, SETTINGS, unread_line
 from flows.metric_targets import Target, parse_targets
 from flows.prefect.undocumented import flow_run_context
 from ptbin.errors import PtbinError
@@ -95,12 +96,14 @@ def metering(live: LiveRun) -> Iterator[None]:
     Raises:
         UsageError: the variable is not what `parse_targets` takes.
     """
-    wanted = os.environ.get("PTBIN_METRICS", "")
+    from prefect.logging import get_run_logger
+
+    if line := unread_line(os.environ, SETTINGS, likeness=CLOSE_LIKENESS):
+        get_run_logger().warning("%s", line)
+    wanted = os.environ.get(METRICS, "")
     if not wanted.strip():
         yield
         return
-    from prefect.logging import get_run_logger
-
     context = flow_run_context()
     parameters = (context.parameters if context is not None else None) or {}
     labels = {

@@ -90,7 +90,7 @@ class Migrating(Conversion):
 
         What no run takes up any more, since its source has changed again, is removed.
         """
-        _, there = self.registries.open(**self.live.sides)
+        _, there = self.registries.open(self.live.sides)
         there.tidy({job.parts[0].fingerprint for job in self.jobs})
 
     def run(self) -> None:
@@ -237,7 +237,7 @@ def migrate(source: Text, dest: Text, **asked: Any) -> Any:
     settings = RunSettings.of(asked)
     registries = Registries(source, dest, asked["source_layout"], asked["layout"])
     with join_run(asked["run_id"] or new_run_id(), settings) as live:
-        here, there = registries.open(**live.sides)
+        here, there = registries.open(live.sides)
         here.check_readable()
         there.check_writable()
         # Before anything is made at DEST.

@@ -46,14 +46,15 @@ def refuse_nothing(live: LiveRun, request: RunRequest) -> None:
     """
     if request.named is not None or request.kind == "sync":
         return
-    shown = (*request.include, split_glob(request.source, live.source_options)[1] or "")
+    place, pattern = split_glob(request.source, live.source_at)
+    shown = (*request.include, pattern or "")
     entries = Entries(shown=shown, exclude=request.exclude, copy_links=request.copy_links)
     found = find_checkpoints(
-        request.source,
+        place,
         include=request.include,
         exclude=request.exclude,
-        storage_options=live.source_options,
         entries=entries,
+        pattern=pattern,
     )
     if next(found, None) is None and not entries.problems:
         raise UsageError(nothing_below(request.source, entries, request.nothing))

@@ -18,12 +18,10 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from flows.environment import PRESIGN, SERVED
 from flows.parsing import parse_duration
 
 __all__ = ["link_of", "served_at"]
-
-SERVED = "PTBIN_SERVED"
-PRESIGN = "PTBIN_PRESIGN"
 
 
 def link_of(uri: str, options: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> str | None:

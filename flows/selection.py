@@ -12,7 +12,7 @@ from ptbin.catalog.request import RunRequest
 from ptbin.errors import UsageError
 from ptbin.history.failures import read_unconverted
 from ptbin.history.records import read_rows
-from ptbin.stores import place_of
+from ptbin.stores import NO_OPTIONS, Sides, place_of
 
 __all__ = ["LAST", "with_named_files"]
 
@@ -20,13 +20,7 @@ LAST = "last"
 """Of `--retry-failed`: all that fails as the last run which looked at it left it."""
 
 
-def with_named_files(
-    request: RunRequest,
-    asked: Mapping[str, Any],
-    *,
-    source_options: Mapping[str, Any],
-    dest_options: Mapping[str, Any],
-) -> RunRequest:
+def with_named_files(request: RunRequest, asked: Mapping[str, Any], sides: Sides = NO_OPTIONS) -> RunRequest:
     """The request with the paths that it is to look at alone, where `asked` names some.
 
     `files_from` holds the paths themselves, or the path or URI of a file with one a line; `retry_failed` the
@@ -44,7 +38,7 @@ def with_named_files(
         files_from = parse_lines(place_of(files_from).read_bytes())
     if files_from is not None:
         return replace(request, named=tuple(files_from))
-    root, dest = root_of(request.source, source_options), place_of(request.dest, dest_options)
+    root, dest = root_of(request.source, sides.source_at), sides.dest_at(request.dest)
     if retry_failed == LAST:
         rows = read_unconverted(dest)
         return replace(request, named=tuple(row.path for row in rows if row.is_failure and row.root == root))

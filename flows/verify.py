@@ -50,18 +50,17 @@ def verify(dest: Text, **asked: Any) -> Any:
     settings = RunSettings.of(asked)
     public_key = asked["public_key"]
     with join_run(asked["run_id"] or new_run_id(), settings) as live:
-        options = live.dest_options
-        manifests, unread = step(live, "list manifests", lambda: list_manifests_below(dest, options))
-        orphans = step(live, "list orphans", lambda: list(find_orphans(dest, storage_options=options)))
+        place = live.dest_at(dest)
+        manifests, unread = step(live, "list manifests", lambda: list_manifests_below(place))
+        orphans = step(live, "list orphans", lambda: list(find_orphans(place)))
         refuse_nothing_below(dest, manifests, orphans)
         with running(live, None, settings) as run:
             verdicts = _verify_all(run, manifests, asked["level"])
         issues = unread + [orphan_issue(uri) for uri in orphans]
         issues += [issue for verdict in verdicts for issue in issues_of(verdict)]
         digests = {uri: digest for verdict in verdicts for uri, digest in verdict.digests}
-        found = step(live, "verify records", lambda: verify_records(dest, digests, storage_options=options))
+        found = step(live, "verify records", lambda: verify_records(place, digests))
         if public_key is not None:
-            place = live.dest_at(dest)
             found += step(
                 live,
                 "verify signatures",

@@ -7,9 +7,7 @@ them, which are directory registries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ptbin.errors import PtbinError, UsageError
 from ptbin.history.failures import Ledger, Unconverted, read_ledger
@@ -20,7 +18,7 @@ from ptbin.registries import ModelPlan, is_registry_uri
 from ptbin.registries.migration import Registries, prepare
 from ptbin.registries.planning import Step
 from ptbin.runs.remembering import state_of
-from ptbin.stores import place_of, public_uri
+from ptbin.stores import NO_OPTIONS, Sides, public_uri
 
 __all__ = ["LastMigration", "last_migration", "refuse_registries", "version_status"]
 
@@ -44,11 +42,9 @@ def refuse_registries(source: str, dest: str) -> None:
         )
 
 
-def last_migration(
-    source: str, dest: str, dest_options: Mapping[str, Any] | None = None
-) -> LastMigration | None:
+def last_migration(source: str, dest: str, sides: Sides = NO_OPTIONS) -> LastMigration | None:
     """The newest recorded migration from SOURCE into DEST; None where its newest run is another."""
-    place = place_of(dest, dest_options)
+    place = sides.dest_at(dest)
     if not place.is_directory():
         return None
     for run in iter_runs(place, last=RECORDS_READ):
@@ -63,12 +59,7 @@ def last_migration(
     return None
 
 
-def version_status(
-    migration: LastMigration,
-    *,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
-) -> Status:
+def version_status(migration: LastMigration, sides: Sides = NO_OPTIONS) -> Status:
     """Compare the two registries, as that migration would again.
 
     Raises:
@@ -77,11 +68,11 @@ def version_status(
         StorageError: either side failed.
     """
     asked = migration.run.mapping("selection")
-    sides = Registries(migration.source, migration.dest, asked.get("source_layout"), asked.get("layout"))
-    here, there = sides.open(source_options, dest_options)
+    layouts = asked.get("source_layout"), asked.get("layout")
+    here, there = Registries(migration.source, migration.dest, *layouts).open(sides)
     include, exclude = asked.get("include", []), asked.get("exclude", [])
     plan = prepare(here, there, include, exclude, asked.get("versions", "all"), migration.options)
-    ledger = read_ledger(place_of(migration.dest, dest_options), root=here.uri)
+    ledger = read_ledger(sides.dest_at(migration.dest), root=here.uri)
     status = Status(migration.run.run_id, "migrate")
     for model in plan.models:
         if model.problem and not model.steps:

@@ -24,8 +24,7 @@ from ptbin.sources.opening import SourcePlace, find_source
 from ptbin.sources.pointers import refuse_pointer_at
 from ptbin.sources.sidecars import find_sidecars
 from ptbin.splice import iter_recipe, splice
-from ptbin.stores import ListedObject, Place, RangeReader, Writer, place_of
-from ptbin.stores.place import Where
+from ptbin.stores import ListedObject, Place, RangeReader, Writer
 from ptbin.values.names import bad_name, shown_path
 from ptbin.writing.outputs import OutputPlan, plan_outputs
 from ptbin.writing.ties import tie_equal_tensors
@@ -49,12 +48,10 @@ class Preview:
 
 
 def preview(
-    source: Where,
-    dest: Where,
+    source: Place,
+    dest: Place,
     options: ConvertOptions | None = None,
     *,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
     guard: Guard | None = "any",
     standing: Standing | None = None,
     damaged: Mapping[str, Any] | None = None,
@@ -68,8 +65,7 @@ def preview(
         OutputExistsError: it would refuse to. CheckpointError: it would refuse the source.
     """
     options = options or ConvertOptions()
-    begin, end = place_of(source, source_options), place_of(dest, dest_options)
-    with prepared(begin, end, options, guard, standing, damaged) as made:
+    with prepared(source, dest, options, guard, standing, damaged) as made:
         for plan in made.output.files:
             if made.at.replaced.get(plan.name):
                 with _DiscardingWriter(plan.name) as writer:

@@ -14,4 +14,4 @@ __all__ = ["verify_manifests"]
 @batch_task("verify manifests")
 def verify_manifests(live: LiveRun, uri: str, level: VerifyLevel) -> Outcome:
     """As `ptbin.runs.verifying.verify_manifest`."""
-    return verify_manifest(uri, level, live.dest_options, live.moved)
+    return verify_manifest(live.dest_at(uri), level, live.moved)

@@ -18,21 +18,21 @@ __all__ = ["convert_and_verify_batch", "convert_batch", "verify_batch"]
 @batch_task("convert batch")
 def convert_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
     """Write the output of a job: `staged` where it was written."""
-    return stage_job(job, options, run_id=live.run_id, progress=live.moved, **live.sides)
+    return stage_job(job, options, run_id=live.run_id, progress=live.moved, sides=live.sides)
 
 
 @batch_task("verify batch")
 def verify_batch(live: LiveRun, staged: Staged) -> Outcome:
     """Prove a draft against its source and write its manifest."""
     assert isinstance(staged.item, Job)
-    return publish_job(staged.item, staged.outcome.draft or "", progress=live.moved, **live.sides)
+    return publish_job(staged.item, staged.outcome.draft or "", progress=live.moved, sides=live.sides)
 
 
 @batch_task("convert and verify batch")
 def convert_and_verify_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
     """Both at once: where a task run costs a tenth of a second."""
-    outcome = stage_job(job, options, run_id=live.run_id, progress=live.moved, **live.sides)
+    outcome = stage_job(job, options, run_id=live.run_id, progress=live.moved, sides=live.sides)
     if outcome.draft is None:
         return outcome
     live.moved(0)
-    return publish_job(job, outcome.draft, progress=live.moved, **live.sides)
+    return publish_job(job, outcome.draft, progress=live.moved, sides=live.sides)

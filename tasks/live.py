@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ptbin.stores import Place, place_of
+from ptbin.stores import Place, Sides, Where
 from tasks.credentials import Credentials
 
 if TYPE_CHECKING:
@@ -113,25 +113,24 @@ class LiveRun:
     """Filled by the flow at its end, for the process that started it."""
 
     @property
-    def sides(self) -> dict[str, Any]:
-        """The storage options of both, as functions of the engine take them."""
-        return {"source_options": self.source_options, "dest_options": self.dest_options}
+    def sides(self) -> Sides:
+        """What makes places of the URIs that tasks get."""
+        return Sides(self.source_options, self.dest_options)
 
-    def source_at(self, uri: str) -> Place:
+    def source_at(self, where: Where) -> Place:
         """A place below SOURCE, with the run's storage options for it."""
-        return place_of(uri, self.source_options)
+        return self.sides.source_at(where)
 
-    def dest_at(self, uri: str) -> Place:
+    def dest_at(self, where: Where) -> Place:
         """A place below DEST, likewise."""
-        return place_of(uri, self.dest_options)
+        return self.sides.dest_at(where)
 
     @contextlib.contextmanager
     def open_plan(self, request: RunRequest) -> Iterator[Plan]:
         """The run's plan, not yet made, while the context lasts."""
         from ptbin.catalog.plan import Plan
 
-        plan = Plan(request, source_options=self.source_options, dest_options=self.dest_options)
-        with contextlib.closing(plan):
+        with contextlib.closing(Plan(request, self.sides)) as plan:
             self.plan = plan
             try:
                 yield plan

@@ -65,12 +65,12 @@ class VersionJob(Job):
 
 
 def _open_sides(live: LiveRun, registries: Registries, **values: Any) -> dict[str, Any]:
-    source, dest = registries.open(**live.sides)
+    source, dest = registries.open(live.sides)
     return {**values, "source": source, "dest": dest}
 
 
 def _open_dest(live: LiveRun, registries: Registries) -> dict[str, Any]:
-    return {"dest": registries.open(**live.sides)[1]}
+    return {"dest": registries.open(live.sides)[1]}
 
 
 @batch_task("transfer versions", opens=_open_sides)
@@ -96,7 +96,7 @@ def _transfer(
     options: ConvertOptions,
 ) -> Outcome:
     step, _, existing = job.parts
-    contents = plan_version(source, dest, step, existing, job.beside, options, live.source_options)
+    contents = plan_version(source, dest, step, existing, job.beside, options, live.sides)
     version = source.detail(step.version)
     place = dest.place(existing, version, step.dest_version, step.fingerprint)
     try:
@@ -105,7 +105,7 @@ def _transfer(
             place.folder,
             options,
             current=place.current,
-            source_options=live.source_options,
+            sides=live.sides,
             annotations=_annotations(source, step, version),
             run_id=live.run_id,
             progress=live.moved,

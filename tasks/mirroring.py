@@ -27,7 +27,7 @@ __all__ = ["back_up_batch", "compare_batch", "copy_batch", "delete_batch"]
 @batch_task("compare batch")
 def compare_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
     """Whether an output is what its source would become now: `up_to_date`, else `changed`."""
-    same = compare_job(job, options, progress=live.moved, **live.sides)
+    same = compare_job(job, options, live.sides, progress=live.moved)
     if same is None:
         return Outcome(job.path, "changed")
     return Outcome(job.path, "up_to_date", converted=Converted.known(same.row))
@@ -41,7 +41,7 @@ def copy_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
         live.dest_at(job.dest_uri),
         expected=job.identity,
         verify=options.verify != "none",
-        change=change_on_copying(job.source_uri, job.dest_uri, options, size=job.source_size),
+        change=change_on_copying(job.source_uri, job.output_name, options, size=job.source_size),
         progress=live.moved,
         may_replace=may_replace_copy(job, options),
     )

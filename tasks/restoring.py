@@ -19,11 +19,9 @@ def restore_batch(live: LiveRun, job: Job, options: RestoreOptions) -> Outcome:
     """Restore a job, proven and with its manifest."""
     try:
         manifest = ptbin.restore(
-            job.source_uri,
-            job.dest_uri,
+            live.source_at(job.source_uri),
+            live.dest_at(job.dest_uri),
             options,
-            source_options=live.source_options,
-            dest_options=live.dest_options,
             run_id=live.run_id,
             progress=live.moved,
             standing=job.standing,

@@ -44,7 +44,7 @@ def carry_out(
 
         if single is not None:
             return print_dry_run(plan_one(single, request, look, shared), shared)
-        with closing(Plan(request, **shared.sides)) as plan:
+        with closing(Plan(request, shared.sides)) as plan:
             return print_dry_run(plan_run(plan, look), shared)
     if single is not None:
         assert make is not None

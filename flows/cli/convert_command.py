@@ -51,13 +51,13 @@ def convert_command(source: str, dest: str, asked: dict[str, Any], shared: Share
     from ptbin.catalog.checks import check_request
 
     request = convert_request(source, dest, asked)
-    check_request(request, writes=not dry_run, **shared.sides)
+    check_request(request, shared.sides, writes=not dry_run)
     single = single_job(request, shared, names_one=names_one)
     if single is None:
         from flows.selection import with_named_files
 
         # Here already: a wrong call costs nothing.
-        request = with_named_files(request, asked, **shared.sides)
+        request = with_named_files(request, asked, shared.sides)
     elif asked["files_from"] is not None or asked["retry_failed"] is not None:
         raise UsageError(
             f"SOURCE is one file, of which --files-from and --retry-failed cannot choose: {source}"

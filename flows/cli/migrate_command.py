@@ -49,14 +49,14 @@ def migrate_command(source: str, dest: str, asked: dict[str, Any], shared: Share
 
     if not is_registry_uri(dest):
         refuse_one_file(dest, shared.dest_options, "migrate")
-    here, there = Registries(source, dest, asked["source_layout"], asked["layout"]).open(**shared.sides)
+    here, there = Registries(source, dest, asked["source_layout"], asked["layout"]).open(shared.sides)
     here.check_readable()
     if asked.pop("dry_run"):
         from ptbin.registries.migration import prepare
         from ptbin.runs.migrating import dry_run as plan_run
 
         plan = prepare(here, there, asked["include"], asked["exclude"], asked["versions"], options)
-        document = plan_run(plan, here, there, options, **shared.sides)
+        document = plan_run(plan, here, there, options, shared.sides)
         if shared.as_json:
             print_json(document)
         else:

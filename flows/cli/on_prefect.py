@@ -69,7 +69,7 @@ def run_flow(name: str, shared: Shared, listener: Problems, **parameters: Any) -
 
 
 def _live_run(shared: Shared, listener: Problems) -> LiveRun:
-    return LiveRun(new_run_id(), **shared.sides, listener=listener, began=began())
+    return LiveRun(new_run_id(), shared.source_options, shared.dest_options, listener, began=began())
 
 
 def _check_installed() -> None:

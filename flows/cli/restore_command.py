@@ -52,11 +52,12 @@ def restore_command(source: str, dest: str, asked: dict[str, Any], shared: Share
     names_one = _names_one(dest, asked, shared)
     options = restore_options(asked)
     request = restore_request(source, dest, asked)
-    check_request(request, writes=not dry_run, **shared.sides)
+    check_request(request, shared.sides, writes=not dry_run)
     single = single_job(request, shared, names_one=names_one)
 
     def look(job: Job) -> Preview:
-        return preview_restore(job.source_uri, job.dest_uri, options, standing=job.standing, **shared.sides)
+        places = shared.sides.source_at(job.source_uri), shared.sides.dest_at(job.dest_uri)
+        return preview_restore(*places, options, standing=job.standing)
 
     make = partial(ptbin.restore, options=options)
     return carry_out(request, asked, shared, single=single, make=make, look=look, dry_run=dry_run)

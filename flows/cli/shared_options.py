@@ -6,10 +6,13 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.cli.help import ACCESS, PRINTING
 from ptbin.values.options import Option
+
+if TYPE_CHECKING:
+    from ptbin.stores import Sides
 
 __all__ = ["SHARED", "Shared"]
 
@@ -75,9 +78,11 @@ class Shared:
         return cls(**{entry.name: values[entry.name] for entry in fields(cls)})
 
     @property
-    def sides(self) -> dict[str, Any]:
-        """The storage options of both places, as functions of the engine take them."""
-        return {"source_options": self.source_options, "dest_options": self.dest_options}
+    def sides(self) -> Sides:
+        """What makes places of texts."""
+        from ptbin.stores import Sides
+
+        return Sides(self.source_options, self.dest_options)
 
     @property
     def live_bar(self) -> bool:

@@ -34,10 +34,9 @@ def single_job(request: RunRequest, shared: Shared, *, names_one: bool) -> Job |
         UsageError: DEST names one output, and SOURCE is a place with many.
     """
     from ptbin import catalog
-    from ptbin.stores import place_of
 
     dest = request.dest
-    source = place_of(request.source, shared.source_options)
+    source = shared.sides.source_at(request.source)
     if names_one or not source.is_directory():
         try:
             found = catalog.find_one(source)
@@ -75,7 +74,7 @@ def plan_one(job: Job, request: RunRequest, look: Look | None, shared: Shared) -
         found.up_to_date.append(job)
     else:
         making = request.making
-        plan_jobs([job], making, look or (lambda one: preview_job(one, making, **shared.sides)), found)
+        plan_jobs([job], making, look or (lambda one: preview_job(one, making, shared.sides)), found)
     return found
 
 
@@ -97,9 +96,8 @@ def run_one(job: Job, request: RunRequest, make: Make, shared: Shared) -> tuple[
             else:
                 listener.planned(1, job.source_size, 0)
                 manifest = make(
-                    job.source_uri,
-                    job.dest_uri,
-                    **shared.sides,
+                    shared.sides.source_at(job.source_uri),
+                    shared.sides.dest_at(job.dest_uri),
                     run_id=tally.run_id,
                     progress=listener.moved,
                 )

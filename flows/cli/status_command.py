@@ -65,13 +65,13 @@ def status_command(source: str, dest: str, asked: dict[str, Any], shared: Shared
         request = replace(request, kind="sync", include=(), copied=include)
     run, migration = "", None
     if not _is_asked(asked):
-        migration = last_migration(source, dest, shared.dest_options)
-        if migration is None and (found := last_request(source, dest, **shared.sides)) is not None:
+        migration = last_migration(source, dest, shared.sides)
+        if migration is None and (found := last_request(source, dest, shared.sides)) is not None:
             request, run = found
     if migration is not None:
-        status = version_status(migration, **shared.sides)
+        status = version_status(migration, shared.sides)
     else:
-        status = status_of(request, run=run, **shared.sides)
+        status = status_of(request, shared.sides, run=run)
     if shared.as_json:
         print_json(_to_json(source, dest, status))
     elif not shared.quiet:

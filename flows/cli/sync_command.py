@@ -6,7 +6,7 @@ from typing import Any
 
 from flows.cli.carrying_out import carry_out
 from flows.cli.command import command, dry_run_option
-from flows.cli.destination import refuse_one_file
+from flows.cli.destination import refuse_lost, refuse_one_file
 from flows.cli.shared_options import Shared
 from flows.options import SYNC
 from flows.parsing import refuse_secrets
@@ -40,5 +40,6 @@ def sync_command(source: str, dest: str, asked: dict[str, Any], shared: Shared) 
     # First of all: what refuses the call otherwise may name SOURCE as it was written.
     refuse_secrets(source, dest, *([request.backup_dir] if request.backup_dir else []))
     refuse_one_file(dest, shared.dest_options, "sync")
-    check_request(request, writes=not dry_run, **shared.sides)
+    refuse_lost("--backup-dir", request.backup_dir or "")
+    check_request(request, shared.sides, writes=not dry_run)
     return carry_out(request, asked, shared, dry_run=dry_run)

@@ -43,7 +43,6 @@ Exit status: 0 all proven; 1 something is not what its manifest says;
 def verify_command(dest: str, asked: dict[str, Any], shared: Shared) -> int:
     """Check every manifest at or below DEST against what is stored."""
     from ptbin.registries import is_registry_uri, open_registry
-    from ptbin.stores import place_of
 
     # A repository of a Hub is a place like any other: what was published is read back from there.
     if is_registry_uri(dest) and not ("/" in dest.removeprefix("hf://") and dest.startswith("hf://")):
@@ -51,12 +50,12 @@ def verify_command(dest: str, asked: dict[str, Any], shared: Shared) -> int:
 
     with showing_progress(shared) as listener:
         listener.leaves_them = not shared.quiet and not shared.as_json
-        place = place_of(dest, shared.dest_options)
+        place = shared.sides.dest_at(dest)
         if place.is_directory():
             from flows.cli.on_prefect import run_flow
 
             refuse_secrets(dest)
-            _refuse_empty(dest, shared)
+            _refuse_empty(place, dest)
             summary = run_flow("verify", shared, listener, dest=dest, **asked)
         else:
             _refuse_missing(place)
@@ -88,30 +87,28 @@ def _refuse_missing(place: Place) -> None:
             place.stat()
 
 
-def _refuse_empty(dest: str, shared: Shared) -> None:
+def _refuse_empty(place: Place, dest: str) -> None:
     from ptbin import catalog
 
     for find in (catalog.find_manifests, catalog.find_orphans):
-        if next(iter(find(dest, storage_options=shared.dest_options)), None) is not None:
+        if next(iter(find(place)), None) is not None:
             return
     raise UsageError(f"nothing to verify below DEST, neither manifests nor outputs: {dest}")
 
 
-def _manifest_of(dest: str, shared: Shared) -> str:
+def _manifest_of(place: Place) -> Place:
     """The manifest of an output: next to it, or that of the output that `--split` made it a part of."""
     from ptbin.catalog.finding import split_manifest
     from ptbin.errors import NotFoundInStoreError
-    from ptbin.manifests.manifest import MANIFEST_SUFFIX, manifest_uri
-    from ptbin.stores import place_of
+    from ptbin.manifests.manifest import MANIFEST_SUFFIX
 
-    uri = manifest_uri(dest)
-    place = place_of(dest, shared.dest_options)
+    manifest = place.beside(MANIFEST_SUFFIX)
     try:
-        place.beside(MANIFEST_SUFFIX).stat()
+        manifest.stat()
     except NotFoundInStoreError:
         found = split_manifest(place.parent, place.name)
-        return (place.parent / found).uri if found is not None else uri
-    return uri
+        return place.parent / found if found is not None else manifest
+    return manifest
 
 
 def _verify_one(
@@ -119,17 +116,17 @@ def _verify_one(
 ) -> dict[str, Any]:
     from ptbin.manifests.manifest import MANIFEST_SUFFIX
     from ptbin.runs.verifying import issues_of, sum_up, verify_manifest
-    from ptbin.stores import place_of, public_uri
+    from ptbin.stores import public_uri
     from tasks.live import Settled
 
     listener.planned(1, 0, 0)
-    uri = dest if dest.endswith(MANIFEST_SUFFIX) else _manifest_of(dest, shared)
-    verdict = verify_manifest(uri, level, shared.dest_options, listener.moved)
+    place = shared.sides.dest_at(dest)
+    manifest = place if dest.endswith(MANIFEST_SUFFIX) else _manifest_of(place)
+    verdict = verify_manifest(manifest, level, listener.moved)
     issues = list(issues_of(verdict))
     if public_key is not None:
         from ptbin.proof.signatures import verify_signatures
 
-        place, manifest = place_of(dest, shared.dest_options), place_of(uri, shared.dest_options)
         signed = verify_signatures(place, public_key, [manifest.uri], progress=listener.moved)
         issues += [issue.to_json() for issue in signed]
     for issue in issues:

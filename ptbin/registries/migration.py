@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions
@@ -13,7 +12,7 @@ from ptbin.registries.base import Registry
 from ptbin.registries.contents import Contents, Pair, plan_contents
 from ptbin.registries.planning import Migration, Step, Versions, plan_migration, wanted_names
 from ptbin.registries.values import Model
-from ptbin.stores import place_of
+from ptbin.stores import NO_OPTIONS, Sides
 from ptbin.stores.copying import find_in_place
 
 __all__ = ["ADVICE", "Registries", "brought_before", "plan_version", "prepare"]
@@ -30,9 +29,7 @@ class Registries:
     source_layout: str | None = None
     dest_layout: str | None = None
 
-    def open(
-        self, source_options: Mapping[str, Any] | None, dest_options: Mapping[str, Any] | None
-    ) -> tuple[Registry, Registry]:
+    def open(self, sides: Sides = NO_OPTIONS) -> tuple[Registry, Registry]:
         """Both sides. Where DEST is not a directory registry, its layout is taken for SOURCE's.
 
         Raises:
@@ -45,8 +42,8 @@ class Registries:
         if own.startswith(other) or other.startswith(own):
             raise UsageError(f"the registries lie in one another: {self.source}, {self.dest}")
         return (
-            open_registry(self.source, source_layout, source_options),
-            open_registry(self.dest, dest_layout, dest_options),
+            open_registry(self.source, source_layout, sides.source_options),
+            open_registry(self.dest, dest_layout, sides.dest_options),
         )
 
 
@@ -84,7 +81,7 @@ def plan_version(
     existing: Model,
     beside: Sequence[Pair],
     options: ConvertOptions,
-    source_options: Mapping[str, Any] | None,
+    sides: Sides = NO_OPTIONS,
 ) -> Contents:
     """What becomes of a version's files. Reads the index of each checkpoint, and writes nothing.
 
@@ -104,7 +101,7 @@ def plan_version(
     known = dest.known_files(name) if beside else {}
     for uri, path in beside:
         may_replace = brought_before(known, path)
-        find_in_place(place_of(uri, source_options), folder / path, may_replace, advice=ADVICE)
+        find_in_place(sides.source_at(uri), folder / path, may_replace, advice=ADVICE)
     return contents
 
 

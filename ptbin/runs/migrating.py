@@ -7,7 +7,6 @@ index of each of its checkpoints. Nothing is written.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,7 @@ from ptbin.registries.migration import plan_version
 from ptbin.runs.outcomes import Outcome
 from ptbin.runs.remembering import state_of
 from ptbin.runs.tally import Entry, Tally
-from ptbin.stores import place_of
+from ptbin.stores import NO_OPTIONS, Sides
 
 __all__ = ["MigrationTally", "dry_run", "loss_lines"]
 
@@ -79,8 +78,7 @@ def dry_run(
     source: Registry,
     dest: Registry,
     options: ConvertOptions,
-    source_options: Mapping[str, Any],
-    dest_options: Mapping[str, Any],
+    sides: Sides = NO_OPTIONS,
 ) -> dict[str, Any]:
     """The document of `ptbin migrate --dry-run --json`.
 
@@ -89,7 +87,7 @@ def dry_run(
     """
     tally = MigrationTally("", source.uri, dest.uri)
     if not is_registry_uri(dest.uri):  # others hold no history of their runs
-        tally.ledger = read_ledger(place_of(dest.home(), dest_options), root=source.uri)
+        tally.ledger = read_ledger(sides.dest_at(dest.home()), root=source.uri)
     problems = [
         {"source": model.model.name, "reason": "registry_error", "detail": model.problem}
         for model in plan.models
@@ -99,7 +97,7 @@ def dry_run(
     known: list[dict[str, str]] = []
     for model in plan.models:
         for step in model.steps:
-            row = _row(source, dest, step, model, options, source_options)
+            row = _row(source, dest, step, model, options, sides)
             rows.append(row)
             if row["action"] != "refused":
                 continue
@@ -126,13 +124,13 @@ def _row(
     step: Step,
     plan: ModelPlan,
     options: ConvertOptions,
-    source_options: Mapping[str, Any],
+    sides: Sides,
 ) -> dict[str, Any]:
     row = step.to_json()
     if step.action != "migrate":
         return row
     try:
-        contents = plan_version(source, dest, step, plan.existing, plan.beside, options, source_options)
+        contents = plan_version(source, dest, step, plan.existing, plan.beside, options, sides)
     except PtbinError as error:
         action = "skip" if isinstance(error, NoCheckpointError) else "refused"
         refusal = {"action": action, "dest_version": None, "reason": error.reason, "detail": str(error)}

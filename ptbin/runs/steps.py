@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from ptbin.catalog.jobs import Job
-from ptbin.conversion import publish, stage
+from ptbin.conversion import publish_at, stage
 from ptbin.errors import CheckpointError
 from ptbin.manifests.draft import Draft
 from ptbin.manifests.manifest import manifest_uri
 from ptbin.options import ConvertOptions
 from ptbin.runs.outcomes import Converted, Outcome, outcome_of_job
+from ptbin.stores import Sides
 
 __all__ = ["publish_job", "stage_job"]
 
@@ -22,17 +22,14 @@ def stage_job(
     *,
     run_id: str,
     progress: Callable[[int], None],
-    source_options: Mapping[str, Any] | None,
-    dest_options: Mapping[str, Any] | None,
+    sides: Sides,
 ) -> Outcome:
     """Write the output of a job: `staged` where it was written. Raises what is not the checkpoint's fault."""
     try:
         draft = stage(
-            job.source_uri,
-            job.dest_uri,
+            sides.source_at(job.source_uri),
+            sides.dest_at(job.dest_uri),
             options,
-            source_options=source_options,
-            dest_options=dest_options,
             run_id=run_id,
             progress=progress,
             standing=job.standing,
@@ -47,15 +44,10 @@ def publish_job(
     draft: str,
     *,
     progress: Callable[[int], None],
-    source_options: Mapping[str, Any] | None,
-    dest_options: Mapping[str, Any] | None,
+    sides: Sides,
 ) -> Outcome:
     """Prove what was written and write the manifest: `converted`. Raises as `ptbin.publish`."""
-    published = publish(
-        Draft.from_json(draft),
-        source_options=source_options,
-        dest_options=dest_options,
-        progress=progress,
-    )
+    source, dest = sides.source_at(job.source_uri), sides.dest_at(job.dest_uri)
+    published = publish_at(Draft.from_json(draft), source, dest, progress)
     converted = Converted.from_manifest(published.manifest, manifest_uri(job.dest_uri), published.identity)
     return Outcome(job.path, "converted", converted=converted)

@@ -7,7 +7,6 @@ next conversion makes it anew.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,8 @@ from ptbin.registries.verification import verify_records
 from ptbin.runs.outcomes import Outcome, one_line, outcome_of_error
 from ptbin.runs.record import check_run_id, new_run_id
 from ptbin.runs.result import RunResult
-from ptbin.stores import place_of
+from ptbin.stores import Place, Sides, Where
+from ptbin.stores.place import apart
 from ptbin.values.names import shown_path
 
 __all__ = [
@@ -40,7 +40,7 @@ Issue = dict[str, Any]
 
 
 def verify_directory(
-    dest: str | os.PathLike[str],
+    dest: Where,
     *,
     level: VerifyLevel = "checksum",
     public_key: str | None = None,
@@ -64,14 +64,16 @@ def verify_directory(
     """
     check_run_id(run_id := run_id or new_run_id())
     began = time.monotonic()
-    dest = os.fspath(dest)
-    manifests, issues = list_manifests_below(dest, dest_options)
-    orphans = list(find_orphans(dest, storage_options=dest_options))
+    dest, dest_options = apart(dest, dest_options)
+    sides = Sides(dest_options=dest_options)
+    place = sides.dest_at(dest)
+    manifests, issues = list_manifests_below(place)
+    orphans = list(find_orphans(place))
     refuse_nothing_below(dest, manifests, orphans)
 
     def verify(uri: str) -> Outcome:
         try:
-            return verify_manifest(uri, level, dest_options, progress)
+            return verify_manifest(sides.dest_at(uri), level, progress)
         except Exception as error:  # noqa: BLE001 - what is wrong with one must not stop the others
             return outcome_of_error(uri, error)
 
@@ -80,25 +82,21 @@ def verify_directory(
     issues += [orphan_issue(uri) for uri in orphans]
     issues += [issue for verdict in verdicts for issue in issues_of(verdict)]
     digests = {uri: digest for verdict in verdicts for uri, digest in verdict.digests}
-    issues += [issue.to_json() for issue in verify_records(dest, digests, storage_options=dest_options)]
+    issues += [issue.to_json() for issue in verify_records(place, digests)]
     if public_key is not None:
-        found = verify_signatures(place_of(dest, dest_options), public_key, manifests, progress=progress)
+        found = verify_signatures(place, public_key, manifests, progress=progress)
         issues += [issue.to_json() for issue in found]
     seconds = time.monotonic() - began
     summary = sum_up(dest, verdicts, orphans, issues, seconds)
     return RunResult.of("verify", {"run_id": run_id, **summary})
 
 
-def list_manifests_below(dest: str, dest_options: Mapping[str, Any] | None) -> tuple[list[str], list[Issue]]:
+def list_manifests_below(dest: Place) -> tuple[list[str], list[Issue]]:
     """The URI of every manifest below `dest`, and an issue for each folder that cannot be read."""
     entries = DestEntries()
-    found = list(find_manifests(dest, storage_options=dest_options, watch=entries))
+    found = list(find_manifests(dest, watch=entries))
     issues = [
-        {
-            "reason": error.reason,
-            "uri": f"{dest.rstrip('/')}/{shown_path(path)}",
-            "detail": one_line(str(error)),
-        }
+        {"reason": error.reason, "uri": shown_path((dest / path).uri), "detail": one_line(str(error))}
         for path, error in entries.problems
     ]
     return found, issues
@@ -110,19 +108,12 @@ def refuse_nothing_below(dest: str, manifests: Sequence[str], orphans: Sequence[
         raise UsageError(f"nothing to verify below DEST, neither manifests nor outputs: {dest}")
 
 
-def verify_manifest(
-    uri: str,
-    level: VerifyLevel,
-    dest_options: Mapping[str, Any] | None,
-    progress: Callable[[int], None] | None,
-) -> Outcome:
+def verify_manifest(place: Place, level: VerifyLevel, progress: Callable[[int], None] | None) -> Outcome:
     """Read back what a manifest vouches for: `proven`, or `failed` with its issues."""
-    issues, digests = verify_outputs(
-        uri, level=level, storage_options=dest_options, progress=progress, note=True
-    )
+    issues, digests = verify_outputs(place, level=level, progress=progress, note=True)
     first = issues[0] if issues else None
     return Outcome(
-        uri,
+        place.uri,
         "proven" if first is None else "failed",
         first.reason if first is not None else "",
         first.detail if first is not None else "",
