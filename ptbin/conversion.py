@@ -179,7 +179,7 @@ def publish(
     dest_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Published:
-    """As `commit`, for those who keep an index of what is finished."""
+    """As `commit`, with the identity of the stored manifest, for an index of finished work."""
     source, dest = place_of(draft.source_uri, source_options), place_of(draft.dest_uri, dest_options)
     return publish_at(draft, source, dest, progress)
 

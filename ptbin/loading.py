@@ -1,4 +1,4 @@
-"""Weights as NumPy arrays, without any framework: a lazy mapping over whatever `ptbin` reads.
+"""Weights as NumPy arrays, without any framework: a lazy mapping over everything that `ptbin` reads.
 
     weights = ptbin.load("weights/last.bin")
     weights["encoder.weight"]            # read, or mapped, now
@@ -135,7 +135,7 @@ class Weights(Mapping[str, "NDArray[Any]"]):
         return _numpy_dtype(name, self._tensors[name])
 
     def close(self) -> None:
-        """Release the store; arrays not asked for until then can no longer be had."""
+        """Release the store; arrays not asked for until then can no longer be read."""
         reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()

@@ -85,7 +85,7 @@ def preview(
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A conversion before its first byte is written: all that it takes, and a place that may be had."""
+    """A conversion before its first byte is written: all that it takes, and a place that it may use."""
 
     source: SourcePlace
     reader: RangeReader
@@ -128,7 +128,7 @@ def prepared(
     standing: Standing | None,
     damaged: Mapping[str, Any] | None = None,
 ) -> Iterator[Prepared]:
-    """Read the source's index, plan the output, and look at every place that it takes."""
+    """Read the source's index, plan the output, and check every place that it needs."""
     if why := bad_name(dest.name):
         raise UsageError(f"{shown_path(str(dest))!a}: the name {why}; choose another for the output")
     found = find_source(source)
@@ -169,7 +169,7 @@ def prepared(
 def _refuse_same_file(source: Place, dest: Place) -> None:
     uris = source.uri, dest.uri
     if source.is_local and dest.is_local:
-        # By whatever links their folders are reached.
+        # With the links in their folders followed.
         uris = os.path.realpath(source.path), os.path.join(os.path.realpath(dest.parent.path), dest.name)
     if uris[0] == uris[1]:
         raise UsageError(f"{source.uri}: source and destination are the same file")

@@ -223,7 +223,7 @@ def _compare(parts: list[_Part], readers: Readers, tolerance: Tolerance, progres
             if progress is not None:
                 progress(part.a.nbytes + part.b.nbytes)
         for pieces in (pieces_a, pieces_b):
-            for _ in pieces:  # nothing is left, but for what a stream checks at its end
+            for _ in pieces:  # no bytes are left; streams check their CRC-32 at the end
                 pass
 
 

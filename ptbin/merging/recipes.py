@@ -6,8 +6,8 @@ A recipe is a JSON object that a user may write (docs/parts.md) or one of the sh
      "tensors": [{"from": "regex", "to": "name {group}", "steps": [{"split": [0, ["heads", -1, 2]]}]}],
      "others": "keep"}
 
-Every rule is a selection and an order of elements. None computes, but for the sums and means over ranks that
-`merge` asks for: small tensors, which the manifest names.
+Every rule is a selection and an order of elements. Only the sums and means over ranks that `merge` asks for
+are computed: small tensors, which the manifest names.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def digest_file(
     """Hash the file, the records (offset, nbytes) and the tensors in it.
 
     Args:
-        serial: of what one SHA-256 is asked for besides: of the whole file, or of what lies in no tensor.
+        serial: what one more SHA-256 covers: the whole file, or what lies in no tensor.
 
     Raises:
         SourceChangedError, StorageError: from the store.
@@ -86,7 +86,7 @@ def digest_descriptor(
     """As `digest_file`, of an open file of `size` bytes.
 
     Args:
-        read: called with a range that the file did not give whole; to raise what there is to raise.
+        read: called with a range that the file no longer holds; raises the error to report.
     """
     if size > SMALL_NBYTES:
         file = GrowingFile(descriptor, size, records, tensors, read, serial=serial)

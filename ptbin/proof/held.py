@@ -1,7 +1,7 @@
 """Proof of a small output before it is sent: all of its bytes are still in memory.
 
-They are what the source states, and read anew they hold what was planned. Whether the store has them is for
-its answer to say.
+They are what the source states, and read anew they hold what was planned. The store's answer says whether it
+has them.
 """
 
 from __future__ import annotations

@@ -216,11 +216,9 @@ def stored_tensor(row: Mapping[str, Any], file_size: int | None = None) -> Store
     """Where a manifest's tensor lies; inside a file of `file_size` bytes, where that is given.
 
     Raises:
-        VerificationError: an unknown type, or numbers that make no sense.
+        VerificationError: an unknown type, or numbers that are not consistent.
     """
-    wrong = VerificationError(
-        f"the manifest describes tensor {str(row.get('name'))[:200]!r} in a way that makes no sense"
-    )
+    wrong = VerificationError(f"the manifest describes tensor {str(row.get('name'))[:200]!r} inconsistently")
     name, dtype_name, shape, stride = row.get("name"), row.get("dtype"), row.get("shape"), row.get("stride")
     dtype = BY_NAME.get(dtype_name) if isinstance(dtype_name, str) else None
     if dtype is None or not isinstance(name, str) or not isinstance(shape, list) or len(shape) > 64:

@@ -99,7 +99,7 @@ class _StoreHashing:
         self._ignored: set[str] = {SIGNATURE, *GIT_FILES}
 
     def add_ignored_paths(self, *, model_path: Any, paths: Iterable[Any]) -> None:
-        """What the signer left out, says the signature itself; only the signature may be left out."""
+        """Refuse a signature that leaves other files out than itself and those of Git."""
         del model_path
         for path in paths:
             if PurePosixPath(path).name not in (SIGNATURE, *GIT_FILES):

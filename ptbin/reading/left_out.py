@@ -102,7 +102,7 @@ class _LeftOutWalk:
                         self.add(path, role, node)
                         continue
                     if below_it == "weights" or looks_like_weights(_leaf_steps(node)):
-                        role = None  # the name is not what it is
+                        role = None  # the name misleads
                 if len(steps) >= MAX_DEPTH or len(self.rows) > MAX_ROWS:
                     self.add(path, role, node)
                     continue

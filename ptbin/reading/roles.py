@@ -171,7 +171,7 @@ def role_of_name(step: str) -> str | None:
         if words & telling:
             # `reward_model`, `step_encoder`, `random_features_net`: parts of a model, whatever they are for
             part = bool(words & _PARAMETER_WORDS) and role in ("metrics", "random_state", "trainer_state")
-            # `config_net` is a net, `net_config` is none
+            # `config_net` is a net, `net_config` is not
             part = part or (role in ("hyperparameters", "scheduler", "scaler") and last in _PART_WORDS)
             return None if part else role
     return None

@@ -1,4 +1,4 @@
-"""The restored file under way: where child processes write and read it, what it holds, how it gets its place.
+"""The restored file while it is made: where child processes write and read it, its content, its publication.
 
 A local output is written where it will lie, without a name, and gets the name when it is proven; for another
 store it is written to the temporary folder and sent from there. Its SHA-256 is made while it is written

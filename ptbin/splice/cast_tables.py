@@ -1,4 +1,4 @@
-"""Casts of the small element types as tables: every bit pattern of one or two bytes, and what becomes of it.
+"""Casts of the small element types as tables: every bit pattern of one or two bytes, and its result.
 
 Also what makes the tables: float32 bit patterns as those of float16 and the float8 types. `casting` says what
 torch does with NaNs and with what is too large.

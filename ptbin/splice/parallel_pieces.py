@@ -34,7 +34,7 @@ Tallies = dict[str, "CastTally"]
 
 
 class ParallelPieces:
-    """Runs ahead of the caller, who goes through `pieces`; must be closed. `watched` is what recipes read."""
+    """Works ahead of the caller, which goes through `pieces`; must be closed. Recipes read from `watched`."""
 
     def __init__(
         self, pieces: Sequence[Piece | Move], reader: RangeReader, writer: Writer, watched: RangeReader

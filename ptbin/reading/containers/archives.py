@@ -6,7 +6,7 @@ checkpoint; several become a mapping by member name, so that selection (and `--s
 as to any mapping. Member names are text and never become paths.
 
 Costs: what walking the archive costs (`tar`, `zip_directory`), a request for each zip member whose first
-bytes are looked at, and for each checkpoint found what it costs as a separate file.
+bytes are looked at, and for each checkpoint found as much as for a separate file.
 
 The records of an embedded torch archive lose their framing: it counts offsets from the archive's own
 beginning (`framing`), so headers are written anew and only the weights' bytes are taken.
@@ -110,7 +110,7 @@ def read_tar_archive(opening: Opening) -> Checkpoint | None:
         for member in iter_tar(file):
             members.append(member)
             if member.nbytes >= SMALLEST_NBYTES:
-                # Now, while the request that brought its header is at hand.
+                # Now, while the response that held its header is still in memory.
                 nbytes = min(member.nbytes, HEAD_NBYTES, file.size - member.offset)
                 head = file.read_ahead(member.offset, nbytes, WINDOW_NBYTES, "member")
                 if _begins_a_checkpoint(head, member.nbytes):
@@ -136,7 +136,7 @@ def read_tar_archive(opening: Opening) -> Checkpoint | None:
 
 
 def read_zip_archive(opening: Opening, directory: ZipDirectory) -> Checkpoint | None:
-    """Index the checkpoints in a zip archive that is not one itself; None where there are none."""
+    """Index the checkpoints in a zip archive that is not one itself; None where it holds none."""
     file = opening.file
     return _read_members(
         opening,
@@ -283,7 +283,7 @@ def _file_name(file: SourceFile) -> str:
 
 
 def _quoted(name: str) -> str:
-    """One word of a command; the empty name, which stands for every member, is none."""
+    """One word of a command; nothing for the empty name, which stands for every member."""
     if not name:
         return ""
     return shlex.quote(name if name.isprintable() else ascii(name))

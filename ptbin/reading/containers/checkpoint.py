@@ -1,7 +1,7 @@
 """What container readers are given (`Opening`, `Folder`) and what they make (`Checkpoint`).
 
-Knows no container: a reader that finds a checkpoint inside its own reads it by the function that it was
-given with its opening.
+Knows no container: a reader that finds a checkpoint inside its file reads it with the function in its
+`Opening`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Checkpoint:
         excluded: what its reader passed over and knows the role of.
         facts: numbers that it states of the model, by name, for recipes (`n_heads`).
         replicas: copies on other ranks that must be equal, with the storage that the first one went into.
-        is_whole: its reader knows that it is all of a checkpoint (`parts`).
+        is_whole: its reader has checked that no part is missing (`parts`).
         search: answers whether a record holds data, and remembers.
         unnamed: records that could hold tensors and that no pickle names: (name, offset, bytes in the file).
     """
@@ -90,7 +90,7 @@ class Checkpoint:
     search: DataSearch = field(init=False)
 
     def __post_init__(self) -> None:
-        self.search = DataSearch(self.vocabulary.limits)
+        self.search = DataSearch(self.vocabulary.limits.tree_nodes)
 
     def move(self, base: int, before: Callable[[Place], Place] = lambda place: place) -> None:
         """Count the offsets of all storages from `base` bytes earlier; `before` changes a place first."""
@@ -164,7 +164,7 @@ class Opening:
     def keep_programs(self, programs: Iterable[PickleProgram]) -> None:
         """Of a part's pickles those that say something to judge which no earlier one said: most are alike."""
         for program in programs:
-            program.root = None  # the caller keeps of it what it needs
+            program.root = None  # the caller keeps the parts it needs
             if not program.globals.keys() <= self._globals or program.oddities or program.calls:
                 self._globals.update(program.globals)
                 self.programs.append(program)
@@ -225,7 +225,7 @@ ReadFile = Callable[[Opening], Checkpoint]
 
 @contextlib.contextmanager
 def as_checkpoint_errors(uri: str) -> Iterator[None]:
-    """The outer edge of reading: whatever a foreign file brings Python to, callers see one kind of error."""
+    """The outer edge of reading: whatever a foreign file makes Python raise, callers get one error."""
     try:
         with gc_paused():
             yield

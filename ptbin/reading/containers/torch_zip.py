@@ -1,7 +1,7 @@
 """torch's zip container (torch.save since 1.6) and TorchScript archives, which share its layout.
 
 Members: `<root>/data.pkl` (the pickle), `<root>/data/<key>` (a storage each), `<root>/byteorder`,
-`<root>/version`; a TorchScript archive has `<root>/constants.pkl` and `<root>/code/` besides.
+`<root>/version`; a TorchScript archive also has `<root>/constants.pkl` and `<root>/code/`.
 Sources: torch/serialization.py (`_save`, `_load`), torch/csrc/jit/serialization/export_module.cpp.
 """
 

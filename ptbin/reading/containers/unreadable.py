@@ -100,7 +100,7 @@ def _inflated(head: bytes) -> bytes:
 
 
 def _checkpoint_in_tar(inside: bytes) -> str | None:
-    """The first member with a checkpoint's name, as far as the tar is at hand."""
+    """The first member with a checkpoint's name, as far as the tar was inflated."""
     try:
         for member in iter_tar(SourceFile(MemoryReader(inside, "the beginning of a gzip file"))):
             if member.name.lower().endswith(_NAMES):

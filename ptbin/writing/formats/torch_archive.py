@@ -141,7 +141,7 @@ class _Archive(FileLayout):
         nbytes = storage.nbytes
         stored = storage.stored
         # A record whose framing in the source is torch's own keeps the offset that framing declares, so
-        # that header, data and descriptor can be taken as one range wherever they come to lie.
+        # that header, data and descriptor can be taken as one range wherever they end up.
         declared = stored.record_offset if stored is not None and stored.closed else None
         if declared is not None:
             declared &= (1 << PART_BITS) - 1
