@@ -13,10 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ptbin.errors import (
-    ChecksumMismatchError,
-    VerificationError,
-)
+from ptbin.errors import ChecksumMismatchError, VerificationError
 from ptbin.installed import require_reader
 from ptbin.manifests.claims import claim_of, claim_place, end_claim, is_restored
 from ptbin.manifests.draft import Draft, DraftFile
@@ -28,11 +25,7 @@ from ptbin.manifests.vouching import Guard, Standing
 from ptbin.options import ConvertOptions
 from ptbin.output_files import write_files
 from ptbin.preparing import outputs_of_before, prepared
-from ptbin.stores import (
-    Identity,
-    Place,
-    place_of,
-)
+from ptbin.stores import Identity, Place, place_of
 from ptbin.stores.place import Where
 
 __all__ = [

@@ -16,12 +16,7 @@ from ptbin.reading.containers.checkpoint import Checkpoint
 from ptbin.reading.contents import role_of_content
 from ptbin.reading.roles import looks_like_weights, role_of_leaf, role_of_name
 from ptbin.reading.search import Candidate, Findings
-from ptbin.reading.tree import (
-    as_mapping,
-    is_branch,
-    is_unreadable_tensor,
-    named_children,
-)
+from ptbin.reading.tree import as_mapping, is_branch, is_unreadable_tensor, named_children
 from ptbin.values.nodes import NdArray, Opaque
 from ptbin.values.state_dict import Excluded, StateDict
 from ptbin.values.tensors import SparseTensor, TensorRef, TypedStorage

@@ -13,11 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ptbin.errors import (
-    CorruptArchiveError,
-    PtbinError,
-    UnsupportedFormatError,
-)
+from ptbin.errors import CorruptArchiveError, PtbinError, UnsupportedFormatError
 from ptbin.merging.replicas import Replicas
 from ptbin.options import Limits
 from ptbin.reading.containers.source import MemoryReader, SourceFile
