@@ -3,7 +3,7 @@
 Pure planning. Members: `data.pkl`, `byteorder`, one record per storage, `version`, framed as torch
 frames them (`framing`). Where the source is a torch zip, its archive root and storage keys are kept
 and records follow in source order, so that a run of neighbours, framing included, is one range of the
-source (`splice.coalesce` finds that out). `.format_version` is left out on purpose: with it, torch's
+source (`splice.moves` finds that out). `.format_version` is left out on purpose: with it, torch's
 `calculate_storage_offsets` option may compute record positions instead of looking them up
 (torch/serialization.py, `_load`), and a checkpoint without its optimizer does not follow that formula.
 
