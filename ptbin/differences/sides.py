@@ -101,13 +101,7 @@ class CheckpointSide(Side):
             raise
         self.tensors = {
             name: SideTensor(
-                view.dtype,
-                view.shape,
-                None,
-                view.flags,
-                quantizer_of(view),
-                view.nbytes,
-                view.layout_key(),
+                view.dtype, view.shape, None, view.flags, quantizer_of(view), view.nbytes, view.layout_key()
             )
             for name, view in self._views.items()
         }

@@ -60,11 +60,7 @@ def _in_layers(below: str, to: str, *steps: _Row) -> list[_Row]:
     target = "model.layers.{l}." + to
     return [
         {"from": rf"{_TOP}decoder\.layers\.(?P<l>\d+)\.{below}", "to": target, "steps": list(steps)},
-        {
-            "from": rf"{_TOP}decoder\.layers\.{below}",
-            "to": target,
-            "steps": [{"unstack": [0, "l"]}, *steps],
-        },
+        {"from": rf"{_TOP}decoder\.layers\.{below}", "to": target, "steps": [{"unstack": [0, "l"]}, *steps]},
     ]
 
 

@@ -268,13 +268,7 @@ def _rule(row: _Row) -> Rule:
     patterns = tuple(row.pattern(source) for source in sources)
     if stack and not all(_has_group(pattern, stack) for pattern in patterns):
         raise UsageError(f"{row.what}: `stack` {stack[:80]!r} is not a group of each `from`")
-    rule = Rule(
-        patterns,
-        to,
-        tuple(_step(item, row.what) for item in row.items("steps")),
-        concat,
-        stack,
-    )
+    rule = Rule(patterns, to, tuple(_step(item, row.what) for item in row.items("steps")), concat, stack)
     row.finish()
     return rule
 

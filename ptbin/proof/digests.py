@@ -110,11 +110,7 @@ class OnePass:
     """A file whose bytes come once, in order: one group, and the serial lane."""
 
     def __init__(
-        self,
-        size: int,
-        records: Iterable[tuple[int, int]],
-        tensors: Iterable[StoredTensor],
-        serial: Serial,
+        self, size: int, records: Iterable[tuple[int, int]], tensors: Iterable[StoredTensor], serial: Serial
     ) -> None:
         distinct = dict.fromkeys(tensors)
         streamed = [tensor for tensor in distinct if tensor.stride is None]

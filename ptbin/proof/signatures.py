@@ -29,11 +29,7 @@ GIT_FILES = (".git", ".gitattributes", ".github", ".gitignore")
 
 
 def verify_signatures(
-    dest: Place,
-    public_key: str,
-    manifests: Iterable[str],
-    *,
-    progress: Callable[[int], None] | None = None,
+    dest: Place, public_key: str, manifests: Iterable[str], *, progress: Callable[[int], None] | None = None
 ) -> list[Issue]:
     """Check every signature at or below DEST with one public key; reads all that is signed.
 

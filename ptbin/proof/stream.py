@@ -33,11 +33,7 @@ class StreamHash:
     """
 
     def __init__(
-        self,
-        size: int,
-        records: Iterable[tuple[int, int]],
-        tensors: Iterable[StoredTensor],
-        serial: Serial,
+        self, size: int, records: Iterable[tuple[int, int]], tensors: Iterable[StoredTensor], serial: Serial
     ) -> None:
         tensors = list(tensors)
         self._serial = SerialLane(serial, size, tensors)

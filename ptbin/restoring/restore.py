@@ -84,9 +84,5 @@ def preview_restore(
 
 def _site_of(source: Place, dest: Place, options: RestoreOptions, standing: Standing | None) -> OutputSite:
     return OutputSite(
-        dest,
-        None if options.force else "restored",
-        standing=standing,
-        restores=True,
-        source_uri=source.uri,
+        dest, None if options.force else "restored", standing=standing, restores=True, source_uri=source.uri
     )

@@ -46,11 +46,7 @@ def _slabs(
 
 
 def _slab(
-    low: tuple[int, ...],
-    extent: tuple[int, ...],
-    tiles: list[Tile],
-    itemsize: int,
-    reader: RangeReader,
+    low: tuple[int, ...], extent: tuple[int, ...], tiles: list[Tile], itemsize: int, reader: RangeReader
 ) -> bytes:
     import numpy
 

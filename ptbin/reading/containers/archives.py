@@ -122,10 +122,7 @@ def read_tar_archive(opening: Opening) -> Checkpoint | None:
     if is_torch_tar(members):
         return read_torch_tar(opening, members)
     checkpoint = _read_members(
-        opening,
-        "tar",
-        entries,
-        lambda name: f"tar -xf {_file_name(file)} {_quoted(name)}",
+        opening, "tar", entries, lambda name: f"tar -xf {_file_name(file)} {_quoted(name)}"
     )
     if checkpoint is not None:
         taken = {entry.locate() for entry in entries}

@@ -26,15 +26,7 @@ from ptbin.stores.joined import JoinedReader
 from ptbin.values.state_dict import Excluded
 from ptbin.values.tensors import ByteRange, Deflated, InMemory, Joined, Place, Storage, Tiled, distinct_bytes
 
-__all__ = [
-    "Checkpoint",
-    "Folder",
-    "Opening",
-    "ReadFile",
-    "as_checkpoint_errors",
-    "move_place",
-    "read_part",
-]
+__all__ = ["Checkpoint", "Folder", "Opening", "ReadFile", "as_checkpoint_errors", "move_place", "read_part"]
 
 # Pickles nest torch.save in torch.save when somebody pickles a storage by plain pickle; never deeper.
 MAX_NESTING = 4

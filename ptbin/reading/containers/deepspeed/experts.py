@@ -99,12 +99,7 @@ def _is_sliced(root: DictNode) -> bool | None:
 
 
 def _refuse_missing(
-    files: PartFiles,
-    ranks: Ranks,
-    found: dict[Expert, dict[int, str]],
-    *,
-    sliced: bool | None,
-    is_auto: bool,
+    files: PartFiles, ranks: Ranks, found: dict[Expert, dict[int, str]], *, sliced: bool | None, is_auto: bool
 ) -> None:
     """Hold the files against `num_experts` and the ranks: the experts of each layer, in order."""
     name = ranks.names[0]

@@ -229,10 +229,7 @@ def _stated_count(roots: list[DictNode]) -> int | None:
 
 
 def _rules(
-    files: PartFiles,
-    roots: list[tuple[str, DictNode]],
-    held: dict[int, list[DictNode]],
-    recipe: str | None,
+    files: PartFiles, roots: list[tuple[str, DictNode]], held: dict[int, list[DictNode]], recipe: str | None
 ) -> Rules:
     name, root = next(
         ((name, root) for name, root in roots if isinstance(root.get("universal_checkpoint_info"), DictNode)),
