@@ -83,7 +83,7 @@ class DryRun:
     links: str = ""
 
     def __post_init__(self) -> None:
-        self.tally = Tally("", self.request.source, self.request.dest, kind=self.request.kind)
+        self.tally = Tally.of("", self.request)
 
     def add_refused(self, job: Job, problem: Problem) -> None:
         """A job that the plan itself refuses."""
