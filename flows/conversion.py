@@ -11,10 +11,11 @@ from typing import Any
 
 from prefect import get_run_logger
 
-from flows.access import Running, RunSettings, current_flow_run_id, join_run, run_url, running
+from flows.access import Running, current_flow_run_id, join_run, run_url, running
 from flows.artifacts import Artifacts, conversion_rows
 from flows.batches import MAX_BATCHES, cut, iter_batches
 from flows.notices import failure_line, final_state
+from flows.options import RunSettings
 from flows.parsing import refuse_secrets
 from flows.prefect.orchestrator import ABSENT_SECONDS, await_server
 from flows.prefect.signals import INTERRUPTS

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from flows.access import Running, RunSettings, join_run, running
+from flows.access import Running, join_run, running
 from flows.batches import cut, iter_batches
 from flows.conversion import Conversion
 from flows.forms import PLACES, Text
-from flows.options import CONTENT, MIGRATE, chosen
+from flows.options import CONTENT, MIGRATE, RunSettings, chosen
 from flows.parsing import build_options, refuse_secrets
 from flows.run_flow import run_flow
 from flows.stages import Stage

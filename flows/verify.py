@@ -10,12 +10,12 @@ from typing import Any
 
 from prefect import get_run_logger
 
-from flows.access import Running, RunSettings, join_run, running
+from flows.access import Running, join_run, running
 from flows.artifacts import Artifacts, verification_rows
 from flows.batches import iter_batches
 from flows.forms import DEST, Text
 from flows.notices import final_state
-from flows.options import VERIFY
+from flows.options import VERIFY, RunSettings
 from flows.parsing import refuse_secrets
 from flows.prefect.orchestrator import await_server
 from flows.run_flow import run_flow
