@@ -85,7 +85,7 @@ class Running:
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def stop(self, reason: str = "") -> None:
-        """Give up what is under way, here and in the processes of the runner; begin nothing new."""
+        """Stop what is under way, here and in the runner's processes, and begin nothing new."""
         self.live.stop(reason)
         if self.lease is not None and self.runner.is_remote and not self.stopped.is_set():
             self.stopped.set()
@@ -144,7 +144,7 @@ def running(live: LiveRun, request: RunRequest | None, settings: RunSettings) ->
 
 @contextlib.contextmanager
 def _stops_as_error(live: LiveRun) -> Iterator[None]:
-    """What stops a run in the flow's own thread is an error of the run there, no crash of its process."""
+    """What stops a run in the flow's own thread becomes an error of the run, not a crash of its process."""
     try:
         yield
     except Interrupted as error:

@@ -47,7 +47,7 @@ ASKING_COUNT = 200
 ASKING_BATCHES = 50
 """With 200 batches, each written and proven, and the index, that is about 500 task runs at most."""
 ASKING_WIDTH = 8
-"""At least this many ask what is up to date: that is waiting for small answers, not work."""
+"""At least this many ask what is up to date: they wait for small answers and do no work."""
 
 
 def carry_out(request: RunRequest, asked: Mapping[str, Any], make: Callable[[Running], Conversion]) -> Any:
@@ -55,8 +55,11 @@ def carry_out(request: RunRequest, asked: Mapping[str, Any], make: Callable[[Run
     refuse_secrets(request.source, request.dest, *([request.backup_dir] if request.backup_dir else []))
     settings = RunSettings.of(asked)
     with join_run(asked["run_id"] or new_run_id(), settings) as live:
-        check_request(request, live.sides)
-        request = with_named_files(request, asked, live.sides)
+        if live.plan is None:
+            check_request(request, live.sides)
+            request = with_named_files(request, asked, live.sides)
+        else:  # the command line has made it
+            request = live.plan.request
         with running(live, request, settings) as run:
             step(live, "list both sides", lambda: live.opened_plan.make(live.tick))
             live.opened_plan.refuse_nothing()
@@ -94,8 +97,8 @@ class Conversion:
     def carry_out(self) -> Any:
         """The whole run from here on.
 
-        Whatever is raised on the way is raised again once the run has accounted for itself; a deadline that
-        passes is no more than a reason to end.
+        An error is raised again once the run has accounted for itself; a deadline that passes only ends the
+        run.
         """
         refused = self.account.open()
         if text := self.work.entries.links_words():
@@ -205,7 +208,7 @@ class Conversion:
         )
 
     def _account_for_the_rest(self) -> None:
-        """Count what the run did not come to as well."""
+        """Count what the run did not get to as well."""
         self._count_current()
         self.tally.add_rest(self.work, self.stages.settled)
 
@@ -241,7 +244,7 @@ class Conversion:
         facts = {"run": tally.run_id, "kind": tally.kind, **counts}
         try:
             self.live.task_runs += announce(tally.source, tally.place, facts, made, report=link)
-        except Exception as error:  # noqa: BLE001 - whatever Prefect's client comes to
+        except Exception as error:  # noqa: BLE001 - whatever Prefect's client raises
             self.logger.warning("asset events are missing: %s", type(error).__name__)
 
     def _show(self, message: str, folder: str, essence: str) -> None:

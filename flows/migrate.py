@@ -130,7 +130,7 @@ class Migrating(Conversion):
         return [(transfer >> register, batches)]
 
     def _update(self) -> None:
-        """Metadata that differs of what is registered already: an alias that has moved, say."""
+        """Update metadata of what is registered already: an alias that has moved, say."""
         plans = [plan for plan in self.migration.models if plan.needs_update]
         if not plans or not self._keeps_on():
             return

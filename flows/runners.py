@@ -209,7 +209,7 @@ def _dask(address: str | None, workers: int | None) -> Runner:
 def _ray(address: str | None, workers: int | None, empty: str) -> Runner:
     # Ray asks a host on the internet for its usage statistics otherwise.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A Ray started here gives its workers niceness 15 otherwise: beside busy processes they hardly move.
+    # A Ray started here gives its workers niceness 15 otherwise: next to busy processes they hardly move.
     os.environ.setdefault("RAY_worker_niceness", "0")
     prefect_ray = _import("prefect_ray")
     ray = _import("ray")

@@ -34,7 +34,7 @@ __all__ = ["verify"]
 
 @run_flow([DEST], VERIFY)
 def verify(dest: Text, **asked: Any) -> Any:
-    """Verify every manifest below `dest` at `level` (`checksum` or `load`), and what stands beside them.
+    """Verify every manifest below `dest` at `level` (`checksum` or `load`), and what else lies there.
 
     Statements of provenance, checksum lists of runs and registry records are held against the manifests;
     signatures are checked where `public_key` is given.
