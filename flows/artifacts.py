@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from flows.prefect.undocumented import settings_with
 from ptbin.runs.tally import Entry
 from ptbin.runs.units import format_nbytes, short_detail
 
@@ -89,9 +90,7 @@ class Artifacts:
         self._jobs.put(job)
 
     def _work(self) -> None:
-        from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: CLIENT_RETRIES}):
+        with settings_with("client", max_retries=CLIENT_RETRIES):
             while (job := self._jobs.get()) is not None:
                 try:
                     job()

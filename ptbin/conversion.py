@@ -251,7 +251,7 @@ def plan_conversion(reader: RangeReader, options: ConvertOptions, name: str) -> 
     selected = read_selected(reader, options)
     if options.tie_by_value:
         for state_dict in selected.state_dicts:
-            tie_equal_tensors(state_dict, lambda recipe: iter_recipe(recipe, reader, {}, check=False))
+            tie_equal_tensors(state_dict, lambda recipe: iter_recipe(recipe, reader, {}))
         selected.account()
     return selected, plan_outputs(
         selected.state_dicts, options, name, archive_root=selected.checkpoint.archive_root

@@ -27,7 +27,7 @@ from typing import Any
 
 from flows.prefect.child import OrchestratorError, embedded_server
 from flows.prefect.early import begin_early, take_early
-from flows.prefect.undocumented import drain_client_queues, expect_no_server, refresh_settings
+from flows.prefect.undocumented import drain_client_queues, expect_no_server, refresh_settings, settings_with
 from ptbin.stores import public_uri
 
 __all__ = [
@@ -190,10 +190,9 @@ def server_answers() -> bool:
 def _health() -> Exception | None:
     """Ask the server for its health; the error, or None where it is well."""
     from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
     with (
-        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+        settings_with("client", max_retries=0),
         get_client(sync_client=True, httpx_settings={"timeout": HEALTH_SECONDS}) as client,
     ):
         return client.api_healthcheck()
@@ -242,12 +241,12 @@ def _use_api(url: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _without_heartbeat() -> Iterator[None]:
     """Nothing watches for heartbeats on a server that ends with its run, and their thread costs a second."""
-    from prefect.settings import get_current_settings, temporary_settings
+    from prefect.settings import get_current_settings
 
     if "heartbeat_frequency" in get_current_settings().flows.model_fields_set:
         yield
         return
-    with temporary_settings({"flows.heartbeat_frequency": None}):
+    with settings_with("flows", heartbeat_frequency=None):
         yield
 
 
