@@ -169,15 +169,16 @@ class Conversion:
     def run(self) -> None:
         """Convert and prove what is to be done; every checkpoint is in the tally afterwards."""
         self._count_current()
-        up_to_date = self.tally.count("up_to_date")
         count, nbytes = self.work.to_do()
-        self.live.listener.planned(count, nbytes, up_to_date)
-        self.logger.info(
-            "%d checkpoints (%s) to convert, %d up to date", count, format_nbytes(nbytes), up_to_date
-        )
-        self.progress.begin(count)
+        self._begin(count, nbytes, f"checkpoints ({format_nbytes(nbytes)}) to convert")
         self.stages.carry_out(*self._parts())
         self._account_for_the_rest()
+
+    def _begin(self, count: int, nbytes: int, what: str) -> None:
+        up_to_date = self.tally.count("up_to_date")
+        self.live.listener.planned(count, nbytes, up_to_date)
+        self.logger.info("%d %s, %d up to date", count, what, up_to_date)
+        self.progress.begin(count)
 
     def _parts(self) -> Sequence[tuple[Stage, Iterable[Sequence[Any]]]]:
         """What the run is made of: stages, and the batches that go through them."""

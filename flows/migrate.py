@@ -97,11 +97,7 @@ class Migrating(Conversion):
                 self._close(one, Outcome(one.version.path, "up_to_date"))
             elif one.action == "refused":
                 self._report(self._close(one, Outcome(one.version.path, "rejected", one.reason, one.detail)))
-        count = len(self.jobs)
-        up_to_date = self.tally.count("up_to_date")
-        self.live.listener.planned(count, 0, up_to_date)
-        self.logger.info("%d versions to migrate, %d up to date", count, up_to_date)
-        self.progress.begin(count)
+        self._begin(len(self.jobs), 0, "versions to migrate")
         for plan in self.migration.models:
             if plan.problem and not plan.steps:
                 self.tally.run_problems.append(Problem(plan.model.name, "registry_error", plan.problem))

@@ -23,7 +23,7 @@ from ptbin.catalog.lease import acquire_lease
 from ptbin.catalog.plan import Plan
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import PtbinError, StorageError, UsageError
-from ptbin.history.failures import Ledger
+from ptbin.history.failures import Ledger, read_ledger
 from ptbin.runs.account import Account
 from ptbin.runs.outcomes import Kind, Outcome
 from ptbin.runs.remembering import CheckpointMemory
@@ -93,12 +93,10 @@ def preparing(live: LiveRun, request: RunRequest, work_found: Callable[[], objec
 
 
 def _read_ledger(live: LiveRun, plan: Plan) -> Ledger:
-    tally = Tally.of(live.run_id, plan.request)
     try:
-        CheckpointMemory(plan).open(tally)
+        return read_ledger(live.dest_at(plan.request.dest), root=CheckpointMemory(plan).root)
     except PtbinError:
         return Ledger()
-    return tally.ledger
 
 
 def _is_settled(job: Job, ledger: Ledger) -> bool:
