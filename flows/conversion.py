@@ -69,8 +69,6 @@ def carry_out(request: RunRequest, asked: Mapping[str, Any], make: Callable[[Run
 class Conversion:
     """One run: submits batches, turns final states into outcomes, keeps the account."""
 
-    artifact_key = "ptbin-convert"
-
     def __init__(self, run: Running, tally: Tally | None = None, memory: Memory | None = None) -> None:
         """Left out, tally and memory are those of the plan's checkpoints."""
         self.running = run
@@ -90,7 +88,7 @@ class Conversion:
             do=lambda name, write: sure_step(self.live, name, write),
             warn=self.logger.warning,
         )
-        self.progress = Artifacts(self.artifact_key, self.logger)
+        self.progress = Artifacts(f"ptbin-{self.plan.request.kind}", self.logger)
         self.counted_current = False
         self.stages = Stages(run, self.logger, self._keeps_on)
 
@@ -238,13 +236,8 @@ class Conversion:
 
     def _announce_outputs(self, link: str | None) -> None:
         """Prefect's assets of what was made; a run that made nothing has none."""
-        tally = self.tally
-        if not (made := tally.made()):
-            return
-        counts = {name: tally.count(name) for name in ("converted", "up_to_date", "rejected", "failed")}
-        facts = {"run": tally.run_id, "kind": tally.kind, **counts}
         try:
-            self.live.task_runs += announce(tally.source, tally.place, facts, made, report=link)
+            self.live.task_runs += announce(self.tally, report=link)
         except Exception as error:  # noqa: BLE001 - whatever Prefect's client raises
             self.logger.warning("asset events are missing: %s", type(error).__name__)
 

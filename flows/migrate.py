@@ -52,8 +52,6 @@ UPDATES = 50
 class Migrating(Conversion):
     """A run whose jobs are versions: moved by any worker, registered in order."""
 
-    artifact_key = "ptbin-migrate"
-
     def __init__(
         self,
         run: Running,
