@@ -77,7 +77,13 @@ def embedded_server(chosen: dict[str, str]) -> Iterator[str]:
                 str(Path(__file__).with_name("embedded_server.py")),
                 str(listener.fileno()),
             ],
-            env=_server_environment(chosen) | {"PREFECT_HOME": str(home.absolute())},
+            env={
+                **SERVER_DEFAULTS,
+                **os.environ,
+                **chosen,
+                **EPHEMERAL_SERVER,
+                "PREFECT_HOME": str(home.absolute()),
+            },
             cwd=empty,
             stdin=subprocess.PIPE,
             stdout=log,
@@ -92,10 +98,6 @@ def embedded_server(chosen: dict[str, str]) -> Iterator[str]:
             yield url
         finally:
             _stop(child)
-
-
-def _server_environment(chosen: dict[str, str]) -> dict[str, str]:
-    return {**SERVER_DEFAULTS, **os.environ, **chosen, **EPHEMERAL_SERVER}
 
 
 def _wait_until_healthy(
