@@ -2,8 +2,8 @@
 
 Task and flow parameters are stored on Prefect's server and shown in its UI, so secrets cannot be among
 them. A flow opens a `LiveRun` under its run id; tasks that are threads of the same process find it there. A
-task in another process gets a `Ticket` and makes a live run of its own from it, which it shares with all
-tasks of that run in its process, and which learns from the run's lease on DEST when to stop.
+task in another process gets a `Ticket` and makes its own live run from it, shared by all tasks of that run in
+its process, which learns from the run's lease on DEST when to stop.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from ptbin.catalog.lease import Lease
     from ptbin.catalog.plan import Plan
     from ptbin.catalog.request import RunRequest
+    from ptbin.runs.tally import Entry
     from ptbin.stores.limits import RequestLimit
 
 __all__ = [
-    "Interrupted", "Listener", "LiveRun", "Settled", "Ticket", "enter_run", "find_live_run", "is_open",
+    "Interrupted", "Listener", "LiveRun", "Ticket", "enter_run", "find_live_run", "is_open",
     "open_live_run", "stop_all",
 ]  # fmt: skip
 
@@ -39,22 +40,8 @@ class Interrupted(BaseException):
     """
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """What became of one file, and what it took: its size, bytes read and written, seconds of work."""
-
-    path: str
-    kind: str
-    nbytes: int = 0
-    reason: str = ""
-    detail: str = ""
-    seconds: float = 0.0
-    read_nbytes: int = 0
-    written_nbytes: int = 0
-
-
 class Listener:
-    """Hears how a run gets on; this one does nothing with it. Called from several threads."""
+    """Follows how a run gets on; this one ignores it. Called from several threads."""
 
     def planned(self, files: int, nbytes: int, up_to_date: int) -> None:
         """The number of files that are going to be worked on, and their bytes."""
@@ -65,8 +52,8 @@ class Listener:
     def moved(self, nbytes: int) -> None:
         """The bytes that were moved or read back since the last call."""
 
-    def settled(self, file: Settled) -> None:
-        """One file has its outcome."""
+    def settled(self, entry: Entry) -> None:
+        """One file has its final outcome."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +111,12 @@ class LiveRun:
     def dest_at(self, where: Where) -> Place:
         """A place below DEST, likewise."""
         return self.sides.dest_at(where)
+
+    @property
+    def opened_plan(self) -> Plan:
+        """The plan of a run that has one: `open_plan` comes first."""
+        assert self.plan is not None
+        return self.plan
 
     @contextlib.contextmanager
     def open_plan(self, request: RunRequest) -> Iterator[Plan]:
@@ -210,7 +203,7 @@ def enter_run(ticket: Ticket) -> LiveRun:
         if ticket.requests is not None:
             live.requests = RequestLimit(ticket.requests)
         if ticket.lease is None:
-            return live  # nothing would tell when to forget it
+            return live  # without a lease nothing says when to forget it
         _runs[ticket.run_id] = live
     _watch(live, ticket.lease)
     return live

@@ -1,4 +1,4 @@
-"""The tasks of a mirror beside conversions: compare, copy, back up, delete."""
+"""The tasks of a mirror besides conversions: compare, copy, back up, delete."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def copy_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
         progress=live.moved,
         may_replace=may_replace_copy(job, options),
     )
-    # No manifest tells of a copy: the run's record does.
+    # A copy has no manifest: the run's record says what changed.
     detail = f"changed: its element type is {options.dtype} now" if copied.changed else ""
     return Outcome(job.path, "copied", detail=detail, converted=_copied(job, copied, options))
 

@@ -28,7 +28,6 @@ from flows.cli.diff_command import diff_command
 from flows.cli.environment import origin_of, read_environment, unread_variables
 from flows.cli.help import GroupedCommands
 from flows.cli.inspect_command import inspect_command
-from flows.cli.interrupts import INTERRUPTED_STATUS, SignalHandler, handle_signals
 from flows.cli.metrics_command import metrics_command
 from flows.cli.migrate_command import migrate_command
 from flows.cli.printing import print_error, print_json, printable
@@ -38,6 +37,7 @@ from flows.cli.started import begin_again
 from flows.cli.status_command import status_command
 from flows.cli.sync_command import sync_command
 from flows.cli.verify_command import verify_command
+from flows.interrupts import INTERRUPTED_STATUS, SignalHandler, handle_signals
 from ptbin.errors import CheckpointError, PtbinError
 from ptbin.installed import missing_line
 from ptbin.version import __version__
@@ -122,9 +122,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     _open_streams()
     signals = SignalHandler()
     try:
-        with handle_signals(signals):
+        with handle_signals(signals.handle):
             _quieten_libraries(words)
-            # Not `cli.main`: it would answer an interrupt with an empty line of its own.
+            # Not `cli.main`: it would answer an interrupt with an empty line.
             with cli.make_context("ptbin", words.copy()) as context:
                 if line := unread_variables(cli.commands.values(), os.environ):
                     print_error(line, kind="ptbin: warning")
@@ -176,7 +176,7 @@ def _open_streams() -> None:
 
 
 def _quieten_libraries(words: Sequence[str]) -> None:
-    """What libraries of stores log goes nowhere, unless asked for: a line of ours tells their errors."""
+    """Drop what store libraries log, unless it is asked for: their errors are reported by ptbin."""
     if not _wants_debug(words) and not logging.getLogger().handlers:
         logging.getLogger().addHandler(logging.NullHandler())
 

@@ -6,10 +6,8 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from flows.cli.command import command
-from flows.cli.printing import print_json, print_line
-from flows.cli.progress import showing_progress
-from flows.cli.shared_options import Shared
+from flows.cli.command import Shared, command
+from flows.cli.progress import Problems, showing_progress
 from flows.cli.started import began
 from flows.cli.summary import verification_lines
 from flows.options import VERIFY
@@ -17,7 +15,6 @@ from flows.parsing import refuse_secrets
 from ptbin.errors import UsageError
 
 if TYPE_CHECKING:
-    from ptbin.options import VerifyLevel
     from ptbin.stores import Place
 
 __all__ = ["verify_command"]
@@ -58,33 +55,9 @@ def verify_command(dest: str, asked: dict[str, Any], shared: Shared) -> int:
             _refuse_empty(place, dest)
             summary = run_flow("verify", shared, listener, dest=dest, **asked)
         else:
-            _refuse_missing(place)
-            summary = _verify_one(dest, asked["level"], asked["public_key"], shared, listener)
-    if shared.as_json:
-        print_json({key: summary[key] for key in JSON_KEYS})
-    elif not shared.quiet:
-        for line in verification_lines(summary):
-            print_line(line)
+            summary = _verify_one(dest, place, asked, listener)
+    shared.answer(lambda: {key: summary[key] for key in JSON_KEYS}, verification_lines(summary))
     return 0 if not summary["issues"] else 1
-
-
-def _refuse_missing(place: Place) -> None:
-    """A missing DEST is the caller's mistake, not an issue; of shards and split outputs only the manifest is
-    there.
-
-    Raises:
-        NotFoundInStoreError: neither is.
-    """
-    from ptbin.errors import NotFoundInStoreError
-    from ptbin.manifests.manifest import MANIFEST_SUFFIX
-
-    try:
-        place.stat()
-    except NotFoundInStoreError:
-        try:
-            place.beside(MANIFEST_SUFFIX).stat()
-        except NotFoundInStoreError:
-            place.stat()
 
 
 def _refuse_empty(place: Place, dest: str) -> None:
@@ -97,40 +70,42 @@ def _refuse_empty(place: Place, dest: str) -> None:
 
 
 def _manifest_of(place: Place) -> Place:
-    """The manifest of an output: next to it, or that of the output that `--split` made it a part of."""
+    """The manifest of DEST: itself, next to it, or that of the output that `--split` made it a part of.
+
+    Raises:
+        NotFoundInStoreError: neither an output nor a manifest is there, which is the caller's mistake and not
+            an issue. Of shards and split outputs only the manifest is there.
+    """
     from ptbin.catalog.finding import split_manifest
     from ptbin.errors import NotFoundInStoreError
     from ptbin.manifests.manifest import MANIFEST_SUFFIX
 
-    manifest = place.beside(MANIFEST_SUFFIX)
+    own = place if place.name.endswith(MANIFEST_SUFFIX) else place.beside(MANIFEST_SUFFIX)
     try:
-        manifest.stat()
+        own.stat()
     except NotFoundInStoreError:
+        place.stat()
         found = split_manifest(place.parent, place.name)
-        return place.parent / found if found is not None else manifest
-    return manifest
+        return own if found is None else place.parent / found
+    return own
 
 
-def _verify_one(
-    dest: str, level: VerifyLevel, public_key: str | None, shared: Shared, listener: Any
-) -> dict[str, Any]:
-    from ptbin.manifests.manifest import MANIFEST_SUFFIX
+def _verify_one(dest: str, place: Place, asked: dict[str, Any], listener: Problems) -> dict[str, Any]:
+    from ptbin.runs.tally import Entry
     from ptbin.runs.verifying import issues_of, sum_up, verify_manifest
     from ptbin.stores import public_uri
-    from tasks.live import Settled
 
     listener.planned(1, 0, 0)
-    place = shared.sides.dest_at(dest)
-    manifest = place if dest.endswith(MANIFEST_SUFFIX) else _manifest_of(place)
-    verdict = verify_manifest(manifest, level, listener.moved)
+    manifest = _manifest_of(place)
+    verdict = verify_manifest(manifest, asked["level"], listener.moved)
     issues = list(issues_of(verdict))
-    if public_key is not None:
+    if (public_key := asked["public_key"]) is not None:
         from ptbin.proof.signatures import verify_signatures
 
         signed = verify_signatures(place, public_key, [manifest.uri], progress=listener.moved)
         issues += [issue.to_json() for issue in signed]
     for issue in issues:
-        listener.settled(Settled(issue["uri"], "failed", reason=issue["reason"], detail=issue["detail"]))
+        listener.settled(Entry(issue["uri"], issue["uri"], 0, "failed", issue["reason"], issue["detail"]))
     if issues:
         verdict = replace(verdict, kind="failed")
     return sum_up(public_uri(dest), [verdict], [], issues, time.monotonic() - began())

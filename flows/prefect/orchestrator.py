@@ -27,7 +27,7 @@ from typing import Any
 
 from flows.prefect.child import OrchestratorError, embedded_server
 from flows.prefect.early import begin_early, take_early
-from flows.prefect.undocumented import drain_client_queues, expect_no_server, refresh_settings
+from flows.prefect.undocumented import drain_client_queues, expect_no_server, refresh_settings, settings_with
 from ptbin.stores import public_uri
 
 __all__ = [
@@ -51,7 +51,7 @@ NOT_THERE = 404
 AWAY_SECONDS = 5.0
 """How long a server may be away when a run begins."""
 ABSENT_SECONDS = 60.0
-"""So long a server may be away, restarting, when a run wants to tell how it ended."""
+"""How long a server may be away, restarting, when a run reports its end."""
 
 # Set before Prefect is imported, where the user has not set them. Only the console is silenced: the
 # INFO lines of a run still go to the server, where its page shows them.
@@ -131,7 +131,7 @@ def orchestrator() -> Iterator[Orchestrator]:
         OrchestratorError: no server could be started, with the last thing it said.
     """
     early = take_early()
-    url, started = early.wait() if early is not None else (None, contextlib.ExitStack())
+    url, started = early.result() if early is not None else (None, contextlib.ExitStack())
     chosen = chosen_settings()
     if api_url := chosen.get("PREFECT_API_URL"):
         _refuse_absent(api_url)
@@ -191,17 +191,16 @@ def server_answers() -> bool:
 def _health() -> Exception | None:
     """What asking the server for its health came to; None: it is well."""
     from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
     with (
-        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+        settings_with("client", max_retries=0),
         get_client(sync_client=True, httpx_settings={"timeout": HEALTH_SECONDS}) as client,
     ):
         return client.api_healthcheck()
 
 
 def await_server(check: Callable[[], object], seconds: float = ABSENT_SECONDS) -> bool:
-    """Whether the run can tell the server how it ended; one that is away is waited for.
+    """Whether the run can report its end to the server; one that is away is waited for.
 
     Where it stays away, whatever this thread still asks of it, Prefect's own last requests above all, fails
     at once instead of after minutes. An interrupt that `check` raises ends the wait and is raised.
@@ -243,12 +242,12 @@ def _use_api(url: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _without_heartbeat() -> Iterator[None]:
     """Nothing watches for heartbeats on a server that ends with its run, and their thread costs a second."""
-    from prefect.settings import get_current_settings, temporary_settings
+    from prefect.settings import get_current_settings
 
     if "heartbeat_frequency" in get_current_settings().flows.model_fields_set:
         yield
         return
-    with temporary_settings({"flows.heartbeat_frequency": None}):
+    with settings_with("flows", heartbeat_frequency=None):
         yield
 
 

@@ -115,7 +115,7 @@ class _Run:
 
     def __init__(self, plan: Plan, run_id: str, progress: Progress | None, min_success: float | None) -> None:
         self.plan, self.work, self.request = plan, plan.work, plan.request
-        self.tally = Tally(run_id, self.request.source, self.request.dest, min_success=min_success)
+        self.tally = Tally.of(run_id, self.request, min_success)
         self.account = Account(plan, self.tally, CheckpointMemory(plan), began=time.monotonic())
         self.stopping = threading.Event()
         self.reason = ""
@@ -177,9 +177,9 @@ class _Run:
         try:
             self.moved(0)
             run_id, making = self.tally.run_id, self.request.making
-            outcome = stage_job(job, making, run_id=run_id, progress=self.moved, sides=sides)
+            outcome = stage_job(job, making, sides, run_id=run_id, progress=self.moved)
             if outcome.draft is not None:
-                outcome = publish_job(job, outcome.draft, progress=self.moved, sides=sides)
+                outcome = publish_job(job, outcome.draft, sides, progress=self.moved)
         except _Stopped:
             return Outcome(job.path, "not_tried")
         except Exception as error:  # noqa: BLE001 - what is wrong with one must not stop the others

@@ -7,9 +7,11 @@ it takes some seconds once, and its database can be read afterwards.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import sqlite3
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -52,7 +54,10 @@ def server(prefect_home: Path) -> Iterator[Orchestrator]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "executable", stand_in())
             server = running.enter_context(orchestrator())
-        yield server
+        with pytest.MonkeyPatch.context() as patch:
+            # Each flow run makes a client, and that reads all certificates anew: 25 ms.
+            patch.setattr(ssl, "create_default_context", functools.cache(ssl.create_default_context))
+            yield server
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import ptbin
 from flows.cli.app import run as command
 from flows.convert import convert
 from flows.sync import sync
-from ptbin.manifests.vouching import claim_place
+from ptbin.manifests.claims import claim_place
 from ptbin.runs.record import new_run_id
 from ptbin.stores import Place, open_store
 from tasks.live import LiveRun, open_live_run
@@ -79,9 +79,13 @@ class Shop:
         return found
 
 
-@pytest.fixture(params=["files", "s3"])
+# Where the store matters: what a listing tells of an output, and where its claim lies.
+ON_BOTH = pytest.mark.parametrize("shop", ["files", "s3"], indirect=True)
+
+
+@pytest.fixture
 def shop(request: pytest.FixtureRequest, tmp_path: Path) -> Shop:
-    if request.param == "files":
+    if getattr(request, "param", "files") == "files":
         made = Shop(str(tmp_path / "root"), tmp_path)
     else:
         endpoint: S3Endpoint = request.getfixturevalue("moto_s3")
@@ -103,7 +107,11 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize(("place", "wishes"), PLACES)
+@pytest.mark.parametrize(
+    ("shop", "place", "wishes"),
+    [("files", *place) for place in PLACES] + [("s3", *PLACES[number]) for number in (0, 4, 7)],
+    indirect=["shop"],
+)
 def test_a_file_in_the_way_stays_and_is_told_in_the_dry_run_as_in_the_run(
     shop: Shop, capfd: pytest.CaptureFixture[str], place: str, wishes: dict[str, Any]
 ) -> None:
@@ -130,6 +138,7 @@ def test_a_file_in_the_way_stays_and_is_told_in_the_dry_run_as_in_the_run(
     assert not shop.run(**wishes)["problems"]
 
 
+@ON_BOTH
 def test_what_ptbin_made_is_replaced_and_what_was_written_over_it_is_not(
     shop: Shop, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +174,7 @@ def _leave_as_killed(shop: Shop, name: str) -> None:
 
 
 @pytest.mark.parametrize("replacing", [False, True])
+@ON_BOTH
 def test_what_a_killed_run_left_is_done_anew_though_its_source_has_changed(
     shop: Shop, replacing: bool
 ) -> None:
@@ -182,6 +192,7 @@ def test_what_a_killed_run_left_is_done_anew_though_its_source_has_changed(
         claim_place(Place(store, root)).stat()
 
 
+@ON_BOTH
 def test_a_claim_speaks_of_what_was_written_and_of_nothing_else(shop: Shop) -> None:
     """A file that is put there between the killed run and the next one is not ptbin's."""
     _leave_as_killed(shop, "a")
@@ -191,6 +202,7 @@ def test_a_claim_speaks_of_what_was_written_and_of_nothing_else(shop: Shop) -> N
     assert shop.read("out/a.bin") == MINE
 
 
+@ON_BOTH
 def test_an_output_that_lost_its_manifest_is_taken_up_where_it_would_come_out_the_same(shop: Shop) -> None:
     shop.run()
     shop.drop("out/a.bin.manifest.json")
@@ -228,6 +240,7 @@ def test_a_mirror_replaces_neither_weights_nor_companions_of_others(
     assert shop.read("out/a.bin") != MINE
 
 
+@ON_BOTH
 def test_a_mirrors_own_copies_are_replaced_and_edited_ones_are_not(
     shop: Shop, capfd: pytest.CaptureFixture[str]
 ) -> None:

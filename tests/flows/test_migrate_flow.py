@@ -91,9 +91,13 @@ class Pair:
         return issues
 
 
-@pytest.fixture(params=["files", "S3"])
+# Where more of a store is asked than what the contract of stores holds (tests/contract).
+ON_BOTH = pytest.mark.parametrize("pair", ["files", "s3"], indirect=True)
+
+
+@pytest.fixture
 def pair(request: pytest.FixtureRequest, tmp_path: Path, _blank: bytes) -> Pair:
-    if request.param == "files":
+    if getattr(request, "param", "files") == "files":
         made = Pair(str(tmp_path), {}, _blank)
     else:
         endpoint: S3Endpoint = request.getfixturevalue("moto_s3")
@@ -109,6 +113,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path, _blank: bytes) -> Pair:
     return made
 
 
+@ON_BOTH
 def test_versions_arrive_with_their_files_and_again_nothing_changes(pair: Pair) -> None:
     assert pair.run() == "COMPLETED"
     assert pair.outcomes() == dict.fromkeys(("bert/1", "resnet/1", "resnet/2", "resnet/10"), "migrated")
@@ -203,6 +208,7 @@ def test_damage_that_only_shows_on_the_way_leaves_nothing(pair: Pair) -> None:
     assert not any(path.startswith("resnet/3") for path in pair.files())
 
 
+@ON_BOTH
 def test_what_somebody_else_put_there_is_not_touched(pair: Pair) -> None:
     pair.put("resnet/1/model.bin", b"theirs", "dest")
     assert pair.run() == "FAILED"
@@ -218,6 +224,7 @@ def test_choosing_models_and_versions(pair: Pair) -> None:
         pair.run(include=["nobody"])
 
 
+@ON_BOTH
 def test_a_changed_version_is_written_over(pair: Pair, tmp_path: Path) -> None:
     pair.run(include=["resnet"])
     torch.save({"other": torch.ones(5)}, tmp_path / "other.pt")
@@ -240,6 +247,7 @@ def test_triton_in_and_out(pair: Pair) -> None:
     assert "Triton's versions are numbers" in pair.summary["problems"][0]["detail"]
 
 
+@ON_BOTH
 def test_provenance_that_the_reference_library_reads(pair: Pair) -> None:
     from google.protobuf import json_format
     from in_toto_attestation.predicates.provenance.v1 import provenance_pb2

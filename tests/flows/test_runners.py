@@ -1,4 +1,7 @@
-"""Batches on processes, Dask and Ray: the same outputs, and what happens when a worker is killed."""
+"""Batches on processes, Dask and Ray: the same outputs, and what happens when a worker is killed.
+
+Where processes are killed or interrupted they are real ones, with Python started anew (`REAL`).
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,16 @@ from prefect.task_runners import TaskRunner
 
 from flows.convert import convert
 from flows.prefect.orchestrator import Orchestrator
-from flows.runners import Runner
+from flows.runners import Runner, open_runner
 from ptbin.errors import UsageError
 from ptbin.runs.record import new_run_id
 from tasks.live import LiveRun, open_live_run
 from tests.servers.dask_cluster import DaskCluster, dask_cluster
+from tests.warm_python import stand_in
 
 Start = Callable[..., "subprocess.Popen[str]"]
+
+REAL = sys.executable
 
 # Each conversion takes a while and notes where it runs, so that a test can kill a process with work in hand.
 SLOW = """
@@ -87,9 +93,9 @@ def start(server: Orchestrator, tmp_path: Path) -> Iterator[Start]:
     """Start the command line on the session's server."""
     started: list[subprocess.Popen[str]] = []
 
-    def begin(*words: str | Path) -> subprocess.Popen[str]:
+    def begin(*words: str | Path, python: str | None = None) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-c", COMMAND, *map(str, words)],
+            [python or stand_in(), "-c", COMMAND, *map(str, words)],
             cwd=tmp_path,
             env=os.environ | {"PREFECT_API_URL": server.api_url},
             stdout=subprocess.PIPE,
@@ -158,7 +164,8 @@ def test_every_runner_makes_the_same_outputs(
     pytest.importorskip({"processes": "prefect", "dask": "prefect_dask", "ray": "prefect_ray"}[runner])
     monkeypatch.setenv("PTBIN_TEST_SECONDS", "0")
     one = convert_here(many, tmp_path / "threads")
-    other = summary_of(start("convert", many, tmp_path / runner, "--json", "--runner", runner))
+    python = REAL if runner == "ray" else None  # which starts programs that know nothing of a stand-in
+    other = summary_of(start("convert", many, tmp_path / runner, "--json", "--runner", runner, python=python))
     assert one["converted"] == other["converted"] == 40
     assert digests(tmp_path / "threads") == digests(tmp_path / runner)
     assert_all_there(tmp_path / runner, 40)
@@ -216,7 +223,7 @@ def test_secrets_reach_the_workers_and_nothing_else(
 def test_a_killed_process_of_the_pool_costs_its_batch_a_second_try(
     many: Path, notes: Path, tmp_path: Path, start: Start
 ) -> None:
-    process = start("convert", many, tmp_path / "out", "--json", "--runner", "processes")
+    process = start("convert", many, tmp_path / "out", "--json", "--runner", "processes", python=REAL)
     wait_for(lambda: len(notes.read_text().splitlines()) > 4)
     os.kill(next(iter(workers_in(notes))), signal.SIGKILL)
     summary = summary_of(process)
@@ -225,21 +232,16 @@ def test_a_killed_process_of_the_pool_costs_its_batch_a_second_try(
     assert_all_there(tmp_path / "out", 40)
 
 
-# Both signals end in the same call, whatever the runner.
+# Both signals end in the same call, whatever the runner (`test_cli_process` sends both to threads).
 @pytest.mark.parametrize(
     ("runner", "number"),
-    [
-        ("threads", signal.SIGINT),
-        ("threads", signal.SIGTERM),
-        ("processes", signal.SIGINT),
-        ("dask", signal.SIGTERM),
-    ],
+    [("threads", signal.SIGINT), ("processes", signal.SIGINT), ("dask", signal.SIGTERM)],
 )
 def test_an_interrupted_run_ends_soon_and_accounts_for_itself(
     many: Path, notes: Path, tmp_path: Path, start: Start, runner: str, number: int
 ) -> None:
     dest = tmp_path / "out"
-    process = start("convert", many, dest, "--json", "--runner", runner)
+    process = start("convert", many, dest, "--json", "--runner", runner, python=REAL)
     wait_for(lambda: len(list(dest.rglob("*.manifest.json"))) > 3)
     workers = workers_in(notes) - {process.pid}
     process.send_signal(number)
@@ -262,7 +264,7 @@ def test_an_interrupted_run_ends_soon_and_accounts_for_itself(
 def test_processes_of_a_killed_run_end_by_themselves(
     many: Path, notes: Path, tmp_path: Path, start: Start
 ) -> None:
-    process = start("convert", many, tmp_path / "out", "--json", "--runner", "processes")
+    process = start("convert", many, tmp_path / "out", "--json", "--runner", "processes", python=REAL)
     wait_for(lambda: len(workers_in(notes)) == 2)
     workers = workers_in(notes)
     process.kill()
@@ -274,50 +276,58 @@ def test_processes_of_a_killed_run_end_by_themselves(
     assert_all_there(tmp_path / "out", 40)
 
 
-def test_a_killed_dask_worker_s_batch_is_done_by_another(
+def test_a_dask_cluster_outlives_a_worker_and_a_run_that_are_killed(
     many: Path, notes: Path, tmp_path: Path, cluster: DaskCluster, start: Start
 ) -> None:
-    words = ("--runner", "dask", "--runner-address", cluster.address)
-    process = start("convert", many, tmp_path / "out", "--json", *words)
+    words = ("--json", "--runner", "dask", "--runner-address", cluster.address)
+    process = start("convert", many, tmp_path / "first", *words)
     wait_for(lambda: len(workers_in(notes)) == 2)
-    cluster.workers[0].kill()
+    cluster.workers.pop(0).kill()
     summary = summary_of(process)
     assert (summary["converted"], summary["failed"]) == (40, 0)
     sources = [line.split()[2] for line in notes.read_text().splitlines()]
     twice = {source for source in sources if sources.count(source) > 1}
     assert len(set(sources)) == 40
     assert len(twice) <= 10  # a batch: what was in flight
-    assert_all_there(tmp_path / "out", 40)
+    assert_all_there(tmp_path / "first", 40)
 
-
-def test_a_dask_cluster_stops_working_for_a_run_that_was_killed(
-    many: Path, notes: Path, tmp_path: Path, cluster: DaskCluster, start: Start
-) -> None:
-    words = ("--runner", "dask", "--runner-address", cluster.address)
-    process = start("convert", many, tmp_path / "out", "--json", *words)
+    cluster.add_worker()
+    notes.write_text("")
+    process = start("convert", many, tmp_path / "second", *words, python=REAL)
     wait_for(lambda: len(workers_in(notes)) == 2)
     process.kill()
-    again = summary_of(start("convert", many, tmp_path / "out", "--json", *words))
+    again = summary_of(start("convert", many, tmp_path / "second", *words))
     assert again["converted"] + again["up_to_date"] == 40
     assert all(worker.poll() is None for worker in cluster.workers)
-    assert_all_there(tmp_path / "out", 40)
+    assert_all_there(tmp_path / "second", 40)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--runner", "dask", "--runner-address", "tcp://127.0.0.1:9"], "no Dask scheduler answers"),
-        (["--runner-address", "tcp://127.0.0.1:9"], "means nothing to threads"),
-        (["--runner", "dask", "--runner-address", "tcp://u:hunter2@127.0.0.1:9"], "carries a password"),
-    ],
+    ("runner", "message"), [("dask", "no Dask scheduler answers"), ("threads", "means nothing to threads")]
 )
 def test_a_runner_that_is_not_there_is_a_mistake_of_the_call(
-    good_source: Path, tmp_path: Path, start: Start, words: list[str], message: str
+    monkeypatch: pytest.MonkeyPatch, runner: Any, message: str
 ) -> None:
-    process = start("convert", good_source, tmp_path / "out", *words)
+    monkeypatch.setattr("flows.runners.CONNECT_SECONDS", 1)
+    with pytest.raises(UsageError, match=message), open_runner(runner, "tcp://127.0.0.1:9", None):
+        pass
+
+
+def test_a_password_in_a_runner_s_address_is_refused_and_not_shown(
+    good_source: Path, tmp_path: Path, start: Start
+) -> None:
+    process = start(
+        "convert",
+        good_source,
+        tmp_path / "out",
+        "--runner",
+        "dask",
+        "--runner-address",
+        "tcp://u:hunter2@127.0.0.1:9",
+    )
     _, err = process.communicate(timeout=100)
     assert process.returncode == 2
-    assert message in err
+    assert "carries a password" in err
     assert "hunter2" not in err
     assert not list((tmp_path / "out").rglob("*.bin"))
 

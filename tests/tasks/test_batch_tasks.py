@@ -16,8 +16,7 @@ from ptbin.runs.outcomes import Outcome, Staged, one_line, outcome_of_error
 from ptbin.stores import Identity, Place
 from tasks import converting, mirroring
 from tasks.batches import BatchTask
-from tasks.checking import verify_manifests
-from tasks.converting import convert_batch, verify_batch
+from tasks.converting import convert_batch, verify_batch, verify_manifests
 from tasks.credentials import Credentials
 from tasks.live import (
     Interrupted,
