@@ -21,8 +21,6 @@ from ptbin.values.crc32 import combine_crc32, confirm_crc32, crc32_of
 from ptbin.values.segments import Plan
 from ptbin.values.tensors import ByteRange
 
-__all__ = ["RecordChecks"]
-
 SPARE_NBYTES = 512 * 1024
 SPARE_SHARE = 100
 MAX_RUNS = 1 << 16

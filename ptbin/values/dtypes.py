@@ -11,16 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = [
-    "BY_NAME",
-    "BY_STORAGE_CLASS",
-    "CAST_NAMES",
-    "QUANTIZER_SCHEMES",
-    "SAFETENSORS_NAMES",
-    "DType",
-    "dtype_by_name",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class DType:

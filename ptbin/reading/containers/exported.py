@@ -19,8 +19,6 @@ from ptbin.values.dtypes import BY_NAME, DType
 from ptbin.values.nodes import DictNode
 from ptbin.values.tensors import ByteRange, Storage, TensorRef
 
-__all__ = ["read_exported"]
-
 _CONFIG = re.compile(r"^(?P<root>[^/]+)/data/weights/(?P<model>[^/]+)_weights_config\.json$")
 
 # schema.py, ScalarType
