@@ -37,17 +37,7 @@ PARALLEL_SIZES = (
 """Of training: above 1 the weights lie in as many files at least."""
 
 # Where trainers keep their arguments, at the top of a checkpoint or one level below another of these.
-_ARGUMENTS = (
-    "args",
-    "cfg",
-    "config",
-    "hyper_parameters",
-    "hparams",
-    "model_config",
-    "model",
-    "common",
-    "_content",
-)
+_ARGUMENTS = tuple("args cfg config hyper_parameters hparams model_config model common _content".split())
 MAX_DEPTH = 4
 
 WRAPPER_GLOBAL = tuple(WRAPPER.rsplit(".", 1))

@@ -47,16 +47,8 @@ LOOK_NODES = 1_000
 
 # Names under which frameworks keep the one model (PyTorch's own tutorials, Lightning, timm, mmcv, fairseq,
 # detectron2, DeepSpeed).
-PRIMARY_NAMES = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "module",
-    "net",
-    "network",
-    "weights",
-    "params",
-    "model_state",
+PRIMARY_NAMES = tuple(
+    "state_dict model_state_dict model module net network weights params model_state".split()
 )
 EXTRA_STATE = "_extra_state"
 
