@@ -25,6 +25,7 @@ from flows.prefect.orchestrator import Orchestrator
 from ptbin.stores import open_store
 from tests.servers.endpoint import S3Endpoint
 from tests.servers.fixtures import rados_s3
+from tests.warm_python import stand_in
 
 __all__ = ["rados_s3"]
 
@@ -43,9 +44,11 @@ class Bench:
     api_url: str
     folder: Path
 
-    def start(self, dest: str | None = None, runner: str = "threads") -> subprocess.Popen[str]:
+    def start(
+        self, dest: str | None = None, runner: str = "threads", python: str = sys.executable
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-c", COMMAND, "convert", str(self.source), dest or self.dest, "--json",
+            [python, "-c", COMMAND, "convert", str(self.source), dest or self.dest, "--json",
              "--dest-options", json.dumps({} if dest else self.options), "--runner", runner],
             cwd=self.folder,
             env=os.environ | {"PREFECT_API_URL": self.api_url},
@@ -55,7 +58,7 @@ class Bench:
         )  # fmt: skip
 
     def finish(self, dest: str | None = None) -> dict[str, Any]:
-        process = self.start(dest)
+        process = self.start(dest, python=stand_in())
         out, err = process.communicate(timeout=250)
         assert process.returncode == 0, err
         found: dict[str, Any] = json.loads(out)

@@ -86,6 +86,9 @@ class PrefectStack:
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
             "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
+            # Else the server imports and registers every collection of blocks that is installed: seconds.
+            "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
+            "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",
             # In memory they would be gone with a killed server, and the slots that they hold taken for ever.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "DO_NOT_TRACK": "1",
@@ -143,10 +146,13 @@ class PrefectStack:
 
         wait_for(answers, START_SECONDS, "PostgreSQL's start")
 
-    def start_server(self) -> None:
-        """The API, the UI and the background services, which read their settings when they are imported."""
+    def start_server(self, python: str = sys.executable) -> None:
+        """The API, the UI and the background services.
+
+        Services read their settings when they are imported: by a stand-in for Python they have the defaults.
+        """
         words = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
-        self.server = self.start_process("server", [sys.executable, *words])
+        self.server = self.start_process("server", [python, *words])
 
         def answers() -> bool:
             with (
