@@ -6,6 +6,7 @@ folder full of them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -178,10 +179,11 @@ def api_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server of Prefect that starts apart from the traps."""
     home = tmp_path_factory.mktemp("home")
     shutil.copyfile(prefect_template(tmp_path_factory), home / "prefect.db")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "executable", stand_in())
-        with embedded_server({"PREFECT_HOME": str(home)}) as url:
-            yield url
+    with contextlib.ExitStack() as running:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "executable", stand_in())
+            url = running.enter_context(embedded_server({"PREFECT_HOME": str(home)}))
+        yield url
 
 
 @pytest.mark.parametrize("runner", ["processes", "dask", "ray"])
