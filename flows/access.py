@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from flows.interrupts import hold_signals
 from flows.metering import metering
-from flows.notices import tag_flow_run, untagged_tasks
+from flows.notices import tag_flow_run
 from flows.options import DEFAULT_REQUESTS
 from flows.parsing import parse_duration, refuse_runner_secrets
-from flows.prefect.signals import hold_signals
+from flows.prefect.undocumented import without_tags
 from flows.runners import Runner, RunnerName, open_runner
 from ptbin.catalog.lease import Lease, acquire_lease
 from ptbin.catalog.request import RunRequest
@@ -48,6 +49,8 @@ class RunStoppedError(PtbinError):
 class RunSettings:
     """How a run is carried out, whatever it does."""
 
+    fail_fast: bool = False
+    min_success: float | None = None
     runner: RunnerName = "threads"
     runner_address: str | None = None
     workers: int | None = None
@@ -89,7 +92,7 @@ def join_run(run_id: str, settings: RunSettings) -> Iterator[LiveRun]:
             stack.enter_context(open_live_run(live))
         live.summary["flow_run_id"] = current_flow_run_id()
         tag_flow_run()
-        stack.enter_context(untagged_tasks())
+        stack.enter_context(without_tags())
         stack.enter_context(metering(live))
         live.check = stack.enter_context(hold_signals()).check
         try:
@@ -105,6 +108,7 @@ class Running:
     """A run under way: what its flow and its batches share."""
 
     live: LiveRun
+    settings: RunSettings
     runner: Runner
     ticket: Ticket
     lease: Lease | None = None
@@ -158,7 +162,7 @@ def running(live: LiveRun, request: RunRequest | None, settings: RunSettings) ->
             goes_out=runner.is_remote,
             folder=os.getcwd() if runner.begins_elsewhere else None,
         )
-        run = Running(live, runner, ticket, lease)
+        run = Running(live, settings, runner, ticket, lease)
         if settings.deadline is not None:
             text = f"the run's deadline of {settings.deadline:g} s has passed"
             timer = threading.Timer(settings.deadline, run.stop, [text])

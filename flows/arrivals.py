@@ -1,4 +1,4 @@
-"""Which checkpoints arrived, by what object stores tell of it. Pure: a notification in, paths out.
+"""Which checkpoints arrived, by the notifications of object stores. Pure: a notification in, paths out.
 
 Understood: S3 event notifications (AWS, MinIO, Ceph's gateway), also inside the envelopes of SNS and SQS,
 and events of Amazon EventBridge. Sources: "Event message structure" of the S3 user guide; "S3 Bucket

@@ -42,22 +42,25 @@ class Artifacts:
         self._troubled = False
         self._count = 0
         self._progress_id: Any = None
-        self._told_at = time.monotonic()
-        self._telling = threading.Event()
+        self._updated_at = time.monotonic()
+        self._updating = threading.Event()
 
     def begin(self, count: int) -> None:
         """The number of files to do."""
         self._count = count
-        self._told_at = time.monotonic()
+        self._updated_at = time.monotonic()
 
     def update(self, done: int, text: str) -> None:
         """The number of files done; most calls cost nothing. Short runs have no progress artifact."""
-        if not self._count or time.monotonic() < self._told_at + UPDATE_SECONDS or self._telling.is_set():
+        if not self._count or time.monotonic() < self._updated_at + UPDATE_SECONDS or self._updating.is_set():
             return
-        self._told_at = time.monotonic()
-        percent, told = min(100.0, 100.0 * done / self._count), f"{done} of {self._count} files: {text}"
-        self._telling.set()
-        self._hand_over(lambda: self._show_progress(percent, told))
+        self._updated_at = time.monotonic()
+        percent, description = (
+            min(100.0, 100.0 * done / self._count),
+            f"{done} of {self._count} files: {text}",
+        )
+        self._updating.set()
+        self._hand_over(lambda: self._show_progress(percent, description))
 
     def report(self, essence: str) -> None:
         """The report's essence, in Markdown, with a link to the page where it has one."""
@@ -74,7 +77,7 @@ class Artifacts:
         assert self._thread is not None
         self._thread.join(END_SECONDS)
         if self._thread.is_alive():
-            self._tell("the server takes too long")
+            self._warn("the server takes too long")
 
     def _hand_over(self, job: Callable[[], None]) -> None:
         if self._thread is None:
@@ -92,11 +95,11 @@ class Artifacts:
                 try:
                     job()
                 except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on without them
-                    self._tell(f"{type(error).__name__}: {error}")
+                    self._warn(f"{type(error).__name__}: {error}")
                 finally:
-                    self._telling.clear()
+                    self._updating.clear()
 
-    def _tell(self, what: str) -> None:
+    def _warn(self, what: str) -> None:
         if not self._troubled:
             self._troubled = True
             self._logger.warning("artifacts are missing: %s", what)
@@ -118,7 +121,7 @@ def conversion_rows(entries: Iterable[Entry]) -> list[dict[str, Any]]:
         {
             "checkpoint": entry.path,
             "outcome": entry.outcome.replace("_", " "),
-            "since": "new" if entry.novelty == "new" else entry.since[:10],
+            "since": entry.age,
             "reason": entry.reason,
             "detail": short_detail(entry.path, entry.detail),
             "source size": format_nbytes(entry.nbytes),

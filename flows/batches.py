@@ -18,7 +18,6 @@ __all__ = [
     "MAX_BATCHES",
     "cut",
     "iter_batches",
-    "plan_batches",
 ]
 
 Item = TypeVar("Item")
@@ -29,22 +28,6 @@ BATCH_NBYTES = 256 << 20
 BATCH_COUNT = 50
 BATCHES_PER_WORKER = 4
 """So that the workers finish at about the same time."""
-
-
-def plan_batches(
-    items: Iterable[Item], *, nbytes: Callable[[Item], int], workers: int, max_batches: int = MAX_BATCHES
-) -> list[list[Item]]:
-    """Batches of descending sizes: each item once, at most `max_batches` of them.
-
-    A batch closes when it holds the count or has reached the bytes; an item larger than that is alone in its
-    batch. Both bounds shrink for short lists, so that every worker gets some batches, and grow for long ones.
-    Items of equal size keep their order.
-    """
-    ordered = sorted(items, key=nbytes, reverse=True)
-    total = sum(nbytes(item) for item in ordered)
-    return list(
-        iter_batches(ordered, len(ordered), total, nbytes=nbytes, workers=workers, max_batches=max_batches)
-    )
 
 
 def iter_batches(
@@ -58,10 +41,11 @@ def iter_batches(
     most: int = BATCH_COUNT,
     per_worker: int = BATCHES_PER_WORKER,
 ) -> Iterator[list[Item]]:
-    """As `plan_batches`, one at a time, of `count` items with `total` bytes that come largest first.
+    """Batches of `count` items, `total` bytes together, that come largest first: at most `max_batches`.
 
-    `most` items go into one, unless there would be more batches than are allowed; a short list is cut so that
-    each worker gets `per_worker` batches.
+    A batch closes when it holds the count or has reached the bytes; an item larger than that is alone in its
+    batch. Both bounds shrink for short lists, so that each worker gets `per_worker` batches, and grow for
+    long ones; else `most` items go into one.
     """
     # Every closed batch has used up a share of the count or of the bytes: with half of the batches
     # allowed to each, and one unfinished batch at the end, there are never more than `max_batches`.

@@ -14,13 +14,13 @@ from prefect import get_run_logger
 from flows.access import Running, RunSettings, current_flow_run_id, join_run, run_url, running
 from flows.artifacts import Artifacts, conversion_rows
 from flows.batches import MAX_BATCHES, cut, iter_batches
-from flows.notices import failure_line, final_state, log_failures, state_message
+from flows.notices import failure_line, final_state
 from flows.parsing import refuse_secrets
 from flows.prefect.orchestrator import ABSENT_SECONDS, await_server
 from flows.prefect.signals import INTERRUPTS
 from flows.report_link import link_of
 from flows.report_markdown import render_markdown
-from flows.selection import with_named_files
+from flows.requests import with_named_files
 from flows.stages import Stage, Stages, count_of
 from ptbin.catalog import Job
 from ptbin.catalog.checks import check_request
@@ -31,12 +31,11 @@ from ptbin.runs.outcomes import Outcome, Staged, one_line
 from ptbin.runs.record import new_run_id
 from ptbin.runs.remembering import CheckpointMemory, Memory
 from ptbin.runs.result import RunResult
-from ptbin.runs.tally import Tally
+from ptbin.runs.tally import Entry, Tally
 from ptbin.runs.units import format_nbytes
 from tasks.assets import announce
-from tasks.converting import convert_and_verify_batch, convert_batch, verify_batch
-from tasks.listing import find_up_to_date, plan_of
-from tasks.live import Interrupted, Settled
+from tasks.converting import convert_and_verify_batch, convert_batch, find_up_to_date, verify_batch
+from tasks.live import Interrupted
 from tasks.steps import step, sure_step
 
 __all__ = ["Conversion", "carry_out"]
@@ -50,26 +49,17 @@ ASKING_WIDTH = 8
 """At least this many ask what is up to date: that is waiting for small answers, not work."""
 
 
-def carry_out(
-    request: RunRequest, asked: Mapping[str, Any], make: Callable[[Running, Tally, bool], Conversion]
-) -> Any:
+def carry_out(request: RunRequest, asked: Mapping[str, Any], make: Callable[[Running], Conversion]) -> Any:
     """A flow from its request to its final state; `make` gets what the run is made of."""
     refuse_secrets(request.source, request.dest, *([request.backup_dir] if request.backup_dir else []))
     settings = RunSettings.of(asked)
     with join_run(asked["run_id"] or new_run_id(), settings) as live:
-        check_request(request, **live.sides)
-        request = with_named_files(request, asked, **live.sides)
+        check_request(request, live.sides)
+        request = with_named_files(request, asked, live.sides)
         with running(live, request, settings) as run:
-            step(live, "list both sides", lambda: plan_of(live).make(live.tick))
-            plan_of(live).refuse_nothing()
-            tally = Tally(
-                live.run_id,
-                request.source,
-                request.dest,
-                kind=request.kind,
-                min_success=asked.get("min_success"),
-            )
-            return make(run, tally, asked["fail_fast"]).carry_out()
+            step(live, "list both sides", lambda: live.opened_plan.make(live.tick))
+            live.opened_plan.refuse_nothing()
+            return make(run).carry_out()
 
 
 class Conversion:
@@ -77,21 +67,20 @@ class Conversion:
 
     artifact_key = "ptbin-convert"
 
-    def __init__(self, run: Running, tally: Tally, fail_fast: bool, memory: Memory | None = None) -> None:
-        """`memory`: of what failed; left out, that of the plan's checkpoints."""
+    def __init__(self, run: Running, tally: Tally | None = None, memory: Memory | None = None) -> None:
+        """Left out, tally and memory are those of the plan's checkpoints."""
         self.running = run
         self.live = run.live
         self.runner = run.runner
-        self.plan = plan_of(run.live)
+        self.plan = run.live.opened_plan
         self.work = self.plan.work
         self.lines: list[str] = []
         self.options = self.plan.request.making
-        self.tally = tally
-        self.fail_fast = fail_fast
+        self.tally = tally or Tally.of(self.live.run_id, self.plan.request, run.settings.min_success)
         self.logger = get_run_logger()
         self.account = Account(
             self.plan,
-            tally,
+            self.tally,
             memory or CheckpointMemory(self.plan),
             began=self.live.began,
             do=lambda name, write: sure_step(self.live, name, write),
@@ -112,7 +101,7 @@ class Conversion:
             self.live.listener.noted(text)
             self.logger.warning("%s", text)
         for entry in refused:
-            self._announce(entry.source, entry.outcome, entry.reason, entry.detail)
+            self._report(entry)
         try:
             self._clean_up()
             self.drop_up_to_date()
@@ -169,7 +158,9 @@ class Conversion:
         self.account.remember(self.work.answer([job for job, _ in asked], rows, planning))
 
     def _keeps_on(self) -> bool:
-        return not self.running.is_stopping and not (self.fail_fast and self.tally.has_problems)
+        return not self.running.is_stopping and not (
+            self.running.settings.fail_fast and self.tally.has_problems
+        )
 
     def run(self) -> None:
         """Convert and prove what is to be done; every checkpoint is in the tally afterwards."""
@@ -184,7 +175,7 @@ class Conversion:
         self.stages.carry_out(*self._parts())
         self._account_for_the_rest()
 
-    def _parts(self) -> Sequence[tuple[Stage, Iterable[Sequence[Job]]]]:
+    def _parts(self) -> Sequence[tuple[Stage, Iterable[Sequence[Any]]]]:
         """What the run is made of: stages, and the batches that go through them."""
         return [(self._making(), self._batches(MAX_BATCHES))]
 
@@ -238,9 +229,7 @@ class Conversion:
         text = f"**{message}** in {summary['seconds']:.1f} s"
         self._show(text, folder, render_markdown(tally, summary, report, link))
         failures = [failure_line(entry) for entry in tally.problems]
-        log_failures(self.logger, failures)
-        text = state_message(message, failures, link or report)
-        return final_state(RunResult.of(tally.kind, summary), text)
+        return final_state(RunResult.of(tally.kind, summary), message, failures, link or report)
 
     def _announce_outputs(self, link: str | None) -> None:
         """Prefect's assets of what was made; a run that made nothing has none."""
@@ -272,29 +261,28 @@ class Conversion:
         )
         self.progress.end()
 
-    def _settle_all(self, final: Sequence[tuple[Job, Outcome]]) -> None:
+    def _settle_all(self, final: Sequence[tuple[Any, Outcome]]) -> None:
         for job, outcome in final:
             self._settle(job, outcome)
         self._log_lines()
         self.progress.update(len(self.stages.settled), self.tally.message())
 
-    def _settle(self, job: Job, outcome: Outcome) -> None:
+    def _settle(self, job: Any, outcome: Outcome) -> None:
         """One checkpoint has its final outcome."""
-        kind = self.account.settle(job, outcome).outcome
+        entry = self.account.settle(job, outcome)
         if self.account.is_full:
             self.running.stop(FULL)
-        facts = outcome.converted
-        if self.runner.is_remote and facts is not None:
-            self.live.listener.moved(facts.read_nbytes)
-        moved = (facts.read_nbytes, facts.written_nbytes) if facts is not None else ()
-        if self._announce_outcome(outcome, kind, job.source_size, *moved):
-            return
-        if len(self.stages.settled) <= LOGGED:
-            written = f", {format_nbytes(facts.written_nbytes)} written" if facts is not None else ""
-            size = format_nbytes(job.source_size)
-            what = outcome.kind.replace("_", " ")
-            changed = f"; {outcome.detail}" if outcome.kind == "copied" and outcome.detail else ""
-            self.lines.append(f"{what} {job.path} ({size}{written}) in {outcome.seconds:.2f} s{changed}")
+        self._report(entry)
+
+    def _report(self, entry: Entry) -> None:
+        """To the listener and to the log; what went well is logged with its batch (`_log_lines`)."""
+        if self.runner.is_remote:
+            self.live.listener.moved(entry.read_nbytes)
+        self.live.listener.settled(entry)
+        if entry.reason:
+            self.logger.warning("%s %s: %s: %s", entry.outcome, entry.path, entry.reason, entry.detail)
+        elif len(self.stages.settled) <= LOGGED:
+            self.lines.append(entry.line())
 
     def _log_lines(self) -> None:
         """A line per checkpoint, a record per batch: each record costs the server and this process time."""
@@ -302,19 +290,7 @@ class Conversion:
             self.logger.info("%s", "\n".join(self.lines))
             self.lines = []
 
-    def _announce_outcome(self, outcome: Outcome, kind: str, nbytes: int, *moved: int) -> bool:
-        """Report to the listener, and a problem to the log as well; whether it was one."""
-        facts = (outcome.reason, outcome.detail, outcome.seconds)
-        self.live.listener.settled(Settled(outcome.path, kind, nbytes, *facts, *moved))
-        if outcome.reason:
-            self.logger.warning("%s %s: %s: %s", kind, outcome.path, outcome.reason, outcome.detail)
-        return bool(outcome.reason)
-
-    def _announce(self, path: str, kind: str, reason: str, detail: str) -> None:
-        self.live.listener.settled(Settled(path, kind, reason=reason, detail=detail))
-        self.logger.warning("%s %s: %s: %s", kind, path, reason, detail)
-
-    def _label(self, jobs: Sequence[Job | Staged]) -> str:
+    def _label(self, jobs: Sequence[Any]) -> str:
         nbytes = sum(job.item.source_size if isinstance(job, Staged) else job.source_size for job in jobs)
         what = jobs[0].path if len(jobs) == 1 else f"{len(jobs)} checkpoints"
         return f"{what} ({format_nbytes(nbytes)})"

@@ -28,7 +28,7 @@ def convert(source: Text, dest: Text, **asked: Any) -> Any:
 
     `source_options` and `dest_options` name where storage options lie (`block:NAME`, `env:NAME`); `rename`
     takes `OLD=NEW`. Returns its `RunResult`, and ends Completed; where a checkpoint was rejected or failed
-    that nobody acknowledged it ends Failed, which raises `RunFailedError` with the same result.
+    and that is not acknowledged it ends Failed, which raises `RunFailedError` with the same result.
     """
     if isinstance(asked["files_from"], str):
         refuse_secrets(asked["files_from"])

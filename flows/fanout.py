@@ -52,8 +52,8 @@ def fan_out(
     """Run the work and all that follows from it, `width` wide; return how many task runs that were.
 
     Once `keep_on` says no, only urgent work is still started. `check` is called every now and then and may
-    raise. That, and whatever is raised in `then`, ends the loop: `stop` is called, which is to tell what is
-    under way, and what that comes to within `DRAIN_SECONDS` still counts; then the error goes on.
+    raise. That, and whatever is raised in `then`, ends the loop: `stop` is called, which stops what is
+    under way; what that comes to within `DRAIN_SECONDS` still counts; then the error is raised.
     """
     order = itertools.count()
     ready: list[tuple[bool, int, Work]] = []
@@ -69,7 +69,7 @@ def fan_out(
             else:
                 heapq.heappush(ready, (not piece.urgent, next(order), piece))
 
-    def hear(done: PrefectFuture[Any]) -> None:
+    def note(done: PrefectFuture[Any]) -> None:
         finished.put(done)
 
     coming = iter(work)
@@ -85,7 +85,7 @@ def fan_out(
         return heapq.heappop(ready)[2]
 
     def go_on() -> bool:
-        """One round: start what fits, hear of one that ended. False: there is nothing left."""
+        """One round: start what fits, handle one that ended. False: nothing is left."""
         nonlocal coming, ready, waiting, started
         check()
         while waiting and waiting[0][0] <= time.monotonic():
@@ -101,7 +101,7 @@ def fan_out(
             future = next_one.submit()
             started += 1
             running[future] = next_one
-            future.add_done_callback(hear)
+            future.add_done_callback(note)
         if not running and not waiting:
             return False
         timeout = ROUND_SECONDS

@@ -1,6 +1,6 @@
 """Metrics of a run under way, where `PTBIN_METRICS` asks for them (`flows.metric_targets`).
 
-What the run tells its listener is counted on the way; a thread sends the counts every `SEND_SECONDS`
+What the run reports to its listener is counted on the way; a thread sends the counts every `SEND_SECONDS`
 and once more at the end. A target that cannot be reached is logged once and costs nothing else.
 """
 
@@ -15,12 +15,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from flows.environment import CLOSE_LIKENESS, METRICS, SETTINGS, unread_line
 from flows.metric_targets import Target, parse_targets
 from flows.prefect.undocumented import flow_run_context
 from ptbin.errors import PtbinError
 from ptbin.history.openmetrics import Family, families
+from ptbin.runs.tally import Entry
 from ptbin.stores import public_uri
-from tasks.live import Listener, LiveRun, Settled
+from tasks.live import Listener, LiveRun
 
 __all__ = ["Meter", "metering"]
 
@@ -39,7 +41,7 @@ MEANINGS = {
 
 
 class Meter(Listener):
-    """Counts what a run tells, and tells it on to the listener that was there."""
+    """Counts what a run reports, and passes it on to the listener that was there."""
 
     def __init__(self, labels: dict[str, str], inner: Listener) -> None:
         self._labels = labels
@@ -67,14 +69,14 @@ class Meter(Listener):
                 self._sums["run_moved_bytes"] += nbytes
         self._inner.moved(nbytes)
 
-    def settled(self, file: Settled) -> None:
+    def settled(self, entry: Entry) -> None:
         with self._lock:
-            self._outcomes[file.kind, file.reason] += 1
-            self._sums.update(run_read_bytes=file.read_nbytes, run_written_bytes=file.written_nbytes)
-        self._inner.settled(file)
+            self._outcomes[entry.outcome, entry.reason] += 1
+            self._sums.update(run_read_bytes=entry.read_nbytes, run_written_bytes=entry.written_nbytes)
+        self._inner.settled(entry)
 
     def families(self, *, active: bool) -> list[Family]:
-        """What it has come to so far."""
+        """The counts so far."""
         found = families(MEANINGS)
         with self._lock:
             for name in MEANINGS:
@@ -95,12 +97,14 @@ def metering(live: LiveRun) -> Iterator[None]:
     Raises:
         UsageError: the variable is not what `parse_targets` takes.
     """
-    wanted = os.environ.get("PTBIN_METRICS", "")
+    from prefect.logging import get_run_logger
+
+    if line := unread_line(os.environ, SETTINGS, likeness=CLOSE_LIKENESS):
+        get_run_logger().warning("%s", line)
+    wanted = os.environ.get(METRICS, "")
     if not wanted.strip():
         yield
         return
-    from prefect.logging import get_run_logger
-
     context = flow_run_context()
     parameters = (context.parameters if context is not None else None) or {}
     labels = {

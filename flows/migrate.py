@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flows.access import Running, RunSettings, join_run, running
@@ -19,12 +20,10 @@ from flows.options import CONTENT, MIGRATE, chosen
 from flows.parsing import build_options, refuse_secrets
 from flows.run_flow import run_flow
 from flows.stages import Stage
-from ptbin.catalog import Job, Problem
+from ptbin.catalog import Problem
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import UsageError
-from ptbin.options import ConvertOptions
-from ptbin.registries import Migration, ModelPlan, Version, wanted_names
-from ptbin.registries.contents import is_of_training
+from ptbin.registries import Migration, ModelPlan, Step, wanted_names
 from ptbin.registries.migration import Registries, prepare
 from ptbin.registries.values import natural_order
 from ptbin.runs.migrating import MigrationTally, loss_lines
@@ -32,7 +31,6 @@ from ptbin.runs.outcomes import Outcome, Staged
 from ptbin.runs.record import new_run_id
 from ptbin.runs.remembering import VersionMemory
 from ptbin.runs.tally import Entry
-from tasks.listing import plan_of
 from tasks.migrating import (
     VersionJob,
     model_of,
@@ -59,39 +57,36 @@ class Migrating(Conversion):
     def __init__(
         self,
         run: Running,
-        options: ConvertOptions,
         tally: MigrationTally,
-        fail_fast: bool,
+        memory: VersionMemory,
         registries: Registries,
         plan: Migration,
-        memory: VersionMemory,
     ) -> None:
-        super().__init__(run, tally, fail_fast, memory)
-        self.options = options
+        super().__init__(run, tally, memory)
         self.registries = registries
         self.migration = plan
         self.versions = tally
         self.jobs = [
-            VersionJob.of(model, step)
+            VersionJob(step, replace(model, model=replace(model.model, versions=()), steps=()))
             for model in plan.models
             for step in model.steps
             if step.action == "migrate"
         ]
-        self.rows = {step.version.path: step.to_json() for step in plan.steps()}
+        self.unsettled = {step.version.path for step in plan.steps()}
         # Where the destination counts, what was passed over earlier comes behind what keeps its number.
-        in_order = sorted(self.jobs, key=lambda job: natural_order(job.parts[0].dest_version))
+        in_order = sorted(self.jobs, key=lambda job: natural_order(job.step.dest_version))
         self.stages.expect(model_of, in_order)
 
     def drop_up_to_date(self) -> None:
         """The plan knows."""
 
     def _clean_up(self) -> None:
-        """Unfinished outputs lie in places of their own; a run that takes up the version goes on from there.
+        """Unfinished outputs lie apart; a run that takes up the version goes on from there.
 
         What no run takes up any more, since its source has changed again, is removed.
         """
-        _, there = self.registries.open(**self.live.sides)
-        there.tidy({job.parts[0].fingerprint for job in self.jobs})
+        _, there = self.registries.open(self.live.sides)
+        there.tidy({job.step.fingerprint for job in self.jobs})
 
     def run(self) -> None:
         for line in loss_lines(self.migration):
@@ -99,11 +94,9 @@ class Migrating(Conversion):
             self.live.listener.noted(f"not kept: {line}")
         for one in self.migration.steps():
             if one.action == "up_to_date":
-                self._close(one.version, Outcome(one.version.path, "up_to_date"))
+                self._close(one, Outcome(one.version.path, "up_to_date"))
             elif one.action == "refused":
-                refused = Outcome(one.version.path, "rejected", one.reason, one.detail)
-                kind = self._close(one.version, refused)
-                self._announce(one.version.path, kind, one.reason, one.detail)
+                self._report(self._close(one, Outcome(one.version.path, "rejected", one.reason, one.detail)))
         count = len(self.jobs)
         up_to_date = self.tally.count("up_to_date")
         self.live.listener.planned(count, 0, up_to_date)
@@ -116,7 +109,7 @@ class Migrating(Conversion):
         self._update()
         self._account_for_the_rest()
 
-    def _parts(self) -> Sequence[tuple[Stage, Iterable[Sequence[Job]]]]:
+    def _parts(self) -> Sequence[tuple[Stage, Iterable[Sequence[VersionJob]]]]:
         sides = {"registries": self.registries}
         transfer = Stage(
             transfer_batch, "transfer", {**sides, "options": self.options}, self._settle_all, self._label
@@ -155,71 +148,21 @@ class Migrating(Conversion):
         stage = Stage(update_models, "update", {"registries": self.registries}, settle, label)
         self._apart(stage, cut(plans, len(plans), MODELS_PER_UPDATE, max_batches=UPDATES))
 
-    # -- accounting -----------------------------------------------------------------------------------
+    def _settle(self, job: VersionJob, outcome: Outcome) -> None:
+        self._report(self._close(job.step, outcome))
 
-    def _settle(self, job: Job, outcome: Outcome) -> None:
-        assert isinstance(job, VersionJob)
-        kind = self._close(job.parts[0].version, outcome)
-        facts = outcome.written
-        read = written = nbytes = 0
-        if facts is not None and outcome.kind == "converted":
-            fresh = [part for part in facts.parts if part[0] in facts.fresh]
-            nbytes = sum(size for _, _, size in facts.parts)
-            read = sum(converted.read_nbytes for _, converted, _ in fresh)
-            written = sum(converted.written_nbytes for _, converted, _ in fresh)
-            self.tally.files["copied"] += facts.copied
-        if self.runner.is_remote:
-            self.live.listener.moved(read)
-        kind = "migrated" if kind == "converted" else kind
-        if not self._announce_outcome(outcome, kind, nbytes, read, written):
-            now = f" as version {facts.dest_version}" if facts is not None else ""
-            self.lines.append(f"{kind.replace('_', ' ')} {job.path}{now} in {outcome.seconds:.2f} s")
-
-    def _close(self, version: Version, outcome: Outcome) -> str:
-        """One version has its final outcome: a row of its own, and an entry for each checkpoint in it.
-
-        Answers with the kind of it, which is `known` for a failure that is acknowledged.
-        """
-        path = version.path
-        row = self.rows.pop(path)
-        del row["action"]
-        came_along = outcome.kind == "converted" and outcome.written is not None
-        kind = outcome.kind if came_along else self.versions.add_version(version, outcome).outcome
-        row["outcome"] = "migrated" if kind == "converted" else kind
-        if outcome.written is not None and outcome.written.dest_version:
-            row["dest_version"] = outcome.written.dest_version
-        elif outcome.kind != "up_to_date":
-            row["dest_version"] = None
-        if outcome.written is not None and outcome.written.left:
-            row["left_behind"] = list(outcome.written.left)
-            self.tally.files["left_alone"] += sum(map(is_of_training, outcome.written.left))
-        if outcome.reason or outcome.detail:
-            row |= {"reason": outcome.reason or "no_checkpoint", "detail": outcome.detail}
-        self.versions.versions.append(row)
-        if not came_along or outcome.written is None:
-            return kind
-        self.tally.counts[outcome.kind] += 1
-        for inside, converted, size in outcome.written.parts:
-            self.tally.entries.append(
-                Entry(
-                    f"{path}/{inside}",
-                    version.uri,
-                    size,
-                    "converted",
-                    converted=converted,
-                    seconds=outcome.seconds,
-                )
-            )
-        return kind
+    def _close(self, step: Step, outcome: Outcome) -> Entry:
+        self.unsettled.discard(step.version.path)
+        return self.versions.close(step, outcome)
 
     def _account_for_the_rest(self) -> None:
         for job in self.jobs:
-            if job.path in self.rows:
-                self._close(job.parts[0].version, Outcome(job.path, "not_tried"))
+            if job.path in self.unsettled:
+                self._close(job.step, Outcome(job.path, "not_tried"))
         order = {step.version.path: index for index, step in enumerate(self.migration.steps())}
         self.versions.versions.sort(key=lambda row: order[f"{row['model']}/{row['version']}"])
 
-    def _label(self, jobs: Sequence[Job | Staged]) -> str:
+    def _label(self, jobs: Sequence[VersionJob | Staged]) -> str:
         return jobs[0].path if len(jobs) == 1 else f"{len(jobs)} versions"
 
 
@@ -227,8 +170,8 @@ class Migrating(Conversion):
 def migrate(source: Text, dest: Text, **asked: Any) -> Any:
     """Bring the models of the registry `source` into the registry `dest`, as weights.
 
-    Returns its `RunResult`; ends Failed (`RunFailedError`) where a version was rejected or failed that nobody
-    acknowledged.
+    Returns its `RunResult`; ends Failed (`RunFailedError`) where a version was rejected or failed and
+    that is not acknowledged.
     """
     source, dest = os.fspath(source), os.fspath(dest)
     options = build_options(chosen(CONTENT, asked))
@@ -237,7 +180,7 @@ def migrate(source: Text, dest: Text, **asked: Any) -> Any:
     settings = RunSettings.of(asked)
     registries = Registries(source, dest, asked["source_layout"], asked["layout"])
     with join_run(asked["run_id"] or new_run_id(), settings) as live:
-        here, there = registries.open(**live.sides)
+        here, there = registries.open(live.sides)
         here.check_readable()
         there.check_writable()
         # Before anything is made at DEST.
@@ -252,5 +195,5 @@ def migrate(source: Text, dest: Text, **asked: Any) -> Any:
                 lambda: prepare(here, there, include, exclude, asked["versions"], options),
             )
             tally = MigrationTally(live.run_id, source, dest, home=home)
-            memory = VersionMemory(plan_of(live), here.uri, plan, asked)
-            return Migrating(run, options, tally, asked["fail_fast"], registries, plan, memory).carry_out()
+            memory = VersionMemory(live.opened_plan, here.uri, plan, asked)
+            return Migrating(run, tally, memory, registries, plan).carry_out()

@@ -1,4 +1,4 @@
-"""What a run tells those who do not watch it: its tags, the message of its state, the end of its log.
+"""What a run leaves for people who do not watch it: tags, the message of its state, the end of its log.
 
 Automations match the tag `ptbin`, and take the state's message as it is: the counts in its first line, then
 what failed, new failures first, then where the report is. So whatever a team makes of it, in Prefect's own
@@ -7,29 +7,28 @@ templates, needs no more than `flow_run.state.message`.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from prefect import get_run_logger
+from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.prefect.undocumented import flow_run_context, without_tags
+from flows.prefect.undocumented import flow_run_context
 from ptbin.runs.outcomes import one_line
 from ptbin.runs.result import RunFailedError, RunResult
 from ptbin.runs.tally import Entry
 from ptbin.runs.units import short_detail
-from tasks.batch_states import MAX_LINE_LENGTH, MAX_LISTED_FAILURES, first_failures
+from tasks.batches import MAX_LINE_LENGTH, MAX_LISTED_FAILURES, first_failures
 
 __all__ = [
     "MAX_LISTED_FAILURES",
     "TAG",
     "failure_line",
     "final_state",
-    "log_failures",
     "state_message",
     "tag_flow_run",
-    "untagged_tasks",
 ]
 
 TAG = "ptbin"
@@ -38,7 +37,7 @@ TAG = "ptbin"
 
 def failure_line(entry: Entry) -> str:
     """`new: run3/cut.pt: corrupt_archive: ...`, or `since 2026-11-01: ...`; one line."""
-    when = "new" if entry.novelty == "new" else f"since {entry.since[:10]}" if entry.since else entry.outcome
+    when = "new" if entry.age == "new" else f"since {entry.age}" if entry.age else entry.outcome
     text = f"{when}: {entry.path}: {entry.reason}: {short_detail(entry.path, entry.detail)}"
     return one_line(text, MAX_LINE_LENGTH)
 
@@ -51,7 +50,7 @@ def state_message(counts: str, failures: Sequence[str], report: str | None = Non
     return "\n".join(lines)
 
 
-def log_failures(logger: logging.Logger | logging.LoggerAdapter[Any], failures: Sequence[str]) -> None:
+def _log_failures(logger: logging.Logger | logging.LoggerAdapter[Any], failures: Sequence[str]) -> None:
     """The list of what failed as the last words of a run's log: one record, however many there are."""
     if failures:
         shown = failures[: 10 * MAX_LISTED_FAILURES]
@@ -61,8 +60,8 @@ def log_failures(logger: logging.Logger | logging.LoggerAdapter[Any], failures: 
         logger.error("%d failed:\n%s%s", len(failures), "\n".join(shown), more)
 
 
-def tag_flow_run(tags: Iterable[str] = (TAG,)) -> None:
-    """Give this thread's flow run the tags that it lacks. Costs a request for a run that lacks any.
+def tag_flow_run() -> None:
+    """Give this thread's flow run its tag. Costs a request for a run that lacks it.
 
     Deployments and the command line give them when they make the run, as automations want it: the server
     keeps the tags for its events for some minutes as they were then. This is for flows that people call.
@@ -71,37 +70,28 @@ def tag_flow_run(tags: Iterable[str] = (TAG,)) -> None:
     from prefect.client.orchestration import get_client
 
     context = flow_run_context()
-    if context is None or context.flow_run is None:
+    if context is None or context.flow_run is None or TAG in context.flow_run.tags:
         return
-    missing = [tag for tag in tags if tag not in context.flow_run.tags]
-    if not missing:
-        return
-    wanted = [*context.flow_run.tags, *missing]
+    wanted = [*context.flow_run.tags, TAG]
     try:
         with get_client(sync_client=True) as client:
             client.update_flow_run(context.flow_run.id, tags=wanted)
     except Exception as error:  # noqa: BLE001 - whatever Prefect's client comes to
         logging.getLogger(__name__).warning("the run has no tag %s: %s", TAG, type(error).__name__)
         return
-    context.flow_run.tags = wanted  # what this process tells of the run carries them as well
+    context.flow_run.tags = wanted  # for the events that this process sends
 
 
-@contextlib.contextmanager
-def untagged_tasks() -> Iterator[None]:
-    """Keep the tags of `prefect.tags(...)` to the flow run that was made in it.
-
-    Task runs would have them as well, and a task run with tags asks the server for concurrency limits.
-    """
-    with without_tags():
-        yield
-
-
-def final_state(result: RunResult, message: str) -> Any:
-    """The state that a flow returns, with its result: the flow's caller gets a `RunResult` of it.
+def final_state(
+    result: RunResult, counts: str, failures: Sequence[str], report: str | None = None
+) -> State[Any]:
+    """Log what failed, and make the state that a flow returns; its caller gets the `RunResult` of it.
 
     Prefect returns a completed run's data to the caller and raises a failed run's, which has to be an
     exception: `RunFailedError` holds the same result.
     """
+    _log_failures(get_run_logger(), failures)
+    message = state_message(counts, failures, report)
     if result.succeeded:
         return Completed(data=result, message=message)
     return Failed(data=RunFailedError(result), message=message)

@@ -18,14 +18,16 @@ from ptbin.restoring.options import RestoreOptions
 from ptbin.values.options import Option, options_of
 
 __all__ = [
-    "CONTENT", "CONVERT", "DEFAULT_REQUESTS", "INSPECT", "MIGRATE", "MIRRORING", "RESTORE", "RUN", "STATUS",
-    "SYNC", "VERIFY", "chosen",
+    "CONTENT", "CONVERT", "DEFAULT_REQUESTS", "INSPECT", "LAST", "MIGRATE", "MIRRORING", "RESTORE", "RUN",
+    "STATUS", "SYNC", "VERIFY", "chosen",
 ]  # fmt: skip
 
 RUN = "How the run goes"
 MIRROR = "The mirror"
 REGISTRIES = "The registries"
 
+LAST = "last"
+"""Of `--retry-failed`: all that fails as the last run which looked at it left it."""
 DEFAULT_REQUESTS = 64
 """What all tasks of a run may have under way together, unless it is asked for otherwise."""
 

@@ -30,7 +30,7 @@ from ptbin.runs.remembering import CheckpointMemory
 from ptbin.runs.tally import Tally
 from ptbin.sources.companions import companion_of, is_companion
 from ptbin.stores import identity_text
-from tasks.live import LiveRun, Settled
+from tasks.live import LiveRun
 
 __all__ = ["finish_in_step", "preparing", "refuse_nothing"]
 
@@ -46,14 +46,15 @@ def refuse_nothing(live: LiveRun, request: RunRequest) -> None:
     """
     if request.named is not None or request.kind == "sync":
         return
-    shown = (*request.include, split_glob(request.source, live.source_options)[1] or "")
+    place, pattern = split_glob(request.source, live.source_at)
+    shown = (*request.include, pattern or "")
     entries = Entries(shown=shown, exclude=request.exclude, copy_links=request.copy_links)
     found = find_checkpoints(
-        request.source,
+        place,
         include=request.include,
         exclude=request.exclude,
-        storage_options=live.source_options,
         entries=entries,
+        pattern=pattern,
     )
     if next(found, None) is None and not entries.problems:
         raise UsageError(nothing_below(request.source, entries, request.nothing))
@@ -92,16 +93,12 @@ def preparing(live: LiveRun, request: RunRequest, work_found: Callable[[], objec
 
 
 def _read_ledger(live: LiveRun, plan: Plan) -> Ledger:
-    tally = _tally(live, plan.request)
+    tally = Tally.of(live.run_id, plan.request)
     try:
         CheckpointMemory(plan).open(tally)
     except PtbinError:
         return Ledger()
     return tally.ledger
-
-
-def _tally(live: LiveRun, request: RunRequest, min_success: float | None = None) -> Tally:
-    return Tally(live.run_id, request.source, request.dest, kind=request.kind, min_success=min_success)
 
 
 def _is_settled(job: Job, ledger: Ledger) -> bool:
@@ -124,7 +121,7 @@ def finish_in_step(live: LiveRun, min_success: float | None = None) -> dict[str,
     if rows:  # also for the flow that may go on
         with contextlib.suppress(StorageError):
             write_segment(live.dest_at(request.dest), f"{live.run_id}-0000", rows)
-    tally = _tally(live, request, min_success)
+    tally = Tally.of(live.run_id, request, min_success)
     account = Account(plan, tally, CheckpointMemory(plan), began=live.began)
     refused = account.open()
     try:
@@ -140,7 +137,7 @@ def finish_in_step(live: LiveRun, min_success: float | None = None) -> dict[str,
     if text := work.entries.links_words():
         live.listener.noted(text)
     for entry in refused:
-        live.listener.settled(Settled(entry.source, entry.outcome, reason=entry.reason, detail=entry.detail))
+        live.listener.settled(entry)
     tally.add_untouched(work)
     live.listener.planned(0, 0, tally.count("up_to_date"))
     return account.close() | {"task_runs": 0}

@@ -18,18 +18,16 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from flows.environment import PRESIGN, SERVED
 from flows.parsing import parse_duration
 
 __all__ = ["link_of", "served_at"]
-
-SERVED = "PTBIN_SERVED"
-PRESIGN = "PTBIN_PRESIGN"
 
 
 def link_of(uri: str, options: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> str | None:
     """What opens the object at `uri`; None where nothing is known to.
 
-    `options` are the storage options with which it was written: they tell where S3 is, and sign.
+    `options` are the storage options with which it was written: where S3 is, and what signs links.
     """
     if (served := served_at(uri, environment.get(SERVED, ""))) is not None:
         return served

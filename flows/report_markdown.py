@@ -52,7 +52,7 @@ def _table(title: str, entries: Sequence[Entry]) -> list[str]:
         return []
     lines = [f"### {title}", "", "| checkpoint | since | reason | detail |", "|---|---|---|---|"]
     for entry in entries[:MAX_ROWS]:
-        since = "**new**" if entry.novelty == "new" else entry.since[:10]
+        since = "**new**" if entry.age == "new" else entry.age
         detail = entry.because or short_detail(entry.path, entry.detail)
         lines.append(f"| {_code(entry.path)} | {since} | {_code(entry.reason)} | {_text(detail)} |")
     if len(entries) > MAX_ROWS:

@@ -18,8 +18,7 @@ from flows.requests import restore_request
 from flows.run_flow import run_flow
 from flows.stages import Stage
 from ptbin import RestoreOptions
-from ptbin.runs.tally import Tally
-from tasks.restoring import restore_batch
+from tasks.converting import restore_batch
 
 __all__ = ["restore"]
 
@@ -29,8 +28,8 @@ class Restoration(Conversion):
 
     artifact_key = "ptbin-restore"
 
-    def __init__(self, run: Running, tally: Tally, fail_fast: bool, options: RestoreOptions) -> None:
-        super().__init__(run, tally, fail_fast)
+    def __init__(self, run: Running, options: RestoreOptions) -> None:
+        super().__init__(run)
         self.restore_options = options
 
     def _making(self) -> Stage:

@@ -67,7 +67,7 @@ def run_flow(places: Sequence[Option], options: Sequence[Option]) -> Callable[[C
         made = flow(
             name=function.__name__,
             flow_run_name=" to ".join(f"{{{place.name}}}" for place in places),
-            # Wide enough for any `workers`; the fan-out itself never has more in flight than it was told.
+            # Wide enough for any `workers`; the fan-out never has more in flight than `workers`.
             task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
             persist_result=False,
         )(takes(places, options)(fails_with_one_line(function)))

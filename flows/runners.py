@@ -28,6 +28,7 @@ from flows.parsing import MAX_WORKERS, refuse_runner_secrets
 from flows.prefect.undocumented import is_broken, without_result_storage
 from ptbin.cores import default_workers, share_cores
 from ptbin.errors import UsageError
+from ptbin.installed import require
 from tasks.live import stop_all
 
 __all__ = ["Runner", "RunnerName", "open_runner"]
@@ -55,7 +56,7 @@ class Runner:
 
     @property
     def begins_elsewhere(self) -> bool:
-        """Whether its processes begin in a working folder of their own, which they may leave."""
+        """Whether its processes start in another working folder, which they may leave."""
         return self.name == "ray"
 
     @property
@@ -184,18 +185,14 @@ def _begin_process(parent: int, processes: int) -> None:
 # -- clusters ----------------------------------------------------------------------------------------
 
 
-def _import(module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UsageError(
-            f"the runner needs {module.partition('.')[0]}: pip install 'ptbin[{extra}]'"
-        ) from error
+def _import(module: str) -> Any:
+    require(module, "the runner")
+    return importlib.import_module(module)
 
 
 def _dask(address: str | None, workers: int | None) -> Runner:
-    prefect_dask = _import("prefect_dask", "dask")
-    distributed = _import("distributed", "dask")
+    prefect_dask = _import("prefect_dask")
+    distributed = _import("distributed")
     width = workers or default_workers()
     if address is None:
         cluster = {"n_workers": width, "threads_per_worker": 1, "dashboard_address": None}
@@ -214,8 +211,8 @@ def _ray(address: str | None, workers: int | None, empty: str) -> Runner:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A Ray started here gives its workers niceness 15 otherwise: beside busy processes they hardly move.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    prefect_ray = _import("prefect_ray", "ray")
-    ray = _import("ray", "ray")
+    prefect_ray = _import("prefect_ray")
+    ray = _import("ray")
     width = workers or default_workers()
     quiet = {"logging_level": "error", "log_to_driver": False, "configure_logging": False}
     # Ray's workers import from their parent's working folder, unless they are given another one.

@@ -1,10 +1,10 @@
-"""What is done to many things: in batches, each a task run; halved when lost, retried when it may help.
+"""What is done to many things: in batches, each a task run; halved when lost, retried when transient.
 
 A `Stage` says what is done; `Stages` carries it out, with one set of rules for all flows:
 
 - A batch whose process was lost is halved and tried again, so that one item which takes its process along
   fails alone, after `LOST_TRIES`.
-- Transient store errors are retried in a batch of their own, up to `RETRIES` times, each after a delay.
+- Transient store errors are retried in their own batch, up to `RETRIES` times, each after a delay.
 - What a stage has `staged` goes on to the next one (`write >> prove`), before batches that have not begun.
 - Where a stage has a `key`, items of one key go through it in order, one batch at a time.
 - Every item ends in one outcome, also where its task run failed or the run is being stopped.

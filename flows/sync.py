@@ -25,7 +25,7 @@ from ptbin.catalog.plan import plan_deletions
 from ptbin.errors import StorageError
 from ptbin.manifests.manifest import manifest_uri
 from ptbin.runs.outcomes import Outcome, one_line, outcome_of_error
-from ptbin.runs.tally import LISTED, Tally
+from ptbin.runs.tally import LISTED
 from tasks.batches import BatchTask
 from tasks.mirroring import back_up_batch, compare_batch, copy_batch, delete_batch
 from tasks.steps import step
@@ -46,8 +46,8 @@ class Synchronization(Conversion):
 
     artifact_key = "ptbin-sync"
 
-    def __init__(self, run: Running, tally: Tally, fail_fast: bool) -> None:
-        super().__init__(run, tally, fail_fast)
+    def __init__(self, run: Running) -> None:
+        super().__init__(run)
         self.request = self.plan.request
         self.indexed = time.monotonic()
 
@@ -84,8 +84,7 @@ class Synchronization(Conversion):
 
     def _give_up(self, job: Job, reason: str, detail: str) -> None:
         self.work.refuse(job)
-        self.tally.add(job, Outcome(job.path, "failed", reason, detail))
-        self._announce(job.path, "failed", reason, detail)
+        self._report(self.tally.add(job, Outcome(job.path, "failed", reason, detail)))
 
     def _release_companions(self) -> None:
         """Take companions off the manifests of outputs that are made anew: the mirror copies them itself.

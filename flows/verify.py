@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from prefect import get_run_logger
 
 from flows.access import Running, RunSettings, join_run, running
 from flows.artifacts import Artifacts, verification_rows
-from flows.batches import plan_batches
+from flows.batches import iter_batches
 from flows.forms import DEST, Text
-from flows.notices import final_state, log_failures, state_message
+from flows.notices import final_state
 from flows.options import VERIFY
 from flows.parsing import refuse_secrets
 from flows.prefect.orchestrator import await_server
 from flows.run_flow import run_flow
 from flows.stages import Stage, Stages, count_of
-from ptbin.catalog import find_orphans
 from ptbin.options import VerifyLevel
-from ptbin.proof.signatures import verify_signatures
-from ptbin.registries.verification import verify_records
 from ptbin.runs.outcomes import Outcome
 from ptbin.runs.record import new_run_id
 from ptbin.runs.result import RunResult
-from ptbin.runs.verifying import issues_of, list_manifests_below, orphan_issue, refuse_nothing_below, sum_up
-from tasks.checking import verify_manifests
-from tasks.live import Settled
+from ptbin.runs.tally import Entry
+from ptbin.runs.verifying import issues_of, verify_below
+from tasks.converting import verify_manifests
 from tasks.steps import step
 
 __all__ = ["verify"]
-
-ARTIFACT_KEY = "ptbin-verify"
 
 
 @run_flow([DEST], VERIFY)
@@ -48,60 +44,50 @@ def verify(dest: Text, **asked: Any) -> Any:
     dest = os.fspath(dest)
     refuse_secrets(dest)
     settings = RunSettings.of(asked)
-    public_key = asked["public_key"]
+    verdicts: list[Outcome] = []
     with join_run(asked["run_id"] or new_run_id(), settings) as live:
-        options = live.dest_options
-        manifests, unread = step(live, "list manifests", lambda: list_manifests_below(dest, options))
-        orphans = step(live, "list orphans", lambda: list(find_orphans(dest, storage_options=options)))
-        refuse_nothing_below(dest, manifests, orphans)
-        with running(live, None, settings) as run:
-            verdicts = _verify_all(run, manifests, asked["level"])
-        issues = unread + [orphan_issue(uri) for uri in orphans]
-        issues += [issue for verdict in verdicts for issue in issues_of(verdict)]
-        digests = {uri: digest for verdict in verdicts for uri, digest in verdict.digests}
-        found = step(live, "verify records", lambda: verify_records(dest, digests, storage_options=options))
-        if public_key is not None:
-            place = live.dest_at(dest)
-            found += step(
-                live,
-                "verify signatures",
-                lambda: verify_signatures(place, public_key, manifests, progress=live.moved),
-            )
-        issues += [issue.to_json() for issue in found]
-        summary = sum_up(dest, verdicts, orphans, issues, time.monotonic() - live.began)
+
+        def verify_all(manifests: Sequence[str]) -> list[Outcome]:
+            with running(live, None, settings) as run:
+                _verify_all(run, manifests, asked["level"], verdicts)
+            return verdicts
+
+        summary = verify_below(
+            live.dest_at(dest),
+            dest,
+            verify_all,
+            asked["public_key"],
+            began=live.began,
+            progress=live.moved,
+            do=partial(step, live),
+        )
         live.summary.update(summary, run_id=live.run_id, task_runs=live.task_runs)
-        message = summary["message"]
+        message, issues = summary["message"], summary["issues"]
         if await_server(live.check):
-            artifacts = Artifacts(ARTIFACT_KEY, get_run_logger())
-            proven = sorted(verdict.path for verdict in verdicts if verdict.kind == "proven")
+            artifacts = Artifacts("ptbin-verify", get_run_logger())
             artifacts.table(
-                verification_rows(proven, issues),
+                verification_rows((verdict.path for verdict in verdicts if verdict.kind == "proven"), issues),
                 f"**{message}** in {summary['seconds']:.1f} s, below `{dest}`",
             )
             artifacts.end()
         failures = [f"{issue['reason']}: {issue['uri']}: {issue['detail']}" for issue in issues]
-        log_failures(get_run_logger(), failures)
-        return final_state(RunResult.of("verify", live.summary), state_message(message, failures))
+        return final_state(RunResult.of("verify", live.summary), message, failures)
 
 
-def _verify_all(run: Running, manifests: Sequence[str], level: VerifyLevel) -> list[Outcome]:
-    """One final outcome per manifest."""
-    live = run.live
-    final: list[Outcome] = []
-    logger = get_run_logger()
-    live.listener.planned(len(manifests), 0, 0)
+def _verify_all(run: Running, manifests: Sequence[str], level: VerifyLevel, final: list[Outcome]) -> None:
+    """Add one final outcome per manifest."""
+    logger, listener = get_run_logger(), run.live.listener
+    listener.planned(len(manifests), 0, 0)
 
     def settle(verdicts: Sequence[tuple[str, Outcome]]) -> None:
         for uri, outcome in verdicts:
             final.append(outcome)
             kind = "proven" if outcome.kind == "proven" else "failed"
-            live.listener.settled(Settled(uri, kind, reason=outcome.reason, detail=outcome.detail))
+            listener.settled(replace(Entry.of(uri, 0, outcome), outcome=kind))
             for issue in issues_of(outcome):
                 logger.warning("%s: %s: %s", issue["reason"], issue["uri"], issue["detail"])
 
     stage = Stage(verify_manifests, "verify", {"level": level}, settle, count_of("manifests"))
     # Sizes stand in the manifests, which are not read twice: batches go by count alone.
-    Stages(run, logger).carry_out(
-        (stage, plan_batches(manifests, nbytes=lambda _: 0, workers=run.runner.width))
-    )
-    return final
+    batches = iter_batches(manifests, len(manifests), 0, nbytes=lambda _: 0, workers=run.runner.width)
+    Stages(run, logger).carry_out((stage, batches))

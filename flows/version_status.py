@@ -7,10 +7,6 @@ them, which are directory registries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
 from ptbin.errors import PtbinError, UsageError
 from ptbin.history.failures import Ledger, Unconverted, read_ledger
 from ptbin.history.records import RecordedRun, iter_runs
@@ -20,19 +16,9 @@ from ptbin.registries import ModelPlan, is_registry_uri
 from ptbin.registries.migration import Registries, prepare
 from ptbin.registries.planning import Step
 from ptbin.runs.remembering import state_of
-from ptbin.stores import place_of, public_uri
+from ptbin.stores import NO_OPTIONS, Place, Sides, public_uri
 
-__all__ = ["LastMigration", "last_migration", "refuse_registries", "version_status"]
-
-
-@dataclass(frozen=True, slots=True)
-class LastMigration:
-    """What a migration was asked for, by its record."""
-
-    source: str
-    dest: str
-    run: RecordedRun
-    options: ConvertOptions
+__all__ = ["refuse_registries", "version_status"]
 
 
 def refuse_registries(source: str, dest: str) -> None:
@@ -44,45 +30,27 @@ def refuse_registries(source: str, dest: str) -> None:
         )
 
 
-def last_migration(
-    source: str, dest: str, dest_options: Mapping[str, Any] | None = None
-) -> LastMigration | None:
-    """The newest recorded migration from SOURCE into DEST; None where its newest run is another."""
-    place = place_of(dest, dest_options)
-    if not place.is_directory():
-        return None
-    for run in iter_runs(place, last=RECORDS_READ):
-        if run.text("source").rstrip("/") != source.rstrip("/"):
-            continue
-        if run.text("kind") != "migrate":
-            return None
-        try:
-            return LastMigration(source, dest, run, ConvertOptions.from_json(run.mapping("options")))
-        except (PtbinError, LookupError, TypeError, ValueError):
-            continue  # written by another version, or by hand
-    return None
+def version_status(source: str, dest: str, sides: Sides = NO_OPTIONS) -> Status | None:
+    """Compare the two registries as their last recorded migration would again.
 
-
-def version_status(
-    migration: LastMigration,
-    *,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
-) -> Status:
-    """Compare the two registries, as that migration would again.
+    None where the newest run from SOURCE into DEST is another, or none is recorded.
 
     Raises:
         UsageError: SOURCE has no model of the wanted names.
         VerificationError: the list of what is acknowledged is damaged.
         StorageError: either side failed.
     """
-    asked = migration.run.mapping("selection")
-    sides = Registries(migration.source, migration.dest, asked.get("source_layout"), asked.get("layout"))
-    here, there = sides.open(source_options, dest_options)
+    place = sides.dest_at(dest)
+    if (last := _last_migration(source, place)) is None:
+        return None
+    run, options = last
+    asked = run.mapping("selection")
+    layouts = asked.get("source_layout"), asked.get("layout")
+    here, there = Registries(source, dest, *layouts).open(sides)
     include, exclude = asked.get("include", []), asked.get("exclude", [])
-    plan = prepare(here, there, include, exclude, asked.get("versions", "all"), migration.options)
-    ledger = read_ledger(place_of(migration.dest, dest_options), root=here.uri)
-    status = Status(migration.run.run_id, "migrate")
+    plan = prepare(here, there, include, exclude, asked.get("versions", "all"), options)
+    ledger = read_ledger(place, root=here.uri)
+    status = Status(run.run_id, "migrate")
     for model in plan.models:
         if model.problem and not model.steps:
             row = Unconverted("", model.path, here.uri, "", "failed", "registry_error", model.problem)
@@ -91,6 +59,22 @@ def version_status(
             _place(status, ledger, model, step)
     status.note_idle(ledger)
     return status
+
+
+def _last_migration(source: str, place: Place) -> tuple[RecordedRun, ConvertOptions] | None:
+    """The newest migration from SOURCE, and its options; None where the newest run is another."""
+    if not place.is_directory():
+        return None
+    for run in iter_runs(place, last=RECORDS_READ):
+        if run.text("source").rstrip("/") != source.rstrip("/"):
+            continue
+        if run.text("kind") != "migrate":
+            return None
+        try:
+            return run, ConvertOptions.from_json(run.mapping("options"))
+        except (PtbinError, LookupError, TypeError, ValueError):
+            continue  # written by another version, or by hand
+    return None
 
 
 def _place(status: Status, ledger: Ledger, model: ModelPlan, step: Step) -> None:

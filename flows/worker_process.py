@@ -9,7 +9,7 @@ and the state `Running`. Two small processes stand in between:
 - `python -P -m flows.worker_process prefect worker start ...`: a worker, and then a wait for all that it
   leaves behind. For containers, where the end of the first process is the end of all (compose.yaml).
 
-Knows nothing of flows; what a run does when it is to end is in `flows.prefect.signals` and
+Knows nothing of flows; what a run does when it is to end is in `flows.interrupts` and
 `flows.conversion`.
 """
 
@@ -33,7 +33,7 @@ __all__ = ["main"]
 
 WATCH_SECONDS = 0.5
 GRACE_SECONDS = 60.0
-"""So long a run may take to end; it needs some seconds (`flows.fanout.DRAIN_SECONDS`)."""
+"""How long a run may take to end; it needs some seconds (`flows.fanout.DRAIN_SECONDS`)."""
 _FLOW = "--flow-of"
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
@@ -55,7 +55,7 @@ def main(words: Sequence[str]) -> int:
     else:
         # -P: the run's working directory must not become a place to import from.
         status = _wait_for([sys.executable, "-P", "-m", "flows.worker_process", _FLOW, str(os.getpid())])
-    if status < 0:  # a worker tells people which signal it was
+    if status < 0:  # a worker logs which signal it was
         with contextlib.suppress(OSError, ValueError):
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
@@ -79,21 +79,21 @@ def _text(descriptor: int) -> io.TextIOWrapper:
 
 def _wait_for(words: Sequence[str]) -> int:
     """Run a command, hand it the first SIGTERM; its exit status, as `subprocess` gives it."""
-    told = False
+    passed_on = False
 
-    def tell(number: int, frame: FrameType | None) -> None:
-        nonlocal told
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal passed_on
         del frame
         # Once: the worker sends another right before it kills, and that would cut through the end of the run.
-        if not told:
-            told = True
+        if not passed_on:
+            passed_on = True
             child.send_signal(number)
 
-    # Held back until there is a child to tell.
+    # Held back until there is a child to pass it on to.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the child by itself
     child = subprocess.Popen(list(words), preexec_fn=_as_before)  # noqa: PLW1509 - there are no threads yet
-    signal.signal(signal.SIGTERM, tell)
+    signal.signal(signal.SIGTERM, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     return child.wait()
 
@@ -112,7 +112,7 @@ def _adopt_orphans() -> None:
 def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(WATCH_SECONDS)
-    from flows.prefect.signals import end_run
+    from flows.interrupts import end_run
 
     deadline = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < deadline:

@@ -187,12 +187,10 @@ class Preview:
 
 
 def preview(
-    source: Where,
-    dest: Where,
+    source: Place,
+    dest: Place,
     options: ConvertOptions | None = None,
     *,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
     guard: Guard | None = "any",
     standing: Standing | None = None,
     damaged: Mapping[str, Any] | None = None,
@@ -206,8 +204,7 @@ def preview(
         OutputExistsError: it would refuse to. CheckpointError: it would refuse the source.
     """
     options = options or ConvertOptions()
-    begin, end = place_of(source, source_options), place_of(dest, dest_options)
-    with _prepared(begin, end, options, guard, standing, damaged) as made:
+    with _prepared(source, dest, options, guard, standing, damaged) as made:
         for plan in made.output.files:
             if made.at.replaced.get(plan.name):
                 with _DiscardingWriter(plan.name) as writer:
@@ -254,7 +251,7 @@ def plan_conversion(reader: RangeReader, options: ConvertOptions, name: str) -> 
     selected = read_selected(reader, options)
     if options.tie_by_value:
         for state_dict in selected.state_dicts:
-            tie_equal_tensors(state_dict, lambda recipe: iter_recipe(recipe, reader, {}, check=False))
+            tie_equal_tensors(state_dict, lambda recipe: iter_recipe(recipe, reader, {}))
         selected.account()
     return selected, plan_outputs(
         selected.state_dicts, options, name, archive_root=selected.checkpoint.archive_root

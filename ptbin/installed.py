@@ -13,6 +13,17 @@ from ptbin.errors import UsageError
 __all__ = ["MissingPackageError", "is_installed", "missing_line", "require", "require_reader"]
 
 
+EXTRAS = {
+    "distributed": "dask",
+    "huggingface_hub": "hub",
+    "mlflow": "mlflow",
+    "prefect_dask": "dask",
+    "prefect_ray": "ray",
+    "ray": "ray",
+}
+"""Packages that an extra of ptbin brings, in versions that work together."""
+
+
 class MissingPackageError(UsageError, ImportError):
     """A package that the call needs is not installed; nothing was written."""
 
@@ -40,4 +51,5 @@ def require_reader(output_format: str) -> None:
 
 def missing_line(package: str, purpose: str) -> str:
     """What is missing, for what, and how to get it."""
-    return f"{purpose} needs {package}, which is not installed here: python -m pip install {package}"
+    wanted = f"'ptbin[{EXTRAS[package]}]'" if package in EXTRAS else package
+    return f"{purpose} needs {package}, which is not installed here: python -m pip install {wanted}"

@@ -19,7 +19,7 @@ from ptbin.manifests.drafting import Written, draft_file, stored_of
 from ptbin.manifests.vouching import OutputSite
 from ptbin.options import ConvertOptions
 from ptbin.proof.serial import Serial, serial_of
-from ptbin.splice import SpliceResult, check_copies, splice
+from ptbin.splice import RecordChecks, SpliceResult, check_copies, splice
 from ptbin.stores import CopyRefused, RangeReader, identity_text
 from ptbin.values.digests import FileDigests
 from ptbin.values.segments import FilePlan
@@ -52,10 +52,11 @@ def write_files(
     """
     naming = threading.Lock()
     replaces = place.manifest is not None
+    checks = RecordChecks([file.plan for file in plans])
 
     def write(plan: FilePlan, progress: Progress | None) -> tuple[Written, DraftFile]:
         serial = serial_of(options.file_digest) if plan.tensors else "file"
-        writing = _Writing(plan, reader, place, progress, options, serial, naming)
+        writing = _Writing(plan, reader, place, progress, options, serial, naming, checks)
         result, file, digests = writing.run(
             check_source=options.verify != "none", replaces=replaces, notes=notes
         )
@@ -110,6 +111,7 @@ class _Writing:
     options: ConvertOptions
     serial: Serial
     naming: threading.Lock
+    checks: RecordChecks
 
     def run(
         self, *, check_source: bool, replaces: bool, notes: list[str]
@@ -141,6 +143,7 @@ class _Writing:
                     self.reader,
                     writer,
                     self.progress,
+                    checks=self.checks,
                     check_source=check_source,
                     # A local file is proven before it gets its name, which shows a damaged source as well.
                     check_moved=proof is None,

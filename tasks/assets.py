@@ -1,9 +1,9 @@
 """What a run has made, as Prefect's assets: DEST, and its outputs where they are few.
 
 One task run and one event for each asset, each event with SOURCE as what it was made from. A run that made
-more outputs than `MAX_OUTPUTS` tells of DEST alone, with the counts: a million checkpoints make two events.
+more outputs than `MAX_OUTPUTS` announces DEST alone, with the counts: a million checkpoints make two events.
 Prefect takes keys of the form `scheme://path` without blanks, `%`, `+` in the scheme and some other
-characters; a place that has them is not an asset. Nothing else depends on any of it.
+characters; a place that has them is not an asset. Nothing else depends on this.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def announce(
     *,
     report: str | None = None,
 ) -> int:
-    """Tell Prefect what a run has made below `dest`, out of `source`; the number of task runs that it took.
+    """Report to Prefect what a run has made of `source`; the number of task runs that it took.
 
     Args:
         facts: of the run, as metadata of DEST.

@@ -1,7 +1,7 @@
 """What the tasks of batches have in common: `@batch_task`, for what is done to many.
 
 A function below `@batch_task` works on one thing: a checkpoint, a file, a manifest. The task that it becomes
-takes a batch of them and ends in a state that holds one outcome for each, in order (`tasks.batch_states`).
+takes a batch of them and ends in a state that holds one outcome for each, in order.
 It finds or joins the live run, keeps to its limit of requests, stops where the run is being stopped, takes
 the time, and turns an error into an outcome, so that what is wrong with one never stops the others. It is
 never retried whole: that would redo what is finished; the flow retries the rest (`flows.stages`).
@@ -10,6 +10,7 @@ never retried whole: that would redo what is finished; the flow retries the rest
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -17,14 +18,23 @@ from typing import Any, Protocol
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.states import Completed
 
+from ptbin.errors import short_detail
 from ptbin.runs.account import FULL_AFTER
-from ptbin.runs.outcomes import Outcome, outcome_of_error
+from ptbin.runs.outcomes import Outcome, one_line, outcome_of_error
 from ptbin.stores.limits import limit_requests
-from tasks.batch_states import state_of_batch
 from tasks.live import Interrupted, Ticket, enter_run
 
-__all__ = ["BatchTask", "Item", "batch_task", "path_of"]
+__all__ = [
+    "MAX_LINE_LENGTH", "MAX_LISTED_FAILURES", "BatchTask", "batch_task", "first_failures", "path_of",
+]  # fmt: skip
+
+MAX_LISTED_FAILURES = 10
+MAX_LINE_LENGTH = 300
+FAILURES = frozenset({"rejected", "failed"})
+WORDS = {"staged": "written"}
+"""Kinds of outcomes that are called otherwise in pages and logs."""
 
 
 class _WithPath(Protocol):
@@ -80,7 +90,7 @@ def batch_task(
                 if sum(outcome.is_full for outcome in found.values()) >= FULL_AFTER:
                     break  # each of the rest would be read whole to find that out once more
             # What was finished before a stop is reported all the same: an interrupted run accounts for it.
-            return state_of_batch(
+            return _state_of(
                 [found.get(place) or Outcome(path_of(item), "not_tried") for place, item in enumerate(items)]
             )
 
@@ -99,3 +109,35 @@ def _parts(items: Sequence[Any], groups: Callable[[Any], str] | None) -> list[li
     for place, item in enumerate(items):
         parts.setdefault(groups(item), []).append(place)
     return list(parts.values())
+
+
+def _state_of(outcomes: Sequence[Outcome]) -> State[list[Outcome]]:
+    """The final state of the task run that came to these outcomes.
+
+    A refused file is not a failure of the task run that found it: the flow gets an outcome for each item. But
+    whoever opens a run in Prefect's UI looks for the task run that met the file. So the state is called
+    `2 of 50 failed`, which is what lists of task runs show, and its message has a line for each failure.
+    """
+    failures = [outcome for outcome in outcomes if outcome.kind in FAILURES]
+    name = f"{len(failures)} of {len(outcomes)} failed" if failures else "Completed"
+    return Completed(name=name, message=_message(outcomes, failures), data=list(outcomes))
+
+
+def _message(outcomes: Sequence[Outcome], failures: Sequence[Outcome]) -> str:
+    counts = Counter(outcome.kind for outcome in outcomes)
+    lines = [
+        ", ".join(f"{WORDS.get(kind, kind).replace('_', ' ')} {n}" for kind, n in sorted(counts.items()))
+    ]
+    return "\n".join(lines + first_failures([_line(outcome) for outcome in failures]))
+
+
+def first_failures(lines: Sequence[str]) -> list[str]:
+    """The first lines, and how many more there are: messages of states are short."""
+    more = len(lines) - MAX_LISTED_FAILURES
+    return [*lines[:MAX_LISTED_FAILURES], *([f"and {more:,} more"] if more > 0 else [])]
+
+
+def _line(outcome: Outcome) -> str:
+    again = " (transient)" if outcome.transient else ""
+    detail = short_detail(outcome.path, outcome.detail)
+    return one_line(f"{outcome.path}: {outcome.reason}{again}: {detail}", MAX_LINE_LENGTH)

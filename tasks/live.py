@@ -2,8 +2,8 @@
 
 Task and flow parameters are stored on Prefect's server and shown in its UI, so secrets cannot be among
 them. A flow opens a `LiveRun` under its run id; tasks that are threads of the same process find it there. A
-task in another process gets a `Ticket` and makes a live run of its own from it, which it shares with all
-tasks of that run in its process, and which learns from the run's lease on DEST when to stop.
+task in another process gets a `Ticket` and makes its own live run from it, shared by all tasks of that run in
+its process, which learns from the run's lease on DEST when to stop.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ptbin.stores import Place, place_of
+from ptbin.stores import Place, Sides, Where
 from tasks.credentials import Credentials
 
 if TYPE_CHECKING:
     from ptbin.catalog.lease import Lease
     from ptbin.catalog.plan import Plan
     from ptbin.catalog.request import RunRequest
+    from ptbin.runs.tally import Entry
     from ptbin.stores.limits import RequestLimit
 
 __all__ = [
-    "Interrupted", "Listener", "LiveRun", "Settled", "Ticket", "enter_run", "find_live_run", "is_open",
+    "Interrupted", "Listener", "LiveRun", "Ticket", "enter_run", "find_live_run", "is_open",
     "open_live_run", "stop_all",
 ]  # fmt: skip
 
@@ -39,22 +40,8 @@ class Interrupted(BaseException):
     """
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """What became of one file, and what it took: its size, bytes read and written, seconds of work."""
-
-    path: str
-    kind: str
-    nbytes: int = 0
-    reason: str = ""
-    detail: str = ""
-    seconds: float = 0.0
-    read_nbytes: int = 0
-    written_nbytes: int = 0
-
-
 class Listener:
-    """Hears how a run gets on; this one does nothing with it. Called from several threads."""
+    """Follows how a run gets on; this one ignores it. Called from several threads."""
 
     def planned(self, files: int, nbytes: int, up_to_date: int) -> None:
         """The number of files that are going to be worked on, and their bytes."""
@@ -65,8 +52,8 @@ class Listener:
     def moved(self, nbytes: int) -> None:
         """The bytes that were moved or read back since the last call."""
 
-    def settled(self, file: Settled) -> None:
-        """One file has its outcome."""
+    def settled(self, entry: Entry) -> None:
+        """One file has its final outcome."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,25 +100,30 @@ class LiveRun:
     """Filled by the flow at its end, for the process that started it."""
 
     @property
-    def sides(self) -> dict[str, Any]:
-        """The storage options of both, as functions of the engine take them."""
-        return {"source_options": self.source_options, "dest_options": self.dest_options}
+    def sides(self) -> Sides:
+        """What makes places of the URIs that tasks get."""
+        return Sides(self.source_options, self.dest_options)
 
-    def source_at(self, uri: str) -> Place:
+    def source_at(self, where: Where) -> Place:
         """A place below SOURCE, with the run's storage options for it."""
-        return place_of(uri, self.source_options)
+        return self.sides.source_at(where)
 
-    def dest_at(self, uri: str) -> Place:
+    def dest_at(self, where: Where) -> Place:
         """A place below DEST, likewise."""
-        return place_of(uri, self.dest_options)
+        return self.sides.dest_at(where)
+
+    @property
+    def opened_plan(self) -> Plan:
+        """The plan of a run that has one: `open_plan` comes first."""
+        assert self.plan is not None
+        return self.plan
 
     @contextlib.contextmanager
     def open_plan(self, request: RunRequest) -> Iterator[Plan]:
         """The run's plan, not yet made, while the context lasts."""
         from ptbin.catalog.plan import Plan
 
-        plan = Plan(request, source_options=self.source_options, dest_options=self.dest_options)
-        with contextlib.closing(plan):
+        with contextlib.closing(Plan(request, self.sides)) as plan:
             self.plan = plan
             try:
                 yield plan
@@ -211,7 +203,7 @@ def enter_run(ticket: Ticket) -> LiveRun:
         if ticket.requests is not None:
             live.requests = RequestLimit(ticket.requests)
         if ticket.lease is None:
-            return live  # nothing would tell when to forget it
+            return live  # without a lease nothing says when to forget it
         _runs[ticket.run_id] = live
     _watch(live, ticket.lease)
     return live

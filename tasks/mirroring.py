@@ -1,4 +1,4 @@
-"""The tasks of a mirror beside conversions: compare, copy, back up, delete."""
+"""The tasks of a mirror besides conversions: compare, copy, back up, delete."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["back_up_batch", "compare_batch", "copy_batch", "delete_batch"]
 @batch_task("compare batch")
 def compare_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
     """Whether an output is what its source would become now: `up_to_date`, else `changed`."""
-    same = compare_job(job, options, progress=live.moved, **live.sides)
+    same = compare_job(job, options, live.sides, progress=live.moved)
     if same is None:
         return Outcome(job.path, "changed")
     return Outcome(job.path, "up_to_date", converted=Converted.known(same.row))
@@ -41,11 +41,11 @@ def copy_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
         live.dest_at(job.dest_uri),
         expected=job.identity,
         verify=options.verify != "none",
-        change=change_on_copying(job.source_uri, job.dest_uri, options, size=job.source_size),
+        change=change_on_copying(job.source_uri, job.output_name, options, size=job.source_size),
         progress=live.moved,
         may_replace=may_replace_copy(job, options),
     )
-    # No manifest tells of a copy: the run's record does.
+    # A copy has no manifest: the run's record says what changed.
     detail = f"changed: its element type is {options.dtype} now" if copied.changed else ""
     return Outcome(job.path, "copied", detail=detail, converted=_copied(job, copied, options))
 

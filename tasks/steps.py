@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 
-from ptbin.errors import PtbinError
 from ptbin.runs.retrying import JITTER, RETRIES, RETRY_DELAYS, is_transient
 from ptbin.stores.limits import limit_requests
 from tasks.live import LiveRun
@@ -54,10 +53,24 @@ def step(live: LiveRun, name: str, do: Callable[[], Result], *, retried: bool = 
 
 
 def sure_step(live: LiveRun, name: str, do: Callable[[], None]) -> None:
-    """As `step`, for what must be done: without a task run where Prefect cannot have it run."""
+    """As `step`, for what must be done: without a task run where Prefect's client fails before it is.
+
+    What was done is not done twice, and an error of `do` itself is raised as it is.
+    """
+    ended: list[Exception | None] = []
+
+    def run() -> None:
+        try:
+            do()
+        except Exception as error:
+            ended.append(error)
+            raise
+        ended.append(None)
+
     try:
-        step(live, name, do)
-    except PtbinError:
-        raise
-    except Exception:  # noqa: BLE001 - whatever Prefect's client comes to
-        do()
+        step(live, name, run)
+    except Exception as error:  # noqa: BLE001 - whatever Prefect's client comes to
+        if not ended:
+            do()
+        elif (fault := ended[-1]) is not None:
+            raise fault from (fault.__cause__ if fault is error else error)

@@ -8,9 +8,7 @@ from typing import Any
 
 import click
 
-from flows.cli.command import command
-from flows.cli.printing import print_json, print_line
-from flows.cli.shared_options import Shared
+from flows.cli.command import Shared, command
 from ptbin.errors import UsageError
 from ptbin.stores import public_uri
 from ptbin.values.options import Option
@@ -49,17 +47,10 @@ def acknowledge_command(dest: str, paths: Sequence[str], asked: dict[str, Any], 
     because = " ".join(asked["reason"].split())
     if not because:
         raise UsageError("--reason is empty; readers of the report want to know why this is not news")
-    failures = acknowledge(
-        place_of(dest, shared.dest_options),
-        paths,
-        because=because,
-        until=f"{until:%Y-%m-%d}",
-        today=today,
-    )
-    if shared.as_json:
-        known = [{"path": row.path, "source": row.source, "reason": row.reason} for row in failures]
-        print_json({"dest": public_uri(dest), "until": f"{until:%Y-%m-%d}", "known": known})
-    elif not shared.quiet:
-        for row in failures:
-            print_line(f"known until {until:%Y-%m-%d}: {row.path}: {row.reason} since {row.since[:10]}")
+    day = f"{until:%Y-%m-%d}"
+    place = place_of(dest, shared.dest_options)
+    failures = acknowledge(place, paths, because=because, until=day, today=today)
+    known = [{"path": row.path, "source": row.source, "reason": row.reason} for row in failures]
+    lines = [f"known until {day}: {row.path}: {row.reason} since {row.since[:10]}" for row in failures]
+    shared.answer(lambda: {"dest": public_uri(dest), "until": day, "known": known}, lines)
     return 0

@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import click
 from click.shell_completion import shell_complete
@@ -25,9 +25,9 @@ from flows.cli.acknowledge_command import acknowledge_command
 from flows.cli.convert_command import convert_command
 from flows.cli.deployments_command import deployments_command
 from flows.cli.diff_command import diff_command
+from flows.cli.environment import origin_of, read_environment, unread_variables
 from flows.cli.help import GroupedCommands
 from flows.cli.inspect_command import inspect_command
-from flows.cli.interrupts import INTERRUPTED_STATUS, SignalHandler, handle_signals
 from flows.cli.metrics_command import metrics_command
 from flows.cli.migrate_command import migrate_command
 from flows.cli.printing import print_error, print_json, printable
@@ -37,6 +37,7 @@ from flows.cli.started import begin_again
 from flows.cli.status_command import status_command
 from flows.cli.sync_command import sync_command
 from flows.cli.verify_command import verify_command
+from flows.interrupts import INTERRUPTED_STATUS, SignalHandler, handle_signals
 from ptbin.errors import CheckpointError, PtbinError
 from ptbin.installed import missing_line
 from ptbin.version import __version__
@@ -121,10 +122,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     _open_streams()
     signals = SignalHandler()
     try:
-        with handle_signals(signals):
+        with handle_signals(signals.handle):
             _quieten_libraries(words)
-            # Not `cli.main`: it would answer an interrupt with an empty line of its own.
+            # Not `cli.main`: it would answer an interrupt with an empty line.
             with cli.make_context("ptbin", words.copy()) as context:
+                if line := unread_variables(cli.commands.values(), os.environ):
+                    print_error(line, kind="ptbin: warning")
                 status = cli.invoke(context)
             sys.stdout.flush()
     except click.exceptions.Exit as error:  # --help and --version
@@ -173,7 +176,7 @@ def _open_streams() -> None:
 
 
 def _quieten_libraries(words: Sequence[str]) -> None:
-    """What libraries of stores log goes nowhere, unless asked for: a line of ours tells their errors."""
+    """Drop what store libraries log, unless it is asked for: their errors are reported by ptbin."""
     if not _wants_debug(words) and not logging.getLogger().handlers:
         logging.getLogger().addHandler(logging.NullHandler())
 
@@ -190,7 +193,7 @@ def _interrupted(words: Sequence[str]) -> int:
 def _failed(words: Sequence[str], reason: str, detail: str, status: int) -> int:
     """An error that leaves no summary: a line for people, and the document that `--json` promises."""
     if status == 2:
-        detail += _from_environment(words, detail)
+        detail += origin_of(cli.commands, words, detail)
     print_error(detail)
     if _wants_json(words):
         print_json({"reason": reason, "detail": printable(" ".join(detail.split())), "exit_status": status})
@@ -214,27 +217,6 @@ def _usage_line(error: click.ClickException) -> str:
     return f"{message} (see {command} --help)"
 
 
-def _from_environment(words: Sequence[str], message: str) -> str:
-    """Which variables the options came from that `message` is about; empty where they stood in the call."""
-    command = next((cli.commands[word] for word in words if word in cli.commands), None)
-    names = []
-    for option in command.params if command is not None else ():
-        given = any(word.split("=")[0] in option.opts for word in words)
-        spoken = any(name in message for name in (*option.opts, f"{option.name}:"))
-        if isinstance(option, click.Option) and spoken and not given:
-            names += [name for name in option.envvar or () if os.environ.get(name)][:1]
-    return f" (set by {', '.join(names)} in the environment)" if names else ""
-
-
-def _read_environment(commands: Iterable[click.Command]) -> None:
-    """Let each option have its value from `PTBIN_<COMMAND>_<OPTION>` or `PTBIN_<OPTION>`."""
-    for command in commands:
-        for option in command.params:
-            if isinstance(option, click.Option) and option.envvar is None:
-                long = max(option.opts, key=len).lstrip("-").replace("-", "_").upper()
-                option.envvar = [f"PTBIN_{str(command.name).upper()}_{long}", f"PTBIN_{long}"]
-
-
 def _print_traceback(words: Sequence[str]) -> None:
     if _wants_debug(words):
         traceback.print_exc()
@@ -245,4 +227,4 @@ def _wants_debug(words: Sequence[str]) -> bool:
     return "--log-level=debug" in words or ("--log-level" in words and "debug" in words)
 
 
-_read_environment(cli.commands.values())
+read_environment(cli.commands.values())

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import click
 
 from flows.cli.carrying_out import carry_out
-from flows.cli.command import command, dry_run_option
+from flows.cli.command import Shared, command, dry_run_option
 from flows.cli.destination import one_file
-from flows.cli.listing_options import RetryingCommand, holding_list
-from flows.cli.shared_options import Shared
-from flows.cli.single import single_job
-from flows.options import CONVERT
+from flows.cli.help import GroupedCommand
+from flows.options import CONVERT, LAST
 from ptbin.errors import UsageError
 
 __all__ = ["convert_command"]
@@ -40,30 +43,55 @@ Exit status: 0 all converted or up to date; 1 some were rejected or failed;
 2 the call was wrong, nothing was written; 130 interrupted."""
 
 
+RUN_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
+"""As `ptbin.runs.record.new_run_id` makes them."""
+
+
+class RetryingCommand(GroupedCommand):
+    """Takes the word after `--retry-failed` for a run only if it looks like one: SOURCE may come next."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words, taken = list(args), ""
+        for at, word in enumerate(words):
+            if word == "--retry-failed":
+                following = "".join(words[at + 1 : at + 2])
+                if RUN_ID.fullmatch(following) is None and following != LAST:
+                    words[at], taken = f"--retry-failed={LAST}", following
+        try:
+            return super().parse_args(ctx, words)
+        except click.UsageError as error:
+            if not taken or "extra argument" not in error.message:
+                raise
+            raise click.UsageError(
+                f"--retry-failed {taken}: that is not the id of a run as ptbin makes them, so it was taken "
+                f"for a place; `ptbin runs DEST` lists the runs, and --retry-failed={taken} takes any name",
+                ctx,
+            ) from error
+
+
 @command("convert", ["source", "dest"], (*CONVERT, dry_run_option()), EPILOG, cls=RetryingCommand)
 def convert_command(source: str, dest: str, asked: dict[str, Any], shared: Shared) -> int:
     """Convert SOURCE, one checkpoint or a whole store of them, into DEST."""
-    dry_run = asked.pop("dry_run")
-    asked["files_from"] = click.get_current_context().with_resource(holding_list(asked["files_from"]))
+    asked["files_from"] = click.get_current_context().with_resource(_holding_list(asked["files_from"]))
     names_one = _names_one(dest, asked, shared)
     import ptbin
     from flows.requests import convert_request
-    from ptbin.catalog.checks import check_request
 
     request = convert_request(source, dest, asked)
-    check_request(request, writes=not dry_run, **shared.sides)
-    single = single_job(request, shared, names_one=names_one)
-    if single is None:
-        from flows.selection import with_named_files
-
-        # Here already: a wrong call costs nothing.
-        request = with_named_files(request, asked, **shared.sides)
-    elif asked["files_from"] is not None or asked["retry_failed"] is not None:
-        raise UsageError(
-            f"SOURCE is one file, of which --files-from and --retry-failed cannot choose: {source}"
-        )
     make = partial(ptbin.convert, options=request.making)
-    return carry_out(request, asked, shared, single=single, make=make, dry_run=dry_run)
+    return carry_out(request, asked, shared, names_one=names_one, make=make)
+
+
+@contextlib.contextmanager
+def _holding_list(files_from: str | None) -> Iterator[str | None]:
+    """The same, with standard input as a file that lasts as long as the context."""
+    if files_from != "-":
+        yield files_from
+        return
+    with tempfile.NamedTemporaryFile(prefix="ptbin-files-", suffix=".txt") as file:
+        file.write(sys.stdin.buffer.read())
+        file.flush()
+        yield file.name
 
 
 def _names_one(dest: str, asked: dict[str, Any], shared: Shared) -> bool:

@@ -13,7 +13,7 @@ from ptbin.errors import PtbinError, UsageError
 if TYPE_CHECKING:
     from ptbin.stores import Place
 
-__all__ = ["leaving_no_empty_folders", "one_file", "refuse_one_file"]
+__all__ = ["leaving_no_empty_folders", "one_file", "refuse_lost", "refuse_one_file"]
 
 _SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
 
@@ -34,7 +34,8 @@ def one_file(
         raise UsageError(
             "DEST is -: an output is a file with its manifest next to it; name a file or a directory"
         )
-    found = _SUFFIX.search(dest)
+    refuse_lost("DEST", dest)
+    found = _SUFFIX.search(_own_link(dest))
     if found is None or _is_directory(dest, storage_options):
         return None
     suffix = found[0].lower()
@@ -42,10 +43,11 @@ def one_file(
         return suffix
     if suffix in elsewhere:
         raise UsageError(f"DEST ends in {suffix}, which convert makes: ptbin convert SOURCE {dest}")
-    whole = dest[: -len(suffix)]
+    own = _own_link(dest)
+    renamed, folder = (dest.replace(own, text, 1) for text in (own[: -len(suffix)] + known[0], f"{own}/"))
     raise UsageError(
-        f"DEST ends in {suffix}: a file ends in {', '.join(known)} ({whole}{known[0]}); for a directory "
-        f"write {dest}/"
+        f"DEST ends in {suffix}: a file ends in {', '.join(known)} ({renamed}); for a directory "
+        f"write {folder}"
     )
 
 
@@ -57,11 +59,25 @@ def refuse_one_file(dest: str, storage_options: Mapping[str, Any], command: str)
     """
     if dest == "-":
         raise UsageError(f"DEST is -, and {command} fills a directory: name one")
-    found = _SUFFIX.search(dest)
+    refuse_lost("DEST", dest)
+    found = _SUFFIX.search(_own_link(dest))
     if found is not None and not _is_directory(dest, storage_options):
         raise UsageError(
             f"DEST ends in {found[0]}, and {command} fills a directory: write {dest}/ if it is to have "
             "that name"
+        )
+
+
+def refuse_lost(name: str, place: str) -> None:
+    """Of what is written to: what lies in a process's memory ends with the command.
+
+    Raises:
+        UsageError: `place` is in memory, behind a cache or in an archive (`zip://x::memory://y.zip`) as well.
+    """
+    if any(link.partition("://")[0].lower() == "memory" for link in place.split("::")):
+        raise UsageError(
+            f"{name} is {place}, the memory of this process, which ends with the command: write to a "
+            "directory (/dev/shm/... is in memory and stays), or call ptbin from Python"
         )
 
 
@@ -84,6 +100,12 @@ def leaving_no_empty_folders(dest: Place) -> Iterator[None]:
             for folder in made:
                 folder.rmdir()
         raise
+
+
+def _own_link(dest: str) -> str:
+    """Of a chained URL (`zip://a/x.bin::s3://bucket/y.zip`) the link that the path belongs to."""
+    links = dest.split("::")
+    return next((link for link in links if "://" in link), links[-1])
 
 
 def _is_directory(dest: str, storage_options: Mapping[str, Any]) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from flows.cli.command import command
-from flows.cli.printing import align, print_error, print_json, print_line
-from flows.cli.shared_options import Shared
+from flows.cli.command import Shared, command
+from flows.cli.printing import SHOWN_ROWS, align, section
 from flows.parsing import build_options
 from ptbin.errors import PtbinError, UsageError
 from ptbin.options import ConvertOptions
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from ptbin.differences.values import SideFacts, TensorDifference, TensorFacts
 
 __all__ = ["diff_command"]
-
-SHOWN_ROWS = 20
 
 EPILOG = """\b
 Examples:
@@ -81,15 +78,8 @@ def diff_command(a: str, b: str, asked: dict[str, Any], shared: Shared) -> int:
             storage_options_b=shared.dest_options or None,
         )
     except PtbinError as error:
-        if shared.as_json:
-            sides = {"a": public_uri(a), "b": public_uri(b)}
-            print_json({**sides, "reason": error.reason, "detail": str(error), "exit_status": 2})
-        print_error(f"{error.reason}: {error}")
-        return 2
-    if shared.as_json:
-        print_json(found.to_json())
-    elif not shared.quiet:
-        _print(found, None if asked["all"] else SHOWN_ROWS)
+        return shared.refuse(error, 2, a=public_uri(a), b=public_uri(b))
+    shared.answer(found.to_json, _lines(found, None if asked["all"] else SHOWN_ROWS))
     return 0 if found.equal else 1
 
 
@@ -103,20 +93,22 @@ def _options(asked: dict[str, Any]) -> tuple[ConvertOptions, ConvertOptions]:
     )
 
 
-def _print(found: Difference, limit: int | None) -> None:
-    print_line(_verdict(found))
-    for line in align([_side_row("A", found.a), _side_row("B", found.b)]):
-        print_line(line)
-    print_line(f"  {_how(found)}")
-    for note in found.notes:
-        print_line(f"  note: {note}")
-    _print_section("only in A", [_only_row(tensor) for tensor in found.only_in_a], limit)
-    _print_section("only in B", [_only_row(tensor) for tensor in found.only_in_b], limit)
-    _print_section("different", [_tensor_row(tensor) for tensor in found.different], limit)
+def _lines(found: Difference, limit: int | None) -> Iterator[str]:
     close = [tensor for tensor in found.tensors if tensor.within_tolerance]
-    _print_section("within the tolerance", [_tensor_row(tensor) for tensor in close], limit)
-    _print_section("share memory only in A", [(" = ".join(names),) for names in found.ties_only_in_a], limit)
-    _print_section("share memory only in B", [(" = ".join(names),) for names in found.ties_only_in_b], limit)
+    sections: dict[str, list[tuple[str, ...]]] = {
+        "only in A": [_only_row(tensor) for tensor in found.only_in_a],
+        "only in B": [_only_row(tensor) for tensor in found.only_in_b],
+        "different": [_tensor_row(tensor) for tensor in found.different],
+        "within the tolerance": [_tensor_row(tensor) for tensor in close],
+        "share memory only in A": [(" = ".join(names),) for names in found.ties_only_in_a],
+        "share memory only in B": [(" = ".join(names),) for names in found.ties_only_in_b],
+    }
+    yield _verdict(found)
+    yield from align([_side_row("A", found.a), _side_row("B", found.b)])
+    yield f"  {_how(found)}"
+    yield from (f"  note: {note}" for note in found.notes)
+    for title, rows in sections.items():
+        yield from section(title, rows, limit, "; --all or --json lists them all")
 
 
 def _verdict(found: Difference) -> str:
@@ -182,13 +174,3 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
-
-
-def _print_section(title: str, rows: list[tuple[str, ...]], limit: int | None) -> None:
-    if not rows:
-        return
-    print_line(f"{title} ({len(rows)})")
-    for line in align(rows[:limit]):
-        print_line(line)
-    if limit is not None and len(rows) > limit:
-        print_line(f"  ... and {len(rows) - limit} more; --all or --json lists them all")

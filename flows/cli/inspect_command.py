@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from flows.cli.command import command
-from flows.cli.printing import align, print_error, print_json, print_line
-from flows.cli.shared_options import Shared
+from flows.cli.command import Shared, command
+from flows.cli.printing import align, section
 from flows.options import INSPECT
 from flows.parsing import build_options
 from ptbin.errors import CheckpointError
@@ -14,8 +14,6 @@ from ptbin.runs.units import counted, format_nbytes, left_out_words
 from ptbin.stores import public_uri
 
 __all__ = ["inspect_command"]
-
-SHOWN_ROWS = 20
 
 EPILOG = """\b
 Examples:
@@ -33,20 +31,13 @@ def inspect_command(uri: str, asked: dict[str, Any], shared: Shared) -> int:
     try:
         report = ptbin.inspect(uri, storage_options=shared.source_options, options=build_options(asked))
     except CheckpointError as error:
-        if shared.as_json:
-            refusal = {"reason": error.reason, "detail": str(error), "exit_status": 1}
-            print_json({"uri": public_uri(uri), **refusal})
-        print_error(f"{error.reason}: {error}")
-        return 1
-    if shared.as_json:
-        print_json(report)
-    elif not shared.quiet:
-        _print_report(report)
+        return shared.refuse(error, 1, uri=public_uri(uri))
+    shared.answer(lambda: report, _lines(report))
     return 0
 
 
-def _print_report(report: dict[str, Any]) -> None:
-    facts: list[tuple[str, ...]] = [
+def _lines(report: dict[str, Any]) -> Iterator[str]:
+    facts = [
         ("container", str(report["container"])),
         ("size", format_nbytes(report["size"])),
         ("verdict", str(report["verdict"])),
@@ -56,38 +47,23 @@ def _print_report(report: dict[str, Any]) -> None:
         facts.append(("taken", _taken(report["accounting"])))
         if report["accounting"]["left_out"]:
             facts.append(("left out", left_out_words(report["accounting"]["left_out"])))
-    print_line(str(report["uri"]))
-    _print_rows(facts)
-    _print_section(
-        "state dicts",
-        [
-            (
-                row["path"] or "(top)",
-                counted(row["tensors"], "tensor"),
-                format_nbytes(row["nbytes"]),
-                row["role"] or "",
-            )
-            for row in report["state_dicts"]
-        ],
-    )
-    _print_section(
-        "tensors",
-        [
-            (
-                row["name"],
-                row["dtype"],
-                "x".join(map(str, row["shape"])) or "scalar",
-                format_nbytes(row["nbytes"]),
-                _made_of(row),
-            )
-            for row in report["tensors"]
-        ],
-    )
-    _print_section(
-        "globals named by the pickle",
-        [(f"{row['module']}.{row['name']}", row["verdict"]) for row in report["globals"]],
-    )
-    _print_section("findings", [(finding,) for finding in report.get("findings", [])])
+    yield str(report["uri"])
+    yield from align(facts)
+    yield from section("state dicts", [_dict_row(row) for row in report["state_dicts"]])
+    yield from section("tensors", [_tensor_row(row) for row in report["tensors"]])
+    globals_named = [(f"{row['module']}.{row['name']}", row["verdict"]) for row in report["globals"]]
+    yield from section("globals named by the pickle", globals_named)
+    yield from section("findings", [(finding,) for finding in report.get("findings", [])])
+
+
+def _dict_row(row: dict[str, Any]) -> tuple[str, ...]:
+    tensors = counted(row["tensors"], "tensor")
+    return row["path"] or "(top)", tensors, format_nbytes(row["nbytes"]), row["role"] or ""
+
+
+def _tensor_row(row: dict[str, Any]) -> tuple[str, ...]:
+    shape = "x".join(map(str, row["shape"])) or "scalar"
+    return row["name"], row["dtype"], shape, format_nbytes(row["nbytes"]), _made_of(row)
 
 
 def _made_of(row: dict[str, Any]) -> str:
@@ -107,17 +83,3 @@ def _selected(report: dict[str, Any]) -> str:
     if report["reason"] is not None:
         return f"none: {report['reason']}: {report['detail']}"
     return f"{report['selected'] or '(top)'}: {report['why']}"
-
-
-def _print_section(title: str, rows: list[tuple[str, ...]]) -> None:
-    if not rows:
-        return
-    print_line(f"{title} ({len(rows)})")
-    _print_rows(rows[:SHOWN_ROWS])
-    if len(rows) > SHOWN_ROWS:
-        print_line(f"  ... and {len(rows) - SHOWN_ROWS} more; --json lists them all")
-
-
-def _print_rows(rows: list[tuple[str, ...]]) -> None:
-    for line in align(rows):
-        print_line(line)

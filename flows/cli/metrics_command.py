@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
-from flows.cli.command import command
+from flows.cli.command import Shared, command
 from flows.cli.printing import print_json
-from flows.cli.shared_options import Shared
 from ptbin.errors import StorageError
 from ptbin.stores import public_uri
 from ptbin.values.options import Option

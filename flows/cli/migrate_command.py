@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from flows.cli.command import command, dry_run_option
+from flows.cli.command import Shared, command, dry_run_option
 from flows.cli.destination import refuse_one_file
-from flows.cli.printing import print_json, print_line
 from flows.cli.progress import showing_progress
-from flows.cli.shared_options import Shared
-from flows.cli.summary import mapping_lines, migration_lines, report_summary, untold
+from flows.cli.summary import mapping_lines, migration_lines, report_summary, unreported
 from flows.options import CONTENT, MIGRATE, chosen
 from flows.parsing import build_options, refuse_secrets
 
@@ -49,22 +47,18 @@ def migrate_command(source: str, dest: str, asked: dict[str, Any], shared: Share
 
     if not is_registry_uri(dest):
         refuse_one_file(dest, shared.dest_options, "migrate")
-    here, there = Registries(source, dest, asked["source_layout"], asked["layout"]).open(**shared.sides)
+    here, there = Registries(source, dest, asked["source_layout"], asked["layout"]).open(shared.sides)
     here.check_readable()
     if asked.pop("dry_run"):
         from ptbin.registries.migration import prepare
         from ptbin.runs.migrating import dry_run as plan_run
 
         plan = prepare(here, there, asked["include"], asked["exclude"], asked["versions"], options)
-        document = plan_run(plan, here, there, options, **shared.sides)
-        if shared.as_json:
-            print_json(document)
-        else:
-            for line in mapping_lines(document):
-                print_line(line)
+        document = plan_run(plan, here, there, options, shared.sides)
+        shared.answer(lambda: document, mapping_lines(document), even_quiet=True)
         return 1 if document["problems"] else 0
     from flows.cli.on_prefect import run_flow
 
     with showing_progress(shared) as listener:
         summary = run_flow("migrate", shared, listener, source=source, dest=dest, **asked)
-    return report_summary("migrate", summary, migration_lines(untold(summary, listener.told)), shared)
+    return report_summary("migrate", summary, migration_lines(unreported(summary, listener.reported)), shared)

@@ -8,11 +8,11 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from flows.cli.command import Shared
 from flows.cli.destination import leaving_no_empty_folders
-from flows.cli.interrupts import interrupts_held
 from flows.cli.progress import Problems
-from flows.cli.shared_options import Shared
 from flows.cli.started import began
+from flows.interrupts import hold_signals, interrupts_held
 from flows.parsing import refuse_runner_secrets
 from ptbin.errors import PtbinError
 from ptbin.installed import require
@@ -69,7 +69,7 @@ def run_flow(name: str, shared: Shared, listener: Problems, **parameters: Any) -
 
 
 def _live_run(shared: Shared, listener: Problems) -> LiveRun:
-    return LiveRun(new_run_id(), **shared.sides, listener=listener, began=began())
+    return LiveRun(new_run_id(), shared.source_options, shared.dest_options, listener, began=began())
 
 
 def _check_installed() -> None:
@@ -101,7 +101,7 @@ def _run(name: str, live: LiveRun, shared: Shared, parameters: dict[str, Any]) -
 
             from flows.access import RunStoppedError
             from flows.notices import TAG
-            from flows.prefect.signals import INTERRUPTS, hold_signals, is_hidden_interrupt
+            from flows.prefect.signals import INTERRUPTS, is_hidden_interrupt
 
         # Prefect's modules stay to the end: a full collection would walk a million objects of them, 0.1 s.
         gc.freeze()
@@ -115,9 +115,9 @@ def _run(name: str, live: LiveRun, shared: Shared, parameters: dict[str, Any]) -
                 raise KeyboardInterrupt from error
             return live.summary
         except Exception as error:
-            # With a summary the run is over and told; what failed is to record its end on the server.
+            # With a summary the run is over; what failed is to record its end on the server.
             if "message" in live.summary:
-                listener.tell(f"Prefect's server did not record the end of the run: {type(error).__name__}")
+                listener.report(f"Prefect's server did not record the end of the run: {type(error).__name__}")
                 return live.summary
             if is_hidden_interrupt(error):
                 raise KeyboardInterrupt from error
@@ -130,10 +130,10 @@ def _run(name: str, live: LiveRun, shared: Shared, parameters: dict[str, Any]) -
             fault = _error_of(state)
             if not isinstance(fault, RunStoppedError):
                 raise fault
-            listener.tell(f"{fault.reason}: {fault}")
+            listener.report(f"{fault.reason}: {fault}")
             return _stopped_summary(name, live, parameters, fault)
         if not complete:
-            listener.tell("Prefect's server has not recorded every task run; the results are not affected")
+            listener.report("Prefect's server has not recorded every task run; the results are not affected")
     return live.summary
 
 

@@ -36,7 +36,7 @@ class Position:
 
     @property
     def share(self) -> float | None:
-        """Of the whole, from 0 to 1; None where it cannot be told."""
+        """Of the whole, from 0 to 1; None where it is not known."""
         if self.nbytes:
             return self.nbytes_done / self.nbytes if self.files > 1 or self.files_done else None
         return self.files_done / self.files if self.files else None
@@ -101,7 +101,7 @@ def _of(done: int, whole: int) -> str:
 
 
 class Pace:
-    """Counts what a run tells; from any thread."""
+    """Counts what a run reports, from any thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from flows.cli.printing import align, print_json, print_line
-from flows.cli.shared_options import Shared
+from flows.cli.command import Shared
+from flows.cli.printing import align
 from ptbin.catalog.entries import skipped_words
 from ptbin.errors import OutputExistsError
 from ptbin.runs.units import format_nbytes
@@ -19,17 +20,11 @@ __all__ = ["print_dry_run"]
 
 def print_dry_run(found: DryRun, shared: Shared) -> int:
     """Print what the run would do; the exit status: 1 where it would refuse anything."""
-    if shared.as_json:
-        print_json(found.to_json())
-    else:
-        for line in _lines(found):
-            print_line(line)
-        if found.links:
-            print_line(found.links)
+    shared.answer(found.to_json, _lines(found), even_quiet=True)
     return 1 if found.problems else 0
 
 
-def _lines(found: DryRun) -> list[str]:
+def _lines(found: DryRun) -> Iterator[str]:
     verb = "restore" if found.request.kind == "restore" else "convert"
     mirrors = found.request.kind == "sync"
     rows = [_row("copy" if item.job.copies else verb, item) for item in found.jobs]
@@ -41,10 +36,14 @@ def _lines(found: DryRun) -> list[str]:
     rows += [(what, "", path) for what, paths in files.items() for path in paths]
     rows += [_refused_row("refuse", problem) for problem in found.problems]
     rows += [_refused_row("known", problem) for problem in found.known]
-    lines = [*align(rows, indent=""), ""] if rows else []
+    yield from align(rows, indent="")
     if found.skipped:
-        lines.insert(-1, f"passed over: {skipped_words(found.skipped)}")
-    return [*lines, f"would {_counts(found, verb)}; nothing was written"]
+        yield f"passed over: {skipped_words(found.skipped)}"
+    if rows:
+        yield ""
+    yield f"would {_counts(found, verb)}; nothing was written"
+    if found.links:
+        yield found.links
 
 
 def _counts(found: DryRun, verb: str) -> str:

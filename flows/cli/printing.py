@@ -19,7 +19,12 @@ import click
 
 from ptbin.stores import public_uri
 
-__all__ = ["align", "print_error", "print_json", "print_line", "print_lines_of_error", "printable"]
+__all__ = [
+    "SHOWN_ROWS", "align", "and_more", "print_error", "print_json", "print_line", "print_lines_of_error",
+    "printable", "section",
+]  # fmt: skip
+
+SHOWN_ROWS = 20
 
 
 def printable(text: str) -> str:
@@ -62,6 +67,24 @@ def print_lines_of_error(lines: Sequence[str]) -> None:
 def print_json(document: Mapping[str, Any]) -> None:
     """The one document of `--json`. ASCII only: any consumer's locale can read it."""
     click.echo(json.dumps(document, indent=2))
+
+
+def and_more(count: int, shown: int | None = SHOWN_ROWS, where: str = "") -> list[str]:
+    """The line behind the first `shown` of `count` rows: how many more there are, and where; or no line."""
+    return [] if shown is None or count <= shown else [f"... and {count - shown:,} more{where}"]
+
+
+def section(
+    title: str,
+    rows: Sequence[Sequence[str]],
+    shown: int | None = SHOWN_ROWS,
+    where: str = "; --json lists them all",
+) -> list[str]:
+    """A title with a count, and aligned rows below it; nothing where there are none."""
+    if not rows:
+        return []
+    more = [f"  {line}" for line in and_more(len(rows), shown, where)]
+    return [f"{title} ({len(rows)})", *align(rows[:shown]), *more]
 
 
 def align(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), indent: str = "  ") -> list[str]:

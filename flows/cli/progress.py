@@ -1,6 +1,6 @@
 """Progress on standard error: a live bar on a terminal, plain lines elsewhere, JSON lines where asked for.
 
-All tell the same numbers, those of `flows.cli.pace`.
+All show the same numbers, those of `flows.cli.pace`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from flows.cli.command import Shared
 from flows.cli.pace import Pace
 from flows.cli.printing import print_error, printable
-from flows.cli.shared_options import Shared
 from ptbin.installed import is_installed
 from ptbin.runs.units import format_nbytes, short_detail
-from tasks.live import Listener, Settled
+from tasks.live import Listener
+
+if TYPE_CHECKING:
+    from ptbin.runs.tally import Entry
 
 __all__ = ["BarProgress", "JsonLines", "PlainProgress", "Problems", "showing_progress"]
 
@@ -27,26 +30,28 @@ LINE_SECONDS = 5.0
 
 
 class Problems(Listener):
-    """Tells of problems and of nothing else: what `--quiet` leaves."""
+    """Prints problems and nothing else: what `--quiet` leaves."""
 
     def stage(self, text: str) -> None:
-        """Say what is being waited for before anything can be counted."""
+        """What the run waits for, before anything can be counted."""
 
     def __init__(self) -> None:
-        self.told: set[tuple[str, str]] = set()
+        self.reported: set[tuple[str, str]] = set()
         """Reason and detail of the problems that were printed: the summary does not print them again."""
         self.leaves_them = False
         """Whether problems are left to the report at the end, which is what the command is for."""
 
-    def settled(self, file: Settled) -> None:
-        if file.reason and not self.leaves_them:
-            self.told.add((file.reason, file.detail))
-            self.tell(f"{file.kind} {file.path}: {file.reason}: {short_detail(file.path, file.detail)}")
+    def settled(self, entry: Entry) -> None:
+        if entry.reason and not self.leaves_them:
+            self.reported.add((entry.reason, entry.detail))
+            self.report(
+                f"{entry.outcome} {entry.path}: {entry.reason}: {short_detail(entry.path, entry.detail)}"
+            )
 
     def noted(self, text: str) -> None:
-        self.tell(text)
+        self.report(text)
 
-    def tell(self, text: str) -> None:
+    def report(self, text: str) -> None:
         print_error(text, kind="ptbin")
 
 
@@ -67,8 +72,8 @@ class _Counting(Problems):
         self._pace.moved(nbytes)
         self._show()
 
-    def settled(self, file: Settled) -> None:
-        self._pace.settled(file.nbytes, problem=bool(file.reason))
+    def settled(self, entry: Entry) -> None:
+        self._pace.settled(entry.nbytes, problem=bool(entry.reason))
         self._show()
 
     def _show(self) -> None:
@@ -99,7 +104,7 @@ class PlainProgress(_Counting):
         self._timer = _Timer()
 
     def stage(self, text: str) -> None:
-        self.tell(text)
+        self.report(text)
 
     def planned(self, files: int, nbytes: int, up_to_date: int) -> None:
         self._timer = _Timer()
@@ -108,21 +113,21 @@ class PlainProgress(_Counting):
             return  # one file is the call itself; it is news only where it takes long
         size = f", {format_nbytes(nbytes)}" if nbytes else ""
         done = f"; {up_to_date} up to date" if up_to_date else ""
-        self.tell(f"{files} files to work on{size}{done}")
+        self.report(f"{files} files to work on{size}{done}")
 
-    def settled(self, file: Settled) -> None:
-        Problems.settled(self, file)
-        if self._each and not file.reason:
-            self.tell(_checkpoint_line(file))
-        super().settled(file)
+    def settled(self, entry: Entry) -> None:
+        Problems.settled(self, entry)
+        if self._each and not entry.reason:
+            self.report(entry.line())
+        super().settled(entry)
 
     def _show(self) -> None:
         if self._timer.is_due() and (position := self._pace.now()).files:
-            self.tell(str(position))
+            self.report(str(position))
 
 
 class BarProgress(_Counting):
-    """A live bar, drawn by rich. Problems are counted here; the summary, right below, tells them."""
+    """A live bar, drawn by rich. Problems are only counted here: the summary, right below, lists them."""
 
     def __init__(self, progress: Any, *, each: bool = False) -> None:
         super().__init__(each=each)
@@ -132,12 +137,12 @@ class BarProgress(_Counting):
     def stage(self, text: str) -> None:
         self._progress.update(self._task, description=text)
 
-    def settled(self, file: Settled) -> None:
-        if self._each and not file.reason:
-            self.tell(_checkpoint_line(file))
-        super().settled(file)
+    def settled(self, entry: Entry) -> None:
+        if self._each and not entry.reason:
+            self.report(entry.line())
+        super().settled(entry)
 
-    def tell(self, text: str) -> None:
+    def report(self, text: str) -> None:
         self._progress.console.print(
             f"ptbin: {printable(text)}", markup=False, highlight=False, soft_wrap=True
         )
@@ -155,7 +160,7 @@ class BarProgress(_Counting):
 
 
 class JsonLines(_Counting):
-    """Every event as a JSON object on a line of its own, for a log collector."""
+    """Every event as a JSON object on one line, for a log collector."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,39 +173,32 @@ class JsonLines(_Counting):
         self._print("planned", files=files, source_bytes=nbytes, up_to_date=up_to_date)
         super().planned(files, nbytes, up_to_date)
 
-    def settled(self, file: Settled) -> None:
-        problem = {"reason": file.reason, "detail": file.detail} if file.reason else {}
+    def settled(self, entry: Entry) -> None:
+        problem = {"reason": entry.reason, "detail": entry.detail} if entry.reason else {}
         self._print(
             "checkpoint",
             level="warning" if problem else "info",
-            path=file.path,
-            outcome=file.kind,
-            seconds=round(file.seconds, 4),
-            source_bytes=file.nbytes,
-            read_bytes=file.read_nbytes,
-            written_bytes=file.written_nbytes,
+            path=entry.path,
+            outcome=entry.outcome,
+            seconds=round(entry.seconds, 4),
+            source_bytes=entry.nbytes,
+            read_bytes=entry.read_nbytes,
+            written_bytes=entry.written_nbytes,
             **problem,
         )
-        super().settled(file)
+        super().settled(entry)
 
     def _show(self) -> None:
         if self._timer.is_due():
             self._print("progress", **self._pace.now().to_json())
 
-    def tell(self, text: str) -> None:
+    def report(self, text: str) -> None:
         self._print("message", level="warning", message=text)
 
     def _print(self, event: str, *, level: str = "info", **facts: Any) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         line = json.dumps({"time": now, "level": level, "event": event, **facts})
         print(line, file=sys.stderr, flush=True)  # noqa: T201 - a whole line at once, from any thread
-
-
-def _checkpoint_line(file: Settled) -> str:
-    """One file that went well, for people."""
-    written = f", {format_nbytes(file.written_nbytes)} written" if file.written_nbytes else ""
-    size = format_nbytes(file.nbytes)
-    return f"{file.kind.replace('_', ' ')} {file.path} ({size}{written}) in {file.seconds:.2f} s"
 
 
 @contextlib.contextmanager

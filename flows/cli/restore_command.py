@@ -6,10 +6,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flows.cli.carrying_out import carry_out
-from flows.cli.command import command, dry_run_option
+from flows.cli.command import Shared, command, dry_run_option
 from flows.cli.destination import one_file
-from flows.cli.shared_options import Shared
-from flows.cli.single import single_job
 from flows.options import RESTORE
 from flows.parsing import restore_options
 from ptbin.errors import UsageError
@@ -43,23 +41,20 @@ ONE_OUTPUT = (".pt", ".pth", ".ckpt", ".pt2", ".th")
 @command("restore", ["source", "dest"], (*RESTORE, dry_run_option()), EPILOG)
 def restore_command(source: str, dest: str, asked: dict[str, Any], shared: Shared) -> int:
     """Restore SOURCE, weights that were taken out of checkpoints, into DEST."""
-    dry_run = asked.pop("dry_run")
     import ptbin
     from flows.requests import restore_request
-    from ptbin.catalog.checks import check_request
     from ptbin.restoring.restore import preview_restore
 
     names_one = _names_one(dest, asked, shared)
     options = restore_options(asked)
     request = restore_request(source, dest, asked)
-    check_request(request, writes=not dry_run, **shared.sides)
-    single = single_job(request, shared, names_one=names_one)
 
     def look(job: Job) -> Preview:
-        return preview_restore(job.source_uri, job.dest_uri, options, standing=job.standing, **shared.sides)
+        places = shared.sides.source_at(job.source_uri), shared.sides.dest_at(job.dest_uri)
+        return preview_restore(*places, options, standing=job.standing)
 
     make = partial(ptbin.restore, options=options)
-    return carry_out(request, asked, shared, single=single, make=make, look=look, dry_run=dry_run)
+    return carry_out(request, asked, shared, names_one=names_one, make=make, look=look)
 
 
 def _names_one(dest: str, asked: dict[str, Any], shared: Shared) -> bool:

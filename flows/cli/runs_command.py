@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from flows.cli.command import command
-from flows.cli.printing import align, print_json, print_line
-from flows.cli.shared_options import Shared
+from flows.cli.command import Shared, command
+from flows.cli.printing import align
 from ptbin.runs.units import format_nbytes, format_seconds
 from ptbin.stores import public_uri
 from ptbin.values.options import Option
@@ -40,13 +39,9 @@ def runs_command(dest: str, asked: dict[str, Any], shared: Shared) -> int:
     from ptbin.history.records import iter_runs
 
     runs = list(iter_runs(dest, last=asked["last"], storage_options=shared.dest_options))
-    if shared.as_json:
-        print_json({"dest": public_uri(dest), "runs": [_to_json(run) for run in runs]})
-    elif runs:
-        for line in align([_row(run) for run in runs], indent=""):
-            print_line(line)
-    else:
-        print_line(f"no runs are recorded below {dest}")
+    lines = align([_row(run) for run in runs], indent="") or [f"no runs are recorded below {dest}"]
+    document = {"dest": public_uri(dest), "runs": [_to_json(run) for run in runs]}
+    shared.answer(lambda: document, lines, even_quiet=True)
     return 0
 
 

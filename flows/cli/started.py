@@ -1,4 +1,4 @@
-"""When the command was given: the time that a summary tells begins there, not once a server was up."""
+"""When the command was given: a run's duration is counted from there, not from when a server was up."""
 
 from __future__ import annotations
 

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.cli.command import command
-from flows.cli.printing import align, print_json, print_line
-from flows.cli.shared_options import Shared
+from flows.cli.command import Shared, command
+from flows.cli.printing import SHOWN_ROWS, align, and_more
 from flows.options import STATUS
 from flows.parsing import build_options
 from ptbin.stores import public_uri
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["status_command"]
 
-SHOWN_ROWS = 20
 KINDS = ("new", "changed", "failed", "refused", "known", "orphaned")
 WORDS = {"up_to_date": "up to date", "left_alone": "left alone", "not_checkpoints": "not checkpoints"}
 MEANINGS = {
@@ -55,7 +53,7 @@ def status_command(source: str, dest: str, asked: dict[str, Any], shared: Shared
     """Say how far DEST is in step with SOURCE: what is new, changed, failed, left over."""
     options = build_options(asked)
     include, exclude = tuple(asked["include"]), tuple(asked["exclude"])
-    from flows.version_status import last_migration, refuse_registries, version_status
+    from flows.version_status import refuse_registries, version_status
     from ptbin.catalog.request import RunRequest
     from ptbin.history.status import last_request, status_of
 
@@ -63,20 +61,13 @@ def status_command(source: str, dest: str, asked: dict[str, Any], shared: Shared
     request = RunRequest(source, dest, options, naming=asked["naming"], include=include, exclude=exclude)
     if asked["mirrors"]:
         request = replace(request, kind="sync", include=(), copied=include)
-    run, migration = "", None
+    run, status = "", None
     if not _is_asked(asked):
-        migration = last_migration(source, dest, shared.dest_options)
-        if migration is None and (found := last_request(source, dest, **shared.sides)) is not None:
+        status = version_status(source, dest, shared.sides)
+        if status is None and (found := last_request(source, dest, shared.sides)) is not None:
             request, run = found
-    if migration is not None:
-        status = version_status(migration, **shared.sides)
-    else:
-        status = status_of(request, run=run, **shared.sides)
-    if shared.as_json:
-        print_json(_to_json(source, dest, status))
-    elif not shared.quiet:
-        for line in _lines(status):
-            print_line(line)
+    status = status or status_of(request, shared.sides, run=run)
+    shared.answer(lambda: _to_json(source, dest, status), _lines(status))
     return 0 if status.is_in_step else 1
 
 
@@ -102,19 +93,16 @@ def _to_json(source: str, dest: str, status: Status) -> dict[str, Any]:
 
 
 def _lines(status: Status) -> list[str]:
-    rows = [
+    counts = [
         (WORDS.get(kind, kind), f"{count:,}", MEANINGS.get(kind, "") if count else "")
         for kind, count in status.counts.items()
         if count or kind in ("up_to_date", "new", "changed", "failed")
     ]
-    lines = align(rows, right=[1], indent="")
+    lines = align(counts, right=[1], indent="")
     for kind in KINDS:
-        listed = status.listed.get(kind, [])
-        if not listed:
-            continue
-        lines += ["", f"{kind}:", *(f"  {_row(row)}" for row in listed[:SHOWN_ROWS])]
-        if status.counts[kind] > SHOWN_ROWS:
-            lines.append(f"  ... and {status.counts[kind] - SHOWN_ROWS:,} more")
+        if rows := [_row(row) for row in status.listed.get(kind, [])]:
+            rows = [*rows[:SHOWN_ROWS], *and_more(status.counts[kind])]
+            lines += ["", f"{kind}:", *(f"  {row}" for row in rows)]
     if status.idle:
         lines += ["", "acknowledged to no effect:"]
         lines += [f"  {row['path']}, until {row['until']}: {row['why']}" for row in status.idle[:SHOWN_ROWS]]

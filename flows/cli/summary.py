@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
-from flows.cli.interrupts import INTERRUPTED_STATUS
-from flows.cli.printing import align, print_error, print_json, print_line
+from flows.cli.printing import SHOWN_ROWS, align, and_more, print_error
+from flows.interrupts import INTERRUPTED_STATUS
 from ptbin.catalog.entries import skipped_words
 from ptbin.runs.units import counted, format_nbytes, left_out_words, short_detail
 
 if TYPE_CHECKING:
-    from flows.cli.shared_options import Shared
+    from flows.cli.command import Shared
     from ptbin.catalog import Job
     from ptbin.runs.tally import Entry
 
@@ -24,7 +24,7 @@ __all__ = [
     "migration_lines",
     "report_summary",
     "single_lines",
-    "untold",
+    "unreported",
     "verification_lines",
 ]
 
@@ -50,20 +50,19 @@ KEYS = {
 }
 
 LEFT_ALONE = "what training leaves next to weights: optimizers, schedulers, ..."
-SHOWN_PROBLEMS = 20
 SHOWN_VERSIONS = 40
 
 
-def untold(
-    summary: Mapping[str, Any], told: AbstractSet[tuple[str, str]], key: str = "problems"
+def unreported(
+    summary: Mapping[str, Any], reported: AbstractSet[tuple[str, str]], key: str = "problems"
 ) -> dict[str, Any]:
-    """The summary without the problems that were printed while the run was under way; `told` counts them."""
-    left = [row for row in summary[key] if (row["reason"], row["detail"]) not in told]
-    return {**summary, key: left, "told": len(summary[key]) - len(left)}
+    """The summary without the problems that were printed during the run; `reported` counts them."""
+    left = [row for row in summary[key] if (row["reason"], row["detail"]) not in reported]
+    return {**summary, key: left, "reported": len(summary[key]) - len(left)}
 
 
-def _told_lines(summary: Mapping[str, Any]) -> list[str]:
-    return [counted(summary["told"], "problem") + ", told above"] if summary.get("told") else []
+def _reported_lines(summary: Mapping[str, Any]) -> list[str]:
+    return [counted(summary["reported"], "problem") + ", listed above"] if summary.get("reported") else []
 
 
 def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -88,7 +87,7 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
     if summary["left_out"]:
         lines.append(f"left out: {left_out_words(summary['left_out'])}")
     if "copied" in summary and not any(summary[key] for key in ("converted", "copied", "deleted", "kept")):
-        fine = not summary["problems"] and not summary.get("told")
+        fine = not summary["problems"] and not summary.get("reported")
         lines += ["", "nothing to do: DEST is in step" if fine else "nothing was changed"]
     return lines + _last_lines(summary)
 
@@ -108,9 +107,8 @@ def migration_lines(summary: Mapping[str, Any]) -> list[str]:
     migrated = [row for row in summary["versions"] if row["outcome"] == "migrated"]
     if migrated:
         lines += ["", *align([_version_row(row) for row in migrated[:SHOWN_VERSIONS]], indent="")]
-        if len(migrated) > SHOWN_VERSIONS:
-            lines.append(f"... and {len(migrated) - SHOWN_VERSIONS} more, in the run record")
-    elif not summary["problems"] and not summary.get("told") and not summary["updated"]:
+        lines += and_more(len(migrated), SHOWN_VERSIONS, ", in the run record")
+    elif not summary["problems"] and not summary.get("reported") and not summary["updated"]:
         lines += ["", "nothing to do: DEST is in step"]
     return lines + _last_lines(summary)
 
@@ -131,7 +129,7 @@ def _rows_of_some(*rows: tuple[str, int, str]) -> list[tuple[str, str, str]]:
 def _last_lines(summary: Mapping[str, Any]) -> list[str]:
     """The problems, and where the run record lies."""
     lines = ["", *_problem_lines(summary["problems"])] if summary["problems"] else []
-    lines += _told_lines(summary)
+    lines += _reported_lines(summary)
     if summary["known_problems"]:
         lines += ["", "known:", *_problem_lines(summary["known_problems"])]
     if summary["resolved"]:
@@ -178,7 +176,7 @@ def mapping_lines(plan: Mapping[str, Any]) -> list[str]:
 
 
 def single_lines(entry: Entry, job: Job, seconds: float) -> list[str]:
-    """The outcome of a single conversion; a problem has been told already."""
+    """The outcome of a single conversion; a problem was printed before."""
     if entry.outcome == "up_to_date":
         return [f"{job.dest_uri} is up to date"]
     if entry.converted is None:
@@ -195,22 +193,16 @@ def _initial_lines(summary: Mapping[str, Any]) -> list[str]:
     """What `restore --allow-missing` let through: names that keep the values that the model's code gave."""
     lines = []
     rows = summary.get("initial", ())
-    for row in rows[:SHOWN_PROBLEMS]:
+    for row in rows[:SHOWN_ROWS]:
         names = row["names"]
-        more = f" and {len(names) - SHOWN_PROBLEMS} more" if len(names) > SHOWN_PROBLEMS else ""
-        lines.append(f"initial values kept in {row['source']}: {', '.join(names[:SHOWN_PROBLEMS])}{more}")
-    if len(rows) > SHOWN_PROBLEMS:
-        lines.append(f"... and in {len(rows) - SHOWN_PROBLEMS} more, by their manifests")
-    return lines
+        more = f" and {len(names) - SHOWN_ROWS} more" if len(names) > SHOWN_ROWS else ""
+        lines.append(f"initial values kept in {row['source']}: {', '.join(names[:SHOWN_ROWS])}{more}")
+    return lines + and_more(len(rows), where=", by their manifests")
 
 
 def report_summary(kind: str, summary: Mapping[str, Any], lines: Sequence[str], shared: Shared) -> int:
     """Print the end of a run of that kind as the options ask; its exit status."""
-    if shared.as_json:
-        print_json({key: summary[key] for key in KEYS[kind]})
-    elif not shared.quiet:
-        for line in (*lines, *_initial_lines(summary)):
-            print_line(line)
+    shared.answer(lambda: {key: summary[key] for key in KEYS[kind]}, [*lines, *_initial_lines(summary)])
     if summary.get("interrupted"):
         print_error("interrupted", kind="ptbin")
         return INTERRUPTED_STATUS
@@ -227,17 +219,15 @@ def verification_lines(summary: Mapping[str, Any]) -> list[str]:
     problems = [{"source": issue["uri"], **issue} for issue in summary["issues"]]
     if problems:
         lines += ["", *_problem_lines(problems)]
-    return [*lines, *_told_lines(summary), "", f"{summary['seconds']:.1f} s"]
+    return [*lines, *_reported_lines(summary), "", f"{summary['seconds']:.1f} s"]
 
 
 def _problem_lines(problems: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
-    for problem in problems[:SHOWN_PROBLEMS]:
+    for problem in problems[:SHOWN_ROWS]:
         lines.append(f"{problem['reason']}: {problem['source']}{_since(problem)}")
         lines.append(f"    {short_detail(problem['source'], problem['detail'])}")
-    if len(problems) > SHOWN_PROBLEMS:
-        lines.append(f"... and {len(problems) - SHOWN_PROBLEMS} more, in the run record")
-    return lines
+    return lines + and_more(len(problems), where=", in the run record")
 
 
 def _since(problem: Mapping[str, Any]) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from flows.cli.carrying_out import carry_out
-from flows.cli.command import command, dry_run_option
-from flows.cli.destination import refuse_one_file
-from flows.cli.shared_options import Shared
+from flows.cli.command import Shared, command, dry_run_option
+from flows.cli.destination import refuse_lost, refuse_one_file
 from flows.options import SYNC
 from flows.parsing import refuse_secrets
 
@@ -32,13 +31,11 @@ nothing was written; 130 interrupted."""
 @command("sync", ["source", "dest"], (*SYNC, dry_run_option()), EPILOG)
 def sync_command(source: str, dest: str, asked: dict[str, Any], shared: Shared) -> int:
     """Make DEST a mirror of SOURCE: checkpoints as weights, their companions as they are."""
-    dry_run = asked.pop("dry_run")
     from flows.requests import sync_request
-    from ptbin.catalog.checks import check_request
 
     request = sync_request(source, dest, asked)
     # First of all: what refuses the call otherwise may name SOURCE as it was written.
     refuse_secrets(source, dest, *([request.backup_dir] if request.backup_dir else []))
     refuse_one_file(dest, shared.dest_options, "sync")
-    check_request(request, writes=not dry_run, **shared.sides)
-    return carry_out(request, asked, shared, dry_run=dry_run)
+    refuse_lost("--backup-dir", request.backup_dir or "")
+    return carry_out(request, asked, shared)

@@ -6,10 +6,8 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from flows.cli.command import command
-from flows.cli.printing import print_json, print_line
-from flows.cli.progress import showing_progress
-from flows.cli.shared_options import Shared
+from flows.cli.command import Shared, command
+from flows.cli.progress import Problems, showing_progress
 from flows.cli.started import began
 from flows.cli.summary import verification_lines
 from flows.options import VERIFY
@@ -17,7 +15,6 @@ from flows.parsing import refuse_secrets
 from ptbin.errors import UsageError
 
 if TYPE_CHECKING:
-    from ptbin.options import VerifyLevel
     from ptbin.stores import Place
 
 __all__ = ["verify_command"]
@@ -43,7 +40,6 @@ Exit status: 0 all proven; 1 something is not what its manifest says;
 def verify_command(dest: str, asked: dict[str, Any], shared: Shared) -> int:
     """Check every manifest at or below DEST against what is stored."""
     from ptbin.registries import is_registry_uri, open_registry
-    from ptbin.stores import place_of
 
     # A repository of a Hub is a place like any other: what was published is read back from there.
     if is_registry_uri(dest) and not ("/" in dest.removeprefix("hf://") and dest.startswith("hf://")):
@@ -51,89 +47,65 @@ def verify_command(dest: str, asked: dict[str, Any], shared: Shared) -> int:
 
     with showing_progress(shared) as listener:
         listener.leaves_them = not shared.quiet and not shared.as_json
-        place = place_of(dest, shared.dest_options)
+        place = shared.sides.dest_at(dest)
         if place.is_directory():
             from flows.cli.on_prefect import run_flow
 
             refuse_secrets(dest)
-            _refuse_empty(dest, shared)
+            _refuse_empty(place, dest)
             summary = run_flow("verify", shared, listener, dest=dest, **asked)
         else:
-            _refuse_missing(place)
-            summary = _verify_one(dest, asked["level"], asked["public_key"], shared, listener)
-    if shared.as_json:
-        print_json({key: summary[key] for key in JSON_KEYS})
-    elif not shared.quiet:
-        for line in verification_lines(summary):
-            print_line(line)
+            summary = _verify_one(dest, place, asked, listener)
+    shared.answer(lambda: {key: summary[key] for key in JSON_KEYS}, verification_lines(summary))
     return 0 if not summary["issues"] else 1
 
 
-def _refuse_missing(place: Place) -> None:
-    """A missing DEST is the caller's mistake, not an issue; of shards and split outputs only the manifest is
-    there.
-
-    Raises:
-        NotFoundInStoreError: neither is.
-    """
-    from ptbin.errors import NotFoundInStoreError
-    from ptbin.manifests.manifest import MANIFEST_SUFFIX
-
-    try:
-        place.stat()
-    except NotFoundInStoreError:
-        try:
-            place.beside(MANIFEST_SUFFIX).stat()
-        except NotFoundInStoreError:
-            place.stat()
-
-
-def _refuse_empty(dest: str, shared: Shared) -> None:
+def _refuse_empty(place: Place, dest: str) -> None:
     from ptbin import catalog
 
     for find in (catalog.find_manifests, catalog.find_orphans):
-        if next(iter(find(dest, storage_options=shared.dest_options)), None) is not None:
+        if next(iter(find(place)), None) is not None:
             return
     raise UsageError(f"nothing to verify below DEST, neither manifests nor outputs: {dest}")
 
 
-def _manifest_of(dest: str, shared: Shared) -> str:
-    """The manifest of an output: next to it, or that of the output that `--split` made it a part of."""
+def _manifest_of(place: Place) -> Place:
+    """The manifest of DEST: itself, next to it, or that of the output that `--split` made it a part of.
+
+    Raises:
+        NotFoundInStoreError: neither an output nor a manifest is there, which is the caller's mistake and not
+            an issue. Of shards and split outputs only the manifest is there.
+    """
     from ptbin.catalog.finding import split_manifest
     from ptbin.errors import NotFoundInStoreError
-    from ptbin.manifests.manifest import MANIFEST_SUFFIX, manifest_uri
-    from ptbin.stores import place_of
-
-    uri = manifest_uri(dest)
-    place = place_of(dest, shared.dest_options)
-    try:
-        place.beside(MANIFEST_SUFFIX).stat()
-    except NotFoundInStoreError:
-        found = split_manifest(place.parent, place.name)
-        return (place.parent / found).uri if found is not None else uri
-    return uri
-
-
-def _verify_one(
-    dest: str, level: VerifyLevel, public_key: str | None, shared: Shared, listener: Any
-) -> dict[str, Any]:
     from ptbin.manifests.manifest import MANIFEST_SUFFIX
+
+    own = place if place.name.endswith(MANIFEST_SUFFIX) else place.beside(MANIFEST_SUFFIX)
+    try:
+        own.stat()
+    except NotFoundInStoreError:
+        place.stat()
+        found = split_manifest(place.parent, place.name)
+        return own if found is None else place.parent / found
+    return own
+
+
+def _verify_one(dest: str, place: Place, asked: dict[str, Any], listener: Problems) -> dict[str, Any]:
+    from ptbin.runs.tally import Entry
     from ptbin.runs.verifying import issues_of, sum_up, verify_manifest
-    from ptbin.stores import place_of, public_uri
-    from tasks.live import Settled
+    from ptbin.stores import public_uri
 
     listener.planned(1, 0, 0)
-    uri = dest if dest.endswith(MANIFEST_SUFFIX) else _manifest_of(dest, shared)
-    verdict = verify_manifest(uri, level, shared.dest_options, listener.moved)
+    manifest = _manifest_of(place)
+    verdict = verify_manifest(manifest, asked["level"], listener.moved)
     issues = list(issues_of(verdict))
-    if public_key is not None:
+    if (public_key := asked["public_key"]) is not None:
         from ptbin.proof.signatures import verify_signatures
 
-        place, manifest = place_of(dest, shared.dest_options), place_of(uri, shared.dest_options)
         signed = verify_signatures(place, public_key, [manifest.uri], progress=listener.moved)
         issues += [issue.to_json() for issue in signed]
     for issue in issues:
-        listener.settled(Settled(issue["uri"], "failed", reason=issue["reason"], detail=issue["detail"]))
+        listener.settled(Entry(issue["uri"], issue["uri"], 0, "failed", issue["reason"], issue["detail"]))
     if issues:
         verdict = replace(verdict, kind="failed")
     return sum_up(public_uri(dest), [verdict], [], issues, time.monotonic() - began())

@@ -51,7 +51,7 @@ NOT_THERE = 404
 AWAY_SECONDS = 5.0
 """How long a server may be away when a run begins."""
 ABSENT_SECONDS = 60.0
-"""So long a server may be away, restarting, when a run wants to tell how it ended."""
+"""How long a server may be away, restarting, when a run reports its end."""
 
 # Set before Prefect is imported, where the user has not set them. Only the console is silenced: the
 # INFO lines of a run still go to the server, where its page shows them.
@@ -131,7 +131,7 @@ def orchestrator() -> Iterator[Orchestrator]:
         OrchestratorError: no server could be started, with the last thing it said.
     """
     early = take_early()
-    url, started = early.wait() if early is not None else (None, contextlib.ExitStack())
+    url, started = early.result() if early is not None else (None, contextlib.ExitStack())
     chosen = chosen_settings()
     if api_url := chosen.get("PREFECT_API_URL"):
         _refuse_absent(api_url)
@@ -200,7 +200,7 @@ def _health() -> Exception | None:
 
 
 def await_server(check: Callable[[], object], seconds: float = ABSENT_SECONDS) -> bool:
-    """Whether the run can tell the server how it ended; one that is away is waited for.
+    """Whether the run can report its end to the server; one that is away is waited for.
 
     Where it stays away, whatever this thread still asks of it, Prefect's own last requests above all, fails
     at once instead of after minutes. An interrupt that `check` raises ends the wait and is raised.

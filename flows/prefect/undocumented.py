@@ -99,7 +99,7 @@ def refresh_settings() -> None:
 def flow_run_context() -> Any:
     """The context of the flow run that this thread works for; None outside of one.
 
-    `prefect.runtime` tells the id, but neither the run's own tags as the client holds them nor its flow.
+    `prefect.runtime` has the id, but neither the run's own tags as the client holds them nor its flow.
     """
     from prefect.context import FlowRunContext
 
@@ -108,7 +108,10 @@ def flow_run_context() -> Any:
 
 @contextlib.contextmanager
 def without_tags() -> Iterator[None]:
-    """Leave the tags of `prefect.tags(...)`, which can only add some, to the flow run that was made in it."""
+    """Keep the tags of `prefect.tags(...)`, which can only add some, to the flow run that was made in it.
+
+    Task runs would have them as well, and a task run with tags asks the server for concurrency limits.
+    """
     from prefect.context import TagsContext
 
     with TagsContext(current_tags=set()):
@@ -139,8 +142,8 @@ def without_result_storage() -> Iterator[None]:
 def is_broken(runner: Any) -> bool:
     """Whether a pool of processes takes no more work, because one of them is gone.
 
-    Prefect hands batches to the pool in a thread of its own, so `submit` raises nothing: only the pool's own
-    mark tells (`concurrent.futures.process`).
+    Prefect hands batches to the pool in another thread, so `submit` raises nothing: only the pool's own mark
+    shows it (`concurrent.futures.process`).
     """
     return bool(getattr(getattr(runner, "_executor", None), "_broken", False))
 

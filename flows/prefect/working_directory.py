@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from flows.environment import WORKDIR
 from ptbin.errors import UsageError
 
 __all__ = ["enter_working_directory"]
@@ -25,7 +26,7 @@ def enter_working_directory(directory: str | None = None) -> dict[str, str]:
     """
     # What was deployed without the variable has its placeholder still.
     named = "" if directory is None or "{{" in directory else directory
-    path = named or os.environ.get("PTBIN_WORKDIR") or os.getcwd()
+    path = named or os.environ.get(WORKDIR) or os.getcwd()
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         os.chdir(path)

@@ -4,67 +4,53 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from ptbin.catalog.globs import split_glob
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import NotFoundInStoreError, UsageError
-from ptbin.stores import Place, WatchQuietly, place_of
+from ptbin.stores import NO_OPTIONS, Place, Sides, WatchQuietly, Where, place_of
 from ptbin.values.names import is_unicode, shown_path
 
-__all__ = ["check_call", "check_mirror", "check_request", "real_uri", "refuse_bytes"]
+__all__ = ["check_call", "check_request", "real_uri", "refuse_bytes"]
 
 
-def check_request(request: RunRequest, *, writes: bool = True, **sides: Any) -> None:
-    """As `check_mirror` for a mirror, else as `check_call`; `sides`: `source_options` and `dest_options`."""
-    if request.kind == "sync":
-        sides |= {"delete": request.deletes, "backup_dir": request.backup_dir}
-    check = check_mirror if request.kind == "sync" else check_call
-    check(request.source, request.dest, writes=writes, **sides)
-
-
-def check_mirror(
-    source: str | os.PathLike[str],
-    dest: str | os.PathLike[str],
-    *,
-    delete: bool = False,
-    backup_dir: str | os.PathLike[str] | None = None,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
-    writes: bool = True,
-) -> None:
-    """As `check_call`, and refuse what would make a mirror delete or hide what it should not.
+def check_request(request: RunRequest, sides: Sides = NO_OPTIONS, *, writes: bool = True) -> None:
+    """As `check_call`, and for a mirror refuse what would make it delete or hide what it should not.
 
     Raises:
-        UsageError: as `check_call`; SOURCE inside DEST; a backup place that lies in one of them, or one of
-            them in it; deletions where SOURCE is not the whole of a directory or prefix.
+        UsageError: as `check_call`; of a mirror: SOURCE inside DEST; a backup place that lies in one of them,
+            or one of them in it; deletions where SOURCE is not the whole of a directory or prefix.
         StorageError: as `check_call`.
     """
-    check_call(source, dest, source_options=source_options, dest_options=dest_options, writes=writes)
-    root, pattern = split_glob(source, source_options)
-    place = place_of(root, source_options)
-    above, below = real_uri(place_of(dest, dest_options)), real_uri(place)
+    place, pattern = split_glob(request.source, sides.source_at)
+    dest = sides.dest_at(request.dest)
+    _check(place, pattern, dest, writes=writes)
+    if request.kind != "sync":
+        return
+    above, below = real_uri(dest), real_uri(place)
     if _lies_in(below, above):
         raise UsageError(
             f"the source {below} lies inside the destination {above}: what a mirror may delete and what it "
             "reads must be apart; choose another place"
         )
-    if delete and (pattern is not None or not place.is_directory()):
+    if request.deletes and (pattern is not None or not place.is_directory()):
         raise UsageError(
-            f"{source}: --delete needs a directory or prefix as SOURCE, for what else lies in DEST would "
-            "count as gone; name the folder, and leave files out with --exclude"
+            f"{request.source}: --delete needs a directory or prefix as SOURCE, for what else lies in DEST "
+            "would count as gone; name the folder, and leave files out with --exclude"
         )
-    if backup_dir is None:
+    if request.backup_dir is None:
         return
-    own = real_uri(place_of(backup_dir, dest_options))
+    own = real_uri(sides.dest_at(request.backup_dir))
     for name, other in (("SOURCE", below), ("DEST", above)):
         if own == other or _lies_in(own, other) or _lies_in(other, own):
             raise UsageError(f"the backup place and {name} lie in one another: {own}, {other}")
 
 
 def check_call(
-    source: str | os.PathLike[str],
-    dest: str | os.PathLike[str] | None,
+    source: Where,
+    dest: Where | None,
     *,
     source_options: Mapping[str, Any] | None = None,
     dest_options: Mapping[str, Any] | None = None,
@@ -76,8 +62,11 @@ def check_call(
         UsageError: SOURCE missing or empty, DEST inside SOURCE or equal to it, a path that is not UTF-8.
         StorageError: no access to either, no such bucket, DEST not writable.
     """
-    root, pattern = split_glob(source, source_options)
-    place = place_of(root, source_options)
+    place, pattern = split_glob(source, partial(place_of, storage_options=source_options))
+    _check(place, pattern, place_of(dest, dest_options) if dest is not None else None, writes=writes)
+
+
+def _check(place: Place, pattern: str | None, dest: Place | None, *, writes: bool) -> None:
     is_directory = place.is_directory()
     if is_directory:
         refuse_bytes(place)
@@ -92,11 +81,10 @@ def check_call(
             raise UsageError(str(error)) from error
     if dest is None:
         return
-    end = place_of(dest, dest_options)
-    refuse_bytes(end)
-    _refuse_overlap(place, end, is_directory=is_directory)
+    refuse_bytes(dest)
+    _refuse_overlap(place, dest, is_directory=is_directory)
     if writes:
-        end.check_writable()
+        dest.check_writable()
 
 
 def refuse_bytes(place: Place) -> None:

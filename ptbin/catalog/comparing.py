@@ -33,7 +33,17 @@ from ptbin.sources.opening import SourcePlace, find_source
 from ptbin.sources.pointers import MAX_POINTER_NBYTES, refuse_pointer
 from ptbin.sources.sidecars import change_of
 from ptbin.splice import splice
-from ptbin.stores import ObjectStat, Place, RangeReader, Where, Writer, identity_text, place_of
+from ptbin.stores import (
+    NO_OPTIONS,
+    ObjectStat,
+    Place,
+    RangeReader,
+    Sides,
+    Where,
+    Writer,
+    identity_text,
+    place_of,
+)
 from ptbin.stores.copying import same_content
 from ptbin.values.segments import FilePlan
 
@@ -92,9 +102,8 @@ class Unchanged:
 def compare_job(
     job: Job,
     options: ConvertOptions,
+    sides: Sides = NO_OPTIONS,
     *,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     on_damage: OnDamage | None = None,
 ) -> Unchanged | None:
@@ -103,10 +112,10 @@ def compare_job(
     So it is wherever that cannot be found out: the run meets the same problem and reports it. `on_damage`: as
     `find_unchanged`.
     """
-    source, dest = place_of(job.source_uri, source_options), place_of(job.dest_uri, dest_options)
+    source, dest = sides.source_at(job.source_uri), sides.dest_at(job.dest_uri)
     try:
         if job.copies:
-            change = change_on_copying(job.source_uri, job.dest_uri, options, size=job.source_size)
+            change = change_on_copying(job.source_uri, job.output_name, options, size=job.source_size)
             copy = same_content(source, dest, change=change, progress=progress)
             return Unchanged(row_of_copy(job, "", copy, options)) if copy is not None else None
         same = find_unchanged(source, dest, options, progress=progress, on_damage=on_damage)
@@ -116,13 +125,13 @@ def compare_job(
 
 
 def change_on_copying(
-    source_uri: str, dest: str, options: ConvertOptions, *, size: int = 0
+    source_uri: str, name: str, options: ConvertOptions, *, size: int = 0
 ) -> Callable[[bytes], bytes] | None:
-    """What becomes of a copied file's content on its way; a Git LFS pointer in place of a file is refused.
+    """What becomes of a file's content that is copied as `name`; a Git LFS pointer in its place is refused.
 
     `size`: in bytes, where it is known: larger files are not pointers.
     """
-    change = change_of(dest.rpartition("/")[2], options.dtype)
+    change = change_of(name, options.dtype)
     if size > MAX_POINTER_NBYTES:
         return change
 

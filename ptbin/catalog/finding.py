@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ptbin.catalog.asked import ask_for_named
@@ -54,6 +55,7 @@ def find_checkpoints(
     entries: Entries | None = None,
     parts: bool = False,
     named: NamedFiles | None = None,
+    pattern: str | None = None,
 ) -> Iterator[Found]:
     """Candidates at or below SOURCE: one file, a directory or prefix, or a glob.
 
@@ -66,14 +68,15 @@ def find_checkpoints(
             asked for one by one, without a listing (`ptbin.catalog.asked`).
         entries: asked what becomes of hidden files, links, pipes and folders that cannot be read; left out,
             they are passed over.
+        pattern: below a SOURCE that `split_glob` has split already.
 
     Raises:
         NotFoundInStoreError: SOURCE does not exist.
     """
-    root, pattern = split_glob(source, storage_options)
-    top = place_of(root, storage_options)
+    top, its_pattern = split_glob(source, partial(place_of, storage_options=storage_options))
+    pattern = pattern or its_pattern
     if pattern is None and not top.is_directory():
-        one = find_one(source, storage_options=storage_options)
+        one = find_one(top)
         if named is None or named.takes(one.path):
             yield one
         return

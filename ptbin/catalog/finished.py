@@ -27,7 +27,7 @@ from ptbin.manifests.damage import is_damaged
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.options import ConvertOptions
 from ptbin.sources.sidecars import change_of
-from ptbin.stores import Place, RangeReader, identity_text, place_of
+from ptbin.stores import NO_OPTIONS, Place, RangeReader, Sides, identity_text, place_of
 from ptbin.stores.copying import Copied, same_content
 
 __all__ = [
@@ -123,11 +123,7 @@ def digest_of(job: Job, options: ConvertOptions) -> str:
 
 def _copy_fingerprint(job: Job, options: ConvertOptions) -> str:
     """A copy depends on options only where they change it."""
-    return "copy" if change_of(_name_of(job), options.dtype) is None else f"copy {options.dtype}"
-
-
-def _name_of(job: Job) -> str:
-    return job.dest_uri.rpartition("/")[2]
+    return "copy" if change_of(job.output_name, options.dtype) is None else f"copy {options.dtype}"
 
 
 def _digest(job: Job, fingerprint: str) -> str:
@@ -140,7 +136,7 @@ def row_of_copy(job: Job, path: str, copied: Copied, options: ConvertOptions) ->
     if job.identity is None or not identity_text(copied.identity):
         return None
     digest = digest_of(job, options)
-    own = ((_name_of(job), copied.size),)
+    own = ((job.output_name, copied.size),)
     return FinishedRow(path, identity_text(copied.identity), digest, "load", own, job.source_uri)
 
 
@@ -166,9 +162,7 @@ def read_finished(
     job: Job,
     path: str,
     options: ConvertOptions | None = None,
-    *,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
+    sides: Sides = NO_OPTIONS,
 ) -> FinishedRow | None:
     """The row of the job's manifest as it is stored now (`path` below DEST); None where there is none.
 
@@ -180,12 +174,12 @@ def read_finished(
     if job.copies:
         options = options or ConvertOptions()
         same = same_content(
-            place_of(job.source_uri, source_options),
-            place_of(job.dest_uri, dest_options),
-            change=change_of(_name_of(job), options.dtype),
+            sides.source_at(job.source_uri),
+            sides.dest_at(job.dest_uri),
+            change=change_of(job.output_name, options.dtype),
         )
         return row_of_copy(job, path, same, options) if same is not None else None
-    place = place_of(job.dest_uri, dest_options).beside(MANIFEST_SUFFIX)
+    place = sides.dest_at(job.dest_uri).beside(MANIFEST_SUFFIX)
     try:
         data, identity = place.read_identified()
         return row_of(parse_manifest(data, place.uri), path, identity_text(identity))

@@ -7,11 +7,10 @@ import fnmatch
 import functools
 import os
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from ptbin.errors import StorageError
-from ptbin.stores import Place, Where, place_of
+from ptbin.stores import Place, Where
 
 __all__ = ["is_excluded", "matches", "root_of", "split_glob"]
 
@@ -59,22 +58,22 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(pieces), re.DOTALL)
 
 
-def split_glob(source: Where, storage_options: Mapping[str, Any] | None) -> tuple[Where, str | None]:
+def split_glob(source: Where, source_at: Callable[[Where], Place]) -> tuple[Place, str | None]:
     """SOURCE up to the first wildcard's folder, and the pattern below it; (SOURCE, None) without wildcard.
 
     An existing path wins over its reading as a pattern, and a place is not read as one.
     """
+    place = source_at(source)
     if isinstance(source, Place):
-        return source, None
+        return place, None
     source = os.fspath(source)
     if _GLOB.search(source) is None:
-        return source, None
-    place = place_of(source, storage_options)
+        return place, None
     with contextlib.suppress(StorageError, ValueError):
         if place.is_directory():
-            return source, None
+            return place, None
         place.stat()
-        return source, None
+        return place, None
     fixed: list[str] = []
     parts = source.split("/")
     while parts and _GLOB.search(parts[0]) is None:
@@ -82,9 +81,9 @@ def split_glob(source: Where, storage_options: Mapping[str, Any] | None) -> tupl
     root = "/".join(fixed) or ("/" if source.startswith("/") else ".")
     pattern = "/".join(parts)
     # A leading slash anchors the pattern at the listing's root, as a shell's glob is.
-    return root, f"/{pattern}"
+    return source_at(root), f"/{pattern}"
 
 
-def root_of(source: Where, storage_options: Mapping[str, Any] | None) -> str:
+def root_of(source: Where, source_at: Callable[[Where], Place]) -> str:
     """URI of the place that paths below SOURCE are relative to: the same however SOURCE is written."""
-    return place_of(split_glob(source, storage_options)[0], storage_options).uri
+    return split_glob(source, source_at)[0].uri

@@ -7,8 +7,7 @@ index.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
 from ptbin.catalog.finding import is_in_own_folder
 from ptbin.catalog.finished import INDEX_FOLDER, SEGMENT_SUFFIX, FinishedRow, iter_segment
@@ -16,7 +15,7 @@ from ptbin.catalog.jobtable import PAGE, JobTable
 from ptbin.catalog.planning import OutputRule
 from ptbin.errors import LimitExceededError, NotFoundInStoreError, VerificationError
 from ptbin.manifests.manifest import parse_manifest
-from ptbin.stores import WatchQuietly, identity_text, place_of
+from ptbin.stores import WatchQuietly, Where, identity_text, place_of
 from ptbin.values.names import is_unicode
 
 __all__ = ["Inventory"]
@@ -25,9 +24,9 @@ __all__ = ["Inventory"]
 class Inventory(JobTable):
     """Made empty; `read_dest` fills it."""
 
-    def __init__(self, dest: str, *, dest_options: Mapping[str, Any] | None = None) -> None:
-        super().__init__(OutputRule(dest))
-        self.dest = place_of(dest, dest_options)
+    def __init__(self, dest: Where) -> None:
+        self.dest = place_of(dest)
+        super().__init__(OutputRule(self.dest.uri))
         self.own_files: set[str] | None = None
         """Paths below DEST of the files in `_ptbin` itself; None where DEST was not listed."""
 

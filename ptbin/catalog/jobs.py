@@ -40,6 +40,10 @@ class Job:
     standing: Standing | None = None
     """What a listing of DEST has shown at `dest_uri`; None: it was not listed."""
 
+    @property
+    def output_name(self) -> str:
+        return self.dest_uri.rpartition("/")[2]
+
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
         data["identity"] = self.identity.to_json() if self.identity is not None else None

@@ -23,7 +23,7 @@ from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, dump_statement, statement_of
 from ptbin.proof.verification import difference_of
 from ptbin.sources.folders import INDEX_SUFFIX
-from ptbin.stores import Identity, Place, identity_text, place_of
+from ptbin.stores import Identity, Place, identity_text
 
 if TYPE_CHECKING:
     from ptbin.catalog.worklist import WorkList
@@ -56,10 +56,9 @@ class Gone:
 
 def iter_gone(
     work: WorkList,
-    source: str,
+    source: Place,
     *,
     exclude: Sequence[str] = (),
-    source_options: Mapping[str, Any] | None = None,
     tick: Callable[[], object] = lambda: None,
 ) -> Iterator[Gone]:
     """What earlier runs made of SOURCE and the planned one would not. What is excluded is passed over.
@@ -67,7 +66,7 @@ def iter_gone(
     Raises:
         StorageError: DEST could not be read.
     """
-    mirror = _Mirror(work, source, exclude, source_options)
+    mirror = _Mirror(work, source, exclude)
     for path in work.iter_unexplained():
         tick()
         found = mirror.examine(path)
@@ -93,19 +92,12 @@ def is_reached_plainly(root: Place, path: str) -> bool:
 class _Mirror:
     """One SOURCE and its DEST, and what in the one comes from the other."""
 
-    def __init__(
-        self,
-        work: WorkList,
-        source: str,
-        exclude: Sequence[str],
-        source_options: Mapping[str, Any] | None,
-    ) -> None:
+    def __init__(self, work: WorkList, source: Place, exclude: Sequence[str]) -> None:
         self._work = work
         self._rule = work.rule
         self._exclude = exclude
-        root = place_of(source, source_options)
-        self._root = real_uri(root)
-        self._is_local = root.is_local
+        self._root = real_uri(source)
+        self._is_local = source.is_local
         self._roots: dict[str, bool] = {}
         self._dest = work.dest
 

@@ -26,7 +26,7 @@ from ptbin.catalog.mirroring import Gone, excess, iter_gone
 from ptbin.catalog.request import RunRequest
 from ptbin.catalog.worklist import WorkList
 from ptbin.errors import PtbinError, StorageError, UsageError
-from ptbin.stores import place_of
+from ptbin.stores import NO_OPTIONS, Sides
 
 __all__ = ["Deletions", "Plan", "plan_deletions"]
 
@@ -48,19 +48,13 @@ class Plan:
         damaged: by URI of an output, the files that `compare_all` found damaged; a run notes them instead.
     """
 
-    def __init__(
-        self,
-        request: RunRequest,
-        *,
-        source_options: Mapping[str, Any] | None = None,
-        dest_options: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, request: RunRequest, sides: Sides = NO_OPTIONS) -> None:
         if request.kind != "migrate":  # whose SOURCE is a registry
-            refuse_bytes(place_of(request.source, source_options))
-        refuse_bytes(place_of(request.dest, dest_options))
+            refuse_bytes(sides.source_at(request.source))
         self.request = request
-        self.sides: dict[str, Any] = {"source_options": source_options, "dest_options": dest_options}
-        self.work = WorkList(request.dest, dest_options=dest_options)
+        self.sides = sides
+        self.work = WorkList(sides.dest_at(request.dest))
+        refuse_bytes(self.work.dest)
         self.problems: list[Problem] = []
         self.is_made = False
         self.damaged: dict[str, Mapping[str, Any]] = {}
@@ -78,8 +72,8 @@ class Plan:
         """
         if self.is_made:
             return
-        source_options = self.sides["source_options"]
-        self.problems = self.work.plan(self.request, source_options=source_options, tick=tick, on_new=on_new)
+        source_at = self.sides.source_at
+        self.problems = self.work.plan(self.request, source_at=source_at, tick=tick, on_new=on_new)
         self.is_made = True
 
     def refuse_nothing(self) -> None:
@@ -95,7 +89,7 @@ class Plan:
         Raises:
             StorageError: the store failed.
         """
-        return read_finished(job, self.work.relative_manifest(job), self.request.planning, **self.sides)
+        return read_finished(job, self.work.relative_manifest(job), self.request.planning, self.sides)
 
     def settle_unknown(self, tick: Tick = lambda: None) -> list[FinishedRow]:
         """Ask the manifests that the index of finished work does not know; what it is to know of them.
@@ -127,7 +121,7 @@ class Plan:
             def note(files: Mapping[str, Any]) -> None:
                 self.damaged[job.dest_uri] = files
 
-            return compare_job(job, self.request.making, on_damage=note, **self.sides) is not None
+            return compare_job(job, self.request.making, self.sides, on_damage=note) is not None
 
         with ThreadPoolExecutor(WIDTH) as pool:
             jobs = list(self.work.iter_to_do())
@@ -200,14 +194,8 @@ class Plan:
 
     def iter_gone(self, tick: Tick = lambda: None) -> Iterator[Gone]:
         """What earlier runs made of SOURCE and this one would not, as `mirroring.iter_gone`."""
-        request = self.request
-        return iter_gone(
-            self.work,
-            request.source,
-            exclude=request.exclude,
-            source_options=self.sides["source_options"],
-            tick=tick,
-        )
+        source = self.sides.source_at(self.request.source)
+        return iter_gone(self.work, source, exclude=self.request.exclude, tick=tick)
 
 
 @dataclass(frozen=True, slots=True)

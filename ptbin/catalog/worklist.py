@@ -10,9 +10,8 @@ segments of the index.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from ptbin.catalog.cases import folds_case
 from ptbin.catalog.collisions import settle_collisions, suffixes_beside
@@ -33,7 +32,7 @@ from ptbin.manifests.manifest import MANIFEST_SUFFIX
 from ptbin.manifests.vouching import ASIDE_SUFFIX, CLAIM_TARGET_SUFFIX
 from ptbin.options import ConvertOptions
 from ptbin.sources.folders import INDEX_SUFFIX
-from ptbin.stores import ListedObject, place_of
+from ptbin.stores import NO_OPTIONS, ListedObject, Place, Where
 
 __all__ = ["WorkList"]
 
@@ -46,10 +45,10 @@ JOINT_KIND = "parts"
 class WorkList(Inventory):
     """Made empty; `plan` fills it, once."""
 
-    def __init__(self, dest: str, *, dest_options: Mapping[str, Any] | None = None) -> None:
-        super().__init__(dest, dest_options=dest_options)
+    def __init__(self, dest: Where) -> None:
+        super().__init__(dest)
         self._options = ConvertOptions()
-        self._source_options: Mapping[str, Any] | None = None
+        self._source_at: Callable[[Where], Place] = NO_OPTIONS.source_at
         self._on_new: Callable[[Job], bool] | None = None
         self.entries = Entries()
         """What the listing of SOURCE passed over."""
@@ -65,7 +64,7 @@ class WorkList(Inventory):
         self,
         request: RunRequest,
         *,
-        source_options: Mapping[str, Any] | None = None,
+        source_at: Callable[[Where], Place] = NO_OPTIONS.source_at,
         tick: Callable[[], object] = lambda: None,
         on_new: Callable[[Job], bool] | None = None,
     ) -> list[Problem]:
@@ -78,15 +77,16 @@ class WorkList(Inventory):
         Raises:
             NotFoundInStoreError, StorageError: from the stores.
         """
-        source, options, copies = request.source, request.planning, request.copies
+        options, copies = request.planning, request.copies
         named = NamedFiles(request.named) if request.named is not None else None
         with self.lock:
             self._clear()
             self.rule = replace(request.rule, folds_case=folds_case(self.dest.store, self.dest.path))
-            self._options, self._source_options = options, source_options
+            self._options, self._source_at = options, source_at
             self.read_dest(tick)
             others: list[ListedObject] = []
-            globs = (*request.include, *request.copied, split_glob(source, source_options)[1] or "")
+            top, pattern = split_glob(request.source, source_at)
+            globs = (*request.include, *request.copied, pattern or "")
             self.entries = Entries(
                 shown=globs,
                 exclude=request.exclude,
@@ -94,10 +94,10 @@ class WorkList(Inventory):
                 is_named=named.holds if named is not None else lambda _: False,
             )
             found = find_checkpoints(
-                source,
+                top,
+                pattern=pattern,
                 include=request.include,
                 exclude=request.exclude,
-                storage_options=source_options,
                 is_other=copies or (lambda _: False),
                 other=others.append,
                 entries=self.entries,
@@ -109,7 +109,7 @@ class WorkList(Inventory):
             problems += self.entries.problems
             problems += settle_collisions(self, options)
             if named is not None and request.must_exist:
-                problems += named.missing(source)
+                problems += named.missing(request.source)
             self._find_free_places()
             if not options.force and not request.distrust:
                 self._look_up(options, tick)
@@ -234,7 +234,7 @@ class WorkList(Inventory):
                 return not kind.copies
         from ptbin.catalog.comparing import is_convertible  # reads checkpoints: nothing else here does
 
-        return is_convertible(place_of(job.source_uri, self._source_options), self._options)
+        return is_convertible(self._source_at(job.source_uri), self._options)
 
     def _look_up(self, options: ConvertOptions, tick: Callable[[], object]) -> None:
         """Decide by the index; where a manifest is there that it does not know, that is to be asked."""

@@ -7,11 +7,9 @@ Nothing is written, no checkpoint is read. Memory: the first `MAX_LISTED` of eac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
 
 from ptbin.catalog import Job, Problem
 from ptbin.catalog.globs import root_of, split_glob
@@ -23,7 +21,7 @@ from ptbin.history.failures import Ledger, Unconverted, read_ledger, written_at
 from ptbin.history.records import iter_runs
 from ptbin.options import ConvertOptions
 from ptbin.sources.companions import is_companion
-from ptbin.stores import identity_text, place_of
+from ptbin.stores import NO_OPTIONS, Sides, identity_text
 
 __all__ = ["Status", "last_request", "status_of"]
 
@@ -94,27 +92,21 @@ class Status:
             self.oldest = {"path": path, "since": since}
 
 
-def last_request(
-    source: str,
-    dest: str,
-    *,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
-) -> tuple[RunRequest, str] | None:
+def last_request(source: str, dest: str, sides: Sides = NO_OPTIONS) -> tuple[RunRequest, str] | None:
     """What the newest recorded run from SOURCE was asked for, and its id; None: there is none of late.
 
     Runs that looked at named files alone say how, and are passed over for what they looked at.
     """
-    place = place_of(dest, dest_options)
+    place = sides.dest_at(dest)
     if not place.is_directory():
         return None
-    root = root_of(source, source_options)
+    root = root_of(source, sides.source_at)
     for run in iter_runs(place, last=RECORDS_READ):
         selection = run.mapping("selection")
         if run.text("kind") not in ("convert", "sync") or not selection or selection.get("is_listed"):
             continue
         try:
-            if root_of(run.text("source"), source_options) != root:
+            if root_of(run.text("source"), sides.source_at) != root:
                 continue
             options = ConvertOptions.from_json(run.mapping("options"))
             kind: RunKind = "sync" if run.text("kind") == "sync" else "convert"
@@ -136,12 +128,7 @@ def last_request(
 
 
 def status_of(
-    request: RunRequest,
-    *,
-    run: str = "",
-    now: datetime | None = None,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
+    request: RunRequest, sides: Sides = NO_OPTIONS, *, run: str = "", now: datetime | None = None
 ) -> Status:
     """Compare the two sides, as a run of that request would; `run`: the id of the one that was asked so.
 
@@ -150,17 +137,13 @@ def status_of(
         VerificationError: the list of what is acknowledged is damaged.
         StorageError: a store failed, or SOURCE does not exist.
     """
-    with closing(Plan(request, source_options=source_options, dest_options=dest_options)) as plan:
+    with closing(Plan(request, sides)) as plan:
         plan.make()
         plan.refuse_nothing()
         plan.settle_unknown()
         work = plan.work
-        ledger = read_ledger(
-            place_of(request.dest, dest_options),
-            root=root_of(request.source, source_options),
-            now=now,
-            there=work.own_files,
-        )
+        root, pattern = split_glob(request.source, sides.source_at)
+        ledger = read_ledger(work.dest, root=root.uri, now=now, there=work.own_files)
         status = Status(run, request.kind)
         status.counts["up_to_date"] = work.count_current()
         status.counts["skipped"] = work.entries.counts.total()
@@ -170,7 +153,8 @@ def status_of(
         for problem in plan.problems:
             _refuse(status, ledger, problem)
         status.note_idle(ledger)
-        if not request.include and _is_whole_place(request.source, source_options):
+        # Of a file or a glob it cannot be said what is gone.
+        if not request.include and pattern is None and root.is_directory():
             for gone in plan.iter_gone():
                 status.add("orphaned", path=gone.output)
     return status
@@ -201,9 +185,3 @@ def _refuse(status: Status, ledger: Ledger, problem: Problem) -> None:
         path = problem.source.removeprefix(f"{ledger.root.rstrip('/')}/")
         row = Unconverted(problem.source, path, ledger.root, "", "rejected", problem.reason, problem.detail)
     status.add_failure(ledger, replace(row, detail=problem.detail), "refused")
-
-
-def _is_whole_place(source: str, source_options: Mapping[str, Any] | None) -> bool:
-    """Whether SOURCE is a folder or prefix: of a file or a glob it cannot be said what is gone."""
-    root, pattern = split_glob(source, source_options)
-    return pattern is None and place_of(root, source_options).is_directory()

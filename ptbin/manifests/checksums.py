@@ -6,12 +6,11 @@ A file without a SHA-256 of its own (`--file-digest none`) has a comment for eac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from ptbin.errors import NotFoundInStoreError, VerificationError
 from ptbin.manifests.manifest import parse_manifest
-from ptbin.stores import place_of
+from ptbin.stores import Place
 
 __all__ = ["CHECKSUM_LIST", "checksum_line", "tensor_lines"]
 
@@ -26,21 +25,21 @@ def checksum_line(path: str, digest: str) -> str:
     return f"{marker}{digest}  {escaped}\n"
 
 
-def tensor_lines(
-    manifest_uris: Iterable[str], dest: str, *, dest_options: Mapping[str, Any] | None = None
-) -> str:
-    """For the outputs of these manifests that have no SHA-256: a line for each tensor. Reads each manifest.
+def tensor_lines(manifests: Iterable[Place], dest: Place) -> str:
+    """For the outputs of these manifests below `dest` that have no SHA-256: a line for each tensor.
+
+    Reads each manifest.
 
     Raises:
         StorageError: the store failed.
     """
     lines = []
-    for uri in sorted(manifest_uris):
+    for place in sorted(manifests, key=lambda place: place.path):
         try:
-            manifest = parse_manifest(place_of(uri, dest_options).read_bytes(), uri)
+            manifest = parse_manifest(place.read_bytes(), place.uri)
         except (NotFoundInStoreError, VerificationError):  # replaced meanwhile, by another run
             continue
-        folder = uri.removeprefix(dest.rstrip("/") + "/").rpartition("/")[0]
+        folder = place.parent.relative_to(dest) if place.parent != dest.file else ""
         without = {output["path"] for output in manifest["outputs"] if output.get("sha256") is None}
         for row in manifest["tensors"]:
             if row["file"] in without and row["sha256"] is not None:

@@ -151,7 +151,7 @@ def _row(
         row["cast_from"] = tensor.dtype.name
         if record.key in result.overflowed:
             row["overflowed"] = result.overflowed[record.key]
-    if not record.source_checked:
+    if not result.confirmed.issuperset(record.taken_in_part):
         row["source_checked"] = False
     return row
 

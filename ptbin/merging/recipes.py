@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ptbin.errors import UsageError
+from ptbin.merging.expressions import runaway
 
 __all__ = ["PLACE", "Expression", "Merge", "Recipe", "Rule", "Step", "evaluate", "parse_recipe"]
 
@@ -230,6 +231,8 @@ class _Row:
             raise UsageError(
                 f"{self.what}: {str(text)[:200]!r} is not a regular expression: {error}"
             ) from error
+        if why := runaway(text):
+            raise UsageError(f"{self.what}: matching {text[:200]!r} may never end: {why}")
         return str(text)
 
     def finish(self) -> None:

@@ -9,14 +9,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ptbin.errors import NotFoundInStoreError, PtbinError, StorageError, UsageError
 from ptbin.registries.layouts import Style
-from ptbin.registries.values import Model, Version
+from ptbin.registries.values import Model, Origin, Version
 from ptbin.stores import Place
 
-__all__ = ["Attempts", "Name", "Registration", "Registry", "RegistryError", "VersionSite"]
+__all__ = ["Attempts", "Name", "Pair", "Registration", "Registry", "RegistryError", "VersionSite"]
+
+
+Pair = tuple[str, str]
+"""URI of a file that belongs to a model and to no version, and its path below the model's folder."""
 
 
 class RegistryError(StorageError):
@@ -65,16 +69,18 @@ class VersionSite:
         token: what the registry calls that place.
         current: the folder of the state that is registered now and that registering will replace; files
             there that need not change may stay there.
+        published: where the files will be, if registering sends them elsewhere.
     """
 
     folder: Place
     token: str = ""
     current: Place | None = None
+    published: Place | None = None
 
     @property
     def final(self) -> Place:
         """Where the files lie once the version is registered."""
-        return self.current or self.folder
+        return self.published or self.current or self.folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,12 @@ class Registration:
     source_uri: str
     run_id: str
     files: tuple[str, ...] = ()
+
+    @property
+    def recorded(self) -> Version:
+        """The version as a record there has it: by its name there, and with its origin."""
+        origin = Origin(self.source_uri, self.version.model, self.version.version, self.fingerprint)
+        return replace(self.version, version=self.dest_version, origin=origin)
 
 
 class Registry(ABC):
@@ -137,18 +149,13 @@ class Registry(ABC):
     def folder(self, version: Version) -> Place:
         """Where the version's files lie."""
 
-    def model_files(self, model: str) -> tuple[tuple[str, str], ...]:
-        """Files that belong to the model and to no version (Triton's `config.pbtxt`, say).
+    def loose_files(self, model: str) -> tuple[tuple[Pair, ...], list[str]]:
+        """Files in a model's folder and in no version: those that go along, and paths of those that stay.
 
-        URI of each, and its path below the model's folder.
+        Triton's `config.pbtxt`, say, goes along; checkpoints and strange paths stay behind.
         """
         del model
-        return ()
-
-    def model_files_left(self, model: str) -> list[str]:
-        """Files in a model's folder and in no version that stay behind: checkpoints, strange paths."""
-        del model
-        return []
+        return (), []
 
     # -- as a destination ---------------------------------------------------------------------------
 
@@ -211,8 +218,14 @@ class Registry(ABC):
         del fingerprints
 
     @abstractmethod
-    def register(self, model: Model, ready: Sequence[Registration]) -> list[str]:
-        """Make versions of one model known, in order; the names that they have now. It may be done again."""
+    def register(
+        self, model: Model, ready: Sequence[Registration], brought: Mapping[str, str] | None = None
+    ) -> list[str]:
+        """Make versions of one model known, in order; the names that they have now. It may be done again.
+
+        `brought`: files of the model's own that came along: what each is now, by path, as `identity_text` has
+        it. Only a registry with a `model_folder` gets any, and keeps them.
+        """
 
     @abstractmethod
     def update(
@@ -227,16 +240,9 @@ class Registry(ABC):
         """
 
     def known_files(self, model: str) -> Mapping[str, str]:
-        """Files of the model's own that `remember_files` was told of."""
+        """Files of the model's own that migrations brought, as `register` keeps them."""
         del model
         return {}
-
-    def remember_files(self, model: str, files: Mapping[str, str]) -> None:
-        """Files of the model's own that were brought: what each is now, by path, as `identity_text` has it.
-
-        The model is known already. Only a registry with a `model_folder` keeps any.
-        """
-        del model, files
 
     def name_problem(self, name: str) -> str | None:
         """Why a model of that name cannot be kept there; None: it can."""

@@ -21,6 +21,7 @@ from ptbin.manifests.provenance import STATEMENT_SUFFIX
 from ptbin.options import ConvertOptions
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import read_selected
+from ptbin.registries.base import Pair
 from ptbin.registries.layouts import Style
 from ptbin.registries.record import OWN_FILES, is_plain_path
 from ptbin.sources.companions import companion_of, left_alone_as
@@ -29,16 +30,13 @@ from ptbin.sources.opening import SourcePlace, find_source
 from ptbin.sources.sidecars import PATTERNS
 from ptbin.stores import ListedObject, Place
 
-__all__ = ["Contents", "NoCheckpointError", "Pair", "is_of_training", "plan_contents"]
+__all__ = ["Contents", "NoCheckpointError", "is_of_training", "plan_contents"]
 
 WEIGHTS_SUFFIXES = frozenset(".pt .pth .ckpt .bin .th .safetensors .pt2 .pkl .pickle .jit .ptc".split())
 """A file of such a name that is not a checkpoint makes a version bad; other names are then plain files."""
 
 OF_OTHERS = (".pkl", ".pickle")
 """A file that is called a pickle and nothing else may be scikit-learn's, say."""
-
-Pair = tuple[str, str]
-"""URI of a file that belongs to a model and to no version, and its path below the version's folder."""
 
 
 class NoCheckpointError(NotACheckpointError):

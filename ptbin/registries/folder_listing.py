@@ -1,7 +1,7 @@
 """What lies in a directory registry: which file belongs to which version of which model, by the template.
 
 One listing. A folder that cannot be read is a problem of the version that it belongs to, which is then not
-taken (part of it may be missing), or else of its own; the rest of the registry is read all the same.
+taken (part of it may be missing), or else a problem by itself; the rest of the registry is still read.
 """
 
 from __future__ import annotations
@@ -13,15 +13,12 @@ from dataclasses import dataclass, field
 from ptbin.catalog.companions import COMPANIONS
 from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, suffix_of
 from ptbin.errors import StorageError
-from ptbin.registries.layouts import Layout
+from ptbin.registries.layouts import ONLY_VERSION, Layout
 from ptbin.registries.record import OWN_FILES, RECORD, is_plain_path
 from ptbin.sources.sidecars import PATTERNS
 from ptbin.stores import ListedObject, Place, Watch
 
-__all__ = ["ONLY_VERSION", "ListedModel", "RegistryListing", "list_registry"]
-
-ONLY_VERSION = "main"
-"""What the one version of a model is called where the template has no place for versions."""
+__all__ = ["ListedModel", "RegistryListing", "list_registry"]
 
 
 @dataclass(slots=True)
@@ -81,7 +78,7 @@ def list_registry(root: Place, layout: Layout) -> RegistryListing:
             continue
         name, version, _ = found
         model = listing.models.setdefault(name, ListedModel())
-        if item.path == _record_path(layout, name):
+        if item.path == f"{layout.home(name)}/{RECORD}":
             loose.append(item.path)
             continue
         model.versions.setdefault(version or ONLY_VERSION, []).append(item)
@@ -97,7 +94,7 @@ def list_registry(root: Place, layout: Layout) -> RegistryListing:
     above = {layout.model_folder(name): name for name in listing.models}
     for path in loose:
         if (owner := _name_above(path, above)) is not None:
-            _add_loose(listing.models[owner], path, _record_path(layout, owner))
+            _add_loose(listing.models[owner], path, f"{layout.home(owner)}/{RECORD}")
     return listing
 
 
@@ -111,11 +108,6 @@ def _add_loose(model: ListedModel, path: str, record: str) -> None:
         model.beside.append(path)
     else:
         model.left.append(path)
-
-
-def _record_path(layout: Layout, name: str) -> str:
-    above = layout.model_folder(name)
-    return f"{above if above is not None else layout.folder(name, ONLY_VERSION)}/{RECORD}"
 
 
 def _name_above(path: str, above: Mapping[str | None, str]) -> str | None:

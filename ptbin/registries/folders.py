@@ -15,15 +15,15 @@ from typing import Any
 
 from ptbin.errors import NotFoundInStoreError, OutputExistsError, VerificationError
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
-from ptbin.registries.base import Name, Registration, Registry, RegistryError, VersionSite
-from ptbin.registries.folder_listing import ONLY_VERSION, ListedModel, RegistryListing, list_registry
-from ptbin.registries.layouts import Layout
+from ptbin.registries.base import Name, Pair, Registration, Registry, RegistryError, VersionSite
+from ptbin.registries.folder_listing import ListedModel, RegistryListing, list_registry
+from ptbin.registries.layouts import ONLY_VERSION, Layout
 from ptbin.registries.record import CLAIM, OWN_FILES, RECORD, ModelRecord, VersionRecord
 from ptbin.registries.values import Model, Origin, Version, natural_order
 from ptbin.stores import ListedObject, Place, identity_text, place_of, public_uri
 from ptbin.stores.copying import copy_file, same_content
 
-__all__ = ["ONLY_VERSION", "FolderRegistry"]
+__all__ = ["FolderRegistry"]
 
 MAX_RECORD_NBYTES = 64 << 20
 STAGING = "_ptbin/staging"
@@ -39,7 +39,7 @@ class FolderRegistry(Registry):
         self.style = layout.style
         self._root = place_of(uri, options).file
         self.folds_case = self._root.is_local
-        # However it was spelled: it tells versions of this registry from those of another.
+        # However it was spelled: by it versions of this registry differ from those of another.
         self.uri = public_uri(self._root.uri)
         self._listed: RegistryListing | None = None
 
@@ -124,16 +124,12 @@ class FolderRegistry(Registry):
     def _place_of(self, model: str, version: str) -> Place:
         return self._root / self.layout.folder(model, version)
 
-    def model_files(self, model: str) -> tuple[tuple[str, str], ...]:
-        above = self.layout.model_folder(model)
-        if above is None:
-            return ()
-        paths = sorted(self._list().model(model).beside)
-        return tuple(((self._root / path).uri, path[len(above) + 1 :]) for path in paths)
-
-    def model_files_left(self, model: str) -> list[str]:
-        above = self.layout.model_folder(model)
-        return [path[len(above or "") :].lstrip("/") for path in sorted(self._list().model(model).left)]
+    def loose_files(self, model: str) -> tuple[tuple[Pair, ...], list[str]]:
+        listed, above = self._list().model(model), self.layout.model_folder(model)
+        start = 0 if above is None else len(above) + 1
+        beside = () if above is None else listed.beside
+        pairs = tuple(((self._root / path).uri, path[start:]) for path in sorted(beside))
+        return pairs, [path[start:] for path in sorted(listed.left)]
 
     # -- destination --------------------------------------------------------------------------------
 
@@ -167,7 +163,7 @@ class FolderRegistry(Registry):
         return Name(name)
 
     def model_folder(self, model: str) -> Place | None:
-        return self._root / self._above(model) if self.layout.has_versions else None
+        return self._root / self.layout.home(model) if self.layout.has_versions else None
 
     def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> VersionSite:
         folder = self._place_of(version.model, dest_version)
@@ -215,18 +211,15 @@ class FolderRegistry(Registry):
             if item.path.split("/", 1)[0] not in fingerprints:
                 (staging / item.path).delete()
 
-    def register(self, model: Model, ready: Sequence[Registration]) -> list[str]:
+    def register(
+        self, model: Model, ready: Sequence[Registration], brought: Mapping[str, str] | None = None
+    ) -> list[str]:
         record = self._read_record(model.name) or ModelRecord(
             model.name, model.description, model.tags, layout=self.style
         )
         aliases = dict(record.aliases)
-        above = self._above(model.name)
+        above = self.layout.home(model.name)
         for new in ready:
-            version = replace(
-                new.version,
-                version=new.dest_version,
-                origin=Origin(new.source_uri, new.version.model, new.version.version, new.fingerprint),
-            )
             folder = self.layout.folder(model.name, new.dest_version)
             old = record.row(new.dest_version)
             if old is not None and (old.version.origin or NOBODY).fingerprint != new.fingerprint:
@@ -234,11 +227,12 @@ class FolderRegistry(Registry):
                 self._replace(record, old, new, self._root / folder)
             path = folder[len(above) :].lstrip("/") or "."
             identities = _identities(self._root / folder, new.files)
-            record = record.with_version(VersionRecord(version, path, new.manifests, new.files, identities))
+            record = record.with_version(
+                VersionRecord(new.recorded, path, new.manifests, new.files, identities)
+            )
             aliases.update(dict.fromkeys(new.aliases, new.dest_version))
-        self._write_record(
-            replace(record, description=model.description or record.description, aliases=aliases)
-        )
+        files = {**record.files, **(brought or {})}
+        self._write_record(replace(record.updated(model), aliases=aliases, files=files))
         for new in ready:
             (self._place_of(model.name, new.dest_version) / CLAIM).delete()
             _empty(self._staging(new.fingerprint))
@@ -287,40 +281,19 @@ class FolderRegistry(Registry):
         record = self._read_record(model)
         return {} if record is None else record.files
 
-    def remember_files(self, model: str, files: Mapping[str, str]) -> None:
-        record = self._read_record(model)
-        if record is not None and record.files != {**record.files, **files}:
-            self._write_record(replace(record, files={**record.files, **files}))
-
     def update(
         self, model: Model, aliases: Mapping[str, str], versions: Iterable[tuple[str, Version]]
     ) -> None:
         record = self._read_record(model.name)
         if record is None:
             return
-        wanted = dict(versions)
-        rows = tuple(row.updated(wanted.get(row.version.version)) for row in record.versions)
-        self._write_record(
-            replace(
-                record,
-                description=model.description or record.description,
-                tags={**record.tags, **model.tags},
-                aliases={**record.aliases, **aliases},
-                versions=rows,
-            )
-        )
+        updated = record.updated(model, dict(versions))
+        self._write_record(replace(updated, aliases={**record.aliases, **aliases}))
 
     # -- registry.json ------------------------------------------------------------------------------
 
-    def _above(self, name: str) -> str:
-        above = self.layout.model_folder(name)
-        return above if above is not None else self.layout.folder(name, ONLY_VERSION)
-
-    def _record_path(self, name: str) -> str:
-        return f"{self._above(name)}/{RECORD}"
-
     def _read_record(self, name: str) -> ModelRecord | None:
-        place = self._root / self._record_path(name)
+        place = self._record_place(name)
         try:
             data = place.read_bytes(limit=MAX_RECORD_NBYTES)
         except NotFoundInStoreError:
@@ -331,7 +304,10 @@ class FolderRegistry(Registry):
             raise RegistryError(str(error)) from error
 
     def _write_record(self, record: ModelRecord) -> None:
-        (self._root / self._record_path(record.name)).write_bytes(record.to_bytes())
+        self._record_place(record.name).write_bytes(record.to_bytes())
+
+    def _record_place(self, name: str) -> Place:
+        return self._root / self.layout.home(name) / RECORD
 
 
 def _read_claim(folder: Place) -> dict[str, Any]:

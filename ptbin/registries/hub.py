@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from ptbin.errors import (
     AccessDeniedError,
     NotFoundInStoreError,
     PtbinError,
-    UsageError,
     VerificationError,
 )
+from ptbin.installed import require
 from ptbin.registries.base import Attempts, Name, Registration, Registry, RegistryError, VersionSite
 from ptbin.registries.record import RECORD, ModelRecord, VersionRecord
-from ptbin.registries.values import Model, Origin, Version, natural_order
+from ptbin.registries.values import Model, Version, natural_order
 from ptbin.stores import Place, place_of, public_uri
 
 __all__ = ["HubRegistry"]
@@ -38,17 +38,6 @@ _REFERENCE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.))*(?<!\.)(?<!\.loc
 """What is a tag of git everywhere (git-check-ref-format(1)) and a revision in the Hub's URLs."""
 _VERSION_LIKE = re.compile(r"[vV]?[0-9]+(?:[._-].*)?")
 _OPTIONS = ("endpoint", "token")
-
-
-@dataclass(frozen=True, slots=True)
-class _Staged(VersionSite):
-    """A folder on this machine, from which the files go to a revision of a repository."""
-
-    published: Place | None = None
-
-    @property
-    def final(self) -> Place:
-        return self.published or self.folder
 
 
 class HubRegistry(Registry):
@@ -71,12 +60,9 @@ class HubRegistry(Registry):
     @property
     def _api(self) -> Any:
         if self._made is None:
-            try:
-                from huggingface_hub import HfApi
-            except ImportError as error:
-                raise UsageError(
-                    f"{self.uri}: the Hub's client is not installed: pip install 'ptbin[hub]'"
-                ) from error
+            require("huggingface_hub", self.uri)
+            from huggingface_hub import HfApi
+
             self._made = HfApi(**{name: self._options[name] for name in _OPTIONS if name in self._options})
         return self._made
 
@@ -243,7 +229,7 @@ class HubRegistry(Registry):
         del version
         folder = str(self._staging / fingerprint)
         published = place_of(f"hf://{self._owner}/{model.name}@{dest_version}", self._options)
-        return _Staged(place_of(folder), folder, published=published)
+        return VersionSite(place_of(folder), folder, published=published)
 
     @property
     def _staging(self) -> Path:
@@ -257,7 +243,10 @@ class HubRegistry(Registry):
             if folder.name not in fingerprints:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def register(self, model: Model, ready: Sequence[Registration]) -> list[str]:
+    def register(
+        self, model: Model, ready: Sequence[Registration], brought: Mapping[str, str] | None = None
+    ) -> list[str]:
+        del brought
         repository = f"{self._owner}/{model.name}"
         with self._faults(f"make the repository {model.name}"):
             self._api.create_repo(repository, exist_ok=True, private=bool(self._options.get("private", True)))
@@ -279,18 +268,8 @@ class HubRegistry(Registry):
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         record = self._record(model.name) or ModelRecord(model.name)
-        version = replace(
-            new.version,
-            version=new.dest_version,
-            aliases=(),
-            origin=Origin(new.source_uri, new.version.model, new.version.version, new.fingerprint),
-        )
-        record = replace(
-            record.with_version(VersionRecord(version, ".", new.manifests)),
-            description=model.description or record.description,
-            tags={**record.tags, **model.tags},
-            aliases={},  # the tags are
-        )
+        record = record.with_version(VersionRecord(new.recorded, ".", new.manifests)).updated(model)
+        record = replace(record, aliases={})  # the tags are
         files = _staged(new)
         added = [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
@@ -328,12 +307,7 @@ class HubRegistry(Registry):
         record = self._record(model.name)
         if record is None:
             return
-        changed = replace(
-            record,
-            description=model.description or record.description,
-            tags={**record.tags, **model.tags},
-            versions=tuple(row.updated(wanted.get(row.version.version)) for row in record.versions),
-        )
+        changed = record.updated(model, wanted)
         if changed.to_bytes() == record.to_bytes():
             return
         with self._faults(f"update {model.name}"):

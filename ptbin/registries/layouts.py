@@ -13,10 +13,12 @@ from typing import Literal
 
 from ptbin.errors import UsageError
 
-__all__ = ["Layout", "Style", "parse_layout"]
+__all__ = ["ONLY_VERSION", "Layout", "Style", "parse_layout"]
 
 Style = Literal["mirror", "hf", "triton"]
 
+ONLY_VERSION = "main"
+"""What the one version of a model is called where the template has no place for versions."""
 TEMPLATE = "{name}/{version}"
 _FIELD = re.compile(r"\{(\w+)\}")
 _PATTERNS = {"name": r"[^/]+?", "version": r"[^/]+?"}
@@ -77,6 +79,11 @@ class Layout:
         if not any("{name}" in part for part in above):
             return None
         return _FIELD.sub(name.replace("\\", r"\\"), "/".join(above))
+
+    def home(self, name: str) -> str:
+        """The folder of a model's own record: that above its versions, or that of its only one."""
+        above = self.model_folder(name)
+        return above if above is not None else self.folder(name, ONLY_VERSION)
 
     def split(self, path: str) -> tuple[str, str, str] | None:
         """Name, version (empty where the template has none) and the rest of the path of a file."""

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions
 from ptbin.registries import is_registry_uri, open_registry
 from ptbin.registries.base import Registry
-from ptbin.registries.contents import Contents, Pair, plan_contents
-from ptbin.registries.planning import Migration, Step, Versions, plan_migration, wanted_names
-from ptbin.registries.values import Model
-from ptbin.stores import place_of
-from ptbin.stores.copying import find_in_place
+from ptbin.registries.contents import Contents, plan_contents
+from ptbin.registries.planning import (
+    Migration,
+    ModelPlan,
+    Step,
+    Versions,
+    plan_migration,
+    wanted_names,
+)
+from ptbin.stores import NO_OPTIONS, Place, Sides, identity_text
+from ptbin.stores.copying import copy_file, find_in_place
 
-__all__ = ["ADVICE", "Registries", "brought_before", "plan_version", "prepare"]
+__all__ = ["Registries", "bring_along", "plan_version", "prepare"]
 
 ADVICE = "move it away, or choose another DEST"
 
@@ -30,9 +37,7 @@ class Registries:
     source_layout: str | None = None
     dest_layout: str | None = None
 
-    def open(
-        self, source_options: Mapping[str, Any] | None, dest_options: Mapping[str, Any] | None
-    ) -> tuple[Registry, Registry]:
+    def open(self, sides: Sides = NO_OPTIONS) -> tuple[Registry, Registry]:
         """Both sides. Where DEST is not a directory registry, its layout is taken for SOURCE's.
 
         Raises:
@@ -45,8 +50,8 @@ class Registries:
         if own.startswith(other) or other.startswith(own):
             raise UsageError(f"the registries lie in one another: {self.source}, {self.dest}")
         return (
-            open_registry(self.source, source_layout, source_options),
-            open_registry(self.dest, dest_layout, dest_options),
+            open_registry(self.source, source_layout, sides.source_options),
+            open_registry(self.dest, dest_layout, sides.dest_options),
         )
 
 
@@ -71,9 +76,9 @@ def prepare(
     migration = plan_migration(models, existing, source.uri, dest, versions, options.fingerprint())
     plans = []
     for plan in migration.models:
-        name = plan.model.name
-        left = tuple(f"file {path}: it belongs to no version" for path in source.model_files_left(name))
-        plans.append(replace(plan, beside=source.model_files(name), not_kept=(*plan.not_kept, *left)))
+        beside, left = source.loose_files(plan.path)
+        lost = [f"file {path}: it belongs to no version" for path in left]
+        plans.append(replace(plan, beside=beside, not_kept=(*plan.not_kept, *lost)))
     return replace(migration, models=tuple(plans))
 
 
@@ -81,33 +86,47 @@ def plan_version(
     source: Registry,
     dest: Registry,
     step: Step,
-    existing: Model,
-    beside: Sequence[Pair],
+    plan: ModelPlan,
     options: ConvertOptions,
-    source_options: Mapping[str, Any] | None,
+    sides: Sides = NO_OPTIONS,
 ) -> Contents:
     """What becomes of a version's files. Reads the index of each checkpoint, and writes nothing.
-
-    Args:
-        existing: the model as DEST has it; `beside`: files of the model and of no version.
 
     Raises:
         OutputExistsError: a file is in the way that no migration brought.
         CheckpointError, OutputCollisionError: as `plan_contents`.
     """
-    name = step.version.model
-    dest.check_place(existing, step.version, step.dest_version)
+    dest.check_place(plan.existing, step.version, step.dest_version)
     contents = plan_contents(source.folder(step.version), dest.style, options)
-    folder = dest.model_folder(name)
+    folder = dest.model_folder(plan.path)
     if folder is None:
-        return replace(contents, beside=contents.with_beside(beside))
-    known = dest.known_files(name) if beside else {}
-    for uri, path in beside:
-        may_replace = brought_before(known, path)
-        find_in_place(place_of(uri, source_options), folder / path, may_replace, advice=ADVICE)
+        return replace(contents, beside=contents.with_beside(plan.beside))
+    for found, place, may_replace in _beside(plan, dest, folder, sides):
+        find_in_place(found, place, may_replace, advice=ADVICE)
     return contents
 
 
-def brought_before(known: Mapping[str, str], path: str) -> Callable[[str], bool]:
-    """Whether a file of a model is still what a migration brought: `copy_file`'s `may_replace`."""
-    return lambda identity: known.get(path) == identity
+def bring_along(
+    plan: ModelPlan, dest: Registry, sides: Sides, progress: Callable[[int], None]
+) -> dict[str, str]:
+    """Copy the files of a model and of no version; what each is now, by its path. The same file stays.
+
+    Raises:
+        OutputExistsError: another file is at the place of one, and no migration brought it.
+    """
+    folder = dest.model_folder(plan.path)
+    brought = {}
+    if folder is not None:
+        for found, place, may_replace in _beside(plan, dest, folder, sides):
+            copied = copy_file(found, place, progress=progress, may_replace=may_replace, advice=ADVICE)
+            brought[place.relative_to(folder)] = identity_text(copied.identity)
+    return brought
+
+
+def _beside(
+    plan: ModelPlan, dest: Registry, folder: Place, sides: Sides
+) -> Iterator[tuple[Place, Place, Callable[[str], bool]]]:
+    """Where each such file lies, where it goes, and whether the one there is what a migration brought."""
+    known = dest.known_files(plan.path) if plan.beside else {}
+    for uri, path in plan.beside:
+        yield sides.source_at(uri), folder / path, partial(operator.eq, known.get(path))

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from ptbin.errors import AccessDeniedError, NotFoundInStoreError, PtbinError, UsageError
+from ptbin.installed import require
 from ptbin.registries.base import RegistryError
 from ptbin.stores import Place, place_of, public_uri
 
@@ -67,12 +68,9 @@ class Connection:
         if self._made is None:
             self._reach()
             _quieten()
-            try:
-                from mlflow import MlflowClient
-            except ImportError as error:
-                raise UsageError(
-                    f"{self.uri}: MLflow's client is not installed: pip install 'ptbin[mlflow]'"
-                ) from error
+            require("mlflow", self.uri)
+            from mlflow import MlflowClient
+
             with self.faults("open"):
                 self._made = MlflowClient(tracking_uri=self.tracking, registry_uri=self.tracking)
         return self._made
@@ -196,9 +194,9 @@ def _expected_tables() -> set[str]:
 
 
 def _quieten() -> None:
-    """MLflow's client would tell its makers of every call, and standard output of every run.
+    """Else MLflow's client reports every call to its makers, and prints every run on standard output.
 
-    It would also ask a server that is gone for four minutes, each request: tasks have retries of their own.
+    It would also retry each request to a server that is gone for four minutes: tasks have their own retries.
     The seconds that it waits for one answer stay: a server takes them to store a large file that it was sent.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -191,7 +191,10 @@ class MlflowRegistry(MlflowSource):
             ):
                 self._end_run(str(run.info.run_id))
 
-    def register(self, model: Model, ready: Sequence[Registration]) -> list[str]:
+    def register(
+        self, model: Model, ready: Sequence[Registration], brought: Mapping[str, str] | None = None
+    ) -> list[str]:
+        del brought
         self._ensure_model(model)
         known: dict[str, str] = {}
         last = 0
@@ -236,8 +239,8 @@ class MlflowRegistry(MlflowSource):
     def _register_one(self, name: str, new: Registration, last: int) -> str:
         """Make versions and delete them again until one has the number that is wanted.
 
-        MLflow gives no number twice, and does not tell which ones it gave: each may turn out to be the last.
-        A version that needs no number of its own takes the next that there is.
+        MLflow gives no number twice, and does not say which ones it gave: each may turn out to be the last.
+        A version without a number to keep takes the next one.
         """
         version = new.version
         wanted = int(new.dest_version) if _keeps_number(new) else 0

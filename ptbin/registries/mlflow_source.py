@@ -152,12 +152,12 @@ class MlflowSource(Registry):
                         )
                 params |= {str(key): str(value) for key, value in found.data.params.items()}
                 page = self._connection.page(f"experiments/{found.info.experiment_id}/runs/{run.run_id}")
-                # A link that the version has of its own leads further back: to where it was trained.
+                # The version's own link leads further back: to where it was trained.
                 run = RunLink(
                     run.run_id, str(found.info.run_name or ""), str(experiment.name), run.url or page
                 )
             except NotFoundInStoreError:
-                pass  # deleted for good; its id is still told
+                pass  # deleted for good; its id is kept
         if version.source.startswith("models:/m-"):
             with contextlib.suppress(NotFoundInStoreError), self._faults(f"read {version.source}"):
                 logged = self._client.get_logged_model(version.source.removeprefix("models:/"))

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ptbin.registries.base import Name, Registry
+from ptbin.registries.base import Registry
 from ptbin.registries.values import Model, Version
 
 __all__ = ["Migration", "ModelPlan", "Step", "Versions", "plan_migration", "wanted_names"]
@@ -35,6 +35,10 @@ class Step:
     not_kept: tuple[str, ...] = ()
     reason: str = ""
     detail: str = ""
+
+    @classmethod
+    def refused(cls, version: Version, reason: str, detail: str, fingerprint: str = "") -> Step:
+        return cls(version, "refused", "", fingerprint, reason=reason, detail=detail)
 
     def to_json(self) -> dict[str, Any]:
         row: dict[str, Any] = {
@@ -119,16 +123,13 @@ def plan_migration(
         reason = "unsafe_path"
         other = taken.setdefault(model.name.casefold(), model.name)
         if problem is None and dest.folds_case and other != model.name:
-            problem = f"{other} and {model.name} would be one where the store does not tell cases apart"
+            problem = f"{other} and {model.name} would be one where the store ignores case"
         for broken in (there.problem, model.problem):
             if broken:
                 problem, reason = broken, "registry_error"
         if problem is not None:
-            steps = [
-                Step(version, "refused", "", "", reason=reason, detail=problem)
-                for version in _choose(model, versions)
-            ]
-            plans.append(ModelPlan(model, there, tuple(steps), problem=problem))
+            steps = tuple(Step.refused(version, reason, problem) for version in _choose(model, versions))
+            plans.append(ModelPlan(model, there, steps, problem=problem))
             continue
         is_there = model.name in existing
         plans.append(
@@ -151,24 +152,18 @@ def _plan_model(
     done = there.by_fingerprint()
     prints = {version.version: version.fingerprint(options_fingerprint) for version in chosen}
     fresh = [version for version in chosen if prints[version.version] not in done and not version.problem]
-    names = dict(
-        zip(
-            (version.version for version in fresh),
-            dest.name_versions(there if is_there else None, fresh),
-            strict=True,
-        )
-    )
+    named = dest.name_versions(there if is_there else None, fresh)
+    names = {version.version: name for version, name in zip(fresh, named, strict=True)}
     by_name = {version.version: version for version in there.versions}
-    keepable = _Aliases(there, source_uri, set(prints.values()), dest, {*by_name, *_texts(names)})
+    taken = {*by_name, *(name.text for name in named if not name.problem)}
+    keepable = _Aliases(there, source_uri, set(prints.values()), dest, taken)
     steps = []
     aliases: dict[str, str] = {}
     outdated = []
     for version in chosen:
         fingerprint = prints[version.version]
         if version.problem:
-            steps.append(
-                Step(version, "refused", "", fingerprint, reason="storage_error", detail=version.problem)
-            )
+            steps.append(Step.refused(version, "storage_error", version.problem, fingerprint))
             continue
         known = done.get(fingerprint)
         if known is None:
@@ -177,7 +172,7 @@ def _plan_model(
             if not problem and (old := by_name.get(name.text)) is not None:
                 reason, problem = "output_collision", _not_ours(old, version, source_uri)
             if problem:
-                steps.append(Step(version, "refused", "", fingerprint, reason=reason, detail=problem))
+                steps.append(Step.refused(version, reason, problem, fingerprint))
                 continue
             lost = dest.not_kept(version)
             if name.text != version.version:
@@ -204,10 +199,6 @@ def _plan_model(
     )
 
 
-def _texts(names: Mapping[str, Name]) -> set[str]:
-    return {name.text for name in names.values() if not name.problem}
-
-
 def _not_ours(old: Version, version: Version, source_uri: str) -> str:
     """Why a registered version may not be written over by this one; empty: it is an earlier state of it."""
     if old.origin is None:
@@ -217,7 +208,7 @@ def _not_ours(old: Version, version: Version, source_uri: str) -> str:
     if old.origin.registry != source_uri:
         return (
             f"version {old.version} is there already and comes from {old.origin.registry}: give each source "
-            "a DEST of its own, or remove that version there"
+            "its own DEST, or remove that version there"
         )
     return ""
 

@@ -98,6 +98,16 @@ class ModelRecord:
         ordered = sorted(others.values(), key=lambda row: natural_order(row.version.version))
         return replace(self, versions=tuple(ordered))
 
+    def updated(self, model: Model, versions: Mapping[str, Version] | None = None) -> ModelRecord:
+        """With the description and tags that the source has now, of the model and of these versions."""
+        wanted = versions or {}
+        return replace(
+            self,
+            description=model.description or self.description,
+            tags={**self.tags, **model.tags},
+            versions=tuple(row.updated(wanted.get(row.version.version)) for row in self.versions),
+        )
+
     def to_bytes(self) -> bytes:
         data = {
             "schema_version": SCHEMA_VERSION,

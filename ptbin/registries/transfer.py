@@ -17,7 +17,7 @@ from ptbin.conversion import Published, publish_at, stage
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
 from ptbin.options import ConvertOptions
 from ptbin.registries.contents import Contents
-from ptbin.stores import Place, place_of
+from ptbin.stores import NO_OPTIONS, Place, Sides
 from ptbin.stores.copying import copy_file
 
 __all__ = ["Transferred", "files_of", "transfer"]
@@ -40,7 +40,7 @@ def transfer(
     options: ConvertOptions,
     *,
     current: Place | None = None,
-    source_options: Mapping[str, Any],
+    sides: Sides = NO_OPTIONS,
     annotations: Mapping[str, Any],
     run_id: str,
     progress: Progress | None = None,
@@ -49,7 +49,7 @@ def transfer(
 
     Args:
         current: where an earlier state of the version is; a checkpoint that is up to date there stays there.
-        source_options: for the files of the model that go along.
+        sides: for the files of the model that go along.
         annotations: what the registry knows of the version; goes into each manifest as `registry`.
     """
     done = []
@@ -66,13 +66,13 @@ def transfer(
         draft.manifest["registry"] = dict(annotations)
         done.append(Transferred(job, publish_at(draft, source, dest, progress), fresh=True))
     files = [(contents.source_of(job), job.dest_uri) for job in contents.copies]
-    files += [(place_of(uri, source_options), path) for uri, path in contents.beside]
+    files += [(sides.source_at(uri), path) for uri, path in contents.beside]
     for source, path in files:
         copy_file(
             source,
             place / path,
             verify=options.verify != "none",
-            change=change_on_copying(source.uri, path, options),
+            change=change_on_copying(source.uri, (place / path).name, options),
             progress=progress,
         )
     return done

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from ptbin.catalog.finding import OWN_FOLDER
 from ptbin.errors import LimitExceededError, NotFoundInStoreError, VerificationError
 from ptbin.manifests.checksums import CHECKSUM_LIST
 from ptbin.proof.verification import Issue
 from ptbin.registries.record import RECORD, ModelRecord
-from ptbin.stores import Place, WatchQuietly, place_of
+from ptbin.stores import Place, WatchQuietly
 
 __all__ = ["verify_records"]
 
@@ -24,9 +23,7 @@ _LINE = re.compile(r"(\\?)([0-9a-f]{64}) [ *](.+)")
 _ESCAPED = re.compile(r"\\(.)")
 
 
-def verify_records(
-    dest: str, digests: Mapping[str, tuple[str, str]], *, storage_options: Mapping[str, Any] | None = None
-) -> list[Issue]:
+def verify_records(dest: Place, digests: Mapping[str, tuple[str, str]]) -> list[Issue]:
     """Hold the checksum lists and registry records below DEST against what its manifests say.
 
     Args:
@@ -36,7 +33,7 @@ def verify_records(
     A list speaks of what its own run stored: what a later one wrote over does not contradict it, nor does
     what is not there any more.
     """
-    root = place_of(dest, storage_options).file
+    root = dest.file
     issues: list[Issue] = []
     records = []
     for item in root.iter_objects(WatchQuietly()):

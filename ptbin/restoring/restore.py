@@ -69,20 +69,13 @@ def restore(
 
 
 def preview_restore(
-    source: Where,
-    dest: Where,
-    options: RestoreOptions,
-    *,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
-    standing: Standing | None = None,
+    source: Place, dest: Place, options: RestoreOptions, *, standing: Standing | None = None
 ) -> Preview:
     """What `restore` would do, found as it finds it. Writes nothing.
 
     Raises:
         OutputExistsError: it would refuse to. CheckpointError: it would refuse the source.
     """
-    source, dest = place_of(source, source_options), place_of(dest, dest_options)
     if options.model is None:
         return preview(source, dest, options.conversion(), guard="restored", standing=standing)
     at = _site_of(source, dest, options, standing)

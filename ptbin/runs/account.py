@@ -20,7 +20,6 @@ from ptbin.runs.ending import Do, end_run
 from ptbin.runs.outcomes import Outcome, one_line
 from ptbin.runs.remembering import Memory
 from ptbin.runs.tally import Entry, Tally
-from ptbin.stores import place_of
 
 __all__ = ["FULL", "FULL_AFTER", "Account"]
 
@@ -60,7 +59,7 @@ class Account:
         self._full = 0
         self._rows: list[FinishedRow] = []
         self._segments = 0
-        self._dest = place_of(tally.place, plan.sides["dest_options"])
+        self._dest = plan.sides.dest_at(tally.place)
 
     def open(self) -> list[Entry]:
         """Take over what earlier runs failed at; what the listing refuses, in the plan's order.
@@ -138,7 +137,7 @@ class Account:
             began=self._began,
             selection=memory.selection() if memory is not None else None,
             do=self._do,
-            **self.plan.sides,
+            sides=self.plan.sides,
             **prefect,
         )
 

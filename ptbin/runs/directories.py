@@ -7,7 +7,6 @@ at any instant leaves what a killed flow leaves; the next run, of either kind, g
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from ptbin.catalog.checks import check_call
+from ptbin.catalog.checks import check_request
 from ptbin.catalog.jobs import Job
 from ptbin.catalog.lease import acquire_lease
 from ptbin.catalog.plan import Plan
@@ -32,7 +31,8 @@ from ptbin.runs.result import RunResult
 from ptbin.runs.retrying import RETRIES, retry_delay
 from ptbin.runs.steps import publish_job, stage_job
 from ptbin.runs.tally import Tally
-from ptbin.stores import place_of
+from ptbin.stores import Sides, Where
+from ptbin.stores.place import apart
 
 __all__ = ["convert_directory"]
 
@@ -46,8 +46,8 @@ class _Stopped(BaseException):
 
 
 def convert_directory(
-    source: str | os.PathLike[str],
-    dest: str | os.PathLike[str],
+    source: Where,
+    dest: Where,
     options: ConvertOptions | None = None,
     *,
     naming: Naming = "replace",
@@ -69,7 +69,7 @@ def convert_directory(
     the result. An interrupt ends the run, which leaves its record first.
 
     Args:
-        source: a directory, a prefix, a glob or one checkpoint: a path or any fsspec URL.
+        source: a directory, a prefix, a glob or one checkpoint: a path, any fsspec URL, or a `Place`.
         include, exclude: globs on paths below `source`. `files`: only these paths below it.
         min_success: the run succeeds if that share of its checkpoints does.
         workers: checkpoints worked on at once; left out, one a core, 2 to 16.
@@ -83,9 +83,10 @@ def convert_directory(
     """
     refuse_text(include=include, exclude=exclude, files=files)
     check_run_id(run_id := run_id or new_run_id())
+    (source, source_options), (dest, dest_options) = apart(source, source_options), apart(dest, dest_options)
     request = RunRequest(
-        os.fspath(source),
-        os.fspath(dest),
+        source,
+        dest,
         options or ConvertOptions(),
         naming=naming,
         include=tuple(include),
@@ -93,11 +94,11 @@ def convert_directory(
         copy_links=copy_links,
         named=tuple(files) if files is not None else None,
     )
-    sides: dict[str, Any] = {"source_options": source_options, "dest_options": dest_options}
-    check_call(request.source, request.dest, **sides)
-    with contextlib.closing(Plan(request, **sides)) as plan:
+    sides = Sides(source_options, dest_options)
+    check_request(request, sides)
+    with contextlib.closing(Plan(request, sides)) as plan:
         run = _Run(plan, run_id, progress, min_success)
-        lease = acquire_lease(place_of(request.dest, dest_options), run_id, lost=run.stop, tick=run.tick)
+        lease = acquire_lease(plan.work.dest, run_id, lost=run.stop, tick=run.tick)
         try:
             plan.make(run.tick)
             plan.refuse_nothing()
@@ -114,7 +115,7 @@ class _Run:
 
     def __init__(self, plan: Plan, run_id: str, progress: Progress | None, min_success: float | None) -> None:
         self.plan, self.work, self.request = plan, plan.work, plan.request
-        self.tally = Tally(run_id, self.request.source, self.request.dest, min_success=min_success)
+        self.tally = Tally.of(run_id, self.request, min_success)
         self.account = Account(plan, self.tally, CheckpointMemory(plan), began=time.monotonic())
         self.stopping = threading.Event()
         self.reason = ""
@@ -175,11 +176,10 @@ class _Run:
         sides = self.plan.sides
         try:
             self.moved(0)
-            outcome = stage_job(
-                job, self.request.making, run_id=self.tally.run_id, progress=self.moved, **sides
-            )
+            run_id, making = self.tally.run_id, self.request.making
+            outcome = stage_job(job, making, sides, run_id=run_id, progress=self.moved)
             if outcome.draft is not None:
-                outcome = publish_job(job, outcome.draft, progress=self.moved, **sides)
+                outcome = publish_job(job, outcome.draft, sides, progress=self.moved)
         except _Stopped:
             return Outcome(job.path, "not_tried")
         except Exception as error:  # noqa: BLE001 - what is wrong with one must not stop the others

@@ -26,7 +26,7 @@ from ptbin.runs.outcomes import Outcome, outcome_of_job
 from ptbin.runs.remembering import CheckpointMemory
 from ptbin.runs.tally import Entry, Tally
 from ptbin.sources.companions import is_companion
-from ptbin.stores import place_of
+from ptbin.stores import NO_OPTIONS, Sides
 from ptbin.stores.copying import find_in_place
 
 __all__ = ["DryRun", "Look", "PlannedJob", "dry_run", "plan_jobs", "preview_job"]
@@ -83,7 +83,7 @@ class DryRun:
     links: str = ""
 
     def __post_init__(self) -> None:
-        self.tally = Tally("", self.request.source, self.request.dest, kind=self.request.kind)
+        self.tally = Tally.of("", self.request)
 
     def add_refused(self, job: Job, problem: Problem) -> None:
         """A job that the plan itself refuses."""
@@ -208,45 +208,35 @@ def _needs_look(job: Job, options: ConvertOptions) -> bool:
 
 
 def _names_of(job: Job, options: ConvertOptions) -> tuple[str, ...]:
-    name = job.dest_uri.rpartition("/")[2]
+    name = job.output_name
     if job.copies:
         return (name,)
     return (name, *(name + suffix for suffix in suffixes_beside(options)), name + MANIFEST_SUFFIX)
 
 
 def _looking(plan: Plan) -> Look:
-    return lambda job: preview_job(
-        job, plan.request.making, damaged=plan.damaged.get(job.dest_uri), **plan.sides
-    )
+    making = plan.request.making
+    return lambda job: preview_job(job, making, plan.sides, damaged=plan.damaged.get(job.dest_uri))
 
 
 def preview_job(
     job: Job,
     options: ConvertOptions,
+    sides: Sides = NO_OPTIONS,
     *,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
     damaged: Mapping[str, Any] | None = None,
 ) -> Preview:
     """What a conversion or a copy would do. Raises as `conversion.preview`."""
+    source, dest = sides.source_at(job.source_uri), sides.dest_at(job.dest_uri)
     if not job.copies:
-        return preview(
-            job.source_uri,
-            job.dest_uri,
-            options,
-            source_options=source_options,
-            dest_options=dest_options,
-            standing=job.standing,
-            damaged=damaged,
-        )
-    name = job.dest_uri.rpartition("/")[2]
+        return preview(source, dest, options, standing=job.standing, damaged=damaged)
     same = find_in_place(
-        place_of(job.source_uri, source_options),
-        place_of(job.dest_uri, dest_options),
+        source,
+        dest,
         may_replace_copy(job, options) or (lambda _: True),
-        change=change_on_copying(job.source_uri, job.dest_uri, options, size=job.source_size),
+        change=change_on_copying(job.source_uri, job.output_name, options, size=job.source_size),
     )
-    return Preview((name,), (name,)) if same is None else Preview()
+    return Preview((dest.name,), (dest.name,)) if same is None else Preview()
 
 
 def _by_path(jobs: Iterable[Job]) -> list[Job]:

@@ -14,7 +14,7 @@ from ptbin.runs.facts import facts_of_run
 from ptbin.runs.outcomes import one_line
 from ptbin.runs.record import manifests_by_tensor, record_files, record_folder
 from ptbin.runs.tally import Tally
-from ptbin.stores import place_of
+from ptbin.stores import NO_OPTIONS, Place, Sides
 
 __all__ = ["Do", "end_run", "write_record_files"]
 
@@ -29,8 +29,7 @@ def end_run(
     began: float,
     selection: Mapping[str, Any] | None,
     do: Do,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
+    sides: Sides = NO_OPTIONS,
     **prefect: str | None,
 ) -> dict[str, Any]:
     """Write the run record; the summary, with `message`, `record` (its folder; empty: it was not written).
@@ -42,22 +41,19 @@ def end_run(
     """
     seconds = time.monotonic() - began
     summary = tally.summary(seconds)
+    home = sides.dest_at(tally.place)
     folder = record_folder(tally.place, tally.run_id)
-    sides = {"source_options": source_options, "dest_options": dest_options}
     files = record_files(
         tally,
         summary,
         options=options.to_json() | {"verify": options.verify},
         flow_run_id=prefect.get("flow_run_id"),
         selection=selection,
-        facts=facts_of_run(tally, prefect_url=prefect.get("prefect_url"), **sides),
+        facts=facts_of_run(tally, sides, prefect_url=prefect.get("prefect_url")),
     )
-    by_tensor = manifests_by_tensor(tally.entries)
+    by_tensor = [sides.dest_at(uri) for uri in manifests_by_tensor(tally.entries)]
     try:
-        do(
-            "write run record",
-            lambda: write_record_files(folder, files, tally.place, by_tensor, dest_options),
-        )
+        do("write run record", lambda: write_record_files(sides.dest_at(folder), files, home, by_tensor))
     except StorageError as error:
         # What was converted stays converted: a rerun finds it by its manifests, not by this record.
         tally.run_problems.append(Problem(folder, error.reason, one_line(f"run record: {error}")))
@@ -73,19 +69,14 @@ def end_run(
 
 
 def write_record_files(
-    folder_uri: str,
-    files: Mapping[str, bytes],
-    dest: str,
-    by_tensor: Sequence[str],
-    dest_options: Mapping[str, Any] | None,
+    folder: Place, files: Mapping[str, bytes], dest: Place, by_tensor: Sequence[Place]
 ) -> None:
     """Write each file whole, in order; `run.json` comes last, so its presence means the others are there.
 
     `by_tensor`: manifests below `dest` of outputs without a SHA-256 of their own; the checksum list names
     their tensors'.
     """
-    folder = place_of(folder_uri, dest_options)
     for name, data in files.items():
         if name == CHECKSUM_LIST and by_tensor:
-            data += tensor_lines(by_tensor, dest, dest_options=dest_options).encode()
+            data += tensor_lines(by_tensor, dest).encode()
         (folder / name).write_bytes(data)

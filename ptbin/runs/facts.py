@@ -7,14 +7,14 @@ so that one listing and the head of one earlier record are all that it costs. Wh
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 from ptbin.catalog.globs import root_of
 from ptbin.errors import PtbinError
 from ptbin.history.records import RecordedRun, iter_runs
 from ptbin.runs.tally import Tally
-from ptbin.stores import place_of, public_uri
+from ptbin.stores import NO_OPTIONS, Sides, public_uri
 from ptbin.version import __version__
 
 __all__ = ["KEPT_RUNS", "facts_of_run"]
@@ -26,14 +26,10 @@ COUNTS = ("converted", "copied", "up_to_date", "rejected", "failed", "known", "n
 
 
 def facts_of_run(
-    tally: Tally,
-    *,
-    source_options: Mapping[str, Any] | None = None,
-    dest_options: Mapping[str, Any] | None = None,
-    prefect_url: str | None = None,
+    tally: Tally, sides: Sides = NO_OPTIONS, *, prefect_url: str | None = None
 ) -> dict[str, Any]:
     """Fields for the record of a run that is about to end; `prefect_url` is its page, if it has one."""
-    previous = _previous(tally, dest_options)
+    previous = _previous(tally, sides)
     history: list[Any] = []
     if previous is not None:
         before = previous.facts.get("history")
@@ -42,17 +38,17 @@ def facts_of_run(
     return {
         "host": socket.gethostname(),
         "version": __version__,
-        "source_uri": _whole(tally.source, source_options, is_source=True),
-        "dest_uri": _whole(tally.dest, dest_options),
+        "source_uri": _whole(tally.source, lambda source: root_of(source, sides.source_at)),
+        "dest_uri": _whole(tally.dest, lambda dest: sides.dest_at(dest).uri),
         "prefect_url": prefect_url,
         "previous_run": previous.run_id if previous is not None else None,
         "history": history,
     }
 
 
-def _previous(tally: Tally, dest_options: Mapping[str, Any] | None) -> RecordedRun | None:
+def _previous(tally: Tally, sides: Sides) -> RecordedRun | None:
     try:
-        for run in iter_runs(tally.place, last=LOOKED_AT, storage_options=dest_options):
+        for run in iter_runs(sides.dest_at(tally.place), last=LOOKED_AT):
             is_same = (run.text("kind"), run.text("source")) == (tally.kind, tally.source)
             if not run.problem and is_same and run.run_id != tally.run_id:
                 return run
@@ -66,11 +62,9 @@ def _row(run: RecordedRun) -> dict[str, Any]:
     return {"run_id": run.run_id, "began": run.began, "succeeded": run.succeeded, **counts}
 
 
-def _whole(place: str, options: Mapping[str, Any] | None, *, is_source: bool = False) -> str:
+def _whole(place: str, uri_of: Callable[[str], str]) -> str:
     """The place as a URI or absolute path, without secrets."""
     try:
-        if is_source:
-            return public_uri(root_of(place, options))
-        return public_uri(place_of(place, options).uri)
+        return public_uri(uri_of(place))
     except PtbinError:
         return place

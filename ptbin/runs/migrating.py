@@ -7,20 +7,19 @@ index of each of its checkpoints. Nothing is written.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ptbin.errors import PtbinError
 from ptbin.history.failures import read_ledger
 from ptbin.options import ConvertOptions
 from ptbin.registries import Migration, ModelPlan, Registry, Step, Version, is_registry_uri
-from ptbin.registries.contents import NoCheckpointError
+from ptbin.registries.contents import NoCheckpointError, is_of_training
 from ptbin.registries.migration import plan_version
-from ptbin.runs.outcomes import Outcome
+from ptbin.runs.outcomes import Converted, Outcome
 from ptbin.runs.remembering import state_of
 from ptbin.runs.tally import Entry, Tally
-from ptbin.stores import place_of
+from ptbin.stores import NO_OPTIONS, Sides
 
 __all__ = ["MigrationTally", "dry_run", "loss_lines"]
 
@@ -46,9 +45,40 @@ class MigrationTally(Tally):
     def message(self) -> str:
         return Tally.message(self).replace("converted ", "migrated ", 1)
 
+    def close(self, step: Step, outcome: Outcome) -> Entry:
+        """A version has its final outcome: a row for it, and an entry for each checkpoint in it."""
+        entry = self.add_version(step.version, outcome)
+        row = step.to_json() | {"outcome": entry.outcome}
+        del row["action"]
+        written = outcome.written
+        if written is not None and written.dest_version:
+            row["dest_version"] = written.dest_version
+        elif outcome.kind != "up_to_date":
+            row["dest_version"] = None
+        if written is not None and written.left:
+            row["left_behind"] = list(written.left)
+            self.files["left_alone"] += sum(map(is_of_training, written.left))
+        if outcome.reason or outcome.detail:
+            row |= {"reason": outcome.reason or "no_checkpoint", "detail": outcome.detail}
+        self.versions.append(row)
+        return entry
+
     def add_version(self, version: Version, outcome: Outcome) -> Entry:
-        """One version that did not come along, or had to do no more: with what the ledger says of it."""
-        return self._append(Entry.of(version.uri, 0, outcome), state_of(version))
+        """Count a version. The entry that is returned stands for all of it: `migrated` if it came along."""
+        written = outcome.written
+        if outcome.kind != "converted" or written is None:
+            return self._append(Entry.of(version.uri, 0, outcome), state_of(version))
+        self.counts["converted"] += 1
+        self.files["copied"] += written.copied
+        whole = Entry(version.path, version.uri, 0, "migrated", seconds=outcome.seconds)
+        for part in written.parts:
+            own = replace(whole, path=f"{version.path}/{part.path}", outcome="converted")
+            self.entries.append(replace(own, nbytes=part.nbytes, converted=part.converted))
+        fresh = [part.converted for part in written.parts if part.fresh]
+        read, wrote = sum(each.read_nbytes for each in fresh), sum(each.written_nbytes for each in fresh)
+        name = f"version {written.dest_version}" if written.dest_version else ""
+        nbytes = sum(part.nbytes for part in written.parts)
+        return replace(whole, nbytes=nbytes, detail=name, converted=Converted("", (), 0, read, wrote))
 
     def summary(self, seconds: float) -> dict[str, Any]:
         document = Tally.summary(self, seconds)
@@ -79,8 +109,7 @@ def dry_run(
     source: Registry,
     dest: Registry,
     options: ConvertOptions,
-    source_options: Mapping[str, Any],
-    dest_options: Mapping[str, Any],
+    sides: Sides = NO_OPTIONS,
 ) -> dict[str, Any]:
     """The document of `ptbin migrate --dry-run --json`.
 
@@ -89,7 +118,7 @@ def dry_run(
     """
     tally = MigrationTally("", source.uri, dest.uri)
     if not is_registry_uri(dest.uri):  # others hold no history of their runs
-        tally.ledger = read_ledger(place_of(dest.home(), dest_options), root=source.uri)
+        tally.ledger = read_ledger(sides.dest_at(dest.home()), root=source.uri)
     problems = [
         {"source": model.model.name, "reason": "registry_error", "detail": model.problem}
         for model in plan.models
@@ -99,7 +128,7 @@ def dry_run(
     known: list[dict[str, str]] = []
     for model in plan.models:
         for step in model.steps:
-            row = _row(source, dest, step, model, options, source_options)
+            row = _row(source, dest, step, model, options, sides)
             rows.append(row)
             if row["action"] != "refused":
                 continue
@@ -126,13 +155,13 @@ def _row(
     step: Step,
     plan: ModelPlan,
     options: ConvertOptions,
-    source_options: Mapping[str, Any],
+    sides: Sides,
 ) -> dict[str, Any]:
     row = step.to_json()
     if step.action != "migrate":
         return row
     try:
-        contents = plan_version(source, dest, step, plan.existing, plan.beside, options, source_options)
+        contents = plan_version(source, dest, step, plan, options, sides)
     except PtbinError as error:
         action = "skip" if isinstance(error, NoCheckpointError) else "refused"
         refusal = {"action": action, "dest_version": None, "reason": error.reason, "detail": str(error)}

@@ -17,12 +17,13 @@ from ptbin.runs.retrying import is_transient
 from ptbin.stores import Identity, identity_text
 
 if TYPE_CHECKING:
-    from ptbin.registries import Version
+    from ptbin.registries import Registration
 
 __all__ = [
     "Converted",
     "Kind",
     "Outcome",
+    "Part",
     "Staged",
     "StoredFile",
     "Written",
@@ -119,27 +120,31 @@ class Converted:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """One checkpoint of a version: its path there, its size in SOURCE. `fresh`: this run converted it."""
+
+    path: str
+    nbytes: int
+    converted: Converted
+    fresh: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Written:
-    """The files of one version, there and proven, not yet known: what registering it takes.
+    """The files of one version, there and proven.
 
     Attributes:
-        parts: (path in the source's version, facts, size of the source) of each checkpoint.
-        fresh: those that this run converted.
-        copied: how many other files went along.
-        files: paths of all of it.
+        registration: what registering the version takes.
+        copied: how many files went along that are no checkpoints.
         left: paths of files that stay behind.
+        dest_version: what the version is called, once it is registered.
     """
 
-    version: Version
-    token: str
-    manifests: tuple[str, ...]
-    parts: tuple[tuple[str, Converted, int], ...] = ()
-    fresh: frozenset[str] = field(default_factory=frozenset)
+    registration: Registration
+    parts: tuple[Part, ...] = ()
     copied: int = 0
-    files: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
     dest_version: str = ""
-    """What the version is called now."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ from ptbin.catalog.plan import Plan
 from ptbin.history.failures import Unconverted, read_ledger
 from ptbin.registries import Migration, Version, wanted_names
 from ptbin.runs.tally import Tally
-from ptbin.stores import place_of
 
 __all__ = ["CheckpointMemory", "Memory", "VersionMemory", "state_of"]
 
@@ -47,7 +46,7 @@ class Memory(ABC):
             PtbinError: what is acknowledged cannot be read.
         """
         tally.ledger = read_ledger(
-            place_of(tally.place, self.plan.sides["dest_options"]),
+            self.plan.sides.dest_at(tally.place),
             run_id=tally.run_id,
             root=self.root,
             now=tally.ledger.now,
@@ -71,7 +70,7 @@ class CheckpointMemory(Memory):
 
     @property
     def root(self) -> str:
-        return root_of(self.plan.request.source, self.plan.sides["source_options"])
+        return root_of(self.plan.request.source, self.plan.sides.source_at)
 
     def selection(self) -> dict[str, Any]:
         return self.plan.request.selection()

@@ -15,10 +15,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ptbin.catalog import Job, Problem, is_rejection
+from ptbin.catalog.request import RunRequest
 from ptbin.catalog.worklist import WorkList
 from ptbin.errors import PtbinError
 from ptbin.history.failures import Ledger
 from ptbin.runs.outcomes import Converted, Kind, Outcome, one_line
+from ptbin.runs.units import format_nbytes
 from ptbin.sources.companions import companion_of, is_companion
 from ptbin.stores import identity_text
 
@@ -51,6 +53,27 @@ class Entry:
         """What became of a source of that size."""
         facts = (outcome.reason, outcome.detail, outcome.converted, outcome.seconds)
         return cls(outcome.path, source, nbytes, outcome.kind, *facts)
+
+    @property
+    def read_nbytes(self) -> int:
+        return self.converted.read_nbytes if self.converted is not None else 0
+
+    @property
+    def written_nbytes(self) -> int:
+        return self.converted.written_nbytes if self.converted is not None else 0
+
+    def line(self) -> str:
+        """Of what went well, for logs: `converted a.pt (1.50 MiB, 1.20 MiB written) in 0.21 s`."""
+        written = f", {format_nbytes(self.written_nbytes)} written" if self.written_nbytes else ""
+        detail = f"; {self.detail}" if self.detail else ""
+        size = format_nbytes(self.nbytes)
+        what = self.outcome.replace("_", " ")
+        return f"{what} {self.path} ({size}{written}) in {self.seconds:.2f} s{detail}"
+
+    @property
+    def age(self) -> str:
+        """Of a failure, for tables: `new`, or the day since when it is like this."""
+        return "new" if self.novelty == "new" else self.since[:10]
 
     def problem(self) -> dict[str, str]:
         """As a row of the summary."""
@@ -88,6 +111,11 @@ class Tally:
     """Entries of SOURCE that were passed over, by kind (`ptbin.catalog.entries`)."""
     run_problems: list[Problem] = field(default_factory=list)
     """Problems of the run itself, such as a run record that could not be written."""
+
+    @classmethod
+    def of(cls, run_id: str, request: RunRequest, min_success: float | None = None) -> Tally:
+        """That of a run which is asked for this."""
+        return cls(run_id, request.source, request.dest, kind=request.kind, min_success=min_success)
 
     @property
     def place(self) -> str:

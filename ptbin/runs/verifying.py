@@ -1,4 +1,4 @@
-"""Every manifest below DEST against what is stored there: what the verify flow and `verify_directory` share.
+"""Every manifest below DEST against what is stored there: the verify flow, `verify_directory`, one output.
 
 What is read is what the manifests vouch for, plus one listing for outputs that none of them does. One broken
 output never hides another. Nothing is written but a note in the manifest of a damaged output, so that the
@@ -7,7 +7,6 @@ next conversion makes it anew.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,15 +22,14 @@ from ptbin.registries.verification import verify_records
 from ptbin.runs.outcomes import Outcome, one_line, outcome_of_error
 from ptbin.runs.record import check_run_id, new_run_id
 from ptbin.runs.result import RunResult
-from ptbin.stores import place_of
+from ptbin.stores import Place, Sides, Where
+from ptbin.stores.place import apart
 from ptbin.values.names import shown_path
 
 __all__ = [
     "issues_of",
-    "list_manifests_below",
-    "orphan_issue",
-    "refuse_nothing_below",
     "sum_up",
+    "verify_below",
     "verify_directory",
     "verify_manifest",
 ]
@@ -40,7 +38,7 @@ Issue = dict[str, Any]
 
 
 def verify_directory(
-    dest: str | os.PathLike[str],
+    dest: Where,
     *,
     level: VerifyLevel = "checksum",
     public_key: str | None = None,
@@ -63,66 +61,81 @@ def verify_directory(
         UsageError: there is nothing to verify below `dest`. StorageError: the store failed.
     """
     check_run_id(run_id := run_id or new_run_id())
-    began = time.monotonic()
-    dest = os.fspath(dest)
-    manifests, issues = list_manifests_below(dest, dest_options)
-    orphans = list(find_orphans(dest, storage_options=dest_options))
-    refuse_nothing_below(dest, manifests, orphans)
+    dest, dest_options = apart(dest, dest_options)
+    sides = Sides(dest_options=dest_options)
 
     def verify(uri: str) -> Outcome:
         try:
-            return verify_manifest(uri, level, dest_options, progress)
+            return verify_manifest(sides.dest_at(uri), level, progress)
         except Exception as error:  # noqa: BLE001 - what is wrong with one must not stop the others
             return outcome_of_error(uri, error)
 
-    with ThreadPoolExecutor(workers or max(available_cores(), 2), thread_name_prefix="ptbin-verify") as pool:
-        verdicts = list(pool.map(verify, manifests))
-    issues += [orphan_issue(uri) for uri in orphans]
-    issues += [issue for verdict in verdicts for issue in issues_of(verdict)]
-    digests = {uri: digest for verdict in verdicts for uri, digest in verdict.digests}
-    issues += [issue.to_json() for issue in verify_records(dest, digests, storage_options=dest_options)]
-    if public_key is not None:
-        found = verify_signatures(place_of(dest, dest_options), public_key, manifests, progress=progress)
-        issues += [issue.to_json() for issue in found]
-    seconds = time.monotonic() - began
-    summary = sum_up(dest, verdicts, orphans, issues, seconds)
+    def verify_all(manifests: Sequence[str]) -> list[Outcome]:
+        threads = workers or max(available_cores(), 2)
+        with ThreadPoolExecutor(threads, thread_name_prefix="ptbin-verify") as pool:
+            return list(pool.map(verify, manifests))
+
+    began = time.monotonic()
+    place = sides.dest_at(dest)
+    summary = verify_below(place, dest, verify_all, public_key, began=began, progress=progress)
     return RunResult.of("verify", {"run_id": run_id, **summary})
 
 
-def list_manifests_below(dest: str, dest_options: Mapping[str, Any] | None) -> tuple[list[str], list[Issue]]:
+def verify_below(
+    place: Place,
+    dest: str,
+    verify_all: Callable[[Sequence[str]], Sequence[Outcome]],
+    public_key: str | None,
+    *,
+    began: float,
+    progress: Callable[[int], None] | None,
+    do: Callable[[str, Callable[[], Any]], Any] = lambda _, look: look(),
+) -> dict[str, Any]:
+    """The summary of a verification, whoever works on the manifests.
+
+    Args:
+        dest: how `place` is called.
+        verify_all: manifests to an outcome for each, as `verify_manifest` gives it.
+        do: has a step done that has a name; a flow makes a task run of it.
+
+    Raises:
+        UsageError: there is nothing to verify below `dest`. StorageError: the store failed.
+    """
+    manifests, issues = do("list manifests", lambda: _list_manifests(place))
+    orphans = do("list orphans", lambda: list(find_orphans(place)))
+    if not manifests and not orphans:
+        raise UsageError(f"nothing to verify below DEST, neither manifests nor outputs: {dest}")
+    verdicts = verify_all(manifests)
+    issues += [_orphan_issue(uri) for uri in orphans]
+    issues += [issue for verdict in verdicts for issue in issues_of(verdict)]
+    digests = {uri: digest for verdict in verdicts for uri, digest in verdict.digests}
+    found = do("verify records", lambda: verify_records(place, digests))
+    if public_key is not None:
+        found += do(
+            "verify signatures",
+            lambda: verify_signatures(place, public_key, manifests, progress=progress),
+        )
+    issues += [issue.to_json() for issue in found]
+    return sum_up(dest, verdicts, orphans, issues, time.monotonic() - began)
+
+
+def _list_manifests(dest: Place) -> tuple[list[str], list[Issue]]:
     """The URI of every manifest below `dest`, and an issue for each folder that cannot be read."""
     entries = DestEntries()
-    found = list(find_manifests(dest, storage_options=dest_options, watch=entries))
+    found = list(find_manifests(dest, watch=entries))
     issues = [
-        {
-            "reason": error.reason,
-            "uri": f"{dest.rstrip('/')}/{shown_path(path)}",
-            "detail": one_line(str(error)),
-        }
+        {"reason": error.reason, "uri": shown_path((dest / path).uri), "detail": one_line(str(error))}
         for path, error in entries.problems
     ]
     return found, issues
 
 
-def refuse_nothing_below(dest: str, manifests: Sequence[str], orphans: Sequence[str]) -> None:
-    """Raises UsageError where there is nothing to verify."""
-    if not manifests and not orphans:
-        raise UsageError(f"nothing to verify below DEST, neither manifests nor outputs: {dest}")
-
-
-def verify_manifest(
-    uri: str,
-    level: VerifyLevel,
-    dest_options: Mapping[str, Any] | None,
-    progress: Callable[[int], None] | None,
-) -> Outcome:
+def verify_manifest(place: Place, level: VerifyLevel, progress: Callable[[int], None] | None) -> Outcome:
     """Read back what a manifest vouches for: `proven`, or `failed` with its issues."""
-    issues, digests = verify_outputs(
-        uri, level=level, storage_options=dest_options, progress=progress, note=True
-    )
+    issues, digests = verify_outputs(place, level=level, progress=progress, note=True)
     first = issues[0] if issues else None
     return Outcome(
-        uri,
+        place.uri,
         "proven" if first is None else "failed",
         first.reason if first is not None else "",
         first.detail if first is not None else "",
@@ -131,7 +144,7 @@ def verify_manifest(
     )
 
 
-def orphan_issue(uri: str) -> Issue:
+def _orphan_issue(uri: str) -> Issue:
     """An output that nothing vouches for: the run that wrote it did not finish with it."""
     detail = "no manifest next to it: it was never verified; a rerun of the conversion replaces it"
     return {"reason": "no_manifest", "uri": uri, "detail": detail}

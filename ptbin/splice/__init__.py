@@ -2,5 +2,6 @@
 
 from ptbin.splice.execute import SpliceResult, check_copies, splice
 from ptbin.splice.recipes import iter_recipe
+from ptbin.splice.records import RecordChecks
 
-__all__ = ["SpliceResult", "check_copies", "iter_recipe", "splice"]
+__all__ = ["RecordChecks", "SpliceResult", "check_copies", "iter_recipe", "splice"]

@@ -1,18 +1,15 @@
 """A tensor from its tiles, a slab of rows at a time.
 
-Bounded memory: a slab of a few MiB, and what of the tiles falls into it. Tiles are read forward only. Where a
-tile is stored densely from end to end, its CRC-32 is checked as its rows pass.
+Bounded memory: a slab of a few MiB, and what of the tiles falls into it. Tiles are read forward only.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ptbin.values.crc32 import confirm_crc32
-from ptbin.values.tensors import ByteRange, InMemory, Tile, Tiled, dense_strides
+from ptbin.values.tensors import InMemory, Tile, Tiled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,19 +22,13 @@ SLAB_NBYTES = 8 << 20
 
 
 def iter_assembled(tiled: Tiled, reader: RangeReader) -> Iterator[bytes]:
-    """The tensor's bytes, row-major.
-
-    Raises:
-        ChecksumMismatchError: a tile whose CRC-32 is not the one its container states.
-    """
-    tiles = [_OpenTile(tile, tiled.itemsize) for tile in tiled.tiles if math.prod(tile.shape)]
+    """The tensor's bytes, row-major."""
+    tiles = [tile for tile in tiled.tiles if math.prod(tile.shape)]
     yield from _slabs(tiled.shape, (), tiles, tiled, reader)
-    for tile in tiles:
-        tile.check(reader.uri)
 
 
 def _slabs(
-    shape: tuple[int, ...], prefix: tuple[int, ...], tiles: list[_OpenTile], tiled: Tiled, reader: RangeReader
+    shape: tuple[int, ...], prefix: tuple[int, ...], tiles: list[Tile], tiled: Tiled, reader: RangeReader
 ) -> Iterator[bytes]:
     """The part of the tensor below fixed leading indices, cut along its first free dimension."""
     free = shape[len(prefix) :]
@@ -57,7 +48,7 @@ def _slabs(
 def _slab(
     low: tuple[int, ...],
     extent: tuple[int, ...],
-    tiles: list[_OpenTile],
+    tiles: list[Tile],
     itemsize: int,
     reader: RangeReader,
 ) -> bytes:
@@ -65,60 +56,39 @@ def _slab(
 
     slab = numpy.empty((*extent, itemsize), dtype=numpy.uint8)
     for tile in tiles:
-        box = tile.overlap(low, extent)
+        box = _overlap(tile, low, extent)
         if box is not None:
             inside = tuple(slice(b - o, b - o + n) for (b, n), o in zip(box, low, strict=True))
-            slab[inside] = tile.read(box, reader)
+            slab[inside] = _read(tile, box, itemsize, reader)
     return slab.tobytes()
 
 
-class _OpenTile:
-    """A tile being read, and the CRC-32 of what has passed."""
-
-    def __init__(self, tile: Tile, itemsize: int) -> None:
-        self.tile = tile
-        self._itemsize = itemsize
-        self._crc = 0
-        self._passed = 0
-        self._dense = tile.stride == dense_strides(tile.shape)
-
-    def overlap(self, low: tuple[int, ...], extent: tuple[int, ...]) -> list[tuple[int, int]] | None:
-        """(first index, count) along each dimension of what falls into a box of the whole tensor."""
-        box = []
-        for first, count, start, size in zip(low, extent, self.tile.start, self.tile.shape, strict=True):
-            begin, end = max(first, start), min(first + count, start + size)
-            if begin >= end:
-                return None
-            box.append((begin, end - begin))
-        return box
-
-    def read(self, box: list[tuple[int, int]], reader: RangeReader) -> NDArray[Any]:
-        """The bytes of a box, given in indices of the whole tensor; the last axis is an element's bytes."""
-        import numpy
-
-        tile, itemsize = self.tile, self._itemsize
-        counts = [n for _, n in box]
-        first = sum(
-            (begin - start) * step
-            for (begin, _), start, step in zip(box, tile.start, tile.stride, strict=True)
-        )
-        span = sum((n - 1) * step for n, step in zip(counts, tile.stride, strict=True)) + 1
-        offset = tile.offset + first * itemsize
-        data = _read(tile.place, offset, span * itemsize, reader)
-        if self._dense and offset - tile.offset == self._passed:
-            self._crc = zlib.crc32(data, self._crc)
-            self._passed += len(data)
-        flat = numpy.frombuffer(data, dtype=numpy.uint8)
-        steps = (*(step * itemsize for step in tile.stride), 1)
-        return numpy.lib.stride_tricks.as_strided(flat, (*counts, itemsize), steps, writeable=False)
-
-    def check(self, uri: str) -> None:
-        place = self.tile.place
-        if isinstance(place, ByteRange) and self._passed == place.nbytes:
-            confirm_crc32(uri, place.member, self._crc, place.crc32)
+def _overlap(tile: Tile, low: tuple[int, ...], extent: tuple[int, ...]) -> list[tuple[int, int]] | None:
+    """(first index, count) along each dimension of what of a tile falls into a box of the whole tensor."""
+    box = []
+    for first, count, start, size in zip(low, extent, tile.start, tile.shape, strict=True):
+        begin, end = max(first, start), min(first + count, start + size)
+        if begin >= end:
+            return None
+        box.append((begin, end - begin))
+    return box
 
 
-def _read(place: ByteRange | InMemory, offset: int, nbytes: int, reader: RangeReader) -> bytes:
+def _read(tile: Tile, box: list[tuple[int, int]], itemsize: int, reader: RangeReader) -> NDArray[Any]:
+    """The bytes of a box, given in indices of the whole tensor; the last axis is an element's bytes."""
+    import numpy
+
+    counts = [n for _, n in box]
+    first = sum(
+        (begin - start) * step for (begin, _), start, step in zip(box, tile.start, tile.stride, strict=True)
+    )
+    span = sum((n - 1) * step for n, step in zip(counts, tile.stride, strict=True)) + 1
+    offset, nbytes = tile.offset + first * itemsize, span * itemsize
+    place = tile.place
     if isinstance(place, InMemory):
-        return place.data[offset : offset + nbytes]
-    return reader.read(place.offset + offset, nbytes)
+        data = place.data[offset : offset + nbytes]
+    else:
+        data = reader.read(place.offset + offset, nbytes)
+    flat = numpy.frombuffer(data, dtype=numpy.uint8)
+    steps = (*(step * itemsize for step in tile.stride), 1)
+    return numpy.lib.stride_tricks.as_strided(flat, (*counts, itemsize), steps, writeable=False)

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING
 from ptbin.splice.moves import Move, with_moves
 from ptbin.splice.parallel_pieces import ParallelPieces
 from ptbin.splice.recipes import iter_recipe
+from ptbin.splice.records import RecordChecks
 from ptbin.values.crc32 import combine_crc32, confirm_crc32, crc32_of
 from ptbin.values.segments import Combined, Computed, Copy, Deferred, Literal, Piece, Plan
 
 if TYPE_CHECKING:
     from ptbin.splice.casting import CastTally
     from ptbin.stores import RangeReader, Writer
+    from ptbin.values.tensors import ByteRange
 
 __all__ = ["SpliceResult", "check_copies", "splice"]
 
@@ -43,12 +45,14 @@ class SpliceResult:
         crc32: CRC-32 of the whole output.
         moved: bytes that never entered this process on their way: the kernel or the store moved them.
         overflowed: by record key, elements that a cast made infinite.
+        confirmed: records taken in part that are what their container states (`RecordChecks`).
     """
 
     crcs: dict[int, int]
     crc32: int
     moved: int
     overflowed: dict[str, int]
+    confirmed: set[ByteRange]
 
 
 def splice(
@@ -57,6 +61,7 @@ def splice(
     writer: Writer,
     progress: Progress | None = None,
     *,
+    checks: RecordChecks | None = None,
     check_source: bool = True,
     check_moved: bool = True,
     check_copied: bool = True,
@@ -64,7 +69,9 @@ def splice(
     """Write the plan's bytes.
 
     Args:
-        check_source: check what is read against the source's CRC-32s. Streamed bytes are checked always.
+        checks: of all files of the output, where it has several.
+        check_source: check what is read against the source's CRC-32s. Records that are streamed from end to
+            end are checked always.
         check_moved: also read what the kernel moved, so that a damaged source is found before the writer
             commits; needless where what was written is proven before that.
         check_copied: likewise what an object store is going to copy, unless it checks that by itself.
@@ -74,9 +81,8 @@ def splice(
         SourceChangedError, StorageError: from the stores. CopyRefused: the store will not move anything.
     """
     report = progress or _ignore
-    for place in plan.prechecks:
-        found = crc32_of(reader.iter_range(place.offset, place.nbytes))
-        confirm_crc32(reader.uri, place.member, found, place.crc32)
+    checks = (checks or RecordChecks([plan])) if check_source else RecordChecks([])
+    watched = checks.watch(reader)
     pieces = with_moves(plan.pieces, reader, writer)
     moved = sum(piece.nbytes for piece in pieces if isinstance(piece, Move))
     if moved and check_copied and not reader.is_local and not writer.checks_crc32:
@@ -85,13 +91,13 @@ def splice(
     overflows: dict[str, CastTally] = {}
     with (
         contextlib.closing(_Streams(pieces, reader, writer)) as streams,
-        contextlib.closing(ParallelPieces(pieces, reader, writer, check=check_source)) as ahead,
+        contextlib.closing(ParallelPieces(pieces, reader, writer, watched)) as ahead,
     ):
         for piece in pieces:
             crc = ahead.take(piece, overflows, report)
             if crc is not None:
                 assert isinstance(piece, (Computed, Copy))
-                _accept(piece, crc, crcs, reader.uri)
+                _accept(piece, crc, crcs, reader.uri, checks)
             elif isinstance(piece, Literal):
                 writer.write(piece.data)
             elif isinstance(piece, Deferred):
@@ -101,7 +107,7 @@ def splice(
             elif isinstance(piece, Combined):
                 crcs[piece.slot] = _combined(piece, crcs)
             elif isinstance(piece, Computed):
-                stream = iter_recipe(piece.recipe, reader, overflows, check=check_source)
+                stream = iter_recipe(piece.recipe, watched, overflows)
                 crcs[piece.slot] = _stream(stream, piece, writer, report)
                 continue
             elif isinstance(piece, Move):
@@ -111,14 +117,15 @@ def splice(
                     ):
                         writer.write(chunk)
             else:
-                _accept(piece, streams.write(piece, report), crcs, reader.uri)
+                _accept(piece, streams.write(piece, report), crcs, reader.uri, checks)
                 continue
             report(piece.nbytes)
+    checks.settle(plan, reader)
     if moved and check_source and check_moved and reader.is_local:
         # Afterwards, because they still lie in memory.
         check_copies(plan, reader)
     overflowed = {what: tally.overflowed for what, tally in overflows.items() if tally.overflowed}
-    return SpliceResult(crcs, _whole_crc32(plan, crcs), moved, overflowed)
+    return SpliceResult(crcs, _whole_crc32(plan, crcs), moved, overflowed, checks.confirmed)
 
 
 def _combined(piece: Combined, crcs: dict[int, int]) -> int:
@@ -147,9 +154,10 @@ def _stream(stream: Iterator[bytes], piece: Copy | Computed, writer: Writer, rep
     return crc
 
 
-def _accept(piece: Copy | Computed, crc: int, crcs: dict[int, int], uri: str) -> None:
+def _accept(piece: Copy | Computed, crc: int, crcs: dict[int, int], uri: str, checks: RecordChecks) -> None:
     if isinstance(piece, Copy):
         confirm_crc32(uri, piece.what, crc, piece.crc32)
+        checks.count_run(uri, piece.offset, piece.nbytes, crc)
     if piece.slot is not None:
         crcs[piece.slot] = crc
 
@@ -222,7 +230,8 @@ def check_copies(plan: Plan, reader: RangeReader) -> None:
     """
     for piece in plan.pieces:
         if isinstance(piece, Copy) and piece.crc32 is not None:
-            _accept(piece, crc32_of(reader.iter_range(piece.offset, piece.nbytes)), {}, reader.uri)
+            found = crc32_of(reader.iter_range(piece.offset, piece.nbytes))
+            confirm_crc32(reader.uri, piece.what, found, piece.crc32)
 
 
 def _whole_crc32(plan: Plan, crcs: dict[int, int]) -> int:

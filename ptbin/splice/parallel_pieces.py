@@ -34,12 +34,12 @@ Tallies = dict[str, "CastTally"]
 
 
 class ParallelPieces:
-    """Runs ahead of the caller, who goes through `pieces`; must be closed."""
+    """Runs ahead of the caller, who goes through `pieces`; must be closed. `watched` is what recipes read."""
 
     def __init__(
-        self, pieces: Sequence[Piece | Move], reader: RangeReader, writer: Writer, *, check: bool
+        self, pieces: Sequence[Piece | Move], reader: RangeReader, writer: Writer, watched: RangeReader
     ) -> None:
-        self._reader, self._writer, self._check = reader, writer, check
+        self._reader, self._writer, self._watched = reader, writer, watched
         self._waiting: deque[tuple[int, Computed | Copy]] = deque()
         self._running: dict[int, Future[tuple[int, Tallies]]] = {}
         self._pool: ThreadPoolExecutor | None = None
@@ -69,7 +69,7 @@ class ParallelPieces:
         tallies: Tallies = {}
         stream: Iterator[bytes]
         if isinstance(piece, Computed):
-            stream = iter_recipe(piece.recipe, self._reader, tallies, check=self._check)
+            stream = iter_recipe(piece.recipe, self._watched, tallies)
         else:
             stream = self._reader.iter_range(piece.offset, piece.nbytes, chunk_nbytes=CHUNK_NBYTES)
         crc, done = 0, 0

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import array
 import itertools
-import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ptbin.splice.assembly import iter_assembled
 from ptbin.splice.strided import iter_in_order
 from ptbin.stores.inflate import iter_inflated
-from ptbin.values.crc32 import confirm_crc32
 from ptbin.values.segments import Assemble, Cast, Recipe, Strided, Swap
 from ptbin.values.tensors import ByteRange, Deflated, InMemory
 
@@ -29,14 +27,12 @@ CHUNK_NBYTES = 4 << 20
 _SWAP_CODES = {2: "H", 4: "I", 8: "Q"}
 
 
-def iter_recipe(
-    recipe: Recipe, reader: RangeReader, overflows: dict[str, CastTally], *, check: bool = True
-) -> Iterator[bytes]:
+def iter_recipe(recipe: Recipe, reader: RangeReader, overflows: dict[str, CastTally]) -> Iterator[bytes]:
     """The bytes of a recipe, in pieces.
 
     Args:
+        reader: of the source; `RecordChecks.watch` gives one that confirms CRC-32s.
         overflows: casts count here what became infinite, by the recipe's `what`.
-        check: hold ranges that are read whole against the CRC-32 their container states.
 
     Raises:
         ChecksumMismatchError, CorruptArchiveError: the source is damaged.
@@ -44,11 +40,11 @@ def iter_recipe(
     if isinstance(recipe, Cast):
         from ptbin.splice.casting import CastTally, iter_cast
 
-        inner = (iter_recipe(part, reader, overflows, check=check) for part in recipe.inner)
+        inner = (iter_recipe(part, reader, overflows) for part in recipe.inner)
         tally = overflows.setdefault(recipe.what, CastTally())
         return iter_cast(itertools.chain.from_iterable(inner), recipe.source, recipe.target, tally)
     if isinstance(recipe, Swap):
-        return _swapped(iter_recipe(recipe.inner, reader, overflows, check=check), recipe.width)
+        return _swapped(iter_recipe(recipe.inner, reader, overflows), recipe.width)
     if isinstance(recipe, Assemble):
         return iter_assembled(recipe.tiled, reader)
     if isinstance(recipe, Strided):
@@ -58,18 +54,7 @@ def iter_recipe(
         return iter((place.data[recipe.offset : recipe.offset + recipe.nbytes],))
     if isinstance(place, Deflated):
         return iter_inflated(place, reader, recipe.offset, recipe.nbytes)
-    stream = reader.iter_range(place.offset + recipe.offset, recipe.nbytes, chunk_nbytes=CHUNK_NBYTES)
-    if check and place.crc32 is not None and recipe.nbytes == place.nbytes:
-        return _checked(stream, place, reader.uri)
-    return stream
-
-
-def _checked(stream: Iterator[bytes], place: ByteRange, uri: str) -> Iterator[bytes]:
-    crc = 0
-    for piece in stream:
-        crc = zlib.crc32(piece, crc)
-        yield piece
-    confirm_crc32(uri, place.member, crc, place.crc32)
+    return reader.iter_range(place.offset + recipe.offset, recipe.nbytes, chunk_nbytes=CHUNK_NBYTES)
 
 
 def _in_order(recipe: Strided, reader: RangeReader) -> Iterator[bytes]:

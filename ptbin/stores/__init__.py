@@ -9,7 +9,7 @@ from __future__ import annotations
 from ptbin.stores.base import Store
 from ptbin.stores.faults import public_uri
 from ptbin.stores.opening import open_store, register_store
-from ptbin.stores.place import Place, Where, place_of
+from ptbin.stores.place import NO_OPTIONS, Place, Sides, Where, place_of
 from ptbin.stores.reader import RangeReader
 from ptbin.stores.values import (
     PARTIAL_SUFFIX,
@@ -23,6 +23,7 @@ from ptbin.stores.watching import Watch, WatchQuietly
 from ptbin.stores.writer import CopyRefused, Writer
 
 __all__ = [
+    "NO_OPTIONS",
     "PARTIAL_SUFFIX",
     "CopyRefused",
     "Identity",
@@ -30,6 +31,7 @@ __all__ = [
     "ObjectStat",
     "Place",
     "RangeReader",
+    "Sides",
     "Store",
     "Watch",
     "WatchQuietly",

@@ -10,12 +10,13 @@ user writes and what manifests and messages carry, so it never holds a password.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ptbin.stores.values import READ_BYTES_LIMIT, refuse_too_large
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from ptbin.stores.reader import RangeReader
     from ptbin.stores.values import Identity, ListedObject, ObjectStat
@@ -29,6 +30,8 @@ class Store(ABC):
     """One place that holds objects by path. Every error it raises is one of `ptbin.errors`."""
 
     protocol: str
+    storage_options: Mapping[str, Any] = MappingProxyType({})
+    """What it was made of, in other processes as well; never shown."""
     carries_claims: ClassVar[bool] = False
     """Whether an object can carry a word about itself, which goes when something else is written there."""
 

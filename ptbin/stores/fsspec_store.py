@@ -55,7 +55,7 @@ PUBLISH_ON_CLOSE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss
 PUBLISH_ON_CLOSE |= {"mlflow-artifacts", "mlflow-artifacts+https"}
 """Protocols whose file appears only when it is closed; a rename there would be a copy and a delete."""
 
-READ_ONLY = {"http", "https"}
+READ_ONLY = {"http", "https", "zip", "tar", "libarchive", "reference", "data", "git", "github", "gist"}
 
 # (key of fsspec's info(), kind), the strongest first: what changes with every write, whatever the clock does.
 IDENTITY_KEYS: tuple[tuple[str, IdentityKind], ...] = (
@@ -110,6 +110,8 @@ def open_fsspec(uri: str, options: Mapping[str, Any]) -> tuple[Store, str]:
             path = _stripped(fsspec.get_filesystem_class(protocol), uri)
     except (ValueError, ImportError, TypeError) as error:
         raise UsageError(f"cannot open {public_uri(uri)}: {error}") from error
+    except Exception as error:  # an archive of a chain that is missing, or is not one
+        raise fault(error, "open", uri) from error
     return FsspecStore(uri, path, options), path
 
 

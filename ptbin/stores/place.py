@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ptbin.stores.watching import Watch
     from ptbin.stores.writer import Writer
 
-__all__ = ["Place", "Where", "place_of"]
+__all__ = ["NO_OPTIONS", "Place", "Sides", "Where", "apart", "place_of"]
 
 Where: TypeAlias = "str | os.PathLike[str] | Place"
 """What public functions take for a place."""
@@ -162,4 +162,33 @@ def place_of(where: Where, storage_options: Mapping[str, Any] | None = None) -> 
             raise UsageError(f"{where.uri} is a place and has storage options already; others were given")
         return where
     store, path = open_store(os.fspath(where), storage_options)
+    store.storage_options = storage_options or {}
     return Place(store, path)
+
+
+def apart(where: Where, storage_options: Mapping[str, Any] | None) -> tuple[str, Mapping[str, Any] | None]:
+    """A place's URI and options, as whole runs keep them: their jobs and records hold texts."""
+    if isinstance(where, Place):
+        place = place_of(where, storage_options)
+        return place.uri, place.store.storage_options
+    return os.fspath(where), storage_options
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """The storage options of a run's two ends. Makes places of the URIs that jobs, records and batches carry.
+
+    Crosses to other processes in place of places; its `repr` shows nothing. A place stays what it is.
+    """
+
+    source_options: Mapping[str, Any] | None = field(default=None, repr=False)
+    dest_options: Mapping[str, Any] | None = field(default=None, repr=False)
+
+    def source_at(self, where: Where) -> Place:
+        return where if isinstance(where, Place) else place_of(where, self.source_options)
+
+    def dest_at(self, where: Where) -> Place:
+        return where if isinstance(where, Place) else place_of(where, self.dest_options)
+
+
+NO_OPTIONS = Sides()

@@ -176,8 +176,8 @@ class RecordLayout:
     nbytes: int
     crc32: int | None
     slot: int | None
-    source_checked: bool
-    """False where the source's CRC-32 covers bytes that are not read (a small view of a large storage)."""
+    taken_in_part: tuple[ByteRange, ...] = ()
+    """Records of the source that do not go into it as they are, whose CRC-32 says nothing of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +185,6 @@ class Plan:
     pieces: tuple[Piece, ...]
     size: int
     records: tuple[RecordLayout, ...]
-    prechecks: tuple[ByteRange, ...] = ()
-    """Ranges whose stored CRC-32 must be confirmed by reading them whole before splicing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ class ByteRange:
         record_offset: where the zip local header of this record begins; None outside zip archives.
         member: name of the zip member, for messages.
         closed: the directory alone fixes where the data lie (see `reading.zip_directory`).
+        record: what these bytes are a part of, where the container states a CRC-32 of all of that.
     """
 
     offset: int
@@ -55,6 +56,7 @@ class ByteRange:
     record_offset: int | None = None
     member: str | None = None
     closed: bool = False
+    record: ByteRange | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +134,13 @@ class Tiled:
 
 
 def part_of(place: ByteRange | InMemory, offset: int, nbytes: int) -> ByteRange | InMemory:
-    """Part of a place. What vouches for the whole record (its CRC-32, its framing) does not for a part."""
+    """Part of a place, which has neither CRC-32 nor framing for itself."""
     if offset == 0 and nbytes == place.nbytes:
         return place
     if isinstance(place, InMemory):
         return InMemory(place.data[offset : offset + nbytes])
-    return ByteRange(place.offset + offset, nbytes, member=place.member)
+    record = place.record if place.crc32 is None else place
+    return ByteRange(place.offset + offset, nbytes, member=place.member, record=record)
 
 
 Place = ByteRange | Deflated | InMemory | Joined | Tiled

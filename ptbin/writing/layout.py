@@ -1,14 +1,9 @@
-"""One output file as it grows: pieces, records, CRC-32 slots. Every format lays itself out with this.
-
-Also which of the source's CRC-32s are confirmed although not all bytes they cover go along: a storage that is
-taken whole is checked on its way; of one that is viewed in part the rest is read as well where that costs
-little, elsewhere the manifest says that the source's own checksum was not confirmed.
-"""
+"""One output file as it grows: pieces, records, CRC-32 slots. Every format lays itself out with this."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from ptbin.values.crc32 import combine_crc32
@@ -28,14 +23,10 @@ from ptbin.values.segments import (
     Swap,
     nbytes_of,
 )
-from ptbin.values.tensors import ByteRange, Tile, dense_strides
+from ptbin.values.tensors import ByteRange
 from ptbin.writing.casts import Casts
 
-__all__ = ["FileContent", "FileLayout", "is_checked", "prechecks_for", "whole_range"]
-
-# Reading more of a storage than its view, only to confirm the stored CRC-32, may cost this much.
-PRECHECK_FLOOR_NBYTES = 512 * 1024
-PRECHECK_SHARE = 100
+__all__ = ["FileContent", "FileLayout", "whole_range"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,7 +79,7 @@ class FileLayout:
         """Zeros up to a multiple of `alignment`."""
         self.add(Literal(bytes(-self.offset % alignment)))
 
-    def body(self, key: str, recipes: tuple[Recipe, ...], *, checked: bool) -> RecordLayout:
+    def body(self, key: str, recipes: tuple[Recipe, ...]) -> RecordLayout:
         """Add the bytes of one record; what is not known of its CRC-32 gets a slot."""
         start = self.offset
         what = f"storage {key}"
@@ -110,7 +101,7 @@ class FileLayout:
                 self.add(Computed(recipe, slot, what))
             parts.append((crc, slot, nbytes))
         total, slot = self._combined(parts)
-        record = RecordLayout(key, start, nbytes_of(recipes), total, slot, checked)
+        record = RecordLayout(key, start, nbytes_of(recipes), total, slot, _taken_in_part(recipes))
         self.records.append(record)
         return record
 
@@ -130,47 +121,32 @@ class FileLayout:
         self._slots += 1
         return self._slots - 1
 
-    def finish(self, prechecks: tuple[ByteRange, ...] = ()) -> Plan:
-        return Plan(tuple(self.pieces), self.offset, tuple(self.records), prechecks)
+    def finish(self) -> Plan:
+        return Plan(tuple(self.pieces), self.offset, tuple(self.records))
 
 
-def prechecks_for(records: Iterable[tuple[Recipe, ...]]) -> tuple[ByteRange, ...]:
-    """Ranges worth confirming, smallest first, within the allowance."""
-    listed = list(records)
-    allowance = max(PRECHECK_FLOOR_NBYTES, sum(map(nbytes_of, listed)) // PRECHECK_SHARE)
-    partial = dict.fromkeys(place for recipes in listed for place in _unconfirmed(recipes))
-    chosen = []
-    for place in sorted(partial, key=lambda place: place.nbytes):
-        allowance -= place.nbytes
-        if allowance < 0:
-            break
-        chosen.append(place)
-    return tuple(chosen)
-
-
-def is_checked(recipes: tuple[Recipe, ...], prechecks: tuple[ByteRange, ...]) -> bool:
-    """Whether every CRC-32 that the source states for these bytes is confirmed."""
-    return all(place in prechecks for place in _unconfirmed(recipes))
-
-
-def _unconfirmed(recipes: tuple[Recipe, ...]) -> Iterator[ByteRange]:
-    """Ranges with a stated CRC-32 that streaming the recipes does not confirm by itself."""
+def _taken_in_part(recipes: tuple[Recipe, ...]) -> tuple[ByteRange, ...]:
+    """Records with a stated CRC-32 that do not go along from end to end as they are."""
+    found: dict[ByteRange, None] = {}
     for recipe in recipes:
-        if isinstance(recipe, Cast):
-            yield from _unconfirmed(recipe.inner)
-        elif isinstance(recipe, Swap):
-            yield from _unconfirmed((recipe.inner,))
-        elif isinstance(recipe, Assemble):
-            yield from (tile.place for tile in recipe.tiled.tiles if _is_partial_tile(tile))  # type: ignore[misc]
-        elif isinstance(recipe.place, ByteRange) and recipe.place.crc32 is not None:
-            whole = isinstance(recipe, Slice) and recipe.nbytes == recipe.place.nbytes
-            if not whole:
-                yield recipe.place
+        whole = whole_range((recipe,))
+        if whole is not None and whole.crc32 is not None:
+            continue
+        for place in _places(recipe):
+            record = place.record if place.crc32 is None else place
+            if record is not None:
+                found[record] = None
+    return tuple(found)
 
 
-def _is_partial_tile(tile: Tile) -> bool:
-    """Whether reading the tile row by row leaves its CRC-32 unconfirmed (`splice.assembly`)."""
-    place = tile.place
-    if not isinstance(place, ByteRange) or place.crc32 is None:
-        return False
-    return tile.offset != 0 or tile.stride != dense_strides(tile.shape)
+def _places(recipe: Recipe) -> Iterator[ByteRange]:
+    """The ranges of the source that a recipe reads from."""
+    if isinstance(recipe, Cast):
+        for inner in recipe.inner:
+            yield from _places(inner)
+    elif isinstance(recipe, Swap):
+        yield from _places(recipe.inner)
+    elif isinstance(recipe, Assemble):
+        yield from (tile.place for tile in recipe.tiled.tiles if isinstance(tile.place, ByteRange))
+    elif isinstance(recipe.place, ByteRange):
+        yield recipe.place

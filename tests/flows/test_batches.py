@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.batches import BATCH_COUNT, BATCH_NBYTES, MAX_BATCHES, cut, plan_batches
+from flows.batches import BATCH_COUNT, BATCH_NBYTES, MAX_BATCHES, cut, iter_batches
 
 sizes_lists = st.lists(st.integers(0, 1 << 40), max_size=400)
 
@@ -13,9 +13,9 @@ sizes_lists = st.lists(st.integers(0, 1 << 40), max_size=400)
 def plan(
     sizes: list[int], *, workers: int = 2, max_batches: int = MAX_BATCHES
 ) -> list[list[tuple[int, int]]]:
-    return plan_batches(
-        list(enumerate(sizes)), nbytes=lambda item: item[1], workers=workers, max_batches=max_batches
-    )
+    ordered = sorted(enumerate(sizes), key=lambda item: -item[1])
+    bounds = {"workers": workers, "max_batches": max_batches}
+    return list(iter_batches(ordered, len(sizes), sum(sizes), nbytes=lambda item: item[1], **bounds))
 
 
 @given(sizes_lists, st.integers(1, 64), st.integers(1, MAX_BATCHES))

@@ -14,13 +14,13 @@ from click.testing import CliRunner
 import ptbin
 from flows.cli import app
 from flows.cli.app import cli
-from flows.cli.interrupts import interrupts_held
 from flows.cli.pace import Pace
 from flows.cli.printing import align, printable
 from flows.cli.progress import PlainProgress
 from flows.cli.summary import JSON_KEYS
+from flows.interrupts import interrupts_held
+from ptbin.runs.tally import Entry
 from ptbin.runs.units import format_nbytes, short_detail
-from tasks.live import Settled
 
 Captured = pytest.CaptureFixture[str]
 FIELDS_OF_INSPECT = {"uri", "container", "size", "selected", "state_dicts", "tensors", "globals", "verdict"}
@@ -254,7 +254,7 @@ def test_progress_without_a_terminal_is_lines_now_and_then(
     now += 6
     progress.moved(1 << 20)
     progress.moved(1 << 20)
-    progress.settled(Settled("a", "rejected", 5, "corrupt_archive", "/src/a: cut short"))
+    progress.settled(Entry("a", "/src/a", 5, "rejected", "corrupt_archive", "/src/a: cut short"))
     assert capsys.readouterr().err.splitlines() == [
         "ptbin: 3 files to work on, 3.00 MiB; 7 up to date",
         "ptbin: 0 of 3 files, 0 %, 2.00 MiB moved, 341 KiB/s, 6.0 s",

@@ -16,6 +16,7 @@ import ptbin
 from flows import stages
 from flows.convert import convert
 from flows.prefect.orchestrator import Orchestrator
+from ptbin.conversion import publish_at
 from ptbin.errors import StorageError, UsageError
 from ptbin.registries.verification import verify_records
 from ptbin.runs.record import new_run_id
@@ -42,8 +43,8 @@ def staging(monkeypatch: pytest.MonkeyPatch, trouble: Callable[[str], None]) -> 
     attempts: Counter[str] = Counter()
     real = ptbin.stage
 
-    def stage(source: str, *arguments: Any, **keywords: Any) -> Any:
-        name = Path(source).name
+    def stage(source: Place, *arguments: Any, **keywords: Any) -> Any:
+        name = source.name
         attempts[name] += 1
         trouble(name)
         return real(source, *arguments, **keywords)
@@ -109,7 +110,7 @@ def test_without_digests_of_files_the_checksum_list_names_those_of_tensors(
         for row in json.loads(Path(manifest).read_text())["tensors"]
     ]
     assert lines == rows
-    assert verify_records(str(out), {}) == []
+    assert verify_records(place_of(out), {}) == []
     assert run(good_source, out)[0].message.startswith("converted 0, up to date 6")
 
 
@@ -149,15 +150,15 @@ def test_a_proof_is_tried_again_without_writing_again(
     good_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proofs: Counter[str] = Counter()
-    real = ptbin.publish
+    real = publish_at
 
-    def publish(draft: Any, **keywords: Any) -> Any:
+    def publish(draft: Any, *arguments: Any) -> Any:
         proofs[draft.dest_uri] += 1
         if draft.dest_uri.endswith("2.bin") and proofs[draft.dest_uri] == 1:
             raise StorageError("timed out", transient=True)
-        return real(draft, **keywords)
+        return real(draft, *arguments)
 
-    monkeypatch.setattr("ptbin.runs.steps.publish", publish)
+    monkeypatch.setattr("ptbin.runs.steps.publish_at", publish)
     with staging(monkeypatch, lambda _: None) as attempts:
         state, _ = run(good_source, tmp_path / "out")
     assert state.is_completed()
@@ -174,8 +175,8 @@ def test_a_task_run_that_dies_fails_its_own_batch(
 
     real = ptbin.stage
 
-    def stage(source: str, *arguments: Any, **keywords: Any) -> Any:
-        return Dies() if source.endswith("2.pt") else real(source, *arguments, **keywords)
+    def stage(source: Place, *arguments: Any, **keywords: Any) -> Any:
+        return Dies() if source.name == "2.pt" else real(source, *arguments, **keywords)
 
     monkeypatch.setattr("ptbin.runs.steps.stage", stage)
     state, summary = run(good_source, tmp_path / "out")
@@ -201,12 +202,10 @@ def test_fail_fast_begins_nothing_new(
 def test_a_run_record_that_cannot_be_written_loses_no_output(
     good_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(uri: str, options: Any) -> Place:
-        if "/runs/" in uri:
-            raise StorageError("disk full")
-        return place_of(uri, options)
+    def refuse(*_: Any) -> None:
+        raise StorageError("disk full")
 
-    monkeypatch.setattr("ptbin.runs.ending.place_of", refuse)
+    monkeypatch.setattr("ptbin.runs.ending.write_record_files", refuse)
     state, summary = run(good_source, tmp_path / "out")
     assert state.is_failed()
     assert state.message == (
@@ -265,7 +264,7 @@ def test_storage_options_never_reach_the_server(
         real = ptbin.stage
 
         def stage(*arguments: Any, **keywords: Any) -> Any:
-            seen.append(keywords["source_options"])
+            seen.append(arguments[0].store.storage_options)
             return real(*arguments, **keywords)
 
         patch.setattr("ptbin.runs.steps.stage", stage)
@@ -298,7 +297,7 @@ def test_options_are_found_where_a_reference_says(
     real = ptbin.stage
 
     def stage(*arguments: Any, **keywords: Any) -> Any:
-        seen.append((keywords["source_options"], keywords["dest_options"]))
+        seen.append(tuple(place.store.storage_options for place in arguments[:2]))
         return real(*arguments, **keywords)
 
     monkeypatch.setattr("ptbin.runs.steps.stage", stage)

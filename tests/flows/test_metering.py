@@ -22,7 +22,8 @@ from flows.metric_targets import parse_targets
 from ptbin.errors import UsageError
 from ptbin.history.metrics import MEANINGS
 from ptbin.history.openmetrics import Family
-from tasks.live import Listener, Settled
+from ptbin.runs.tally import Entry
+from tasks.live import Listener
 from tests.servers.prometheus import MONITORING, prometheus_program
 
 
@@ -149,15 +150,15 @@ def test_a_meter_tells_on_what_it_is_told() -> None:
         def __init__(self) -> None:
             self.seen: list[str] = []
 
-        def settled(self, file: Settled) -> None:
-            self.seen.append(file.path)
+        def settled(self, entry: Entry) -> None:
+            self.seen.append(entry.path)
 
         def stage(self, text: str) -> None:
             self.seen.append(text)
 
     bar = Bar()
     meter = metering.Meter({"dest": "/out"}, bar)
-    meter.settled(Settled("a.pt", "rejected", reason="corrupt_archive"))
+    meter.settled(Entry("a.pt", "", 0, "rejected", "corrupt_archive"))
     meter.stage("proving")
     assert bar.seen == ["a.pt", "proving"]
     (found,) = [family for family in meter.families(active=True) if family.name == "run_checkpoints"]

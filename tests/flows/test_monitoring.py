@@ -15,6 +15,7 @@ import ptbin
 from flows import metering
 from flows.cli.app import run as command
 from flows.convert import convert
+from ptbin.stores import Place
 from tests.servers.prefect_stack import wait_for
 from tests.servers.prometheus import MONITORING, Prometheus, run_prometheus
 
@@ -62,12 +63,12 @@ def test_the_board_has_answers_and_the_rules_fire(
     under_way: list[str] = []
     stage = ptbin.stage
 
-    def slow_stage(uri: str, *arguments: Any, **keywords: Any) -> Any:
-        if uri.endswith("11.pt"):  # the last one waits until Prometheus has seen the others
+    def slow_stage(source: Place, *arguments: Any, **keywords: Any) -> Any:
+        if source.name == "11.pt":  # the last one waits until Prometheus has seen the others
             for title in [title for title in queries if title.startswith(UNDER_WAY)]:
                 wait_for(functools.partial(prometheus.answers, queries[title]), 60, title)
                 under_way.append(title)
-        return stage(uri, *arguments, **keywords)
+        return stage(source, *arguments, **keywords)
 
     monkeypatch.setattr("ptbin.runs.steps.stage", slow_stage)
     assert convert(str(source), dest, force=True, workers=2, return_state=True).is_failed()

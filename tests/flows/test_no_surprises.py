@@ -191,7 +191,7 @@ def test_each_problem_is_printed_once(
     assert run_command(["convert", str(tmp_path / "in"), str(tmp_path / "out")]) == 1
     told = capsys.readouterr()
     assert (told.out + told.err).count("unsafe_path") == 1
-    assert "1 problem, told above" in told.out
+    assert "1 problem, listed above" in told.out
     # By one name everywhere, which `acknowledge` takes: on the screen, and in what pages are made of.
     assert r"in/bad\xff\n.pt: unsafe_path" in told.err
     assert r'"path":"bad\\xff\\n.pt"' in (tmp_path / "out" / "_ptbin" / "unconverted.jsonl").read_text()

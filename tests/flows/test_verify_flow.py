@@ -14,6 +14,7 @@ from ptbin.errors import StorageError
 from ptbin.proof.verification import verify_outputs
 from ptbin.runs.record import new_run_id
 from ptbin.runs.retrying import RETRIES
+from ptbin.stores import Place
 from tasks.live import LiveRun, open_live_run
 
 pytestmark = pytest.mark.usefixtures("server")
@@ -56,11 +57,11 @@ def test_a_store_that_recovers_is_asked_again(outputs: Path, monkeypatch: pytest
     asked: list[str] = []
     real = verify_outputs
 
-    def flaky(uri: str, **keywords: Any) -> Any:
-        asked.append(uri)
-        if "/4.bin" in uri and sum("/4.bin" in one for one in asked) <= RETRIES:
+    def flaky(place: Place, **keywords: Any) -> Any:
+        asked.append(place.uri)
+        if "/4.bin" in place.uri and sum("/4.bin" in one for one in asked) <= RETRIES:
             raise StorageError("503", transient=True)
-        return real(uri, **keywords)
+        return real(place, **keywords)
 
     monkeypatch.setattr("ptbin.runs.verifying.verify_outputs", flaky)
     monkeypatch.setattr(stages, "retry_delay", lambda retry: 0.01 * retry)

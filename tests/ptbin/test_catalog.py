@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 import ptbin
 from ptbin import catalog
 from ptbin.catalog import Found, Job, Problem, plan_outputs
-from ptbin.catalog.checks import check_mirror
+from ptbin.catalog.checks import check_request
+from ptbin.catalog.request import RunRequest
 from ptbin.errors import StorageError, UsageError
 from ptbin.options import ConvertOptions
 from ptbin.stores import Identity, ListedObject, Watch, open_store
@@ -620,8 +621,9 @@ def test_a_mirror_is_apart_from_its_source_whatever_the_names(source: Path, tmp_
     (tmp_path / "alias").symlink_to(tmp_path)
     for dest in (tmp_path, f"file://{tmp_path}", tmp_path / "alias", tmp_path / "source" / ".."):
         with pytest.raises(UsageError, match="inside"):
-            check_mirror(str(source), str(dest))
-    check_mirror(str(source), str(tmp_path / "out"), delete=True, backup_dir=str(tmp_path / "old"))
+            check_request(RunRequest(str(source), str(dest), kind="sync"))
+    apart = RunRequest(str(source), str(tmp_path / "out"), kind="sync")
+    check_request(dataclasses.replace(apart, deletes=True, backup_dir=str(tmp_path / "old")))
 
 
 def test_a_dest_that_cannot_be_written_is_refused(source: Path, tmp_path: Path) -> None:

@@ -13,11 +13,10 @@ from ptbin.catalog import Job
 from ptbin.conversion import Published
 from ptbin.options import ConvertOptions
 from ptbin.runs.outcomes import Outcome, Staged, one_line, outcome_of_error
-from ptbin.stores import Identity
+from ptbin.stores import Identity, Place
 from tasks import converting, mirroring
 from tasks.batches import BatchTask
-from tasks.checking import verify_manifests
-from tasks.converting import convert_batch, verify_batch
+from tasks.converting import convert_batch, verify_batch, verify_manifests
 from tasks.credentials import Credentials
 from tasks.live import (
     Interrupted,
@@ -68,12 +67,12 @@ def engine(monkeypatch: pytest.MonkeyPatch, behaviour: dict[str, Exception | Non
         if error is not None:
             raise error
 
-    def stage(source: str, dest: str, options: ConvertOptions, **keywords: Any) -> Draft:
-        act(source, keywords)
-        return Draft(source)
+    def stage(source: Place, dest: Place, options: ConvertOptions, **keywords: Any) -> Draft:
+        act(source.uri, {"source": source, "dest": dest, **keywords})
+        return Draft(source.uri)
 
-    def publish(draft: Draft, **keywords: Any) -> Published:
-        act(draft.text, keywords)
+    def publish(draft: Draft, source: Place, dest: Place, progress: Any) -> Published:
+        act(draft.text, {"source": source, "dest": dest, "progress": progress})
         manifest = {
             "source": {"uri": draft.text, "size": 10, "identity": None},
             "options_fingerprint": "f",
@@ -86,7 +85,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, behaviour: dict[str, Exception | Non
         return Published(manifest, Identity("etag", "e"))
 
     monkeypatch.setattr("ptbin.runs.steps.stage", stage)
-    monkeypatch.setattr("ptbin.runs.steps.publish", publish)
+    monkeypatch.setattr("ptbin.runs.steps.publish_at", publish)
     monkeypatch.setattr("ptbin.runs.steps.Draft", Draft)
     return calls
 
@@ -143,8 +142,9 @@ def test_a_proof_that_fails_fails_its_own_output(live: LiveRun, monkeypatch: pyt
 def test_storage_options_come_from_the_open_run(live: LiveRun, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = engine(monkeypatch, {})
     convert([job("a")])
-    assert calls[0]["source_options"] == {"key": "source secret"}
-    assert calls[0]["dest_options"] == {"key": "dest secret"}
+    assert calls[0]["source"].store.storage_options == {"key": "source secret"}
+    assert calls[0]["dest"].store.storage_options == {"key": "dest secret"}
+    assert "secret" not in repr(calls[0]["source"])
     assert calls[0]["run_id"] == "r"
 
 
@@ -223,10 +223,10 @@ def test_no_representation_shows_storage_options(live: LiveRun) -> None:
 def test_one_manifest_that_cannot_be_read_hides_no_other(
     live: LiveRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def verify_outputs(uri: str, **keywords: Any) -> tuple[list[Any], dict[str, tuple[str, str]]]:
-        if uri == "a":
+    def verify_outputs(place: Place, **keywords: Any) -> tuple[list[Any], dict[str, tuple[str, str]]]:
+        if place.name == "a":
             raise errors.StorageError("reset", transient=True)
-        if uri == "b":
+        if place.name == "b":
             raise KeyError("bug")
         return [], {}
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+
 import pytest
 from prefect import Task
 from prefect.states import Failed
@@ -9,7 +12,7 @@ from prefect.states import Failed
 from ptbin.errors import AccessDeniedError, CorruptArchiveError, StorageError
 from ptbin.runs.retrying import JITTER, RETRIES, RETRY_DELAYS, retry_delay
 from tasks.live import LiveRun
-from tasks.steps import step_task, worth_retrying
+from tasks.steps import step_task, sure_step, worth_retrying
 
 
 @pytest.mark.parametrize(
@@ -41,3 +44,35 @@ def test_delays_grow_and_carry_jitter() -> None:
         assert all(base <= delay <= base * (1 + JITTER) for delay in delays)
     assert list(RETRY_DELAYS) == sorted(RETRY_DELAYS)
     assert len(RETRY_DELAYS) == RETRIES
+
+
+class PrefectAwayError(Exception):
+    """What Prefect's client may come to."""
+
+
+@pytest.mark.parametrize("away", ["before", "behind", "never"])
+@pytest.mark.parametrize("fault", [None, KeyError("ours"), StorageError("no space left")])
+def test_what_must_be_done_is_done_once_with_prefect_away(
+    monkeypatch: pytest.MonkeyPatch, away: str, fault: Exception | None
+) -> None:
+    def stand_in(live: LiveRun, name: str, do: Callable[[], None]) -> None:
+        del live, name
+        if away == "before":
+            raise PrefectAwayError
+        try:
+            do()
+        finally:
+            if away == "behind":
+                raise PrefectAwayError
+
+    done = []
+
+    def do() -> None:
+        done.append(1)
+        if fault is not None:
+            raise fault
+
+    monkeypatch.setattr("tasks.steps.step", stand_in)
+    with pytest.raises(type(fault)) if fault is not None else contextlib.nullcontext():
+        sure_step(LiveRun("run"), "write the run record", do)
+    assert done == [1]

@@ -274,8 +274,7 @@ def read_part(reader: JoinedReader, name: str, opening: Opening) -> Checkpoint:
 def move_place(place: Place, base: int) -> Place:
     """The place with its offsets counted from `base` bytes earlier."""
     if isinstance(place, ByteRange):
-        record = None if place.record_offset is None else place.record_offset + base
-        return dataclasses.replace(place, offset=place.offset + base, record_offset=record)
+        return _moved_range(place, base)
     if isinstance(place, Deflated):
         return dataclasses.replace(place, offset=place.offset + base)
     if isinstance(place, InMemory):
@@ -286,7 +285,11 @@ def move_place(place: Place, base: int) -> Place:
     return Tiled(place.shape, place.itemsize, tuple(tiles))
 
 
+def _moved_range(place: ByteRange, base: int) -> ByteRange:
+    header = None if place.record_offset is None else place.record_offset + base
+    record = None if place.record is None else _moved_range(place.record, base)
+    return dataclasses.replace(place, offset=place.offset + base, record_offset=header, record=record)
+
+
 def _moved_part(place: ByteRange | InMemory, base: int) -> ByteRange | InMemory:
-    moved = move_place(place, base)
-    assert isinstance(moved, (ByteRange, InMemory))
-    return moved
+    return place if isinstance(place, InMemory) else _moved_range(place, base)

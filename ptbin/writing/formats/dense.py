@@ -9,7 +9,7 @@ from ptbin.values.dtypes import DType
 from ptbin.values.segments import Cast, FilePlan, PlannedTensor, Recipe, Strided, nbytes_of
 from ptbin.values.tensors import Joined, SparseTensor, TensorRef, Tiled
 from ptbin.writing.casts import Casts
-from ptbin.writing.layout import FileContent, FileLayout, is_checked, prechecks_for
+from ptbin.writing.layout import FileContent, FileLayout
 from ptbin.writing.storages import slices_of, swapped
 
 __all__ = ["DenseTensor", "dense_file", "dense_recipes", "dense_tensors"]
@@ -96,14 +96,12 @@ def dense_recipes(tensor: TensorRef) -> tuple[Recipe, ...]:
 
 def dense_file(name: str, layout: FileLayout, tensors: list[DenseTensor], *, alignment: int) -> FilePlan:
     """A file of these tensors, behind what the layout has already."""
-    prechecks = prechecks_for([tensor.recipes for tensor in tensors])
     planned: list[PlannedTensor] = []
     for index, tensor in enumerate(tensors):
         layout.align(alignment)
-        checked = is_checked(tensor.recipes, prechecks)
-        record = layout.body(str(index), tensor.recipes, checked=checked)
+        record = layout.body(str(index), tensor.recipes)
         planned.extend(
             PlannedTensor(label, tensor.source, tensor.dtype, None, record.offset, record.key)
             for label in tensor.names
         )
-    return FilePlan(name, layout.finish(prechecks), tuple(planned))
+    return FilePlan(name, layout.finish(), tuple(planned))

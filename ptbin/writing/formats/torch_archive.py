@@ -34,7 +34,7 @@ from ptbin.values.framing import (
 from ptbin.values.segments import Deferred, FilePlan, Literal, PlannedTensor
 from ptbin.values.state_dict import iter_tensors
 from ptbin.values.tensors import is_contiguous
-from ptbin.writing.layout import FileContent, FileLayout, is_checked, prechecks_for
+from ptbin.writing.layout import FileContent, FileLayout
 from ptbin.writing.pickle_emitter import emit_state_dict
 from ptbin.writing.storages import OutputStorage, plan_storages
 
@@ -77,12 +77,9 @@ def plan_torch_archive(file: FileContent) -> FilePlan:
     layout.literal_member("data.pkl", pickle)
     layout.literal_member("byteorder", b"little")
     offsets: dict[int, int] = {}
-    prechecks = prechecks_for([storage.recipes for storage in storages])
     heads = _run_heads(storages)
     for storage in storages:
-        offsets[id(storage)] = layout.record(
-            storage, checked=is_checked(storage.recipes, prechecks), page_aligned=id(storage) in heads
-        )
+        offsets[id(storage)] = layout.record(storage, page_aligned=id(storage) in heads)
     layout.literal_member("version", b"3\n")
     layout.directory()
     tensors = []
@@ -99,7 +96,7 @@ def plan_torch_archive(file: FileContent) -> FilePlan:
                 placed.storage.key,
             )
         )
-    return FilePlan(file.name, layout.finish(prechecks), tuple(tensors))
+    return FilePlan(file.name, layout.finish(), tuple(tensors))
 
 
 def _run_heads(storages: list[OutputStorage]) -> set[int]:
@@ -135,7 +132,7 @@ class _Archive(FileLayout):
         self.add(Literal(local_header(raw_name, len(data), self.offset) + data))
         self.add(Literal(descriptor(crc, len(data), zip64=zip64)))
 
-    def record(self, storage: OutputStorage, *, checked: bool, page_aligned: bool) -> int:
+    def record(self, storage: OutputStorage, *, page_aligned: bool) -> int:
         """Add one storage; returns where its data begin.
 
         `page_aligned` keeps the place within a page that the data have in the source.
@@ -153,7 +150,7 @@ class _Archive(FileLayout):
         if page_aligned and stored is not None:
             congruent = (stored.offset % PAGE_NBYTES, PAGE_NBYTES)
         self.add(Literal(local_header(raw_name, nbytes, header_offset, declared, congruent)))
-        record = self.body(storage.key, storage.recipes, checked=checked)
+        record = self.body(storage.key, storage.recipes)
         zip64 = uses_zip64(header_offset if declared is None else declared, nbytes)
         self.entries.append(_Entry(raw_name, nbytes, header_offset, record.crc32, record.slot))
         if record.crc32 is not None:

@@ -10,7 +10,7 @@ import torch
 
 import ptbin
 from ptbin.errors import UsageError
-from ptbin.stores import Place, place_of
+from ptbin.stores import Place, Sides, place_of
 
 SECRET = {"key": "k", "secret": "hush", "endpoint_url": "http://127.0.0.1:9"}
 
@@ -53,6 +53,27 @@ def test_a_slash_at_the_end_says_what_lies_below() -> None:
 def test_no_text_of_a_place_shows_its_options() -> None:
     place = place_of("s3://b/x.pt", SECRET)
     assert "hush" not in repr(place) + str(place) + f"{place}"
+
+
+def test_two_sides_make_places_here_and_in_another_process_and_show_no_options() -> None:
+    sides = pickle.loads(pickle.dumps(Sides(SECRET, {"key": "other"})))
+    source, dest = sides.source_at("s3://b/x.pt"), sides.dest_at("s3://b/x.bin")
+    assert (source.store.storage_options, dest.store.storage_options) == (SECRET, {"key": "other"})
+    assert sides.dest_at(source) is source, "a place has its own options"
+    assert "hush" not in repr(sides) + repr(source) + repr([source, {"of": dest}])
+
+
+def test_a_whole_store_may_be_two_places(tmp_path: Path) -> None:
+    memory = place_of("memory://places/whole", {"skip_instance_cache": True})
+    torch.save({"weight": torch.ones(30)}, tmp_path / "x.pt")
+    (memory / "in" / "x.pt").write_bytes((tmp_path / "x.pt").read_bytes())
+    result = ptbin.convert_directory(memory / "in", place_of(tmp_path / "out"))
+    assert result.succeeded
+    assert ptbin.verify_directory(place_of(tmp_path / "out")).counts["proven"] == 1
+    assert ptbin.convert_directory(memory / "in", memory / "out").succeeded
+    assert ptbin.verify_directory(memory / "out").counts["proven"] == 1
+    with pytest.raises(UsageError, match="storage options already"):
+        ptbin.verify_directory(memory / "out", dest_options={"anon": True})
 
 
 def test_options_beside_a_place_are_refused(tmp_path: Path) -> None:

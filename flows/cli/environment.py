@@ -1,0 +1,42 @@
+"""Options from the environment: `PTBIN_<OPTION>` for all commands, `PTBIN_<COMMAND>_<OPTION>` for one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+
+import click
+
+from flows.environment import OF_DEPLOYMENTS, SETTINGS, unread_line
+
+__all__ = ["origin_of", "read_environment", "unread_variables"]
+
+
+def read_environment(commands: Iterable[click.Command]) -> None:
+    """Let each option have its value from a variable."""
+    for command in commands:
+        for option in command.params:
+            if isinstance(option, click.Option) and option.envvar is None:
+                long = max(option.opts, key=len).lstrip("-").replace("-", "_").upper()
+                option.envvar = [f"PTBIN_{str(command.name).upper()}_{long}", f"PTBIN_{long}"]
+
+
+def unread_variables(commands: Iterable[click.Command], environment: Iterable[str]) -> str:
+    """A line about misspelled variables; empty where there is none."""
+    known = {*SETTINGS, *OF_DEPLOYMENTS}
+    for command in commands:
+        for option in command.params:
+            known.update(option.envvar or ())
+    return unread_line(environment, known)
+
+
+def origin_of(commands: Mapping[str, click.Command], words: Sequence[str], message: str) -> str:
+    """Which variables the options came from that `message` is about; empty where they stood in the call."""
+    command = next((commands[word] for word in words if word in commands), None)
+    names = []
+    for option in command.params if command is not None else ():
+        given = any(word.split("=")[0] in option.opts for word in words)
+        spoken = any(name in message for name in (*option.opts, f"{option.name}:"))
+        if isinstance(option, click.Option) and spoken and not given:
+            names += [name for name in option.envvar or () if os.environ.get(name)][:1]
+    return f" (set by {', '.join(names)} in the environment)" if names else ""
