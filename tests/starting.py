@@ -23,6 +23,7 @@ PROCESSES, SERVERS = "starts_processes", "starts_servers"
 
 BY_PARAMETER = {"s3", "moto", "rados"}
 BY_FIXTURE = {
+    "chromium": PROCESSES,
     "ptbin": PROCESSES,
     "ptbin_started": PROCESSES,
     "warm_children": PROCESSES,

@@ -15,16 +15,9 @@ from ptbin.options import ConvertOptions
 from ptbin.reading.averages import AVERAGED, COPY_SUFFIX
 from ptbin.reading.containers.checkpoint import Checkpoint
 from ptbin.reading.flattening import flattened
-from ptbin.reading.search import (
-    PRIMARY_NAMES,
-    Candidate,
-    Findings,
-    Rejected,
-    as_state_dict,
-    find_state_dicts,
-)
+from ptbin.reading.search import PRIMARY_NAMES, Candidate, Findings, Rejected, as_state_dict, find_state_dicts
 from ptbin.reading.tree import iter_data, resolve
-from ptbin.values.nodes import Instance
+from ptbin.values.nodes import DictNode, Instance
 from ptbin.values.state_dict import Excluded, StateDict, iter_tensors
 from ptbin.values.tensors import SparseTensor, TensorRef
 
@@ -217,6 +210,8 @@ def _why_none(checkpoint: Checkpoint, auxiliary: list[Candidate]) -> str:
     if next((data for data in iter_data(root) if isinstance(data, (bytes, bytearray))), None) is not None:
         return "it holds the bytes of another torch.save; write them to a separate file and convert that"
     what = root.class_path if isinstance(root, Instance) else getattr(root, "kind", type(root).__name__)
+    if isinstance(root, DictNode) and (names := list(root.by_name())):
+        what += f" of {', '.join(repr(name[:60]) for name in names[:5])}{', ...' if names[5:] else ''}"
     return f"no mapping of names to tensors, and no module, in what it holds ({what})"
 
 

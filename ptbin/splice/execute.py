@@ -21,13 +21,13 @@ from ptbin.splice.moves import Move, with_moves
 from ptbin.splice.parallel_pieces import ParallelPieces
 from ptbin.splice.recipes import iter_recipe
 from ptbin.splice.records import RecordChecks
+from ptbin.stores import RangeReader, Writer
 from ptbin.values.crc32 import combine_crc32, confirm_crc32, crc32_of
 from ptbin.values.segments import Combined, Computed, Copy, Deferred, Literal, Piece, Plan
+from ptbin.values.tensors import ByteRange
 
 if TYPE_CHECKING:
     from ptbin.splice.casting import CastTally
-    from ptbin.stores import RangeReader, Writer
-    from ptbin.values.tensors import ByteRange
 
 __all__ = ["SpliceResult", "check_copies", "splice"]
 

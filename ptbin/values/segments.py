@@ -107,7 +107,7 @@ Recipe = Slice | Strided | Assemble | Swap | Cast
 
 
 def nbytes_of(recipes: tuple[Recipe, ...]) -> int:
-    """Bytes that several recipes, one behind the other, come to."""
+    """Bytes of several recipes together."""
     return sum(recipe.nbytes for recipe in recipes)
 
 
@@ -169,7 +169,7 @@ Piece = Literal | Copy | Computed | Deferred | Combined
 
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """Where one storage comes to lie in the output."""
+    """Where one storage lies in the output."""
 
     key: str
     offset: int
@@ -177,7 +177,7 @@ class RecordLayout:
     crc32: int | None
     slot: int | None
     taken_in_part: tuple[ByteRange, ...] = ()
-    """Records of the source that do not go into it as they are, whose CRC-32 says nothing of its own."""
+    """Records of the source that do not go into it unchanged; `splice.records` checks their CRC-32s."""
 
 
 @dataclass(frozen=True, slots=True)

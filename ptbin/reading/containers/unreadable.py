@@ -11,10 +11,10 @@ import shlex
 import zlib
 
 from ptbin.errors import NotACheckpointError, PtbinError, UnsupportedFormatError
-from ptbin.reading.containers.checkpoint import MemoryReader, Opening
+from ptbin.reading.containers.checkpoint import Opening
 from ptbin.reading.containers.legacy import looks_like_legacy
 from ptbin.reading.containers.safetensors import looks_like_safetensors
-from ptbin.reading.containers.source import EDGE_NBYTES, SourceFile
+from ptbin.reading.containers.source import EDGE_NBYTES, MemoryReader, SourceFile
 from ptbin.reading.containers.tar import iter_tar, looks_like_tar
 
 __all__ = ["refuse_compressed", "refuse_known_foreign"]
@@ -40,9 +40,21 @@ _FOREIGN = (
     (b"GGUF", "a GGUF file"),
     (b"\x93NUMPY", "a numpy array file"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
-    (b"<!DOCTYPE", "an HTML page; was the download refused?"),
-    (b"<html", "an HTML page; was the download refused?"),
+    (b"Rar!\x1a\x07", "a RAR archive; unpack it"),
+    (b"SQLite format 3\x00", "an SQLite database"),
+    (b"\x7fELF", "a program or library"),
+    (b"%PDF", "a PDF document"),
+    (b"\x89PNG\r\n", "a PNG image"),
 )
+# In any case, behind white space or a byte order mark.
+_TEXTS = (
+    (b"<!doctype", "an HTML page; was the download refused?"),
+    (b"<html", "an HTML page; was the download refused?"),
+    (b"<?xml", "XML, as a store answers a refused download"),
+    (b"{", "JSON text"),
+    (b"[", "JSON text"),
+)
+_ONNX_VERSIONS = range(1, 32)
 
 
 def refuse_compressed(opening: Opening) -> None:
@@ -89,6 +101,13 @@ def refuse_known_foreign(opening: Opening) -> None:
     for magic, what in _FOREIGN:
         if head.startswith(magic):
             raise NotACheckpointError(f"{opening.file.uri}: this is {what}")
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    what = next((what for beginning, what in _TEXTS if text[:9].lower().startswith(beginning)), "")
+    if what and b"\0" not in text:
+        raise NotACheckpointError(f"{opening.file.uri}: this is {what}")
+    # Field 1 of an ONNX ModelProto is `ir_version`, field 2 the producer's name, 7 the graph (onnx.proto).
+    if head[:1] == b"\x08" and head[2:3] in (b"\x12", b"\x3a") and head[1] in _ONNX_VERSIONS:
+        raise NotACheckpointError(f"{opening.file.uri}: this is an ONNX model, maybe")
 
 
 def _inflated(head: bytes) -> bytes:
@@ -100,7 +119,7 @@ def _inflated(head: bytes) -> bytes:
 
 
 def _checkpoint_in_tar(inside: bytes) -> str | None:
-    """The first member with a checkpoint's name, as far as the tar is at hand."""
+    """The first member with a checkpoint's name, as far as the tar was inflated."""
     try:
         for member in iter_tar(SourceFile(MemoryReader(inside, "the beginning of a gzip file"))):
             if member.name.lower().endswith(_NAMES):

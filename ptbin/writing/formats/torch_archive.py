@@ -3,7 +3,7 @@
 Pure planning. Members: `data.pkl`, `byteorder`, one record per storage, `version`, framed as torch
 frames them (`framing`). Where the source is a torch zip, its archive root and storage keys are kept
 and records follow in source order, so that a run of neighbours, framing included, is one range of the
-source (`splice.coalesce` finds that out). `.format_version` is left out on purpose: with it, torch's
+source (`splice.moves` finds that out). `.format_version` is left out on purpose: with it, torch's
 `calculate_storage_offsets` option may compute record positions instead of looking them up
 (torch/serialization.py, `_load`), and a checkpoint without its optimizer does not follow that formula.
 
@@ -141,7 +141,7 @@ class _Archive(FileLayout):
         nbytes = storage.nbytes
         stored = storage.stored
         # A record whose framing in the source is torch's own keeps the offset that framing declares, so
-        # that header, data and descriptor can be taken as one range wherever they come to lie.
+        # that header, data and descriptor can be taken as one range wherever they end up.
         declared = stored.record_offset if stored is not None and stored.closed else None
         if declared is not None:
             declared &= (1 << PART_BITS) - 1

@@ -413,7 +413,7 @@ def test_a_server_that_goes_away_is_given_up_soon_and_tried_again_by_the_task() 
             """Quiet."""
 
     server = HTTPServer(("127.0.0.1", 0), Healthy)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     registry = MlflowRegistry(f"mlflow+http://127.0.0.1:{server.server_address[1]}")
     try:
