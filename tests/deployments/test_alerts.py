@@ -46,7 +46,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectStack]:
     (stack.folder / "home").mkdir()
     shutil.copyfile(prefect_template(tmp_path_factory), stack.folder / "home" / "prefect.db")
     try:
-        stack.start_server(stand_in())
+        stack.start_server()
         yield stack
     finally:
         stack.stop()

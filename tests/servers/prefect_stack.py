@@ -146,13 +146,10 @@ class PrefectStack:
 
         wait_for(answers, START_SECONDS, "PostgreSQL's start")
 
-    def start_server(self, python: str = sys.executable) -> None:
-        """The API, the UI and the background services.
-
-        Services read their settings when they are imported: by a stand-in for Python they have the defaults.
-        """
+    def start_server(self) -> None:
+        """The API, the UI and the background services, which read their settings when they are imported."""
         words = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
-        self.server = self.start_process("server", [python, *words])
+        self.server = self.start_process("server", [sys.executable, *words])
 
         def answers() -> bool:
             with (
