@@ -7,68 +7,28 @@ both. Killed at any instant, what remains is either nothing, an output without a
 
 from __future__ import annotations
 
-import contextlib
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ptbin.errors import (
-    CheckpointError,
-    ChecksumMismatchError,
-    UsageError,
-    VerificationError,
-)
+from ptbin.errors import ChecksumMismatchError, VerificationError
 from ptbin.installed import require_reader
+from ptbin.manifests.claims import claim_of, claim_place, end_claim, is_restored
 from ptbin.manifests.draft import Draft, DraftFile
 from ptbin.manifests.drafting import Written, draft_manifest
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, dump_manifest, utc_now
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, add_source_digests, dump_statement, statement_of
 from ptbin.manifests.sidecars import copy_sidecars, put_text
-from ptbin.manifests.vouching import (
-    Guard,
-    OutputSite,
-    Standing,
-    claim_of,
-    claim_place,
-    end_claim,
-    is_restored,
-)
+from ptbin.manifests.vouching import Guard, Standing
 from ptbin.options import ConvertOptions
 from ptbin.output_files import write_files
-from ptbin.reading.containers.checkpoint import as_checkpoint_errors
-from ptbin.reading.selected import Selected, read_selected
-from ptbin.sources.opening import SourcePlace, find_source
-from ptbin.sources.pointers import refuse_pointer_at
-from ptbin.sources.sidecars import find_sidecars
-from ptbin.splice import iter_recipe, splice
-from ptbin.stores import (
-    Identity,
-    ListedObject,
-    Place,
-    RangeReader,
-    Writer,
-    place_of,
-)
-from ptbin.values.names import bad_name, shown_path
-from ptbin.writing.outputs import OutputPlan, plan_outputs
-from ptbin.writing.ties import tie_equal_tensors
+from ptbin.preparing import outputs_of_before, prepared
+from ptbin.stores import Identity, Place, place_of
+from ptbin.stores.place import Where
 
-if TYPE_CHECKING:
-    from ptbin.stores.place import Where
-
-__all__ = [
-    "Preview",
-    "Progress",
-    "Published",
-    "commit",
-    "convert",
-    "preview",
-    "publish",
-    "publish_at",
-    "stage",
-]
+__all__ = ["Progress", "Published", "commit", "convert", "publish", "publish_at", "stage"]
 
 Progress = Callable[[int], None]
 
@@ -129,9 +89,9 @@ def stage(
     files: list[DraftFile] = []
     notes: list[str] = []
     begin, end = place_of(source, source_options), place_of(dest, dest_options)
-    with _prepared(begin, end, options, guard, standing) as made:
+    with prepared(begin, end, options, guard, standing) as made:
         reader, at, output = made.reader, made.at, made.output
-        obsolete = _outputs_of_before(at.manifest, made.name)
+        obsolete = outputs_of_before(at.manifest, made.name)
         for one, file in write_files(output.files, reader, at, options, progress, notes):
             written.append(one)
             files.append(file)
@@ -172,170 +132,6 @@ def stage(
 
 
 @dataclass(frozen=True, slots=True)
-class Preview:
-    """What a conversion would do to the files at its place: names next to the output.
-
-    Attributes:
-        writes: all that it would write, its manifest included.
-        replaces: the files that it would write over, the manifest aside.
-        removes: files of the output before, which this one does not have.
-    """
-
-    writes: tuple[str, ...] = ()
-    replaces: tuple[str, ...] = ()
-    removes: tuple[str, ...] = ()
-
-
-def preview(
-    source: Place,
-    dest: Place,
-    options: ConvertOptions | None = None,
-    *,
-    guard: Guard | None = "any",
-    standing: Standing | None = None,
-    damaged: Mapping[str, Any] | None = None,
-) -> Preview:
-    """What `stage` and `publish` would do, found as they find it. Writes nothing.
-
-    Reads the source's index, and its weights where a file that nothing vouches for may hold them already.
-    `damaged`: what the run would have noted in the manifest by then (`manifests.damage`).
-
-    Raises:
-        OutputExistsError: it would refuse to. CheckpointError: it would refuse the source.
-    """
-    options = options or ConvertOptions()
-    with _prepared(source, dest, options, guard, standing, damaged) as made:
-        for plan in made.output.files:
-            if made.at.replaced.get(plan.name):
-                with _DiscardingWriter(plan.name) as writer:
-                    result = splice(plan.plan, made.reader, writer, None)
-                made.at.check(plan.name, plan.plan.size, result.crc32)
-        names = [plan.name for plan in made.output.files]
-        names += [name for name, _ in made.output.texts]
-        names += made.sidecars
-        names += [made.name + STATEMENT_SUFFIX] if options.provenance else []
-        before = _outputs_of_before(made.at.manifest, made.name)
-        return Preview(
-            (*names, made.name + MANIFEST_SUFFIX),
-            tuple(sorted(made.at.replaced)),
-            tuple(name for name in sorted(before - set(names)) if made.vouches_for(name)),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A conversion before its first byte is written: all that it takes, and a place that may be had."""
-
-    source: SourcePlace
-    reader: RangeReader
-    selected: Selected
-    output: OutputPlan
-    sidecars: dict[str, ListedObject]
-    at: OutputSite
-
-    @property
-    def name(self) -> str:
-        """Of the output."""
-        return self.at.place.name
-
-    def vouches_for(self, name: str) -> bool:
-        """Whether a file that the earlier manifest speaks of is there as it was written."""
-        return name == self.name + STATEMENT_SUFFIX or self.at.vouches_for(name)
-
-
-def plan_conversion(reader: RangeReader, options: ConvertOptions, name: str) -> tuple[Selected, OutputPlan]:
-    """What a conversion takes of a checkpoint, and the files that it makes of it. Writes nothing.
-
-    Reads the index; with `tie_by_value` also the tensors that resemble another.
-    """
-    selected = read_selected(reader, options)
-    if options.tie_by_value:
-        for state_dict in selected.state_dicts:
-            tie_equal_tensors(state_dict, lambda recipe: iter_recipe(recipe, reader, {}))
-        selected.account()
-    return selected, plan_outputs(
-        selected.state_dicts, options, name, archive_root=selected.checkpoint.archive_root
-    )
-
-
-@contextlib.contextmanager
-def _prepared(
-    source: Place,
-    dest: Place,
-    options: ConvertOptions,
-    guard: Guard | None,
-    standing: Standing | None,
-    damaged: Mapping[str, Any] | None = None,
-) -> Iterator[_Prepared]:
-    """Read the source's index, plan the output, and look at every place that it takes."""
-    if why := bad_name(dest.name):
-        raise UsageError(f"{shown_path(str(dest))!a}: the name {why}; choose another for the output")
-    found = find_source(source)
-    found.refuse_part(parts=options.parts)
-    _refuse_same_file(found.place, dest)
-    with found.open() as reader:
-        try:
-            with as_checkpoint_errors(reader.uri):
-                selected, output = plan_conversion(reader, options, dest.name)
-            # A listing speaks of the names that were planned; another split may have taken one since.
-            known = standing if not options.split else None
-            at = OutputSite(
-                dest,
-                None if options.force else guard,
-                standing=known,
-                restores=guard == "restored",
-                source_uri=found.place.uri,
-                damaged=damaged,
-            )
-            sidecars = find_sidecars(found) if options.layout == "hf" else {}
-            for plan in output.files:
-                at.check(plan.name, plan.plan.size)
-            for text_name, data in output.texts:
-                at.check(text_name, len(data), zlib.crc32(data))
-            for sidecar, item in sidecars.items():
-                refuse_pointer_at(found.folder / item.path, item.size)
-                if sidecar != "config.json" or options.dtype is None:  # which then gets another size
-                    at.check(sidecar, item.size)
-            if options.provenance:
-                at.check_statement()
-            yield _Prepared(found, reader, selected, output, sidecars, at)
-        except CheckpointError:
-            # An object that was replaced meanwhile looks damaged; say which of the two it is.
-            reader.check_unchanged()
-            raise
-
-
-def _refuse_same_file(source: Place, dest: Place) -> None:
-    uris = source.uri, dest.uri
-    if source.is_local and dest.is_local:
-        # By whatever links their folders are reached.
-        uris = os.path.realpath(source.path), os.path.join(os.path.realpath(dest.parent.path), dest.name)
-    if uris[0] == uris[1]:
-        raise UsageError(f"{source.uri}: source and destination are the same file")
-
-
-class _DiscardingWriter(Writer):
-    """Takes an output and keeps nothing of it."""
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self.bytes_written += len(data)
-
-    def _publish(self) -> None: ...
-
-    def _discard(self) -> None: ...
-
-
-def _outputs_of_before(manifest: Mapping[str, Any] | None, name: str) -> set[str]:
-    """Names of the files that an earlier manifest of this output lists: shards of another count, say."""
-    if manifest is None:
-        return set()
-    found = {output["path"] for output in manifest["outputs"]}
-    if "provenance" in manifest:
-        found.add(name + STATEMENT_SUFFIX)
-    return found
-
-
-@dataclass(frozen=True, slots=True)
 class Published:
     """A finished output: its manifest, and which state of the stored manifest that is."""
 
@@ -368,7 +164,7 @@ def publish(
     dest_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Published:
-    """As `commit`, for those who keep an index of what is finished."""
+    """As `commit`, with the identity of the stored manifest, for an index of finished work."""
     source, dest = place_of(draft.source_uri, source_options), place_of(draft.dest_uri, dest_options)
     return publish_at(draft, source, dest, progress)
 

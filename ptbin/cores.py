@@ -2,7 +2,7 @@
 
 However many checkpoints are worked on at once, no more threads hash than there are cores: whoever hashes
 holds a slot while it does. One file is hashed by as many threads as there are cores, each of many by one.
-hashlib and zlib let go of the interpreter's lock for pieces of this size, so threads are enough.
+hashlib and zlib release the interpreter's lock for pieces of this size, so threads are enough.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _cgroup_cores() -> int | None:
 
 
 def hashing_pool() -> ThreadPoolExecutor:
-    """The threads beside the calling one; one at least."""
+    """The threads that hash next to the calling one; at least one."""
     global _pool  # noqa: PLW0603 - one for the process
     with _lock:
         if _pool is None:
@@ -121,7 +121,7 @@ class _Slots:
 
 
 def hashing_slot() -> _Slots:
-    """To be held while a piece is hashed, but for the serial lane of a file (`busy_core`)."""
+    """Hold it while a piece is hashed; the serial lane of a file needs none (`busy_core`)."""
     global _slots  # noqa: PLW0603 - as above
     with _lock:
         if _slots is None:

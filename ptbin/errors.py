@@ -1,6 +1,6 @@
 """Every problem ptbin reports, as one tree.
 
-The branch says who can mend it: the checkpoint (`CheckpointError`, permanent, never retried), the
+The branch says where to look for the cause: the checkpoint (`CheckpointError`, permanent, never retried), the
 store (`StorageError`, retried where `transient`), the caller (`UsageError`) or nobody, because what
 is stored is not what the source says (`VerificationError`). Each class carries the stable `reason`
 code that manifests, run records and `--json` summaries print; messages may change, codes may not.
@@ -62,7 +62,7 @@ class CorruptArchiveError(CheckpointError, ValueError):
 
 
 class ChecksumMismatchError(CheckpointError, ValueError):
-    """Bytes whose CRC-32 is not the one the source stored beside them."""
+    """Bytes whose CRC-32 is not the one that the source states for them."""
 
     reason = "checksum_mismatch"
 

@@ -32,8 +32,7 @@ def inspect(
     """Describe one checkpoint without reading its weights and without running any of its code.
 
     Args:
-        options: what a conversion would be asked for; the answer is what it would take, or why it would
-            refuse.
+        options: of a conversion; the answer says what it would take, or why it would refuse.
 
     Returns:
         `uri`, `container`, `size`, `selected` (path or None), `why`, `reason` and `detail` where nothing

@@ -1,4 +1,4 @@
-"""Weights as NumPy arrays, without any framework: a lazy mapping over whatever `ptbin` reads.
+"""Weights as NumPy arrays, without any framework: a lazy mapping over everything that `ptbin` reads.
 
     weights = ptbin.load("weights/last.bin")
     weights["encoder.weight"]            # read, or mapped, now
@@ -23,7 +23,7 @@ from ptbin.proof.logical import iter_logical_bytes
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import read_selected
 from ptbin.sources.opening import open_source
-from ptbin.stores import Identity, Place, Where, place_of, public_uri
+from ptbin.stores import Identity, Place, RangeReader, Where, place_of, public_uri
 from ptbin.values.dtypes import DType
 from ptbin.values.tensors import ByteRange, TensorRef
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ptbin.stores import RangeReader
 
 __all__ = ["Weights", "load"]
 
@@ -136,7 +135,7 @@ class Weights(Mapping[str, "NDArray[Any]"]):
         return _numpy_dtype(name, self._tensors[name])
 
     def close(self) -> None:
-        """Release the store; arrays not asked for until then can no longer be had."""
+        """Release the store; arrays not asked for until then can no longer be read."""
         reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()

@@ -4,7 +4,7 @@
 rerun can tell whether an output was made with the same options. What only decides *how* the work is
 done (proof level, force, storage options, workers) stays out of the fingerprint. `Limits` bounds the
 memory and time that a hostile file may claim. No value here is ever a secret: storage options travel
-beside the options, never inside them.
+next to the options, never inside them.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def write_files(
     progress: Progress | None,
     notes: list[str],
 ) -> list[tuple[Written, DraftFile]]:
-    """Write files to a place, in order or side by side; what came of each.
+    """Write files to a place, in order or side by side; the result of each.
 
     Args:
         notes: gets what went another way than usual.
@@ -82,7 +82,7 @@ def write_files(
 
 
 class _Stopping:
-    """Progress of several threads, told to one at a time; raises in all of them once one has failed."""
+    """Progress of several threads, reported one at a time; raises in all of them once one has failed."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress

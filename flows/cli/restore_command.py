@@ -14,7 +14,7 @@ from ptbin.errors import UsageError
 
 if TYPE_CHECKING:
     from ptbin.catalog import Job
-    from ptbin.conversion import Preview
+    from ptbin.preparing import Preview
 
 __all__ = ["restore_command"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ptbin.catalog.finished import FinishedRow, row_of, row_of_copy
 from ptbin.catalog.jobs import Job
-from ptbin.conversion import Published, plan_conversion
+from ptbin.conversion import Published
 from ptbin.errors import (
     CheckpointError,
     NoStateDictError,
@@ -25,6 +25,7 @@ from ptbin.manifests.damage import damaged_file, is_damaged, note_damage
 from ptbin.manifests.drafting import stored_of
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, dump_manifest, parse_manifest
 from ptbin.options import ConvertOptions
+from ptbin.preparing import plan_conversion
 from ptbin.proof.digests import OnePass, digest_file
 from ptbin.proof.verification import difference_of
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors

@@ -28,8 +28,8 @@ from ptbin.catalog.jobs import Found, Job, Problem
 from ptbin.catalog.jobtable import CURRENT, PAGE, TO_ASK, TO_DO
 from ptbin.catalog.named import NamedFiles
 from ptbin.catalog.request import RunRequest
+from ptbin.manifests.claims import ASIDE_SUFFIX, CLAIM_TARGET_SUFFIX
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
-from ptbin.manifests.vouching import ASIDE_SUFFIX, CLAIM_TARGET_SUFFIX
 from ptbin.options import ConvertOptions
 from ptbin.sources.folders import INDEX_SUFFIX
 from ptbin.stores import NO_OPTIONS, ListedObject, Place, Where

@@ -61,7 +61,7 @@ def diff(
         progress: called with bytes compared; may be called by several threads.
 
     Returns:
-        A `Difference`; its `equal` says whether there is none.
+        A `Difference`; its `equal` is true where nothing differs.
 
     Raises:
         UsageError: the call is wrong. CheckpointError: one of the two cannot be read, is damaged, unsafe,

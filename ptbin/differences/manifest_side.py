@@ -133,7 +133,7 @@ class ManifestSide(Side):
         sha256, lazy = row.get("sha256"), row.get("lazy", ())
         if not (sha256 is None or (type(sha256) is str and len(sha256) == 64)) or set(lazy) - {"conj", "neg"}:
             raise VerificationError(
-                f"{self.uri}: the sha256 or lazy of tensor {row['name'][:200]!r} makes no sense"
+                f"{self.uri}: the sha256 or lazy of tensor {row['name'][:200]!r} is not valid"
             )
         key = (row["file"], stored.offset, row["dtype"], stored.shape, stored.stride)
         return SideTensor(BY_NAME[row["dtype"]], stored.shape, sha256, tuple(lazy), None, stored.nbytes, key)

@@ -136,7 +136,7 @@ class Tally:
         self.square_b += other.square_b
 
     def numbers(self, elements: int, shape: tuple[int, ...]) -> Numbers:
-        """What it all comes to, for tensors of `shape`."""
+        """The result, for tensors of `shape`."""
         counted = self.numeric and self.finite > 0
         return Numbers(
             elements=elements,

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ptbin.errors import UnsupportedTensorError, UsageError
 from ptbin.options import ConvertOptions
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import read_selected
 from ptbin.sources.opening import find_source
-from ptbin.stores import public_uri
+from ptbin.stores import Place, RangeReader, public_uri
 from ptbin.values.dtypes import DType
 from ptbin.values.state_dict import StateDict, tensors_of
 from ptbin.values.tensors import SparseTensor, TensorRef
-
-if TYPE_CHECKING:
-    from ptbin.stores import Place, RangeReader
 
 __all__ = ["CheckpointSide", "Side", "SideTensor", "quantizer_of", "refuse_sparse", "tie_groups"]
 
@@ -104,13 +101,7 @@ class CheckpointSide(Side):
             raise
         self.tensors = {
             name: SideTensor(
-                view.dtype,
-                view.shape,
-                None,
-                view.flags,
-                quantizer_of(view),
-                view.nbytes,
-                view.layout_key(),
+                view.dtype, view.shape, None, view.flags, quantizer_of(view), view.nbytes, view.layout_key()
             )
             for name, view in self._views.items()
         }

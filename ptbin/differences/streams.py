@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Generator, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from ptbin.errors import CorruptArchiveError
 from ptbin.proof.logical import iter_logical_bytes
+from ptbin.stores import RangeReader
 from ptbin.stores.inflate import iter_inflated
 from ptbin.values.tensors import ByteRange, Deflated, TensorRef
-
-if TYPE_CHECKING:
-    from ptbin.stores import RangeReader
 
 __all__ = ["Feed", "is_plain", "iter_views", "part_of"]
 

@@ -60,7 +60,7 @@ class Numbers:
         beyond_tolerance: those of them that are not close enough.
         non_finite: those of them where one side is infinite or NaN.
         max_abs: largest |a - b|; None where the type has no numbers or no pair is finite.
-        max_rel: largest |a - b| / |b| over the elements where b is not 0; None where there are none.
+        max_rel: largest |a - b| / |b| over the elements where b is not 0; None where all are 0.
         index: of the largest |a - b|; None where nothing differs in value.
         cosine: cosine of the angle between the two, flattened; None where one of them is all zeros.
     """
@@ -75,11 +75,8 @@ class Numbers:
     cosine: float | None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {
-            "max_abs": _json_number(self.max_abs),
-            "max_rel": _json_number(self.max_rel),
-            "index": None if self.index is None else list(self.index),
-        }
+        finite = {"max_abs": _json_number(self.max_abs), "max_rel": _json_number(self.max_rel)}
+        return asdict(self) | finite | {"index": None if self.index is None else list(self.index)}
 
 
 def _json_number(value: float | None) -> float | None:
@@ -106,14 +103,12 @@ class TensorDifference:
     within_tolerance: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "what": list(self.what),
-            "a": {"dtype": self.a.dtype, "shape": list(self.a.shape)},
-            "b": {"dtype": self.b.dtype, "shape": list(self.b.shape)},
-            "numbers": None if self.numbers is None else self.numbers.to_json(),
-            "within_tolerance": self.within_tolerance,
+        sides = {
+            key: {"dtype": side.dtype, "shape": list(side.shape)}
+            for key, side in (("a", self.a), ("b", self.b))
         }
+        numbers = None if self.numbers is None else self.numbers.to_json()
+        return asdict(self) | sides | {"what": list(self.what), "numbers": numbers}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,16 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from ptbin.cores import available_cores
 from ptbin.differences.numbers import BLOCK, Tally, Tolerance, has_numbers, resolve_lazy, same_bytes
 from ptbin.differences.streams import Feed, is_plain, iter_views, part_of
+from ptbin.stores import RangeReader
 from ptbin.values.crc32 import confirm_crc32, crc32_of
 from ptbin.values.tensors import ByteRange, TensorRef
-
-if TYPE_CHECKING:
-    from ptbin.stores import RangeReader
 
 __all__ = ["Pair", "Readers", "compare_pairs", "hash_views"]
 
@@ -225,7 +223,7 @@ def _compare(parts: list[_Part], readers: Readers, tolerance: Tolerance, progres
             if progress is not None:
                 progress(part.a.nbytes + part.b.nbytes)
         for pieces in (pieces_a, pieces_b):
-            for _ in pieces:  # nothing is left, but for what a stream checks at its end
+            for _ in pieces:  # no bytes are left; streams check their CRC-32 at the end
                 pass
 
 

@@ -22,7 +22,6 @@ tell about; one HEAD for each file that only its own claim can vouch for.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -35,62 +34,30 @@ from ptbin.errors import (
     LimitExceededError,
     NotFoundInStoreError,
     OutputExistsError,
-    StorageError,
     VerificationError,
+)
+from ptbin.manifests.claims import (
+    MAX_CLAIM_NBYTES,
+    Vouched,
+    carried_claim,
+    claim_place,
+    dump_claim,
+    end_claim,
+    is_restored,
+    rows_of_claim,
+    vouched_by,
 )
 from ptbin.manifests.damage import DAMAGED
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, dump_manifest, hex_crc32, parse_manifest
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, dump_statement, statement_of
-from ptbin.stores import PARTIAL_SUFFIX, Place, identity_text
+from ptbin.stores import Place, identity_text
 
-__all__ = [
-    "ASIDE_SUFFIX",
-    "CLAIM_TARGET_SUFFIX",
-    "Guard",
-    "OutputSite",
-    "Standing",
-    "claim_of",
-    "claim_place",
-    "end_claim",
-    "is_restored",
-]
+__all__ = ["Guard", "OutputSite", "Standing"]
+
+CHUNK_NBYTES = 4 << 20
 
 Guard = Literal["any", "restored"]
 """Which manifests vouch: each of ptbin's, or only those of `restore`."""
-
-ASIDE_SUFFIX = f"{MANIFEST_SUFFIX}.before.kept{PARTIAL_SUFFIX}"
-"""Of a claim's name, behind its output's. Listings pass it over; no clean-up takes it for an output."""
-
-CLAIM_TARGET_SUFFIX = f"{MANIFEST_SUFFIX}.before"
-"""What a store takes for the end of the output's name that a claim, a partial name, was to get."""
-
-CLAIM_VERSION = 1
-CHUNK_NBYTES = 4 << 20
-MAX_CLAIM_NBYTES = 64 << 20
-NAME_MAX = 255
-"""Longest file name in bytes (limits.h)."""
-
-
-def claim_place(output: Place) -> Place:
-    """Where the claim on an output lies."""
-    name = output.name
-    if len(name.encode("utf-8", "surrogateescape")) + len(ASIDE_SUFFIX) > NAME_MAX:
-        name = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-    return output.parent / f"{name}{ASIDE_SUFFIX}"
-
-
-def end_claim(output: Place) -> None:
-    """Delete the claim of an output, once its manifest is there or its files are gone.
-
-    One that stays behind is hidden and harmless: a store's fault is passed over.
-    """
-    with contextlib.suppress(StorageError):
-        claim_place(output).delete()
-
-
-def is_restored(manifest: Mapping[str, Any]) -> bool:
-    """Whether `restore` wrote the manifest: only then does what its output holds lie elsewhere as well."""
-    return isinstance(manifest["options"].get("restore"), dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +73,6 @@ class Standing:
     alone: bool = False
     is_known_copy: bool = False
     """What is there is a copy that ptbin has made, as its index of finished work says."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Vouched:
-    """Content of one file that a manifest or a claim vouches for."""
-
-    name: str
-    size: int
-    sha256: str | None
-    crc32: str | None
-    identity: str = ""
 
 
 class OutputSite:
@@ -146,11 +102,11 @@ class OutputSite:
         self.claim = ""
         """What each file of the output is to carry, where the store has a place for it."""
         if place.store.carries_claims and source_uri:
-            self.claim = _carried_claim(place.uri, source_uri, self._restores)
+            self.claim = carried_claim(place.uri, source_uri, self._restores)
         self._is_free = standing is not None and standing.size is None and standing.alone
         # Looking at a local file costs next to nothing, and is surer than a listing of some time ago.
         self._standing = standing if not self._is_local else None
-        self._claimed: list[_Vouched] = []
+        self._claimed: list[Vouched] = []
         self._has_claim = self._looked_for_claim = False
         self._is_withdrawn = False
         self._read: dict[tuple[str, str], tuple[str, str]] = {}
@@ -272,9 +228,9 @@ class OutputSite:
     def _objection(self, place: Place, name: str, size: int, identity: str) -> str:
         """Why the file may not be replaced; empty where it may."""
         reason = "and no manifest of ptbin's vouches for it"
-        listed: list[_Vouched] = []
+        listed: list[Vouched] = []
         if self.manifest is not None:
-            listed = [row for row in _rows_of(self.manifest) if row.name == name]
+            listed = [row for row in vouched_by(self.manifest) if row.name == name]
             if not self._may_vouch(self.manifest):
                 listed, reason = [], "and its manifest does not say that ptbin restored it"
             elif not listed:
@@ -306,10 +262,10 @@ class OutputSite:
             found = place.stat()
         except NotFoundInStoreError:
             return False
-        rows = [row for row in _rows_of(self.manifest) if row.name == name]
+        rows = [row for row in vouched_by(self.manifest) if row.name == name]
         return self._has_content(place, found.size, identity_text(found.identity), rows)
 
-    def _has_content(self, place: Place, size: int, identity: str, rows: Iterable[_Vouched]) -> bool:
+    def _has_content(self, place: Place, size: int, identity: str, rows: Iterable[Vouched]) -> bool:
         rows = [row for row in rows if row.size == size]
         if not rows:
             return False
@@ -347,7 +303,7 @@ class OutputSite:
             claim = json.loads(claim_place(self.place).read_bytes(limit=MAX_CLAIM_NBYTES))
         except (NotFoundInStoreError, LimitExceededError, ValueError, RecursionError):
             return
-        rows = _rows_of_claim(claim, restored=self._guard == "restored")
+        rows = rows_of_claim(claim, restored=self._guard == "restored")
         self._claimed += [row for row in rows if row not in self._claimed]
 
     def withdraw_manifest(self, *coming: tuple[str, int, int]) -> None:
@@ -361,12 +317,12 @@ class OutputSite:
         if self.claim and self.manifest is None and not self._claimed:
             return  # the files carry it
         if self.manifest is not None and not self._has_claim and self._may_vouch(self.manifest):
-            self._claimed += _rows_of(self.manifest)
-        rows = [_Vouched(name, size, None, hex_crc32(crc32)) for name, size, crc32 in coming]
+            self._claimed += vouched_by(self.manifest)
+        rows = [Vouched(name, size, None, hex_crc32(crc32)) for name, size, crc32 in coming]
         fresh = [row for row in rows if row not in self._claimed]
         self._claimed += fresh
         if fresh or not self._has_claim:
-            claim_place(self.place).write_bytes(_dump_claim(self._claimed, self._restores))
+            claim_place(self.place).write_bytes(dump_claim(self._claimed, self._restores))
             self._has_claim = True
         if self.manifest is not None and not self._is_withdrawn:
             self._manifest_place.delete()
@@ -384,64 +340,8 @@ class OutputSite:
         return self._has_claim
 
 
-def _carried_claim(uri: str, source_uri: str, restored: bool) -> str:
-    text = "\0".join((str(CLAIM_VERSION), "restored" if restored else "converted", uri, source_uri))
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
 def _statement(manifest: Mapping[str, Any]) -> bytes:
     try:
         return dump_statement(statement_of(manifest))
     except (LookupError, TypeError):
         return b""
-
-
-def _rows_of(manifest: Mapping[str, Any]) -> list[_Vouched]:
-    identities = manifest["verification"].get("identities")
-    if not isinstance(identities, dict):
-        identities = {}
-    return [
-        _Vouched(
-            output["path"],
-            output["size"],
-            output.get("sha256"),
-            output.get("crc32"),
-            str(identities.get(output["path"], "")),
-        )
-        for output in manifest["outputs"]
-    ] + _damaged_rows(manifest)
-
-
-def _damaged_rows(manifest: Mapping[str, Any]) -> list[_Vouched]:
-    """What `verify` found in the place of files of the output: it may be replaced, for no output has it."""
-    files = manifest.get(DAMAGED, {}).get("files") if isinstance(manifest.get(DAMAGED), dict) else None
-    if not isinstance(files, dict):
-        return []
-    return [
-        _Vouched(name, file["size"], file.get("sha256") or "", None, str(file.get("identity", "")))
-        for name, file in files.items()
-        if isinstance(file, dict) and isinstance(file.get("size"), int)
-    ]
-
-
-def claim_of(files: Iterable[tuple[str, int, int]], *, restored: bool) -> bytes:
-    """A claim on files of which name, size and CRC-32 are given, as it is stored."""
-    return _dump_claim([_Vouched(name, size, None, hex_crc32(crc)) for name, size, crc in files], restored)
-
-
-def _dump_claim(rows: Iterable[_Vouched], restored: bool) -> bytes:
-    listed = [[row.name, row.size, row.sha256, row.crc32, row.identity] for row in rows]
-    return json.dumps({"claim": CLAIM_VERSION, "restored": restored, "files": listed}).encode()
-
-
-def _rows_of_claim(claim: Any, *, restored: bool) -> list[_Vouched]:
-    """Nothing where it is not one; of a conversion's, nothing for a restore."""
-    if not isinstance(claim, dict) or claim.get("claim") != CLAIM_VERSION:
-        return []
-    if restored and claim.get("restored") is not True:
-        return []
-    return [
-        _Vouched(row[0], row[1], row[2], row[3], str(row[4]))
-        for row in claim.get("files") or ()
-        if isinstance(row, list) and len(row) == 5 and isinstance(row[0], str) and type(row[1]) is int
-    ]

@@ -80,11 +80,7 @@ def prove_used(what: str, numel: int, views: Sequence[tuple[int, tuple[int, ...]
 
 
 def _digit_boxes(
-    steps: Sequence[int],
-    sizes: Sequence[int],
-    offset: int,
-    extent: tuple[int, ...],
-    stride: tuple[int, ...],
+    steps: Sequence[int], sizes: Sequence[int], offset: int, extent: tuple[int, ...], stride: tuple[int, ...]
 ) -> Iterator[Box]:
     """A view as boxes of digits, one digit for each step; cut where an axis carries into the next digit."""
     counts = [1] * len(steps)

@@ -22,8 +22,6 @@ _COLUMN = (
 _ROW = r"linear_proj|linear_fc2|(?:self_|inter_)?attention\.dense|dense_4h_to_h"
 _NUMBER = r"\d*"  # of an expert of a group: `linear_fc1.weight3`
 
-_VOCABULARY: _Row = {"how": "rows", "cut": "vocab_size"}
-
 _ANY = r"(?:.*\.)?"
 _ENDS = rf"\.(?:weight|bias){_NUMBER}"
 
@@ -62,11 +60,7 @@ def _in_layers(below: str, to: str, *steps: _Row) -> list[_Row]:
     target = "model.layers.{l}." + to
     return [
         {"from": rf"{_TOP}decoder\.layers\.(?P<l>\d+)\.{below}", "to": target, "steps": list(steps)},
-        {
-            "from": rf"{_TOP}decoder\.layers\.{below}",
-            "to": target,
-            "steps": [{"unstack": [0, "l"]}, *steps],
-        },
+        {"from": rf"{_TOP}decoder\.layers\.{below}", "to": target, "steps": [{"unstack": [0, "l"]}, *steps]},
     ]
 
 

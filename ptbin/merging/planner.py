@@ -1,6 +1,6 @@
 """From a recipe and whole tensors to those of the output, proven: every element of every source is used once.
 
-Pure. Each rule is applied twice, to the tensors as if each lay in a storage of its own, which proves that all
+Pure. Each rule is applied twice, to the tensors as if each had a separate storage, which proves that all
 of every source is used and nothing twice, and to where they really lie, which proves that every element of
 the output is covered and gives the places.
 """

@@ -6,8 +6,8 @@ A recipe is a JSON object that a user may write (docs/parts.md) or one of the sh
      "tensors": [{"from": "regex", "to": "name {group}", "steps": [{"split": [0, ["heads", -1, 2]]}]}],
      "others": "keep"}
 
-Every rule is a selection and an order of elements. None computes, but for the sums and means over ranks that
-`merge` asks for: small tensors, which the manifest names.
+Every rule is a selection and an order of elements. Only the sums and means over ranks that `merge` asks for
+are computed: small tensors, which the manifest names.
 """
 
 from __future__ import annotations
@@ -268,13 +268,7 @@ def _rule(row: _Row) -> Rule:
     patterns = tuple(row.pattern(source) for source in sources)
     if stack and not all(_has_group(pattern, stack) for pattern in patterns):
         raise UsageError(f"{row.what}: `stack` {stack[:80]!r} is not a group of each `from`")
-    rule = Rule(
-        patterns,
-        to,
-        tuple(_step(item, row.what) for item in row.items("steps")),
-        concat,
-        stack,
-    )
+    rule = Rule(patterns, to, tuple(_step(item, row.what) for item in row.items("steps")), concat, stack)
     row.finish()
     return rule
 

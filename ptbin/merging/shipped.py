@@ -211,7 +211,7 @@ def find_recipe(text: str) -> Recipe:
 
 
 def _completed(text: str) -> str:
-    """A recipe that names a shipped one as what it is `like`, with that one's rows where it has none."""
+    """A recipe that is `like` a shipped one, with the rows of that one where it has no rows itself."""
     try:
         own = json.loads(text)
     except (ValueError, RecursionError):

@@ -7,7 +7,7 @@ around; none computes. `View.tensor` proves that they fill the shape and makes t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ptbin.errors import LimitExceededError, UnsupportedTensorError
@@ -25,7 +25,7 @@ class View:
     """Elements of other tensors, reordered.
 
     Attributes:
-        final_shape: the shape that it is to have, as many elements in the same order; None: `shape`.
+        final_shape: the shape of the result, with the same elements in the same order; None: `shape`.
     """
 
     dtype: DType
@@ -47,7 +47,7 @@ class View:
         )
 
     def in_final_shape(self) -> View:
-        """With the shape that it is to have."""
+        """With `final_shape` as its shape."""
         return (
             self if self.final_shape is None else replace(self, final_shape=None).reshaped(self.final_shape)
         )
@@ -82,7 +82,7 @@ class View:
         wanted = tuple(n for n in shape if n != 1)
         axis = done = 0
         while done < len(wanted):
-            # The next axes of both that come to the same number.
+            # The next axes of both with the same product.
             end, last = axis + 1, done + 1
             while (have := math.prod(view.shape[axis:end])) != (want := math.prod(wanted[done:last])):
                 end, last = (end + 1, last) if have < want else (end, last + 1)
@@ -95,32 +95,21 @@ class View:
             view = view.with_axis(axis) if n == 1 else view
         return view
 
-    def with_axis(self, axis: int) -> View:
-        """With one more axis, of one."""
-        shape = (*self.shape[:axis], 1, *self.shape[axis:])
+    def rearranged(self, change: Callable[[tuple[int, ...], int], tuple[int, ...]]) -> View:
+        """Its axes changed as `change` does it to numbers, one for each; a new axis gets the one given."""
         boxes = (
-            replace(
-                box,
-                start=(*box.start[:axis], 0, *box.start[axis:]),
-                shape=(*box.shape[:axis], 1, *box.shape[axis:]),
-                stride=(*box.stride[:axis], 1, *box.stride[axis:]),
-            )
+            replace(box, start=change(box.start, 0), shape=change(box.shape, 1), stride=change(box.stride, 1))
             for box in self.boxes
         )
-        return View(self.dtype, shape, tuple(boxes))
+        return View(self.dtype, change(self.shape, 1), tuple(boxes))
+
+    def with_axis(self, axis: int) -> View:
+        """With one more axis, of one."""
+        return self.rearranged(lambda values, new: (*values[:axis], new, *values[axis:]))
 
     def ordered(self, axes: Sequence[int]) -> View:
         """Axes in another order (`torch.permute`)."""
-        boxes = (
-            replace(
-                box,
-                start=tuple(box.start[axis] for axis in axes),
-                shape=tuple(box.shape[axis] for axis in axes),
-                stride=tuple(box.stride[axis] for axis in axes),
-            )
-            for box in self.boxes
-        )
-        return View(self.dtype, tuple(self.shape[axis] for axis in axes), tuple(boxes))
+        return self.rearranged(lambda values, _: tuple(values[axis] for axis in axes))
 
     def taken(self, axis: int, first: int, count: int) -> View:
         """`count` indices of an axis, from `first` on."""
@@ -142,17 +131,8 @@ class View:
 
     def at(self, axis: int, index: int) -> View:
         """One index of an axis, which goes away."""
-        view = self.taken(axis, index, 1)
-        boxes = (
-            replace(
-                box,
-                start=_without(box.start, axis),
-                shape=_without(box.shape, axis),
-                stride=_without(box.stride, axis),
-            )
-            for box in view.boxes
-        )
-        return View(self.dtype, _without(view.shape, axis), tuple(boxes))
+        taken = self.taken(axis, index, 1)
+        return taken.rearranged(lambda values, _: (*values[:axis], *values[axis + 1 :]))
 
 
 def concatenated(views: Sequence[View], axis: int) -> View:
@@ -181,7 +161,7 @@ def leaf(tensor: TensorRef, home: str) -> View:
 
 
 def view_of(tensor: TensorRef, name: str) -> View:
-    """The tensor as the views of storages that it consists of.
+    """The tensor as views of the storages it is stored in.
 
     Raises:
         UnsupportedTensorError: it is more than bytes in order, or a strided view of what lies in pieces.
@@ -286,7 +266,3 @@ def _join_axes(box: Box, axis: int, size: int) -> Iterator[Box]:
 
 def _put(values: tuple[int, ...], axis: int, value: int) -> tuple[int, ...]:
     return (*values[:axis], value, *values[axis + 1 :])
-
-
-def _without(values: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    return (*values[:axis], *values[axis + 1 :])

@@ -11,7 +11,6 @@ tensors that are not contiguous once more. Memory is a chunk for each thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from ptbin.proof.groups import Group, GroupHash
 from ptbin.proof.growing import GrowingFile
@@ -20,10 +19,8 @@ from ptbin.proof.logical import ReadSpan
 from ptbin.proof.regions import strided_sha256
 from ptbin.proof.serial import Serial, SerialLane
 from ptbin.proof.stream import StreamHash
+from ptbin.stores import RangeReader
 from ptbin.values.digests import FileDigests, StoredTensor
-
-if TYPE_CHECKING:
-    from ptbin.stores import RangeReader
 
 __all__ = ["FileDigests", "OnePass", "StoredTensor", "digest_descriptor", "digest_file"]
 
@@ -42,7 +39,7 @@ def digest_file(
     """Hash the file, the records (offset, nbytes) and the tensors in it.
 
     Args:
-        serial: of what one SHA-256 is asked for besides: of the whole file, or of what lies in no tensor.
+        serial: what one more SHA-256 covers: the whole file, or what lies in no tensor.
 
     Raises:
         SourceChangedError, StorageError: from the store.
@@ -89,7 +86,7 @@ def digest_descriptor(
     """As `digest_file`, of an open file of `size` bytes.
 
     Args:
-        read: called with a range that the file did not give whole; to raise what there is to raise.
+        read: called with a range that the file no longer holds; raises the error to report.
     """
     if size > SMALL_NBYTES:
         file = GrowingFile(descriptor, size, records, tensors, read, serial=serial)
@@ -113,11 +110,7 @@ class OnePass:
     """A file whose bytes come once, in order: one group, and the serial lane."""
 
     def __init__(
-        self,
-        size: int,
-        records: Iterable[tuple[int, int]],
-        tensors: Iterable[StoredTensor],
-        serial: Serial,
+        self, size: int, records: Iterable[tuple[int, int]], tensors: Iterable[StoredTensor], serial: Serial
     ) -> None:
         distinct = dict.fromkeys(tensors)
         streamed = [tensor for tensor in distinct if tensor.stride is None]

@@ -67,7 +67,7 @@ class GroupHash:
         self._lane.take(position, chunk)
 
     def finish(self, found: FileDigests) -> int:
-        """Put what there is to tell into `found`; the group's own CRC-32."""
+        """Add the digests to `found`; return the CRC-32 of the group."""
         self._lane.finish()
         crc = 0
         for span in self._tile:

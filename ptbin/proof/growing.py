@@ -36,12 +36,12 @@ class GrowingFile:
     """Digests of an open file of this machine whose first bytes are final while the rest is being written.
 
     `reached` says how far that is, from the thread that writes; `finish` waits for the digests, `give_up` for
-    the threads to let go of the descriptor. One of the two must be called before it is closed.
+    the threads to stop using the descriptor. One of the two must be called before it is closed.
 
     Args:
         size: the bytes that the file will have in the end.
-        follow: hash from now on, on threads of this file besides the pool's; without, from `finish` on.
-        read: called with a range that the file did not give whole; to raise what there is to raise.
+        follow: hash from now on, on extra threads for this file; without, from `finish` on.
+        read: called with a range that the file no longer holds; raises the error to report.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class GrowingFile:
         if size >= AHEAD_NBYTES and available_cores() >= AHEAD_CORES:
             self._ahead = ThreadPoolExecutor(1, thread_name_prefix="ptbin-ahead")
         self._counts_serial = serial == "file"
-        self._hashed: deque[int] = deque()  # bytes that progress has yet to be told of
+        self._hashed: deque[int] = deque()  # bytes not yet reported to progress
         self._following = self._own.submit(self._hash_serially) if self._own is not None else None
         self._followed: Future[None] | None = None
         self._writing = ExitStack()  # the thread that writes has a core to itself, until all is written

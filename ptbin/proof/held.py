@@ -1,7 +1,7 @@
 """Proof of a small output before it is sent: all of its bytes are still in memory.
 
-They are what the source states, and read anew they hold what was planned. Whether the store has them is for
-its answer to say.
+They are what the source states, and read anew they hold what was planned. The store's answer says whether it
+has them.
 """
 
 from __future__ import annotations
@@ -10,34 +10,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ptbin.errors import VerificationError
+from ptbin.options import ConvertOptions
 from ptbin.proof.digests import OnePass
 from ptbin.proof.output import check_structure, compare_checksums
-from ptbin.stores.reader import RangeReader
-from ptbin.stores.values import Identity, check_range
+from ptbin.proof.serial import Serial
+from ptbin.reading.containers.source import MemoryReader
 from ptbin.values.digests import FileDigests, StoredTensor
 
 if TYPE_CHECKING:
     from ptbin.manifests.draft import DraftFile
-    from ptbin.options import ConvertOptions
-    from ptbin.proof.serial import Serial
     from ptbin.values.segments import FilePlan
 
 __all__ = ["prove_held"]
-
-
-class _HeldReader(RangeReader):
-    """Reads what is to be sent."""
-
-    def __init__(self, uri: str, data: bytearray) -> None:
-        super().__init__(uri, len(data), Identity("uid", ""))
-        self._data = data
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        check_range(self.uri, self.size, offset, nbytes)
-        return bytes(memoryview(self._data)[offset : offset + nbytes])
-
-    def check_unchanged(self) -> None:
-        """Nothing else writes to it."""
 
 
 def prove_held(
@@ -59,10 +43,10 @@ def prove_held(
     """
     if len(data) != file.size:
         raise VerificationError(f"{uri}: {len(data)} bytes are to be sent, {file.size} were planned")
-    reader = _HeldReader(uri, data)
+    reader = MemoryReader(data, uri)
     hashing = OnePass(file.size, [(r.offset, r.nbytes) for r in file.records], places, serial)
     hashing.take(0, memoryview(data))
-    digests = hashing.finish(reader.iter_range)
+    digests = hashing.finish(lambda offset, nbytes: iter([reader.read(offset, nbytes)]))
     names = [(tensor.name, tensor.offset) for tensor in plan.tensors]
     compare_checksums(uri, file, names, digests, VerificationError)
     rows = [

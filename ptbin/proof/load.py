@@ -23,14 +23,12 @@ from ptbin.proof.loaded import iter_loaded_tensors
 from ptbin.proof.logical import iter_logical_bytes
 from ptbin.reading.selected import read_selected
 from ptbin.sources.opening import open_source
-from ptbin.stores import Identity
+from ptbin.stores import Identity, Place, RangeReader
 from ptbin.values.dtypes import DType
-from ptbin.values.state_dict import iter_tensors
+from ptbin.values.state_dict import StateDict, iter_tensors
 
 if TYPE_CHECKING:
     from ptbin.manifests.draft import Draft
-    from ptbin.stores import Place, RangeReader
-    from ptbin.values.state_dict import StateDict
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.[^.]+$)")
 

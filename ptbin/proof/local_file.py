@@ -31,7 +31,7 @@ def _buffer(nbytes: int, most: int = BUFFER_NBYTES) -> bytearray:
 
 
 def _keep(buffers: Iterable[bytearray]) -> None:
-    """For the next one who needs a buffer."""
+    """Keep buffers for later use, up to a limit."""
     for buffer in buffers:
         kept = _buffers.setdefault(len(buffer), []) if len(buffer) >= BUFFER_NBYTES else None
         if kept is not None and (len(kept) + 1) * len(buffer) <= MAX_KEPT_NBYTES:
@@ -56,7 +56,7 @@ class LocalFile:
             self._changed.notify_all()
 
     def give_up(self) -> None:
-        """Threads that are still at it stop."""
+        """Make threads that still read stop."""
         with self._changed:
             self._given_up = True
             self._changed.notify_all()
@@ -114,7 +114,7 @@ class LocalFile:
             _keep([*free, *taken, *(buffer for _, buffer in coming)])
 
     def _fill(self, view: memoryview, offset: int) -> memoryview:
-        """All of `view`, from the file; raises what there is to raise where that ends before."""
+        """Fill all of `view` from the file; where the file ends before, `read` raises."""
         done = 0
         self._wait_for(offset + len(view))
         while done < len(view):

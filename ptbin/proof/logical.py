@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from ptbin.stores import RangeReader
 from ptbin.stores.inflate import iter_inflated
 from ptbin.values.tensors import ByteRange, Deflated, InMemory, Joined, Place, TensorRef, Tiled, dense_strides
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     import numpy
     import numpy.typing
 
-    from ptbin.stores import RangeReader
 
 __all__ = ["iter_logical_bytes", "iter_strided"]
 

@@ -25,13 +25,15 @@ from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import CheckpointError, ChecksumMismatchError, VerificationError
 from ptbin.manifests.manifest import hex_crc32
+from ptbin.options import Limits
 from ptbin.proof.digests import digest_file
 from ptbin.proof.serial import serial_of
 from ptbin.reading.containers import read_checkpoint
+from ptbin.reading.containers.source import RandomReader
 from ptbin.reading.pickle.verdicts import judge_programs
 from ptbin.reading.selection import select_state_dict
 from ptbin.sources.folders import INDEX_SUFFIX
-from ptbin.stores import identity_text
+from ptbin.stores import Place, RangeReader, identity_text
 from ptbin.values.digests import FileDigests, StoredTensor
 from ptbin.values.dtypes import BY_NAME
 from ptbin.values.state_dict import iter_tensors
@@ -39,8 +41,6 @@ from ptbin.values.tensors import ByteRange, TensorRef, extent_of
 
 if TYPE_CHECKING:
     from ptbin.manifests.draft import Draft, DraftFile
-    from ptbin.options import Limits
-    from ptbin.stores import Place, RangeReader
 
 __all__ = [
     "READ_BACK",
@@ -216,11 +216,9 @@ def stored_tensor(row: Mapping[str, Any], file_size: int | None = None) -> Store
     """Where a manifest's tensor lies; inside a file of `file_size` bytes, where that is given.
 
     Raises:
-        VerificationError: an unknown type, or numbers that make no sense.
+        VerificationError: an unknown type, or numbers that are not consistent.
     """
-    wrong = VerificationError(
-        f"the manifest describes tensor {str(row.get('name'))[:200]!r} in a way that makes no sense"
-    )
+    wrong = VerificationError(f"the manifest describes tensor {str(row.get('name'))[:200]!r} inconsistently")
     name, dtype_name, shape, stride = row.get("name"), row.get("dtype"), row.get("shape"), row.get("stride")
     dtype = BY_NAME.get(dtype_name) if isinstance(dtype_name, str) else None
     if dtype is None or not isinstance(name, str) or not isinstance(shape, list) or len(shape) > 64:
@@ -245,7 +243,7 @@ def _check_structure(reader: RangeReader, draft: Draft, rows: list[dict[str, Any
 
 
 def check_structure(
-    reader: RangeReader, limits: Limits, output_format: str, rows: Sequence[Mapping[str, Any]]
+    reader: RandomReader, limits: Limits, output_format: str, rows: Sequence[Mapping[str, Any]]
 ) -> None:
     """The stored file, read anew, holds exactly the tensors that were planned, where they were planned.
 

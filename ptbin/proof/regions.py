@@ -19,14 +19,7 @@ __all__ = ["RegionLane", "sha256_of_tensor", "strided_sha256"]
 def strided_sha256(tensor: StoredTensor, read: ReadSpan) -> str:
     assert tensor.stride is not None
     digest = hashlib.sha256()
-    pieces = iter_strided(
-        read,
-        tensor.offset,
-        tensor.shape,
-        tensor.stride,
-        tensor.itemsize,
-        tensor.per_unit,
-    )
+    pieces = iter_strided(read, tensor.offset, tensor.shape, tensor.stride, tensor.itemsize, tensor.per_unit)
     for piece in pieces:
         digest.update(piece)
     return digest.hexdigest()

@@ -29,11 +29,7 @@ GIT_FILES = (".git", ".gitattributes", ".github", ".gitignore")
 
 
 def verify_signatures(
-    dest: Place,
-    public_key: str,
-    manifests: Iterable[str],
-    *,
-    progress: Callable[[int], None] | None = None,
+    dest: Place, public_key: str, manifests: Iterable[str], *, progress: Callable[[int], None] | None = None
 ) -> list[Issue]:
     """Check every signature at or below DEST with one public key; reads all that is signed.
 
@@ -99,7 +95,7 @@ class _StoreHashing:
         self._ignored: set[str] = {SIGNATURE, *GIT_FILES}
 
     def add_ignored_paths(self, *, model_path: Any, paths: Iterable[Any]) -> None:
-        """What the signer left out, says the signature itself; only the signature may be left out."""
+        """Refuse a signature that leaves other files out than itself and those of Git."""
         del model_path
         for path in paths:
             if PurePosixPath(path).name not in (SIGNATURE, *GIT_FILES):

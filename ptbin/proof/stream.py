@@ -1,7 +1,7 @@
 """Digests of a file whose bytes arrive once, in order, from elsewhere: on all cores, while more is coming.
 
 The thread that receives computes the file's own SHA-256. What else there is to hash is cut into groups of
-neighbouring records, whose bytes wait for a thread each in a queue of their own; a group lags behind while
+neighbouring records, whose bytes wait for a thread in one queue per group; a group lags behind while
 the next ones arrive, so that one core's speed limits a single tensor, not the stream.
 """
 
@@ -21,7 +21,7 @@ __all__ = ["StreamHash"]
 
 GROUP_NBYTES = 8 << 20
 WAITING_NBYTES = 32 << 20
-"""What may have arrived and not been hashed: who brings more waits."""
+"""What may have arrived and not been hashed yet; `take` waits beyond it."""
 
 
 class StreamHash:
@@ -33,11 +33,7 @@ class StreamHash:
     """
 
     def __init__(
-        self,
-        size: int,
-        records: Iterable[tuple[int, int]],
-        tensors: Iterable[StoredTensor],
-        serial: Serial,
+        self, size: int, records: Iterable[tuple[int, int]], tensors: Iterable[StoredTensor], serial: Serial
     ) -> None:
         tensors = list(tensors)
         self._serial = SerialLane(serial, size, tensors)
@@ -50,7 +46,7 @@ class StreamHash:
         self._current = 0
 
     def take(self, position: int, chunk: bytes) -> None:
-        """The next bytes, which nobody changes any more."""
+        """The next bytes; the caller no longer changes them."""
         end = position + len(chunk)
         view = memoryview(chunk)
         at = position
@@ -87,7 +83,7 @@ class StreamHash:
             try:
                 with hashing_slot():
                     queue.hashing.take(position, part)
-            except BaseException as error:  # noqa: BLE001 - handed to whoever brings the bytes
+            except BaseException as error:  # noqa: BLE001 - raised in the thread that brings the bytes
                 self._end(error)
             with self._changed:
                 self._waiting -= len(part)
@@ -107,7 +103,7 @@ class StreamHash:
         return found
 
     def give_up(self) -> None:
-        """Nobody wants the digests any more."""
+        """The digests are no longer wanted."""
         self._end(None)
 
     def _end(self, error: BaseException | None) -> None:

@@ -1,4 +1,4 @@
-"""Verification at any later time: a stored manifest against what is stored beside it.
+"""Verification at any later time: a stored manifest against what is stored next to it.
 
 Needs nothing but the manifest and the store: files by size and SHA-256, tensors by theirs. A file whose
 SHA-256 was not asked for (`--file-digest none`) is checked by those of its tensors, of the bytes between
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ptbin.errors import LimitExceededError, NotFoundInStoreError, StorageError, VerificationError
 from ptbin.manifests.damage import damaged_file, note_damage
@@ -22,9 +22,7 @@ from ptbin.proof.digests import digest_file
 from ptbin.proof.output import stored_tensor
 from ptbin.proof.serial import Serial
 from ptbin.stores import ObjectStat, Place, RangeReader, place_of
-
-if TYPE_CHECKING:
-    from ptbin.stores.place import Where
+from ptbin.stores.place import Where
 
 MAX_STATEMENT_NBYTES = 64 << 20
 
@@ -128,7 +126,7 @@ def _check_rows(manifest: Mapping[str, Any], uri: str) -> None:
             raise VerificationError(f"{uri}: the manifest holds no digest of {output['path']!r}")
     for row in manifest["tensors"]:
         if not isinstance(row, dict) or row.get("file") not in sizes:
-            raise VerificationError(f"{uri}: the manifest lists a tensor in no output of its own")
+            raise VerificationError(f"{uri}: the manifest lists a tensor that is in none of its outputs")
         stored_tensor(row, sizes[row["file"]])
     if "accounting" in manifest:
         _check_accounting(manifest, uri)
@@ -174,7 +172,7 @@ def _verify_output(
         difference = difference_of(reader, output, rows, progress)
         if not difference:
             return [], None
-        # Read once more, for damage alone: what knows the file again is the SHA-256 of what it is now.
+        # Read once more, only where damage was found: the SHA-256 of its present content identifies the file.
         found = digest_file(reader, [], [], progress).sha256
     return [Issue("checksum_mismatch", uri, difference)], damaged_file(there, found)
 
@@ -214,7 +212,7 @@ def difference_of(
 
 
 def _verify_statement(output: Place, manifest: dict[str, Any]) -> Iterable[Issue]:
-    """The statement beside the output says what the manifest says, all of it and nothing else."""
+    """The statement next to the output says what the manifest says, all of it and nothing else."""
     place = output.beside(STATEMENT_SUFFIX)
     uri = place.uri
     try:
@@ -248,8 +246,3 @@ def _verify_by_loading(output: Place, manifest: dict[str, Any]) -> Iterable[Issu
             detail = "torch loads other tensors than the manifest lists"
             return [Issue("load_failed", output.uri, detail)]
     return []
-
-
-def is_manifest_path(path: str) -> bool:
-    """Whether a listed path is a manifest."""
-    return path.endswith(MANIFEST_SUFFIX)

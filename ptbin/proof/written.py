@@ -33,7 +33,7 @@ FOLLOWED_NBYTES = 32 << 20
 """Files at least this large are hashed while they are being written."""
 HUGE_NBYTES = 1 << 30
 """Files at least this large are hashed on all cores however many others there are: one thread would still be
-at it when those are done.
+hashing when those are done.
 """
 
 

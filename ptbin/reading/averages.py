@@ -7,8 +7,8 @@ weight averaging keeps the average in `state_dict` (lightning/pytorch/callbacks/
 
 `--select ema` takes the one copy a checkpoint has, wherever it is:
 
-* a state dict of its own under a telling name (`state_dict_ema`, `ema.model`, `averaged_model`, ...);
-* inside the model's flat state dict, with names of its own: `ema_model.` (ema_pytorch), `model_ema.` with the
+* a separate state dict under a telling name (`state_dict_ema`, `ema.model`, `averaged_model`, ...);
+* inside the model's flat state dict, under other names: `ema_model.` (ema_pytorch), `model_ema.` with the
   dots taken out (LitEma of latent diffusion). Offered as `<path>#ema`, under the names of the raw weights;
 * a list `shadow_params` (torch_ema, diffusers), where one model next to it has as many parameters of the same
   shapes in the same order. Offered as its path, under that model's names.

@@ -66,7 +66,7 @@ MAX_DEPTH = 4
 
 
 def role_of_content(node: Any) -> str | None:
-    """The role that a record's own content tells, whatever its name."""
+    """The role of a record by its content, regardless of its name."""
     if isinstance(node, Instance):
         found = _role_of_instance(node)
         if found is not None:

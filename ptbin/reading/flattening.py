@@ -81,7 +81,7 @@ class _Walk:
             if isinstance(key, str) or type(key) is int:
                 self.entry(prefix, str(key), value, at_top, keeps_values, (*above, id(node)))
             elif holds_data(value):
-                self.leave_out(f"{prefix}?", None, value)  # no name to be had
+                self.leave_out(f"{prefix}?", None, value)  # it has no name
 
     def entry(
         self, prefix: str, step: str, value: Any, at_top: bool, keeps_values: bool, above: tuple[int, ...]

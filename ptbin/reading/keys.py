@@ -33,9 +33,8 @@ def keep_writable(state_dict: StateDict, uri: str, search: DataSearch) -> None:
     """Leave out values that nothing is lost with and that a `weights_only=True` reader cannot take.
 
     Raises:
-        UnsupportedTensorError: an entry that holds data and cannot be kept as it is; leaving it out would
-            make an
-            incomplete model look whole.
+        UnsupportedTensorError: an entry that holds data and cannot be kept as it is; leaving it out
+            would make an incomplete model look whole.
         NoStateDictError: nothing remains.
     """
     kept: list[tuple[str, Any]] = []

@@ -16,12 +16,7 @@ from ptbin.reading.containers.checkpoint import Checkpoint
 from ptbin.reading.contents import role_of_content
 from ptbin.reading.roles import looks_like_weights, role_of_leaf, role_of_name
 from ptbin.reading.search import Candidate, Findings
-from ptbin.reading.tree import (
-    as_mapping,
-    is_branch,
-    is_unreadable_tensor,
-    named_children,
-)
+from ptbin.reading.tree import as_mapping, is_branch, is_unreadable_tensor, named_children
 from ptbin.values.nodes import NdArray, Opaque
 from ptbin.values.state_dict import Excluded, StateDict
 from ptbin.values.tensors import SparseTensor, TensorRef, TypedStorage
@@ -102,7 +97,7 @@ class _LeftOutWalk:
                         self.add(path, role, node)
                         continue
                     if below_it == "weights" or looks_like_weights(_leaf_steps(node)):
-                        role = None  # the name is not what it is
+                        role = None  # the name misleads
                 if len(steps) >= MAX_DEPTH or len(self.rows) > MAX_ROWS:
                     self.add(path, role, node)
                     continue

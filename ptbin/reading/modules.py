@@ -4,7 +4,7 @@ Walks what `torch.nn.Module.state_dict` walks (torch/nn/modules/module.py, `_sav
 `_parameters`, then `_buffers` less the non-persistent ones, then `_modules`, names joined by dots; a module
 that `torch.compile` wrapped is one with a child `_orig_mod`, as torch names it. A child that pickles itself
 with custom code (`__reduce__`, a tuple for a state) and weights that a quantized layer keeps packed cannot
-be had without that code: they become `Opaque` entries, which no conversion takes or passes over. TorchScript
+be read without that code: they become `Opaque` entries, which no conversion takes or passes over. TorchScript
 modules keep flat attributes instead; there the lists in the archive's code say which are parameters and
 buffers.
 """

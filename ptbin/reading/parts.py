@@ -164,9 +164,7 @@ def _of_deepspeed(root: Any) -> str | None:
         if (parallel_degree(root, name) or 0) > 1:
             return f"DeepSpeed's model states with {name} {parallel_degree(root, name)}"
     if _has_experts_elsewhere(named):
-        return (
-            "DeepSpeed's model states of a mixture of experts, which lie in files of their own (num_experts)"
-        )
+        return "DeepSpeed's model states of a mixture of experts, which lie in other files (num_experts)"
     return _of_zero_3(named)
 
 

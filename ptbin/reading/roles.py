@@ -14,13 +14,7 @@ from typing import Any
 from ptbin.values.nodes import NdArray
 from ptbin.values.tensors import TensorRef
 
-__all__ = [
-    "REASONS",
-    "looks_like_weights",
-    "role_of_leaf",
-    "role_of_name",
-    "role_words",
-]
+__all__ = ["REASONS", "looks_like_weights", "role_of_leaf", "role_of_name"]
 
 REASONS = {
     "optimizer": "state of an optimizer",
@@ -159,11 +153,6 @@ _WORD = re.compile(r"[a-z]+\d*|[A-Z]+(?![a-z])\d*|[A-Z][a-z]*\d*")
 _FLOATING = ("float", "bfloat", "complex")
 
 
-def role_words(role: str) -> str:
-    """A role as people read it."""
-    return role.replace("_", " ")
-
-
 def role_of_name(step: str) -> str | None:
     """The role that a name alone suggests, by the words it is made of."""
     if len(step) > 200:
@@ -177,7 +166,7 @@ def role_of_name(step: str) -> str | None:
         if words & telling:
             # `reward_model`, `step_encoder`, `random_features_net`: parts of a model, whatever they are for
             part = bool(words & _PARAMETER_WORDS) and role in ("metrics", "random_state", "trainer_state")
-            # `config_net` is a net, `net_config` is none
+            # `config_net` is a net, `net_config` is not
             part = part or (role in ("hyperparameters", "scheduler", "scaler") and last in _PART_WORDS)
             return None if part else role
     return None

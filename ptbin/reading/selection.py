@@ -15,14 +15,7 @@ from ptbin.options import ConvertOptions
 from ptbin.reading.averages import AVERAGED, COPY_SUFFIX
 from ptbin.reading.containers.checkpoint import Checkpoint
 from ptbin.reading.flattening import flattened
-from ptbin.reading.search import (
-    PRIMARY_NAMES,
-    Candidate,
-    Findings,
-    Rejected,
-    as_state_dict,
-    find_state_dicts,
-)
+from ptbin.reading.search import PRIMARY_NAMES, Candidate, Findings, Rejected, as_state_dict, find_state_dicts
 from ptbin.reading.tree import iter_data, resolve
 from ptbin.values.nodes import DictNode, Instance
 from ptbin.values.state_dict import Excluded, StateDict, iter_tensors

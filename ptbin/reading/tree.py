@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from ptbin.errors import LimitExceededError
-from ptbin.options import Limits
 from ptbin.values.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, children
 from ptbin.values.tensors import SparseTensor, TensorRef, TypedStorage
 
@@ -199,39 +198,43 @@ class DataSearch:
     """Whether records hold data, asked again and again of records that share parts.
 
     What was found to hold none is not walked again, and all walks together visit a bounded number of records:
-        a million values of a hostile file may share one that is large.
+    a million values of a hostile file may share one that is large.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, most: int) -> None:
         self._barren: set[int] = set()
-        self._limit = limits.tree_nodes
+        self._most = most
         self._visited = 0
 
     def holds(self, node: Any) -> bool:
-        """Raises LimitExceededError beyond `Limits.tree_nodes` records in all."""
+        """Raises LimitExceededError once `most` records were visited in all."""
         if isinstance(node, _PLAIN) or id(node) in self._barren:
             return False
         if isinstance(node, (TensorRef, SparseTensor, TypedStorage)):
             return True
-        seen = _Seen(self._barren)
+        seen = _Seen(self._barren, self._most - self._visited)
         found = next(iter_data(node, seen), None)
         self._visited += len(seen)
-        if self._visited > self._limit:
-            raise LimitExceededError(f"more than {self._limit} records inside values")
         if found is None:
             self._barren |= seen
         return found is not None
 
 
 class _Seen(set[int]):
-    """Identities met, and those that need no visit."""
+    """Identities met, up to a number, and those that need no visit."""
 
-    def __init__(self, known: set[int]) -> None:
+    def __init__(self, known: set[int], most: int) -> None:
         super().__init__()
         self._known = known
+        self._most = most
 
     def __contains__(self, key: object) -> bool:
         return super().__contains__(key) or key in self._known
+
+    def add(self, key: int) -> None:
+        if len(self) >= self._most:
+            raise LimitExceededError("more records inside values than the limit allows")
+        super().add(key)
 
 
 MAX_GLANCE = 200
@@ -244,22 +247,10 @@ def holds_data(node: Any) -> bool:
 
 def may_hold_data(node: Any) -> bool:
     """As `holds_data`, after a bounded look: what is larger counts as holding some."""
-    seen = _Bounded()
     try:
-        return next(iter_data(node, seen), None) is not None
-    except _TooManyError:
+        return DataSearch(MAX_GLANCE).holds(node)
+    except LimitExceededError:
         return True
-
-
-class _TooManyError(Exception):
-    pass
-
-
-class _Bounded(set[int]):
-    def add(self, key: int) -> None:
-        if len(self) >= MAX_GLANCE:
-            raise _TooManyError
-        super().add(key)
 
 
 def resolve(root: Any, path: str) -> Any:

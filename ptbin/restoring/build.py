@@ -1,6 +1,6 @@
 """`python -m ptbin.restoring.build ANSWER < REQUEST`: the user's model, loaded strictly and saved.
 
-Runs in a process of its own. The callable's module is imported from where the caller said (`user_code`); the
+Runs in a separate process. The callable's module is imported from where the caller said (`user_code`); the
 weights come from an archive that the parent process has read symbolically, with `weights_only=True`, mapped.
 How they get into the model is `filling`, what does not fit `fitting`, the files `saving`.
 """
@@ -143,7 +143,7 @@ def _transformers(folder: str | None, weights: Mapping[str, Any]) -> tuple[nn.Mo
         config=config,
         state_dict=dict(weights),
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # told in the report, with everything else
+        ignore_mismatched_sizes=True,  # reported with everything else
         dtype=kinds.pop() if len(kinds) == 1 else torch.float32,
     )
     _keep_types(model, weights)

@@ -28,7 +28,7 @@ class Filled:
     Attributes:
         missing: names that the model asks for and the weights lack, as torch reports them.
         unexpected: names of the weights that the model does not know.
-        errors: what torch said else (shapes, mostly), a line each.
+        errors: what else torch reported (shapes, mostly), a line each.
         conflicts: names that are one tensor in the model, for which the weights have several values.
     """
 
@@ -145,7 +145,7 @@ class _Tensors:
         return self._loaded
 
     def keep_identities(self) -> list[list[str]]:
-        """Give the old tensors the new content; ties with several values, each with the names in question."""
+        """Give the old tensors the new content; ties with several values, each with its names."""
         conflicts = []
         replaced: dict[int, torch.Tensor] = {}
         for number, owners in self._owners.items():

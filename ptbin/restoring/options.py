@@ -89,7 +89,7 @@ class RestoreOptions:
         return recorded | {"save_as": self.form}
 
     def conversion(self) -> ConvertOptions:
-        """What is taken out of the source, whatever becomes of it."""
+        """The options of the conversion that restoring begins with."""
         return ConvertOptions(
             select=self.select, strip_prefix=self.strip_prefix, rename=self.rename, force=self.force
         )

@@ -1,4 +1,4 @@
-"""The restored file under way: where child processes write and read it, what it holds, how it gets its place.
+"""The restored file while it is made: where child processes write and read it, its content, its publication.
 
 A local output is written where it will lie, without a name, and gets the name when it is proven; for another
 store it is written to the temporary folder and sent from there. Its SHA-256 is made while it is written
@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ptbin.conversion import Progress
 from ptbin.errors import CheckpointError, VerificationError
@@ -30,13 +30,10 @@ from ptbin.reading.tree import iter_data
 from ptbin.restoring.facts import Facts, View, view_of
 from ptbin.restoring.following import FollowedFile, sha256_of
 from ptbin.restoring.options import RestoreOptions
-from ptbin.stores import Writer, identity_text
+from ptbin.stores import Place, Writer, identity_text
 from ptbin.values.digests import FileDigests, StoredTensor
 from ptbin.values.state_dict import iter_tensors
 from ptbin.values.tensors import ByteRange, TensorRef
-
-if TYPE_CHECKING:
-    from ptbin.stores import Place
 
 __all__ = ["Output"]
 

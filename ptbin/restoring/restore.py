@@ -8,18 +8,17 @@ does not vouch for as restored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ptbin.conversion import Preview, Progress, preview, publish_at, stage
+from ptbin.conversion import Progress, publish_at, stage
 from ptbin.errors import UsageError
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
 from ptbin.manifests.vouching import OutputSite, Standing
+from ptbin.preparing import Preview, preview
 from ptbin.restoring.models import restore_model
 from ptbin.restoring.options import RestoreOptions
 from ptbin.stores import Place, place_of
-
-if TYPE_CHECKING:
-    from ptbin.stores.place import Where
+from ptbin.stores.place import Where
 
 __all__ = ["preview_restore", "restore"]
 
@@ -85,9 +84,5 @@ def preview_restore(
 
 def _site_of(source: Place, dest: Place, options: RestoreOptions, standing: Standing | None) -> OutputSite:
     return OutputSite(
-        dest,
-        None if options.force else "restored",
-        standing=standing,
-        restores=True,
-        source_uri=source.uri,
+        dest, None if options.force else "restored", standing=standing, restores=True, source_uri=source.uri
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree  # what torch.export itself takes apart inputs and outputs with
+from torch.utils import _pytree as pytree  # torch.export itself takes inputs and outputs apart with it
 
 from ptbin.restoring.answering import RefusalError, error_text
 from ptbin.restoring.snapshot import own_tensors

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ptbin.conversion import Progress, convert
 from ptbin.errors import VerificationError
@@ -25,15 +25,12 @@ from ptbin.reading.selected import Selected, read_selected
 from ptbin.restoring.facts import Facts, View, view_of
 from ptbin.restoring.options import RestoreOptions
 from ptbin.sources.opening import find_source
-from ptbin.stores import Place, place_of
+from ptbin.stores import Place, RangeReader, place_of
 from ptbin.values.crc32 import confirm_crc32, crc32_of
 from ptbin.values.digests import StoredTensor
 from ptbin.values.state_dict import iter_tensors
 from ptbin.values.tensors import ByteRange, TensorRef
 from ptbin.writing.outputs import OutputPlan
-
-if TYPE_CHECKING:
-    from ptbin.stores import RangeReader
 
 __all__ = ["Weights", "open_weights"]
 

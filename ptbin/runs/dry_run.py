@@ -18,10 +18,10 @@ from ptbin.catalog.comparing import change_on_copying, may_replace_copy
 from ptbin.catalog.jobs import Job, Problem, problem_of
 from ptbin.catalog.plan import WIDTH, Plan, plan_deletions
 from ptbin.catalog.request import RunRequest
-from ptbin.conversion import Preview, preview
 from ptbin.errors import CheckpointError, OutputExistsError, PtbinError, StorageError
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
 from ptbin.options import ConvertOptions
+from ptbin.preparing import Preview, preview
 from ptbin.runs.outcomes import Outcome, outcome_of_job
 from ptbin.runs.remembering import CheckpointMemory
 from ptbin.runs.tally import Entry, Tally

@@ -9,12 +9,12 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ptbin.stores import RangeReader
 from ptbin.values.tensors import InMemory, Tile, Tiled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ptbin.stores import RangeReader
 
 __all__ = ["iter_assembled"]
 
@@ -46,11 +46,7 @@ def _slabs(
 
 
 def _slab(
-    low: tuple[int, ...],
-    extent: tuple[int, ...],
-    tiles: list[Tile],
-    itemsize: int,
-    reader: RangeReader,
+    low: tuple[int, ...], extent: tuple[int, ...], tiles: list[Tile], itemsize: int, reader: RangeReader
 ) -> bytes:
     import numpy
 

@@ -23,9 +23,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from ptbin.splice.cast_tables import F32_INF, MAGNITUDE, SIGN, float16_bits, table_of
 from ptbin.values.dtypes import CAST_NAMES, DType
 
 if TYPE_CHECKING:
@@ -35,16 +35,11 @@ __all__ = ["CAST_NAMES", "CastTally", "iter_cast"]
 
 # Elements per numpy call. float32 to bfloat16 reads 3.2 GB/s with 8 Ki, where the calls themselves count,
 # 7.2 with 64 Ki, whose scratch buffers stay in an L2 cache of 1 MiB, and 6.1 with 1 Mi (one core, AMD EPYC).
-# Each call lets go of the interpreter's lock and takes it again: with 64 Ki, 16 cores did little else.
+# Each call releases the interpreter's lock and takes it again: with 64 Ki, 16 cores did little else.
 BLOCK = 1 << 18
 # Shorter pieces are put together first: a gather may yield single elements.
 SMALL_NBYTES = 1 << 16
 
-# Bit patterns of float32.
-_SIGN = 0x80000000
-_MAGNITUDE = 0x7FFFFFFF
-_QUIET = 0x00400000
-_F32_INF = 0x7F800000
 # The smallest that round to infinity: half an ulp above the largest finite number.
 _BF16_OVERFLOW = 0x7F7F8000
 _F16_OVERFLOW = 0x477FF000  # 65520
@@ -132,11 +127,11 @@ class _Caster:
         if self._source == self._target:
             return values
         if self._source not in {"float64", "float32"}:
-            return _table(self._source, self._target).look_up(values, tally)
+            return self._look_up(self._source, values, tally)
         if self._source == "float64":
             wide, values = values, values.view(numpy.float64).astype(numpy.float32).view(numpy.uint32)
             # What float8_e4m3fn makes finite again has not overflowed.
-            if self._target != "float8_e4m3fn" and _reaches(values, _F32_INF):
+            if self._target != "float8_e4m3fn" and _reaches(values, F32_INF):
                 tally.overflowed += _count_infinite(values) - _count_infinite(wide)
         if self._target == "float32":
             return values
@@ -161,9 +156,9 @@ class _Caster:
         numpy.right_shift(words, 16, out=words)
         numpy.copyto(result, words, casting="unsafe")
         if _reaches(values, _BF16_OVERFLOW):
-            magnitude = values & _MAGNITUDE
-            result[magnitude > _F32_INF] = 0xFFFF  # the sum has made anything of NaNs, zeros included
-            tally.overflowed += _count_between(magnitude, _BF16_OVERFLOW, _F32_INF)
+            magnitude = values & MAGNITUDE
+            result[magnitude > F32_INF] = 0xFFFF  # the sum has made anything of NaNs, zeros included
+            tally.overflowed += _count_between(magnitude, _BF16_OVERFLOW, F32_INF)
         return result
 
     def _to_float16(self, values: NDArray[Any], tally: CastTally) -> NDArray[Any]:
@@ -173,13 +168,13 @@ class _Caster:
         words, odd, flags = self._words[:n], self._odd[:n], self._flags[:n]
         # Counted from the smallest normal number on, all that needs more care (subnormals, what overflows,
         # infinities, NaNs) is at the upper end: one comparison finds it.
-        numpy.bitwise_and(values, _MAGNITUDE, out=words)
+        numpy.bitwise_and(values, MAGNITUDE, out=words)
         numpy.subtract(words, _F16_NORMAL, out=words)
         numpy.greater_equal(words, _F16_OVERFLOW - _F16_NORMAL, out=flags)
         special = int(numpy.count_nonzero(flags))
         if special > n // 8:  # many subnormals or zeros
-            tally.overflowed += _count_between(values & _MAGNITUDE, _F16_OVERFLOW, _F32_INF)
-            return _float16_bits(values)
+            tally.overflowed += _count_between(values & MAGNITUDE, _F16_OVERFLOW, F32_INF)
+            return float16_bits(values)
         # Rounded as for bfloat16; the exponent of the smallest normal number is 1.
         numpy.right_shift(words, 13, out=odd)
         numpy.bitwise_and(odd, 1, out=odd)
@@ -195,8 +190,8 @@ class _Caster:
         if special:
             where = numpy.flatnonzero(flags)
             chosen = values[where]
-            result[where] = _float16_bits(chosen)
-            tally.overflowed += _count_between(chosen & _MAGNITUDE, _F16_OVERFLOW, _F32_INF)
+            result[where] = float16_bits(chosen)
+            tally.overflowed += _count_between(chosen & MAGNITUDE, _F16_OVERFLOW, F32_INF)
         return result
 
     def _to_float8(self, values: NDArray[Any], tally: CastTally) -> NDArray[Any]:
@@ -211,151 +206,12 @@ class _Caster:
         numpy.copyto(low, values, casting="unsafe")
         numpy.not_equal(low, 0, out=flags)
         numpy.bitwise_or(high, flags.view(numpy.uint8), out=high)
-        return _table("bfloat16", self._target).look_up(high, tally)
+        return self._look_up("bfloat16", high, tally)
 
-
-@dataclass(frozen=True, slots=True)
-class _Table:
-    """All results of a cast from a type of one or two bytes.
-
-    Attributes:
-        results: by the element's bits.
-        first_overflow: the smallest magnitude that overflows; one more than there are if none does.
-        overflows: by the element's bits, whether it does.
-    """
-
-    results: NDArray[Any]
-    first_overflow: int
-    overflows: NDArray[Any]
-
-    def look_up(self, values: NDArray[Any], tally: CastTally) -> NDArray[Any]:
-        magnitude_mask = len(self.results) // 2 - 1
-        if self.first_overflow <= magnitude_mask and (values & magnitude_mask).max() >= self.first_overflow:
-            tally.overflowed += int(self.overflows[values].sum())
-        return self.results.take(values)
-
-
-@cache
-def _table(source: str, target: str) -> _Table:
-    import numpy
-
-    wide = _widened(source)
-    finite = numpy.isfinite(wide.view(numpy.float32))
-    with numpy.errstate(all="ignore"):
-        if target == "float32":
-            results = wide
-        elif target == "float64":
-            results = wide.view(numpy.float32).astype(numpy.float64)
-        elif target == "float16":
-            results = _float16_bits(wide)
-        elif target == "bfloat16":
-            # bfloat16 reaches further than all the small types: nothing overflows here.
-            results = ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).astype(numpy.uint16)
-            results[numpy.isnan(wide.view(numpy.float32))] = 0x7FC0
-        else:
-            results = _float8_bits(wide, target)
-    if target in _FLOAT8:
-        after = _widened(target)[results].view(numpy.float32)
-    elif target == "bfloat16":
-        after = (results.astype(numpy.uint32) << 16).view(numpy.float32)
-    else:
-        after = results.view(f"f{results.itemsize}")
-    overflows = finite & ~numpy.isfinite(after)
-    half = len(results) // 2
-    first = int(overflows[:half].argmax()) if overflows[:half].any() else half
-    return _Table(results, first, overflows)
-
-
-@dataclass(frozen=True, slots=True)
-class _Float8:
-    """A float8 type: its mantissa's width, its exponent's bias, what it gives for too large and for NaN.
-
-    `unsigned_zero`: there is no negative zero, its bit pattern is the NaN.
-    Source: torch/headeronly/util/Float8_*.h, 2.13.
-    """
-
-    mantissa: int
-    bias: int
-    overflow: int
-    nan: int
-    unsigned_zero: bool = False
-
-
-_FLOAT8 = {
-    "float8_e4m3fn": _Float8(3, 7, overflow=0x7E, nan=0x7F),
-    "float8_e4m3fnuz": _Float8(3, 8, overflow=0x80, nan=0x80, unsigned_zero=True),
-    "float8_e5m2": _Float8(2, 15, overflow=0x7C, nan=0x7F),
-    "float8_e5m2fnuz": _Float8(2, 16, overflow=0x80, nan=0x80, unsigned_zero=True),
-}
-
-
-def _widened(source: str) -> NDArray[Any]:
-    """Every bit pattern of a small type as float32's."""
-    import numpy
-
-    if source == "bfloat16":
-        return numpy.arange(1 << 16, dtype=numpy.uint32) << 16
-    if source == "float16":
-        halves = numpy.arange(1 << 16, dtype=numpy.uint16)
-        wide = halves.view(numpy.float16).astype(numpy.float32).view(numpy.uint32)
-        wide[(halves & 0x7FFF) > 0x7C00] |= _QUIET
-        return wide
-    if source == "float8_e5m2":  # the upper half of a float16
-        return _widened("float16")[::256].copy()
-    kind = _FLOAT8[source]
-    wide = _float8_values(kind).astype(numpy.float32).view(numpy.uint32)
-    wide = numpy.concatenate([wide, wide | _SIGN])
-    if kind.unsigned_zero:
-        wide[kind.nan] = 0x7F800001
-    else:
-        wide[[kind.nan, kind.nan | 0x80]] = 0x7FF00000, 0xFFF00000
-    return wide
-
-
-def _float8_values(kind: _Float8) -> NDArray[Any]:
-    """The positive bit patterns as numbers, as if none stood for an infinity or NaN."""
-    import numpy
-
-    codes = numpy.arange(0x80)
-    exponent, mantissa = codes >> kind.mantissa, codes & ((1 << kind.mantissa) - 1)
-    significand = mantissa + numpy.where(exponent > 0, 1 << kind.mantissa, 0)
-    values: NDArray[Any] = numpy.ldexp(
-        significand.astype(float), numpy.maximum(exponent, 1) - kind.bias - kind.mantissa
-    )
-    return values
-
-
-def _float8_bits(wide: NDArray[Any], target: str) -> NDArray[Any]:
-    """float32 bit patterns as those of a float8 type, slowly."""
-    import numpy
-
-    kind = _FLOAT8[target]
-    values = _float8_values(kind)
-    values = numpy.append(values, 2 * values[-1] - values[-2])  # where the next one would be
-    middles = (values[1:] + values[:-1]) / 2
-    numbers = numpy.abs(wide.view(numpy.float32).astype(float))
-    codes = numpy.searchsorted(middles, numbers, side="left")  # a tie goes down,
-    ties = numpy.isin(numbers, middles)
-    codes[ties] += codes[ties] & 1  # and from there to the even one
-    codes[codes >= kind.overflow] = kind.overflow
-    codes[numpy.isnan(numbers)] = kind.nan
-    negative = (wide & _SIGN) != 0
-    if kind.unsigned_zero:
-        negative &= codes > 0
-    result: NDArray[Any] = numpy.where(negative, codes | 0x80, codes).astype(numpy.uint8)
-    return result
-
-
-def _float16_bits(values: NDArray[Any]) -> NDArray[Any]:
-    """float32 bit patterns as float16's; NaNs made quiet, as the processor's own instruction does."""
-    import numpy
-
-    result = values.view(numpy.float32).astype(numpy.float16).view(numpy.uint16)
-    nan = (values & _MAGNITUDE) > _F32_INF
-    if nan.any():
-        chosen = values[nan]
-        result[nan] = ((chosen >> 16) & 0x8000) | 0x7E00 | ((chosen >> 13) & 0x3FF)
-    return result
+    def _look_up(self, source: str, values: NDArray[Any], tally: CastTally) -> NDArray[Any]:
+        result, overflowed = table_of(source, self._target).look_up(values)
+        tally.overflowed += overflowed
+        return result
 
 
 def _reaches(values: NDArray[Any], magnitude: int) -> bool:
@@ -363,7 +219,7 @@ def _reaches(values: NDArray[Any], magnitude: int) -> bool:
     import numpy
 
     # As signed integers the positive numbers are largest, as unsigned ones the negative.
-    return bool(values.view(numpy.int32).max() >= magnitude or values.max() >= (_SIGN | magnitude))
+    return bool(values.view(numpy.int32).max() >= magnitude or values.max() >= (SIGN | magnitude))
 
 
 def _count_between(magnitudes: NDArray[Any], first: int, end: int) -> int:

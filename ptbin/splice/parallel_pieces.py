@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 from ptbin.cores import spare_cores
 from ptbin.splice.moves import Move
 from ptbin.splice.recipes import iter_recipe
+from ptbin.stores import RangeReader, Writer
 from ptbin.values.segments import Computed, Copy, Piece
 
 if TYPE_CHECKING:
     from ptbin.splice.casting import CastTally
-    from ptbin.stores import RangeReader, Writer
 
 __all__ = ["ParallelPieces"]
 
@@ -34,7 +34,7 @@ Tallies = dict[str, "CastTally"]
 
 
 class ParallelPieces:
-    """Runs ahead of the caller, who goes through `pieces`; must be closed. `watched` is what recipes read."""
+    """Works ahead of the caller, which goes through `pieces`; must be closed. Recipes read from `watched`."""
 
     def __init__(
         self, pieces: Sequence[Piece | Move], reader: RangeReader, writer: Writer, watched: RangeReader

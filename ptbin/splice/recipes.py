@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from ptbin.splice.assembly import iter_assembled
 from ptbin.splice.strided import iter_in_order
+from ptbin.stores import RangeReader
 from ptbin.stores.inflate import iter_inflated
 from ptbin.values.segments import Assemble, Cast, Recipe, Strided, Swap
 from ptbin.values.tensors import ByteRange, Deflated, InMemory
 
 if TYPE_CHECKING:
     from ptbin.splice.casting import CastTally
-    from ptbin.stores import RangeReader
 
 __all__ = ["iter_recipe"]
 

@@ -15,14 +15,11 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from ptbin.stores import RangeReader
 from ptbin.values.crc32 import combine_crc32, confirm_crc32, crc32_of
-
-if TYPE_CHECKING:
-    from ptbin.values.segments import Plan
-    from ptbin.values.tensors import ByteRange
+from ptbin.values.segments import Plan
+from ptbin.values.tensors import ByteRange
 
 __all__ = ["RecordChecks"]
 

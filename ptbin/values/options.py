@@ -54,11 +54,12 @@ def option(
     choices: tuple[str, ...] = (),
     metavar: str = "",
     flag: str = "",
+    most: int | None = None,
     group: str = "",
 ) -> Any:
     """A field of an options object. Its kind follows from the field's type where it is not given."""
-    facts = {"help": description, "kind": kind, "choices": choices, "metavar": metavar, "flag": flag}
-    facts["group"] = group
+    facts: dict[str, Any] = {"help": description, "kind": kind, "choices": choices, "metavar": metavar}
+    facts |= {"flag": flag, "most": most, "group": group}
     return dataclasses.field(default=default, metadata=facts)
 
 

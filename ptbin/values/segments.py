@@ -12,13 +12,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from ptbin.values.crc32 import combine_crc32
 from ptbin.values.dtypes import DType
 from ptbin.values.tensors import ByteRange, Deflated, InMemory, TensorRef, Tiled
 
 __all__ = [
     "Assemble",
     "Cast",
-    "Combined",
+    "Checksum",
     "Computed",
     "Copy",
     "Deferred",
@@ -107,7 +108,7 @@ Recipe = Slice | Strided | Assemble | Swap | Cast
 
 
 def nbytes_of(recipes: tuple[Recipe, ...]) -> int:
-    """Bytes that several recipes, one behind the other, come to."""
+    """Bytes of several recipes together."""
     return sum(recipe.nbytes for recipe in recipes)
 
 
@@ -152,32 +153,40 @@ class Deferred:
     build: Callable[[Mapping[int, int]], bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Combined:
-    """No bytes: `slot` receives the CRC-32 of `parts`, each (CRC-32, or the slot that has it, bytes)."""
+Piece = Literal | Copy | Computed | Deferred
 
-    slot: int
+
+@dataclass(frozen=True, slots=True)
+class Checksum:
+    """A CRC-32 of parts, each (CRC-32, or None and the slot that receives it, bytes)."""
+
     parts: tuple[tuple[int | None, int | None, int], ...]
 
     @property
-    def nbytes(self) -> int:
-        return 0
+    def is_known(self) -> bool:
+        return all(crc is not None for crc, _, _ in self.parts)
 
-
-Piece = Literal | Copy | Computed | Deferred | Combined
+    def value(self, crcs: Mapping[int, int]) -> int:
+        """The number; `crcs` by slot."""
+        total = 0
+        for crc, slot, nbytes in self.parts:
+            if crc is None:
+                assert slot is not None
+                crc = crcs[slot]
+            total = crc if len(self.parts) == 1 else combine_crc32(total, crc, nbytes)
+        return total
 
 
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """Where one storage comes to lie in the output."""
+    """Where one storage lies in the output."""
 
     key: str
     offset: int
     nbytes: int
-    crc32: int | None
-    slot: int | None
+    checksum: Checksum
     taken_in_part: tuple[ByteRange, ...] = ()
-    """Records of the source that do not go into it as they are, whose CRC-32 says nothing of its own."""
+    """Records of the source that do not go into it unchanged; `splice.records` checks their CRC-32s."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from ptbin.manifests.vouching import claim_place
+from ptbin.manifests.claims import claim_place
 from ptbin.stores import place_of
 from tests.servers.prefect_stack import FINAL, ROOT, PrefectStack, postgres_programs, prefect_stack, wait_for
 

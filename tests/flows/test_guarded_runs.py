@@ -14,7 +14,7 @@ import ptbin
 from flows.cli.app import run as command
 from flows.convert import convert
 from flows.sync import sync
-from ptbin.manifests.vouching import claim_place
+from ptbin.manifests.claims import claim_place
 from ptbin.runs.record import new_run_id
 from ptbin.stores import Place, open_store
 from tasks.live import LiveRun, open_live_run

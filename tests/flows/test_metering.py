@@ -48,7 +48,7 @@ class Gateway:
 
         self.server = HTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
 
 @pytest.fixture
@@ -189,6 +189,7 @@ def test_board_and_rules_ask_for_metrics_that_there_are() -> None:
     assert asked <= there
 
 
+@pytest.mark.starts_processes
 @pytest.mark.parametrize("words", [("check", "rules", "alerts.yml"), ("test", "rules", "alerts.test.yml")])
 def test_the_rules_do_what_they_say(words: tuple[str, ...]) -> None:
     program = prometheus_program("promtool")

@@ -177,7 +177,7 @@ def test_an_output_that_cannot_be_written_is_no_traceback(
 @pytest.mark.starts_processes
 def test_an_address_that_is_not_of_prefects_api_is_one_line(source: Path, tmp_path: Path) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)  # answers 404
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}/api"
     done = subprocess.run(
         [sys.executable, "-P", "-m", "ptbin", "convert", source, tmp_path / "out"],

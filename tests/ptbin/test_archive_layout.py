@@ -20,7 +20,7 @@ from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.containers.source import SourceFile
 from ptbin.reading.containers.zip_directory import read_zip_directory
 from ptbin.reading.selected import read_selected
-from ptbin.splice.coalesce import coalesce
+from ptbin.splice.moves import coalesce
 from ptbin.stores import RangeReader, open_store
 from ptbin.values.crc32 import combine_crc32
 from ptbin.values.framing import descriptor, implied_data_offset, local_header, uses_zip64

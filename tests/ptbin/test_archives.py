@@ -24,8 +24,7 @@ from ptbin.errors import (
     UnsupportedFormatError,
 )
 from ptbin.reading.containers import read_checkpoint
-from ptbin.reading.containers.checkpoint import MemoryReader
-from ptbin.reading.containers.source import SourceFile
+from ptbin.reading.containers.source import MemoryReader, SourceFile
 from ptbin.reading.containers.tar import MAX_INDEX_READS, TarMember, iter_tar
 from ptbin.stores.local import LocalStore
 from ptbin.values.tensors import ByteRange

@@ -18,7 +18,7 @@ import ptbin
 from flows.cli.app import run
 from ptbin import ConvertOptions, RestoreOptions
 from ptbin.errors import OutputExistsError, UsageError
-from ptbin.manifests.vouching import ASIDE_SUFFIX
+from ptbin.manifests.claims import ASIDE_SUFFIX
 from ptbin.stores import open_store
 from tests.servers.endpoint import S3Endpoint
 

@@ -100,6 +100,7 @@ class FaultyProxy:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the answer to its headers
     proxy: FaultyProxy
 
     def handle_any(self) -> None:

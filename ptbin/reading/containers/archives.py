@@ -6,7 +6,7 @@ checkpoint; several become a mapping by member name, so that selection (and `--s
 as to any mapping. Member names are text and never become paths.
 
 Costs: what walking the archive costs (`tar`, `zip_directory`), a request for each zip member whose first
-bytes are looked at, and for each checkpoint found what it costs as a separate file.
+bytes are looked at, and for each checkpoint found as much as for a separate file.
 
 The records of an embedded torch archive lose their framing: it counts offsets from the archive's own
 beginning (`framing`), so headers are written anew and only the weights' bytes are taken.
@@ -20,6 +20,7 @@ import shlex
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ptbin.errors import (
     IncompleteCheckpointError,
@@ -59,49 +60,38 @@ _OF_A_RANK = re.compile(r"(?:^|/)((?:mp|tp|pp)_rank_\d+[\w]*)/")
 
 
 @dataclass(frozen=True, slots=True)
-class _InTar:
-    """A member of a tar: where it lies and how it begins."""
+class _Entry:
+    """A member of an archive: how it begins, unpacked, and where its data are."""
 
-    member: TarMember
-    first: bytes
+    name: str
+    nbytes: int
+    head: Callable[[], bytes]
+    locate: Callable[[], int]
     packed: bool = False
 
-    def locate(self) -> int:
-        return self.member.offset
 
-    def head(self) -> bytes:
-        return self.first
+def _zip_entry(directory: ZipDirectory, member: Member) -> _Entry:
+    packed = member.method != STORED
 
-
-@dataclass(frozen=True, slots=True)
-class _InZip:
-    """The same of a zip. `head` is unpacked; the local header comes with the same request."""
-
-    directory: ZipDirectory
-    member: Member
-
-    @property
-    def packed(self) -> bool:
-        return self.member.method != STORED
-
-    def locate(self) -> int:
-        located = self.directory.locate(self.member._replace(data_offset=None))
-        assert located.data_offset is not None
-        return located.data_offset
-
-    def head(self) -> bytes:
-        file, member = self.directory.file, self.member
+    def head() -> bytes:
         room = min(WINDOW_NBYTES, member.next_offset - member.header_offset)
-        window = file.read_ahead(member.header_offset, room, WINDOW_NBYTES, "member")
+        window = directory.file.read_ahead(member.header_offset, room, WINDOW_NBYTES, "member")
         *_, name_nbytes, extra_nbytes = LOCAL_HEADER.unpack_from(window)
         start = LOCAL_HEADER.size + name_nbytes + extra_nbytes
         data = window[start : start + member.compressed_nbytes]
-        if not self.packed:
+        if not packed:
             return data[:HEAD_NBYTES]
         try:
             return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, HEAD_NBYTES)
         except zlib.error:
             return b""  # damaged, and not needed
+
+    locate = partial(directory.data_offset_of, member, trusted=False)
+    return _Entry(member.name, member.nbytes, head, locate, packed)
+
+
+def _tar_entry(member: TarMember, head: bytes) -> _Entry:
+    return _Entry(member.name, member.nbytes, lambda: head, lambda: member.offset)
 
 
 def read_tar_archive(opening: Opening) -> Checkpoint | None:
@@ -115,16 +105,16 @@ def read_tar_archive(opening: Opening) -> Checkpoint | None:
     if not looks_like_tar(file.head(HEAD_NBYTES)):
         return None
     members: list[TarMember] = []
-    entries: list[_InTar] = []
+    entries: list[_Entry] = []
     try:
         for member in iter_tar(file):
             members.append(member)
             if member.nbytes >= SMALLEST_NBYTES:
-                # Now, while the request that brought its header is at hand.
+                # Now, while the response that held its header is still in memory.
                 nbytes = min(member.nbytes, HEAD_NBYTES, file.size - member.offset)
                 head = file.read_ahead(member.offset, nbytes, WINDOW_NBYTES, "member")
                 if _begins_a_checkpoint(head, member.nbytes):
-                    entries.append(_InTar(member, head))
+                    entries.append(_tar_entry(member, head))
     except LimitExceededError as error:
         if not entries:
             raise NotACheckpointError(str(error)) from error  # a data set, most likely
@@ -132,10 +122,7 @@ def read_tar_archive(opening: Opening) -> Checkpoint | None:
     if is_torch_tar(members):
         return read_torch_tar(opening, members)
     checkpoint = _read_members(
-        opening,
-        "tar",
-        entries,
-        lambda name: f"tar -xf {_file_name(file)} {_quoted(name)}",
+        opening, "tar", entries, lambda name: f"tar -xf {_file_name(file)} {_quoted(name)}"
     )
     if checkpoint is not None:
         taken = {entry.locate() for entry in entries}
@@ -146,47 +133,46 @@ def read_tar_archive(opening: Opening) -> Checkpoint | None:
 
 
 def read_zip_archive(opening: Opening, directory: ZipDirectory) -> Checkpoint | None:
-    """Index the checkpoints in a zip archive that is not one itself; None where there are none."""
+    """Index the checkpoints in a zip archive that is not one itself; None where it holds none."""
     file = opening.file
     return _read_members(
         opening,
         "zip",
-        [_InZip(directory, member) for member in directory.members.values() if member.name[-1:] != "/"],
+        [_zip_entry(directory, member) for member in directory.members.values() if member.name[-1:] != "/"],
         lambda name: f"unzip {_file_name(file)} {_quoted(name)}",
     )
 
 
 def _read_members(
-    opening: Opening, container: str, entries: Sequence[_InTar | _InZip], command: Callable[[str], str]
+    opening: Opening, container: str, entries: Sequence[_Entry], command: Callable[[str], str]
 ) -> Checkpoint | None:
     file = opening.file
-    _refuse_parts(file, [entry.member.name for entry in entries], command)
+    _refuse_parts(file, [entry.name for entry in entries], command)
     found: dict[str, Checkpoint] = {}
     others: list[tuple[str, int]] = []
     for entry in entries:
-        member = entry.member
         if file.reads_ahead > MAX_INDEX_READS:
             message = f"{file.uri}: an archive with more members than ptbin looks into; unpack it"
             raise (LimitExceededError if found else NotACheckpointError)(message)
-        if member.nbytes < SMALLEST_NBYTES or not _begins_a_checkpoint(entry.head(), member.nbytes):
-            others.append((member.name, member.nbytes))
+        if entry.nbytes < SMALLEST_NBYTES or not _begins_a_checkpoint(entry.head(), entry.nbytes):
+            others.append((entry.name, entry.nbytes))
             continue
         if entry.packed:
             raise UnsupportedFormatError(
-                f"{file.uri}: the checkpoint {_shown(member.name)} is compressed inside the archive; "
-                f"unpack it with `{command(member.name)}` and convert that"
+                f"{file.uri}: the checkpoint {_shown(entry.name)} is compressed inside the archive; "
+                f"unpack it with `{command(entry.name)}` and convert that"
             )
-        if member.name in found:
+        if entry.name in found:
             raise UnsupportedFormatError(
-                f"{file.uri}: two checkpoints named {_shown(member.name)}; unpack the one that is meant"
+                f"{file.uri}: two checkpoints named {_shown(entry.name)}; unpack the one that is meant"
             )
         if len(found) == MAX_CHECKPOINTS:
             raise LimitExceededError(f"{file.uri}: more than {MAX_CHECKPOINTS} checkpoints in one archive")
         checkpoint = _read_member(opening, entry)
         if checkpoint is None:
-            others.append((member.name, member.nbytes))
+            others.append((entry.name, entry.nbytes))
         else:
-            found[member.name] = checkpoint
+            found[entry.name] = checkpoint
     return _joined(opening, container, found, others) if found else None
 
 
@@ -215,13 +201,13 @@ def _begins_a_checkpoint(head: bytes, nbytes: int) -> bool:
     )
 
 
-def _read_member(opening: Opening, entry: _InTar | _InZip) -> Checkpoint | None:
+def _read_member(opening: Opening, entry: _Entry) -> Checkpoint | None:
     """The member as a checkpoint with its places in the whole file; None where it is not one after all."""
-    file, member = opening.file, entry.member
+    file = opening.file
     if opening.depth + 1 >= MAX_NESTING:
         raise LimitExceededError(f"{file.uri}: archives inside archives, more than {MAX_NESTING} deep")
     offset = entry.locate()
-    window = Window(file, offset, member.nbytes, f"{file.uri}: {_shown(member.name)}")
+    window = Window(file, offset, entry.nbytes, f"{file.uri}: {_shown(entry.name)}")
     inner = Opening(SourceFile(window), opening.limits, opening.read, opening.depth + 1, opening.programs)
     inner.vocabulary = opening.vocabulary  # one count of tensors for the whole file
     try:
@@ -294,7 +280,7 @@ def _file_name(file: SourceFile) -> str:
 
 
 def _quoted(name: str) -> str:
-    """One word of a command; the empty name, which stands for every member, is none."""
+    """One word of a command; nothing for the empty name, which stands for every member."""
     if not name:
         return ""
     return shlex.quote(name if name.isprintable() else ascii(name))

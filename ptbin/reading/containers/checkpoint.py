@@ -1,7 +1,7 @@
 """What container readers are given (`Opening`, `Folder`) and what they make (`Checkpoint`).
 
-Knows no container: a reader that finds a checkpoint inside its own reads it by the function that it was
-given with its opening.
+Knows no container: a reader that finds a checkpoint inside its file reads it with the function in its
+`Opening`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ptbin.errors import (
-    CorruptArchiveError,
-    PtbinError,
-    UnsupportedFormatError,
-)
+from ptbin.errors import CorruptArchiveError, PtbinError, UnsupportedFormatError
 from ptbin.merging.replicas import Replicas
 from ptbin.options import Limits
-from ptbin.reading.containers.source import SourceFile
+from ptbin.reading.containers.source import MemoryReader, SourceFile
 from ptbin.reading.pickle.gc_pause import gc_paused
 from ptbin.reading.pickle.interpreter import run_pickle
 from ptbin.reading.pickle.machine import PickleProgram
@@ -30,16 +26,7 @@ from ptbin.stores.joined import JoinedReader
 from ptbin.values.state_dict import Excluded
 from ptbin.values.tensors import ByteRange, Deflated, InMemory, Joined, Place, Storage, Tiled, distinct_bytes
 
-__all__ = [
-    "Checkpoint",
-    "Folder",
-    "MemoryReader",
-    "Opening",
-    "ReadFile",
-    "as_checkpoint_errors",
-    "move_place",
-    "read_part",
-]
+__all__ = ["Checkpoint", "Folder", "Opening", "ReadFile", "as_checkpoint_errors", "move_place", "read_part"]
 
 # Pickles nest torch.save in torch.save when somebody pickles a storage by plain pickle; never deeper.
 MAX_NESTING = 4
@@ -64,7 +51,7 @@ class Checkpoint:
         excluded: what its reader passed over and knows the role of.
         facts: numbers that it states of the model, by name, for recipes (`n_heads`).
         replicas: copies on other ranks that must be equal, with the storage that the first one went into.
-        is_whole: its reader knows that it is all of a checkpoint (`parts`).
+        is_whole: its reader has checked that no part is missing (`parts`).
         search: answers whether a record holds data, and remembers.
         unnamed: records that could hold tensors and that no pickle names: (name, offset, bytes in the file).
     """
@@ -91,7 +78,7 @@ class Checkpoint:
     search: DataSearch = field(init=False)
 
     def __post_init__(self) -> None:
-        self.search = DataSearch(self.vocabulary.limits)
+        self.search = DataSearch(self.vocabulary.limits.tree_nodes)
 
     def move(self, base: int, before: Callable[[Place], Place] = lambda place: place) -> None:
         """Count the offsets of all storages from `base` bytes earlier; `before` changes a place first."""
@@ -165,7 +152,7 @@ class Opening:
     def keep_programs(self, programs: Iterable[PickleProgram]) -> None:
         """Of a part's pickles those that say something to judge which no earlier one said: most are alike."""
         for program in programs:
-            program.root = None  # the caller keeps of it what it needs
+            program.root = None  # the caller keeps the parts it needs
             if not program.globals.keys() <= self._globals or program.oddities or program.calls:
                 self._globals.update(program.globals)
                 self.programs.append(program)
@@ -226,7 +213,7 @@ ReadFile = Callable[[Opening], Checkpoint]
 
 @contextlib.contextmanager
 def as_checkpoint_errors(uri: str) -> Iterator[None]:
-    """The outer edge of reading: whatever a foreign file brings Python to, callers see one kind of error."""
+    """The outer edge of reading: whatever a foreign file makes Python raise, callers get one error."""
     try:
         with gc_paused():
             yield
@@ -246,18 +233,6 @@ def as_checkpoint_errors(uri: str) -> Iterator[None]:
         ) from error
     except struct.error as error:
         raise CorruptArchiveError(f"{uri}: a number in it is out of range ({error})") from error
-
-
-class MemoryReader:
-    """Bytes in memory, as a `RandomReader`."""
-
-    def __init__(self, data: bytes, uri: str) -> None:
-        self._data = data
-        self.size = len(data)
-        self.uri = uri
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        return self._data[offset : offset + nbytes]
 
 
 def read_part(reader: JoinedReader, name: str, opening: Opening) -> Checkpoint:

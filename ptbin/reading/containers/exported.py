@@ -131,7 +131,5 @@ def _storage(uri: str, directory: ZipDirectory, member_name: str, key: str) -> S
         raise CorruptArchiveError(f"{uri}: its configuration names {member_name!r}, which is not there")
     if member.method == DEFLATED:
         raise UnsupportedFormatError(f"{uri}: compressed weights in an exported program")
-    member = directory.locate(member)
-    assert member.data_offset is not None
-    crc = directory.crc32_of(member)
-    return Storage(key, member.nbytes, ByteRange(member.data_offset, member.nbytes, crc, None, member_name))
+    offset, crc = directory.data_offset_of(member), directory.crc32_of(member)
+    return Storage(key, member.nbytes, ByteRange(offset, member.nbytes, crc, None, member_name))

@@ -77,7 +77,7 @@ def read_legacy(opening: Opening) -> Checkpoint | None:
     if magic.root != MAGIC_NUMBER or protocol.root != PROTOCOL_VERSION:
         raise CorruptArchiveError(f"{file.uri}: another magic number or protocol than {PROTOCOL_VERSION}")
     if not isinstance(info.root, DictNode) or info.root.get("little_endian", True) is not True:
-        # torch writes storages little-endian whatever the machine; such a file is not of its making.
+        # torch writes storages little-endian on every machine; it did not write this file.
         raise CorruptArchiveError(f"{file.uri}: a legacy file that says it is not little-endian")
     _place_storages(opening, keys.root, storages, pos)
     opening.programs.extend(programs)

@@ -48,7 +48,7 @@ _GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu", "fast-swiglu", "fast-geglu", "
 
 
 def megatron_arguments(root: Any) -> dict[str, Any] | None:
-    """Megatron's `args`, or NeMo's configuration; None where there are none."""
+    """Megatron's `args`, or NeMo's configuration; None where both are missing."""
     if not isinstance(root, DictNode):
         return None
     for path in (("args",), ("common_state", "args"), ("hyper_parameters", "cfg"), ("hyper_parameters",)):

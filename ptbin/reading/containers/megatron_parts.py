@@ -180,8 +180,8 @@ class _Ranks:
             for key, value in rest:
                 # What has no role here (an averaged copy, say) is one rank's piece: never chosen.
                 self.files.leave_out(name, [value], _ROLES.get(key) or role_of_content(value))
-            beside = {id(value) for _, value in rest}
-            root.pairs = [(key, value) for key, value in root.pairs if id(value) not in beside]
+            left = {id(value) for _, value in rest}
+            root.pairs = [(key, value) for key, value in root.pairs if id(value) not in left]
         for key, model in models:
             match = _CHUNK.match(key)
             chunk = int(match["n"]) if match is not None else 0

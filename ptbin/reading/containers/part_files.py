@@ -240,6 +240,10 @@ class PartFiles:
             "of one save"
         )
 
+    def refuse_missing(self, name: str, of: str = "") -> NoReturn:
+        """Raise IncompleteCheckpointError: a file is not there."""
+        self.refuse(f"{name} is missing{of}; fetch the folder again, whole")
+
     def refuse(self, why: str) -> NoReturn:
         """Raise IncompleteCheckpointError."""
         raise IncompleteCheckpointError(f"{self.uri}: {why}")
@@ -282,7 +286,7 @@ class Tree:
         self._places: dict[int, dict[Any, int]] = {}
 
     def put(self, path: tuple[Any, ...], value: TensorRef) -> None:
-        """Put a tensor into its place, making the mappings above it where there are none."""
+        """Put a tensor into its place, creating the mappings above it that are missing."""
         node = self._root
         for step in path[:-1]:
             places = self._index(node)

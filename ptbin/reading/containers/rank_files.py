@@ -1,7 +1,7 @@
 """Every rank's own file of one state dict: pieces of DTensors and ShardedTensors put together.
 
-So verl, SkyRL and EasyR1 save (`model_world_size_8_rank_3.pt`), and all who call `torch.save` on each rank's
-state dict under FSDP or tensor parallelism. A DTensor says in the file itself where its piece lies
+verl, SkyRL and EasyR1 save so (`model_world_size_8_rank_3.pt`), and so does any call of `torch.save` on each
+rank's state dict under FSDP or tensor parallelism. A DTensor says in the file itself where its piece lies
 (`rank_pieces`), a ShardedTensor has the offsets. A plain tensor is a copy that every rank has, as torch's own
 state dicts hold buffers: one is taken, the others must be equal. Files in which nothing is distributed are
 refused: whether they are copies or pieces, nothing says.
@@ -221,7 +221,7 @@ class _Ranks:
         )
 
     def _absent(self, ranks: Sequence[int]) -> str:
-        """Names of the files that would be those of ranks, where there are none."""
+        """Half a sentence with the names of the missing files of ranks; empty where all are there."""
         names = [with_number(self.names[0], rank) for rank in ranks]
         missing = [name for name in names if name not in self.names]
         return f"; not there: {_listed(missing)}" if missing else ""

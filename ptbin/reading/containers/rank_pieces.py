@@ -217,7 +217,7 @@ def label_of(path: Path) -> str:
 
 
 def number_in(name: str) -> int:
-    """The last number in a file's name, of `1-of-4` the first; -1 where there is none."""
+    """The last number in a file's name, of `1-of-4` the first; -1 for a name without digits."""
     found = _NUMBER.search(name)
     return int(found[0]) if found else -1
 

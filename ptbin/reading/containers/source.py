@@ -11,7 +11,7 @@ from typing import Protocol
 
 from ptbin.errors import CorruptArchiveError
 
-__all__ = ["RandomReader", "SourceFile", "Window"]
+__all__ = ["MemoryReader", "RandomReader", "SourceFile", "Window"]
 
 # One request of this size holds the end record and the directory of a few hundred members, the magic
 # bytes at the start, or the whole of a small file.
@@ -40,6 +40,18 @@ class Window:
 
     def read(self, offset: int, nbytes: int) -> bytes:
         return self._file.read(self._offset + offset, nbytes)
+
+
+class MemoryReader:
+    """Bytes in memory, as a `RandomReader`."""
+
+    def __init__(self, data: bytes | bytearray, uri: str) -> None:
+        self._data = data
+        self.size = len(data)
+        self.uri = uri
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        return bytes(memoryview(self._data)[offset : offset + nbytes])
 
 
 class SourceFile:

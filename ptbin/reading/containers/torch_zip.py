@@ -1,7 +1,7 @@
 """torch's zip container (torch.save since 1.6) and TorchScript archives, which share its layout.
 
 Members: `<root>/data.pkl` (the pickle), `<root>/data/<key>` (a storage each), `<root>/byteorder`,
-`<root>/version`; a TorchScript archive has `<root>/constants.pkl` and `<root>/code/` besides.
+`<root>/version`; a TorchScript archive also has `<root>/constants.pkl` and `<root>/code/`.
 Sources: torch/serialization.py (`_save`, `_load`), torch/csrc/jit/serialization/export_module.cpp.
 """
 
@@ -145,18 +145,15 @@ def _place(opening: Opening, directory: ZipDirectory, name: str, nbytes: int) ->
         raise CorruptArchiveError(
             f"{uri}: member {name!r} has {member.nbytes} bytes, the pickle says {nbytes}"
         )
-    if member.data_offset is None:
-        member = directory.locate(member)
-        assert member.data_offset is not None
-    crc = directory.crc32_of(member)
+    offset, crc = directory.data_offset_of(member), directory.crc32_of(member)
     if member.method == DEFLATED:
         if member.nbytes > opening.limits.inflate_ratio * member.compressed_nbytes + 64:
             raise LimitExceededError(
                 f"{uri}: member {name!r} claims to inflate from "
                 f"{member.compressed_nbytes} to {member.nbytes} bytes"
             )
-        return Deflated(member.data_offset, member.compressed_nbytes, member.nbytes, crc, name)
-    return ByteRange(member.data_offset, nbytes, crc, member.header_offset, name, member.closed)
+        return Deflated(offset, member.compressed_nbytes, member.nbytes, crc, name)
+    return ByteRange(offset, nbytes, crc, member.header_offset, name, member.closed)
 
 
 def _read_script_classes(

@@ -11,10 +11,10 @@ import shlex
 import zlib
 
 from ptbin.errors import NotACheckpointError, PtbinError, UnsupportedFormatError
-from ptbin.reading.containers.checkpoint import MemoryReader, Opening
+from ptbin.reading.containers.checkpoint import Opening
 from ptbin.reading.containers.legacy import looks_like_legacy
 from ptbin.reading.containers.safetensors import looks_like_safetensors
-from ptbin.reading.containers.source import EDGE_NBYTES, SourceFile
+from ptbin.reading.containers.source import EDGE_NBYTES, MemoryReader, SourceFile
 from ptbin.reading.containers.tar import iter_tar, looks_like_tar
 
 __all__ = ["refuse_compressed", "refuse_known_foreign"]
@@ -119,7 +119,7 @@ def _inflated(head: bytes) -> bytes:
 
 
 def _checkpoint_in_tar(inside: bytes) -> str | None:
-    """The first member with a checkpoint's name, as far as the tar is at hand."""
+    """The first member with a checkpoint's name, as far as the tar was inflated."""
     try:
         for member in iter_tar(SourceFile(MemoryReader(inside, "the beginning of a gzip file"))):
             if member.name.lower().endswith(_NAMES):

@@ -73,14 +73,17 @@ class ZipDirectory:
     def crc32_of(self, member: Member) -> int | None:
         return None if self.crcs_off else member.crc32
 
-    def locate(self, member: Member) -> Member:
-        """The member with `data_offset` known; reads its local header where the directory leaves it open.
+    def data_offset_of(self, member: Member, *, trusted: bool = True) -> int:
+        """Where a member's data begin; reads its local header where the directory leaves that open.
+
+        Args:
+            trusted: take what the directory implies (`Member.closed`) for it.
 
         Raises:
             CorruptArchiveError: header and directory contradict each other, or members overlap.
         """
-        if member.data_offset is not None:
-            return member
+        if member.data_offset is not None and trusted:
+            return member.data_offset
         where = f"{self.file.uri}: member {member.name!r}"
         raw = self.file.read(member.header_offset, LOCAL_HEADER.size, f"local header of {member.name!r}")
         signature, _, flags, method, _, _, crc, csize, usize, n, e = LOCAL_HEADER.unpack(raw)
@@ -99,15 +102,14 @@ class ZipDirectory:
             and ((crc, csize, usize) != (member.crc32, member.compressed_nbytes, member.nbytes))
         ):
             raise CorruptArchiveError(f"{where}: local header and directory disagree about CRC or sizes")
-        data_offset = member.header_offset + LOCAL_HEADER.size + n + e
+        data_offset: int = member.header_offset + LOCAL_HEADER.size + n + e
         if data_offset + member.compressed_nbytes > member.next_offset:
             raise CorruptArchiveError(
                 f"{where}: {member.compressed_nbytes} bytes at {data_offset} "
                 f"reach into what begins at {member.next_offset}"
             )
-        located = member._replace(data_offset=data_offset)
-        self.members[member.name] = located
-        return located
+        self.members[member.name] = member._replace(data_offset=data_offset)
+        return data_offset
 
     def read_member(self, name: str) -> bytes:
         """Content of a small member, inflated, its CRC-32 checked.
@@ -133,9 +135,8 @@ class ZipDirectory:
             )
         # Index members are few, their headers next to them: no trust in the implied place here, where a
         # loader that follows the local header would read another pickle.
-        member = self.locate(member._replace(data_offset=None))
-        assert member.data_offset is not None
-        raw = self.file.read(member.data_offset, member.compressed_nbytes, f"member {name!r}")
+        offset = self.data_offset_of(member, trusted=False)
+        raw = self.file.read(offset, member.compressed_nbytes, f"member {name!r}")
         if member.method == DEFLATED:
             inflater = zlib.decompressobj(-zlib.MAX_WBITS)
             try:

@@ -46,7 +46,7 @@ def run_pickle(
 
     Args:
         reducers: (module, name) to a function of the call's arguments; it may raise `ValueError`,
-            `TypeError` or a `PtbinError` where the arguments make no sense.
+            `TypeError` or a `PtbinError` where the arguments are not valid.
         persistent: turns a persistent id into a record; without it one is an error.
         set_state: what BUILD does to a record that a reducer made: (record, state); False where it does
             not know the record. It may raise as reducers do.

@@ -1,4 +1,4 @@
-"""The state of one pickle run: position, stack, marks, memo; and what a run comes to.
+"""The state of one pickle run: position, stack, marks, memo; and its result.
 
 The loop that runs opcodes is `interpreter`'s, what each does is in `opcodes`.
 """

@@ -96,7 +96,7 @@ class OldTensors:
             yield path, self._variable_reducer(Global(*path))
 
     def set_state(self, target: Any, state: Any) -> bool:
-        """What BUILD does to a tensor; False where `target` is none.
+        """What BUILD does to a tensor; False where `target` is not a tensor.
 
         Raises:
             UnsupportedTensorError: a state of a form that torch does not write, or content that is exchanged.

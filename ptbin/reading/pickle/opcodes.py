@@ -173,59 +173,30 @@ def _refuse_attribute(m: Machine, target: Instance) -> None:
         m.program.oddities.append(f"a change to what getattr gave at byte {m.pos}")
 
 
-def _pairs_of(m: Machine, target: Any) -> list[tuple[Any, Any]]:
-    if isinstance(target, DictNode):
-        return target.pairs
+def _update(m: Machine, items: list[Any]) -> None:
+    """Add keys and values, in turn, to the mapping on the stack."""
+    target = m.stack[-1]
     if isinstance(target, Instance):
         _refuse_attribute(m, target)
-        return target.pairs
-    raise TypeError(f"SETITEM on {type(target).__name__}")
+    elif not isinstance(target, DictNode):
+        raise TypeError(f"SETITEM on {type(target).__name__}")
+    target.pairs.extend(_paired(items))
 
 
-def _items_of(m: Machine, target: Any) -> list[Any]:
-    if isinstance(target, list):
-        return target
-    if isinstance(target, SetNode):
-        return target.items
+def _extend(m: Machine, items: list[Any], *kinds: type) -> None:
+    """Add to the sequence on the stack, which is of one of the kinds, or of a class."""
+    target = m.stack[-1]
     if isinstance(target, Instance):
         _refuse_attribute(m, target)
-        return target.items
-    raise TypeError(f"APPEND on {type(target).__name__}")
+    elif not isinstance(target, kinds):
+        raise TypeError(f"APPEND on {type(target).__name__}")
+    (target if isinstance(target, list) else target.items).extend(items)
 
 
 def _paired(items: list[Any]) -> list[tuple[Any, Any]]:
     if len(items) % 2:
         raise ValueError("an odd number of keys and values")
     return list(zip(items[::2], items[1::2], strict=True))
-
-
-def _setitem(m: Machine) -> None:
-    value = m.stack.pop()
-    key = m.stack.pop()
-    _pairs_of(m, m.stack[-1]).append((key, value))
-
-
-def _setitems(m: Machine) -> None:
-    items = m.pop_mark()
-    _pairs_of(m, m.stack[-1]).extend(_paired(items))
-
-
-def _append(m: Machine) -> None:
-    value = m.stack.pop()
-    _items_of(m, m.stack[-1]).append(value)
-
-
-def _appends(m: Machine) -> None:
-    items = m.pop_mark()
-    _items_of(m, m.stack[-1]).extend(items)
-
-
-def _additems(m: Machine) -> None:
-    items = m.pop_mark()
-    target = m.stack[-1]
-    if not isinstance(target, (SetNode, Instance)):
-        raise TypeError(f"ADDITEMS on {type(target).__name__}")
-    _items_of(m, target).extend(items)
 
 
 def _tuple_of(count: int) -> Callable[[Machine], None]:
@@ -330,11 +301,11 @@ _HANDLERS: dict[str, Callable[[Machine], object]] = {
     "d": _push_from_mark(lambda items: DictNode("dict", _paired(items))),
     "\x8f": _push(lambda m: SetNode([])),
     "\x91": _push_from_mark(lambda items: SetNode(items, frozen=True)),
-    "a": _append,
-    "e": _appends,
-    "s": _setitem,
-    "u": _setitems,
-    "\x90": _additems,
+    "a": lambda m: _extend(m, [m.stack.pop()], list, SetNode),
+    "e": lambda m: _extend(m, m.pop_mark(), list, SetNode),
+    "s": lambda m: _update(m, [m.stack.pop(-2), m.stack.pop()]),
+    "u": lambda m: _update(m, m.pop_mark()),
+    "\x90": lambda m: _extend(m, m.pop_mark(), SetNode),
     # memo
     "p": lambda m: _put(m, _decimal(m.line())),
     "q": lambda m: _put(m, m.unsigned(1)),

@@ -4,7 +4,7 @@ torch's pickles say each tensor by the same run of some thirty opcodes: a call o
 persistent id, an offset, a size, a stride, `False` and an empty `OrderedDict`. A regular expression takes the
 run's arguments out of the bytes. What follows is what the machine would do opcode by opcode: the same memo
 entries are read and written in the same order, the same calls are looked up, and nothing is assumed of what
-the memo holds. A run that is written in any other way, by whatever tool, is left to the machine.
+the memo holds. Any other way of writing it is left to the machine.
 
 Source: torch/_tensor.py (`_reduce_ex_internal`), torch/serialization.py (`persistent_id`), as CPython's
 pickler writes them by protocol 2.

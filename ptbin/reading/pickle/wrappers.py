@@ -1,6 +1,6 @@
 """Tensors that wrap others: a DTensor is its local tensor where that is all of it, the rest is opaque.
 
-`torch._utils._rebuild_wrapper_subclass` makes a tensor without data of its own; what it holds comes as its
+`torch._utils._rebuild_wrapper_subclass` makes a tensor without data; what it holds comes as its
 state (torch/_tensor.py, `_reduce_ex_internal`). Of a DTensor that is `_local_tensor`, this rank's piece, and
 `_spec`: mesh, placements, the whole's shape. Of a ShardedTensor it is a tuple that begins with the local
 shards and the metadata of all shards (torch/distributed/_shard/sharded_tensor/api.py, `__getstate__`).
@@ -112,7 +112,7 @@ def local_tensor(node: Opaque) -> TensorRef | None:
 
 
 def placement_of(state: Any) -> Any:
-    """What a distributed tensor's state holds besides data: its mesh and placements."""
+    """The mesh and placements in the state of a distributed tensor."""
     return attributes_of(state).get("_spec")
 
 

@@ -1,6 +1,6 @@
 """Format `raw`: contiguous little-endian tensors, each at a multiple of 64 bytes. Pure planning.
 
-The index that describes them is a file of its own.
+A separate file, the index, describes them.
 """
 
 from __future__ import annotations

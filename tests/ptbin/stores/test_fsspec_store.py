@@ -10,7 +10,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from ptbin.errors import AccessDeniedError, NotFoundInStoreError, SourceChangedError, StorageError, UsageError
-from ptbin.stores import open_store, place_of
+from ptbin.stores import open_store
 from ptbin.stores.fsspec_store import FsspecStore, identity_from, open_fsspec
 from ptbin.stores.retry import RetryPolicy
 
@@ -201,17 +201,17 @@ def test_a_read_only_protocol_says_so() -> None:
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_web_server_that_refuses_is_not_said_to_lack_the_file(scheme: str) -> None:
     """fsspec raises FileNotFoundError, whatever went wrong."""
+    uri = f"{scheme}://127.0.0.1:9/x"
     with pytest.raises(StorageError, match="the store does not answer") as caught:
-        place_of(f"{scheme}://127.0.0.1:9/x").stat()
+        FsspecStore(uri, uri, {}, retry=QUICK).stat(uri)
     assert caught.value.transient
     assert not isinstance(caught.value, NotFoundInStoreError)
 
 
 def test_a_store_connects_anew_after_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
-    store, path = open_store("memory://fork/x")
+    store, _ = open_store("memory://fork/x")
     assert isinstance(store, FsspecStore)
-    store.write_bytes(path, b"x")
-    before = store._connected
+    before = store.fs
+    assert store.fs is before
     monkeypatch.setattr(os, "getpid", lambda: 1)
-    assert store.fs is not None
-    assert store._connected is not before
+    assert store.fs is not before

@@ -143,7 +143,7 @@ class Chunks:
 def _without_framing(file: SourceFile, place: Place) -> Place:
     """A place inside a chunk's archive without its framing, which counts from the archive's own beginning.
 
-    The local header, at hand here, must put the data where the directory does.
+    The local header has been read and must put the data where the directory does.
     """
     if isinstance(place, ByteRange) and place.record_offset is not None:
         header = file.read(place.record_offset, LOCAL_HEADER.size, "local header")

@@ -2,7 +2,7 @@
 
 `.metadata` holds a `Metadata`: per flattened name the whole tensor's type, size and chunks (boxes), where
 each chunk's bytes are (file, offset, length), and the path each name had before it was flattened. A chunk
-is a `torch.save` archive of its own inside a `.distcp` file; other entries are `torch.save`d objects. With
+is a separate `torch.save` archive inside a `.distcp` file; other entries are `torch.save`d objects. With
 `SerializationFormat.SAFETENSORS` the tensors of a file are one safetensors blob behind its other entries,
 which torch's own reader of such folders cannot read back. Sources: torch/distributed/checkpoint/
 metadata.py, filesystem.py, planner_helpers.py, _nested_dict.py, 2.13.

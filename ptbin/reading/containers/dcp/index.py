@@ -178,10 +178,7 @@ class _Index:
         return entry
 
     def _chunks(
-        self,
-        entry: Entry,
-        described: list[Any],
-        spans: dict[tuple[str, tuple[int, ...] | None], Span],
+        self, entry: Entry, described: list[Any], spans: dict[tuple[str, tuple[int, ...] | None], Span]
     ) -> list[Chunk]:
         """The non-empty chunks in row-major order, each once: ranks that hold the same may both list it."""
         self._count += len(described)

@@ -96,13 +96,13 @@ def _gathered(root: DictNode) -> DictNode:
         for key, v in flat
         if isinstance(v, TensorRef) and type(key) is str and v.dtype.name not in _COUNTERS
     ]
-    beside = [(key, v) for key, v in pairs if is_branch(v) and not str(key).endswith("_extra_state")]
+    branches = [(key, v) for key, v in pairs if is_branch(v) and not str(key).endswith("_extra_state")]
     seen: set[int] = set()
-    other_models = any(not _is_optimizer(v) and _holds_weights(v, seen) for _, v in beside)
+    other_models = any(not _is_optimizer(v) and _holds_weights(v, seen) for _, v in branches)
     # A single tensor next to a model that has its own mapping is not a model; dotted names are a module's.
     is_model = weights and (not other_models or any("." in key for key in weights))
     name = next((n for n in _GROUP_NAMES if root.get(n) is None), None)
-    if not beside or not is_model or name is None:
+    if not branches or not is_model or name is None:
         return DictNode("dict", pairs)
     model = [(key, v) for key, v in pairs if _belongs_to_model(key, v)]
     rest = [(key, v) for key, v in pairs if not _belongs_to_model(key, v)]

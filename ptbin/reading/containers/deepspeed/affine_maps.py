@@ -1,9 +1,8 @@
 """DeepSpeed's affine maps: which block of a parameter lies where in each tensor-parallel rank's shard.
 
 Source: deepspeed/checkpoint/affine.py (`ParamAffineMap`, version 1, 0.19). A piece gives its shape, and
-offset
-and strides on both sides; blocks that several ranks hold have to be equal. Of a map with a scale (a bias that
-every rank holds divided by the number of ranks) the numbers are computed, as `rebuild` does.
+offset and strides on both sides; blocks that several ranks hold must be equal. Where a map has a scale (a
+bias that every rank holds divided by the number of ranks), the numbers are computed, as `rebuild` does.
 """
 
 from __future__ import annotations

@@ -68,9 +68,7 @@ def auto_layers_of(files: PartFiles, root: DictNode) -> tuple[AutoLayer, ...]:
 
 
 def fused_experts(
-    files: PartFiles,
-    layers: Sequence[AutoLayer],
-    held: Mapping[tuple[int, int], Sequence[tuple[str, Any]]],
+    files: PartFiles, layers: Sequence[AutoLayer], held: Mapping[tuple[int, int], Sequence[tuple[str, Any]]]
 ) -> Iterator[tuple[tuple[int, int], tuple[str, Any]]]:
     """The fused weights of each layer, with the (layer, expert) that they begin with.
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ptbin.errors import CorruptArchiveError, IncompleteCheckpointError, OutputCollisionError
+from ptbin.errors import CorruptArchiveError, OutputCollisionError
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
 from ptbin.reading.containers.deepspeed.auto_experts import auto_layers_of, fused_experts
 from ptbin.reading.containers.deepspeed.models import mapping_in
@@ -50,9 +50,7 @@ def read_deepspeed_experts(folder: Folder) -> Checkpoint:
     found = _experts(files)
     names = model_ranks(files)
     if 0 not in names:
-        raise IncompleteCheckpointError(
-            f"{reader.uri}: mp_rank_00_model_states.pt is missing; fetch the folder again, whole"
-        )
+        files.refuse_missing("mp_rank_00_model_states.pt")
     ranks = merge_model_states(files, names)
     module: DictNode = ranks.root.get("module")
     layers = auto_layers_of(files, ranks.root)
@@ -69,8 +67,8 @@ def read_deepspeed_experts(folder: Folder) -> Checkpoint:
             raise OutputCollisionError(f"{reader.uri}: {key[:200]!r} is in {home[key]} and in {name}")
         home[key] = name
         module.pairs.append((key, value))
-    beside = [name for name in reader.names if name.endswith("_optim_states.pt")]
-    files.leave_out_unopened(beside, "optimizer")
+    optimizer = [name for name in reader.names if name.endswith("_optim_states.pt")]
+    files.leave_out_unopened(optimizer, "optimizer")
     return files.checkpoint("deepspeed_experts", ranks.root, preferred="module")
 
 
@@ -101,12 +99,7 @@ def _is_sliced(root: DictNode) -> bool | None:
 
 
 def _refuse_missing(
-    files: PartFiles,
-    ranks: Ranks,
-    found: dict[Expert, dict[int, str]],
-    *,
-    sliced: bool | None,
-    is_auto: bool,
+    files: PartFiles, ranks: Ranks, found: dict[Expert, dict[int, str]], *, sliced: bool | None, is_auto: bool
 ) -> None:
     """Hold the files against `num_experts` and the ranks: the experts of each layer, in order."""
     name = ranks.names[0]

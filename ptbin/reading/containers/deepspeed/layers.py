@@ -1,9 +1,9 @@
 """DeepSpeed's pipelines: a file for each layer and tensor-parallel rank, `layer_03-model_00-model_states.pt`.
 
 Each is a flat state dict of its layer; names here are those of DeepSpeed's `PipelineModule`, the number of
-the layer before the name (`3.attention.dense.weight`). How tensor-parallel ranks make a whole say
-`universal_checkpoint_info` or the names of GPT-NeoX and Bloom (`deepspeed_rules`). Layers without weights may
-have no file. That all are here is shown by names in the model states (`param_shapes`), by the training
+the layer before the name (`3.attention.dense.weight`). `universal_checkpoint_info`, or the names of
+GPT-NeoX and Bloom, say how tensor-parallel ranks make a whole (`rules`). Layers without weights may have no
+file. That no layer is missing is shown by names in the model states (`param_shapes`), by the training
 arguments' `num_layers` and where a known family keeps its layers, or by an optimizer that trains as much as
 the layers hold; a folder of which nothing shows it is refused.
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from ptbin.errors import CorruptArchiveError, UnsupportedFormatError
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
-from ptbin.reading.containers.deepspeed.models import mapping_in
+from ptbin.reading.containers.deepspeed.models import leave_out_states, mapping_in
 from ptbin.reading.containers.deepspeed.rules import (
     Rules,
     merge_ranks,
@@ -62,7 +62,7 @@ def read_deepspeed_layers(folder: Folder) -> Checkpoint:
     for layer, own in layers.items():
         absent = [rank for rank in range(count) if rank not in own]
         if absent:
-            files.refuse(f"{_name_of(layer, absent[0], own)} is missing; fetch the folder again, whole")
+            files.refuse_missing(_name_of(layer, absent[0], own))
     states = sorted(name for name in reader.names if MODEL_STATES.match(name))
     roots = [(name, mapping_in(files, name)) for name in states]
     _refuse_missing_stage(files, roots)
@@ -79,8 +79,7 @@ def read_deepspeed_layers(folder: Folder) -> Checkpoint:
     if roots:
         root.pairs.extend((key, value) for key, value in roots[0][1].pairs if key != "module")
     for name, other in roots[1:]:
-        files.leave_out(name, [other.get("optimizer")], "optimizer")
-        files.leave_out(name, [value for key, value in other.pairs if key != "optimizer"], "trainer_state")
+        leave_out_states(files, name, other)
     files.leave_out_unopened([name for name in reader.names if OPTIM_STATES.match(name)], "optimizer")
     return files.checkpoint("deepspeed_layers", root, preferred="module")
 
@@ -117,16 +116,12 @@ def _refuse_missing_stage(files: PartFiles, roots: list[tuple[str, DictNode]]) -
         absent = [f"mp_rank_{n:02d}_model_states.pt" for n in range(min(count, MAX_LAYERS))]
         absent = [other for other in absent if other not in files.reader.names]
         if absent:
-            files.refuse(
-                f"{absent[0]} is missing of {count} that {name} counts; fetch the folder again, whole"
-            )
+            files.refuse_missing(absent[0], f" of {count} that {name} counts")
 
 
 def _name_of(layer: int, rank: int, like: dict[int, str] | None) -> str:
-    middle = (
-        "" if like and all("model_" not in name.partition("-")[2][:6] for name in like.values()) else None
-    )
-    axes = "" if middle == "" else f"model_{rank:02d}-"
+    is_bare = like and all("model_" not in name.partition("-")[2][:6] for name in like.values())
+    axes = "" if is_bare else f"model_{rank:02d}-"
     return f"layer_{layer:02d}-{axes}model_states.pt"
 
 
@@ -143,8 +138,7 @@ def _refuse_missing(
     wanted = dict.fromkeys((*named, *of_family))
     missing = sorted(layer for layer in wanted if layer not in layers)
     if missing:
-        name = _name_of(missing[0], 0, some)
-        files.refuse(f"{name} is missing ({len(missing)} layers in all); fetch the folder again, whole")
+        files.refuse_missing(_name_of(missing[0], 0, some), f" ({len(missing)} layers in all)")
     trained, here = _trained(roots), _tensors_in(held)
     is_shown = named or trained in here or (of_family and (head is None or head in layers))
     if is_shown or files.folder.parts:
@@ -235,10 +229,7 @@ def _stated_count(roots: list[DictNode]) -> int | None:
 
 
 def _rules(
-    files: PartFiles,
-    roots: list[tuple[str, DictNode]],
-    held: dict[int, list[DictNode]],
-    recipe: str | None,
+    files: PartFiles, roots: list[tuple[str, DictNode]], held: dict[int, list[DictNode]], recipe: str | None
 ) -> Rules:
     name, root = next(
         ((name, root) for name, root in roots if isinstance(root.get("universal_checkpoint_info"), DictNode)),

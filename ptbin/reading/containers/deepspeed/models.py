@@ -19,7 +19,7 @@ from ptbin.sources.deepspeed_names import MODEL_STATES
 from ptbin.values.nodes import DictNode, Opaque, sizes_in
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["Buffers", "ModelStates", "mapping_in", "model_files", "shapes_in"]
+__all__ = ["Buffers", "ModelStates", "leave_out_states", "mapping_in", "model_files", "shapes_in"]
 
 MAX_CAST_NBYTES = 64 << 20
 """All buffers together that are cast in memory; a model whose buffers are larger has its weights in them."""
@@ -47,6 +47,13 @@ def model_files(files: PartFiles) -> dict[int, dict[int | None, str]]:
             rank = None if match["rank"] is None else int(match["rank"])
             found.setdefault(int(match["mp"]), {})[rank] = name
     return found
+
+
+def leave_out_states(files: PartFiles, name: str, root: DictNode, *, kept: str | None = None) -> None:
+    """Leave out what another rank's model states hold; `kept` is the key of its model, which stays."""
+    rest = [value for key, value in root.pairs if key not in (kept, "optimizer")]
+    files.leave_out(name, [root.get("optimizer")], "optimizer")
+    files.leave_out(name, rest, "trainer_state")
 
 
 def shapes_in(uri: str, node: Any, what: str) -> Shapes:

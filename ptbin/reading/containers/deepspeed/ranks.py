@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ptbin.errors import CorruptArchiveError
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
-from ptbin.reading.containers.deepspeed.models import mapping_in, model_files
+from ptbin.reading.containers.deepspeed.models import leave_out_states, mapping_in, model_files
 from ptbin.reading.containers.deepspeed.rules import (
     Rules,
     merge_states,
@@ -69,9 +69,8 @@ def merge_model_states(files: PartFiles, ranks: Mapping[int, str]) -> Ranks:
     """
     missing = [number for number in range(max(ranks) + 1) if number not in ranks]
     if missing:
-        files.refuse(
-            f"mp_rank_{missing[0]:02d}_model_states.pt is missing of {max(ranks) + 1} ranks or more; fetch "
-            "the folder again, whole"
+        files.refuse_missing(
+            f"mp_rank_{missing[0]:02d}_model_states.pt", f" of {max(ranks) + 1} ranks or more"
         )
     names = [ranks[number] for number in sorted(ranks)]
     roots = [_opened(files, name, len(names)) for name in names]
@@ -85,10 +84,7 @@ def merge_model_states(files: PartFiles, ranks: Mapping[int, str]) -> Ranks:
         states = [(name, dict(root.get("module").pairs)) for name, root in zip(names, roots, strict=True)]
         module.pairs = merge_states(files, states, rules, buffer_names)
     for name, root in zip(names[1:], roots[1:], strict=True):
-        files.leave_out(name, [root.get("optimizer")], "optimizer")
-        files.leave_out(
-            name, [value for key, value in root.pairs if key not in ("module", "optimizer")], "trainer_state"
-        )
+        leave_out_states(files, name, root, kept="module")
     return Ranks(names, roots[0], rules)
 
 

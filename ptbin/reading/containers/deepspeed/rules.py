@@ -1,9 +1,7 @@
 """How tensor-parallel ranks of DeepSpeed make a whole: by `universal_checkpoint_info`, or by names.
 
-The information is what DeepSpeed's own `ds_to_universal` goes by (`merge_tp_slices`, 0.19): an affine map
-for a
-parameter, or lists of patterns of names, and rows where no list has a name. GPT-NeoX and Bloom of before
-write
+DeepSpeed's own `ds_to_universal` uses this information (`merge_tp_slices`, 0.19): an affine map for a
+parameter, or lists of patterns of names, and rows where no list has a name. Earlier GPT-NeoX and Bloom write
 none: their names are known (`merging.shipped`). No rule is a guess from equal bytes.
 """
 

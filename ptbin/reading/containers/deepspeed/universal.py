@@ -123,9 +123,7 @@ class _Universal:
             own = ranks[number]
             absent = next((rank for rank in range(max(own) + 1) if rank not in own), None)
             if absent is not None:
-                self.files.refuse(
-                    f"zero_pp_rank_{absent}_mp_rank_{number:02d}_model_states.pt is missing; fetch it"
-                )
+                self.files.refuse_missing(f"zero_pp_rank_{absent}_mp_rank_{number:02d}_model_states.pt")
             models.append(ModelStates(self.files, [own[rank] for rank in sorted(own)], "fp32/"))
         first = models[0]
         info = first.root.get("universal_checkpoint_info")

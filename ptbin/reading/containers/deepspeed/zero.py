@@ -136,7 +136,7 @@ class _Folder:
             if number not in found:
                 like = next(iter(next(iter(found.values())).values()))
                 missing = like.replace(f"mp_rank_{OPTIM_STATES.match(like)['mp']}", f"mp_rank_{number:02d}")  # type: ignore[index]
-                self.files.refuse(f"{missing} is missing; fetch the folder again, whole")
+                self.files.refuse_missing(missing)
         return {number: dict(sorted(own.items())) for number, own in sorted(found.items())}
 
     def _model_files(self, number: int, stage: int, world_size: int) -> list[str]:
@@ -152,7 +152,7 @@ class _Folder:
 
     def _need(self, found: dict[Any, str], key: int | None, name: str, of: str) -> str:
         if key not in found:
-            self.files.refuse(f"{name} is missing{of}; fetch the folder again, whole")
+            self.files.refuse_missing(name, of)
         return found[key]
 
     # -- one tensor-parallel rank ----------------------------------------------------------------
