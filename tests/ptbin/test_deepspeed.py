@@ -508,7 +508,7 @@ def test_a_missing_file_is_named(tmp_path: Path, stage: int, name: str) -> None:
         (
             "zero_pp_rank_0_mp_rank_00_optim_states.pt",
             "zero_pp_rank_0_mp_rank_01_optim_states.pt",
-            "zero_pp_rank_1_mp_rank_01_optim_states.pt is missing",
+            "mp_rank_01_optim_states.pt holds the very tensors of zero_pp_rank_0_mp_rank_00",
         ),
         ("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt", "mp_rank_01_optim_states.pt is missing"),
         (

@@ -12,9 +12,9 @@ Costs: the index of each file. Memory: one small record for each tensor of each 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 from ptbin.merging.recipes import Merge
@@ -103,6 +103,7 @@ class _Ranks:
         # by place in the order of the model: virtual chunk, stage
         self.chunks: dict[tuple[int, int], dict[Rank, dict[str, tuple[Path, TensorRef]]]] = {}
         self.found: dict[str, _Held] = {}
+        self.savers: dict[str, Any] = {}  # the number of the process that saved each file, where it says so
 
     def read(self) -> Checkpoint:
         root: DictNode | None = None
@@ -115,10 +116,12 @@ class _Ranks:
                 self._set_up(name, own)
             else:
                 self._compare_sizes(name, own)
+            self.savers[name] = (megatron_arguments(own) or {}).get("rank")
             place = self._take(own, name)
             root = own if root is None else root
         assert root is not None
         sizes = self._complete_sizes()
+        self._refuse_exchanged(sizes)
         self._number_layers(sizes)
         self._tie()
         model = DictNode("OrderedDict")
@@ -216,6 +219,30 @@ class _Ranks:
             )
         return sizes
 
+    def _refuse_exchanged(self, sizes: Sizes) -> None:
+        """Raise IncompleteCheckpointError: files lie in each other's folders, or one is there twice.
+
+        Megatron counts processes by tensor-parallel rank first, whatever the order of the others is.
+        """
+        for (chunk, _), stage in self.chunks.items():
+            for rank, held in stage.items():
+                if (rank.tensor, rank.expert) == (0, 0):
+                    for dotted, (_, tensor) in held.items():
+                        part = Part(tensor, self.ranks[rank])
+                        self.files.note_pieces(f"{chunk} {dotted}", [part], "stages")
+        order = [
+            self.ranks[rank] for rank in sorted(self.ranks, key=lambda rank: (rank.pipeline, rank.tensor))
+        ]
+        savers = [self.savers[name] for name in order]
+        if sizes.expert > 1 or not all(type(n) is int for n in savers) or len(set(savers)) < len(savers):
+            return
+        if savers != sorted(savers):
+            at = next(at for at, pair in enumerate(pairwise(savers)) if pair[0] > pair[1])
+            self.files.refuse(
+                f"{order[at]} was saved by process {savers[at]}, {order[at + 1]} by process "
+                f"{savers[at + 1]}: they lie in each other's folders"
+            )
+
     # -- names of the whole ----------------------------------------------------------------------------
 
     def _number_layers(self, sizes: Sizes) -> None:
@@ -311,6 +338,10 @@ class _Ranks:
     def _merges(self) -> tuple[Merge, ...]:
         own = self.recipe.merges if self.recipe is not None else ()
         return own or find_recipe(DEFAULT_RECIPE).merges
+
+
+def _embeds(names: Iterable[str]) -> bool:
+    return any(_EMBEDDING.search(name) for name in names)
 
 
 def _is_model(key: Any) -> bool:

@@ -76,6 +76,7 @@ def merge_parts(
         return total_of(files, name, parts, mean=merge.how == "mean")
     for part in parts:
         require_plain(part, name)
+    files.note_pieces(name, parts)
     first = parts[0].tensor
     groups = _copies(parts, merge, facts)
     parts = [group[0] for group in groups]

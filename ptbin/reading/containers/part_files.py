@@ -23,6 +23,7 @@ from ptbin.values.state_dict import Excluded
 from ptbin.values.tensors import ByteRange, Storage, TensorRef
 
 MAX_PROGRESS_DEPTH = 2
+CONSTANT_NBYTES = 4096
 
 Pieces = dict[tuple[Any, ...], list[list[Box]]]
 """Where in the whole a piece lies, as (start, shape) of each of its boxes, to every copy of it."""
@@ -34,6 +35,10 @@ _PROGRESS = frozenset(
     current_step train_step trained_steps lr_scheduler_step
     """.split()
 )
+
+
+def _stem(name: str) -> str:
+    return name.rpartition("/")[2].rpartition(".")[0]
 
 
 def mapping_of(value: Any) -> DictNode | None:
@@ -60,11 +65,13 @@ class PartFiles:
     """Files of one folder being put together.
 
     Attributes:
+        placed_by_name: which part a file is, its name says and nothing in it.
         small: computes what has to be.
         opened: files and their records, for layouts that account for what they leave of each.
     """
 
     folder: Folder
+    placed_by_name: bool = True
     reader: JoinedReader = field(init=False)
     opening: Opening = field(init=False)
     small: SmallTensors = field(init=False)
@@ -75,6 +82,10 @@ class PartFiles:
     known_storages: dict[object, Storage] = field(default_factory=dict)
     _progress: dict[str, tuple[str, int | float]] = field(default_factory=dict)
     _first: str = ""
+    _saved_as: dict[str, str] = field(default_factory=dict)
+    _contents: dict[int, str] = field(default_factory=dict)
+    _pieces: dict[str, dict[str, int]] = field(default_factory=dict)
+    _largest: dict[str, Part] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.reader = self.folder.reader
@@ -98,6 +109,8 @@ class PartFiles:
             checkpoint = inner.checkpoint()
         except NotACheckpointError as error:  # its name says that it is one
             raise CorruptArchiveError(f"{error}; is the copy of {name} complete?") from error
+        if self.placed_by_name:
+            self._note_name(name, checkpoint)
         checkpoint.move(part.base)
         self.storages.update({f"{name}/{key}": storage for key, storage in checkpoint.storages.items()})
         self.opening.keep_programs(inner.programs)
@@ -106,6 +119,62 @@ class PartFiles:
             if name == self._first or what in self._progress:
                 self.compare_counter(what, name, value)
         return checkpoint
+
+    def _note_name(self, name: str, checkpoint: Checkpoint) -> None:
+        """Raise IncompleteCheckpointError: the file is a copy of another one, under its own name.
+
+        torch calls an archive's top folder as the file that it writes (PyTorchFileWriter).
+        """
+        if (saved := checkpoint.archive_root) is None:
+            return
+        self._saved_as[name] = saved
+        held = [(key, own) for key, own in checkpoint.storages.items() if own.nbytes]
+        records = [(key, own.nbytes, getattr(own.place, "crc32", None)) for key, own in held]
+        first = self._contents.setdefault(hash((saved, tuple(records))), name)
+        if first != name and records and _stem(first) != _stem(name) and saved in (_stem(first), _stem(name)):
+            self._refuse_copy(name, first)
+
+    def _refuse_exchanged(self) -> None:
+        """Raise IncompleteCheckpointError: files have each other's names."""
+        others = {_stem(name): saved for name, saved in self._saved_as.items() if _stem(name) != saved}
+        if others and others.keys() == set(others.values()):
+            name, saved = next(iter(others.items()))
+            self.refuse(f"{name} was saved as {saved}, and other files here have each other's names as well")
+
+    def note_pieces(self, name: str, parts: Iterable[Part], among: str = "ranks") -> None:
+        """Note tensors of a name of which each file has its own: two files are not alike in all of them."""
+        for part in parts:
+            tensor, crc = part.tensor, getattr(part.tensor.storage.place, "crc32", None)
+            view = (tensor.storage_offset, tensor.shape, tensor.stride)
+            known = part.home if crc is None else (name, crc, tensor.storage.nbytes, view)
+            pieces = self._pieces.setdefault(among, {})
+            pieces[part.home] = hash((pieces.get(part.home), known))
+            largest = self._largest.setdefault(part.home, part)
+            if tensor.numel > largest.tensor.numel:
+                self._largest[part.home] = part
+
+    def _refuse_twice(self) -> None:
+        """Raise IncompleteCheckpointError: two files are alike in all that was noted of them."""
+        for pieces in self._pieces.values():
+            homes: dict[int, str] = {}
+            for home, own in pieces.items():
+                first = homes.setdefault(own, home)
+                if first != home and not self._is_constant(self._largest[home]):
+                    self._refuse_copy(home, first)
+
+    def _refuse_copy(self, name: str, first: str) -> NoReturn:
+        self.refuse(
+            f"{name} holds the very tensors of {first}, where each has its own: one was copied over the "
+            "other; fetch both again"
+        )
+
+    def _is_constant(self, part: Part) -> bool:
+        """Whether a piece begins with one value over and over, as what was never trained may."""
+        size, place = part.tensor.dtype.itemsize, part.tensor.storage.place
+        if not isinstance(place, ByteRange):
+            return False
+        data = self.reader.read(place.offset, min(place.nbytes, CONSTANT_NBYTES) // size * size)
+        return data == data[:size] * (len(data) // size)
 
     def compare_counter(self, what: str, name: str, value: float) -> None:
         """Hold what a file says of the progress of training against the first file that says it.
@@ -186,7 +255,13 @@ class PartFiles:
         roles: Mapping[str, str] | None = None,
         facts: Mapping[str, int] | None = None,
     ) -> Checkpoint:
-        """The whole."""
+        """The whole.
+
+        Raises:
+            IncompleteCheckpointError: one file is there twice, as two parts, or two have each other's names.
+        """
+        self._refuse_exchanged()
+        self._refuse_twice()
         return self.folder.build(
             container,
             root,

@@ -53,7 +53,7 @@ def read_rank_files(folder: Folder) -> Checkpoint:
 
 class _Ranks:
     def __init__(self, folder: Folder) -> None:
-        self.files = PartFiles(folder)
+        self.files = PartFiles(folder, placed_by_name=False)
         self.names = sorted(folder.reader.names, key=number_in)
         self.pieces = RankPieces(self.files, len(self.names))
         self.found: dict[Path, list[Any]] = {}

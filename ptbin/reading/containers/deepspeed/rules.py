@@ -195,6 +195,7 @@ def merge_ranks(
         return files.take_first(name, parts)
     if name in rules.lists["parameter_to_average_patterns"]:
         return total_of(files, name, parts, mean=True)
+    files.note_pieces(name, parts)
     views = [view_of(part.tensor, part.home) for part in parts]
     _refuse_unlike(files, name, parts, views)
     sub_params = next((row for row in rules.sub_params if name in row.patterns), None)

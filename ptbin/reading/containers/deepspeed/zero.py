@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ptbin.errors import CorruptArchiveError, UnsupportedFormatError
+from ptbin.merging.tiles import Part
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder
 from ptbin.reading.containers.deepspeed.models import Buffers, ModelStates, Shapes, mapping_in, model_files
 from ptbin.reading.containers.deepspeed.optim import OptimStates, read_optim_states
@@ -201,6 +202,8 @@ class _Folder:
                     f"of {found[2]} groups, {first.name} of stage {first.stage} with {world_size} partitions "
                     f"of {len(first.groups)}"
                 )
+            for index, flat in enumerate(states.groups):
+                self.files.note_pieces(f"group {index} of {number}", [Part(flat, states.name)])
         return ranks
 
     def _rank(self, name: str) -> OptimStates:
