@@ -6,6 +6,7 @@ The factories themselves are in `tests.checkpoints`. Fixtures of one room live i
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import signal
@@ -42,7 +43,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # The settings above come first.
 from tests import starting, warm_python  # noqa: E402
-from tests.checkpoints import FACTORIES, Checkpoint  # noqa: E402
+from tests.checkpoints import FACTORIES, Checkpoint, Factory, MadeOnce  # noqa: E402
 
 
 @pytest.fixture
@@ -51,6 +52,20 @@ def make_checkpoint(tmp_path: Path) -> Callable[[str], Checkpoint]:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     return lambda name: FACTORIES[name].make(folder)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """`made_once(factory)`: that factory's file, made once in this process, for tests that only read it."""
+    root = tmp_path_factory.mktemp("made")
+
+    @functools.cache
+    def make(factory: Factory) -> Checkpoint:
+        folder = root / factory.name
+        folder.mkdir()
+        return factory.make(folder)
+
+    return make
 
 
 SECONDS = {starting.SERVERS: 3.0, starting.PROCESSES: 3.0}

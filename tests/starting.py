@@ -1,4 +1,5 @@
-"""Which tests start servers and processes: marked, so that `make test-quick` can leave them out.
+"""Which tests start servers and processes, or import other projects: marked for `make test-quick` to leave
+them out.
 
 Fixtures that start something mark the tests that ask for them; others carry the marker themselves. A test
 that starts Python without either fails in `make test-quick`, and says what to do.
@@ -43,6 +44,8 @@ def mark(item: pytest.Item) -> None:
             item.add_marker(marker)
     if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
         values = {value for value in item.callspec.params.values() if isinstance(value, str)}
+        if any(getattr(value, "thorough", False) for value in item.callspec.params.values()):
+            item.add_marker("thorough")
         if values & BY_PARAMETER:
             item.add_marker(SERVERS)
 

@@ -16,7 +16,7 @@ import torch
 
 import ptbin.errors
 from tests.bits import assert_same_tensors, same_bits
-from tests.checkpoints import FACTORIES, Factory, factories
+from tests.checkpoints import FACTORIES, Factory, MadeOnce, factories
 from tests.checkpoints.hostile import EXTENSION_CODE
 
 _REASONS = {
@@ -52,8 +52,8 @@ def _as_torch(state: Mapping[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore")  # torch warns about reading typed and quantized storages
 @pytest.mark.parametrize("factory", [f for f in factories(refused=False) if f.torch_reads], ids=str)
-def test_torch_reads_what_the_factory_expects(factory: Factory, tmp_path: Path) -> None:
-    made = factory.make(tmp_path)
+def test_torch_reads_what_the_factory_expects(factory: Factory, made_once: MadeOnce) -> None:
+    made = made_once(factory)
     assert made.expected is not None
     loaded = torch.load(
         made.path,

@@ -11,6 +11,7 @@
     def test_refused(factory, tmp_path):
         made = factory.make(tmp_path)          # made.reason is a code of ptbin.errors
 
+A test that only reads the file takes it from the fixture `made_once` instead: `made_once(factory)`.
 `factories(room="hostile")` narrows to one module of this package, `factories(slow=None)` adds those that
 take gigabytes, `FACTORIES["tied"]` is one of them. In hostile files `made.canary` is a path that must
 never come to exist. The rooms:
@@ -52,12 +53,13 @@ from tests.checkpoints import (
     pickles,
     training,
 )
-from tests.checkpoints.registry import FACTORIES, Checkpoint, Factory, factories
+from tests.checkpoints.registry import FACTORIES, Checkpoint, Factory, MadeOnce, factories
 
 __all__ = [
     "FACTORIES",
     "Checkpoint",
     "Factory",
+    "MadeOnce",
     "archives",
     "containers",
     "dtypes",

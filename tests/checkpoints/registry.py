@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["FACTORIES", "Checkpoint", "Factory", "checkpoint", "factories"]
+__all__ = ["FACTORIES", "Checkpoint", "Factory", "MadeOnce", "checkpoint", "factories"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Factory:
         torch_reads: how torch itself reads the file back: "weights_only", "pickle" (only with
             `weights_only=False`; nobody should, our tests do it for files that they made) or None.
         slow: writes or hashes gigabytes.
+        thorough: imports another project whole, for seconds; so do the tests on it.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Factory:
     reason: str | None
     torch_reads: str | None
     slow: bool
+    thorough: bool
     build: Callable[[Path], Checkpoint]
 
     def make(self, folder: Path) -> Checkpoint:
@@ -75,6 +77,9 @@ class Factory:
 
 FACTORIES: dict[str, Factory] = {}
 
+MadeOnce = Callable[[Factory], Checkpoint]
+"""The fixture `made_once`."""
+
 
 def checkpoint(
     *,
@@ -82,6 +87,7 @@ def checkpoint(
     reason: str | None = None,
     torch_reads: str | None = "weights_only",
     slow: bool = False,
+    thorough: bool = False,
     name: str | None = None,
 ) -> Callable[[Callable[[Path], Checkpoint]], Callable[[Path], Checkpoint]]:
     """Register a function `(path) -> Checkpoint` under its own name, or under `name`."""
@@ -92,7 +98,7 @@ def checkpoint(
             raise AssertionError(f"two factories named {key}")
         room = build.__module__.rpartition(".")[2]
         reads = torch_reads if reason is None else None
-        FACTORIES[key] = Factory(key, suffix, room, reason, reads, slow, build)
+        FACTORIES[key] = Factory(key, suffix, room, reason, reads, slow, thorough, build)
         return build
 
     return register

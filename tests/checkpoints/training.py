@@ -200,7 +200,7 @@ def lightning_like(path: Path) -> Checkpoint:
     return Checkpoint(path, {name: tensor.detach() for name, tensor in state.items()})
 
 
-@checkpoint(suffix=".ckpt")
+@checkpoint(suffix=".ckpt", thorough=True)
 def lightning_trainer(path: Path) -> Checkpoint:
     """Written by a real `lightning.Trainer` after two batches."""
     import logging

@@ -147,6 +147,7 @@ def test_copies_of_one_large_argument_are_charged(how: str, tmp_path: Path) -> N
     assert refused(source) == "limit_exceeded"
 
 
+@pytest.mark.thorough
 def test_a_module_reached_over_endless_paths_is_refused(tmp_path: Path) -> None:
     def module(children: bytes) -> bytes:
         return (

@@ -145,6 +145,7 @@ def brief(summary: dict[str, Any]) -> dict[str, Any]:
     return {key: summary[key] for key in keys if summary[key]}
 
 
+@pytest.mark.thorough
 def test_thirty_nights(store: Store, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     store.put("a.pt")
     store.put("b.pt")

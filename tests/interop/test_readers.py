@@ -15,7 +15,7 @@ from torch import nn
 
 import ptbin
 from tests.bits import assert_same_tensors, same_bits
-from tests.checkpoints import FACTORIES, Checkpoint, Factory, factories
+from tests.checkpoints import FACTORIES, Checkpoint, Factory, MadeOnce, factories
 from tests.checkpoints.models import trained, weights
 
 # what these libraries warn of among themselves
@@ -29,8 +29,8 @@ def _converted(made: Checkpoint, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("factory", factories(refused=False), ids=str)
-def test_torch_and_zip_tools_read_every_output(factory: Factory, tmp_path: Path) -> None:
-    made = factory.make(tmp_path)
+def test_torch_and_zip_tools_read_every_output(factory: Factory, made_once: MadeOnce, tmp_path: Path) -> None:
+    made = made_once(factory)
     assert made.expected is not None
     output = _converted(made, tmp_path)
     # a meta tensor has no data to take along: the manifest lists it

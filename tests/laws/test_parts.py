@@ -119,6 +119,7 @@ def _content(path: Path) -> Any:
     return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=False)
 
 
+@pytest.mark.thorough
 @settings(
     deadline=None,
     max_examples=EXAMPLES or 60,

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 import ptbin
 from ptbin.errors import PtbinError
 from tests.bits import assert_same_tensors, same_bits
-from tests.checkpoints import Checkpoint, Factory, factories
+from tests.checkpoints import Checkpoint, Factory, MadeOnce, factories
 from tests.strategies import state_dicts
 
 SCHEMA = jsonschema.Draft202012Validator(
@@ -42,8 +42,10 @@ def test_the_schema_of_manifests_is_one() -> None:
 
 
 @pytest.mark.parametrize("factory", factories(refused=False), ids=str)
-def test_output_holds_the_very_tensors_of_the_source(factory: Factory, tmp_path: Path) -> None:
-    made = factory.make(tmp_path)
+def test_output_holds_the_very_tensors_of_the_source(
+    factory: Factory, made_once: MadeOnce, tmp_path: Path
+) -> None:
+    made = made_once(factory)
     output = tmp_path / "out" / "weights.bin"
     manifest = convert(made.path, output, verify="load", **made.options)
     assert made.expected is not None
@@ -62,8 +64,10 @@ def test_output_holds_the_very_tensors_of_the_source(factory: Factory, tmp_path:
 
 
 @pytest.mark.parametrize("factory", factories(refused=True), ids=str)
-def test_refusal_has_its_stable_reason_and_leaves_nothing(factory: Factory, tmp_path: Path) -> None:
-    made = factory.make(tmp_path)
+def test_refusal_has_its_stable_reason_and_leaves_nothing(
+    factory: Factory, made_once: MadeOnce, tmp_path: Path
+) -> None:
+    made = made_once(factory)
     output = tmp_path / "out" / "weights.bin"
     with pytest.raises(PtbinError) as caught:
         convert(made.path, output, **made.options)
@@ -76,8 +80,10 @@ def test_refusal_has_its_stable_reason_and_leaves_nothing(factory: Factory, tmp_
 @pytest.mark.parametrize(
     "factory", [f for f in factories(refused=True) if f.reason == "unsafe_pickle"], ids=str
 )
-def test_extracting_from_an_unsafe_pickle_runs_nothing(factory: Factory, tmp_path: Path) -> None:
-    made = factory.make(tmp_path)
+def test_extracting_from_an_unsafe_pickle_runs_nothing(
+    factory: Factory, made_once: MadeOnce, tmp_path: Path
+) -> None:
+    made = made_once(factory)
     modules = set(sys.modules)
     reason = None
     try:
@@ -90,8 +96,8 @@ def test_extracting_from_an_unsafe_pickle_runs_nothing(factory: Factory, tmp_pat
 
 
 @pytest.mark.parametrize("factory", factories(), ids=str)
-def test_inspect_runs_nothing_and_reads_only_the_index(factory: Factory, tmp_path: Path) -> None:
-    made = factory.make(tmp_path)
+def test_inspect_runs_nothing_and_reads_only_the_index(factory: Factory, made_once: MadeOnce) -> None:
+    made = made_once(factory)
     try:
         report = ptbin.inspect(str(made.path))
     except PtbinError as error:

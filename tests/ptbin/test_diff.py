@@ -32,7 +32,7 @@ from ptbin.errors import (
     VerificationError,
 )
 from tests.bits import same_bits
-from tests.checkpoints import FACTORIES, Factory, factories
+from tests.checkpoints import FACTORIES, Factory, MadeOnce, factories
 from tests.checkpoints.dtypes import PLAIN_DTYPES, random_bits
 from tests.fakes import CountingStore, registered
 from tests.servers.endpoint import S3Endpoint
@@ -320,9 +320,9 @@ ROOMS = [
 
 @pytest.mark.parametrize("factory", ROOMS, ids=str)
 def test_a_checkpoint_and_its_output_are_equal_however_they_are_read(
-    factory: Factory, tmp_path: Path
+    factory: Factory, made_once: MadeOnce, tmp_path: Path
 ) -> None:
-    made = factory.make(tmp_path)
+    made = made_once(factory)
     options = ConvertOptions(**made.options)
     output = tmp_path / "out.bin"
     ptbin.convert(str(made.path), str(output), options)

@@ -182,6 +182,7 @@ def test_strided_views_and_empty_tensors(tmp_path: Path) -> None:
             assert (weights[name] == tensor.numpy()).all()
 
 
+@pytest.mark.thorough
 def test_many_small_tensors_are_opened_quickly(tmp_path: Path) -> None:
     """By this process's own time, four times what is measured: a slip back to what it was fails."""
     torch.save({f"w{i}": torch.ones(8, 8) for i in range(5000)}, tmp_path / "x.pt")

@@ -67,6 +67,7 @@ def _cases(draw: st.DrawFn) -> tuple[Model, Grid]:
     return model, Grid(tensor, pipeline, virtual, expert, pieces, tuple(counts))
 
 
+@pytest.mark.thorough
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
 )

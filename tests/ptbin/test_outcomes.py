@@ -11,7 +11,7 @@ import pytest
 
 import ptbin
 from ptbin.errors import PtbinError
-from tests.checkpoints import FACTORIES, Factory
+from tests.checkpoints import FACTORIES, Factory, MadeOnce
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "outcomes.md"
@@ -67,12 +67,12 @@ def test_a_row_names_what_shows_it(row: Row) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.factories], ids=str)
-def test_a_row_is_true(row: Row, tmp_path: Path) -> None:
+def test_a_row_is_true(row: Row, made_once: MadeOnce, tmp_path: Path) -> None:
     quick = [factory for factory in row.factories if not factory.slow]
     for factory in quick[:: max(1, len(quick) // RUN_OF_EACH_ROW)]:
         folder = tmp_path / factory.name
         folder.mkdir()
-        made = factory.make(folder)
+        made = made_once(factory)
         options = ptbin.ConvertOptions(**made.options)
         output = str(folder / "out.bin")
         if row.reason is None:

@@ -18,7 +18,7 @@ from ptbin.sources.opening import find_source
 from ptbin.sources.part_names import find_parts, may_be_part
 from ptbin.stores import Place
 from ptbin.stores.local import LocalStore
-from tests.checkpoints import factories
+from tests.checkpoints import MadeOnce, factories
 from tests.checkpoints.parts import FOLDERS, weights, write
 from tests.fakes import CountingStore
 
@@ -133,8 +133,8 @@ def test_a_whole_file_with_parts_is_no_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("factory", factories(room="parts", refused=True), ids=str)
-def test_a_file_that_says_so_of_itself(factory: Any, tmp_path: Path) -> None:
-    made = factory.make(tmp_path)
+def test_a_file_that_says_so_of_itself(factory: Any, made_once: MadeOnce, tmp_path: Path) -> None:
+    made = made_once(factory)
     with pytest.raises(IncompleteCheckpointError, match="--parts") as refused:
         ptbin.convert(str(made.path), str(tmp_path / "x.bin"))
     report = ptbin.inspect(str(made.path))

@@ -44,6 +44,7 @@ def test_nothing_changes_where_nothing_is_to_be_said(text: bytes) -> None:
     assert with_dtype(text, "float16") == (text, "")
 
 
+@pytest.mark.thorough
 def test_a_cast_model_loads_in_the_type_of_its_weights(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

@@ -12,7 +12,7 @@ from ptbin import ConvertOptions, convert, inspect
 from ptbin.errors import PtbinError
 from ptbin.reading.pickle.interpreter import run_pickle
 from ptbin.reading.pickle.verdicts import judge_global, judge_programs
-from tests.checkpoints import Factory, factories
+from tests.checkpoints import Factory, MadeOnce, factories
 from tests.checkpoints.craft import named, text
 
 SAFE = """
@@ -185,8 +185,10 @@ def test_calling_a_value_hides_the_name_that_is_called() -> None:
 
 
 @pytest.mark.parametrize("factory", factories(), ids=str)
-def test_inspect_and_convert_agree_on_the_verdict(factory: Factory, tmp_path: Path) -> None:
-    made = factory.make(tmp_path)
+def test_inspect_and_convert_agree_on_the_verdict(
+    factory: Factory, made_once: MadeOnce, tmp_path: Path
+) -> None:
+    made = made_once(factory)
     inspected = _outcome(lambda: inspect(str(made.path))["verdict"])
     converted = _outcome(
         lambda: convert(str(made.path), str(tmp_path / "out.bin"), ConvertOptions(**made.options))["safety"][
