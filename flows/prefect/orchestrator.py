@@ -204,7 +204,7 @@ def await_server(check: Callable[[], object], seconds: float = ABSENT_SECONDS) -
     Where it stays away, whatever this thread still asks of it, Prefect's own last requests above all, fails
     at once instead of after minutes. An interrupt that `check` raises ends the wait and is raised.
     """
-    if _embedded:
+    if is_embedded():
         seconds = 0.0  # a child of this process: nothing starts it again
     deadline = time.monotonic() + seconds
     try:

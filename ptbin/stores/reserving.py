@@ -10,9 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import Any
 
-__all__ = ["RESERVE_NBYTES", "reserve"]
+__all__ = ["RESERVE_NBYTES", "filesystem_kind", "reserve"]
 
 RESERVE_NBYTES = 16 << 20
 """Outputs at least this large get their blocks reserved."""
@@ -32,7 +31,7 @@ def reserve(descriptor: int, nbytes: int) -> None:
 
     # Not `os.posix_fallocate`: where the filesystem cannot, the C library's stand-in writes every block.
     library = ctypes.CDLL(None, use_errno=True)
-    kind = _filesystem(library, descriptor)
+    kind = filesystem_kind(descriptor)
     status = os.fstatvfs(descriptor)
     fits = status.f_blocks == 0 or status.f_bavail * status.f_frsize >= nbytes
     if kind == TMPFS and not fits:
@@ -46,9 +45,10 @@ def reserve(descriptor: int, nbytes: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def _filesystem(library: Any, descriptor: int) -> int | None:
-    """Its kind, as `f_type` has it; None where the system does not say."""
+def filesystem_kind(descriptor: int) -> int | None:
+    """Of an open file, as `f_type` has it; None where the system does not say."""
     import ctypes
 
+    library = ctypes.CDLL(None)
     structure = (ctypes.c_long * (STATFS_NBYTES // ctypes.sizeof(ctypes.c_long)))()
     return None if library.fstatfs(descriptor, ctypes.byref(structure)) else structure[0]

@@ -36,14 +36,14 @@ ROOT = Path(ptbin.__file__).parents[1]
 _RUNNER = """
 import json, os, signal, sys
 import numpy, s3fs
-import ptbin, ptbin.conversion, ptbin.proof.output, ptbin.stores.local
+import ptbin, ptbin.conversion, ptbin.proof.output, ptbin.stores.local, ptbin.stores.s3
 
 SYSTEM_CALLS = ("open", "mkdir", "write", "copy_file_range", "fsync", "link", "replace", "unlink", "pread")
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
-def arm(fatal, what):
+def arm(fatal, what, options):
     steps = 0
 
     def step(name, call, arguments):
@@ -60,8 +60,9 @@ def arm(fatal, what):
             return call(*arguments, **options)
         return counting
     if what == "requests":
-        from ptbin.stores.s3_client import S3Client
-        S3Client.send = counted("request", S3Client.send)
+        # By botocore's event, on the client that the filesystem of these options has.
+        events = ptbin.stores.s3.S3Store(options).client.fs.s3.meta.events
+        events.register("provide-client-params.s3", lambda **_: step("request", None, ()))
     else:
         for name in SYSTEM_CALLS:
             setattr(os, name, counted(name, getattr(os, name)))
@@ -75,7 +76,7 @@ for line in sys.stdin:
         status = 1
         try:
             options = task["options"]
-            arm(task["fatal"], task["what"])
+            arm(task["fatal"], task["what"], options)
             ptbin.convert(task["source"], task["dest"], dest_options=options, run_id="run")
             status = 0
         finally:

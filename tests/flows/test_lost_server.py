@@ -93,7 +93,7 @@ def test_an_interrupt_is_heard_within_seconds(
 def test_a_server_that_comes_back_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([False, False, True])
     monkeypatch.setattr(orchestrator, "server_answers", lambda: next(answers))
-    monkeypatch.setattr(orchestrator, "_embedded", False)
+    monkeypatch.setattr(orchestrator, "is_embedded", lambda: False)
     checked: list[None] = []
     assert orchestrator.await_server(lambda: checked.append(None), seconds=20)
     assert len(checked) == 2

@@ -103,8 +103,8 @@ def test_shards_written_at_once_are_those_written_in_turn(
             at_once[0] += self._is_shard
             most[0] = max(most[0], at_once[0])
 
-        def _publish(self) -> None:
-            super()._publish()
+        def commit(self) -> None:
+            super().commit()
             at_once[0] -= self._is_shard
 
         @property

@@ -63,6 +63,14 @@ def registry(database: Path) -> MlflowRegistry:
     return MlflowRegistry(f"mlflow+sqlite:///{database}")
 
 
+@pytest.fixture
+def client(database: Path) -> Any:
+    """MLflow's own, on the same database."""
+    import mlflow
+
+    return mlflow.MlflowClient(f"sqlite:///{database}", f"sqlite:///{database}")
+
+
 def version(name: str, model: str = "m", **more: Any) -> Version:
     return Version(model, name, "revision", uri=f"s3://old/{model}/{name}", **more)
 
@@ -221,41 +229,43 @@ def test_versions_that_are_not_ready_are_none_at_a_source(registry: MlflowRegist
 
 
 def test_last_values_of_metrics_without_their_histories(
-    registry: MlflowRegistry, monkeypatch: pytest.MonkeyPatch
+    registry: MlflowRegistry, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics = (Metric("loss", 0.25, 9, 1700), Metric("accuracy", float("nan"), 3, 1800))
     registry.register(Model("m"), [ready(registry, version("1", metrics=metrics), "1")])
     (found,) = registry.existing(["m"])["m"].versions
     assert found.run is not None
     for step in range(5):
-        registry._client.log_metric(found.run.run_id, "loss", 0.5, timestamp=1600, step=step)
-    monkeypatch.setattr(registry._client, "get_metric_history", None)
+        client.log_metric(found.run.run_id, "loss", 0.5, timestamp=1600, step=step)
+    monkeypatch.setattr(type(client), "get_metric_history", None)
     accuracy, loss = registry.detail(found).metrics
     assert loss == metrics[0]
     assert (accuracy.key, accuracy.step, accuracy.timestamp) == ("accuracy", 3, 1800)
     assert math.isnan(accuracy.value)
 
 
-def test_a_link_to_the_training_run_goes_on_from_registry_to_registry(registry: MlflowRegistry) -> None:
+def test_a_link_to_the_training_run_goes_on_from_registry_to_registry(
+    registry: MlflowRegistry, client: Any
+) -> None:
     link = RunLink("0123", "net", "training", "https://old/runs/0123")
     registry.register(Model("m"), [ready(registry, version("1", run=link), "1")])
     (found,) = registry.existing(["m"])["m"].versions
     run = registry.detail(found).run
     assert run is not None
     assert run.url == link.url
-    registry._client.create_model_version("m", "/somewhere", run_link="https://elsewhere/9")
+    client.create_model_version("m", "/somewhere", run_link="https://elsewhere/9")
     (_, without_run) = registry.existing(["m"])["m"].versions
     assert registry.detail(without_run).run == RunLink("", url="https://elsewhere/9")
 
 
-def test_tags_of_an_earlier_migration_are_not_taken_for_ours(registry: MlflowRegistry) -> None:
+def test_tags_of_an_earlier_migration_are_not_taken_for_ours(registry: MlflowRegistry, client: Any) -> None:
     tags = {"ptbin.fingerprint": "theirs", "ptbin.placeholder": "true", "team": "vision"}
     new = version("1", tags=tags)
     registry.register(Model("m", tags=tags), [ready(registry, new, "1")])
     registry.update(Model("m", tags=tags | {"ptbin.more": "x"}), {}, [("1", new)])
-    model = registry._client.get_registered_model("m")
+    model = client.get_registered_model("m")
     assert dict(model.tags) == {"team": "vision"}
-    found = dict(registry._client.get_model_version("m", "1").tags)
+    found = dict(client.get_model_version("m", "1").tags)
     assert found["ptbin.fingerprint"] == new.fingerprint("options")
     assert "ptbin.placeholder" not in found
     assert found["team"] == "vision"
@@ -269,52 +279,51 @@ def killed_before_its_logged_model(registry: MlflowRegistry, new: Version, patch
         raise SystemExit
 
     with patch.context() as here:
-        here.setattr(registry._client, "create_logged_model", killed)
+        here.setattr("mlflow.MlflowClient.create_logged_model", killed)
         with pytest.raises(SystemExit):
             registry.place(Model("m"), new, "1", new.fingerprint("options"))
 
 
-def runs(registry: MlflowRegistry, *, deleted: bool = False) -> list[str]:
+def runs(client: Any, *, deleted: bool = False) -> list[str]:
     from mlflow.entities import ViewType
 
-    experiment = registry._experiment().experiment_id
+    experiment = client.get_experiment_by_name("ptbin").experiment_id
     view = ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY
-    return [run.info.status for run in registry._client.search_runs([experiment], run_view_type=view)]
+    return [run.info.status for run in client.search_runs([experiment], run_view_type=view)]
 
 
 def test_a_run_that_was_begun_is_taken_up_and_ends_with_its_version(
-    registry: MlflowRegistry, monkeypatch: pytest.MonkeyPatch
+    registry: MlflowRegistry, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new = version("1")
     killed_before_its_logged_model(registry, new, monkeypatch)
-    assert runs(registry) == ["RUNNING"]
+    assert runs(client) == ["RUNNING"]
     place = registry.place(Model("m"), new, "1", new.fingerprint("options"))
     assert isinstance(place, VersionSite)
-    assert runs(registry) == ["RUNNING"], "the same again"
+    assert runs(client) == ["RUNNING"], "the same again"
     registry.abandon(place)
-    assert (runs(registry), runs(registry, deleted=True)) == ([], ["FAILED"])
+    assert (runs(client), runs(client, deleted=True)) == ([], ["FAILED"])
 
 
 @pytest.mark.parametrize("moment", ["delete_model_version", "delete_model_version_tag"])
 def test_a_kill_among_numbers_that_are_used_up_moves_no_version_off_its_own(
-    moment: str, registry: MlflowRegistry, monkeypatch: pytest.MonkeyPatch
+    moment: str, registry: MlflowRegistry, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = ready(registry, version("3"), "3", "champion")
     registry.register(Model("m"), [])
-    client = registry._client
     real = getattr(client, moment)
     if moment.endswith("tag"):
         # Numbers that nobody sees any more: the one that is to be used up is the wanted one already.
         for _ in range(2):
             client.delete_model_version("m", client.create_model_version("m", "/somewhere").version)
 
-    def killed(*args: Any, **more: Any) -> None:
+    def killed(_: Any, *args: Any, **more: Any) -> None:
         if not moment.endswith("tag"):
             real(*args, **more)
         raise SystemExit
 
     with monkeypatch.context() as patch:
-        patch.setattr(client, moment, killed)
+        patch.setattr(type(client), moment, killed)
         with pytest.raises(SystemExit):
             registry.register(Model("m"), [job])
     assert registry.existing(["m"])["m"].versions == ()
@@ -326,21 +335,21 @@ def test_a_kill_among_numbers_that_are_used_up_moves_no_version_off_its_own(
 
 
 def test_what_nobody_takes_up_is_tidied_away(
-    registry: MlflowRegistry, monkeypatch: pytest.MonkeyPatch
+    registry: MlflowRegistry, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry.tidy(set())
-    assert registry._client.get_experiment_by_name("ptbin") is None, "looking makes nothing"
+    assert client.get_experiment_by_name("ptbin") is None, "looking makes nothing"
     registry.register(Model("m"), [ready(registry, version("1"), "1")])
     killed_before_its_logged_model(registry, version("2"), monkeypatch)
     kept = ready(registry, version("3"), "3")
     left = ready(registry, version("4"), "4")
     registry.tidy({kept.fingerprint})
-    assert sorted(runs(registry)) == ["FINISHED", "RUNNING"]
+    assert sorted(runs(client)) == ["FINISHED", "RUNNING"]
     assert ready(registry, version("3"), "3").token == kept.token
     assert ready(registry, version("4"), "4").token != left.token
 
 
-def test_the_way_back_of_the_documentation(registry: MlflowRegistry, database: Path) -> None:
+def test_the_way_back_of_the_documentation(registry: MlflowRegistry, client: Any, database: Path) -> None:
     """More versions than a page has, names that no filter takes, and somebody else's version stays."""
     text = (Path(__file__).parents[3] / "docs" / "migration.md").read_text()
     (block,) = [
@@ -351,12 +360,12 @@ def test_the_way_back_of_the_documentation(registry: MlflowRegistry, database: P
     registry.register(Model("m"), [])
     for number in range(120):
         tags = {"ptbin.fingerprint": str(number)} if number != 50 else {}
-        registry._client.create_model_version("m", "/somewhere", tags=tags)
+        client.create_model_version("m", "/somewhere", tags=tags)
     exec(textwrap.dedent(block).replace("http://new:5000", f"sqlite:///{database}"), {})  # noqa: S102 - our own page
     left = {model.name: model.versions for model in registry.models(lambda name: True)}
     assert [found.version for found in left.pop("m")] == ["51"]
     assert set(left.values()) == {()}
-    assert registry._client.get_experiment_by_name("ptbin").lifecycle_stage == "deleted"
+    assert client.get_experiment_by_name("ptbin").lifecycle_stage == "deleted"
 
 
 # -- reaching it -----------------------------------------------------------------------------------------
@@ -406,8 +415,11 @@ def test_a_server_that_goes_away_is_given_up_soon_and_tried_again_by_the_task() 
     class Healthy(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
-            self.send_header("Content-Length", "0")
+            self.send_header("Content-Length", "2")
             self.end_headers()
+            self.wfile.write(b"{}")
+
+        do_POST = do_GET  # noqa: N815 - http.server's names
 
         def log_message(self, *_: Any) -> None:
             """Quiet."""
@@ -417,7 +429,7 @@ def test_a_server_that_goes_away_is_given_up_soon_and_tried_again_by_the_task() 
     thread.start()
     registry = MlflowRegistry(f"mlflow+http://127.0.0.1:{server.server_address[1]}")
     try:
-        assert registry._client is not None
+        registry.check_readable()
     finally:
         server.shutdown()
         server.server_close()
@@ -432,8 +444,10 @@ def test_a_server_that_goes_away_is_given_up_soon_and_tried_again_by_the_task() 
     assert caught.value.transient
 
 
-def test_a_registered_model_without_versions_is_named(registry: MlflowRegistry, tmp_path: Path) -> None:
-    registry._client.create_registered_model("empty", description="not trained yet")
+def test_a_registered_model_without_versions_is_named(
+    registry: MlflowRegistry, client: Any, tmp_path: Path
+) -> None:
+    client.create_registered_model("empty", description="not trained yet")
     found = prepare(
         registry, open_registry(str(tmp_path / "dest"), None, {}), (), (), "all", ConvertOptions()
     )

@@ -26,7 +26,7 @@ def test_a_tmpfs_too_small_says_so_before_anything_is_written() -> None:
 def test_blocks_that_may_be_shared_need_no_room(
     kind: int | None, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reserving, "_filesystem", lambda library, descriptor: kind)
+    monkeypatch.setattr(reserving, "filesystem_kind", lambda descriptor: kind)
     place = str(tmp_path / "out")
     if refused:
         with pytest.raises(StorageError):
