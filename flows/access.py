@@ -27,15 +27,6 @@ from ptbin.stores.requests import RequestLimit
 from tasks.credentials import Credentials, load_options
 from tasks.live import Interrupted, LiveRun, Ticket, find_live_run, is_open, open_live_run
 
-__all__ = [
-    "RunStoppedError",
-    "Running",
-    "current_flow_run_id",
-    "join_run",
-    "run_url",
-    "running",
-]
-
 
 class RunStoppedError(PtbinError):
     """The run was stopped, by its deadline or by the loss of its lease, before it had begun with anything."""

@@ -14,8 +14,6 @@ from urllib.parse import unquote_plus
 
 from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, suffix_of
 
-__all__ = ["ARRIVED", "arrived_paths"]
-
 ARRIVED = "ptbin.checkpoints.arrived"
 """The event that `deployments/arrivals.py` sends to Prefect, and that `convert-arrivals` waits for."""
 MAX_ENVELOPES = 3

@@ -18,10 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from flows.prefect.undocumented import settings_with
+from ptbin.errors import short_detail
 from ptbin.runs.tally import Entry
-from ptbin.runs.units import format_nbytes, short_detail
-
-__all__ = ["MAX_ROWS", "Artifacts", "conversion_rows", "verification_rows"]
+from ptbin.runs.units import format_nbytes
 
 MAX_ROWS = 5_000
 UPDATE_SECONDS = 4.0

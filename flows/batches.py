@@ -11,15 +11,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-__all__ = [
-    "BATCHES_PER_WORKER",
-    "BATCH_COUNT",
-    "BATCH_NBYTES",
-    "MAX_BATCHES",
-    "cut",
-    "iter_batches",
-]
-
 Item = TypeVar("Item")
 
 MAX_BATCHES = 200

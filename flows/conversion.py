@@ -39,8 +39,6 @@ from tasks.converting import convert_and_verify_batch, convert_batch, find_up_to
 from tasks.live import Interrupted
 from tasks.steps import step, sure_step
 
-__all__ = ["Conversion", "carry_out"]
-
 LOGGED = 1000
 """Up to this many checkpoints get a line each in the flow run's log on the server."""
 ASKING_COUNT = 200

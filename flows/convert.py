@@ -19,8 +19,6 @@ from flows.parsing import refuse_secrets
 from flows.requests import convert_request
 from flows.run_flow import run_flow
 
-__all__ = ["convert"]
-
 
 @run_flow(PLACES, CONVERT)
 def convert(source: Text, dest: Text, **asked: Any) -> Any:

@@ -8,17 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-__all__ = [
-    "CLOSE_LIKENESS",
-    "METRICS",
-    "OF_DEPLOYMENTS",
-    "PRESIGN",
-    "SERVED",
-    "SETTINGS",
-    "WORKDIR",
-    "unread_line",
-]
-
 METRICS = "PTBIN_METRICS"
 SERVED = "PTBIN_SERVED"
 PRESIGN = "PTBIN_PRESIGN"

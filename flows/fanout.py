@@ -21,8 +21,6 @@ from prefect.futures import PrefectFuture
 from prefect.states import Crashed
 from prefect.utilities.annotations import quote as prefect_quote
 
-__all__ = ["Work", "fan_out", "quote"]
-
 Value = TypeVar("Value")
 
 DRAIN_SECONDS = 15.0

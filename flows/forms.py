@@ -17,8 +17,6 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from flows.parsing import parse_duration, parse_size
 from ptbin.values.options import Option
 
-__all__ = ["DEST", "PLACES", "Text", "takes"]
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 SOURCE = Option(

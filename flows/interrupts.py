@@ -20,11 +20,6 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-__all__ = [
-    "INTERRUPTED_STATUS", "HeldSignals", "SignalHandler", "end_run", "handle_signals", "hold_signals",
-    "interrupts_held",
-]  # fmt: skip
-
 INTERRUPTED_STATUS = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

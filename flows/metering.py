@@ -24,8 +24,6 @@ from ptbin.runs.tally import Entry
 from ptbin.stores import public_uri
 from tasks.live import Listener, LiveRun
 
-__all__ = ["Meter", "metering"]
-
 SEND_SECONDS = 10.0
 MEANINGS = {
     "run_active": "1 while a run is under way, 0 when it has ended.",

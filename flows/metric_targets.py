@@ -18,8 +18,6 @@ from ptbin.history.openmetrics import Family, render
 from ptbin.installed import MissingPackageError, missing_line
 from ptbin.stores import place_of
 
-__all__ = ["Otlp", "Pushgateway", "Target", "Textfile", "parse_targets"]
-
 PUSH_SECONDS = 10.0
 
 

@@ -40,8 +40,6 @@ from tasks.migrating import (
 )
 from tasks.steps import step
 
-__all__ = ["Migrating", "migrate"]
-
 TRANSFERS = 150
 VERSIONS_PER_BATCH = 8
 MODELS_PER_UPDATE = 50

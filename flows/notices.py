@@ -16,20 +16,11 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows.prefect.undocumented import flow_run_context
+from ptbin.errors import short_detail
 from ptbin.runs.outcomes import one_line
 from ptbin.runs.result import RunFailedError, RunResult
 from ptbin.runs.tally import Entry
-from ptbin.runs.units import short_detail
 from tasks.batches import MAX_LINE_LENGTH, MAX_LISTED_FAILURES, first_failures
-
-__all__ = [
-    "MAX_LISTED_FAILURES",
-    "TAG",
-    "failure_line",
-    "final_state",
-    "state_message",
-    "tag_flow_run",
-]
 
 TAG = "ptbin"
 """Of every flow run; `deployments/automations/` match it."""

@@ -17,11 +17,6 @@ from ptbin.options import FILES, FORM, PROOF, ConvertOptions
 from ptbin.restoring.options import RestoreOptions
 from ptbin.values.options import Option, option, options_of
 
-__all__ = [
-    "CONTENT", "CONVERT", "INSPECT", "LAST", "MIGRATE", "MIRRORING", "RESTORE", "RUN",
-    "STATUS", "SYNC", "VERIFY", "RunSettings", "RunnerName", "chosen",
-]  # fmt: skip
-
 RUN = "How the run goes"
 MIRROR = "The mirror"
 REGISTRIES = "The registries"

@@ -15,18 +15,6 @@ from ptbin.stores import public_uri
 from ptbin.values.names import is_unicode, shown_path
 from ptbin.values.options import options_of
 
-__all__ = [
-    "MAX_WORKERS",
-    "build_options",
-    "parse_duration",
-    "parse_renames",
-    "parse_share",
-    "parse_size",
-    "refuse_runner_secrets",
-    "refuse_secrets",
-    "restore_options",
-]
-
 MAX_WORKERS = 256
 
 

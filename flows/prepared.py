@@ -32,8 +32,6 @@ from ptbin.sources.companions import companion_of, is_companion
 from ptbin.stores import identity_text
 from tasks.live import LiveRun
 
-__all__ = ["finish_in_step", "preparing", "refuse_nothing"]
-
 WIDTH = 8
 """Manifests and companions are asked side by side: they only wait for small answers."""
 

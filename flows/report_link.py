@@ -21,8 +21,6 @@ from urllib.parse import quote, urlsplit
 from flows.environment import PRESIGN, SERVED
 from flows.parsing import parse_duration
 
-__all__ = ["link_of", "served_at"]
-
 
 def link_of(uri: str, options: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> str | None:
     """What opens the object at `uri`; None where nothing is known to.

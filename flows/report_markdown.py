@@ -9,10 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ptbin.errors import short_detail
 from ptbin.runs.tally import Entry, Tally
-from ptbin.runs.units import format_nbytes, format_seconds, left_out_words, short_detail
-
-__all__ = ["render_markdown"]
+from ptbin.runs.units import format_nbytes, format_seconds, left_out_words
 
 MAX_ROWS = 50
 

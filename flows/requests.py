@@ -16,8 +16,6 @@ from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions
 from ptbin.stores import NO_OPTIONS, Sides, place_of
 
-__all__ = ["convert_request", "restore_request", "sync_request", "with_named_files"]
-
 Text = str | os.PathLike[str]
 
 

@@ -20,8 +20,6 @@ from flows.stages import Stage
 from ptbin import RestoreOptions
 from tasks.converting import restore_batch
 
-__all__ = ["restore"]
-
 
 class Restoration(Conversion):
     """A conversion whose batches restore."""

@@ -24,8 +24,6 @@ from ptbin.errors import PtbinError
 from ptbin.runs.result import RunResult
 from ptbin.values.options import Option
 
-__all__ = ["run_flow"]
-
 if TYPE_CHECKING:
 
     class RunFlow(Flow[..., RunResult]):

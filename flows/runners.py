@@ -32,8 +32,6 @@ from ptbin.errors import UsageError
 from ptbin.installed import require
 from tasks.live import stop_all
 
-__all__ = ["Runner", "open_runner"]
-
 CONNECT_SECONDS = 20
 START_TRIES = 3
 REMOTE_BATCH_COUNT = 250

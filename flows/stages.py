@@ -28,8 +28,6 @@ from ptbin.runs.retrying import RETRIES, retry_delay
 from tasks.batches import BatchTask, path_of
 from tasks.live import Ticket
 
-__all__ = ["Settle", "Stage", "Stages", "count_of", "split_in_half"]
-
 LOST_TRIES = 3
 """How often a batch may lose its process before it is given up, if it is not to be halved."""
 

@@ -30,8 +30,6 @@ from tasks.batches import BatchTask
 from tasks.mirroring import back_up_batch, compare_batch, copy_batch, delete_batch
 from tasks.steps import step
 
-__all__ = ["Synchronization", "sync"]
-
 FILES_PER_BATCH = 200
 MIRROR_BATCHES = 80
 """Of comparisons, conversions and copies each; with backups and deletions about 500 task runs at most."""

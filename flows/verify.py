@@ -29,8 +29,6 @@ from ptbin.runs.verifying import issues_of, verify_below
 from tasks.converting import verify_manifests
 from tasks.steps import step
 
-__all__ = ["verify"]
-
 
 @run_flow([DEST], VERIFY)
 def verify(dest: Text, **asked: Any) -> Any:

@@ -18,8 +18,6 @@ from ptbin.registries.planning import Step
 from ptbin.runs.remembering import state_of
 from ptbin.stores import NO_OPTIONS, Place, Sides, public_uri
 
-__all__ = ["refuse_registries", "version_status"]
-
 
 def refuse_registries(source: str, dest: str) -> None:
     """Raises UsageError where DEST is a registry that holds no history of its runs itself."""

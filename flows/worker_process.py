@@ -29,8 +29,6 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-__all__ = ["main"]
-
 WATCH_SECONDS = 0.5
 GRACE_SECONDS = 60.0
 """How long a run may take to end; it needs some seconds (`flows.fanout.DRAIN_SECONDS`)."""

@@ -20,8 +20,6 @@ from ptbin.runs.outcomes import Converted
 from ptbin.runs.tally import Entry, Tally
 from ptbin.stores import public_uri
 
-__all__ = ["MAX_OUTPUTS", "announce", "asset_of"]
-
 MAX_OUTPUTS = 100
 """0.13 ms each in the process of the run (100 of them: 13 ms), and a few hundred bytes on the server."""
 

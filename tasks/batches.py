@@ -26,10 +26,6 @@ from ptbin.runs.outcomes import Outcome, one_line, outcome_of_error
 from ptbin.stores.requests import limit_requests
 from tasks.live import Interrupted, Ticket, enter_run
 
-__all__ = [
-    "MAX_LINE_LENGTH", "MAX_LISTED_FAILURES", "BatchTask", "batch_task", "first_failures", "path_of",
-]  # fmt: skip
-
 MAX_LISTED_FAILURES = 10
 MAX_LINE_LENGTH = 300
 FAILURES = frozenset({"rejected", "failed"})

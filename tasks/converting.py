@@ -14,15 +14,6 @@ from ptbin.runs.verifying import verify_manifest
 from tasks.batches import batch_task
 from tasks.live import LiveRun
 
-__all__ = [
-    "convert_and_verify_batch",
-    "convert_batch",
-    "find_up_to_date",
-    "restore_batch",
-    "verify_batch",
-    "verify_manifests",
-]
-
 
 @batch_task("find up-to-date outputs")
 def find_up_to_date(live: LiveRun, job: Job) -> Outcome:

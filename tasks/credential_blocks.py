@@ -27,8 +27,6 @@ from ptbin.installed import missing_line
 if TYPE_CHECKING:
     from prefect.blocks.core import Block
 
-__all__ = ["KINDS", "read_block"]
-
 STS_SECONDS = 3600
 """How long the credentials of an assumed role hold unless stated otherwise (STS API, `AssumeRole`)."""
 

@@ -16,8 +16,6 @@ from typing import Any
 from ptbin.errors import UsageError
 from tasks.credential_blocks import read_block
 
-__all__ = ["Credentials", "load_options"]
-
 
 @dataclass(frozen=True, slots=True)
 class Credentials:

@@ -26,11 +26,6 @@ if TYPE_CHECKING:
     from ptbin.runs.tally import Entry
     from ptbin.stores.requests import RequestLimit
 
-__all__ = [
-    "Interrupted", "Listener", "LiveRun", "Ticket", "enter_run", "find_live_run", "is_open",
-    "open_live_run", "stop_all",
-]  # fmt: skip
-
 
 class Interrupted(BaseException):
     """Raised inside the engine's progress callback once a run is being stopped.

@@ -21,8 +21,6 @@ from ptbin.runs.retrying import is_transient
 from tasks.batches import batch_task
 from tasks.live import LiveRun
 
-__all__ = ["VersionJob", "model_of", "register_batch", "transfer_batch", "update_models"]
-
 
 @dataclass(frozen=True, slots=True)
 class VersionJob:

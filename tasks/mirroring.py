@@ -19,8 +19,6 @@ from ptbin.stores.copying import copy_file
 from tasks.batches import batch_task
 from tasks.live import LiveRun
 
-__all__ = ["back_up_batch", "compare_batch", "copy_batch", "delete_batch"]
-
 
 @batch_task("compare batch")
 def compare_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:

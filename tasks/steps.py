@@ -16,8 +16,6 @@ from ptbin.runs.retrying import JITTER, RETRIES, RETRY_DELAYS, is_transient
 from ptbin.stores.requests import limit_requests
 from tasks.live import LiveRun
 
-__all__ = ["step", "step_task", "sure_step", "worth_retrying"]
-
 Result = TypeVar("Result")
 
 

@@ -13,8 +13,6 @@ from ptbin.errors import UsageError
 from ptbin.stores import public_uri
 from ptbin.values.options import Option
 
-__all__ = ["acknowledge_command"]
-
 EPILOG = """\b
 Examples:
   ptbin acknowledge weights/ run3/cut.pt --reason 'truncated, trained again' --until 2026-12-31

@@ -42,8 +42,6 @@ from ptbin.errors import CheckpointError, PtbinError
 from ptbin.installed import missing_line
 from ptbin.version import __version__
 
-__all__ = ["cli", "main"]
-
 EPILOG = """\b
 Examples:
   ptbin inspect run1/last.ckpt

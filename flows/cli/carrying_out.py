@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from ptbin.catalog.request import RunRequest
     from ptbin.runs.dry_run import DryRun, Look
 
-__all__ = ["carry_out"]
-
 Make = Callable[..., dict[str, Any]]
 """`ptbin.convert` or `ptbin.restore` with its options."""
 

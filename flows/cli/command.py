@@ -26,8 +26,6 @@ from ptbin.values.options import Option
 if TYPE_CHECKING:
     from ptbin.stores import Sides
 
-__all__ = ["Shared", "command", "dry_run_option"]
-
 _printing = partial(Option, group=PRINTING)
 _access = partial(Option, default="{}", kind="storage", metavar="JSON", group=ACCESS)
 

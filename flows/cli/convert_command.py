@@ -19,8 +19,6 @@ from flows.cli.help import GroupedCommand
 from flows.options import CONVERT, LAST
 from ptbin.errors import UsageError
 
-__all__ = ["convert_command"]
-
 EPILOG = """\b
 Examples:
   ptbin convert run1/last.ckpt last.bin

@@ -12,8 +12,6 @@ from flows.cli.help import GroupedCommand
 from flows.cli.printing import print_line
 from ptbin.errors import StorageError, UsageError
 
-__all__ = ["deployments_command"]
-
 EPILOG = """\b
 Examples:
   ptbin deployments

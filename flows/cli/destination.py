@@ -13,8 +13,6 @@ from ptbin.errors import PtbinError, UsageError
 if TYPE_CHECKING:
     from ptbin.stores import Place
 
-__all__ = ["leaving_no_empty_folders", "one_file", "refuse_lost", "refuse_one_file"]
-
 _SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
 
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from ptbin import Difference
     from ptbin.differences.values import SideFacts, TensorDifference, TensorFacts
 
-__all__ = ["diff_command"]
-
 EPILOG = """\b
 Examples:
   ptbin diff run1/last.ckpt weights/last.bin

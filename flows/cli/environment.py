@@ -9,8 +9,6 @@ import click
 
 from flows.environment import OF_DEPLOYMENTS, SETTINGS, unread_line
 
-__all__ = ["origin_of", "read_environment", "unread_variables"]
-
 
 def read_environment(commands: Iterable[click.Command]) -> None:
     """Let each option have its value from a variable."""

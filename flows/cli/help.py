@@ -14,8 +14,6 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-__all__ = ["ACCESS", "PRINTING", "GroupedCommand", "GroupedCommands", "GroupedOption", "PlaceType"]
-
 PRINTING = "What is printed"
 ACCESS = "Access to stores"
 UNGROUPED = "Options"

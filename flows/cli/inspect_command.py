@@ -13,8 +13,6 @@ from ptbin.errors import CheckpointError
 from ptbin.runs.units import counted, format_nbytes, left_out_words
 from ptbin.stores import public_uri
 
-__all__ = ["inspect_command"]
-
 EPILOG = """\b
 Examples:
   ptbin inspect run1/last.ckpt

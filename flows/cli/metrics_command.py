@@ -13,8 +13,6 @@ from ptbin.errors import StorageError
 from ptbin.stores import public_uri
 from ptbin.values.options import Option
 
-__all__ = ["metrics_command"]
-
 EPILOG = """\b
 Examples:
   ptbin metrics s3://models/weights

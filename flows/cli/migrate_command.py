@@ -11,8 +11,6 @@ from flows.cli.summary import mapping_lines, report_run
 from flows.options import CONTENT, MIGRATE, chosen
 from flows.parsing import build_options, refuse_secrets
 
-__all__ = ["migrate_command"]
-
 EPILOG = """\b
 Registries:
   mlflow+http://HOST:PORT       an MLflow server (mlflow+https://...)

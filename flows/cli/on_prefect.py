@@ -22,8 +22,6 @@ from tasks.live import LiveRun, open_live_run
 if TYPE_CHECKING:
     from ptbin.catalog.request import RunRequest
 
-__all__ = ["run_flow", "run_prepared"]
-
 
 def run_prepared(
     request: RunRequest, shared: Shared, listener: Problems, **parameters: Any

@@ -16,8 +16,6 @@ from ptbin.errors import UsageError
 from ptbin.merging.shipped import SHIPPED
 from ptbin.values.options import Kind, Option
 
-__all__ = ["takes"]
-
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 MAX_RECIPE_NBYTES = 1 << 20

@@ -16,8 +16,6 @@ from typing import Any
 
 from ptbin.runs.units import counted, format_nbytes, format_seconds
 
-__all__ = ["Pace", "Position"]
-
 UNDER_WAY_SHARE = 0.99
 """What files under way come to at most, of what is left: they are not done."""
 

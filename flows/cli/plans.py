@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from ptbin.catalog import Problem
     from ptbin.runs.dry_run import DryRun, PlannedJob
 
-__all__ = ["print_dry_run"]
-
 
 def print_dry_run(found: DryRun, shared: Shared) -> int:
     """Print what the run would do; the exit status: 1 where it would refuse anything."""

@@ -19,11 +19,6 @@ import click
 
 from ptbin.stores import public_uri
 
-__all__ = [
-    "SHOWN_ROWS", "align", "and_more", "asks_for", "log_line", "print_error", "print_json", "print_line",
-    "print_lines_of_error", "printable", "section",
-]  # fmt: skip
-
 SHOWN_ROWS = 20
 
 

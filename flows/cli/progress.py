@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 from flows.cli.command import Shared
 from flows.cli.pace import Pace
 from flows.cli.printing import log_line, print_error, printable
+from ptbin.errors import short_detail
 from ptbin.installed import is_installed
-from ptbin.runs.units import format_nbytes, short_detail
+from ptbin.runs.units import format_nbytes
 from tasks.live import Listener
 
 if TYPE_CHECKING:
     from ptbin.runs.tally import Entry
-
-__all__ = ["BarProgress", "JsonLines", "PlainProgress", "Problems", "showing_progress"]
 
 LINE_SECONDS = 5.0
 

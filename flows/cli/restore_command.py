@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from ptbin.catalog import Job
     from ptbin.preparing import Preview
 
-__all__ = ["restore_command"]
-
 EPILOG = """\b
 Examples:
   ptbin restore last.bin last.pt

@@ -14,8 +14,6 @@ from ptbin.values.options import Option
 if TYPE_CHECKING:
     from ptbin.history.records import RecordedRun
 
-__all__ = ["runs_command"]
-
 COUNTS = (
     *("converted", "copied", "up_to_date", "rejected", "failed", "known", "left_alone"),
     *("not_checkpoints", "not_tried", "deleted"),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-__all__ = ["began", "begin_again"]
-
 _began = time.monotonic()
 
 

@@ -18,8 +18,6 @@ from ptbin.values.options import Option
 if TYPE_CHECKING:
     from ptbin.history.status import Status
 
-__all__ = ["status_command"]
-
 KINDS = ("new", "changed", "failed", "refused", "known", "orphaned")
 WORDS = {"up_to_date": "up to date", "left_alone": "left alone", "not_checkpoints": "not checkpoints"}
 MEANINGS = {

@@ -10,21 +10,13 @@ from typing import TYPE_CHECKING, Any
 from flows.cli.printing import SHOWN_ROWS, align, and_more, print_error
 from flows.interrupts import INTERRUPTED_STATUS
 from ptbin.catalog.entries import skipped_words
-from ptbin.runs.units import counted, format_nbytes, left_out_words, short_detail
+from ptbin.errors import short_detail
+from ptbin.runs.units import counted, format_nbytes, left_out_words
 
 if TYPE_CHECKING:
     from flows.cli.command import Shared
     from ptbin.catalog import Job
     from ptbin.runs.tally import Entry
-
-__all__ = [
-    "JSON_KEYS",
-    "mapping_lines",
-    "report_run",
-    "report_summary",
-    "single_lines",
-    "verification_lines",
-]
 
 JSON_KEYS = (
     "run_id", "source", "dest", "converted", "up_to_date", "rejected", "failed", "known", "new", "resolved",

@@ -10,8 +10,6 @@ from flows.cli.destination import refuse_lost, refuse_one_file
 from flows.options import SYNC
 from flows.parsing import refuse_secrets
 
-__all__ = ["sync_command"]
-
 EPILOG = """\b
 Examples:
   ptbin sync checkpoints/ weights/ --dry-run

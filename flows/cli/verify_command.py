@@ -17,8 +17,6 @@ from ptbin.errors import UsageError
 if TYPE_CHECKING:
     from ptbin.stores import Place
 
-__all__ = ["verify_command"]
-
 JSON_KEYS = ("dest", "manifests", "proven", "failed", "orphans", "seconds", "issues")
 
 EPILOG = """\b

@@ -22,8 +22,6 @@ from typing import IO
 from flows.prefect.undocumented import EPHEMERAL_SERVER
 from ptbin.errors import PtbinError
 
-__all__ = ["OrchestratorError", "embedded_server"]
-
 TIMEOUT_SETTING = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
 STARTUP_SECONDS = 90.0
 STOP_SECONDS = 15.0

@@ -11,8 +11,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
-__all__ = ["begin_early", "is_starting", "take_early"]
-
 Started = tuple[str | None, contextlib.ExitStack]
 """The server's URL, and what ends it."""
 

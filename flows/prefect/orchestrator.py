@@ -30,18 +30,6 @@ from flows.prefect.early import begin_early, take_early
 from flows.prefect.undocumented import drain_client_queues, expect_no_server, refresh_settings, settings_with
 from ptbin.stores import public_uri
 
-__all__ = [
-    "ABSENT_SECONDS",
-    "Orchestrator",
-    "OrchestratorError",
-    "await_server",
-    "chosen_settings",
-    "import_prefect",
-    "is_embedded",
-    "orchestrator",
-    "start_early",
-]
-
 RECORDING_SECONDS = 60.0
 INTERRUPTED_SECONDS = 1.5
 """The recorder writes at least once a second."""

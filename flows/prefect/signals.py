@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from prefect.exceptions import TerminationSignal
 
-__all__ = ["INTERRUPTS", "is_hidden_interrupt"]
-
 INTERRUPTS = (KeyboardInterrupt, TerminationSignal)
 """The latter is Prefect's, for SIGTERM."""
 

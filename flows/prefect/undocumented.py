@@ -12,19 +12,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = [
-    "EPHEMERAL_SERVER",
-    "drain_client_queues",
-    "drop_client_queues",
-    "expect_no_server",
-    "flow_run_context",
-    "is_broken",
-    "refresh_settings",
-    "settings_with",
-    "without_result_storage",
-    "without_tags",
-]
-
 EPHEMERAL_SERVER = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
 """Environment of a server that ends with its run: only the services that a run needs, and no scheduler.
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from flows.environment import WORKDIR
 from ptbin.errors import UsageError
 
-__all__ = ["enter_working_directory"]
-
 
 def enter_working_directory(directory: str | None = None) -> dict[str, str]:
     """Make the directory and change into it, as Prefect's `set_working_directory` does, and say which it is.

@@ -12,8 +12,6 @@ from ptbin.errors import NotFoundInStoreError, StorageError
 from ptbin.sources.folders import is_folder_part
 from ptbin.stores import ListedObject, Place
 
-__all__ = ["MAX_ASKED", "ask_for_named"]
-
 MAX_ASKED = 200
 """More than these are as soon listed: a page of a listing holds a thousand."""
 

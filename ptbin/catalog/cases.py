@@ -10,8 +10,6 @@ import os
 
 from ptbin.stores import Store
 
-__all__ = ["folds_case"]
-
 FOLDING_PROTOCOLS = frozenset({"smb"})
 """Of servers that keep names apart or not, mostly not; others are taken at their word, as Unix has it."""
 

@@ -13,8 +13,6 @@ from ptbin.errors import NotFoundInStoreError, UsageError
 from ptbin.stores import NO_OPTIONS, Place, Sides, WatchQuietly, Where, place_of
 from ptbin.values.names import is_unicode, shown_path
 
-__all__ = ["check_call", "check_request", "real_uri", "refuse_bytes"]
-
 
 def check_request(request: RunRequest, sides: Sides = NO_OPTIONS, *, writes: bool = True) -> None:
     """As `check_call`, and for a mirror refuse what would make it delete or hide what it should not.

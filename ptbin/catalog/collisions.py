@@ -15,9 +15,7 @@ from ptbin.errors import OutputCollisionError
 from ptbin.manifests.provenance import STATEMENT_SUFFIX
 from ptbin.options import ConvertOptions
 from ptbin.sources.companions import is_companion
-from ptbin.sources.folders import INDEX_SUFFIX
-
-__all__ = ["settle_collisions", "suffixes_beside"]
+from ptbin.sources.part_names import INDEX_SUFFIX
 
 
 def suffixes_beside(options: ConvertOptions) -> list[str]:

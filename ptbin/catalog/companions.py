@@ -11,8 +11,6 @@ from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, OTHER_SUFFIXES, suffix_o
 from ptbin.sources.sidecars import PATTERNS
 from ptbin.stores import ListedObject
 
-__all__ = ["COMPANIONS", "copied_along", "is_doubtful", "is_sidecar"]
-
 COMPANIONS = (
     *PATTERNS,
     *("README*", "LICENSE*", "LICENCE*", "NOTICE*"),

@@ -47,16 +47,6 @@ from ptbin.stores import (
 from ptbin.stores.copying import same_content
 from ptbin.values.segments import FilePlan
 
-__all__ = [
-    "Unchanged",
-    "change_on_copying",
-    "compare_job",
-    "find_unchanged",
-    "is_convertible",
-    "may_replace_copy",
-    "release_companions",
-]
-
 Progress = Callable[[int], None]
 OnDamage = Callable[[Mapping[str, Any]], object]
 """Gets what `manifests.damage.note_damage` would note: each damaged file by its name."""

@@ -25,8 +25,6 @@ from ptbin.stores import Watch
 from ptbin.stores.base import PassedOver
 from ptbin.values.names import shown_path
 
-__all__ = ["KINDS", "Entries", "hidden_part", "nothing_below", "skipped_words"]
-
 KINDS = {
     "hidden": ("hidden", "hidden"),
     "special_file": ("pipe, socket or device", "pipes, sockets or devices"),

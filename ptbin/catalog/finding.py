@@ -26,18 +26,6 @@ from ptbin.sources.opening import find_source
 from ptbin.sources.part_names import split_place
 from ptbin.stores import ListedObject, Place, Watch, WatchQuietly, Where, is_partial_name, place_of
 
-__all__ = [
-    "OWN_FOLDER",
-    "SHARD_NUMBER",
-    "DestEntries",
-    "find_checkpoints",
-    "find_manifests",
-    "find_one",
-    "find_orphans",
-    "split_bases",
-    "split_manifest",
-]
-
 OWN_FOLDER = "_ptbin"
 """Run records and the index of finished work lie there, below DEST."""
 

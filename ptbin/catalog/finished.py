@@ -30,21 +30,6 @@ from ptbin.sources.sidecars import change_of
 from ptbin.stores import NO_OPTIONS, Place, RangeReader, Sides, identity_text, place_of
 from ptbin.stores.copying import Copied, same_content
 
-__all__ = [
-    "INDEX_FOLDER",
-    "FinishedRow",
-    "find_finished",
-    "identity_text",
-    "is_up_to_date",
-    "iter_rows",
-    "iter_segment",
-    "job_digest",
-    "read_finished",
-    "row_of",
-    "row_of_copy",
-    "write_segment",
-]
-
 INDEX_FOLDER = f"{OWN_FOLDER}/index"
 SEGMENT_SUFFIX = ".jsonl.gz"
 LEVELS = ("none", "checksum", "load")

@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from ptbin.errors import StorageError
 from ptbin.stores import Place, Where
 
-__all__ = ["is_excluded", "matches", "root_of", "split_glob"]
-
 _GLOB = re.compile(r"[*?\[]")
 
 

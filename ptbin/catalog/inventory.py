@@ -18,8 +18,6 @@ from ptbin.manifests.manifest import parse_manifest
 from ptbin.stores import WatchQuietly, Where, identity_text, place_of
 from ptbin.values.names import is_unicode
 
-__all__ = ["Inventory"]
-
 
 class Inventory(JobTable):
     """Made empty; `read_dest` fills it."""

@@ -11,8 +11,6 @@ from ptbin.manifests.vouching import Standing
 from ptbin.sources.companions import left_alone_as
 from ptbin.stores import Identity
 
-__all__ = ["Found", "Job", "Problem", "is_rejection", "passed_over_as", "problem_of"]
-
 
 @dataclass(frozen=True, slots=True)
 class Found:

@@ -17,8 +17,6 @@ from ptbin.catalog.planning import OutputRule
 from ptbin.manifests.vouching import Standing
 from ptbin.stores import Identity
 
-__all__ = ["CURRENT", "LEFT_ALONE", "PAGE", "REFUSED", "TO_ASK", "TO_DO", "JobTable"]
-
 TO_DO, CURRENT, TO_ASK, REFUSED, LEFT_ALONE = range(5)
 PAGE = 1000
 """Rows held at once while the list is read."""

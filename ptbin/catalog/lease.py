@@ -29,8 +29,6 @@ from ptbin.catalog.finding import OWN_FOLDER
 from ptbin.errors import DestinationBusyError, NotFoundInStoreError, StorageError
 from ptbin.stores import Place, Where, place_of
 
-__all__ = ["LEASES_FOLDER", "STALE_AFTER_SECONDS", "Holder", "Lease", "LeaseWatch", "acquire_lease"]
-
 LEASES_FOLDER = f"{OWN_FOLDER}/leases"
 RENEWAL_SECONDS = 10.0
 STALE_AFTER_SECONDS = 45.0

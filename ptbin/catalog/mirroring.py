@@ -22,19 +22,11 @@ from ptbin.errors import LimitExceededError, NotFoundInStoreError, VerificationE
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, dump_statement, statement_of
 from ptbin.proof.verification import difference_of
-from ptbin.sources.folders import INDEX_SUFFIX
+from ptbin.sources.part_names import INDEX_SUFFIX
 from ptbin.stores import Identity, Place, identity_text
 
 if TYPE_CHECKING:
     from ptbin.catalog.worklist import WorkList
-
-__all__ = [
-    "Gone",
-    "excess",
-    "is_reached_plainly",
-    "iter_gone",
-]
-
 
 # -- what SOURCE no longer has -------------------------------------------------------------------
 

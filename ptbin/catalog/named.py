@@ -9,8 +9,6 @@ from ptbin.catalog.jobs import Problem
 from ptbin.errors import StorageError
 from ptbin.values.names import shown_path
 
-__all__ = ["NamedFiles", "parse_lines"]
-
 
 def parse_lines(data: bytes) -> list[str]:
     """Paths, one a line, as they stand there; empty lines and a byte order mark are passed over.

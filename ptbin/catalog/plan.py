@@ -28,8 +28,6 @@ from ptbin.catalog.worklist import WorkList
 from ptbin.errors import PtbinError, StorageError, UsageError
 from ptbin.stores import NO_OPTIONS, Sides
 
-__all__ = ["Deletions", "Plan", "plan_deletions"]
-
 WIDTH = 8
 """How many small answers are waited for side by side."""
 ASKED_AT_ONCE = 500

@@ -10,11 +10,9 @@ from ptbin.catalog.jobs import Found, Job, Problem
 from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, OUTPUT_SUFFIXES, suffix_of
 from ptbin.errors import OutputCollisionError
 from ptbin.options import Layout, Naming, OutputFormat
-from ptbin.sources.folders import INDEX_SUFFIX
+from ptbin.sources.part_names import INDEX_SUFFIX
 from ptbin.stores import ListedObject
 from ptbin.values.names import bad_name, shown_path
-
-__all__ = ["OutputRule", "plan_outputs", "relative_output", "settle_collision"]
 
 NAMED = 5
 """How many of the files that collide are named in each problem."""

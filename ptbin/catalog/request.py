@@ -19,8 +19,6 @@ from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions, Naming
 from ptbin.stores import ListedObject
 
-__all__ = ["RunKind", "RunRequest"]
-
 RunKind = Literal["convert", "restore", "sync", "migrate"]
 
 NOTHING = {

@@ -5,8 +5,6 @@ from __future__ import annotations
 from ptbin.options import OutputFormat
 from ptbin.writing.formats import FORMATS
 
-__all__ = ["CHECKPOINT_SUFFIXES", "OTHER_SUFFIXES", "OUTPUT_SUFFIXES", "suffix_of"]
-
 OUTPUT_SUFFIXES: dict[OutputFormat, str] = {name: entry.suffix for name, entry in FORMATS.items()}
 
 # Names under which people keep checkpoints, and archives of them: always looked into.

@@ -31,10 +31,8 @@ from ptbin.catalog.request import RunRequest
 from ptbin.manifests.claims import ASIDE_SUFFIX, CLAIM_TARGET_SUFFIX
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
 from ptbin.options import ConvertOptions
-from ptbin.sources.folders import INDEX_SUFFIX
+from ptbin.sources.part_names import INDEX_SUFFIX
 from ptbin.stores import NO_OPTIONS, ListedObject, Place, Where
-
-__all__ = ["WorkList"]
 
 NEW_EVERY = 20
 """One of this many jobs is looked up while SOURCE is still listed."""

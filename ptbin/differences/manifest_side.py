@@ -26,7 +26,7 @@ from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.keys import new_names
 from ptbin.reading.selection import select_state_dict
-from ptbin.sources.folders import INDEX_SUFFIX
+from ptbin.sources.part_names import INDEX_SUFFIX
 from ptbin.stores import ListedObject, Place, RangeReader
 from ptbin.stores.joined import JoinedReader, part_base
 from ptbin.values.dtypes import BY_NAME

@@ -25,18 +25,6 @@ from ptbin.history.known import KNOWN, Acknowledgement, read_known, write_known
 from ptbin.stores import Where, place_of
 from ptbin.values.names import shown_path
 
-__all__ = [
-    "Ledger",
-    "Novelty",
-    "Unconverted",
-    "acknowledge",
-    "read_ledger",
-    "read_unconverted",
-    "utc_text",
-    "write_unconverted",
-    "written_at",
-]
-
 UNCONVERTED = f"{OWN_FOLDER}/unconverted.jsonl"
 FAILURES = ("rejected", "failed")
 

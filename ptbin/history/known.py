@@ -16,8 +16,6 @@ from ptbin.catalog.finding import OWN_FOLDER
 from ptbin.errors import NotFoundInStoreError, VerificationError
 from ptbin.stores import Where, place_of
 
-__all__ = ["KNOWN", "Acknowledgement", "read_known", "write_known"]
-
 KNOWN = f"{OWN_FOLDER}/known.json"
 SCHEMA_VERSION = 1
 

@@ -8,8 +8,6 @@ from datetime import datetime
 from ptbin.history.openmetrics import Family, families, render
 from ptbin.history.records import RecordedRun
 
-__all__ = ["metrics_of_runs", "render_metrics"]
-
 OUTCOMES = {
     "converted": "converted",
     "copied": "copied",

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Family", "families", "render"]
-
 PREFIX = "ptbin_"
 
 

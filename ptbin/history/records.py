@@ -17,8 +17,6 @@ from ptbin.catalog.finding import OWN_FOLDER
 from ptbin.errors import LimitExceededError, NotFoundInStoreError, StorageError, UsageError
 from ptbin.stores import Place, Where, place_of
 
-__all__ = ["RUNS_FOLDER", "RecordedRun", "iter_runs", "parse_head", "read_rows"]
-
 RUNS_FOLDER = f"{OWN_FOLDER}/runs"
 RECORD_NAME = "run.json"
 HEAD_NBYTES = 1 << 16

@@ -23,8 +23,6 @@ from ptbin.options import ConvertOptions
 from ptbin.sources.companions import is_companion
 from ptbin.stores import NO_OPTIONS, Sides, identity_text
 
-__all__ = ["Status", "last_request", "status_of"]
-
 MAX_LISTED = 1000
 RECORDS_READ = 20
 """How far back the options of the last run on SOURCE are looked for."""

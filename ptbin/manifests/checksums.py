@@ -12,8 +12,6 @@ from ptbin.errors import NotFoundInStoreError, VerificationError
 from ptbin.manifests.manifest import parse_manifest
 from ptbin.stores import Place
 
-__all__ = ["CHECKSUM_LIST", "checksum_line", "tensor_lines"]
-
 CHECKSUM_LIST = "SHA256SUMS"
 
 

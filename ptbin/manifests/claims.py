@@ -18,21 +18,6 @@ from ptbin.manifests.damage import DAMAGED
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, hex_crc32
 from ptbin.stores import PARTIAL_SUFFIX, Place
 
-__all__ = [
-    "ASIDE_SUFFIX",
-    "CLAIM_TARGET_SUFFIX",
-    "MAX_CLAIM_NBYTES",
-    "Vouched",
-    "carried_claim",
-    "claim_of",
-    "claim_place",
-    "dump_claim",
-    "end_claim",
-    "is_restored",
-    "rows_of_claim",
-    "vouched_by",
-]
-
 ASIDE_SUFFIX = f"{MANIFEST_SUFFIX}.before.kept{PARTIAL_SUFFIX}"
 """Of a claim's name, behind its output's. Listings pass it over; no clean-up takes it for an output."""
 

@@ -14,8 +14,6 @@ from ptbin.errors import LimitExceededError, StorageError, VerificationError
 from ptbin.manifests.manifest import dump_manifest, parse_manifest, utc_now
 from ptbin.stores import ObjectStat, Place, identity_text
 
-__all__ = ["DAMAGED", "damaged_file", "is_damaged", "note_damage"]
-
 DAMAGED = "damaged"
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from ptbin.options import Limits
 
-__all__ = ["Draft", "DraftFile", "DraftRecord"]
-
 
 @dataclass(frozen=True, slots=True)
 class DraftRecord:

@@ -17,8 +17,6 @@ from ptbin.values.state_dict import StateDict, iter_tensors
 from ptbin.version import __version__
 from ptbin.writing.outputs import OutputPlan
 
-__all__ = ["Written", "draft_file", "draft_manifest", "stored_of"]
-
 Written = tuple[FilePlan, SpliceResult, "FileDigests | None"]
 """A file's plan, what came of it, and its digests where it is proven already."""
 

@@ -17,16 +17,6 @@ from typing import Any
 from ptbin.errors import VerificationError
 from ptbin.values.names import bad_name
 
-__all__ = [
-    "MANIFEST_SUFFIX",
-    "SCHEMA_VERSION",
-    "dump_manifest",
-    "hex_crc32",
-    "manifest_uri",
-    "parse_manifest",
-    "utc_now",
-]
-
 SCHEMA_VERSION = 1
 MAX_NAME_NBYTES = 1024
 """Of a key in S3; file systems hold less, and say so themselves."""

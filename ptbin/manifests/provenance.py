@@ -19,8 +19,6 @@ from typing import Any
 from ptbin.sources.opening import SourcePlace
 from ptbin.stores import RangeReader
 
-__all__ = ["STATEMENT_SUFFIX", "add_source_digests", "dump_statement", "statement_of"]
-
 STATEMENT_SUFFIX = ".intoto.json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"

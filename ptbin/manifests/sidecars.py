@@ -12,8 +12,6 @@ from ptbin.sources.opening import SourcePlace
 from ptbin.sources.sidecars import with_dtype
 from ptbin.stores import ListedObject, identity_text
 
-__all__ = ["copy_sidecars", "put_text"]
-
 MAX_CONFIG_NBYTES = 16 << 20
 CHUNK_NBYTES = 1 << 20
 

@@ -52,8 +52,6 @@ from ptbin.manifests.manifest import MANIFEST_SUFFIX, dump_manifest, hex_crc32, 
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, dump_statement, statement_of
 from ptbin.stores import Place, identity_text
 
-__all__ = ["Guard", "OutputSite", "Standing"]
-
 CHUNK_NBYTES = 4 << 20
 
 Guard = Literal["any", "restored"]

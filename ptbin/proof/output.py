@@ -32,7 +32,7 @@ from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.containers.source import RandomReader
 from ptbin.reading.pickle.verdicts import judge_programs
 from ptbin.reading.selection import select_state_dict
-from ptbin.sources.folders import INDEX_SUFFIX
+from ptbin.sources.part_names import INDEX_SUFFIX
 from ptbin.stores import Place, RangeReader, identity_text
 from ptbin.values.digests import FileDigests, StoredTensor
 from ptbin.values.dtypes import BY_NAME

@@ -16,9 +16,6 @@ from ptbin.registries.layouts import Style
 from ptbin.registries.values import Model, Origin, Version
 from ptbin.stores import Place
 
-__all__ = ["Attempts", "Name", "Pair", "Registration", "Registry", "RegistryError", "VersionSite"]
-
-
 Pair = tuple[str, str]
 """URI of a file that belongs to a model and to no version, and its path below the model's folder."""
 

@@ -25,12 +25,10 @@ from ptbin.registries.base import Pair
 from ptbin.registries.layouts import Style
 from ptbin.registries.record import OWN_FILES, is_plain_path
 from ptbin.sources.companions import companion_of, left_alone_as
-from ptbin.sources.folders import INDEX_SUFFIX
 from ptbin.sources.opening import SourcePlace, find_source
+from ptbin.sources.part_names import INDEX_SUFFIX
 from ptbin.sources.sidecars import PATTERNS
 from ptbin.stores import ListedObject, Place
-
-__all__ = ["Contents", "NoCheckpointError", "is_of_training", "plan_contents"]
 
 WEIGHTS_SUFFIXES = frozenset(".pt .pth .ckpt .bin .th .safetensors .pt2 .pkl .pickle .jit .ptc".split())
 """A file of such a name that is not a checkpoint makes a version bad; other names are then plain files."""

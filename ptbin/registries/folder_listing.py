@@ -18,8 +18,6 @@ from ptbin.registries.record import OWN_FILES, RECORD, is_plain_path
 from ptbin.sources.sidecars import PATTERNS
 from ptbin.stores import ListedObject, Place, Watch
 
-__all__ = ["ListedModel", "RegistryListing", "list_registry"]
-
 
 @dataclass(slots=True)
 class ListedModel:

@@ -23,8 +23,6 @@ from ptbin.registries.values import Model, Origin, Version, natural_order
 from ptbin.stores import ListedObject, Place, identity_text, place_of, public_uri
 from ptbin.stores.copying import copy_file, same_content
 
-__all__ = ["FolderRegistry"]
-
 MAX_RECORD_NBYTES = 64 << 20
 STAGING = "_ptbin/staging"
 """Below it a folder for each version that is to take the place of its earlier state, by its fingerprint."""

@@ -29,8 +29,6 @@ from ptbin.registries.record import RECORD, ModelRecord, VersionRecord
 from ptbin.registries.values import Model, Version, natural_order
 from ptbin.stores import Place, place_of, public_uri
 
-__all__ = ["HubRegistry"]
-
 MAIN = "main"
 STAGING = "unpublished"
 """Below `home`, a folder for each version that is on its way, by fingerprint."""

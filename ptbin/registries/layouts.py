@@ -13,8 +13,6 @@ from typing import Literal
 
 from ptbin.errors import UsageError
 
-__all__ = ["ONLY_VERSION", "Layout", "Style", "parse_layout"]
-
 Style = Literal["mirror", "hf", "triton"]
 
 ONLY_VERSION = "main"

@@ -23,8 +23,6 @@ from ptbin.registries.planning import (
 from ptbin.stores import NO_OPTIONS, Place, Sides, identity_text
 from ptbin.stores.copying import copy_file, find_in_place
 
-__all__ = ["Registries", "bring_along", "plan_version", "prepare"]
-
 ADVICE = "move it away, or choose another DEST"
 
 

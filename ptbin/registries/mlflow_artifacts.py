@@ -20,8 +20,6 @@ from typing import IO, Any
 
 from fsspec.spec import AbstractFileSystem
 
-__all__ = ["MlflowArtifactFileSystem"]
-
 SCHEMES = {"mlflow-artifacts": "http", "mlflow-artifacts+https": "https"}
 
 

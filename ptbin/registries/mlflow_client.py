@@ -22,8 +22,6 @@ from ptbin.installed import require
 from ptbin.registries.base import RegistryError
 from ptbin.stores import Place, place_of, public_uri
 
-__all__ = ["MISSING", "Connection", "local_path", "paged"]
-
 ANSWER_SECONDS = 20
 MISSING = "RESOURCE_DOES_NOT_EXIST"
 

@@ -18,8 +18,6 @@ from ptbin.registries.mlflow_client import MISSING, paged
 from ptbin.registries.mlflow_source import PAGE, PLACEHOLDER, TAG, MlflowSource, without_own
 from ptbin.registries.values import Model, Version
 
-__all__ = ["EXPERIMENT", "MlflowRegistry"]
-
 EXPERIMENT = "ptbin"
 MAX_GAP = 100
 """Up to this many numbers in a row are used up to keep a version's own."""

@@ -20,8 +20,6 @@ from ptbin.registries.mlflow_client import Connection, paged
 from ptbin.registries.values import Metric, Model, Origin, RunLink, Version
 from ptbin.stores import Place
 
-__all__ = ["PLACEHOLDER", "TAG", "MlflowSource", "without_own"]
-
 TAG = "ptbin."
 PLACEHOLDER = f"{TAG}placeholder"
 """On a version whose number may only be used up, until it is known: it is deleted then, or this tag is."""

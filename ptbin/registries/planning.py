@@ -15,8 +15,6 @@ from typing import Any, Literal
 from ptbin.registries.base import Registry
 from ptbin.registries.values import Model, Version
 
-__all__ = ["Migration", "ModelPlan", "Step", "Versions", "plan_migration", "wanted_names"]
-
 Versions = Literal["all", "latest", "aliased"]
 
 

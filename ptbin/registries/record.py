@@ -17,8 +17,6 @@ from typing import Any
 from ptbin.errors import VerificationError
 from ptbin.registries.values import Metric, Model, Origin, RunLink, Version, natural_order
 
-__all__ = ["CLAIM", "OWN_FILES", "RECORD", "ModelRecord", "VersionRecord", "is_plain_path"]
-
 SCHEMA_VERSION = 1
 RECORD = "registry.json"
 CLAIM = ".ptbin-unregistered.json"

@@ -20,8 +20,6 @@ from ptbin.registries.contents import Contents
 from ptbin.stores import NO_OPTIONS, Place, Sides
 from ptbin.stores.copying import copy_file
 
-__all__ = ["Transferred", "files_of", "transfer"]
-
 Progress = Callable[[int], None]
 
 

@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Metric", "Model", "Origin", "RunLink", "Version", "natural_order"]
-
 FINGERPRINT_DIGITS = 32
 
 

@@ -15,9 +15,6 @@ from ptbin.proof.verification import Issue
 from ptbin.registries.record import RECORD, ModelRecord
 from ptbin.stores import Place, WatchQuietly
 
-__all__ = ["verify_records"]
-
-
 MAX_NBYTES = 256 << 20
 _LINE = re.compile(r"(\\?)([0-9a-f]{64}) [ *](.+)")
 _ESCAPED = re.compile(r"\\(.)")

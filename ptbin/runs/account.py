@@ -21,8 +21,6 @@ from ptbin.runs.outcomes import Outcome, one_line
 from ptbin.runs.remembering import Memory
 from ptbin.runs.tally import Entry, Tally
 
-__all__ = ["FULL", "FULL_AFTER", "Account"]
-
 FULL_AFTER = 3
 """After that many failures for want of room a run ends: each of the rest would be read whole to fail so."""
 FULL = "there is no room left in DEST; free some, then run again"

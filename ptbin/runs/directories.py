@@ -34,8 +34,6 @@ from ptbin.runs.tally import Tally
 from ptbin.stores import Sides, Where
 from ptbin.stores.place import apart
 
-__all__ = ["convert_directory"]
-
 JOBS_AT_ONCE = 1000
 
 Progress = Callable[[int], None]

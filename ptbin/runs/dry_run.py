@@ -29,8 +29,6 @@ from ptbin.sources.companions import is_companion
 from ptbin.stores import NO_OPTIONS, Sides
 from ptbin.stores.copying import find_in_place
 
-__all__ = ["DryRun", "Look", "PlannedJob", "dry_run", "plan_jobs", "preview_job"]
-
 Look = Callable[[Job], Preview]
 
 

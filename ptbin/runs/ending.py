@@ -16,8 +16,6 @@ from ptbin.runs.record import manifests_by_tensor, record_files, record_folder
 from ptbin.runs.tally import Tally
 from ptbin.stores import NO_OPTIONS, Place, Sides
 
-__all__ = ["Do", "end_run", "write_record_files"]
-
 Do = Callable[[str, Callable[[], None]], None]
 """Has something written that has a name; a flow makes a task run of it."""
 

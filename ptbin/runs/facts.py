@@ -17,8 +17,6 @@ from ptbin.runs.tally import Tally
 from ptbin.stores import NO_OPTIONS, Sides, public_uri
 from ptbin.version import __version__
 
-__all__ = ["KEPT_RUNS", "facts_of_run"]
-
 KEPT_RUNS = 30
 LOOKED_AT = 10
 """How many earlier runs are looked at to find one of the same flow and SOURCE."""

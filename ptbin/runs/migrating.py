@@ -21,8 +21,6 @@ from ptbin.runs.remembering import state_of
 from ptbin.runs.tally import Entry, Tally
 from ptbin.stores import NO_OPTIONS, Sides
 
-__all__ = ["MigrationTally", "dry_run", "loss_lines"]
-
 
 @dataclass(slots=True)
 class MigrationTally(Tally):

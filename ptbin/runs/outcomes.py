@@ -19,18 +19,6 @@ from ptbin.stores import Identity, identity_text
 if TYPE_CHECKING:
     from ptbin.registries import Registration
 
-__all__ = [
-    "Converted",
-    "Kind",
-    "Outcome",
-    "Part",
-    "Staged",
-    "StoredFile",
-    "Written",
-    "outcome_of_error",
-    "outcome_of_job",
-]
-
 Kind = Literal[
     "staged",
     "converted",

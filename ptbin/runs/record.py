@@ -25,9 +25,6 @@ from ptbin.manifests.checksums import CHECKSUM_LIST, checksum_line
 from ptbin.runs.report import render_report
 from ptbin.runs.tally import Entry, Tally
 
-__all__ = ["check_run_id", "manifests_by_tensor", "new_run_id", "record_files", "record_folder", "sha256sums"]
-
-
 LISTS = (
     "deleted_paths", "initial", "problems", "known_problems", "resolved_problems", "versions", "manifests",
 )  # fmt: skip

@@ -18,8 +18,6 @@ from ptbin.history.failures import Unconverted, read_ledger
 from ptbin.registries import Migration, Version, wanted_names
 from ptbin.runs.tally import Tally
 
-__all__ = ["CheckpointMemory", "Memory", "VersionMemory", "state_of"]
-
 
 class Memory(ABC):
     """What a run with a plan remembers: of checkpoints, or of versions of models."""

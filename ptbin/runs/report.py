@@ -10,13 +10,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ptbin.errors import short_detail
 from ptbin.runs.report_rows import MAX_DETAILED, details_of, history_bars, previous_facts, web_address
-from ptbin.runs.units import format_nbytes, format_seconds, short_detail
+from ptbin.runs.units import format_nbytes, format_seconds
 
 if TYPE_CHECKING:
     from jinja2 import Environment
-
-__all__ = ["render_report"]
 
 KINDS = ("weights", "optimizer", "other")
 LISTED_FAILURES = 20

@@ -13,8 +13,6 @@ from urllib.parse import quote
 
 from ptbin.runs.units import format_nbytes, format_seconds
 
-__all__ = ["MAX_DETAILED", "details_of", "history_bars", "previous_facts", "web_address"]
-
 TO_DEST = "../../../"
 MAX_DETAILED = 2_000
 """Rows that open: more of them would make the page too large for a phone."""

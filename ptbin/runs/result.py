@@ -8,8 +8,6 @@ from typing import Any
 
 from ptbin.errors import PtbinError
 
-__all__ = ["RunFailedError", "RunResult"]
-
 
 @dataclass(frozen=True, slots=True)
 class RunResult:

@@ -6,8 +6,6 @@ import random
 
 from ptbin.errors import StorageError
 
-__all__ = ["JITTER", "RETRIES", "RETRY_DELAYS", "is_transient", "retry_delay"]
-
 RETRIES = 3
 RETRY_DELAYS = [2.0, 6.0, 18.0]
 """Seconds before each retry; stores have already retried single requests when a run sees an error."""

@@ -13,8 +13,6 @@ from ptbin.restoring.restore import restore
 from ptbin.runs.outcomes import Converted, Outcome, outcome_of_job
 from ptbin.stores import Sides
 
-__all__ = ["publish_job", "restore_job", "stage_job"]
-
 
 def stage_job(job: Job, options: ConvertOptions, sides: Sides, *, run_id: str, progress: Progress) -> Outcome:
     """Write the output of a job: `staged` where it was written. Raises what is not the checkpoint's fault."""

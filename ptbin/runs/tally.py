@@ -24,8 +24,6 @@ from ptbin.runs.units import format_nbytes
 from ptbin.sources.companions import companion_of, is_companion
 from ptbin.stores import identity_text
 
-__all__ = ["LISTED", "Entry", "Tally"]
-
 LISTED = 1000
 
 

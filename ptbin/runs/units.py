@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ptbin.errors import short_detail
-
-__all__ = ["counted", "format_nbytes", "format_seconds", "left_out_words", "short_detail"]
-
 
 def format_nbytes(nbytes: float) -> str:
     """Bytes in binary units with three significant digits: `17 B`, `1.50 MiB`, `12.3 GiB`."""

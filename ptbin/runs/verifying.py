@@ -26,14 +26,6 @@ from ptbin.stores import Place, Sides, Where
 from ptbin.stores.place import apart
 from ptbin.values.names import shown_path
 
-__all__ = [
-    "issues_of",
-    "sum_up",
-    "verify_below",
-    "verify_directory",
-    "verify_manifest",
-]
-
 Issue = dict[str, Any]
 
 

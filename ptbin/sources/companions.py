@@ -19,8 +19,6 @@ from ptbin.errors import (
     UnsupportedTensorError,
 )
 
-__all__ = ["companion_of", "is_companion", "left_alone_as"]
-
 _NO_MODEL = (AmbiguousStateDictError, IncompleteCheckpointError, NoStateDictError, UnsupportedTensorError)
 """Of a file that is called a companion: it was read, and holds no single model."""
 

@@ -9,17 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = [
-    "EXPERT",
-    "LAYER",
-    "MODEL_STATES",
-    "OPTIM_STATES",
-    "UNIVERSAL",
-    "UNIVERSAL_OPTIMIZER",
-    "deepspeed_checkpoint",
-    "is_universal_name",
-]
-
 OPTIM_STATES = re.compile(
     r"^(?P<kind>bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$"
 )

@@ -32,8 +32,6 @@ from ptbin.stores.joined import joint_identity
 if TYPE_CHECKING:
     from ptbin.stores import Identity, ListedObject
 
-__all__ = ["DCP_METADATA", "INDEX_SUFFIX", "Group", "Grouping", "is_folder_part", "main_handle"]
-
 DCP_METADATA = ".metadata"
 LIGHTNING_METADATA = "meta.pt"
 COMMON_STATE = "common.pt"

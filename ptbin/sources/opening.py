@@ -29,8 +29,6 @@ from ptbin.stores.joined import JoinedReader, joint_identity
 if TYPE_CHECKING:
     from ptbin.stores.place import Where
 
-__all__ = ["SourcePlace", "find_source", "parse_index"]
-
 # Files directly in a folder that is asked to be one checkpoint; a store with more is not one.
 MAX_LISTED = 200_000
 MAX_INDEX_NBYTES = 256 << 20

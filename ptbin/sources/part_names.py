@@ -29,21 +29,6 @@ from ptbin.sources.deepspeed_names import (
     is_universal_name,
 )
 
-__all__ = [
-    "INDEX_SUFFIX",
-    "META_PARAMETERS",
-    "Parts",
-    "find_parts",
-    "is_megatron_name",
-    "is_meta_name",
-    "is_only_rank",
-    "is_rank_name",
-    "is_torch_shard",
-    "listed_names",
-    "may_be_part",
-    "split_place",
-]
-
 MAX_LISTED_NAMES = 5
 MAX_COUNTED = 100_000
 

@@ -18,11 +18,6 @@ from ptbin.errors import UnsupportedFormatError
 from ptbin.sources.opening import SourcePlace
 from ptbin.stores import ListedObject, Place
 
-__all__ = [
-    "MAX_POINTER_NBYTES", "PATTERNS", "change_of", "find_sidecars", "refuse_pointer", "refuse_pointer_at",
-    "with_dtype",
-]  # fmt: skip
-
 # transformers' and tokenizers' file names (utils/hub.py, tokenization_utils_base.py), and peft's.
 PATTERNS = tuple(
     "config.json generation_config.json adapter_config.json configuration.json"

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from ptbin.stores.values import Identity, ListedObject, ObjectStat
     from ptbin.stores.writer import Writer
 
-__all__ = ["PassedOver", "Store", "Watch", "WatchQuietly"]
-
 PassedOver = Literal["special_file", "dangling_link", "outside_link"]
 """Pipes, sockets and devices; links that lead nowhere, or out of the listed place and are not followed."""
 

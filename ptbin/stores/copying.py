@@ -14,8 +14,6 @@ from ptbin.errors import NotFoundInStoreError, OutputExistsError, VerificationEr
 from ptbin.stores import CopyRefused, Identity, Place, RangeReader, Writer, identity_text
 from ptbin.stores.parts import Extent, Part
 
-__all__ = ["Copied", "copy_file", "find_in_place", "same_content"]
-
 Progress = Callable[[int], None]
 Change = Callable[[bytes], bytes]
 CHUNK_NBYTES = 1 << 20

@@ -26,8 +26,6 @@ from ptbin.errors import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["fault", "mapped_faults", "public_uri"]
-
 NOT_FOUND_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 DENIED_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS}
 TRANSIENT_ERRNOS = {

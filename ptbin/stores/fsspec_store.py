@@ -48,8 +48,6 @@ if TYPE_CHECKING:
     from ptbin.stores.values import IdentityKind
 
 
-__all__ = ["FsspecStore", "open_fsspec"]
-
 PUBLISH_ON_CLOSE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "tos"}
 PUBLISH_ON_CLOSE |= {"mlflow-artifacts", "mlflow-artifacts+https"}
 """Protocols whose file appears only when it is closed; a rename there would be a copy and a delete."""

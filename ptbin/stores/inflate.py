@@ -12,8 +12,6 @@ from ptbin.values.tensors import Deflated
 if TYPE_CHECKING:
     from ptbin.stores import RangeReader
 
-__all__ = ["iter_inflated"]
-
 CHUNK_NBYTES = 4 << 20
 
 

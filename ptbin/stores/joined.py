@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from ptbin.stores.place import Place
     from ptbin.stores.reader import WriteAt
 
-__all__ = ["PART_BITS", "JoinedReader", "PartReader", "joint_identity", "part_base"]
-
 PART_BITS = 48
 """Files of up to 256 TiB each; 2^15 of them before an offset leaves 63 bits."""
 

@@ -33,8 +33,6 @@ from ptbin.stores.values import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-__all__ = ["LocalReader", "LocalStore", "open_local"]
-
 
 def open_local(uri: str, options: Mapping[str, Any]) -> tuple[Store, str]:
     """Of a path, or a URL; the path comes out absolute."""

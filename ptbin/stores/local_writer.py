@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     from ptbin.stores.reader import RangeReader
 
-__all__ = ["LocalWriter", "identity_of", "open_unpublished"]
-
 COPY_NBYTES = 16 * MIB
 """One step of copying and of write-back; 8 to 16 MiB measured best, larger ones overlap less."""
 BLOCK_NBYTES = 4096

@@ -15,8 +15,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-__all__ = ["GIB", "MIB", "Extent", "Part", "PartRules", "plan_parts"]
-
 MIB = 1 << 20
 GIB = 1 << 30
 

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
     StoreFactory = Callable[[str, Mapping[str, Any]], tuple[Store, str]]
 
-__all__ = ["NO_OPTIONS", "Place", "Sides", "Where", "apart", "open_store", "place_of", "register_store"]
-
 Where: TypeAlias = "str | os.PathLike[str] | Place"
 """What public functions take for a place."""
 

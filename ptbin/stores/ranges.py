@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["Fetch", "Piece", "affordable_gap", "plan_fetches"]
-
 
 @dataclass(frozen=True, slots=True)
 class Piece:

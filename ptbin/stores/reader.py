@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-__all__ = ["Pending", "RangeReader", "wait_for"]
-
 
 class RangeReader(ABC):
     """Random access to one object, pinned to the state it was in when this reader was opened.

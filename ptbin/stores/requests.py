@@ -25,11 +25,6 @@ from ptbin.errors import StorageError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
-__all__ = [
-    "PROCESS_LIMIT", "RequestLimit", "RetryPolicy", "call_with_retries", "call_with_retries_async",
-    "limit_requests", "request_slot",
-]  # fmt: skip
-
 T = TypeVar("T")
 
 

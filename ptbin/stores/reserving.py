@@ -11,8 +11,6 @@ import errno
 import os
 import sys
 
-__all__ = ["RESERVE_NBYTES", "filesystem_kind", "reserve"]
-
 RESERVE_NBYTES = 16 << 20
 """Outputs at least this large get their blocks reserved."""
 FALLOC_FL_KEEP_SIZE = 1

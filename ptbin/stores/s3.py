@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
     from ptbin.stores.requests import RetryPolicy
 
-__all__ = ["S3Store", "open_s3"]
-
 TAIL_NBYTES = 256 * 1024
 """A request costs about as much as these bytes."""
 _SCHEMES = ("s3://", "s3a://")

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     Accept = Callable[[dict[str, Any]], None]
     Consume = Callable[[bytes], Awaitable[None] | None]
 
-__all__ = ["S3Client", "S3Object"]
-
 DOING = {
     "abort_multipart_upload": "abort the upload of",
     "delete_object": "delete",

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from ptbin.stores.s3_client import S3Client
 
-__all__ = ["Entry", "iter_entries"]
-
 SURVEYS = 32
 RANGES = 256
 ENOUGH = 64

@@ -17,8 +17,6 @@ from urllib.parse import urlsplit
 from ptbin.errors import UsageError
 from ptbin.version import __version__
 
-__all__ = ["S3Options", "read_options"]
-
 CONFIG_DEFAULTS: dict[str, Any] = {
     # Newer botocore sends and asks for checksums that several S3-compatible stores refuse.
     "request_checksum_calculation": "when_required",

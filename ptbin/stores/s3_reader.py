@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from ptbin.stores.reader import WriteAt
     from ptbin.stores.s3_client import Consume, S3Client, S3Object
 
-__all__ = ["S3Reader", "S3Stat", "etag_of"]
-
 SCATTER_NBYTES = 32 * MIB
 """A request of a transfer to a place that takes bytes in any order: nothing is kept, so it may be large."""
 SCATTERS = 6

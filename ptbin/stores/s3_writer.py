@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from ptbin.stores.reader import RangeReader
     from ptbin.stores.s3_client import S3Object
 
-__all__ = ["CLAIM_METADATA", "S3Writer", "part_nbytes_for"]
-
 CLAIM_METADATA = "ptbin-claim"
 """Sent and kept as the header `x-amz-meta-ptbin-claim`."""
 

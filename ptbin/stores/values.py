@@ -11,21 +11,6 @@ from ptbin.errors import CorruptArchiveError, LimitExceededError, SourceChangedE
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = [
-    "MIB",
-    "PARTIAL_SUFFIX",
-    "READ_BYTES_LIMIT",
-    "Identity",
-    "ListedObject",
-    "ObjectStat",
-    "check_range",
-    "is_partial_name",
-    "partial_name",
-    "refuse_other_object",
-    "refuse_too_large",
-    "target_of_partial",
-]
-
 MIB = 1 << 20
 
 PARTIAL_SUFFIX = ".ptbin-partial"

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from ptbin.stores.reader import RangeReader
     from ptbin.stores.values import Identity
 
-__all__ = ["CopyRefused", "Writer"]
-
 
 class CopyRefused(StorageError):  # noqa: N818 - an answer, not a fault
     """The store will not copy this by itself; the same bytes can still be streamed to a new writer."""

@@ -19,8 +19,9 @@ from flows.cli.printing import align, printable
 from flows.cli.progress import PlainProgress
 from flows.cli.summary import JSON_KEYS
 from flows.interrupts import interrupts_held
+from ptbin.errors import short_detail
 from ptbin.runs.tally import Entry
-from ptbin.runs.units import format_nbytes, short_detail
+from ptbin.runs.units import format_nbytes
 
 Captured = pytest.CaptureFixture[str]
 FIELDS_OF_INSPECT = {"uri", "container", "size", "selected", "state_dicts", "tensors", "globals", "verdict"}

@@ -14,7 +14,7 @@ import pytest
 
 from flows import artifacts
 from flows.convert import convert
-from flows.notices import MAX_LISTED_FAILURES, failure_line, state_message
+from flows.notices import failure_line, state_message
 from flows.prefect.orchestrator import Orchestrator
 from flows.report_link import link_of, served_at
 from flows.report_markdown import render_markdown
@@ -22,6 +22,7 @@ from ptbin.errors import UsageError
 from ptbin.runs.record import new_run_id
 from ptbin.runs.tally import Entry, Tally
 from tasks.assets import asset_of
+from tasks.batches import MAX_LISTED_FAILURES
 from tasks.live import LiveRun, open_live_run
 from tests.servers.endpoint import S3Endpoint
 from tests.servers.fixtures import moto_s3

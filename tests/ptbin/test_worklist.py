@@ -16,11 +16,11 @@ import pytest
 import torch
 
 import ptbin
-from ptbin.catalog.finished import FinishedRow, identity_text, read_finished, row_of, write_segment
+from ptbin.catalog.finished import FinishedRow, read_finished, row_of, write_segment
 from ptbin.catalog.request import RunRequest
 from ptbin.catalog.worklist import WorkList
 from ptbin.options import ConvertOptions
-from ptbin.stores import place_of
+from ptbin.stores import identity_text, place_of
 from ptbin.stores.local import LocalStore
 from tests.fakes import CountingStore, registered
 

@@ -31,8 +31,14 @@ from ptbin.reading.containers.torch_zip import read_zip
 from ptbin.reading.containers.unreadable import refuse_compressed, refuse_known_foreign
 from ptbin.reading.containers.zip_directory import refuse_prefixed_zip
 from ptbin.sources.deepspeed_names import deepspeed_checkpoint
-from ptbin.sources.folders import DCP_METADATA, INDEX_SUFFIX
-from ptbin.sources.part_names import is_megatron_name, is_meta_name, is_rank_name, is_torch_shard
+from ptbin.sources.folders import DCP_METADATA
+from ptbin.sources.part_names import (
+    INDEX_SUFFIX,
+    is_megatron_name,
+    is_meta_name,
+    is_rank_name,
+    is_torch_shard,
+)
 from ptbin.stores.joined import JoinedReader
 
 __all__ = ["CONTAINERS", "FOLDER_CONTAINERS", "read_checkpoint"]

@@ -14,8 +14,8 @@ from typing import Any
 
 from ptbin.errors import CorruptArchiveError, OutputCollisionError
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder, Opening, read_part
-from ptbin.sources.folders import INDEX_SUFFIX
 from ptbin.sources.opening import parse_index
+from ptbin.sources.part_names import INDEX_SUFFIX
 from ptbin.values.dtypes import BY_NAME
 from ptbin.values.nodes import DictNode, sizes_in
 from ptbin.values.tensors import ByteRange, Storage, TensorRef, dense_strides
