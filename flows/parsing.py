@@ -98,7 +98,7 @@ def _of_fields(model: type[Any], asked: Mapping[str, Any]) -> dict[str, Any]:
             continue
         value = asked[entry.name]
         if entry.kind == "pairs":
-            value = parse_renames(value)
+            value = _parse_renames(value)
         elif entry.kind == "size" and value is not None:
             value = parse_size(value)
         elif entry.kind == "list" or (entry.kind == "paths" and not isinstance(value, str | None)):
@@ -107,7 +107,7 @@ def _of_fields(model: type[Any], asked: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def parse_renames(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+def _parse_renames(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Pairs of a regular expression and its replacement, each written as `OLD=NEW`.
 
     Raises:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         def __call__(self, *places: Text, **asked: Any) -> Any: ...
 
 
-def fails_with_one_line(function: Callable[..., Any]) -> Callable[..., Any]:
+def _fails_with_one_line(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let the flow made of `function` end Failed, with the reason and message of an error of ptbin's.
 
     Prefect would log what a flow raises with its traceback, which says nothing to the readers of the run's
@@ -68,7 +68,7 @@ def run_flow(places: Sequence[Option], options: Sequence[Option]) -> Callable[[C
             # Wide enough for any `workers`; the fan-out never has more in flight than `workers`.
             task_runner=ThreadPoolTaskRunner(max_workers=MAX_WORKERS),  # type: ignore[arg-type]
             persist_result=False,
-        )(takes(places, options)(fails_with_one_line(function)))
+        )(takes(places, options)(_fails_with_one_line(function)))
         return cast("RunFlow", made)
 
     return decorate

@@ -40,7 +40,7 @@ def count_of(unit: str) -> Callable[[Sequence[Any]], str]:
     return lambda items: f"{len(items)} {unit}"
 
 
-def split_in_half(items: Sequence[Item]) -> list[Sequence[Item]]:
+def _split_in_half(items: Sequence[Item]) -> list[Sequence[Item]]:
     middle = (len(items) + 1) // 2
     return [part for part in (items[:middle], items[middle:]) if part]
 
@@ -130,7 +130,7 @@ class Stages:
         def then(state: State[Any]) -> Iterable[Work]:
             if self._was_lost(stage, items, state, lost):
                 self._logger.warning("%s: %s; trying again", label, state.message)
-                for part in split_in_half(items) if stage.splits else [items]:
+                for part in _split_in_half(items) if stage.splits else [items]:
                     yield self._work(stage, part, retry, lost + 1)
                 return
             final, staged, again = [], [], []

@@ -19,8 +19,6 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-__all__ = ["find_taken_name", "main"]
-
 INTERRUPTED = 130
 
 HOME = Path(__file__).resolve().parent.parent
@@ -35,7 +33,7 @@ def main() -> None:
     handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if handled:
         signal.signal(signal.SIGINT, _leave_before_the_command)
-    problem = find_taken_name()
+    problem = _find_taken_name()
     if problem is not None:
         sys.stderr.write(f"ptbin: error: {problem}\n")
         sys.exit(2)
@@ -58,7 +56,7 @@ def _leave_before_the_command(number: int, frame: FrameType | None) -> None:
     os._exit(INTERRUPTED)
 
 
-def find_taken_name() -> str | None:
+def _find_taken_name() -> str | None:
     """What stands in the way of importing ptbin's own `flows` and `tasks`, in one line; None: nothing."""
     for name in ("flows", "tasks"):
         spec = importlib.util.find_spec(name)

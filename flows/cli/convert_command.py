@@ -45,7 +45,7 @@ RUN_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 """As `ptbin.runs.record.new_run_id` makes them."""
 
 
-class RetryingCommand(GroupedCommand):
+class _RetryingCommand(GroupedCommand):
     """Takes the word after `--retry-failed` for a run only if it looks like one: SOURCE may come next."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -67,7 +67,7 @@ class RetryingCommand(GroupedCommand):
             ) from error
 
 
-@command("convert", ["source", "dest"], (*CONVERT, dry_run_option()), EPILOG, cls=RetryingCommand)
+@command("convert", ["source", "dest"], (*CONVERT, dry_run_option()), EPILOG, cls=_RetryingCommand)
 def convert_command(source: str, dest: str, asked: dict[str, Any], shared: Shared) -> int:
     """Convert SOURCE, one checkpoint or a whole store of them, into DEST."""
     asked["files_from"] = click.get_current_context().with_resource(_holding_list(asked["files_from"]))

@@ -21,7 +21,7 @@ UNDER_WAY_SHARE = 0.99
 
 
 @dataclass(frozen=True, slots=True)
-class Position:
+class _Position:
     """Where a run is at one moment. Bytes are of SOURCE, but for `moved_nbytes`."""
 
     files: int
@@ -124,10 +124,10 @@ class Pace:
             self._moved_when_settled = self._moved
             self._problems += problem
 
-    def now(self) -> Position:
+    def now(self) -> _Position:
         with self._lock:
             self._nbytes_shown = max(self._nbytes_shown, self._nbytes_settled + self._under_way())
-            return Position(
+            return _Position(
                 self._files,
                 self._files_done,
                 self._nbytes,

@@ -119,7 +119,7 @@ def orchestrator() -> Iterator[Orchestrator]:
     """
     early = take_early()
     url, started = early.result() if early is not None else (None, contextlib.ExitStack())
-    chosen = chosen_settings()
+    chosen = _chosen_settings()
     if api_url := chosen.get("PREFECT_API_URL"):
         _refuse_absent(api_url)
         yield Orchestrator(api_url, embedded=False)
@@ -151,7 +151,7 @@ def start_early() -> None:
     """Begin to import Prefect and to start its server, in a thread; `orchestrator` goes on with it."""
 
     def start(stack: contextlib.ExitStack) -> str | None:
-        chosen = chosen_settings()
+        chosen = _chosen_settings()
         if "PREFECT_API_URL" in chosen:
             return None
         return stack.enter_context(embedded_server(chosen))
@@ -159,7 +159,7 @@ def start_early() -> None:
     begin_early(start)
 
 
-def chosen_settings() -> dict[str, str]:
+def _chosen_settings() -> dict[str, str]:
     """What the user has set, wherever that was."""
     import_prefect()
     from prefect.settings import get_current_settings

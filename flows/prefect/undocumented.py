@@ -30,7 +30,7 @@ def drain_client_queues(seconds: float) -> None:
             worker.drain_all(timeout=seconds, at_exit=False)
 
 
-def drop_client_queues() -> None:
+def _drop_client_queues() -> None:
     """Forget what is queued for a server that is gone.
 
     It would hold up the end of the process: 7 s for each of hundreds of events, a minute for logs. A service
@@ -56,7 +56,7 @@ def expect_no_server() -> None:
         {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_LOGGING_TO_API_ENABLED: False}
     )
     SettingsContext(profile=now.profile, settings=settings).__enter__()
-    drop_client_queues()
+    _drop_client_queues()
 
 
 @contextlib.contextmanager

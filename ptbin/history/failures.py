@@ -109,7 +109,7 @@ class Ledger:
         if path == source:  # problems of the listing name nothing but the URI
             path = source.removeprefix(f"{self.root.rstrip('/')}/")
         row = Unconverted(
-            source, path, self.root, state, outcome, reason, detail, utc_text(self.now), self.run_id
+            source, path, self.root, state, outcome, reason, detail, _utc_text(self.now), self.run_id
         )
         if (earlier := self.before.get(source)) is not None and earlier.is_same(row):
             row = replace(row, since=earlier.since, run=earlier.run)
@@ -172,13 +172,13 @@ def written_at(state: str) -> str:
         return ""
     try:
         if text.isdecimal():
-            return utc_text(datetime.fromtimestamp(int(text) / 1e9, UTC))
-        return utc_text(datetime.fromisoformat(text))
+            return _utc_text(datetime.fromtimestamp(int(text) / 1e9, UTC))
+        return _utc_text(datetime.fromisoformat(text))
     except (ValueError, OverflowError, OSError):
         return ""
 
 
-def utc_text(moment: datetime) -> str:
+def _utc_text(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
@@ -266,7 +266,7 @@ def acknowledge(
             f"nothing fails at {', '.join(sorted(missing))} below {dest}, as far as its runs have recorded; "
             "`ptbin status SOURCE DEST` lists what does"
         )
-    at = utc_text(datetime.now(UTC))
+    at = _utc_text(datetime.now(UTC))
     kept = [item for item in read_known(dest) if item.path not in found and not item.is_expired(today)]
     added = [
         Acknowledgement(

@@ -142,7 +142,7 @@ class Connection:
         """Where an artifact URI of MLflow's leads; `options` are the user's storage options."""
         parts = urlsplit(uri)
         if parts.scheme in ("", "file"):
-            return place_of(local_path(uri))
+            return place_of(_local_path(uri))
         if parts.scheme != "mlflow-artifacts":
             return place_of(uri, options)
         if not self.has_server:
@@ -162,7 +162,7 @@ class Connection:
             mlflow.set_tracking_uri(self.tracking)
 
 
-def local_path(uri: str) -> str:
+def _local_path(uri: str) -> str:
     """Where MLflow's client writes the artifacts of `file:///a%20b`, `file:/a%20b` and of a bare path."""
     from mlflow.utils import file_utils
 

@@ -21,7 +21,7 @@ _QUIET = 0x00400000
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class _Table:
     """All results of a cast from a type of one or two bytes.
 
     Attributes:
@@ -44,7 +44,7 @@ class Table:
 
 
 @cache
-def table_of(source: str, target: str) -> Table:
+def table_of(source: str, target: str) -> _Table:
     import numpy
 
     wide = _widened(source)
@@ -71,7 +71,7 @@ def table_of(source: str, target: str) -> Table:
     overflows = finite & ~numpy.isfinite(after)
     half = len(results) // 2
     first = int(overflows[:half].argmax()) if overflows[:half].any() else half
-    return Table(results, first, overflows)
+    return _Table(results, first, overflows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ MIN_NBYTES = 1 << 20
 CHUNK_NBYTES = 4 << 20
 REPORT_SECONDS = 0.25
 
-Tallies = dict[str, "CastTally"]
+_Tallies = dict[str, "CastTally"]
 
 
 class ParallelPieces:
@@ -39,7 +39,7 @@ class ParallelPieces:
     ) -> None:
         self._reader, self._writer, self._watched = reader, writer, watched
         self._waiting: deque[tuple[int, Computed | Copy]] = deque()
-        self._running: dict[int, Future[tuple[int, Tallies]]] = {}
+        self._running: dict[int, Future[tuple[int, _Tallies]]] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._given_up = False
         self._position = 0
@@ -63,8 +63,8 @@ class ParallelPieces:
             position, piece = self._waiting.popleft()
             self._running[position] = self._pool.submit(self._run, position, piece)
 
-    def _run(self, position: int, piece: Computed | Copy) -> tuple[int, Tallies]:
-        tallies: Tallies = {}
+    def _run(self, position: int, piece: Computed | Copy) -> tuple[int, _Tallies]:
+        tallies: _Tallies = {}
         stream: Iterator[bytes]
         if isinstance(piece, Computed):
             stream = iter_recipe(piece.recipe, self._watched, tallies)
@@ -80,7 +80,7 @@ class ParallelPieces:
         assert done == piece.nbytes or self._given_up, f"{piece.what}: {done} bytes, not {piece.nbytes}"
         return crc, tallies
 
-    def take(self, piece: Piece | Move, tallies: Tallies, report: Callable[[int], None]) -> int | None:
+    def take(self, piece: Piece | Move, tallies: _Tallies, report: Callable[[int], None]) -> int | None:
         """CRC-32 of the next piece, which is in its place now; None where the caller has to write it.
 
         Raises what the source or the destination raised.

@@ -238,13 +238,13 @@ class FsspecStore(Store):
         return _stripped(self.fs, info["name"]).rstrip("/")
 
     def open_reader(self, path: str, *, expected: Identity | None = None) -> RangeReader:
-        return FsspecReader(self, path, self.stat(path)).expecting(expected)
+        return _FsspecReader(self, path, self.stat(path)).expecting(expected)
 
     def open_writer(
         self, path: str, *, size_hint: int | None = None, copies: bool = True, claim: str = ""
     ) -> Writer:
         del size_hint, copies, claim
-        return FsspecWriter(self, path)
+        return _FsspecWriter(self, path)
 
     def delete(self, path: str) -> None:
         with contextlib.suppress(NotFoundInStoreError), mapped_faults("delete", self.uri_of(path)):
@@ -280,7 +280,7 @@ class FsspecStore(Store):
             self.fs.rm_file(probe)
 
 
-class FsspecReader(RangeReader):
+class _FsspecReader(RangeReader):
     """Ranges by `cat_file`, its arguments named: positional ones mean other things in some backends."""
 
     gap_nbytes = 256 * 1024
@@ -351,7 +351,7 @@ class FsspecReader(RangeReader):
         refuse_other_object(self.uri, found.identity, self.identity)
 
 
-class FsspecWriter(Writer):
+class _FsspecWriter(Writer):
     """A file object of the filesystem's own, under a temporary name where that is needed."""
 
     def __init__(self, store: FsspecStore, path: str) -> None:

@@ -60,9 +60,9 @@ class JoinedReader(RangeReader):
         self._closed_requests = 0
         self._closed_nbytes = 0
 
-    def part(self, name: str) -> PartReader:
+    def part(self, name: str) -> _PartReader:
         """One file by itself, its offsets counted from its own beginning."""
-        return PartReader(self, self._numbers[name])
+        return _PartReader(self, self._numbers[name])
 
     def reader_of(self, index: int) -> RangeReader:
         """The open reader of a part."""
@@ -163,7 +163,7 @@ class JoinedReader(RangeReader):
         reader.close()
 
 
-class PartReader:
+class _PartReader:
     """One part as a `reading.source.RandomReader`."""
 
     def __init__(self, joined: JoinedReader, index: int) -> None:
