@@ -9,17 +9,16 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from flows.interrupts import hold_signals
 from flows.metering import metering
 from flows.notices import tag_flow_run
-from flows.options import DEFAULT_REQUESTS
-from flows.parsing import parse_duration, refuse_runner_secrets
+from flows.options import RunSettings
+from flows.parsing import refuse_runner_secrets
 from flows.prefect.undocumented import without_tags
-from flows.runners import Runner, RunnerName, open_runner
+from flows.runners import Runner, open_runner
 from ptbin.catalog.lease import Lease, acquire_lease
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import PtbinError
@@ -29,7 +28,6 @@ from tasks.credentials import Credentials, load_options
 from tasks.live import Interrupted, LiveRun, Ticket, find_live_run, is_open, open_live_run
 
 __all__ = [
-    "RunSettings",
     "RunStoppedError",
     "Running",
     "current_flow_run_id",
@@ -43,34 +41,6 @@ class RunStoppedError(PtbinError):
     """The run was stopped, by its deadline or by the loss of its lease, before it had begun with anything."""
 
     reason = "run_stopped"
-
-
-@dataclass(frozen=True, slots=True)
-class RunSettings:
-    """How a run is carried out, whatever it does."""
-
-    fail_fast: bool = False
-    min_success: float | None = None
-    runner: RunnerName = "threads"
-    runner_address: str | None = None
-    workers: int | None = None
-    max_requests: int = DEFAULT_REQUESTS
-    deadline: float | None = None
-    """Seconds that the run may take."""
-    source_options: str | None = None
-    dest_options: str | None = None
-
-    @classmethod
-    def of(cls, asked: Mapping[str, Any]) -> RunSettings:
-        """Out of a flow's parameters, which may have others as well.
-
-        Raises:
-            UsageError: a deadline that is not a duration.
-        """
-        found = {entry.name: asked[entry.name] for entry in fields(cls) if entry.name in asked}
-        if found.get("deadline") is not None:
-            found["deadline"] = parse_duration(found["deadline"])
-        return cls(**found)
 
 
 @contextlib.contextmanager
@@ -115,7 +85,7 @@ class Running:
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def stop(self, reason: str = "") -> None:
-        """Give up what is under way, here and in the processes of the runner; begin nothing new."""
+        """Stop what is under way, here and in the runner's processes, and begin nothing new."""
         self.live.stop(reason)
         if self.lease is not None and self.runner.is_remote and not self.stopped.is_set():
             self.stopped.set()
@@ -174,7 +144,7 @@ def running(live: LiveRun, request: RunRequest | None, settings: RunSettings) ->
 
 @contextlib.contextmanager
 def _stops_as_error(live: LiveRun) -> Iterator[None]:
-    """What stops a run in the flow's own thread is an error of the run there, no crash of its process."""
+    """What stops a run in the flow's own thread becomes an error of the run, not a crash of its process."""
     try:
         yield
     except Interrupted as error:

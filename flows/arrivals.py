@@ -25,7 +25,7 @@ def arrived_paths(notification: Any, source: str) -> list[str]:
     """Paths below `source` (`s3://bucket/prefix`) of objects that were created and look like checkpoints.
 
     Each once, in the order of the notification. Checkpoints of several files (shards, ranks, folders) are
-    left to the next run of the whole: their first part says nothing of the last. What is not a notification
+    left to the next run of the whole: the first part says nothing about the last. What is not a notification
     has none.
     """
     bucket, _, prefix = source.partition("://")[2].rstrip("/").partition("/")

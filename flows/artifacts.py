@@ -3,7 +3,7 @@
 The key is the same for every run of a flow, so the UI keeps their history under it. Prefect accepts
 tables of several thousand rows (5,000 measured); the rest is in the run record.
 
-No work depends on any of it: a separate thread sends it, what cannot be sent is logged once, and the
+No work depends on this: a separate thread sends it, what cannot be sent is logged once, and the
 end of a run waits for it for `END_SECONDS` and no longer.
 """
 
@@ -71,7 +71,7 @@ class Artifacts:
         self._hand_over(lambda: _publish_table(self._key, rows, description))
 
     def end(self) -> None:
-        """Nothing more comes; wait for what is on its way, within bounds."""
+        """Wait, within bounds, for what is on its way; nothing more comes."""
         self._hand_over(lambda: self._show_progress(100.0, "") if self._progress_id is not None else None)
         self._jobs.put(None)
         assert self._thread is not None

@@ -11,10 +11,11 @@ from typing import Any
 
 from prefect import get_run_logger
 
-from flows.access import Running, RunSettings, current_flow_run_id, join_run, run_url, running
+from flows.access import Running, current_flow_run_id, join_run, run_url, running
 from flows.artifacts import Artifacts, conversion_rows
 from flows.batches import MAX_BATCHES, cut, iter_batches
 from flows.notices import failure_line, final_state
+from flows.options import RunSettings
 from flows.parsing import refuse_secrets
 from flows.prefect.orchestrator import ABSENT_SECONDS, await_server
 from flows.prefect.signals import INTERRUPTS
@@ -46,7 +47,7 @@ ASKING_COUNT = 200
 ASKING_BATCHES = 50
 """With 200 batches, each written and proven, and the index, that is about 500 task runs at most."""
 ASKING_WIDTH = 8
-"""At least this many ask what is up to date: that is waiting for small answers, not work."""
+"""At least this many ask what is up to date: they wait for small answers and do no work."""
 
 
 def carry_out(request: RunRequest, asked: Mapping[str, Any], make: Callable[[Running], Conversion]) -> Any:
@@ -54,8 +55,11 @@ def carry_out(request: RunRequest, asked: Mapping[str, Any], make: Callable[[Run
     refuse_secrets(request.source, request.dest, *([request.backup_dir] if request.backup_dir else []))
     settings = RunSettings.of(asked)
     with join_run(asked["run_id"] or new_run_id(), settings) as live:
-        check_request(request, live.sides)
-        request = with_named_files(request, asked, live.sides)
+        if live.plan is None:
+            check_request(request, live.sides)
+            request = with_named_files(request, asked, live.sides)
+        else:  # the command line has made it
+            request = live.plan.request
         with running(live, request, settings) as run:
             step(live, "list both sides", lambda: live.opened_plan.make(live.tick))
             live.opened_plan.refuse_nothing()
@@ -64,8 +68,6 @@ def carry_out(request: RunRequest, asked: Mapping[str, Any], make: Callable[[Run
 
 class Conversion:
     """One run: submits batches, turns final states into outcomes, keeps the account."""
-
-    artifact_key = "ptbin-convert"
 
     def __init__(self, run: Running, tally: Tally | None = None, memory: Memory | None = None) -> None:
         """Left out, tally and memory are those of the plan's checkpoints."""
@@ -86,15 +88,15 @@ class Conversion:
             do=lambda name, write: sure_step(self.live, name, write),
             warn=self.logger.warning,
         )
-        self.progress = Artifacts(self.artifact_key, self.logger)
+        self.progress = Artifacts(f"ptbin-{self.plan.request.kind}", self.logger)
         self.counted_current = False
         self.stages = Stages(run, self.logger, self._keeps_on)
 
     def carry_out(self) -> Any:
         """The whole run from here on.
 
-        Whatever is raised on the way is raised again once the run has accounted for itself; a deadline that
-        passes is no more than a reason to end.
+        An error is raised again once the run has accounted for itself; a deadline that passes only ends the
+        run.
         """
         refused = self.account.open()
         if text := self.work.entries.links_words():
@@ -165,15 +167,16 @@ class Conversion:
     def run(self) -> None:
         """Convert and prove what is to be done; every checkpoint is in the tally afterwards."""
         self._count_current()
-        up_to_date = self.tally.count("up_to_date")
         count, nbytes = self.work.to_do()
-        self.live.listener.planned(count, nbytes, up_to_date)
-        self.logger.info(
-            "%d checkpoints (%s) to convert, %d up to date", count, format_nbytes(nbytes), up_to_date
-        )
-        self.progress.begin(count)
+        self._begin(count, nbytes, f"checkpoints ({format_nbytes(nbytes)}) to convert")
         self.stages.carry_out(*self._parts())
         self._account_for_the_rest()
+
+    def _begin(self, count: int, nbytes: int, what: str) -> None:
+        up_to_date = self.tally.count("up_to_date")
+        self.live.listener.planned(count, nbytes, up_to_date)
+        self.logger.info("%d %s, %d up to date", count, what, up_to_date)
+        self.progress.begin(count)
 
     def _parts(self) -> Sequence[tuple[Stage, Iterable[Sequence[Any]]]]:
         """What the run is made of: stages, and the batches that go through them."""
@@ -204,7 +207,7 @@ class Conversion:
         )
 
     def _account_for_the_rest(self) -> None:
-        """Count what the run did not come to as well."""
+        """Count what the run did not get to as well."""
         self._count_current()
         self.tally.add_rest(self.work, self.stages.settled)
 
@@ -233,14 +236,9 @@ class Conversion:
 
     def _announce_outputs(self, link: str | None) -> None:
         """Prefect's assets of what was made; a run that made nothing has none."""
-        tally = self.tally
-        if not (made := tally.made()):
-            return
-        counts = {name: tally.count(name) for name in ("converted", "up_to_date", "rejected", "failed")}
-        facts = {"run": tally.run_id, "kind": tally.kind, **counts}
         try:
-            self.live.task_runs += announce(tally.source, tally.place, facts, made, report=link)
-        except Exception as error:  # noqa: BLE001 - whatever Prefect's client comes to
+            self.live.task_runs += announce(self.tally, report=link)
+        except Exception as error:  # noqa: BLE001 - whatever Prefect's client raises
             self.logger.warning("asset events are missing: %s", type(error).__name__)
 
     def _show(self, message: str, folder: str, essence: str) -> None:

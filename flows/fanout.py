@@ -31,7 +31,7 @@ ROUND_SECONDS = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One task run to be: `submit` starts it, `then` gets its final state and says what follows."""
+    """A task run that is to be: `submit` starts it, `then` gets its final state and returns what follows."""
 
     submit: Callable[[], PrefectFuture[Any]]
     then: Callable[[State[Any]], Iterable[Work]]

@@ -84,15 +84,9 @@ def _type_of(entry: Option) -> Any:
     if entry.kind == "choice":
         return Literal[entry.choices]
     if entry.kind == "size":
-        return (
-            Annotated[str, Field(pattern=_SIZE), AfterValidator(_checked(parse_size))]
-            | Annotated[int, Field(ge=1)]
-        )
+        return _text(_SIZE, parse_size) | Annotated[int, Field(ge=1)]
     if entry.kind == "duration":
-        return (
-            Annotated[str, Field(pattern=_DURATION), AfterValidator(_checked(parse_duration))]
-            | Annotated[float, Field(gt=0)]
-        )
+        return _text(_DURATION, parse_duration) | Annotated[float, Field(gt=0)]
     if entry.kind == "count":
         return Annotated[int, Field(ge=entry.least, le=entry.most)]
     if entry.kind == "share":
@@ -107,8 +101,8 @@ def _type_of(entry: Option) -> Any:
     return kinds.get(entry.kind, str)
 
 
-def _checked(parse: Callable[[str], object]) -> Callable[[str], str]:
-    """Pydantic's way to refuse: what cannot be parsed is a wrong value."""
+def _text(pattern: str, parse: Callable[[str], object]) -> Any:
+    """A text that matches the pattern and can be parsed."""
 
     def check(text: str) -> str:
         try:
@@ -117,4 +111,4 @@ def _checked(parse: Callable[[str], object]) -> Callable[[str], str]:
             raise ValueError(str(error)) from error
         return text
 
-    return check
+    return Annotated[str, Field(pattern=pattern), AfterValidator(check)]

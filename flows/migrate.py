@@ -12,11 +12,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from flows.access import Running, RunSettings, join_run, running
+from flows.access import Running, join_run, running
 from flows.batches import cut, iter_batches
 from flows.conversion import Conversion
 from flows.forms import PLACES, Text
-from flows.options import CONTENT, MIGRATE, chosen
+from flows.options import CONTENT, MIGRATE, RunSettings, chosen
 from flows.parsing import build_options, refuse_secrets
 from flows.run_flow import run_flow
 from flows.stages import Stage
@@ -51,8 +51,6 @@ UPDATES = 50
 
 class Migrating(Conversion):
     """A run whose jobs are versions: moved by any worker, registered in order."""
-
-    artifact_key = "ptbin-migrate"
 
     def __init__(
         self,
@@ -97,11 +95,7 @@ class Migrating(Conversion):
                 self._close(one, Outcome(one.version.path, "up_to_date"))
             elif one.action == "refused":
                 self._report(self._close(one, Outcome(one.version.path, "rejected", one.reason, one.detail)))
-        count = len(self.jobs)
-        up_to_date = self.tally.count("up_to_date")
-        self.live.listener.planned(count, 0, up_to_date)
-        self.logger.info("%d versions to migrate, %d up to date", count, up_to_date)
-        self.progress.begin(count)
+        self._begin(len(self.jobs), 0, "versions to migrate")
         for plan in self.migration.models:
             if plan.problem and not plan.steps:
                 self.tally.run_problems.append(Problem(plan.model.name, "registry_error", plan.problem))
@@ -130,7 +124,7 @@ class Migrating(Conversion):
         return [(transfer >> register, batches)]
 
     def _update(self) -> None:
-        """Metadata that differs of what is registered already: an alias that has moved, say."""
+        """Update metadata of what is registered already: an alias that has moved, say."""
         plans = [plan for plan in self.migration.models if plan.needs_update]
         if not plans or not self._keeps_on():
             return

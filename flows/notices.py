@@ -76,7 +76,7 @@ def tag_flow_run() -> None:
     try:
         with get_client(sync_client=True) as client:
             client.update_flow_run(context.flow_run.id, tags=wanted)
-    except Exception as error:  # noqa: BLE001 - whatever Prefect's client comes to
+    except Exception as error:  # noqa: BLE001 - whatever Prefect's client raises
         logging.getLogger(__name__).warning("the run has no tag %s: %s", TAG, type(error).__name__)
         return
     context.flow_run.tags = wanted  # for the events that this process sends

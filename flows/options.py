@@ -8,18 +8,18 @@ with its help (`flows.cli.options`) are made from these tables; a new conversion
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-from flows.parsing import MAX_WORKERS
+from flows.parsing import MAX_WORKERS, parse_duration
 from ptbin.options import FILES, FORM, PROOF, ConvertOptions
 from ptbin.restoring.options import RestoreOptions
-from ptbin.values.options import Option, options_of
+from ptbin.values.options import Option, option, options_of
 
 __all__ = [
-    "CONTENT", "CONVERT", "DEFAULT_REQUESTS", "INSPECT", "LAST", "MIGRATE", "MIRRORING", "RESTORE", "RUN",
-    "STATUS", "SYNC", "VERIFY", "chosen",
+    "CONTENT", "CONVERT", "INSPECT", "LAST", "MIGRATE", "MIRRORING", "RESTORE", "RUN",
+    "STATUS", "SYNC", "VERIFY", "RunSettings", "RunnerName", "chosen",
 ]  # fmt: skip
 
 RUN = "How the run goes"
@@ -28,8 +28,7 @@ REGISTRIES = "The registries"
 
 LAST = "last"
 """Of `--retry-failed`: all that fails as the last run which looked at it left it."""
-DEFAULT_REQUESTS = 64
-"""What all tasks of a run may have under way together, unless it is asked for otherwise."""
+RunnerName = Literal["threads", "processes", "dask", "ray"]
 
 _ENGINE = options_of(ConvertOptions)
 _RESTORING = options_of(RestoreOptions)
@@ -37,7 +36,6 @@ _RESTORING = options_of(RestoreOptions)
 CONTENT = tuple(entry for name, entry in _ENGINE.items() if name not in {"layout", "force"})
 """What is in an output, and how far it is proven."""
 
-_of_run = partial(Option, group=RUN)
 _of_mirror = partial(Option, group=MIRROR)
 _of_registries = partial(Option, group=REGISTRIES)
 
@@ -62,49 +60,62 @@ COPY_LINKS = Option(
     group=FILES,
 )
 
-RUNNER = (
-    _of_run(
-        "workers",
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """How a run is carried out, whatever it does."""
+
+    fail_fast: bool = option(False, "Begin nothing new after the first problem.", group=RUN)
+    workers: int | None = option(
+        None,
         "Batches worked on at once: one a core (2 to 16), or as many as the cluster has threads.",
         kind="count",
         metavar="N",
         most=MAX_WORKERS,
-    ),
-    _of_run(
-        "runner",
-        "What works on them: threads, processes, a Dask or a Ray cluster.",
-        "threads",
-        "choice",
-        ("threads", "processes", "dask", "ray"),
-    ),
-    _of_run(
-        "runner_address",
+        group=RUN,
+    )
+    runner: RunnerName = option(
+        "threads", "What works on them: threads, processes, a Dask or a Ray cluster.", group=RUN
+    )
+    runner_address: str | None = option(
+        None,
         "A running Dask scheduler or Ray head (tcp://HOST:8786, ray://HOST:10001).",
         metavar="ADDR",
-    ),
-)
-RUNNING = (
-    _of_run("fail_fast", "Begin nothing new after the first problem.", False, "flag"),
-    *RUNNER,
-    _of_run(
-        "max_requests",
-        "Requests to S3 under way at once, of the whole run.",
-        DEFAULT_REQUESTS,
-        "count",
-        metavar="N",
-    ),
-    _of_run("deadline", "Stop the run after that long: 90, 45m, 6h, 1h30m.", kind="duration"),
-)
-"""How a run is carried out, whatever it does."""
-
-JUDGING = (
-    _of_run(
-        "min_success",
+        group=RUN,
+    )
+    max_requests: int = option(
+        64, "Requests to S3 under way at once, of the whole run.", kind="count", metavar="N", group=RUN
+    )
+    deadline: float | None = option(
+        None, "Stop the run after that long: 90, 45m, 6h, 1h30m.", kind="duration", group=RUN
+    )
+    min_success: float | None = option(
+        None,
         "Succeed if that share of the checkpoints does (0.99), acknowledged failures aside.",
         kind="share",
         metavar="SHARE",
-    ),
-)
+        group=RUN,
+    )
+    source_options: str | None = None
+    dest_options: str | None = None
+
+    @classmethod
+    def of(cls, asked: Mapping[str, Any]) -> RunSettings:
+        """Out of a flow's parameters, which may have others as well; a deadline becomes seconds.
+
+        Raises:
+            UsageError: a deadline that is not a duration.
+        """
+        found = {entry.name: asked[entry.name] for entry in fields(cls) if entry.name in asked}
+        if found.get("deadline") is not None:
+            found["deadline"] = parse_duration(found["deadline"])
+        return cls(**found)
+
+
+_RUN = options_of(RunSettings)
+RUNNER = tuple(_RUN[name] for name in ("workers", "runner", "runner_address"))
+JUDGING = (_RUN["min_success"],)
+RUNNING = tuple(entry for entry in _RUN.values() if entry not in JUDGING)
 
 CONVERT = (
     *(INCLUDE, EXCLUDE, COPY_LINKS),

@@ -23,7 +23,7 @@ from ptbin.catalog.lease import acquire_lease
 from ptbin.catalog.plan import Plan
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import PtbinError, StorageError, UsageError
-from ptbin.history.failures import Ledger
+from ptbin.history.failures import Ledger, read_ledger
 from ptbin.runs.account import Account
 from ptbin.runs.outcomes import Kind, Outcome
 from ptbin.runs.remembering import CheckpointMemory
@@ -35,7 +35,7 @@ from tasks.live import LiveRun
 __all__ = ["finish_in_step", "preparing", "refuse_nothing"]
 
 WIDTH = 8
-"""Manifests and companions are asked side by side: that is waiting for small answers."""
+"""Manifests and companions are asked side by side: they only wait for small answers."""
 
 
 def refuse_nothing(live: LiveRun, request: RunRequest) -> None:
@@ -62,7 +62,7 @@ def refuse_nothing(live: LiveRun, request: RunRequest) -> None:
 
 @contextlib.contextmanager
 def preparing(live: LiveRun, request: RunRequest, work_found: Callable[[], object]) -> Iterator[None]:
-    """Make the run's plan, under the lease of DEST, so far as the stores allow it.
+    """Make the run's plan, under the lease of DEST, as far as the stores allow.
 
     `work_found` is called at most once, as soon as there is something to convert: the listing may still take
     long.
@@ -93,16 +93,14 @@ def preparing(live: LiveRun, request: RunRequest, work_found: Callable[[], objec
 
 
 def _read_ledger(live: LiveRun, plan: Plan) -> Ledger:
-    tally = Tally.of(live.run_id, plan.request)
     try:
-        CheckpointMemory(plan).open(tally)
+        return read_ledger(live.dest_at(plan.request.dest), root=CheckpointMemory(plan).root)
     except PtbinError:
         return Ledger()
-    return tally.ledger
 
 
 def _is_settled(job: Job, ledger: Ledger) -> bool:
-    """Whether an earlier run found in this very state of the file that it is no checkpoint."""
+    """Whether an earlier run found this very state of the file not to be a checkpoint."""
     if not job.copies and is_companion(job.path):
         return True
     row = ledger.before.get(job.source_uri)
@@ -144,7 +142,7 @@ def finish_in_step(live: LiveRun, min_success: float | None = None) -> dict[str,
 
 
 def _settle_known(live: LiveRun, account: Account) -> bool:
-    """Settle what is no checkpoint, by its name or earlier runs; false where anything else is to be done."""
+    """Settle what is not a checkpoint, by name or by earlier runs; false where anything else is to do."""
     plan, before = account.plan, account.tally.ledger.before
     companions = []
     known = []

@@ -26,8 +26,6 @@ __all__ = ["restore"]
 class Restoration(Conversion):
     """A conversion whose batches restore."""
 
-    artifact_key = "ptbin-restore"
-
     def __init__(self, run: Running, options: RestoreOptions) -> None:
         super().__init__(run)
         self.restore_options = options

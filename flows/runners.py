@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from prefect import Task
 from prefect.futures import PrefectFuture
@@ -24,6 +24,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 
 from flows.batches import BATCH_COUNT, BATCHES_PER_WORKER
 from flows.fanout import quote
+from flows.options import RunnerName
 from flows.parsing import MAX_WORKERS, refuse_runner_secrets
 from flows.prefect.undocumented import is_broken
 from ptbin.cores import default_workers, share_cores
@@ -31,9 +32,8 @@ from ptbin.errors import UsageError
 from ptbin.installed import require
 from tasks.live import stop_all
 
-__all__ = ["Runner", "RunnerName", "open_runner"]
+__all__ = ["Runner", "open_runner"]
 
-RunnerName = Literal["threads", "processes", "dask", "ray"]
 CONNECT_SECONDS = 20
 START_TRIES = 3
 REMOTE_BATCH_COUNT = 250
@@ -209,7 +209,7 @@ def _dask(address: str | None, workers: int | None) -> Runner:
 def _ray(address: str | None, workers: int | None, empty: str) -> Runner:
     # Ray asks a host on the internet for its usage statistics otherwise.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A Ray started here gives its workers niceness 15 otherwise: beside busy processes they hardly move.
+    # A Ray started here gives its workers niceness 15 otherwise: next to busy processes they hardly move.
     os.environ.setdefault("RAY_worker_niceness", "0")
     prefect_ray = _import("prefect_ray")
     ray = _import("ray")

@@ -31,7 +31,7 @@ from tasks.live import Ticket
 __all__ = ["Settle", "Stage", "Stages", "count_of", "split_in_half"]
 
 LOST_TRIES = 3
-"""How often a batch that is not to be halved may lose its process before it is given up."""
+"""How often a batch may lose its process before it is given up, if it is not to be halved."""
 
 Item = TypeVar("Item")
 Settle = Callable[[Sequence[tuple[Any, Outcome]]], None]
@@ -53,10 +53,10 @@ class Stage:
 
     Attributes:
         task: does it to a batch; `values` go with each.
-        title: how task runs are called, with what `label` says of their batch.
+        title: what task runs are called, followed by the `label` of their batch.
         settle: takes the items of a batch that have their final outcome.
         then: where staged items go; `first >> second` puts it together.
-        urgent: goes before what is not: the second step of what is begun already.
+        urgent: goes before what is not: the second step of work already begun.
         splits: whether a batch whose process was lost is halved.
         key: items with the same one go through in order.
         here: whether it is done in threads of the flow's own process, whatever the runner.

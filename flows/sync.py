@@ -44,8 +44,6 @@ INDEX_SECONDS = 10.0
 class Synchronization(Conversion):
     """A conversion that also compares, copies, backs up and deletes."""
 
-    artifact_key = "ptbin-sync"
-
     def __init__(self, run: Running) -> None:
         super().__init__(run)
         self.request = self.plan.request
@@ -91,30 +89,21 @@ class Synchronization(Conversion):
 
         Such are outputs that `convert` made; it takes configuration and tokenizer along.
         """
-        listed: dict[str, list[str]] = {}
-        for job in list(self.work.iter_to_do(copies=False)):
-            try:
-                if names := self.work.copies_listed(job):
-                    listed[manifest_uri(job.dest_uri)] = names
-            except StorageError as error:
-                self._give_up(job, error.reason, one_line(str(error)))
-        if not listed:
-            return
+        failed: list[tuple[Job, Outcome]] = []
 
-        def release() -> dict[str, Outcome]:
-            failed = {}
-            for uri, names in listed.items():
+        def release() -> None:
+            for job in jobs:
                 self.live.tick()
                 try:
-                    release_companions(self.live.dest_at(uri), names)
+                    if names := self.work.copies_listed(job):
+                        release_companions(self.live.dest_at(manifest_uri(job.dest_uri)), names)
                 except Exception as error:  # noqa: BLE001 - what is wrong with one must not stop the others
-                    failed[uri] = outcome_of_error(uri, error)
-            return failed
+                    failed.append((job, outcome_of_error(job.path, error)))
 
-        failed = step(self.live, "release companions", release, retried=False)
-        for job in list(self.work.iter_to_do(copies=False)):
-            if (outcome := failed.get(manifest_uri(job.dest_uri))) is not None:
-                self._give_up(job, outcome.reason, outcome.detail)
+        if jobs := list(self.work.iter_to_do(copies=False)):
+            step(self.live, "release companions", release, retried=False)
+        for job, outcome in failed:
+            self._give_up(job, outcome.reason, outcome.detail)
 
     def _parts(self) -> Sequence[tuple[Stage, Iterable[Sequence[Job]]]]:
         """Conversions first; copies of companions are small and fill the gaps at the end."""
@@ -139,8 +128,7 @@ class Synchronization(Conversion):
         if not owners:
             return
         failed = self._save(list(owners))
-        for job in {owners[path].path: owners[path] for path in failed}.values():
-            outcome = next(failed[path] for path in failed if owners[path].path == job.path)
+        for job, outcome in {owners[path].path: (owners[path], failed[path]) for path in failed}.values():
             self._give_up(job, outcome.reason, f"not backed up: {outcome.detail}")
 
     def _save(self, files: Sequence[str]) -> dict[str, Outcome]:

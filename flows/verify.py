@@ -10,12 +10,12 @@ from typing import Any
 
 from prefect import get_run_logger
 
-from flows.access import Running, RunSettings, join_run, running
+from flows.access import Running, join_run, running
 from flows.artifacts import Artifacts, verification_rows
 from flows.batches import iter_batches
 from flows.forms import DEST, Text
 from flows.notices import final_state
-from flows.options import VERIFY
+from flows.options import VERIFY, RunSettings
 from flows.parsing import refuse_secrets
 from flows.prefect.orchestrator import await_server
 from flows.run_flow import run_flow
@@ -34,7 +34,7 @@ __all__ = ["verify"]
 
 @run_flow([DEST], VERIFY)
 def verify(dest: Text, **asked: Any) -> Any:
-    """Verify every manifest below `dest` at `level` (`checksum` or `load`), and what stands beside them.
+    """Verify every manifest below `dest` at `level` (`checksum` or `load`), and what else lies there.
 
     Statements of provenance, checksum lists of runs and registry records are held against the manifests;
     signatures are checked where `public_key` is given.

@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-__all__ = ["Weights", "load"]
-
-
 def load(
     where: Where,
     *,

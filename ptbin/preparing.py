@@ -29,8 +29,6 @@ from ptbin.values.names import bad_name, shown_path
 from ptbin.writing.outputs import OutputPlan, plan_outputs
 from ptbin.writing.ties import tie_equal_tensors
 
-__all__ = ["Prepared", "Preview", "outputs_of_before", "plan_conversion", "prepared", "preview"]
-
 
 @dataclass(frozen=True, slots=True)
 class Preview:

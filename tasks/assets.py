@@ -8,9 +8,8 @@ characters; a place that has them is not an asset. Nothing else depends on this.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from prefect.assets import Asset, AssetProperties, add_asset_metadata, materialize
 from prefect.cache_policies import NO_CACHE
@@ -18,17 +17,13 @@ from pydantic import ValidationError
 
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
 from ptbin.runs.outcomes import Converted
+from ptbin.runs.tally import Entry, Tally
 from ptbin.stores import public_uri
 
 __all__ = ["MAX_OUTPUTS", "announce", "asset_of"]
 
 MAX_OUTPUTS = 100
 """0.13 ms each in the process of the run (100 of them: 13 ms), and a few hundred bytes on the server."""
-
-
-class _WithSource(Protocol):
-    @property
-    def source(self) -> str: ...
 
 
 def asset_of(uri: str, *, url: str | None = None) -> Asset | None:
@@ -40,29 +35,23 @@ def asset_of(uri: str, *, url: str | None = None) -> Asset | None:
         return None
 
 
-def announce(
-    source: str,
-    dest: str,
-    facts: Mapping[str, Any],
-    made: Sequence[tuple[_WithSource, Converted]],
-    *,
-    report: str | None = None,
-) -> int:
-    """Report to Prefect what a run has made of `source`; the number of task runs that it took.
+def announce(tally: Tally, *, report: str | None = None) -> int:
+    """Report to Prefect what a run has made of SOURCE; the number of task runs that it took.
 
-    Args:
-        facts: of the run, as metadata of DEST.
-        made: what was converted, and into what.
-        report: a page about the run, which a browser can open.
+    `report`: a page about the run, which a browser can open.
     """
-    assets = {asset: dict(facts) for asset in [asset_of(dest, url=report)] if asset is not None}
+    if not (made := tally.made()):
+        return 0
+    counts = {name: tally.count(name) for name in ("converted", "up_to_date", "rejected", "failed")}
+    facts = {"run": tally.run_id, "kind": tally.kind, **counts}
+    assets = {asset: facts for asset in [asset_of(tally.place, url=report)] if asset is not None}
     if len(made) <= MAX_OUTPUTS:
         for entry, output in made:
             if (asset := asset_of(output.manifest_uri.removesuffix(MANIFEST_SUFFIX))) is not None:
                 assets[asset] = _facts_of(entry, output)
     if not assets:
         return 0
-    origin = asset_of(source)
+    origin = asset_of(tally.source)
 
     @materialize(
         *assets,
@@ -80,7 +69,7 @@ def announce(
     return 1
 
 
-def _facts_of(entry: _WithSource, output: Converted) -> dict[str, Any]:
+def _facts_of(entry: Entry, output: Converted) -> dict[str, Any]:
     return {
         "source": entry.source,
         "manifest": output.manifest_uri,

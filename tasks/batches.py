@@ -89,7 +89,7 @@ def batch_task(
                     found[place] = replace(outcome, seconds=seconds)
                 if sum(outcome.is_full for outcome in found.values()) >= FULL_AFTER:
                     break  # each of the rest would be read whole to find that out once more
-            # What was finished before a stop is reported all the same: an interrupted run accounts for it.
+            # What was finished before a stop is reported too: an interrupted run accounts for it.
             return _state_of(
                 [found.get(place) or Outcome(path_of(item), "not_tried") for place, item in enumerate(items)]
             )

@@ -95,7 +95,7 @@ class LiveRun:
     requests: RequestLimit | None = field(default=None, repr=False)
     """How many requests all tasks of the run in this process may have under way together."""
     task_runs: int = field(default=0, repr=False)
-    """How many task runs its flow has come to."""
+    """How many task runs its flow has made."""
     summary: dict[str, Any] = field(default_factory=dict, repr=False)
     """Filled by the flow at its end, for the process that started it."""
 
@@ -146,7 +146,7 @@ class LiveRun:
         self.moved(0)
 
     def stop(self, reason: str) -> None:
-        """Begin nothing new and give up what is under way."""
+        """Begin nothing new and stop what is under way."""
         self.stop_reason = self.stop_reason or reason
         self.stopping.set()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from ptbin.catalog import Job
 from ptbin.catalog.comparing import (
@@ -16,8 +15,7 @@ from ptbin.catalog.mirroring import is_reached_plainly
 from ptbin.errors import NoSpaceError, NotFoundInStoreError
 from ptbin.options import ConvertOptions
 from ptbin.runs.outcomes import Converted, Outcome, outcome_of_error
-from ptbin.stores import Place
-from ptbin.stores.copying import Copied, copy_file
+from ptbin.stores.copying import copy_file
 from tasks.batches import batch_task
 from tasks.live import LiveRun
 
@@ -47,19 +45,9 @@ def copy_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
     )
     # A copy has no manifest: the run's record says what changed.
     detail = f"changed: its element type is {options.dtype} now" if copied.changed else ""
-    return Outcome(job.path, "copied", detail=detail, converted=_copied(job, copied, options))
-
-
-def _copied(job: Job, copied: Copied, options: ConvertOptions) -> Converted:
-    return Converted(
-        manifest_uri="",
-        outputs=(),
-        tensors=0,
-        read_nbytes=copied.size - copied.copied_nbytes,
-        written_nbytes=copied.size,
-        copied_nbytes=copied.copied_nbytes,
-        index_row=row_of_copy(job, "", copied, options),
-    )
+    moved = (copied.size - copied.copied_nbytes, copied.size, copied.copied_nbytes)
+    facts = Converted("", (), 0, *moved, index_row=row_of_copy(job, "", copied, options))
+    return Outcome(job.path, "copied", detail=detail, converted=facts)
 
 
 @batch_task("back up")
@@ -75,13 +63,10 @@ def back_up_batch(live: LiveRun, path: str, dest: str, backup: str) -> Outcome:
     return Outcome(path, "copied")
 
 
-def _open_dest(live: LiveRun, dest: str) -> dict[str, Any]:
-    return {"folder": live.dest_at(dest)}
-
-
-@batch_task("delete", opens=_open_dest)
-def delete_batch(_live: LiveRun, path: str, folder: Place) -> Outcome:
+@batch_task("delete")
+def delete_batch(live: LiveRun, path: str, dest: str) -> Outcome:
     """Delete a file of DEST. They come in order: manifests before what they vouch for."""
+    folder = live.dest_at(dest)
     if not is_reached_plainly(folder, path):
         return Outcome(path, "not_tried")  # a link took its place: what it leads to is not ours
     (folder / path).delete()

@@ -47,7 +47,7 @@ def step_task(live: LiveRun, name: str, do: Callable[[], Result], *, retried: bo
 
 
 def step(live: LiveRun, name: str, do: Callable[[], Result], *, retried: bool = True) -> Result:
-    """Do one thing as a task run called `name`; `retried` where a store says that it may help."""
+    """Do one thing as a task run called `name`; `retried` where the error is transient."""
     live.task_runs += 1
     return step_task(live, name, do, retried=retried)()
 
@@ -69,7 +69,7 @@ def sure_step(live: LiveRun, name: str, do: Callable[[], None]) -> None:
 
     try:
         step(live, name, run)
-    except Exception as error:  # noqa: BLE001 - whatever Prefect's client comes to
+    except Exception as error:  # noqa: BLE001 - whatever Prefect's client raises
         if not ended:
             do()
         elif (fault := ended[-1]) is not None:

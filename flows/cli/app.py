@@ -30,7 +30,7 @@ from flows.cli.help import GroupedCommands
 from flows.cli.inspect_command import inspect_command
 from flows.cli.metrics_command import metrics_command
 from flows.cli.migrate_command import migrate_command
-from flows.cli.printing import print_error, print_json, printable
+from flows.cli.printing import asks_for, print_error, print_json, printable
 from flows.cli.restore_command import restore_command
 from flows.cli.runs_command import runs_command
 from flows.cli.started import begin_again
@@ -177,7 +177,7 @@ def _open_streams() -> None:
 
 def _quieten_libraries(words: Sequence[str]) -> None:
     """Drop what store libraries log, unless it is asked for: their errors are reported by ptbin."""
-    if not _wants_debug(words) and not logging.getLogger().handlers:
+    if not asks_for(words, "--log-level", "debug") and not logging.getLogger().handlers:
         logging.getLogger().addHandler(logging.NullHandler())
 
 
@@ -218,13 +218,8 @@ def _usage_line(error: click.ClickException) -> str:
 
 
 def _print_traceback(words: Sequence[str]) -> None:
-    if _wants_debug(words):
+    if asks_for(words, "--log-level", "debug"):
         traceback.print_exc()
-
-
-def _wants_debug(words: Sequence[str]) -> bool:
-    # From the words themselves: an error may come before any option was parsed.
-    return "--log-level=debug" in words or ("--log-level" in words and "debug" in words)
 
 
 read_environment(cli.commands.values())

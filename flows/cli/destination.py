@@ -34,11 +34,9 @@ def one_file(
         raise UsageError(
             "DEST is -: an output is a file with its manifest next to it; name a file or a directory"
         )
-    refuse_lost("DEST", dest)
-    found = _SUFFIX.search(_own_link(dest))
-    if found is None or _is_directory(dest, storage_options):
+    suffix = _suffix_of_file(dest, storage_options).lower()
+    if not suffix:
         return None
-    suffix = found[0].lower()
     if suffix in known:
         return suffix
     if suffix in elsewhere:
@@ -59,11 +57,9 @@ def refuse_one_file(dest: str, storage_options: Mapping[str, Any], command: str)
     """
     if dest == "-":
         raise UsageError(f"DEST is -, and {command} fills a directory: name one")
-    refuse_lost("DEST", dest)
-    found = _SUFFIX.search(_own_link(dest))
-    if found is not None and not _is_directory(dest, storage_options):
+    if suffix := _suffix_of_file(dest, storage_options):
         raise UsageError(
-            f"DEST ends in {found[0]}, and {command} fills a directory: write {dest}/ if it is to have "
+            f"DEST ends in {suffix}, and {command} fills a directory: write {dest}/ if it is to have "
             "that name"
         )
 
@@ -108,7 +104,10 @@ def _own_link(dest: str) -> str:
     return next((link for link in links if "://" in link), links[-1])
 
 
-def _is_directory(dest: str, storage_options: Mapping[str, Any]) -> bool:
+def _suffix_of_file(dest: str, storage_options: Mapping[str, Any]) -> str:
+    """The suffix of DEST where it looks like one file; empty where it does not, or is a directory."""
     from ptbin.stores import place_of
 
-    return place_of(dest, storage_options).is_directory()
+    refuse_lost("DEST", dest)
+    found = _SUFFIX.search(_own_link(dest))
+    return "" if found is None or place_of(dest, storage_options).is_directory() else found[0]

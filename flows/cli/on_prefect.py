@@ -60,9 +60,9 @@ def run_flow(name: str, shared: Shared, listener: Problems, **parameters: Any) -
     """Call the flow `convert`, `migrate`, `restore`, `sync` or `verify` and return the summary it left.
 
     Raises:
-        PtbinError: what the flow raised before it came to a summary. A run that was stopped by then has one.
-        KeyboardInterrupt: the run was interrupted before it had anything to account for; what it comes to
-            later has a summary all the same, with `interrupted` set. Prefect has recorded it as crashed.
+        PtbinError: what the flow raised before it had a summary. A run that was stopped by then has one.
+        KeyboardInterrupt: the run was interrupted before it had anything to account for; interrupted
+            later, it has a summary with `interrupted` set. Prefect has recorded it as crashed.
     """
     refuse_runner_secrets(parameters.get("runner_address"))
     return _run(name, _live_run(shared, listener), shared, parameters)

@@ -20,8 +20,8 @@ import click
 from ptbin.stores import public_uri
 
 __all__ = [
-    "SHOWN_ROWS", "align", "and_more", "print_error", "print_json", "print_line", "print_lines_of_error",
-    "printable", "section",
+    "SHOWN_ROWS", "align", "and_more", "asks_for", "log_line", "print_error", "print_json", "print_line",
+    "print_lines_of_error", "printable", "section",
 ]  # fmt: skip
 
 SHOWN_ROWS = 20
@@ -36,18 +36,22 @@ def printable(text: str) -> str:
 def print_error(message: str, kind: str = "ptbin: error") -> None:
     """One line on standard error."""
     text = printable(" ".join(message.split()))
-    if _wants_json_lines(sys.argv):
-        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        level = "error" if kind.endswith("error") else "warning"
-        text = json.dumps({"time": now, "level": level, "event": "message", "message": text})
+    if asks_for(sys.argv, "--log-format", "json"):
+        text = log_line("message", "error" if kind.endswith("error") else "warning", message=text)
     else:
         text = f"{kind}: {text}"
     click.echo(text, err=True)
 
 
-def _wants_json_lines(words: Sequence[str]) -> bool:
-    # From the words themselves: an error may come before any option was parsed.
-    return "--log-format=json" in words or ("--log-format", "json") in itertools.pairwise(words)
+def log_line(event: str, level: str = "info", **facts: Any) -> str:
+    """An event as a JSON object on one line, for a log collector."""
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return json.dumps({"time": now, "level": level, "event": event, **facts})
+
+
+def asks_for(words: Sequence[str], option: str, value: str) -> bool:
+    """Whether a call gives an option this value; by its words, for errors before any option was parsed."""
+    return f"{option}={value}" in words or (option, value) in itertools.pairwise(words)
 
 
 def print_line(text: str = "") -> None:
@@ -58,7 +62,7 @@ def print_line(text: str = "") -> None:
 def print_lines_of_error(lines: Sequence[str]) -> None:
     """The lines of a report that belongs to an error, on standard error."""
     for line in lines:
-        if _wants_json_lines(sys.argv):
+        if asks_for(sys.argv, "--log-format", "json"):
             print_error(line)
         else:
             click.echo(f"  {printable(line)}", err=True)

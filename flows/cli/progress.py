@@ -6,17 +6,15 @@ All show the same numbers, those of `flows.cli.pace`.
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from flows.cli.command import Shared
 from flows.cli.pace import Pace
-from flows.cli.printing import print_error, printable
+from flows.cli.printing import log_line, print_error, printable
 from ptbin.installed import is_installed
 from ptbin.runs.units import format_nbytes, short_detail
 from tasks.live import Listener
@@ -196,8 +194,7 @@ class JsonLines(_Counting):
         self._print("message", level="warning", message=text)
 
     def _print(self, event: str, *, level: str = "info", **facts: Any) -> None:
-        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        line = json.dumps({"time": now, "level": level, "event": event, **facts})
+        line = log_line(event, level, **facts)
         print(line, file=sys.stderr, flush=True)  # noqa: T201 - a whole line at once, from any thread
 
 

@@ -1,4 +1,4 @@
-"""`ptbin status`: what is due and what fails, found out without a run; no Prefect, no server."""
+"""`ptbin status`: what is due and what fails, without a run; no Prefect, no server."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
     rows = _outcome_rows(summary, "converted", moved) + _rows_of_some(
         ("left alone", summary["left_alone"], LEFT_ALONE),
         ("passed over", sum(skipped.values()), skipped_words(skipped)),
-        ("not tried", summary.get("not_tried", 0), "the run ended before it came to them"),
+        ("not tried", summary.get("not_tried", 0), "the run ended before it got to them"),
     )
     if "copied" in summary:
         rows.insert(1, ("copied", str(summary["copied"]), "files as they are" if summary["copied"] else ""))

@@ -19,7 +19,7 @@ Examples:
   ptbin sync runs/ mirror/ --delete --max-delete 20 --backup-dir old/2026-11-24
   ptbin sync runs/ mirror/ --include 'figures/**' --exclude 'debug/**'
 
-Checkpoints are converted as `ptbin convert` does; beside them go their companions (configuration, tokenizer,
+Checkpoints are converted as `ptbin convert` does; their companions go along (configuration, tokenizer,
 README, licence, *.json, *.yaml, ...) and what else --include names, as they are. A second run with nothing
 changed does nothing. Nothing is deleted unless asked for, never when anything failed, and never what ptbin
 did not make of SOURCE.

@@ -77,7 +77,13 @@ def embedded_server(chosen: dict[str, str]) -> Iterator[str]:
                 str(Path(__file__).with_name("embedded_server.py")),
                 str(listener.fileno()),
             ],
-            env=_server_environment(chosen) | {"PREFECT_HOME": str(home.absolute())},
+            env={
+                **SERVER_DEFAULTS,
+                **os.environ,
+                **chosen,
+                **EPHEMERAL_SERVER,
+                "PREFECT_HOME": str(home.absolute()),
+            },
             cwd=empty,
             stdin=subprocess.PIPE,
             stdout=log,
@@ -92,10 +98,6 @@ def embedded_server(chosen: dict[str, str]) -> Iterator[str]:
             yield url
         finally:
             _stop(child)
-
-
-def _server_environment(chosen: dict[str, str]) -> dict[str, str]:
-    return {**SERVER_DEFAULTS, **os.environ, **chosen, **EPHEMERAL_SERVER}
 
 
 def _wait_until_healthy(
@@ -118,7 +120,7 @@ def _wait_until_healthy(
 
 
 def _why_it_ended(words: str, status: int, home: Path) -> str:
-    """One line: what the server said, and the way out where its database is at fault."""
+    """One line: the server's last words, and what to do where its database is at fault."""
     text = f"Prefect's embedded server ended with status {status} while starting: {words}"
     if any(name in words for name in DATABASE_FAULTS):
         text += (
@@ -133,7 +135,7 @@ def _last_words(log: IO[bytes]) -> str:
     log.seek(0)
     lines = log.read().decode(errors="replace").strip().splitlines()
     errors = [line for line in lines if _ERROR_LINE.match(line)]
-    return (errors or lines)[-1].strip() if lines else "it said nothing"
+    return (errors or lines)[-1].strip() if lines else "it printed nothing"
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:

@@ -22,7 +22,7 @@ import os
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from flows.prefect.child import OrchestratorError, embedded_server
@@ -73,7 +73,6 @@ class Orchestrator:
 
     api_url: str
     embedded: bool
-    headers: dict[str, str] = field(default_factory=dict)
 
     def settle(self, flow_run_id: str | None, task_runs: int | None) -> bool:
         """Send what is queued here; on an embedded server also wait until the task runs are recorded.
@@ -115,8 +114,8 @@ def is_embedded() -> bool:
 def import_prefect() -> None:
     """Import Prefect with the settings that it reads then. An interrupt must not come into it.
 
-    It takes a second of making pydantic's classes, and Prefect logs what its plugins' set-up comes to there,
-    an interrupt too, and goes on.
+    It makes pydantic's classes for a second, and Prefect logs whatever its plugins' set-up raises there, an
+    interrupt too, and goes on.
     """
     for name, value in CLIENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -189,7 +188,7 @@ def server_answers() -> bool:
 
 
 def _health() -> Exception | None:
-    """What asking the server for its health came to; None: it is well."""
+    """Ask the server for its health; the error, or None where it is well."""
     from prefect.client.orchestration import get_client
 
     with (

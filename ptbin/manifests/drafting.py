@@ -73,15 +73,10 @@ def _output_row(file: DraftFile) -> dict[str, Any]:
 
 def draft_file(plan: FilePlan, result: SpliceResult, copied_nbytes: int = 0) -> DraftFile:
     records = tuple(
-        DraftRecord(record.offset, record.nbytes, _crc32(record, result)) for record in plan.plan.records
+        DraftRecord(record.offset, record.nbytes, record.checksum.value(result.crcs))
+        for record in plan.plan.records
     )
     return DraftFile(plan.name, plan.plan.size, result.crc32, records, copied_nbytes)
-
-
-def _crc32(record: RecordLayout, result: SpliceResult) -> int:
-    crc = record.crc32 if record.slot is None else result.crcs[record.slot]
-    assert crc is not None
-    return crc
 
 
 def stored_of(planned: PlannedTensor) -> StoredTensor:
@@ -142,7 +137,7 @@ def _row(
         "sha256": None,
     }
     if (planned.offset, planned.nbytes, planned.stride) == (record.offset, record.nbytes, None):
-        row["crc32"] = hex_crc32(_crc32(record, result))
+        row["crc32"] = hex_crc32(record.checksum.value(result.crcs))
     if planned.stride is not None:
         row["stride"] = list(planned.stride)
     if tensor.flags:

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.[^.]+$)")
 
-__all__ = ["open_output", "open_with_torch", "prove_by_loading", "rows_by_state_dict"]
-
 
 def prove_by_loading(draft: Draft, source: Place, dest: Place) -> None:
     """Compare the output as torch loads it with the source.
@@ -125,7 +123,7 @@ def open_output(dest: Place, manifest: Mapping[str, Any]) -> Iterator[dict[str, 
             place = dest.parent / name
             rows = [row for row in manifest["tensors"] if row["file"] == name]
             if form == "torch":
-                merged.update(stack.enter_context(open_with_torch(place)))
+                merged.update(stack.enter_context(_open_with_torch(place)))
                 continue
             local = stack.enter_context(_local_copy(place))
             try:
@@ -170,7 +168,7 @@ def _local_copy(place: Place) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def open_with_torch(place: Place) -> Iterator[Any]:
+def _open_with_torch(place: Place) -> Iterator[Any]:
     """The output as `torch.load(weights_only=True, mmap=True)` sees it; remote ones by a temporary file."""
     require_reader("torch")
     import torch

@@ -1,6 +1,6 @@
 """The interface of a registry, as a source and as a destination, and nothing else.
 
-A version is registered in two steps, so that none is ever half there: `place` says where its files go, they
+A version is registered in two steps, so that none is ever half done: `place` says where its files go, they
 are written and proven there, and only `register` makes the version one that consumers find.
 """
 
@@ -251,7 +251,7 @@ class Registry(ABC):
         return None
 
     def _guarded(self, name: str, read: Callable[[], Model]) -> Model:
-        """What is wrong with this model alone becomes its problem; that the registry is gone does not."""
+        """An error of this model alone becomes its problem; that of a registry that is gone is raised."""
         try:
             return read()
         except NotFoundInStoreError:

@@ -102,7 +102,7 @@ def plan_contents(folder: Place, style: Style, options: ConvertOptions) -> Conte
     """
     root = folder.file
     listed = {item.path: item for item in root.iter_objects() if not _is_own(item.path)}
-    # What an earlier conversion stated of a file is not true of what is made of it now.
+    # What an earlier conversion stated of a file does not hold for what is made of it now.
     for path in [path for path in listed if path.endswith(STATEMENT_SUFFIX)]:
         if path.removesuffix(STATEMENT_SUFFIX) in listed:
             del listed[path]
@@ -154,7 +154,7 @@ def _is_taken(candidate: Found, source: SourcePlace, options: ConvertOptions) ->
 
 def _jobs(found: Sequence[Found], copied: Sequence[ListedObject], style: Style, suffix: str) -> Iterator[Job]:
     alone = len(found) == 1
-    # What lies beside the only checkpoint stays beside it.
+    # What lies next to the only checkpoint stays next to it.
     folder = found[0].path.rpartition("/")[0] if alone and style != "mirror" else ""
     for one in found:
         output = _output(one.path, style, suffix, alone=alone)
@@ -196,7 +196,7 @@ def _output(path: str, style: Style, suffix: str, *, alone: bool) -> str:
 
 def _is_own(path: str) -> bool:
     name = path.rpartition("/")[2]
-    # A signature of what lies there would be wrong of what is made of it.
+    # A signature of what lies there does not hold for what is made of it.
     if name == "model.sig" or path == ".gitattributes":
         return True
     return path.endswith(MANIFEST_SUFFIX) or name in OWN_FILES or "_ptbin" in path.split("/")

@@ -1,7 +1,7 @@
 """Directory registries in any store: `<name>/<version>/...` by a template, and `registry.json` per model.
 
 A directory that no migration wrote is read as it lies. Where a model has a `registry.json`, only the versions
-that it lists count. A version that has changed at its source is written beside the registered one, below
+that it lists count. A version that has changed at its source is written apart from the registered one, below
 `_ptbin/staging/`, and takes its place when it is registered; meanwhile the record does not list it.
 """
 
@@ -174,7 +174,7 @@ class FolderRegistry(Registry):
         if not _is_empty(folder):
             if _read_claim(folder) == claim:
                 return place
-            # What was begun is of another state: none of it may stay beside what comes now.
+            # What was begun is of another state: none of it may stay next to what comes now.
             _empty(folder)
         (folder / CLAIM).write_bytes(json.dumps(claim).encode())
         return place

@@ -44,7 +44,7 @@ class HubRegistry(Registry):
     """`hf://OWNER`.
 
     Storage options: `endpoint` and `token` as the Hub's client takes them; `private`, whether new
-    repositories are (true unless said otherwise).
+    repositories are (true by default).
     """
 
     style = "hf"

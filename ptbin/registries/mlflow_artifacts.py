@@ -144,12 +144,7 @@ class MlflowArtifactFileSystem(AbstractFileSystem):  # type: ignore[misc]
         self._repository(path.rpartition("/")[0]).log_artifact(str(local))
         self._kept(path).unlink(missing_ok=True)
 
-    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
-        del mode
-        with self._open(path, "wb") as file:
-            file.write(value)
-
-    def rm_file(self, path: str) -> None:
+    def _rm(self, path: str) -> None:
         path = self._strip_protocol(path)
         folder, _, name = path.rpartition("/")
         self._kept(path).unlink(missing_ok=True)
@@ -159,15 +154,6 @@ class MlflowArtifactFileSystem(AbstractFileSystem):  # type: ignore[misc]
             if _is_not_found(error):
                 raise FileNotFoundError(path) from error
             raise
-
-    def _rm(self, path: str) -> None:
-        self.rm_file(path)
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Folders are there once a file is in them."""
-
-    def mkdir(self, path: str, create_parents: bool = True, **_: Any) -> None:
-        """As `makedirs`."""
 
     # -- MLflow's client ----------------------------------------------------------------------------
 

@@ -92,7 +92,7 @@ class MlflowRegistry(MlflowSource):
         return [Name(str(numbers[index])) for index in range(len(versions))]
 
     def alias_problem(self, alias: str, names: Collection[str]) -> str | None:
-        del names  # an alias may be a number: `models:/NAME@3` is no `models:/NAME/3`
+        del names  # an alias may be a number: `models:/NAME@3` is not `models:/NAME/3`
         from mlflow.exceptions import MlflowException
         from mlflow.utils import validation
 

@@ -56,7 +56,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """One model: its metadata as it is to be, the steps in order, and what changes of what is there already.
+    """One model: its metadata as it is to be, the steps in order, and what changes in what is there already.
 
     Attributes:
         existing: the model as the destination has it; without versions where it has none.

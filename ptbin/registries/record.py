@@ -1,4 +1,4 @@
-"""`registry.json`: what a directory registry knows of one model beside its files. Pure.
+"""`registry.json`: what a directory registry knows of one model besides its files. Pure.
 
     {"schema_version": 1, "name": "resnet", "description": "", "tags": {}, "aliases": {"champion": "3"},
      "versions": [{"version": "3", "path": "3", "origin": {...}, "manifests": ["model.bin.manifest.json"],

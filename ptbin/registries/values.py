@@ -120,7 +120,7 @@ class Version:
         return hashlib.sha256(facts.encode()).hexdigest()[:FINGERPRINT_DIGITS]
 
     def metadata(self) -> dict[str, Any]:
-        """What a registry knows of it beside its files, as manifests and `registry.json` keep it."""
+        """What a registry knows of it besides its files, as manifests and `registry.json` keep it."""
         data: dict[str, Any] = {
             "description": self.description,
             "tags": dict(self.tags),
@@ -143,7 +143,7 @@ class Version:
 class Model:
     """A registered model: its own metadata, its aliases (alias to version), its versions in order.
 
-    `problem`: why it cannot be migrated, whatever DEST is; its versions are then those that are known of.
+    `problem`: why it cannot be migrated, whatever DEST is; its versions are then those that are known.
     """
 
     name: str
@@ -162,7 +162,7 @@ def natural_order(text: str) -> list[tuple[int, int, str]]:
     """Sorts `2` before `10` and `v2` before `v10`."""
     parts: list[tuple[int, int, str]] = []
     for part in re.findall("[0-9]+|[^0-9]+", text):
-        # Numbers as text: a name of thousands of digits is a name all the same, and `int` refuses it.
+        # Numbers as text: a name may have thousands of digits, and `int` refuses that.
         number = part.lstrip("0") if part[0] in "0123456789" else None
         parts.append((1, 0, part) if number is None else (0, len(number), number))
     return parts

@@ -1,4 +1,4 @@
-"""What a destination says of itself beside its manifests: checksum lists of runs, records of registries.
+"""What a destination says of itself besides its manifests: checksum lists of runs, records of registries.
 
 Each is held against the manifests. Returns issues; raises only where it could not look.
 """

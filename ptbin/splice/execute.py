@@ -23,13 +23,11 @@ from ptbin.splice.recipes import iter_recipe
 from ptbin.splice.records import RecordChecks
 from ptbin.stores import RangeReader, Writer
 from ptbin.values.crc32 import combine_crc32, confirm_crc32, crc32_of
-from ptbin.values.segments import Combined, Computed, Copy, Deferred, Literal, Piece, Plan
+from ptbin.values.segments import Computed, Copy, Deferred, Literal, Piece, Plan
 from ptbin.values.tensors import ByteRange
 
 if TYPE_CHECKING:
     from ptbin.splice.casting import CastTally
-
-__all__ = ["SpliceResult", "check_copies", "splice"]
 
 STREAM_CHUNK_NBYTES = 8 << 20
 
@@ -104,8 +102,6 @@ def splice(
                 data = piece.build(crcs)
                 assert len(data) == piece.nbytes
                 writer.write(data)
-            elif isinstance(piece, Combined):
-                crcs[piece.slot] = _combined(piece, crcs)
             elif isinstance(piece, Computed):
                 stream = iter_recipe(piece.recipe, watched, overflows)
                 crcs[piece.slot] = _stream(stream, piece, writer, report)
@@ -126,16 +122,6 @@ def splice(
         check_copies(plan, reader)
     overflowed = {what: tally.overflowed for what, tally in overflows.items() if tally.overflowed}
     return SpliceResult(crcs, _whole_crc32(plan, crcs), moved, overflowed, checks.confirmed)
-
-
-def _combined(piece: Combined, crcs: dict[int, int]) -> int:
-    total = 0
-    for crc, slot, nbytes in piece.parts:
-        if crc is None:
-            assert slot is not None
-            crc = crcs[slot]
-        total = combine_crc32(total, crc, nbytes)
-    return total
 
 
 def _ignore(nbytes: int) -> None:
@@ -241,7 +227,7 @@ def _whole_crc32(plan: Plan, crcs: dict[int, int]) -> int:
             total = zlib.crc32(piece.data, total)
         elif isinstance(piece, Deferred):
             total = zlib.crc32(piece.build(crcs), total)
-        elif not isinstance(piece, Combined):
+        else:
             crc = piece.crc32 if isinstance(piece, Copy) and piece.crc32 is not None else None
             if crc is None:
                 assert piece.slot is not None

@@ -10,8 +10,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-__all__ = ["Kind", "Option", "option", "options_of", "same_option"]
-
 Kind = Literal[
     "text", "flag", "choice", "list", "pairs", "paths", "count", "number", "share", "size", "duration", "day",
     "json", "recipe", "storage",
@@ -54,11 +52,12 @@ def option(
     choices: tuple[str, ...] = (),
     metavar: str = "",
     flag: str = "",
+    most: int | None = None,
     group: str = "",
 ) -> Any:
     """A field of an options object. Its kind follows from the field's type where it is not given."""
-    facts = {"help": description, "kind": kind, "choices": choices, "metavar": metavar, "flag": flag}
-    facts["group"] = group
+    facts: dict[str, Any] = {"help": description, "kind": kind, "choices": choices, "metavar": metavar}
+    facts |= {"flag": flag, "most": most, "group": group}
     return dataclasses.field(default=default, metadata=facts)
 
 

@@ -12,28 +12,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from ptbin.values.crc32 import combine_crc32
 from ptbin.values.dtypes import DType
 from ptbin.values.tensors import ByteRange, Deflated, InMemory, TensorRef, Tiled
-
-__all__ = [
-    "Assemble",
-    "Cast",
-    "Combined",
-    "Computed",
-    "Copy",
-    "Deferred",
-    "FilePlan",
-    "Literal",
-    "Piece",
-    "Plan",
-    "PlannedTensor",
-    "Recipe",
-    "RecordLayout",
-    "Slice",
-    "Strided",
-    "Swap",
-    "nbytes_of",
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,19 +133,28 @@ class Deferred:
     build: Callable[[Mapping[int, int]], bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Combined:
-    """No bytes: `slot` receives the CRC-32 of `parts`, each (CRC-32, or the slot that has it, bytes)."""
+Piece = Literal | Copy | Computed | Deferred
 
-    slot: int
+
+@dataclass(frozen=True, slots=True)
+class Checksum:
+    """A CRC-32 of parts, each (CRC-32, or None and the slot that receives it, bytes)."""
+
     parts: tuple[tuple[int | None, int | None, int], ...]
 
     @property
-    def nbytes(self) -> int:
-        return 0
+    def is_known(self) -> bool:
+        return all(crc is not None for crc, _, _ in self.parts)
 
-
-Piece = Literal | Copy | Computed | Deferred | Combined
+    def value(self, crcs: Mapping[int, int]) -> int:
+        """The number; `crcs` by slot."""
+        total = 0
+        for crc, slot, nbytes in self.parts:
+            if crc is None:
+                assert slot is not None
+                crc = crcs[slot]
+            total = crc if len(self.parts) == 1 else combine_crc32(total, crc, nbytes)
+        return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +164,7 @@ class RecordLayout:
     key: str
     offset: int
     nbytes: int
-    crc32: int | None
-    slot: int | None
+    checksum: Checksum
     taken_in_part: tuple[ByteRange, ...] = ()
     """Records of the source that do not go into it unchanged; `splice.records` checks their CRC-32s."""
 

@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from ptbin.values.crc32 import combine_crc32
 from ptbin.values.nodes import DictNode
 from ptbin.values.segments import (
     Assemble,
     Cast,
-    Combined,
+    Checksum,
     Computed,
     Copy,
     Literal,
@@ -25,8 +24,6 @@ from ptbin.values.segments import (
 )
 from ptbin.values.tensors import ByteRange
 from ptbin.writing.casts import Casts
-
-__all__ = ["FileContent", "FileLayout", "whole_range"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,22 +97,10 @@ class FileLayout:
                 assert slot is not None
                 self.add(Computed(recipe, slot, what))
             parts.append((crc, slot, nbytes))
-        total, slot = self._combined(parts)
-        record = RecordLayout(key, start, nbytes_of(recipes), total, slot, _taken_in_part(recipes))
+        checksum = Checksum(tuple(parts))
+        record = RecordLayout(key, start, nbytes_of(recipes), checksum, _taken_in_part(recipes))
         self.records.append(record)
         return record
-
-    def _combined(self, parts: list[tuple[int | None, int | None, int]]) -> tuple[int | None, int | None]:
-        if len(parts) == 1:
-            return parts[0][:2]
-        total = 0
-        for crc, _, nbytes in parts:
-            if crc is None:
-                slot = self._slot()
-                self.add(Combined(slot, tuple(parts)))
-                return None, slot
-            total = combine_crc32(total, crc, nbytes)
-        return total, None
 
     def _slot(self) -> int:
         self._slots += 1

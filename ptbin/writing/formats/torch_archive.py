@@ -31,14 +31,12 @@ from ptbin.values.framing import (
     uses_zip64,
     zip64_field,
 )
-from ptbin.values.segments import Deferred, FilePlan, Literal, PlannedTensor
+from ptbin.values.segments import Checksum, Deferred, FilePlan, Literal, PlannedTensor
 from ptbin.values.state_dict import iter_tensors
 from ptbin.values.tensors import is_contiguous
 from ptbin.writing.layout import FileContent, FileLayout
 from ptbin.writing.pickle_emitter import emit_state_dict
 from ptbin.writing.storages import OutputStorage, plan_storages
-
-__all__ = ["plan_torch_archive"]
 
 # The first record of a run this long is padded so that all of the run keeps its offsets modulo a page: the
 # kernel then copies page by page (a quarter less time, measured), and filesystems that share blocks may.
@@ -56,8 +54,7 @@ class _Entry:
     name: bytes
     nbytes: int
     header_offset: int
-    crc32: int | None
-    slot: int | None
+    checksum: Checksum
 
 
 def plan_torch_archive(file: FileContent) -> FilePlan:
@@ -127,10 +124,17 @@ class _Archive(FileLayout):
     def literal_member(self, name: str, data: bytes) -> None:
         raw_name = f"{self.root}/{name}".encode()
         crc = zlib.crc32(data)
-        self.entries.append(_Entry(raw_name, len(data), self.offset, crc, None))
+        self.entries.append(_Entry(raw_name, len(data), self.offset, Checksum(((crc, None, len(data)),))))
         zip64 = uses_zip64(self.offset, len(data))
         self.add(Literal(local_header(raw_name, len(data), self.offset) + data))
         self.add(Literal(descriptor(crc, len(data), zip64=zip64)))
+
+    def add_late(
+        self, nbytes: int, build: Callable[[Mapping[int, int]], bytes], *checksums: Checksum
+    ) -> None:
+        """Add bytes that state checksums, which may not be known yet."""
+        known = all(checksum.is_known for checksum in checksums)
+        self.add(Literal(build({})) if known else Deferred(nbytes, build))
 
     def record(self, storage: OutputStorage, *, page_aligned: bool) -> int:
         """Add one storage; returns where its data begin.
@@ -152,13 +156,12 @@ class _Archive(FileLayout):
         self.add(Literal(local_header(raw_name, nbytes, header_offset, declared, congruent)))
         record = self.body(storage.key, storage.recipes)
         zip64 = uses_zip64(header_offset if declared is None else declared, nbytes)
-        self.entries.append(_Entry(raw_name, nbytes, header_offset, record.crc32, record.slot))
-        if record.crc32 is not None:
-            self.add(Literal(descriptor(record.crc32, nbytes, zip64=zip64)))
-        else:
-            assert record.slot is not None
-            build = _late_descriptor(record.slot, nbytes, zip64=zip64)
-            self.add(Deferred(len(descriptor(0, nbytes, zip64=zip64)), build))
+        self.entries.append(_Entry(raw_name, nbytes, header_offset, record.checksum))
+
+        def build(crcs: Mapping[int, int]) -> bytes:
+            return descriptor(record.checksum.value(crcs), nbytes, zip64=zip64)
+
+        self.add_late(len(descriptor(0, nbytes, zip64=zip64)), build, record.checksum)
         return record.offset
 
     def directory(self) -> None:
@@ -167,21 +170,13 @@ class _Archive(FileLayout):
         size = sum(ENTRY.size + len(e.name) + len(zip64_field(e.header_offset, e.nbytes)) for e in entries)
 
         def build(crcs: Mapping[int, int]) -> bytes:
-            return b"".join(_entry(e, e.crc32 if e.slot is None else crcs[e.slot]) for e in entries)
+            return b"".join(_entry(e, e.checksum.value(crcs)) for e in entries)
 
-        if all(e.slot is None for e in entries):
-            self.add(Literal(build({})))
-        else:
-            self.add(Deferred(size, build))
+        self.add_late(size, build, *(e.checksum for e in entries))
         self.add(Literal(_end_records(len(entries), size, start)))
 
 
-def _late_descriptor(slot: int, nbytes: int, *, zip64: bool) -> Callable[[Mapping[int, int]], bytes]:
-    return lambda crcs: descriptor(crcs[slot], nbytes, zip64=zip64)
-
-
-def _entry(entry: _Entry, crc32: int | None) -> bytes:
-    assert crc32 is not None
+def _entry(entry: _Entry, crc32: int) -> bytes:
     zip64 = zip64_field(entry.header_offset, entry.nbytes)
     size = min(entry.nbytes, ZIP64_THRESHOLD)
     offset = min(entry.header_offset, ZIP64_THRESHOLD)
