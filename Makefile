@@ -3,7 +3,7 @@
 #   make demo        train small models, convert them through the Prefect flow, look at the results
 #   make demo-deploy a server, a worker and a schedule on loopback; pictures of the UI
 #   make test        the test suite, against the installed packages
-#   make test-quick  a part of it: no servers, no processes, nothing that takes seconds; 100 s on two cores
+#   make test-quick  a part of it: no servers, no processes, nothing that takes seconds; about a minute on two cores
 #   make check       ruff, mypy, import rules
 #   make bench       whole-process measurements; writes docs/benchmarks*.md (about 12 GB of disk, BENCH_DIR;
 #                    16 GB of memory for the part on S3, which is `make bench-s3` by itself)

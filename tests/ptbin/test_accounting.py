@@ -231,6 +231,7 @@ def test_weights_that_are_no_state_dict_are_not_called_by_their_place(tmp_path: 
         converted(saved({"model": layer(), key: {"deeper": inner, "beta": torch.randn(3, 3)}}, tmp_path))
 
 
+@pytest.mark.thorough
 def test_a_long_history_is_one_whatever_its_length(tmp_path: Path) -> None:
     history = [{"loss": torch.tensor(float(step)), "epoch": step} for step in range(11_000)]
     manifest, state = converted(saved({"model": layer(), "history": history}, tmp_path))

@@ -192,6 +192,7 @@ def test_a_missing_rank_is_named(tmp_path: Path, rank: int) -> None:
         converted(tmp_path / "run")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["ranks", "layers", "universal"])
 def test_a_truncated_file_is_named(tmp_path: Path, kind: str) -> None:
     if kind == "ranks":

@@ -132,6 +132,7 @@ def test_the_limit_of_opcodes_is_the_same(opcodes: int) -> None:
     _assert_same(PICKLE, Limits(opcodes=opcodes))
 
 
+@pytest.mark.thorough
 def test_a_memo_that_holds_something_else_is_taken_at_its_word() -> None:
     """The expression looks at opcodes; what they name is the memo's business."""
     first = tensor_runs.TENSOR_RUN.search(PICKLE)

@@ -96,6 +96,7 @@ def test_what_fsspec_is_configured_with_is_heeded(monkeypatch: pytest.MonkeyPatc
     assert read_options({"key": "given"}).s3fs["key"] == "given"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
