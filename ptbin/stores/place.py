@@ -161,7 +161,10 @@ def place_of(where: Where, storage_options: Mapping[str, Any] | None = None) -> 
         if storage_options:
             raise UsageError(f"{where.uri} is a place and has storage options already; others were given")
         return where
-    store, path = open_store(os.fspath(where), storage_options)
+    text = os.fspath(where)
+    if not isinstance(text, str):
+        raise TypeError("a place is text, a path or a Place, and not bytes; os.fsdecode makes text of them")
+    store, path = open_store(text, storage_options)
     store.storage_options = storage_options or {}
     return Place(store, path)
 
