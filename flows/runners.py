@@ -26,7 +26,7 @@ from flows.batches import BATCH_COUNT, BATCHES_PER_WORKER
 from flows.fanout import quote
 from flows.options import RunnerName
 from flows.parsing import MAX_WORKERS, refuse_runner_secrets
-from flows.prefect.undocumented import is_broken
+from flows.prefect.undocumented import is_broken, without_result_storage
 from ptbin.cores import default_workers, share_cores
 from ptbin.errors import UsageError
 from ptbin.installed import require
@@ -135,7 +135,7 @@ def open_runner(name: RunnerName, address: str | None, workers: int | None) -> I
     if name == "threads":
         yield Runner(name, workers or default_workers(), None)
         return
-    with tempfile.TemporaryDirectory(prefix="ptbin-") as empty:
+    with tempfile.TemporaryDirectory(prefix="ptbin-") as empty, without_result_storage():
         if name == "processes":
             width = workers or default_workers()
             runner = Runner(name, width, lambda: _processes(width))

@@ -28,8 +28,6 @@ from ptbin.preparing import outputs_of_before, prepared
 from ptbin.stores import Identity, Place, place_of
 from ptbin.stores.place import Where
 
-__all__ = ["Progress", "Published", "commit", "convert", "publish", "publish_at", "stage"]
-
 Progress = Callable[[int], None]
 
 

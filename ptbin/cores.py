@@ -15,18 +15,6 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-__all__ = [
-    "at_work",
-    "available_cores",
-    "busy_core",
-    "default_workers",
-    "hashing_pool",
-    "hashing_slot",
-    "is_crowded",
-    "share_cores",
-    "spare_cores",
-]
-
 MAX_DEFAULT_WORKERS = 16
 
 _lock = threading.Lock()

@@ -10,34 +10,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-__all__ = [
-    "AccessDeniedError",
-    "AmbiguousStateDictError",
-    "CheckpointError",
-    "ChecksumMismatchError",
-    "CorruptArchiveError",
-    "DestinationBusyError",
-    "EmptyFileError",
-    "IncompleteCheckpointError",
-    "LimitExceededError",
-    "ModelMismatchError",
-    "NoSpaceError",
-    "NoStateDictError",
-    "NotACheckpointError",
-    "NotFoundInStoreError",
-    "OutputCollisionError",
-    "OutputExistsError",
-    "PtbinError",
-    "SourceChangedError",
-    "StorageError",
-    "UnsafePickleError",
-    "UnsupportedFormatError",
-    "UnsupportedTensorError",
-    "UsageError",
-    "VerificationError",
-    "short_detail",
-]
-
 
 class PtbinError(Exception):
     """Base of everything ptbin raises on purpose."""

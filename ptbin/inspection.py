@@ -19,8 +19,6 @@ from ptbin.stores import Where
 from ptbin.values.state_dict import StateDict, iter_tensors
 from ptbin.values.tensors import Joined, TensorRef, Tiled
 
-__all__ = ["inspect"]
-
 
 def inspect(
     uri: Where,

@@ -10,9 +10,6 @@ import importlib.util
 
 from ptbin.errors import UsageError
 
-__all__ = ["MissingPackageError", "is_installed", "missing_line", "require", "require_reader"]
-
-
 EXTRAS = {
     "distributed": "dask",
     "huggingface_hub": "hub",

@@ -22,7 +22,7 @@ from ptbin.options import ConvertOptions
 from ptbin.proof.logical import iter_logical_bytes
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import read_selected
-from ptbin.sources.opening import open_source
+from ptbin.sources.opening import find_source
 from ptbin.stores import Identity, Place, RangeReader, Where, place_of, public_uri
 from ptbin.values.dtypes import DType
 from ptbin.values.tensors import ByteRange, TensorRef
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from typing import Self
 
     from numpy.typing import NDArray
-
-
-__all__ = ["Weights", "load"]
 
 
 def load(
@@ -69,7 +66,7 @@ def _open(
     expected: Identity | None,
 ) -> Weights:
     """As `load`; `expected` is the state that the object must be in, for weights that were pickled."""
-    reader = open_source(place, expected=expected)
+    reader = find_source(place).open(expected)
     try:
         with as_checkpoint_errors(reader.uri):
             options = ConvertOptions(select=select, strip_prefix=strip_prefix)

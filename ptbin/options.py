@@ -22,23 +22,6 @@ from ptbin.merging.shipped import find_recipe
 from ptbin.values.dtypes import CAST_NAMES
 from ptbin.values.options import option
 
-__all__ = [
-    "FILES",
-    "FORM",
-    "NAMES",
-    "PROOF",
-    "WEIGHTS",
-    "ConvertOptions",
-    "FileDigest",
-    "Layout",
-    "Limits",
-    "Naming",
-    "OnUnsafe",
-    "OutputFormat",
-    "VerifyLevel",
-    "refuse_text",
-]
-
 OutputFormat = Literal["torch", "raw", "safetensors"]
 Layout = Literal["mirror", "hf"]
 Naming = Literal["replace", "append"]

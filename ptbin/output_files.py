@@ -27,8 +27,6 @@ from ptbin.values.segments import FilePlan
 if TYPE_CHECKING:
     from ptbin.proof.written import WrittenProof
 
-__all__ = ["write_files"]
-
 MAX_THREADS = 8
 
 Progress = Callable[[int], None]

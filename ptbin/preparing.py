@@ -21,15 +21,12 @@ from ptbin.options import ConvertOptions
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import Selected, read_selected
 from ptbin.sources.opening import SourcePlace, find_source
-from ptbin.sources.pointers import refuse_pointer_at
-from ptbin.sources.sidecars import find_sidecars
+from ptbin.sources.sidecars import find_sidecars, refuse_pointer_at
 from ptbin.splice import iter_recipe, splice
 from ptbin.stores import ListedObject, Place, RangeReader, Writer
 from ptbin.values.names import bad_name, shown_path
 from ptbin.writing.outputs import OutputPlan, plan_outputs
 from ptbin.writing.ties import tie_equal_tensors
-
-__all__ = ["Prepared", "Preview", "outputs_of_before", "plan_conversion", "prepared", "preview"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from prefect.states import Completed
 from ptbin.errors import short_detail
 from ptbin.runs.account import FULL_AFTER
 from ptbin.runs.outcomes import Outcome, one_line, outcome_of_error
-from ptbin.stores.limits import limit_requests
+from ptbin.stores.requests import limit_requests
 from tasks.live import Interrupted, Ticket, enter_run
 
 __all__ = [

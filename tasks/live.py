@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ptbin.catalog.plan import Plan
     from ptbin.catalog.request import RunRequest
     from ptbin.runs.tally import Entry
-    from ptbin.stores.limits import RequestLimit
+    from ptbin.stores.requests import RequestLimit
 
 __all__ = [
     "Interrupted", "Listener", "LiveRun", "Ticket", "enter_run", "find_live_run", "is_open",
@@ -191,7 +191,7 @@ def enter_run(ticket: Ticket) -> LiveRun:
     """
     if not ticket.goes_out:
         return find_live_run(ticket.run_id)
-    from ptbin.stores.limits import RequestLimit
+    from ptbin.stores.requests import RequestLimit
 
     with _lock:
         if (live := _runs.get(ticket.run_id)) is not None:

@@ -13,7 +13,7 @@ from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 
 from ptbin.runs.retrying import JITTER, RETRIES, RETRY_DELAYS, is_transient
-from ptbin.stores.limits import limit_requests
+from ptbin.stores.requests import limit_requests
 from tasks.live import LiveRun
 
 __all__ = ["step", "step_task", "sure_step", "worth_retrying"]

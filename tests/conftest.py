@@ -71,16 +71,17 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
 SECONDS = {starting.SERVERS: 3.0, starting.PROCESSES: 3.0}
 """What a test with a marker takes, about; one without: 0.1 s."""
 LONG = {
-    "test_runners.py": 350.0,
-    "test_migrate_mlflow.py": 220.0,
-    "test_operation.py": 200.0,
-    "test_isolation.py": 180.0,
-    "test_alerts.py": 80.0,
-    "test_cli_process.py": 80.0,
-    "test_docs.py": 60.0,
+    "test_runners.py": 300.0,
+    "test_operation.py": 220.0,
+    "test_isolation.py": 200.0,
+    "test_migrate_mlflow.py": 110.0,
+    "test_newcomer.py": 75.0,
+    "test_cli_process.py": 65.0,
     "test_interruptions.py": 60.0,
-    "test_guide.py": 45.0,
-    "test_several_at_once.py": 30.0,
+    "test_guide.py": 55.0,
+    "test_lost_server.py": 50.0,
+    "test_alerts.py": 40.0,
+    "test_memory.py": 40.0,
 }
 """What whole files take of which that says too little, beside others on two cores."""
 

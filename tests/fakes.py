@@ -98,9 +98,8 @@ class HookedReader(RangeReader):
         self.gap_nbytes = inner.gap_nbytes  # type: ignore[misc]  # as the store behind it plans
         self.best_chunk_nbytes = inner.best_chunk_nbytes  # type: ignore[misc]
 
-    def read(self, offset: int, nbytes: int) -> bytes:
-        if nbytes:
-            self._store.before(Call("read", self._path, offset, nbytes))
+    def _read(self, offset: int, nbytes: int) -> bytes:
+        self._store.before(Call("read", self._path, offset, nbytes))
         data = self._inner.read(offset, nbytes)
         self.requests, self.bytes_read = self._inner.requests, self._inner.bytes_read
         return data

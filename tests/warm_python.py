@@ -53,6 +53,8 @@ IMPORTED = {
     r"": [*(f"flows.{name}" for name in ("cli", "convert", "migrate", "restore", "sync", "verify")),
           "prefect.runner", "prefect.workers.process", "prefect.cli", "rich.progress"],
     r"embedded_server\.py| server ": ["prefect.server.api.server", "prefect.server.services", "uvicorn"],
+    r"\bwork(er|-pool) |\bdeploy ": [  # each imports all collections that are installed
+        f"prefect_{name}" for name in ("aws", "dask", "docker", "gcp", "kubernetes", "ray", "redis")],
     r"ptbin\.restoring": ["torch"],
     r"mlflow": ["mlflow.cli", "mlflow.pytorch", "mlflow.store.tracking.sqlalchemy_store", "flask", "graphene",
                 "uvicorn"],

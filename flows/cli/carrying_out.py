@@ -16,7 +16,7 @@ from flows.cli.plans import print_dry_run
 from flows.cli.printing import print_lines_of_error
 from flows.cli.progress import showing_progress
 from flows.cli.started import began
-from flows.cli.summary import conversion_lines, report_summary, single_lines, unreported
+from flows.cli.summary import report_run, report_summary, single_lines
 from flows.parsing import refuse_secrets
 from ptbin.errors import CheckpointError, StorageError, UsageError, VerificationError
 
@@ -77,9 +77,7 @@ def carry_out(
 
     with showing_progress(shared) as listener:
         summary = run_prepared(request, shared, listener, **asked)
-    return report_summary(
-        request.kind, summary, conversion_lines(unreported(summary, listener.reported)), shared
-    )
+    return report_run(request.kind, summary, listener.reported, shared)
 
 
 def _single_job(request: RunRequest, shared: Shared, *, names_one: bool) -> Job | None:

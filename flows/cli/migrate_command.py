@@ -7,7 +7,7 @@ from typing import Any
 from flows.cli.command import Shared, command, dry_run_option
 from flows.cli.destination import refuse_one_file
 from flows.cli.progress import showing_progress
-from flows.cli.summary import mapping_lines, migration_lines, report_summary, unreported
+from flows.cli.summary import mapping_lines, report_run
 from flows.options import CONTENT, MIGRATE, chosen
 from flows.parsing import build_options, refuse_secrets
 
@@ -61,4 +61,4 @@ def migrate_command(source: str, dest: str, asked: dict[str, Any], shared: Share
 
     with showing_progress(shared) as listener:
         summary = run_flow("migrate", shared, listener, source=source, dest=dest, **asked)
-    return report_summary("migrate", summary, migration_lines(unreported(summary, listener.reported)), shared)
+    return report_run("migrate", summary, listener.reported, shared)

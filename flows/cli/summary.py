@@ -19,12 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "JSON_KEYS",
-    "conversion_lines",
     "mapping_lines",
-    "migration_lines",
+    "report_run",
     "report_summary",
     "single_lines",
-    "unreported",
     "verification_lines",
 ]
 
@@ -53,19 +51,7 @@ LEFT_ALONE = "what training leaves next to weights: optimizers, schedulers, ..."
 SHOWN_VERSIONS = 40
 
 
-def unreported(
-    summary: Mapping[str, Any], reported: AbstractSet[tuple[str, str]], key: str = "problems"
-) -> dict[str, Any]:
-    """The summary without the problems that were printed during the run; `reported` counts them."""
-    left = [row for row in summary[key] if (row["reason"], row["detail"]) not in reported]
-    return {**summary, key: left, "reported": len(summary[key]) - len(left)}
-
-
-def _reported_lines(summary: Mapping[str, Any]) -> list[str]:
-    return [counted(summary["reported"], "problem") + ", listed above"] if summary.get("reported") else []
-
-
-def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
+def _conversion_lines(summary: Mapping[str, Any]) -> list[str]:
     """The table of outcomes, the problems, and where the run record lies."""
     moved = (
         f"{format_nbytes(summary['source_bytes'])} of checkpoints, "
@@ -92,7 +78,7 @@ def conversion_lines(summary: Mapping[str, Any]) -> list[str]:
     return lines + _last_lines(summary)
 
 
-def migration_lines(summary: Mapping[str, Any]) -> list[str]:
+def _migration_lines(summary: Mapping[str, Any]) -> list[str]:
     """The table of outcomes, which version became which, the problems, and where the run record lies."""
     moved = (
         f"{format_nbytes(summary['source_bytes'])} of checkpoints, "
@@ -129,7 +115,8 @@ def _rows_of_some(*rows: tuple[str, int, str]) -> list[tuple[str, str, str]]:
 def _last_lines(summary: Mapping[str, Any]) -> list[str]:
     """The problems, and where the run record lies."""
     lines = ["", *_problem_lines(summary["problems"])] if summary["problems"] else []
-    lines += _reported_lines(summary)
+    if summary.get("reported"):
+        lines.append(counted(summary["reported"], "problem") + ", listed above")
     if summary["known_problems"]:
         lines += ["", "known:", *_problem_lines(summary["known_problems"])]
     if summary["resolved"]:
@@ -200,6 +187,19 @@ def _initial_lines(summary: Mapping[str, Any]) -> list[str]:
     return lines + and_more(len(rows), where=", by their manifests")
 
 
+def report_run(
+    kind: str, summary: Mapping[str, Any], reported: AbstractSet[tuple[str, str]], shared: Shared
+) -> int:
+    """Print the end of a run over a whole store; its exit status.
+
+    `reported`: problems that were printed during the run; they are counted and not listed again.
+    """
+    left = [row for row in summary["problems"] if (row["reason"], row["detail"]) not in reported]
+    shown = {**summary, "problems": left, "reported": len(summary["problems"]) - len(left)}
+    lines = _migration_lines(shown) if kind == "migrate" else _conversion_lines(shown)
+    return report_summary(kind, summary, lines, shared)
+
+
 def report_summary(kind: str, summary: Mapping[str, Any], lines: Sequence[str], shared: Shared) -> int:
     """Print the end of a run of that kind as the options ask; its exit status."""
     shared.answer(lambda: {key: summary[key] for key in KEYS[kind]}, [*lines, *_initial_lines(summary)])
@@ -218,16 +218,16 @@ def verification_lines(summary: Mapping[str, Any]) -> list[str]:
     lines = align(rows, right=[1], indent="")
     problems = [{"source": issue["uri"], **issue} for issue in summary["issues"]]
     if problems:
-        lines += ["", *_problem_lines(problems)]
-    return [*lines, *_reported_lines(summary), "", f"{summary['seconds']:.1f} s"]
+        lines += ["", *_problem_lines(problems, "; --json lists them all")]
+    return [*lines, "", f"{summary['seconds']:.1f} s"]
 
 
-def _problem_lines(problems: Sequence[Mapping[str, Any]]) -> list[str]:
+def _problem_lines(problems: Sequence[Mapping[str, Any]], where: str = ", in the run record") -> list[str]:
     lines = []
     for problem in problems[:SHOWN_ROWS]:
         lines.append(f"{problem['reason']}: {problem['source']}{_since(problem)}")
         lines.append(f"    {short_detail(problem['source'], problem['detail'])}")
-    return lines + and_more(len(problems), where=", in the run record")
+    return lines + and_more(len(problems), where=where)
 
 
 def _since(problem: Mapping[str, Any]) -> str:

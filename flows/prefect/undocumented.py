@@ -21,6 +21,7 @@ __all__ = [
     "is_broken",
     "refresh_settings",
     "settings_with",
+    "without_result_storage",
     "without_tags",
 ]
 
@@ -115,6 +116,27 @@ def without_tags() -> Iterator[None]:
 
     with TagsContext(current_tags=set()):
         yield
+
+
+@contextlib.contextmanager
+def without_result_storage() -> Iterator[None]:
+    """Keep the local place for results, which are not stored, from being sent to other processes.
+
+    It is a block, and a process that receives one imports every collection of blocks that is installed
+    (prefect-aws, prefect-gcp: three seconds of a core) to find its class (`Block.get_block_class_from_key`).
+    """
+    from prefect.filesystems import LocalFileSystem
+
+    run = flow_run_context()
+    if run is None or not isinstance(run.result_store.result_storage, LocalFileSystem):
+        yield
+        return
+    kept = run.result_store
+    run.result_store = kept.model_copy(update={"result_storage": None})
+    try:
+        yield
+    finally:
+        run.result_store = kept
 
 
 def is_broken(runner: Any) -> bool:

@@ -31,8 +31,7 @@ from ptbin.proof.verification import difference_of
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import read_selected
 from ptbin.sources.opening import SourcePlace, find_source
-from ptbin.sources.pointers import MAX_POINTER_NBYTES, refuse_pointer
-from ptbin.sources.sidecars import change_of
+from ptbin.sources.sidecars import MAX_POINTER_NBYTES, change_of, refuse_pointer
 from ptbin.splice import splice
 from ptbin.stores import (
     NO_OPTIONS,

@@ -22,7 +22,7 @@ from ptbin.catalog.jobs import Problem
 from ptbin.errors import StorageError
 from ptbin.sources.folders import DCP_METADATA
 from ptbin.stores import Watch
-from ptbin.stores.watching import PassedOver
+from ptbin.stores.base import PassedOver
 from ptbin.values.names import shown_path
 
 __all__ = ["KINDS", "Entries", "hidden_part", "nothing_below", "skipped_words"]

@@ -25,8 +25,6 @@ from ptbin.reading.keys import without_wrappers
 from ptbin.reading.pickle.gc_pause import gc_paused
 from ptbin.stores import Place, Where, place_of
 
-__all__ = ["diff"]
-
 Progress = Callable[[int], None]
 
 

@@ -33,8 +33,6 @@ from ptbin.values.dtypes import BY_NAME
 from ptbin.values.state_dict import iter_tensors
 from ptbin.values.tensors import ByteRange, Storage, TensorRef, dense_strides, extent_of
 
-__all__ = ["ManifestSide", "is_manifest"]
-
 MAX_MANIFEST_NBYTES = 2 << 30
 """A manifest of a million tensors is 300 MB."""
 _SPARSE_INDICES = ("indices", "crow_indices", "ccol_indices")

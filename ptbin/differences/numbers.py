@@ -17,8 +17,6 @@ from ptbin.values.dtypes import DType
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["BLOCK", "Tally", "Tolerance", "has_numbers", "resolve_lazy", "same_bytes"]
-
 BLOCK = 1 << 16
 """Elements at a time: float64 arrays of that many fit into a core's cache."""
 

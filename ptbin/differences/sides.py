@@ -20,8 +20,6 @@ from ptbin.values.dtypes import DType
 from ptbin.values.state_dict import StateDict, tensors_of
 from ptbin.values.tensors import SparseTensor, TensorRef
 
-__all__ = ["CheckpointSide", "Side", "SideTensor", "quantizer_of", "refuse_sparse", "tie_groups"]
-
 _OF_QUANTIZED = ("scales", "zero_points")
 
 

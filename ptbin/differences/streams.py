@@ -16,8 +16,6 @@ from ptbin.stores import RangeReader
 from ptbin.stores.inflate import iter_inflated
 from ptbin.values.tensors import ByteRange, Deflated, TensorRef
 
-__all__ = ["Feed", "is_plain", "iter_views", "part_of"]
-
 
 def is_plain(view: TensorRef) -> bool:
     """Whether the tensor's bytes lie in one range of the source, in order."""

@@ -10,8 +10,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Difference", "Numbers", "SideFacts", "TensorDifference", "TensorFacts"]
-
 
 @dataclass(frozen=True, slots=True)
 class SideFacts:

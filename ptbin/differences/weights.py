@@ -27,8 +27,6 @@ from ptbin.stores import RangeReader
 from ptbin.values.crc32 import confirm_crc32, crc32_of
 from ptbin.values.tensors import ByteRange, TensorRef
 
-__all__ = ["Pair", "Readers", "compare_pairs", "hash_views"]
-
 GROUP_NBYTES = 32 << 20
 """Of work that one thread does at a time."""
 
@@ -36,7 +34,7 @@ T = TypeVar("T")
 Progress = Callable[[int], None]
 
 
-class Openable(Protocol):
+class _Openable(Protocol):
     """A side, as far as its weights are concerned."""
 
     def open_weights(self) -> RangeReader: ...
@@ -76,7 +74,7 @@ class Pair:
 class Readers:
     """Each thread's own pair of readers: those of several files are not made for two threads at once."""
 
-    def __init__(self, a: Openable, b: Openable) -> None:
+    def __init__(self, a: _Openable, b: _Openable) -> None:
         self._sides = (a, b)
         self._local = threading.local()
         self._lock = threading.Lock()

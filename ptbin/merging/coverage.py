@@ -13,15 +13,13 @@ from itertools import product
 
 from ptbin.errors import CorruptArchiveError, LimitExceededError
 
-__all__ = ["MAX_SPLIT_DIMENSIONS", "Box", "prove_cover", "prove_used", "split_dimensions"]
-
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 MAX_SPLIT_DIMENSIONS = 6
 """Dimensions that a tensor is cut along; meshes have up to five, and a box has 2^n corners to check."""
 
 
-def split_dimensions(shape: tuple[int, ...], boxes: Sequence[Box]) -> list[int]:
+def _split_dimensions(shape: tuple[int, ...], boxes: Sequence[Box]) -> list[int]:
     """The dimensions that some box does not span."""
     return [d for d, size in enumerate(shape) if any(extent[d] != size for _, extent in boxes)]
 
@@ -37,7 +35,7 @@ def prove_cover(what: str, shape: tuple[int, ...], boxes: Sequence[Box]) -> None
     """
     if 0 in shape:
         return
-    split = split_dimensions(shape, boxes)
+    split = _split_dimensions(shape, boxes)
     if len(split) > MAX_SPLIT_DIMENSIONS:
         raise LimitExceededError(f"{what}: cut along {len(split)} dimensions, at most {MAX_SPLIT_DIMENSIONS}")
     corners: Counter[tuple[int, ...]] = Counter()

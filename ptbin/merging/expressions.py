@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["runaway"]
-
 MAX_REPEATS = 4
 """Of characters that are not digits: with `n` letters in a name, `n ** 4 / 24` ways at most."""
 MAX_CHOICES = 10

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["MEGATRON_RECIPES"]
-
 _Row = dict[str, Any]
 _Steps = list[_Row]
 

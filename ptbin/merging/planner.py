@@ -24,8 +24,6 @@ from ptbin.merging.recipes import PLACE, Recipe, Rule, Step, evaluate
 from ptbin.merging.views import View, concatenated, leaf, stacked, view_of
 from ptbin.values.tensors import Storage, TensorRef
 
-__all__ = ["Planned", "plan_recipe"]
-
 MAX_UNSTACKED = 1 << 16
 MAX_DIGITS = 9
 """Of a number in a tensor's name that a rule counts by."""

@@ -22,8 +22,6 @@ from typing import Any, Literal
 from ptbin.errors import UsageError
 from ptbin.merging.expressions import runaway
 
-__all__ = ["PLACE", "Expression", "Merge", "Recipe", "Rule", "Step", "evaluate", "parse_recipe"]
-
 MAX_TEXT = 1 << 20
 MAX_RULES = 10_000
 MAX_VALUE = 1 << 48

@@ -15,8 +15,6 @@ from ptbin.errors import IncompleteCheckpointError
 from ptbin.merging.tiles import Part, require_plain
 from ptbin.values.tensors import ByteRange, InMemory, Joined, TensorRef
 
-__all__ = ["Replicas", "refuse_unequal"]
-
 CHUNK_NBYTES = 4 << 20
 
 

@@ -15,8 +15,6 @@ from ptbin.errors import UsageError
 from ptbin.merging.megatron import MEGATRON_RECIPES
 from ptbin.merging.recipes import Recipe, parse_recipe
 
-__all__ = ["SHIPPED", "find_recipe"]
-
 _META_MERGES = [
     {"names": r".*\.attention\.w[kv]\.weight", "how": "rows", "heads": "n_kv_heads"},
     {"names": r".*\.(attention\.wq|feed_forward\.w[13])\.weight|output\.weight", "how": "rows"},

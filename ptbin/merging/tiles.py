@@ -28,8 +28,6 @@ from ptbin.values.tensors import (
     part_of,
 )
 
-__all__ = ["Box", "Part", "require_plain", "tile_of", "whole_tensor"]
-
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -122,7 +120,7 @@ def whole_tensor(
     made_of = (shape, *((_identity(b.part.tensor.storage), *_layout(b)) for b in boxes))
     if known is not None and (storage := known.get(made_of)) is not None:
         return TensorRef(storage, dtype, own, dense_strides(own))
-    place = _joined(shape, boxes) or Tiled(shape, dtype.itemsize, tuple(tile_of(box) for box in boxes))
+    place = _joined(shape, boxes) or Tiled(shape, dtype.itemsize, tuple(_tile_of(box) for box in boxes))
     storage = Storage(key, math.prod(shape) * dtype.itemsize, place)
     assert place.nbytes == storage.nbytes
     if known is not None:
@@ -148,7 +146,7 @@ def _layout(box: Box) -> tuple[object, ...]:
     return (box.part.tensor.storage_offset + box.offset, box.stride, box.start, box.shape)
 
 
-def tile_of(box: Box) -> Tile:
+def _tile_of(box: Box) -> Tile:
     """The box as a tile of its part's storage."""
     tensor = box.part.tensor
     place = tensor.storage.place

@@ -15,8 +15,6 @@ from ptbin.merging.tiles import Box, Part, require_plain, whole_tensor
 from ptbin.values.dtypes import DType
 from ptbin.values.tensors import ByteRange, InMemory, Joined, Storage, TensorRef, Tiled, dense_strides
 
-__all__ = ["View", "concatenated", "leaf", "stacked", "view_of"]
-
 MAX_BOXES = 1 << 20
 
 

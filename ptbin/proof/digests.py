@@ -22,8 +22,6 @@ from ptbin.proof.stream import StreamHash
 from ptbin.stores import RangeReader
 from ptbin.values.digests import FileDigests, StoredTensor
 
-__all__ = ["FileDigests", "OnePass", "StoredTensor", "digest_descriptor", "digest_file"]
-
 CHUNK_NBYTES = 4 << 20
 SMALL_NBYTES = 1 << 20
 

@@ -13,8 +13,6 @@ from ptbin.proof.regions import RegionLane
 from ptbin.values.crc32 import combine_crc32
 from ptbin.values.digests import FileDigests, StoredTensor
 
-__all__ = ["Group", "GroupHash", "cut_into_groups"]
-
 COMBINED_NBYTES = 128 << 10
 """Where records are smaller than this on average, a CRC-32 of all bytes takes less time than combinations of
 theirs.

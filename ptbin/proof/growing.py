@@ -21,8 +21,6 @@ from ptbin.proof.serial import Serial, SerialLane
 from ptbin.values.crc32 import combine_crc32
 from ptbin.values.digests import FileDigests, StoredTensor
 
-__all__ = ["GrowingFile"]
-
 GROUP_NBYTES = 16 << 20
 PROGRESS_SECONDS = 0.1
 AHEAD_NBYTES = 128 << 20

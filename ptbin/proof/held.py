@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from ptbin.manifests.draft import DraftFile
     from ptbin.values.segments import FilePlan
 
-__all__ = ["prove_held"]
-
 
 def prove_held(
     data: bytearray,

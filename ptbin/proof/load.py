@@ -22,7 +22,7 @@ from ptbin.options import ConvertOptions
 from ptbin.proof.loaded import iter_loaded_tensors
 from ptbin.proof.logical import iter_logical_bytes
 from ptbin.reading.selected import read_selected
-from ptbin.sources.opening import open_source
+from ptbin.sources.opening import find_source
 from ptbin.stores import Identity, Place, RangeReader
 from ptbin.values.dtypes import DType
 from ptbin.values.state_dict import StateDict, iter_tensors
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from ptbin.manifests.draft import Draft
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.[^.]+$)")
-
-__all__ = ["open_output", "open_with_torch", "prove_by_loading", "rows_by_state_dict"]
 
 
 def prove_by_loading(draft: Draft, source: Place, dest: Place) -> None:
@@ -44,7 +42,7 @@ def prove_by_loading(draft: Draft, source: Place, dest: Place) -> None:
     """
     options = ConvertOptions.from_json(draft.manifest["options"], verify="load", limits=draft.limits)
     identity = Identity.from_json(draft.manifest["source"]["identity"])
-    with open_source(source, expected=identity) as reader:
+    with find_source(source).open(identity) as reader:
         selected = read_selected(reader, options)
         for rows, state_dict in zip(rows_by_state_dict(draft.manifest), selected.state_dicts, strict=True):
             _compare_state_dict(dest, draft.manifest, rows, state_dict, reader)
@@ -125,7 +123,7 @@ def open_output(dest: Place, manifest: Mapping[str, Any]) -> Iterator[dict[str, 
             place = dest.parent / name
             rows = [row for row in manifest["tensors"] if row["file"] == name]
             if form == "torch":
-                merged.update(stack.enter_context(open_with_torch(place)))
+                merged.update(stack.enter_context(_open_with_torch(place)))
                 continue
             local = stack.enter_context(_local_copy(place))
             try:
@@ -170,7 +168,7 @@ def _local_copy(place: Place) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def open_with_torch(place: Place) -> Iterator[Any]:
+def _open_with_torch(place: Place) -> Iterator[Any]:
     """The output as `torch.load(weights_only=True, mmap=True)` sees it; remote ones by a temporary file."""
     require_reader("torch")
     import torch

@@ -7,8 +7,6 @@ from typing import Any
 
 from ptbin.values.state_dict import key_label
 
-__all__ = ["iter_loaded_tensors"]
-
 
 def iter_loaded_tensors(loaded: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """(name, plain tensor) pairs, named and ordered as `state_dict.tensors_of` does."""

@@ -8,8 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 
-__all__ = ["LocalFile"]
-
 BUFFER_NBYTES = 2 << 20
 """What is read of a local file at once: little enough to lie in a core's cache while it is hashed."""
 MAX_KEPT_NBYTES = 64 << 20

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     import numpy.typing
 
 
-__all__ = ["iter_logical_bytes", "iter_strided"]
-
 BLOCK_NBYTES = 8 << 20
 CHUNK_NBYTES = 4 << 20
 

@@ -42,15 +42,6 @@ from ptbin.values.tensors import ByteRange, TensorRef, extent_of
 if TYPE_CHECKING:
     from ptbin.manifests.draft import Draft, DraftFile
 
-__all__ = [
-    "READ_BACK",
-    "STORE_CHECKSUM",
-    "check_structure",
-    "compare_checksums",
-    "prove_output",
-    "stored_tensor",
-]
-
 READ_BACK = "read back"
 STORE_CHECKSUM = "store checksum"
 
@@ -101,7 +92,7 @@ def prove_output(
             if digests.gaps_sha256 is not None:
                 output["gaps_sha256"] = digests.gaps_sha256
     if draft.manifest["options"]["format"] == "raw":
-        check_raw_indexes(dest.parent, draft.manifest)
+        _check_raw_indexes(dest.parent, draft.manifest)
     if draft.level == "load":
         from ptbin.proof.load import prove_by_loading
 
@@ -185,7 +176,7 @@ def compare_checksums(
         )
 
 
-def check_raw_indexes(folder: Place, manifest: Mapping[str, Any]) -> None:
+def _check_raw_indexes(folder: Place, manifest: Mapping[str, Any]) -> None:
     """The stored indexes of format `raw`, one for each state dict, say of every tensor what was planned.
 
     Raises:

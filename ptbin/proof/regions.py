@@ -13,8 +13,6 @@ from collections.abc import Callable
 from ptbin.proof.logical import ReadSpan, iter_strided
 from ptbin.values.digests import FileDigests, StoredTensor
 
-__all__ = ["RegionLane", "sha256_of_tensor", "strided_sha256"]
-
 
 def strided_sha256(tensor: StoredTensor, read: ReadSpan) -> str:
     assert tensor.stride is not None

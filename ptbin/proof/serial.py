@@ -12,8 +12,6 @@ from typing import Literal
 
 from ptbin.values.digests import FileDigests, StoredTensor
 
-__all__ = ["Serial", "SerialLane", "gaps_between", "serial_of"]
-
 Serial = Literal["file", "gaps", "nothing"]
 """What it covers."""
 
@@ -31,7 +29,7 @@ class SerialLane:
         self.ranges: list[tuple[int, int]] = []
         """(offset, nbytes), ascending."""
         if covers != "nothing":
-            self.ranges = gaps_between(size, tensors) if covers == "gaps" else [(0, size)]
+            self.ranges = _gaps_between(size, tensors) if covers == "gaps" else [(0, size)]
         self._next = 0
         self._digest = hashlib.sha256()
 
@@ -55,7 +53,7 @@ class SerialLane:
             found.gaps_sha256 = self._digest.hexdigest()
 
 
-def gaps_between(size: int, tensors: Iterable[StoredTensor]) -> list[tuple[int, int]]:
+def _gaps_between(size: int, tensors: Iterable[StoredTensor]) -> list[tuple[int, int]]:
     """(offset, nbytes) of what lies in no tensor that is stored contiguously, in the order of the file."""
     gaps = []
     position = 0

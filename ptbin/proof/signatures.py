@@ -18,8 +18,6 @@ from ptbin.errors import UsageError
 from ptbin.proof.verification import Issue
 from ptbin.stores import Place, WatchQuietly
 
-__all__ = ["SIGNATURE", "verify_signatures"]
-
 SIGNATURE = "model.sig"
 MAX_NBYTES = 256 << 20
 CHUNK_NBYTES = 1 << 20

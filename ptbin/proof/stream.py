@@ -17,8 +17,6 @@ from ptbin.proof.serial import Serial, SerialLane
 from ptbin.values.crc32 import combine_crc32
 from ptbin.values.digests import FileDigests, StoredTensor
 
-__all__ = ["StreamHash"]
-
 GROUP_NBYTES = 8 << 20
 WAITING_NBYTES = 32 << 20
 """What may have arrived and not been hashed yet; `take` waits beyond it."""

@@ -26,8 +26,6 @@ from ptbin.stores.place import Where
 
 MAX_STATEMENT_NBYTES = 64 << 20
 
-__all__ = ["Issue", "difference_of", "verify", "verify_outputs"]
-
 
 @dataclass(frozen=True, slots=True)
 class Issue:

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from ptbin.manifests.draft import DraftFile
     from ptbin.values.segments import Plan
 
-__all__ = ["WrittenProof"]
-
 SMALL_NBYTES = 1 << 20
 """Files up to this size are hashed when they are written: threads would take longer to begin."""
 FOLLOWED_NBYTES = 32 << 20

@@ -27,8 +27,6 @@ from ptbin.values.nodes import NdArray, Opaque
 from ptbin.values.state_dict import Excluded, LeftOut, iter_tensors, tensors_of
 from ptbin.values.tensors import ByteRange, InMemory, Joined, Place, Storage, TensorRef, Tiled, TypedStorage
 
-__all__ = ["Accounting", "Unaccounted", "account"]
-
 
 @dataclass(frozen=True, slots=True)
 class Unaccounted:

@@ -24,17 +24,6 @@ from ptbin.values.nodes import DictNode, entry_in
 from ptbin.values.state_dict import StateDict
 from ptbin.values.tensors import TensorRef
 
-__all__ = [
-    "AVERAGED",
-    "COPY_SUFFIX",
-    "copies_inside",
-    "is_same_model",
-    "named_by_order",
-    "role_of",
-    "roles_by_producer",
-    "swapped_copy",
-]
-
 AVERAGED = "ema"
 """What `--select` takes for the averaged copy, wherever it is; also the role of a candidate that is one."""
 RAW = "raw"

@@ -18,8 +18,6 @@ from ptbin.reading.tree import as_mapping, holds_data, is_branch, may_hold_data
 from ptbin.values.nodes import DictNode, Instance, NdArray, Opaque
 from ptbin.values.tensors import SparseTensor, TensorRef
 
-__all__ = ["role_of_content", "role_of_leftover"]
-
 # Those that no other kind of state has: one of them is enough.
 _TELLING_ENTRIES = frozenset(
     """

@@ -21,8 +21,6 @@ from ptbin.values.nodes import DictNode, Instance, NdArray, Opaque
 from ptbin.values.state_dict import Excluded, StateDict
 from ptbin.values.tensors import SparseTensor, TensorRef
 
-__all__ = ["flattened"]
-
 MAX_DEPTH = 64
 _STAYS_OUT = ("metrics", "random_state")
 

@@ -19,8 +19,6 @@ from ptbin.values.nodes import DictNode, Global, Instance, NdArray, Opaque, SetN
 from ptbin.values.state_dict import StateDict
 from ptbin.values.tensors import SparseTensor, TensorRef
 
-__all__ = ["drop_entries", "keep_writable", "new_names", "rename_entries", "without_wrappers"]
-
 MAX_VALUE_DEPTH = 32
 
 # torch.compile wraps a module as `_orig_mod` wherever it stands; DataParallel and DistributedDataParallel

@@ -21,8 +21,6 @@ from ptbin.values.nodes import NdArray, Opaque
 from ptbin.values.state_dict import Excluded, StateDict
 from ptbin.values.tensors import SparseTensor, TensorRef, TypedStorage
 
-__all__ = ["list_left_out"]
-
 MAX_DEPTH = 200
 MAX_LOOKS = 2_000_000
 """Records looked through where a name may decide; a part that several share is walked for each of them."""

@@ -20,8 +20,6 @@ from ptbin.values.nodes import DictNode, Instance, Opaque, SetNode
 from ptbin.values.state_dict import StateDict
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["is_module", "module_state_dict", "script_state_dict"]
-
 MAX_DEPTH = 200
 
 # A module may be reached over many paths, and each counts: sixteen kilobytes of pickle can hold 2^60 of them.

@@ -27,8 +27,6 @@ from ptbin.reading.pickle.wrappers import WRAPPER, local_tensor, piece_of, place
 from ptbin.values.nodes import DictNode, Instance, Opaque, iter_nodes
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["accept_part", "find_part", "refuse_part"]
-
 PARALLEL_SIZES = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -39,23 +37,13 @@ PARALLEL_SIZES = (
 """Of training: above 1 the weights lie in as many files at least."""
 
 # Where trainers keep their arguments, at the top of a checkpoint or one level below another of these.
-_ARGUMENTS = (
-    "args",
-    "cfg",
-    "config",
-    "hyper_parameters",
-    "hparams",
-    "model_config",
-    "model",
-    "common",
-    "_content",
-)
+_ARGUMENTS = tuple("args cfg config hyper_parameters hparams model_config model common _content".split())
 MAX_DEPTH = 4
 
 WRAPPER_GLOBAL = tuple(WRAPPER.rsplit(".", 1))
 
 
-def find_part(checkpoint: Checkpoint) -> str | None:
+def _find_part(checkpoint: Checkpoint) -> str | None:
     """What shows that the checkpoint is one part of a whole, as half a sentence; None where nothing does."""
     if checkpoint.is_whole or not checkpoint.storages:
         return None
@@ -74,7 +62,7 @@ def refuse_part(checkpoint: Checkpoint) -> None:
     Raises:
         IncompleteCheckpointError: what shows it, and what to do.
     """
-    if (why := find_part(checkpoint)) is not None:
+    if (why := _find_part(checkpoint)) is not None:
         # Files of ranks are put together; which they are, their names say (`sources.part_names`).
         merge = (
             "put all ranks' files, and nothing else, into one folder as rank_0.pt, rank_1.pt, ... "
@@ -92,7 +80,7 @@ def accept_part(checkpoint: Checkpoint) -> None:
     """Note what shows that the checkpoint is a part; put this rank's own tensors in the place of pieces."""
     if checkpoint.part is not None:
         return  # done before
-    checkpoint.part = find_part(checkpoint)
+    checkpoint.part = _find_part(checkpoint)
     if checkpoint.part is None:
         return
     placements = checkpoint.vocabulary.placements

@@ -13,8 +13,6 @@ from ptbin.reading.containers.megatron import megatron_facts
 from ptbin.values.state_dict import StateDict
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["apply_recipe"]
-
 
 def apply_recipe(state_dict: StateDict, text: str, checkpoint: Checkpoint) -> None:
     """Let the entries be what the recipe makes of them; what is not a tensor is kept, or left out by a rule.

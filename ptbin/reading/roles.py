@@ -14,8 +14,6 @@ from typing import Any
 from ptbin.values.nodes import NdArray
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["REASONS", "looks_like_weights", "role_of_leaf", "role_of_name"]
-
 REASONS = {
     "optimizer": "state of an optimizer",
     "scheduler": "state of a learning-rate scheduler",

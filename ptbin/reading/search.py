@@ -39,18 +39,6 @@ from ptbin.values.nodes import DictNode, Global, Instance, NdArray, Opaque
 from ptbin.values.state_dict import StateDict, iter_tensors
 from ptbin.values.tensors import SparseTensor, TensorRef
 
-__all__ = [
-    "EXTRA_STATE",
-    "PRIMARY_NAMES",
-    "Candidate",
-    "Findings",
-    "Rejected",
-    "as_state_dict",
-    "find_state_dicts",
-    "is_packed",
-    "readable",
-]
-
 MAX_SEARCH_DEPTH = 10
 
 # Places whose name speaks of metrics and that are looked into all the same, and records looked at in each.
@@ -59,16 +47,8 @@ LOOK_NODES = 1_000
 
 # Names under which frameworks keep the one model (PyTorch's own tutorials, Lightning, timm, mmcv, fairseq,
 # detectron2, DeepSpeed).
-PRIMARY_NAMES = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "module",
-    "net",
-    "network",
-    "weights",
-    "params",
-    "model_state",
+PRIMARY_NAMES = tuple(
+    "state_dict model_state_dict model module net network weights params model_state".split()
 )
 EXTRA_STATE = "_extra_state"
 

@@ -25,8 +25,6 @@ from ptbin.reading.search import Findings, find_state_dicts
 from ptbin.reading.selection import WAYS_OUT, select_state_dicts
 from ptbin.values.state_dict import Excluded, StateDict, storages_of
 
-__all__ = ["Selected", "read_and_judge", "read_selected", "refuse_unsafe", "select_from"]
-
 SHOWN_PATHS = 10
 
 

@@ -21,8 +21,6 @@ from ptbin.values.nodes import DictNode, Instance
 from ptbin.values.state_dict import Excluded, StateDict, iter_tensors
 from ptbin.values.tensors import SparseTensor, TensorRef
 
-__all__ = ["WAYS_OUT", "choose_candidate", "select_state_dict", "select_state_dicts", "why_chosen"]
-
 WAYS_OUT = (
     "--select PATH takes one (repeatable), --flatten makes one state dict of all, "
     "--split gives each an output of its own"
@@ -48,7 +46,7 @@ def select_state_dicts(
     elif options.split:
         made = [c.state_dict for c in _to_split(checkpoint, findings)]
     else:
-        made = [choose_candidate(checkpoint, findings).state_dict]
+        made = [_choose_candidate(checkpoint, findings).state_dict]
     if options.split or len(made) == 1:
         return made
     return [_union(made)]
@@ -124,7 +122,7 @@ def _to_split(checkpoint: Checkpoint, findings: Findings) -> list[Candidate]:
     main = [c for c in main if c.path.removesuffix(COPY_SUFFIX) == c.path or c.path not in whole]
     main = [c for c in main if not c.path.endswith(COPY_SUFFIX)]
     if not main:
-        return [choose_candidate(checkpoint, findings)]
+        return [_choose_candidate(checkpoint, findings)]
     return main
 
 
@@ -153,7 +151,7 @@ def why_chosen(chosen: Candidate, findings: Findings, preferred: str | None) -> 
     return "the others are the same weights"
 
 
-def choose_candidate(checkpoint: Checkpoint, findings: Findings) -> Candidate:
+def _choose_candidate(checkpoint: Checkpoint, findings: Findings) -> Candidate:
     """The one candidate that is the answer.
 
     Raises:

@@ -14,20 +14,6 @@ from ptbin.errors import LimitExceededError
 from ptbin.values.nodes import DictNode, Global, Instance, NdArray, Opaque, SetNode, children
 from ptbin.values.tensors import SparseTensor, TensorRef, TypedStorage
 
-__all__ = [
-    "DataSearch",
-    "as_mapping",
-    "holds_data",
-    "is_branch",
-    "is_saved_file",
-    "is_unreadable_tensor",
-    "iter_data",
-    "may_hold_data",
-    "named_children",
-    "names_below",
-    "resolve",
-]
-
 Data = TensorRef | SparseTensor | TypedStorage | NdArray | Opaque | bytes | bytearray
 
 _PLAIN = (str, int, float, bool, complex, type(None), Global)
@@ -47,7 +33,7 @@ def is_branch(value: Any) -> bool:
     return isinstance(value, (DictNode, Instance, list, tuple))
 
 
-def is_saved_file(value: Any) -> bool:
+def _is_saved_file(value: Any) -> bool:
     """Bytes that are the output of another `torch.save`."""
     return isinstance(value, (bytes, bytearray)) and (
         value.startswith(_ZIP_HEAD) or _LEGACY_HEAD in bytes(value[:32])
@@ -178,7 +164,7 @@ def iter_data(root: Any, seen: set[int] | None = None) -> Iterator[Data]:
         if isinstance(node, _PLAIN):
             continue
         if isinstance(node, (bytes, bytearray)):
-            if is_saved_file(node) and id(node) not in seen:
+            if _is_saved_file(node) and id(node) not in seen:
                 seen.add(id(node))
                 yield node
             continue

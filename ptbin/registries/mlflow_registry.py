@@ -33,9 +33,7 @@ _UNNAMEABLE = re.compile(r"[/:.%\"']")
 class MlflowRegistry(MlflowSource):
     """`mlflow+http://HOST:PORT`, `mlflow+https://...`, `mlflow+sqlite:///PATH.db` and other databases."""
 
-    def __init__(self, uri: str, options: Mapping[str, Any] | None = None) -> None:
-        super().__init__(uri, options)
-        self._its_experiment: Any = None
+    _its_experiment: Any = None
 
     # -- destination --------------------------------------------------------------------------------
 

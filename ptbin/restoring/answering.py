@@ -13,8 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["RefusalError", "answer_request", "error_text"]
-
 
 class RefusalError(Exception):
     """Something the caller can mend; its text is the answer."""

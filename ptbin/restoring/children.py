@@ -20,8 +20,6 @@ from typing import Any
 from ptbin.errors import StorageError, UsageError
 from ptbin.installed import missing_line
 
-__all__ = ["Child", "python_path", "start_child"]
-
 SHOWN_LINES = 12
 
 _BEGIN = """

@@ -14,8 +14,6 @@ from ptbin.values.digests import StoredTensor
 from ptbin.values.dtypes import BY_NAME
 from ptbin.values.tensors import ByteRange, Storage, TensorRef
 
-__all__ = ["Fact", "Facts", "View", "view_of"]
-
 Fact = Sequence[Any]
 """(type, shape, content): content is hexadecimal text, or (offset, storage offset, stride) as in `View`. How
 the type is quantized, and lazy operations (`conj`, `neg`), stand behind its name.

@@ -18,8 +18,6 @@ from torch import nn
 
 from ptbin.restoring.snapshot import other_tensors, registered
 
-__all__ = ["Filled", "empty_tensors", "fill", "unwrapped"]
-
 
 @dataclass(slots=True)
 class Filled:

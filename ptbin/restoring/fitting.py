@@ -7,8 +7,6 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["allowed", "mismatch_report", "select_hint"]
-
 SHOWN = 20
 Shapes = Mapping[str, tuple[int, ...] | None]
 """Names of one side and the shapes of those that are tensors."""

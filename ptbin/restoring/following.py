@@ -12,8 +12,6 @@ import threading
 import zlib
 from collections.abc import Callable
 
-__all__ = ["FollowedFile", "sha256_of"]
-
 CHUNK_NBYTES = 4 << 20
 PAUSE_SECONDS = 0.005
 

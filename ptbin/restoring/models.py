@@ -29,8 +29,6 @@ from ptbin.restoring.weights import Weights, open_weights
 from ptbin.sources.opening import SourcePlace, find_source
 from ptbin.stores import Place
 
-__all__ = ["restore_model"]
-
 NAMED = 5
 
 

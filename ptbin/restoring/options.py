@@ -11,8 +11,6 @@ from ptbin.errors import UsageError
 from ptbin.options import NAMES, ConvertOptions, refuse_text
 from ptbin.values.options import option, same_option
 
-__all__ = ["RestoreOptions", "SaveAs"]
-
 SaveAs = Literal["state-dict", "module", "torchscript", "exported"]
 
 MODEL = "The model"

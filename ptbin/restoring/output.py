@@ -35,8 +35,6 @@ from ptbin.values.digests import FileDigests, StoredTensor
 from ptbin.values.state_dict import iter_tensors
 from ptbin.values.tensors import ByteRange, TensorRef
 
-__all__ = ["Output"]
-
 CHUNK_NBYTES = 4 << 20
 _SUFFIXES = {"exported": ".pt2"}
 """Suffixes that torch asks for."""

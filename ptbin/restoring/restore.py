@@ -20,8 +20,6 @@ from ptbin.restoring.options import RestoreOptions
 from ptbin.stores import Place, place_of
 from ptbin.stores.place import Where
 
-__all__ = ["preview_restore", "restore"]
-
 
 def restore(
     source: Where,

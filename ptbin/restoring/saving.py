@@ -20,8 +20,6 @@ from torch.utils import _pytree as pytree  # torch.export itself takes inputs an
 from ptbin.restoring.answering import RefusalError, error_text
 from ptbin.restoring.snapshot import own_tensors
 
-__all__ = ["Example", "UnwritableError", "run_example", "same_outputs", "save"]
-
 SEED = 0
 
 

@@ -19,8 +19,6 @@ from torch import nn
 from ptbin.proof.loaded import iter_loaded_tensors
 from ptbin.restoring.facts import Fact, Facts
 
-__all__ = ["Contents", "mapped_views", "other_tensors", "own_tensors", "registered", "ties_of"]
-
 LANES = 2
 """Threads that hash: SHA-256 gives the interpreter up, and one core is not all there is."""
 

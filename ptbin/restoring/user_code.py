@@ -20,8 +20,6 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import FrameType, ModuleType
 
-__all__ = ["UserCode"]
-
 _MACHINERY = ("<frozen importlib", os.path.dirname(importlib.__file__) + os.sep)
 """Where the frames of an import under way come from, between the `import` and the finder."""
 

@@ -32,8 +32,6 @@ from ptbin.values.state_dict import iter_tensors
 from ptbin.values.tensors import ByteRange, TensorRef
 from ptbin.writing.outputs import OutputPlan
 
-__all__ = ["Weights", "open_weights"]
-
 CHUNK_NBYTES = 4 << 20
 NAMED = 5
 

@@ -24,34 +24,20 @@ __all__ = ["companion_of", "is_companion", "left_alone_as"]
 _NO_MODEL = (AmbiguousStateDictError, IncompleteCheckpointError, NoStateDictError, UnsupportedTensorError)
 """Of a file that is called a companion: it was read, and holds no single model."""
 
-_PATTERNS = {
-    "optimizer": (
-        *(
-            "optimizer.pt",
-            "optimizer.pth",
-            "optimizer.bin",
-            "optimizer.ckpt",
-            "optimizer_*.bin",
-            "optimizer_*.pt",
-        ),
-        *("optim.pt", "optim.pth", "optim.bin", "optim_world_size_*_rank_*.pt", "optim_[0-9]*.pt"),
-        *("optim_[0-9]*.bin", "*_optim_states.pt", "distrib_optim.pt", "optimizer-*.pt"),
-    ),
-    "scheduler": (
-        *("scheduler.pt", "scheduler.pth", "scheduler.bin", "scheduler_[0-9]*.bin", "scheduler_[0-9]*.pt"),
-        *("lr_scheduler.pt", "lr_scheduler.bin", "lr_scheduler.pth"),
-    ),
-    "random generators": (
-        *("rng_state*.pth", "rng_state*.pt", "random_states_*.pkl", "random_state*.pkl"),
-        *("rng.pt", "rng_states.pt"),
-    ),
-    "scaler": ("scaler.pt", "scaler.pth", "grad_scaler.pt", "scaler_[0-9]*.pt", "scaler.bin"),
-    "training arguments": ("training_args.bin", "training_args.pt"),
-    "training state": (
-        *("extra_state_world_size_*_rank_*.pt", "trainer_state.pt", "dataloader.pt", "sampler.bin"),
-        *("sampler_[0-9]*.bin", "custom_checkpoint_[0-9]*.pkl", "dl_state_dict*.bin"),
-    ),
+_NAMES = {
+    "optimizer": "optimizer.pt optimizer.pth optimizer.bin optimizer.ckpt optimizer_*.bin optimizer_*.pt"
+    " optimizer-*.pt optim.pt optim.pth optim.bin optim_world_size_*_rank_*.pt optim_[0-9]*.pt"
+    " optim_[0-9]*.bin *_optim_states.pt distrib_optim.pt",
+    "scheduler": "scheduler.pt scheduler.pth scheduler.bin scheduler_[0-9]*.bin scheduler_[0-9]*.pt"
+    " lr_scheduler.pt lr_scheduler.bin lr_scheduler.pth",
+    "random generators": "rng_state*.pth rng_state*.pt random_states_*.pkl random_state*.pkl rng.pt"
+    " rng_states.pt",
+    "scaler": "scaler.pt scaler.pth grad_scaler.pt scaler_[0-9]*.pt scaler.bin",
+    "training arguments": "training_args.bin training_args.pt",
+    "training state": "extra_state_world_size_*_rank_*.pt trainer_state.pt dataloader.pt sampler.bin"
+    " sampler_[0-9]*.bin custom_checkpoint_[0-9]*.pkl dl_state_dict*.bin",
 }
+_PATTERNS = {role: tuple(names.split()) for role, names in _NAMES.items()}
 
 
 def companion_of(name: str) -> str | None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from ptbin.sources.companions import companion_of
 from ptbin.sources.deepspeed_names import UNIVERSAL_OPTIMIZER, deepspeed_checkpoint
 from ptbin.sources.part_names import (
+    INDEX_SUFFIX,
     META_PARAMETERS,
     find_parts,
     is_megatron_name,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DCP_METADATA", "INDEX_SUFFIX", "Group", "Grouping", "is_folder_part", "main_handle"]
 
-INDEX_SUFFIX = ".index.json"
 DCP_METADATA = ".metadata"
 LIGHTNING_METADATA = "meta.pt"
 COMMON_STATE = "common.pt"
@@ -100,9 +100,7 @@ def is_folder_part(name: str) -> bool:
     """Whether a file of this name (by `split_place`) may be part of a checkpoint of several files."""
     suffixes = (".distcp", INDEX_SUFFIX, "_states.pt", ".bin", ".safetensors")
     beside = (DCP_METADATA, LIGHTNING_METADATA, COMMON_STATE, META_PARAMETERS, UNIVERSAL_OPTIMIZER)
-    if name in beside or name.endswith(suffixes):
-        return True
-    return may_be_part(name)
+    return name in beside or name.endswith(suffixes) or may_be_part(name)
 
 
 class Grouping:
@@ -123,69 +121,58 @@ class Grouping:
         groups: list[Group] = []
         single: list[ListedObject] = []
         for folder, items in self._folders.items():
-            found = _groups_in(folder, items)
-            if self._parts:
-                found = [group for group in found if group.kind not in _EACH_BY_ITSELF]
-            else:
-                found += _parts_in(folder, items, found)
-            claimed = {member.path for group in found for member in group.members}
-            groups.extend(found)
-            single.extend(item for item in items if item.path not in claimed)
+            found, rest = _grouped(folder, items, parts=self._parts)
+            groups += found
+            single += rest
         return groups, single
 
 
-def _groups_in(folder: str, items: Sequence[ListedObject]) -> list[Group]:
-    cut = len(folder) + 1 if folder else 0
-    names = {item.path[cut:]: item for item in items}
-    groups: list[Group] = []
+def _grouped(
+    folder: str, items: Sequence[ListedObject], *, parts: bool
+) -> tuple[list[Group], list[ListedObject]]:
+    """The groups among a folder's files, and the files of none; `parts` as `Grouping` has it.
 
-    def add(kind: str, handle: str, members: Iterable[str]) -> None:
-        groups.append(Group(kind, handle, folder, tuple(names[name] for name in sorted(members))))
-
-    chunks = [name for name in names if name.endswith(".distcp")]
-    if DCP_METADATA in names and chunks:
-        beside = (DCP_METADATA, LIGHTNING_METADATA, COMMON_STATE)
-        add("torch_dcp", folder, [name for name in beside if name in names] + chunks)
-    kind, members = deepspeed_checkpoint(names)
-    if kind:
-        add(kind, folder, members)
-    for name in sorted(names):
-        match = _INDEX.match(name)
-        if match is None:
-            continue
-        shards = [n for n in names if (m := _SHARD.match(n)) and m.groupdict() == match.groupdict()]
-        whole = f"{match['stem']}.{match['kind']}"
-        if not shards and whole in names:
-            shards = [whole]
-        if shards:
-            add("sharded", names[name].path, [name, *shards])
-    return groups
-
-
-def _parts_in(folder: str, items: Sequence[ListedObject], groups: Sequence[Group]) -> list[Group]:
-    """What is left of a folder's files and is one checkpoint only together.
-
-    The folder names one checkpoint: where several are in it, each is `parts` of its own.
+    The folder names one checkpoint: where several are in it that are put together, each is `parts`.
     """
     cut = len(folder) + 1 if folder else 0
-    claimed = {member.path for group in groups for member in group.members}
-    left = {item.path[cut:]: item for item in items if item.path not in claimed}
+    names = {item.path[cut:]: item for item in items}
+    left = dict(names)
+    groups: list[Group] = []
+
+    def take(kind: str, handle: str, members: Sequence[str], why: str = "") -> None:
+        groups.append(Group(kind, handle, folder, tuple(names[name] for name in members), why))
+        for name in members:
+            left.pop(name, None)
+
+    chunks = [name for name in left if name.endswith(".distcp")]
+    if DCP_METADATA in left and chunks:
+        beside = (DCP_METADATA, LIGHTNING_METADATA, COMMON_STATE)
+        take("torch_dcp", folder, sorted([name for name in beside if name in left] + chunks))
+    kind, members = deepspeed_checkpoint(names)
+    if kind and not (parts and kind in _EACH_BY_ITSELF):
+        take(kind, folder, sorted(members))
+    for index, match in ((name, _INDEX.match(name)) for name in sorted(names)):
+        if match is not None:
+            shards = [n for n in names if (m := _SHARD.match(n)) and m.groupdict() == match.groupdict()]
+            whole = f"{match['stem']}.{match['kind']}"
+            if shards or whole in names:
+                take("sharded", names[index].path, sorted([index, *(shards or [whole])]))
+    if parts:
+        return groups, list(left.values())
+    has_own = any(group.kind in _OWN_FOLDER for group in groups)
     # An index that names shards of its own vouches for them; the others' index is missing.
-    parts = find_parts(left)
-    whole = [found for found in parts if found.kind]
-    single = len(whole) == 1 and not any(group.kind in _OWN_FOLDER for group in groups)
-    found = []
-    for group in parts:
-        members = tuple(left[name] for name in group.members)
-        if single and group is whole[0]:
-            found.append(Group(group.kind, folder, folder, members))
-            continue
+    found = find_parts(left)
+    merged = [group for group in found if group.kind]
+    for group in found:
         why = group.why
+        if group.kind and len(merged) == 1 and not has_own:
+            take(group.kind, folder, group.members)
+            continue
         if group.kind:
-            others = ", ".join(other.members[0] for other in whole if other is not group)
+            others = ", ".join(other.members[0] for other in merged if other is not group)
             why += f"; next to other parts in one folder ({others}), of which each needs a folder of its own"
-        found.append(Group("parts", members[0].path, folder, members, why))
-    return found
+        take("parts", names[group.members[0]].path, group.members, why)
+    return groups, list(left.values())
 
 
 def main_handle(items: Iterable[ListedObject]) -> Group | ListedObject | None:

@@ -1,12 +1,13 @@
 """Opening what a URI means as a checkpoint: one file, or several that are one.
 
-    with open_source("s3://models/run1/checkpoint-100") as reader: ...
+    with find_source("s3://models/run1/checkpoint-100").open() as reader: ...
 
 The reader is pinned whichever it is; a source of several files is one address space (`stores.joined`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Mapping
@@ -20,15 +21,15 @@ from ptbin.errors import (
     StorageError,
     UsageError,
 )
-from ptbin.sources.folders import INDEX_SUFFIX, Group, main_handle
-from ptbin.sources.part_names import find_parts, may_be_part, split_place
+from ptbin.sources.folders import main_handle
+from ptbin.sources.part_names import INDEX_SUFFIX, find_parts, listed_names, may_be_part, split_place
 from ptbin.stores import Identity, ListedObject, ObjectStat, Place, RangeReader, place_of
 from ptbin.stores.joined import JoinedReader, joint_identity
 
 if TYPE_CHECKING:
     from ptbin.stores.place import Where
 
-__all__ = ["SourcePlace", "find_source", "open_source", "parse_index"]
+__all__ = ["SourcePlace", "find_source", "parse_index"]
 
 # Files directly in a folder that is asked to be one checkpoint; a store with more is not one.
 MAX_LISTED = 200_000
@@ -94,20 +95,13 @@ class SourcePlace:
         return JoinedReader(self.folder, self.parts, uri=self.place.uri).expecting(expected)
 
 
-def open_source(
-    where: Where, storage_options: Mapping[str, Any] | None = None, *, expected: Identity | None = None
-) -> RangeReader:
-    """The checkpoint that lies there, opened.
+def find_source(where: Where, storage_options: Mapping[str, Any] | None = None) -> SourcePlace:
+    """What a place means: a file, an index file with its shards, a folder.
 
     Raises:
         UsageError: a folder that is no checkpoint.
         NotFoundInStoreError, StorageError: from the store.
     """
-    return find_source(where, storage_options).open(expected)
-
-
-def find_source(where: Where, storage_options: Mapping[str, Any] | None = None) -> SourcePlace:
-    """What a place means: a file, an index file with its shards, a folder. Errors as `open_source`."""
     place = place_of(where, storage_options).file
     if place.name.endswith(INDEX_SUFFIX):
         return _indexed(place)
@@ -117,8 +111,7 @@ def find_source(where: Where, storage_options: Mapping[str, Any] | None = None) 
         if place.name.endswith(".bin") and _is_raw(place, file, index):
             return _indexed(index)
         return SourcePlace(place, place.parent, incomplete=_why_part(place), found=file)
-    listed = itertools.islice(place.iter_objects(), MAX_LISTED)
-    direct = [item for item in listed if not split_place(item.path)[0]]
+    direct = _directly_in(place)
     found = main_handle(direct)
     tracker = next((item.path for item in direct if item.path in _TRACKERS), None)
     if found is None and tracker is not None:
@@ -135,7 +128,7 @@ def find_source(where: Where, storage_options: Mapping[str, Any] | None = None) 
     if found.kind == "sharded":
         return _indexed(place / found.handle)
     why = f"parts of one checkpoint: {found.why}" if found.kind == "parts" else ""
-    return SourcePlace(place, place, _ordered(found), why)
+    return SourcePlace(place, place, tuple(sorted(found.members, key=lambda item: item.path)), why)
 
 
 def _look(place: Place) -> ObjectStat | None:
@@ -161,18 +154,16 @@ def _why_part(place: Place) -> str:
     name = split_place(place.path)[1]
     if not may_be_part(name):
         return ""
-    try:
-        folder = place.without(f"/{name}")
-        listed = itertools.islice(folder.iter_objects(), MAX_LISTED)
-        names = {item.path for item in listed if not split_place(item.path)[0]} | {name}
-    except StorageError:
-        names = {name}  # a store that hands out files and lists none
+    names = {name}
+    with contextlib.suppress(StorageError):  # a store that hands out files and lists none
+        names |= {item.path for item in _directly_in(place.without(f"/{name}"))}
     whys = (parts.why for parts in find_parts(names) if name in parts.members)
     return next((f"one part of a checkpoint: {why}" for why in whys), "")
 
 
-def _ordered(group: Group) -> tuple[ListedObject, ...]:
-    return tuple(sorted(group.members, key=lambda item: item.path))
+def _directly_in(folder: Place) -> list[ListedObject]:
+    listed = itertools.islice(folder.iter_objects(), MAX_LISTED)
+    return [item for item in listed if not split_place(item.path)[0]]
 
 
 def _is_plain_name(name: str) -> bool:
@@ -196,20 +187,16 @@ def _indexed(place: Place) -> SourcePlace:
     index = parse_index(place.read_bytes(limit=MAX_INDEX_NBYTES), stat.uri)
     parts = [ListedObject(place.name, stat.uri, stat.size, stat.identity)]
     missing = []
-    for shard in sorted(set(index["files"])):
+    for shard in sorted(index["files"]):
         try:
             found = (folder / shard).stat()
+            parts.append(ListedObject(shard, found.uri, found.size, found.identity))
         except NotFoundInStoreError:
             missing.append(shard)
-            continue
-        parts.append(ListedObject(shard, found.uri, found.size, found.identity))
     why = ""
     if missing:
-        shown = ", ".join(missing[:MAX_SHOWN]) + (
-            f" and {len(missing) - MAX_SHOWN} more" if missing[MAX_SHOWN:] else ""
-        )
-        named = len(set(index["files"]))
-        why = f"{len(missing)} of the {named} files that this index names are missing: {shown}; fetch them"
+        named = f"{len(missing)} of the {len(index['files'])} files that this index names"
+        why = f"{named} are missing: {listed_names(missing, MAX_SHOWN)}; fetch them"
     return SourcePlace(place, folder, tuple(parts), why)
 
 

@@ -30,6 +30,7 @@ from ptbin.sources.deepspeed_names import (
 )
 
 __all__ = [
+    "INDEX_SUFFIX",
     "META_PARAMETERS",
     "Parts",
     "find_parts",
@@ -38,6 +39,7 @@ __all__ = [
     "is_only_rank",
     "is_rank_name",
     "is_torch_shard",
+    "listed_names",
     "may_be_part",
     "split_place",
 ]
@@ -179,18 +181,19 @@ _TAKE_FOLDER = "convert the folder, which takes all of them"
 
 
 def _parts(members: Collection[str], what: str, way_out: str, kind: str = "", missing: str = "") -> Parts:
-    return Parts(tuple(members), f"{what} ({_listed(members)}{missing}); {way_out}", kind)
+    return Parts(tuple(members), f"{what} ({listed_names(members)}{missing}); {way_out}", kind)
 
 
-def _listed(names: Collection[str]) -> str:
-    shown = ", ".join(itertools.islice(names, MAX_LISTED_NAMES))
-    return shown if len(names) <= MAX_LISTED_NAMES else f"{shown} and {len(names) - MAX_LISTED_NAMES} more"
+def listed_names(names: Collection[str], most: int = MAX_LISTED_NAMES) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(itertools.islice(names, most))
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def _missing(numbers: Collection[int], first: int, count: int, name_of: Callable[[int], str] = str) -> str:
     """The names of those of `count` numbers from `first` on that are not there."""
     missing = [name_of(n) for n in range(first, first + min(count, MAX_COUNTED)) if n not in numbers]
-    return f"; not there: {_listed(missing)}" if missing else ""
+    return f"; not there: {listed_names(missing)}" if missing else ""
 
 
 def _by(

@@ -1,7 +1,9 @@
 """Files that belong to a Hugging Face model beside its weights: configuration, tokenizer, chat template.
 
 Chosen by name, out of the source's folder or the `huggingface/` in it, where verl puts them. Code (`*.py`)
-stays where it is: a folder that ptbin writes never makes anybody run some.
+stays where it is: a folder that ptbin writes never makes anybody run some. Neither does a Git LFS pointer go
+along, the few lines that lie in a file's place where `git lfs pull` has not been run: the output would look
+whole. (One in a checkpoint's place is told by its container, `reading.containers.unreadable`.)
 """
 
 from __future__ import annotations
@@ -12,34 +14,22 @@ import json
 import re
 from collections.abc import Callable
 
+from ptbin.errors import UnsupportedFormatError
 from ptbin.sources.opening import SourcePlace
-from ptbin.stores import ListedObject
+from ptbin.stores import ListedObject, Place
 
-__all__ = ["PATTERNS", "change_of", "find_sidecars", "with_dtype"]
+__all__ = [
+    "MAX_POINTER_NBYTES", "PATTERNS", "change_of", "find_sidecars", "refuse_pointer", "refuse_pointer_at",
+    "with_dtype",
+]  # fmt: skip
 
 # transformers' and tokenizers' file names (utils/hub.py, tokenization_utils_base.py), and peft's.
-PATTERNS = (
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "*.tiktoken",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "image_processor_config.json",
-    "video_preprocessor_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "configuration.json",
+PATTERNS = tuple(
+    "config.json generation_config.json adapter_config.json configuration.json"
+    " tokenizer.json tokenizer_config.json tokenizer.model *.tiktoken special_tokens_map.json"
+    " added_tokens.json vocab.json vocab.txt merges.txt spiece.model sentencepiece.bpe.model"
+    " preprocessor_config.json processor_config.json image_processor_config.json"
+    " video_preprocessor_config.json chat_template.json chat_template.jinja".split()
 )
 HUGGING_FACE_FOLDER = "huggingface"
 """In a folder of rank files (verl's FSDP checkpoint manager, SkyRL)."""
@@ -111,3 +101,26 @@ def with_dtype(config: bytes, dtype: str) -> tuple[bytes, str]:
         if before
         else (config, "")
     )
+
+
+LFS_POINTER = b"version https://git-lfs"
+MAX_POINTER_NBYTES = 1024
+"""Git LFS, docs/spec.md: a pointer is shorter than that."""
+
+
+def refuse_pointer(data: bytes, uri: str) -> None:
+    """Raises UnsupportedFormatError where a file's content is a Git LFS pointer and not the file."""
+    if len(data) <= MAX_POINTER_NBYTES and data.startswith(LFS_POINTER):
+        raise UnsupportedFormatError(
+            f"{uri}: a Git LFS pointer, not the file itself; run `git lfs pull` where it comes from"
+        )
+
+
+def refuse_pointer_at(place: Place, nbytes: int) -> None:
+    """The same of a file that is still to be read: one read, and only where it is that small.
+
+    Raises:
+        UnsupportedFormatError: as `refuse_pointer`. StorageError: from the store.
+    """
+    if nbytes <= MAX_POINTER_NBYTES:
+        refuse_pointer(place.read_bytes(limit=MAX_POINTER_NBYTES), place.uri)

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-__all__ = ["iter_assembled"]
-
 SLAB_NBYTES = 8 << 20
 
 

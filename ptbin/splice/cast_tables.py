@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["F32_INF", "MAGNITUDE", "SIGN", "Table", "float16_bits", "table_of"]
-
 # Bit patterns of float32.
 SIGN = 0x80000000
 MAGNITUDE = 0x7FFFFFFF

@@ -31,8 +31,6 @@ from ptbin.values.dtypes import CAST_NAMES, DType
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["CAST_NAMES", "CastTally", "iter_cast"]
-
 # Elements per numpy call. float32 to bfloat16 reads 3.2 GB/s with 8 Ki, where the calls themselves count,
 # 7.2 with 64 Ki, whose scratch buffers stay in an L2 cache of 1 MiB, and 6.1 with 1 Mi (one core, AMD EPYC).
 # Each call releases the interpreter's lock and takes it again: with 64 Ki, 16 cores did little else.

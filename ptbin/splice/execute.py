@@ -29,8 +29,6 @@ from ptbin.values.tensors import ByteRange
 if TYPE_CHECKING:
     from ptbin.splice.casting import CastTally
 
-__all__ = ["SpliceResult", "check_copies", "splice"]
-
 STREAM_CHUNK_NBYTES = 8 << 20
 
 Progress = Callable[[int], None]

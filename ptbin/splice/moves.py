@@ -22,8 +22,6 @@ from ptbin.stores.parts import Extent
 from ptbin.stores.ranges import affordable_gap
 from ptbin.values.segments import Copy, Literal, Piece
 
-__all__ = ["Move", "coalesce", "with_moves"]
-
 # Framing between two records is a descriptor and a padded header; anything longer is not worth comparing.
 MAX_FRAMING_NBYTES = 4096
 SPARE = 1 / 512

@@ -22,8 +22,6 @@ from ptbin.values.segments import Computed, Copy, Piece
 if TYPE_CHECKING:
     from ptbin.splice.casting import CastTally
 
-__all__ = ["ParallelPieces"]
-
 MAX_THREADS = 8
 MIN_NBYTES = 1 << 20
 """Shorter pieces are done by the caller: handing one over takes as long."""

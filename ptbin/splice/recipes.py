@@ -20,8 +20,6 @@ from ptbin.values.tensors import ByteRange, Deflated, InMemory
 if TYPE_CHECKING:
     from ptbin.splice.casting import CastTally
 
-__all__ = ["iter_recipe"]
-
 CHUNK_NBYTES = 4 << 20
 
 _SWAP_CODES = {2: "H", 4: "I", 8: "Q"}

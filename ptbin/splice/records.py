@@ -21,8 +21,6 @@ from ptbin.values.crc32 import combine_crc32, confirm_crc32, crc32_of
 from ptbin.values.segments import Plan
 from ptbin.values.tensors import ByteRange
 
-__all__ = ["RecordChecks"]
-
 SPARE_NBYTES = 512 * 1024
 SPARE_SHARE = 100
 MAX_RUNS = 1 << 16
@@ -40,15 +38,16 @@ class RecordChecks:
     def __init__(self, plans: Sequence[Plan]) -> None:
         self.confirmed: set[ByteRange] = set()
         self._files_left = Counter(record for plan in plans for record in _taken_in_part(plan))
-        self._passed = {record: _Passed(record) for record in self._files_left}
-        self._by_offset = {record.offset: passed for record, passed in self._passed.items()}
+        self._by_offset = {record.offset: record for record in self._files_left}
         self._offsets = sorted(self._by_offset)
+        self._passed: dict[ByteRange, _Passed] = {}
+        """Of records that are under way."""
         self._spare = max(SPARE_NBYTES, sum(r.nbytes for p in plans for r in p.records) // SPARE_SHARE)
         self._lock = threading.Lock()
 
     def watch(self, reader: RangeReader) -> RangeReader:
         """A reader of the same source that counts what it reads."""
-        return _WatchedReader(reader, self) if self._passed else reader
+        return _WatchedReader(reader, self) if self._offsets else reader
 
     def count(self, uri: str, offset: int, data: bytes) -> None:
         """Count bytes that were read. Raises ChecksumMismatchError: of a record that is not as stated."""
@@ -71,10 +70,11 @@ class RecordChecks:
             ChecksumMismatchError: a record is not what its container states.
         """
         with self._lock:
-            mine = _taken_in_part(plan) & self._passed.keys()
+            mine = _taken_in_part(plan) & self._files_left.keys()
             self._files_left.subtract(mine)
-            last = [self._passed[record] for record in mine - self.confirmed if self._files_left[record] <= 0]
-            for passed in sorted(last, key=lambda passed: passed.missing_nbytes):
+            last = [record for record in mine - self.confirmed if self._files_left[record] <= 0]
+            under_way = [self._passed.get(record) or _Passed(record) for record in last]
+            for passed in sorted(under_way, key=lambda passed: passed.missing_nbytes):
                 if passed.missing_nbytes > self._spare:
                     break
                 self._spare -= passed.missing_nbytes
@@ -84,12 +84,16 @@ class RecordChecks:
 
     def _at(self, offset: int) -> _Passed | None:
         index = bisect.bisect_right(self._offsets, offset) - 1
-        return self._by_offset[self._offsets[index]] if index >= 0 else None
+        record = self._by_offset[self._offsets[index]] if index >= 0 else None
+        if record is None or offset >= record.offset + record.nbytes or record in self.confirmed:
+            return None
+        return self._passed.get(record) or self._passed.setdefault(record, _Passed(record))
 
     def _confirm(self, uri: str, passed: _Passed) -> None:
         if not passed.missing_nbytes and passed.record not in self.confirmed:
             confirm_crc32(uri, passed.record.member, passed.crc32(), passed.record.crc32)
             self.confirmed.add(passed.record)
+            self._passed.pop(passed.record, None)
 
 
 def _taken_in_part(plan: Plan) -> set[ByteRange]:

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["iter_in_order"]
-
 BLOCK_NBYTES = 8 << 20
 SPAN_NBYTES = 32 << 20
 HOLE_NBYTES = 256 * 1024

@@ -6,10 +6,9 @@ with place.open_reader() as reader: ...
 
 from __future__ import annotations
 
-from ptbin.stores.base import Store
+from ptbin.stores.base import Store, Watch, WatchQuietly
 from ptbin.stores.faults import public_uri
-from ptbin.stores.opening import open_store, register_store
-from ptbin.stores.place import NO_OPTIONS, Place, Sides, Where, place_of
+from ptbin.stores.place import NO_OPTIONS, Place, Sides, Where, open_store, place_of, register_store
 from ptbin.stores.reader import RangeReader
 from ptbin.stores.values import (
     PARTIAL_SUFFIX,
@@ -19,7 +18,6 @@ from ptbin.stores.values import (
     identity_text,
     is_partial_name,
 )
-from ptbin.stores.watching import Watch, WatchQuietly
 from ptbin.stores.writer import CopyRefused, Writer
 
 __all__ = [

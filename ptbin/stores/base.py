@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ptbin.errors import StorageError
 from ptbin.stores.values import READ_BYTES_LIMIT, refuse_too_large
 
 if TYPE_CHECKING:
@@ -20,10 +21,45 @@ if TYPE_CHECKING:
 
     from ptbin.stores.reader import RangeReader
     from ptbin.stores.values import Identity, ListedObject, ObjectStat
-    from ptbin.stores.watching import Watch
     from ptbin.stores.writer import Writer
 
-__all__ = ["Store"]
+__all__ = ["PassedOver", "Store", "Watch", "WatchQuietly"]
+
+PassedOver = Literal["special_file", "dangling_link", "outside_link"]
+"""Pipes, sockets and devices; links that lead nowhere, or out of the listed place and are not followed."""
+
+
+class Watch:
+    """What a listing asks about folders, links and what is not a file. Paths are relative.
+
+    Only stores that have such things ask. This one goes everywhere, follows every link, and raises where a
+    folder cannot be read; `catalog.entries` has the rule for SOURCE.
+    """
+
+    def enters(self, folder: str) -> bool:
+        """Whether the listing goes into `folder`."""
+        del folder
+        return True
+
+    def follows(self, link: str, target: str) -> bool:
+        """Whether a link is followed that leads out of the listed place, to `target`."""
+        del link, target
+        return True
+
+    def passes(self, path: str, kind: PassedOver) -> None:
+        """An entry is passed over."""
+
+    def cannot_read(self, path: str, error: StorageError) -> None:
+        """A folder, or an entry of one, cannot be looked at; the listing goes on where this returns."""
+        del path
+        raise error
+
+
+class WatchQuietly(Watch):
+    """Passes over what cannot be read."""
+
+    def cannot_read(self, path: str, error: StorageError) -> None:
+        """Nothing is raised."""
 
 
 class Store(ABC):

@@ -75,18 +75,19 @@ def copy_file(
             changed = wanted != content
         if changed:
             reader.check_unchanged()
-            with dest.open_writer(size_hint=len(wanted)) as writer:
-                writer.write(wanted)
-                sent = _commit(writer, zlib.crc32(wanted))
+            with dest.open_writer(size_hint=len(wanted)) as sent:
+                sent.write(wanted)
+                sent.commit()
+            crc32: int | None = zlib.crc32(wanted)
         else:
             try:
-                sent = _write(reader, dest, progress, copies=True)
+                sent, crc32 = _write(reader, dest, progress, copies=True)
             except CopyRefused:
-                sent = _write(reader, dest, progress, copies=False)
-    if verify and not sent.acknowledged and not _arrived(dest, sent.size, sent.crc32, progress):
+                sent, crc32 = _write(reader, dest, progress, copies=False)
+    if verify and not sent.acknowledged and not _arrived(dest, sent.bytes_written, crc32, progress):
         dest.delete()
         raise VerificationError(f"{dest.uri}: not what was written; removed")
-    return Copied(sent.size, sent.copied_nbytes, sent.identity or dest.stat().identity, changed)
+    return Copied(sent.bytes_written, sent.bytes_copied, sent.identity or dest.stat().identity, changed)
 
 
 def find_in_place(
@@ -117,18 +118,10 @@ def find_in_place(
     return same
 
 
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    """What was written; `crc32` is None where it did not come through here."""
-
-    size: int
-    crc32: int | None
-    copied_nbytes: int
-    identity: Identity | None
-    acknowledged: bool
-
-
-def _write(reader: RangeReader, dest: Place, progress: Progress | None, *, copies: bool) -> _Sent:
+def _write(
+    reader: RangeReader, dest: Place, progress: Progress | None, *, copies: bool
+) -> tuple[Writer, int | None]:
+    """The writer, which has committed, and the CRC-32 of what came through here; None where not all did."""
     with dest.open_writer(size_hint=reader.size, copies=copies) as writer:
         parts = [Part(0, reader.size, False)]
         if copies and reader.size and writer.moves_from(reader):
@@ -147,12 +140,8 @@ def _write(reader: RangeReader, dest: Place, progress: Progress | None, *, copie
                     progress(len(piece))
         writer.settle()
         reader.confirm()
-        return _commit(writer, crc32)
-
-
-def _commit(writer: Writer, crc32: int | None) -> _Sent:
-    writer.commit()
-    return _Sent(writer.bytes_written, crc32, writer.bytes_copied, writer.identity, writer.acknowledged)
+        writer.commit()
+        return writer, crc32
 
 
 def _arrived(dest: Place, size: int, crc32: int | None, progress: Progress | None) -> bool:

@@ -17,35 +17,34 @@ import asyncio
 import contextlib
 import os
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
 
 from ptbin.errors import NotFoundInStoreError, SourceChangedError, StorageError, UsageError
-from ptbin.stores.base import Store
+from ptbin.stores.base import Store, Watch
 from ptbin.stores.faults import fault, mapped_faults, public_uri
+from ptbin.stores.ranges import Fetch
 from ptbin.stores.reader import Pending, RangeReader
-from ptbin.stores.retry import RetryPolicy, call_with_retries, call_with_retries_async
+from ptbin.stores.requests import RetryPolicy, call_with_retries, call_with_retries_async
 from ptbin.stores.values import (
     MIB,
     PARTIAL_SUFFIX,
     Identity,
     ListedObject,
     ObjectStat,
-    check_range,
     is_partial_name,
     partial_name,
     refuse_other_object,
     target_of_partial,
 )
-from ptbin.stores.watching import Watch
 from ptbin.stores.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from ptbin.stores.ranges import Fetch
     from ptbin.stores.values import IdentityKind
 
 
@@ -57,31 +56,22 @@ PUBLISH_ON_CLOSE |= {"mlflow-artifacts", "mlflow-artifacts+https"}
 
 READ_ONLY = {"http", "https", "zip", "tar", "libarchive", "reference", "data", "git", "github", "gist"}
 
-# (key of fsspec's info(), kind), the strongest first: what changes with every write, whatever the clock does.
-IDENTITY_KEYS: tuple[tuple[str, IdentityKind], ...] = (
-    ("ETag", "etag"),
-    ("etag", "etag"),
-    ("generation", "version_id"),
-    ("md5Hash", "checksum"),
-    ("md5", "checksum"),
-    ("checksum", "checksum"),
-    ("CRC", "checksum"),  # a member of a zip archive
-    ("uid", "uid"),
-    ("mtime", "mtime"),
-    ("last_modified", "mtime"),
-    ("LastModified", "mtime"),
-    ("updated", "mtime"),
-    ("modified", "mtime"),
-    ("created", "mtime"),
-)
-LOCAL_UID = "uid"  # sftp's and local info() call the owning user "uid": a number, and no identity
+# Keys of fsspec's info(), the strongest first: what changes with every write, whatever the clock does.
+IDENTITY_KEYS: dict[IdentityKind, tuple[str, ...]] = {
+    "etag": ("ETag", "etag"),
+    "version_id": ("generation",),
+    "checksum": ("md5Hash", "md5", "checksum", "CRC"),  # the last is of a zip archive's member
+    "uid": ("uid",),
+    "mtime": ("mtime", "last_modified", "LastModified", "updated", "modified", "created"),
+}
 
 
 def identity_from(info: Mapping[str, Any], size: int) -> Identity:
     """The strongest identity `info` offers; sizes alone (kind "uid") where it offers nothing."""
-    for key, kind in IDENTITY_KEYS:
+    for kind, key in ((kind, key) for kind, keys in IDENTITY_KEYS.items() for key in keys):
         value = info.get(key)
-        if value in (None, "") or (key == LOCAL_UID and isinstance(value, int)):
+        # sftp's and local info() call the owning user "uid": a number, and no identity.
+        if value in (None, "") or (kind == "uid" and isinstance(value, int)):
             continue
         if kind == "mtime":
             return Identity(kind, f"{_moment(value)}-{size}")
@@ -292,12 +282,6 @@ class FsspecStore(Store):
             self.fs.rm_file(probe)
 
 
-def _make_parents(store: FsspecStore, path: str) -> None:
-    """Where directories are real; object stores and `memory` have none to make."""
-    if store.written_protocol not in PUBLISH_ON_CLOSE and store.written_protocol != "memory":
-        store.fs.makedirs(path.rpartition("/")[0] or "/", exist_ok=True)
-
-
 class FsspecReader(RangeReader):
     """Ranges by `cat_file`, its arguments named: positional ones mean other things in some backends."""
 
@@ -313,49 +297,42 @@ class FsspecReader(RangeReader):
         if not self._concurrent:
             self.max_under_way = 1
 
-    def read(self, offset: int, nbytes: int) -> bytes:
-        check_range(self.uri, self.size, offset, nbytes)
-        if nbytes == 0:
-            return b""
-
-        def ask() -> bytes:
-            with mapped_faults("read", self.uri):
-                self.requests += 1
-                data: bytes = self._store.fs.cat_file(self._path, start=offset, end=offset + nbytes)
-            return self._checked(data, offset, nbytes)
-
-        return self._explained(lambda: call_with_retries(ask, self._store.retry))
+    def _read(self, offset: int, nbytes: int) -> bytes:
+        return self.start_fetch(Fetch(offset, nbytes, ()))()[0]
 
     def start_fetch(self, fetch: Fetch) -> Callable[[], list[bytes]]:
-        if not self._concurrent:
-            return super().start_fetch(fetch)
-        fs = self._store.fs
+        fs, retry = self._store.fs, self._store.retry
+        place = {"start": fetch.offset, "end": fetch.offset + fetch.nbytes}
 
-        end = fetch.offset + fetch.nbytes
+        def ask() -> list[bytes]:
+            with self._answer(fetch) as blocks:
+                blocks.append(fs.cat_file(self._path, **place))
+            return blocks
 
-        async def ask() -> list[bytes]:
-            with mapped_faults("read", self.uri):
-                self.requests += 1
+        async def ask_there() -> list[bytes]:
+            with self._answer(fetch) as blocks:
                 # fsspec's documented coroutine interface, in spite of its name
-                data: bytes = await fs._cat_file(self._path, start=fetch.offset, end=end)  # noqa: SLF001
-            return [self._checked(data, fetch.offset, fetch.nbytes)]
+                blocks.append(await fs._cat_file(self._path, **place))  # noqa: SLF001
+            return blocks
 
-        coroutine = call_with_retries_async(ask, self._store.retry)
+        if not self._concurrent:
+            return partial(self._explained, partial(call_with_retries, ask, retry))
+        coroutine = call_with_retries_async(ask_there, retry)
         return Pending(asyncio.run_coroutine_threadsafe(coroutine, fs.loop), self._explained)
 
-    def _checked(self, data: bytes, offset: int, nbytes: int) -> bytes:
-        self.bytes_read += len(data)
-        if len(data) > nbytes:
-            raise StorageError(
-                f"cannot read {self.uri}: {nbytes} bytes were asked and {len(data)} came: "
-                "the server ignores ranges"
-            )
-        if len(data) < nbytes:
-            raise StorageError(
-                f"cannot read {self.uri}: {len(data)} of {nbytes} bytes came at offset {offset}",
-                transient=True,
-            )
-        return data
+    @contextlib.contextmanager
+    def _answer(self, fetch: Fetch) -> Iterator[list[bytes]]:
+        """One request, and a look at the length of what comes."""
+        blocks: list[bytes] = []
+        with mapped_faults("read", self.uri):
+            self.requests += 1
+            yield blocks
+            came = sum(map(len, blocks))
+            self.bytes_read += came
+            if came != fetch.nbytes:
+                why = ": the server ignores ranges" if came > fetch.nbytes else ""
+                came_of = f"{came} of {fetch.nbytes} bytes came at offset {fetch.offset}"
+                raise StorageError(f"cannot read {self.uri}: {came_of}{why}", transient=not why)
 
     def _explained(self, wait: Callable[[], T]) -> T:
         """Where a read fails because the object is another one now, say that instead."""
@@ -389,7 +366,8 @@ class FsspecWriter(Writer):
         with mapped_faults("write", self.uri):
             if not self._in_place and store.fs.isdir(path):
                 raise StorageError(f"cannot write {self.uri}: it is a directory")
-            _make_parents(store, path)
+            if not self._in_place and store.written_protocol != "memory":  # where directories are real
+                store.fs.makedirs(path.rpartition("/")[0] or "/", exist_ok=True)
             self._file = store.fs.open(self._path, "wb", block_size=8 * MIB)
             if hasattr(self._file, "set_pipelined"):  # paramiko's waits for an answer each 32 KiB else
                 self._file.set_pipelined(True)

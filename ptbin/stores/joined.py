@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from ptbin.errors import CorruptArchiveError
@@ -19,7 +20,6 @@ from ptbin.stores.values import Identity, ListedObject, check_range
 
 if TYPE_CHECKING:
     from ptbin.stores.place import Place
-    from ptbin.stores.ranges import Fetch
     from ptbin.stores.reader import WriteAt
 
 __all__ = ["PART_BITS", "JoinedReader", "PartReader", "joint_identity", "part_base"]
@@ -62,8 +62,6 @@ class JoinedReader(RangeReader):
         self._closed_requests = 0
         self._closed_nbytes = 0
 
-    # -- one part ----------------------------------------------------------------------------
-
     def part(self, name: str) -> PartReader:
         """One file by itself, its offsets counted from its own beginning."""
         return PartReader(self, self._numbers[name])
@@ -83,18 +81,12 @@ class JoinedReader(RangeReader):
         return reader
 
     def locate(self, offset: int, nbytes: int) -> tuple[RangeReader, int]:
-        """The reader that holds a range, and the range's offset there.
-
-        Raises:
-            CorruptArchiveError: no part holds it.
-        """
+        """Raises CorruptArchiveError where no part holds the range."""
         index, inner = offset >> PART_BITS, offset & (part_base(1) - 1)
         if not 0 <= index < len(self.parts):
             raise CorruptArchiveError(f"{self.uri}: its index points outside of its {len(self.parts)} files")
         check_range(f"{self.uri}/{self.names[index]}", self.parts[index].size, inner, nbytes)
         return self.reader_of(index), inner
-
-    # -- as any reader -----------------------------------------------------------------------
 
     @property
     def requests(self) -> int:
@@ -123,7 +115,7 @@ class JoinedReader(RangeReader):
         chunk_nbytes: int | None = None,
         gap_nbytes: int | None = None,
     ) -> Iterator[tuple[int, bytes]]:
-        """As the base says; the read-ahead ends with each file."""
+        """The read-ahead ends with each file."""
         for start, reader, inner in self._by_part(ranges):
             for number, piece in reader.iter_ranges(inner, chunk_nbytes=chunk_nbytes, gap_nbytes=gap_nbytes):
                 yield start + number, piece
@@ -133,17 +125,10 @@ class JoinedReader(RangeReader):
     ) -> Iterator[tuple[int, RangeReader, list[tuple[int, int]]]]:
         """Neighbours in one part: the number of the first, the part's reader, the ranges there."""
         start = 0
-        while start < len(ranges):
-            index = ranges[start][0] >> PART_BITS
-            end = start
-            while end < len(ranges) and ranges[end][0] >> PART_BITS == index:
-                end += 1
-            located = [self.locate(offset, nbytes) for offset, nbytes in ranges[start:end]]
-            inner = [
-                (offset, nbytes) for (_, offset), (_, nbytes) in zip(located, ranges[start:end], strict=True)
-            ]
-            yield start, located[0][0], inner
-            start = end
+        for _, neighbours in groupby(ranges, key=lambda place: place[0] >> PART_BITS):
+            located = [(*self.locate(offset, nbytes), nbytes) for offset, nbytes in neighbours]
+            yield start, located[0][0], [(inner, nbytes) for _, inner, nbytes in located]
+            start += len(located)
 
     @property
     def is_local(self) -> bool:
@@ -152,9 +137,6 @@ class JoinedReader(RangeReader):
     @property
     def server_side_store(self) -> object | None:
         return self.reader_of(0).server_side_store
-
-    def start_fetch(self, fetch: Fetch) -> Callable[[], list[bytes]]:
-        return lambda: [self.read(fetch.offset, fetch.nbytes)]
 
     def scatter(
         self, ranges: Sequence[tuple[int, int]], targets: Sequence[int], write_at: WriteAt

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat as stat_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import AccessDeniedError, CorruptArchiveError, NotFoundInStoreError, StorageError
-from ptbin.stores.base import Store
+from ptbin.stores.base import Store, Watch
 from ptbin.stores.faults import fault, mapped_faults
 from ptbin.stores.local_writer import LocalWriter, identity_of, open_unpublished
 from ptbin.stores.reader import RangeReader
@@ -24,17 +25,22 @@ from ptbin.stores.values import (
     Identity,
     ListedObject,
     ObjectStat,
-    check_range,
     is_partial_name,
     refuse_other_object,
     target_of_partial,
 )
-from ptbin.stores.watching import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
-__all__ = ["LocalReader", "LocalStore"]
+__all__ = ["LocalReader", "LocalStore", "open_local"]
+
+
+def open_local(uri: str, options: Mapping[str, Any]) -> tuple[Store, str]:
+    """Of a path, or a URL; the path comes out absolute."""
+    del options
+    path = re.sub(r"(?i)^(?:file|local):(?://|:)", "", uri)
+    return LocalStore(), os.path.abspath(os.path.expanduser(path))
 
 
 class LocalStore(Store):
@@ -202,20 +208,13 @@ class LocalReader(RangeReader):
         self._path = path
         super().__init__(path, status.st_size, identity_of(status))
 
-    def read(self, offset: int, nbytes: int) -> bytes:
-        check_range(self.uri, self.size, offset, nbytes)
-        if nbytes == 0:
-            return b""
+    def _read(self, offset: int, nbytes: int) -> bytes:
         self.requests += 1
         with mapped_faults("read", self.uri):
-            data = os.pread(self._descriptor, nbytes, offset)
-            if len(data) < nbytes:  # Linux moves at most 0x7ffff000 bytes a call (man 2 read)
-                pieces, got = [data], len(data)
-                while data and got < nbytes:
-                    data = os.pread(self._descriptor, nbytes - got, offset + got)
-                    pieces.append(data)
-                    got += len(data)
-                data = b"".join(pieces)
+            data = piece = os.pread(self._descriptor, nbytes, offset)
+            while piece and len(data) < nbytes:  # Linux moves at most 0x7ffff000 bytes a call (man 2 read)
+                piece = os.pread(self._descriptor, nbytes - len(data), offset + len(data))
+                data += piece
         self.bytes_read += len(data)
         if len(data) < nbytes:
             refuse_other_object(self.uri, identity_of(os.fstat(self._descriptor)), self.identity)

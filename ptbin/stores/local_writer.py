@@ -26,8 +26,7 @@ from ptbin.stores.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from queue import SimpleQueue
-    from threading import Thread
+    from concurrent.futures import Future, ThreadPoolExecutor
 
     from ptbin.stores.reader import RangeReader
 
@@ -251,41 +250,26 @@ class _WriteBack:
 
     def __init__(self) -> None:
         self._begun = 0
-        self._steps: SimpleQueue[bool] | None = None
-        self._thread: Thread | None = None
-        self._fault: OSError | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._flushes: list[Future[None]] = []
 
     def reached(self, descriptor: int, end: int) -> None:
         if end - self._begun < COPY_NBYTES:
             return
         self._begun = end
-        if self._steps is None:
-            # Here, because small outputs need neither.
-            from queue import SimpleQueue
-            from threading import Thread
+        if self._thread is None:
+            from concurrent.futures import ThreadPoolExecutor  # here, because small outputs need none
 
-            self._steps = SimpleQueue()
-            self._thread = Thread(target=self._flush, args=(descriptor, self._steps), daemon=True)
-            self._thread.start()
-        self._steps.put(True)
-
-    def _flush(self, descriptor: int, steps: SimpleQueue[bool]) -> None:
-        while steps.get():
-            try:
-                os.fdatasync(descriptor)
-            except OSError as error:
-                self._fault = error
-                return
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="ptbin-flush")
+        self._flushes.append(self._thread.submit(os.fdatasync, descriptor))
 
     def finish(self) -> None:
         """Wait for the thread. Raises OSError where a flush failed."""
-        if self._steps is not None and self._thread is not None:
-            self._steps.put(False)
-            self._thread.join()
-            self._thread = None
-        if self._fault is not None:
-            fault, self._fault = self._fault, None
-            raise fault
+        if self._thread is not None:
+            self._thread.shutdown()
+        flushes, self._flushes = self._flushes, []
+        for flush in flushes:
+            flush.result()
 
 
 def _refuse_target(target: str) -> None:

@@ -11,6 +11,7 @@ Source: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -99,12 +100,8 @@ def _joined(stretches: Sequence[Extent]) -> list[Extent]:
 def _equal_parts(stretches: Sequence[Extent], total: int, rules: PartRules) -> list[Part]:
     size = max(2 * rules.upload_nbytes, -(-total // rules.max_parts))
     size = min(-(-size // MIB) * MIB, rules.max_nbytes) if size > MIB else size
-    runs: list[tuple[int, int]] = []
-    position = 0
-    for stretch in stretches:
-        if stretch.copyable:
-            runs.append((position, position + stretch.nbytes))
-        position += stretch.nbytes
+    ends = itertools.accumulate(stretch.nbytes for stretch in stretches)
+    runs = [(end - one.nbytes, end) for one, end in zip(stretches, ends, strict=True) if one.copyable]
     parts = []
     index = 0
     for start in range(0, total, size):

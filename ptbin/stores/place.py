@@ -6,32 +6,41 @@
 Below the edge no path is joined or cut by hand, and no URI travels with its storage options beside it. What
 a path means is the store's business: on object stores `x.pt` and `x.pt/` are two things, and a key may hold
 `//`. Making a place asks nothing of the store. Its text never shows options or passwords.
+
+Local paths need neither fsspec nor a network library; those are imported when the first URI asks for them,
+because a small local conversion must start at once.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ptbin.errors import UsageError
-from ptbin.stores.opening import open_store
+from ptbin.installed import require
 from ptbin.stores.values import READ_BYTES_LIMIT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from typing import Any
+    from collections.abc import Callable, Iterator, Mapping
 
-    from ptbin.stores.base import Store
+    from ptbin.stores.base import Store, Watch
     from ptbin.stores.reader import RangeReader
     from ptbin.stores.values import Identity, ListedObject, ObjectStat
-    from ptbin.stores.watching import Watch
     from ptbin.stores.writer import Writer
 
-__all__ = ["NO_OPTIONS", "Place", "Sides", "Where", "apart", "place_of"]
+    StoreFactory = Callable[[str, Mapping[str, Any]], tuple[Store, str]]
+
+__all__ = ["NO_OPTIONS", "Place", "Sides", "Where", "apart", "open_store", "place_of", "register_store"]
 
 Where: TypeAlias = "str | os.PathLike[str] | Place"
 """What public functions take for a place."""
+
+# RFC 3986 schemes, and fsspec's chains ("simplecache::s3://...").
+_PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)(?:://|::)")
+
+_factories: dict[str, StoreFactory] = {}
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -74,11 +83,6 @@ class Place:
         return self.store.protocol == "file"
 
     @property
-    def means_below(self) -> bool:
-        """Whether the path ends with a slash."""
-        return self.path.endswith("/")
-
-    @property
     def file(self) -> Place:
         """The same without a slash at its end."""
         return Place(self.store, self._bare or self.path)
@@ -98,7 +102,7 @@ class Place:
 
     def relative_to(self, folder: Place) -> str:
         """The path below `folder`. Raises ValueError where this does not lie there."""
-        prefix = folder.path if not folder.path or folder.means_below else f"{folder.path}/"
+        prefix = folder.path if not folder.path or folder.path.endswith("/") else f"{folder.path}/"
         if not self.path.startswith(prefix):
             raise ValueError(f"{self.uri} does not lie below {folder.uri}")
         return self.path[len(prefix) :]
@@ -150,12 +154,11 @@ def place_of(where: Where, storage_options: Mapping[str, Any] | None = None) -> 
     """The place that a text means.
 
     Args:
-        where: a local path ("x/y", "~/x", "file:///x/y"), any URL fsspec knows, or a place: itself.
-        storage_options: what fsspec's filesystem of that kind takes; never logged, never in messages.
+        where: a place, which stays itself, or as `open_store`.
+        storage_options: as `open_store`.
 
     Raises:
-        UsageError: an empty text, an unknown protocol, options that the filesystem does not take, or options
-            for a place, which has its own.
+        UsageError: as `open_store`, or options for a place, which has its own.
     """
     if isinstance(where, Place):
         if storage_options:
@@ -164,9 +167,53 @@ def place_of(where: Where, storage_options: Mapping[str, Any] | None = None) -> 
     text = os.fspath(where)
     if not isinstance(text, str):
         raise TypeError("a place is text, a path or a Place, and not bytes; os.fsdecode makes text of them")
-    store, path = open_store(text, storage_options)
-    store.storage_options = storage_options or {}
-    return Place(store, path)
+    return Place(*open_store(text, storage_options))
+
+
+def open_store(uri: str, storage_options: Mapping[str, Any] | None = None) -> tuple[Store, str]:
+    """The store that `uri` lies in, and its path there.
+
+    Args:
+        uri: a local path ("x/y", "/x/y", "~/x", "file:///x/y"), or any URL fsspec knows.
+        storage_options: what fsspec's filesystem of that kind takes; never logged, never in messages.
+
+    Raises:
+        UsageError: an empty URI, an unknown protocol, or options the filesystem does not take.
+    """
+    if not uri:
+        raise UsageError("an empty path or URI was given")
+    options = storage_options or {}
+    match = _PROTOCOL.match(uri)
+    protocol = match.group(1).lower() if match else "file"
+    store, path = (_factories.get(protocol) or _factory_of(protocol))(uri, options)
+    store.storage_options = options
+    return store, path
+
+
+def _factory_of(protocol: str) -> StoreFactory:
+    if protocol in ("file", "local"):
+        from ptbin.stores.local import open_local
+
+        return open_local
+    if protocol in ("s3", "s3a"):
+        require("s3fs", f"{protocol}://")
+        from ptbin.stores.s3 import open_s3
+
+        return open_s3
+    from ptbin.stores.fsspec_store import open_fsspec
+
+    return open_fsspec
+
+
+def register_store(protocol: str, factory: StoreFactory | None) -> None:
+    """Let `factory(uri, storage_options)` open the URIs of `protocol` ("file": also plain paths).
+
+    None takes a registration back. For stores of one's own, and for tests that count, slow or break one.
+    """
+    if factory is None:
+        _factories.pop(protocol, None)
+    else:
+        _factories[protocol] = factory
 
 
 def apart(where: Where, storage_options: Mapping[str, Any] | None) -> tuple[str, Mapping[str, Any] | None]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections import deque
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from ptbin.stores.ranges import Fetch, plan_fetches
 from ptbin.stores.values import MIB, Identity, check_range, refuse_other_object
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     WriteAt = Callable[[int, memoryview], None]
 
-__all__ = ["Pending", "RangeReader"]
+T = TypeVar("T")
+
+__all__ = ["Pending", "RangeReader", "wait_for"]
 
 
 class RangeReader(ABC):
@@ -50,7 +52,6 @@ class RangeReader(ABC):
         self.requests = 0
         self.bytes_read = 0
 
-    @abstractmethod
     def read(self, offset: int, nbytes: int) -> bytes:
         """Exactly `nbytes` bytes from `offset`, as one request (none for zero bytes).
 
@@ -59,6 +60,12 @@ class RangeReader(ABC):
             SourceChangedError: the object is not the one that was opened.
             StorageError: the store failed, retries included.
         """
+        check_range(self.uri, self.size, offset, nbytes)
+        return self._read(offset, nbytes) if nbytes else b""
+
+    def _read(self, offset: int, nbytes: int) -> bytes:
+        """As `read`, of a range in the object that is not empty. A reader of readers gives `read` itself."""
+        raise NotImplementedError
 
     def expecting(self, expected: Identity | None) -> Self:
         """This reader; where it is of another state it is closed, and SourceChangedError raised."""
@@ -105,7 +112,8 @@ class RangeReader(ABC):
         gap = self.gap_nbytes if gap_nbytes is None else gap_nbytes
         fetches = plan_fetches(ranges, chunk_nbytes=chunk, gap_nbytes=gap)
         under_way = 0
-        with self._window() as waiting:
+        waiting: deque[tuple[Fetch, Callable[[], list[bytes]]]] = deque()
+        try:
             for fetch in fetches:
                 while waiting and (
                     under_way + fetch.nbytes > self.window_nbytes or len(waiting) >= self.max_under_way
@@ -116,6 +124,10 @@ class RangeReader(ABC):
                 under_way += fetch.nbytes
             while waiting:
                 yield from _pieces(*waiting.popleft())
+        finally:
+            for _, wait in waiting:
+                if isinstance(wait, Pending):
+                    wait.cancel()
 
     def scatter(
         self, ranges: Sequence[tuple[int, int]], targets: Sequence[int], write_at: WriteAt
@@ -131,16 +143,6 @@ class RangeReader(ABC):
             write_at(targets[index] + done[index], memoryview(piece))
             done[index] += len(piece)
             yield index, zlib.crc32(piece), len(piece)
-
-    @contextmanager
-    def _window(self) -> Iterator[deque[tuple[Fetch, Callable[[], list[bytes]]]]]:
-        waiting: deque[tuple[Fetch, Callable[[], list[bytes]]]] = deque()
-        try:
-            yield waiting
-        finally:
-            for _, wait in waiting:
-                if isinstance(wait, Pending):
-                    wait.cancel()
 
     def fileno(self) -> int | None:
         """The open descriptor of a local file, for `copy_file_range`; None for anything else."""
@@ -173,31 +175,31 @@ class RangeReader(ABC):
         self.close()
 
 
+def wait_for(future: Future[T]) -> T:
+    """The result; where waiting is interrupted, the work ends as well."""
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
 class Pending:
     """A fetch that is under way on another thread; calling it waits for the blocks.
 
     `explain` may turn the failure of the wait it is given into a better one.
     """
 
-    __slots__ = ("_explain", "_future")
-
     def __init__(
         self,
         future: Future[list[bytes]],
-        explain: Callable[[Callable[[], list[bytes]]], list[bytes]] | None = None,
+        explain: Callable[[Callable[[], list[bytes]]], list[bytes]] = lambda wait: wait(),
     ) -> None:
-        self._future = future
-        self._explain = explain
+        self.cancel = future.cancel
+        self._wait = partial(explain, partial(wait_for, future))
 
     def __call__(self) -> list[bytes]:
-        try:
-            return self._explain(self._future.result) if self._explain else self._future.result()
-        except BaseException:
-            self._future.cancel()  # an interrupted wait must not leave the request running
-            raise
-
-    def cancel(self) -> None:
-        self._future.cancel()
+        return self._wait()
 
 
 def _pieces(fetch: Fetch, wait: Callable[[], list[bytes]]) -> Iterator[tuple[int, bytes]]:
@@ -209,18 +211,12 @@ def _pieces(fetch: Fetch, wait: Callable[[], list[bytes]]) -> Iterator[tuple[int
         while position < piece.stop:
             block = blocks[0]
             end = begin + len(block)
-            if end <= position:
-                blocks.popleft()
-                begin = end
-                continue
             last = min(end, piece.stop)
-            if last == end:
+            if end <= last:  # nothing behind `last` is in it
                 blocks.popleft()
-                begin, start = end, position - end + len(block)
-            else:
-                start = position - begin
-            yield (
-                piece.index,
-                block if last - position == len(block) else block[start : start + last - position],
-            )
-            position = last
+            if position < last:
+                whole = last - position == len(block)
+                yield piece.index, block if whole else block[position - begin : last - begin]
+                position = last
+            if end <= last:
+                begin = end

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import AccessDeniedError, NotFoundInStoreError, PtbinError, StorageError, UsageError
-from ptbin.stores.base import Store
+from ptbin.stores.base import Store, Watch
 from ptbin.stores.s3_client import S3Client, S3Object
 from ptbin.stores.s3_listing import iter_entries
 from ptbin.stores.s3_reader import S3Reader, S3Stat, etag_of
@@ -33,12 +33,11 @@ from ptbin.stores.values import (
     refuse_too_large,
     target_of_partial,
 )
-from ptbin.stores.watching import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from ptbin.stores.retry import RetryPolicy
+    from ptbin.stores.requests import RetryPolicy
 
 __all__ = ["S3Store", "open_s3"]
 

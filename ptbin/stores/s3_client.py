@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import UsageError
 from ptbin.stores.faults import mapped_faults
-from ptbin.stores.limits import request_slot
-from ptbin.stores.retry import RetryPolicy, call_with_retries_async
+from ptbin.stores.reader import wait_for
+from ptbin.stores.requests import RetryPolicy, call_with_retries_async, request_slot
 from ptbin.stores.s3_options import read_options
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     Accept = Callable[[dict[str, Any]], None]
     Consume = Callable[[bytes], Awaitable[None] | None]
 
-__all__ = ["S3Client", "S3Object", "wait_for"]
+__all__ = ["S3Client", "S3Object"]
 
 DOING = {
     "abort_multipart_upload": "abort the upload of",
@@ -78,15 +78,6 @@ def _forget_after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)
-
-
-def wait_for(future: Future[T]) -> T:
-    """The result; where waiting is interrupted, the work ends as well."""
-    try:
-        return future.result()
-    except BaseException:
-        future.cancel()
-        raise
 
 
 class S3Client:

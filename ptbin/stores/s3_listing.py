@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ptbin.stores.s3_client import wait_for
+from ptbin.stores.reader import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ptbin.errors import UsageError
+from ptbin.version import __version__
 
 __all__ = ["S3Options", "read_options"]
 
@@ -29,6 +30,8 @@ CONFIG_DEFAULTS: dict[str, Any] = {
     # Ours repeat what botocore's do not (bodies that break off), and two layers multiply the attempts.
     "retries": {"total_max_attempts": 1, "mode": "standard"},
     "tcp_keepalive": True,
+    # botocore would else describe system, Python and configuration anew for each request, twice.
+    "user_agent": f"ptbin/{__version__}",
 }
 # A SHA-256 of each body over again would cost more than sending it; outputs are proven by other means.
 S3_CONFIG_DEFAULTS: dict[str, Any] = {"payload_signing_enabled": False}

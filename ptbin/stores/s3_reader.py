@@ -91,15 +91,9 @@ class S3Reader(RangeReader):
         start = offset - self._tail_start
         return self._tail[start : start + nbytes]
 
-    def read(self, offset: int, nbytes: int) -> bytes:
-        """As the base says; more than two chunks come as several requests at once."""
-        check_range(self.uri, self.size, offset, nbytes)
-        if nbytes == 0:
-            return b""
-        held = self._held(offset, nbytes)
-        if held is not None:
-            return held
-        if nbytes > 2 * self.best_chunk_nbytes:
+    def _read(self, offset: int, nbytes: int) -> bytes:
+        """More than two chunks come as several requests at once."""
+        if nbytes > 2 * self.best_chunk_nbytes and self._held(offset, nbytes) is None:
             return b"".join(self.iter_range(offset, nbytes))
         return b"".join(self.start_fetch(Fetch(offset, nbytes, ()))())
 

@@ -90,8 +90,9 @@ class S3Writer(Writer):
         self._filling = bytearray()
         self._upload_id: str | None = None
         self._beginning: Future[str] | None = None
-        self._sent: list[_Sent] = []
-        self._under_way: deque[tuple[bool, Future[_Sent]]] = deque()
+        self._parts: list[Future[_Sent]] = []
+        self._under_way: dict[bool, deque[Future[_Sent]]] = {False: deque(), True: deque()}
+        """Uploads and copies: the youngest parts of each kind, which may not have arrived."""
 
     # -- bytes that come from here -------------------------------------------------------------
 
@@ -118,7 +119,7 @@ class S3Writer(Writer):
         return part
 
     def _next_number(self) -> int:
-        number = len(self._sent) + len(self._under_way) + 1
+        number = len(self._parts) + 1
         if number > RULES.max_parts:
             raise StorageError(
                 f"cannot write {self.uri}: more than {RULES.max_parts} parts of {self._part_nbytes} bytes; "
@@ -128,22 +129,18 @@ class S3Writer(Writer):
         return number
 
     def _submit(self, most: int, work: Callable[[], Awaitable[_Sent]], *, copied: bool) -> None:
-        """Start a part; wait before for the oldest ones while too many of its kind are under way."""
-        while sum(kind is copied for kind, _ in self._under_way) >= most:
-            self._collect()
+        """Start a part; wait before for the oldest one while too many of its kind are under way."""
+        row = self._under_way[copied]
+        while len(row) >= most:
+            row.popleft().result()
 
         async def unless_aborted() -> _Sent:
             if not self._open:
                 raise StorageError(f"the upload of {self.uri} was given up")
             return await work()
 
-        future = self._client.start(partial(self._client.arepeated, unless_aborted))
-        self._under_way.append((copied, future))
-
-    def _collect(self) -> None:
-        # Stays in the row until it is known: an interrupted wait leaves it to `abort`.
-        self._sent.append(self._under_way[0][1].result())
-        self._under_way.popleft()
+        row.append(self._client.start(partial(self._client.arepeated, unless_aborted)))
+        self._parts.append(row[-1])
 
     def _begin(self) -> None:
         if self._beginning is None:
@@ -239,8 +236,8 @@ class S3Writer(Writer):
         return _Sent(str(result["ETag"]), result.get("ChecksumCRC32"))
 
     def settle(self) -> None:
-        while self._under_way:
-            self._collect()
+        for part in self._parts:
+            part.result()
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -264,7 +261,7 @@ class S3Writer(Writer):
 
     def _complete(self, upload_id: str) -> None:
         parts = []
-        for number, sent in enumerate(self._sent, 1):
+        for number, sent in enumerate((part.result() for part in self._parts), 1):
             part = {"PartNumber": number, "ETag": sent.etag}
             if self.checks_crc32 and sent.crc32 is not None:
                 part["ChecksumCRC32"] = sent.crc32
@@ -289,21 +286,19 @@ class S3Writer(Writer):
         """Whether the object is the one these parts make: S3 derives its ETag from theirs."""
         try:
             digest = hashlib.md5(usedforsecurity=False)
-            for sent in self._sent:
-                digest.update(bytes.fromhex(sent.etag.strip('"')))
+            for part in self._parts:
+                digest.update(bytes.fromhex(part.result().etag.strip('"')))
             answer = self._at.call("head_object")
         except (ValueError, PtbinError):
             return False
-        expected = f"{digest.hexdigest()}-{len(self._sent)}"
+        expected = f"{digest.hexdigest()}-{len(self._parts)}"
         return etag_of(answer) == expected and bool(answer["ContentLength"] == self.bytes_written)
 
     def _discard(self) -> None:
         self._taken()
-        futures = [future for _, future in self._under_way]
-        self._under_way.clear()
         # A part that arrives after the abort would stay behind, unseen and paid for.
-        for future in wait(futures, timeout=ABORT_WAIT_S).not_done:
-            future.cancel()
+        for part in wait(self._parts, timeout=ABORT_WAIT_S).not_done:
+            part.cancel()
         if self._beginning is None:
             return
         beginning, self._beginning = self._beginning, None

@@ -12,8 +12,6 @@ from functools import lru_cache
 
 from ptbin.errors import ChecksumMismatchError
 
-__all__ = ["combine_crc32", "confirm_crc32", "crc32_of"]
-
 _POLYNOMIAL = 0xEDB88320  # CRC-32 (ISO 3309), bits reversed
 
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 
 from ptbin.values.tensors import ByteRange, TensorRef
 
-__all__ = ["FileDigests", "StoredTensor"]
-
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:

@@ -11,16 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = [
-    "BY_NAME",
-    "BY_STORAGE_CLASS",
-    "CAST_NAMES",
-    "QUANTIZER_SCHEMES",
-    "SAFETENSORS_NAMES",
-    "DType",
-    "dtype_by_name",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class DType:
@@ -93,15 +83,8 @@ BY_STORAGE_CLASS: dict[str, DType] = {d.storage_class: d for d in _ALL if d.stor
 # What `--dtype` casts from and to. Left out: float8_e8m0fnu, which has neither sign nor zero and holds
 # scales, not weights; float4_e2m1fn_x2, for which torch has no casts; integers and complex numbers, because a
 # cast is about the precision of weights.
-CAST_NAMES = (
-    "float64",
-    "float32",
-    "float16",
-    "bfloat16",
-    "float8_e4m3fn",
-    "float8_e4m3fnuz",
-    "float8_e5m2",
-    "float8_e5m2fnuz",
+CAST_NAMES = tuple(
+    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz".split()
 )
 
 QUANTIZER_SCHEMES = (

@@ -18,21 +18,6 @@ from __future__ import annotations
 
 import struct
 
-__all__ = [
-    "ALIGNMENT",
-    "END",
-    "END_64",
-    "ENTRY",
-    "LOCAL_HEADER",
-    "LOCATOR_64",
-    "descriptor",
-    "descriptor_nbytes",
-    "flags_of",
-    "implied_data_offset",
-    "local_header",
-    "uses_zip64",
-]
-
 ALIGNMENT = 64  # inline_container.h, kFieldAlignment
 _UTF8, _HAS_DESCRIPTOR = 0x0800, 0x0008
 ZIP64_THRESHOLD = 0xFFFFFFFF  # MZ_UINT32_MAX: miniz switches at this value, not above it

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import unicodedata
 
-__all__ = ["bad_name", "is_unicode", "shown_path"]
-
 _NO_NAME_CATEGORIES = {"Cc", "Cs", "Zl", "Zp"}
 """Control characters, separators of lines and paragraphs, and what bytes come as that are not UTF-8."""
 

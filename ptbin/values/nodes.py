@@ -13,20 +13,6 @@ from typing import Any
 
 from ptbin.values.tensors import TensorRef
 
-__all__ = [
-    "DictNode",
-    "Global",
-    "Instance",
-    "NdArray",
-    "Opaque",
-    "SetNode",
-    "TorchSize",
-    "children",
-    "entry_in",
-    "iter_nodes",
-    "sizes_in",
-]
-
 
 class Global:
     """A name the pickle would import: `module`, `name`, and where in the pickle it stands."""

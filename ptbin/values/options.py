@@ -10,8 +10,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-__all__ = ["Kind", "Option", "option", "options_of", "same_option"]
-
 Kind = Literal[
     "text", "flag", "choice", "list", "pairs", "paths", "count", "number", "share", "size", "duration", "day",
     "json", "recipe", "storage",

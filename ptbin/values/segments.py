@@ -16,26 +16,6 @@ from ptbin.values.crc32 import combine_crc32
 from ptbin.values.dtypes import DType
 from ptbin.values.tensors import ByteRange, Deflated, InMemory, TensorRef, Tiled
 
-__all__ = [
-    "Assemble",
-    "Cast",
-    "Checksum",
-    "Computed",
-    "Copy",
-    "Deferred",
-    "FilePlan",
-    "Literal",
-    "Piece",
-    "Plan",
-    "PlannedTensor",
-    "Recipe",
-    "RecordLayout",
-    "Slice",
-    "Strided",
-    "Swap",
-    "nbytes_of",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Slice:

@@ -8,8 +8,6 @@ from typing import Any
 
 from ptbin.values.tensors import SparseTensor, Storage, TensorRef
 
-__all__ = ["Excluded", "LeftOut", "StateDict", "iter_tensors", "key_label", "storages_of", "tensors_of"]
-
 MAX_DEPTH = 32
 """Containers inside one value; what lies deeper is not looked for tensors (`keep_writable` drops it)."""
 

@@ -14,26 +14,6 @@ from typing import Any
 
 from ptbin.values.dtypes import DType
 
-__all__ = [
-    "ByteRange",
-    "Deflated",
-    "InMemory",
-    "Joined",
-    "Place",
-    "SparseTensor",
-    "Storage",
-    "TensorRef",
-    "Tile",
-    "Tiled",
-    "TypedStorage",
-    "dense_strides",
-    "distinct_bytes",
-    "extent_of",
-    "is_contiguous",
-    "part_of",
-]
-
-
 # Values that indexes are made of by the hundred thousand are not frozen: making one would take four times
 # as long. Nothing changes them.
 

@@ -9,8 +9,6 @@ from ptbin.values.dtypes import CAST_NAMES, DType, dtype_by_name
 from ptbin.values.state_dict import iter_tensors
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["Casts"]
-
 
 class Casts:
     """The casts of one output; `target` is None where nothing is cast.

@@ -25,8 +25,6 @@ from ptbin.values.segments import (
 from ptbin.values.tensors import ByteRange
 from ptbin.writing.casts import Casts
 
-__all__ = ["FileContent", "FileLayout", "whole_range"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FileContent:

@@ -21,8 +21,6 @@ from ptbin.writing.casts import Casts
 from ptbin.writing.formats import FORMATS
 from ptbin.writing.layout import FileContent
 
-__all__ = ["OutputPlan", "plan_outputs"]
-
 Entries = list[tuple[str, Any]]
 
 INDEX_SUFFIX = ".index.json"

@@ -20,8 +20,6 @@ from ptbin.values.nodes import DictNode, Global, Instance, SetNode, TorchSize
 from ptbin.values.tensors import SparseTensor, TensorRef
 from ptbin.writing.storages import OutputTensor
 
-__all__ = ["emit_state_dict"]
-
 # Everything an output's pickle may name; a subset of what weights_only=True allows.
 _NAMES = frozenset(
     [

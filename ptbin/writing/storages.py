@@ -17,8 +17,6 @@ from ptbin.values.tensors import ByteRange, Deflated, InMemory, Joined, Place, S
 from ptbin.writing.casts import Casts
 from ptbin.writing.layout import whole_range
 
-__all__ = ["OutputStorage", "OutputTensor", "first_offset", "plan_storages", "slices_of", "swapped"]
-
 
 @dataclass(eq=False, slots=True)
 class OutputStorage:
@@ -215,15 +213,15 @@ def swapped(recipe: Recipe, width: int) -> Swap:
 
 
 def _source_order(output: OutputStorage) -> tuple[int, int]:
-    return first_offset(output.recipes[0]) if output.recipes else (1 << 63, 0)
+    return _first_offset(output.recipes[0]) if output.recipes else (1 << 63, 0)
 
 
-def first_offset(recipe: Recipe) -> tuple[int, int]:
+def _first_offset(recipe: Recipe) -> tuple[int, int]:
     """Where in the source a recipe begins to read; what lies in memory comes behind everything else."""
     if isinstance(recipe, Cast):
-        return first_offset(recipe.inner[0])
+        return _first_offset(recipe.inner[0])
     if isinstance(recipe, Swap):
-        return first_offset(recipe.inner)
+        return _first_offset(recipe.inner)
     place: Place
     if isinstance(recipe, Assemble):
         place, offset = recipe.tiled.tiles[0].place, recipe.tiled.tiles[0].offset

@@ -15,8 +15,6 @@ from ptbin.values.state_dict import StateDict
 from ptbin.values.tensors import ByteRange, TensorRef
 from ptbin.writing.formats.dense import dense_recipes
 
-__all__ = ["tie_equal_tensors"]
-
 ReadRecipe = Callable[[Recipe], Iterable[bytes]]
 
 

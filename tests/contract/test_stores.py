@@ -11,7 +11,7 @@ import pytest
 
 from ptbin.stores import open_store
 from ptbin.stores.fsspec_store import FsspecStore
-from ptbin.stores.retry import RetryPolicy
+from ptbin.stores.requests import RetryPolicy
 from tests.contract.store_contract import Place, ReadingContract, StoreContract
 from tests.fakes import CountingStore
 from tests.servers.endpoint import S3Endpoint

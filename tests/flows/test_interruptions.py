@@ -25,6 +25,7 @@ from flows.prefect.orchestrator import Orchestrator
 from ptbin.stores import open_store
 from tests.servers.endpoint import S3Endpoint
 from tests.servers.fixtures import rados_s3
+from tests.warm_python import stand_in
 
 __all__ = ["rados_s3"]
 
@@ -43,9 +44,11 @@ class Bench:
     api_url: str
     folder: Path
 
-    def start(self, dest: str | None = None, runner: str = "threads") -> subprocess.Popen[str]:
+    def start(
+        self, dest: str | None = None, runner: str = "threads", python: str = sys.executable
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-c", COMMAND, "convert", str(self.source), dest or self.dest, "--json",
+            [python, "-c", COMMAND, "convert", str(self.source), dest or self.dest, "--json",
              "--dest-options", json.dumps({} if dest else self.options), "--runner", runner],
             cwd=self.folder,
             env=os.environ | {"PREFECT_API_URL": self.api_url},
@@ -55,7 +58,7 @@ class Bench:
         )  # fmt: skip
 
     def finish(self, dest: str | None = None) -> dict[str, Any]:
-        process = self.start(dest)
+        process = self.start(dest, python=stand_in())
         out, err = process.communicate(timeout=250)
         assert process.returncode == 0, err
         found: dict[str, Any] = json.loads(out)
@@ -111,7 +114,7 @@ def interrupt_many(bench: Bench, times: int, seed: int) -> None:
         # Most of the first two seconds is Python and Prefect beginning.
         time.sleep(dice.choice([dice.uniform(0, 1.5), dice.uniform(1.5, 4.0)]))
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=250)
         # 0: it was through by then; -15 and -2: before it could handle signals.
         allowed = {0, 130, -int(number)}
         assert process.returncode in allowed, f"{told}, round {round_}, {number}: {process.returncode} {err}"

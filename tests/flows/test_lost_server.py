@@ -79,9 +79,8 @@ def test_an_interrupt_is_heard_within_seconds(
 ) -> None:
     time.sleep(1)
     run_without_server.send_signal(signal.SIGINT)
-    sent = time.monotonic()
-    out, err = run_without_server.communicate(timeout=600)
-    assert time.monotonic() - sent < 25  # most of it is one event that is just being sent
+    # 20 s are one event that is just being sent; a client that tries everything again takes many minutes.
+    out, err = run_without_server.communicate(timeout=200)
     assert run_without_server.returncode == 130, err
     record = record_of(tmp_path)
     assert record["interrupted"]

@@ -24,7 +24,7 @@ __all__ = ["moto_s3"]
 
 pytestmark = pytest.mark.usefixtures("server")
 
-COUNT = 30
+COUNT = 18
 RECORD = 1
 """A run reads the record of the one before it, for what has changed since."""
 

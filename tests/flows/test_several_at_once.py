@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -10,8 +11,14 @@ from pathlib import Path
 import pytest
 
 from flows.prefect.child import OrchestratorError, embedded_server
+from tests.warm_python import stand_in
 
 pytestmark = pytest.mark.starts_servers
+
+
+@pytest.fixture(autouse=True)
+def warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", stand_in())
 
 
 def test_several_on_a_new_home_all_start(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from ptbin.splice.casting import BLOCK, CAST_NAMES, SMALL_NBYTES, CastTally, iter_cast
-from ptbin.values.dtypes import BY_NAME
+from ptbin.splice.casting import BLOCK, SMALL_NBYTES, CastTally, iter_cast
+from ptbin.values.dtypes import BY_NAME, CAST_NAMES
 
 PAIRS = [(source, target) for source in CAST_NAMES for target in CAST_NAMES]
 # Casts in which torch's scalar code, for a tensor's last elements, has other NaNs than its vectorised code.

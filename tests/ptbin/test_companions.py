@@ -13,7 +13,7 @@ from ptbin.errors import CheckpointError, CorruptArchiveError, IncompleteCheckpo
 from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.contents import role_of_leftover
 from ptbin.sources.companions import companion_of, left_alone_as
-from ptbin.sources.opening import open_source
+from ptbin.sources.opening import find_source
 from tests.checkpoints.leftovers import NAMES, leftovers
 from tests.checkpoints.parts import weights
 
@@ -49,7 +49,7 @@ def test_each_is_known_by_content_and_by_name(tmp_path: Path, name: str) -> None
 )
 def test_what_may_be_weights_is_no_leftover(tmp_path: Path, name: str, content: Any) -> None:
     torch.save(content, tmp_path / "x.pt")
-    with open_source(str(tmp_path / "x.pt")) as reader:
+    with find_source(str(tmp_path / "x.pt")).open() as reader:
         assert role_of_leftover(read_checkpoint(reader).root) is None
 
 

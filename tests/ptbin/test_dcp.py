@@ -43,7 +43,7 @@ from ptbin.reading.containers.checkpoint import Checkpoint
 from ptbin.reading.pickle.verdicts import judge_programs
 from ptbin.reading.search import find_state_dicts
 from ptbin.reading.selected import Selected, select_from
-from ptbin.sources.opening import open_source
+from ptbin.sources.opening import find_source
 from ptbin.stores.joined import PART_BITS, JoinedReader
 from ptbin.values.nodes import DictNode, Opaque
 from ptbin.values.state_dict import StateDict
@@ -127,7 +127,7 @@ def _strided(
 
 
 def read(folder: Path, limits: Limits | None = None) -> tuple[Checkpoint, Files]:
-    with open_source(str(folder)) as reader:
+    with find_source(str(folder)).open() as reader:
         assert isinstance(reader, JoinedReader)
         checkpoint = read_checkpoint(reader, limits)
         assert checkpoint.container == "torch_dcp"
@@ -432,7 +432,7 @@ def test_a_request_a_chunk_and_two_kib(tmp_path: Path) -> None:
     count = 200
     state = {f"layer.{index}": torch.full((64, 64), float(index)) for index in range(count)}
     folder = save_alone(tmp_path / "saved", state)
-    with open_source(str(folder)) as reader:
+    with find_source(str(folder)).open() as reader:
         assert isinstance(reader, JoinedReader)
         read_checkpoint(reader)
         metadata = (folder / ".metadata").stat().st_size
@@ -443,7 +443,7 @@ def test_a_request_a_chunk_and_two_kib(tmp_path: Path) -> None:
 def test_small_chunks_share_their_requests(tmp_path: Path) -> None:
     count = 200
     folder = save_alone(tmp_path / "saved", {f"layer.{index}": torch.ones(3) for index in range(count)})
-    with open_source(str(folder)) as reader:
+    with find_source(str(folder)).open() as reader:
         read_checkpoint(reader)
         assert reader.requests == 2
 
@@ -454,7 +454,7 @@ def test_distant_stores_bridge_gaps(tmp_path: Path) -> None:
     store = fsspec.filesystem("memory")
     store.put(str(folder), "/dcp/requests", recursive=True)
     try:
-        with open_source("memory://dcp/requests") as reader:
+        with find_source("memory://dcp/requests").open() as reader:
             checkpoint = read_checkpoint(reader)
             assert reader.requests == 2
             assert len(checkpoint.storages) == 200
@@ -741,7 +741,7 @@ def test_a_flipped_weight_is_noticed(tensor: str, lie: Lie, tmp_path: Path) -> N
         place = place.tiles[-1].place
     elif isinstance(place, Joined):
         place = place.parts[-1]
-    with open_source(str(lie.folder)) as reader:
+    with find_source(str(lie.folder)).open() as reader:
         assert isinstance(reader, JoinedReader)
         file = lie.folder / reader.names[place.offset >> PART_BITS]
     data = bytearray(file.read_bytes())

@@ -28,7 +28,7 @@ from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.containers.checkpoint import Checkpoint, as_checkpoint_errors
 from ptbin.reading.containers.deepspeed import models as reading
 from ptbin.reading.pickle.verdicts import judge_programs
-from ptbin.sources.opening import open_source
+from ptbin.sources.opening import find_source
 from ptbin.values.nodes import DictNode, Opaque
 from ptbin.values.tensors import ByteRange, InMemory, Joined, TensorRef
 from tests.bits import assert_same_tensors, same_bits
@@ -38,7 +38,7 @@ from tests.checkpoints.deepspeed_zero import VARIANTS, by_hand, consolidate, con
 
 
 def read(tag: Path, limits: Limits | None = None) -> Checkpoint:
-    with open_source(str(tag)) as reader, as_checkpoint_errors(reader.uri):
+    with find_source(str(tag)).open() as reader, as_checkpoint_errors(reader.uri):
         return read_checkpoint(reader, limits)
 
 

@@ -11,7 +11,7 @@ import torch
 import ptbin
 from ptbin import ConvertOptions, catalog
 from ptbin.errors import CorruptArchiveError, SourceChangedError, UsageError
-from ptbin.sources.opening import open_source
+from ptbin.sources.opening import find_source
 from ptbin.stores.joined import PART_BITS
 from tests.bits import assert_same_tensors
 from tests.checkpoints.deepspeed_zero import by_hand
@@ -84,7 +84,7 @@ def test_a_part_that_changes_is_noticed(store: Path, tmp_path: Path) -> None:
     shard = next(store.glob("hub/*-00001-of-*.safetensors"))
     shard.touch()
     assert catalog.find_one(str(index)).identity != before.identity
-    with open_source(str(index)) as reader:
+    with find_source(str(index)).open() as reader:
         reader.read(1 << PART_BITS, 8)  # the first shard is open now
         shard.write_bytes(shard.read_bytes() + b"x")
         with pytest.raises(SourceChangedError):

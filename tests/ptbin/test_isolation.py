@@ -6,6 +6,7 @@ folder full of them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -13,14 +14,17 @@ import sys
 import sysconfig
 import tempfile
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import ptbin
+from flows.prefect.child import embedded_server
 from tests.bits import assert_same_tensors
 from tests.servers.prefect_home import prefect_template
+from tests.warm_python import stand_in
 
 pytestmark = pytest.mark.starts_processes
 
@@ -71,7 +75,9 @@ class Trap:
     def _spring(self, name: str) -> str:
         return f"open({str(self.marks / name)!r}, 'w').close()"
 
-    def run(self, *words: str | Path, python_path: str = "", temporary: Path | None = None) -> str:
+    def run(
+        self, *words: str | Path, python_path: str = "", temporary: Path | None = None, **more: str
+    ) -> str:
         """Run a command in the folder of traps; its standard error."""
         environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PREFECT"))},
@@ -80,6 +86,7 @@ class Trap:
             "TMPDIR": str(temporary or self.folder),
             "PREFECT_HOME": str(self.folder / "prefect-home"),
             "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
+            **more,
         }
         if python_path:
             environment["PYTHONPATH"] = python_path
@@ -119,11 +126,11 @@ def test_a_state_dict(trap: Trap, tmp_path: Path) -> None:
     assert_same_tensors(torch.load(trap.folder / "out.pt", weights_only=True), STATE_DICT)
 
 
-# What a form imports late is looked for in every place; the two that import least, in the worst one.
+# What a form imports late is looked for in every place; the others, which import less, in the worst one.
 @pytest.mark.parametrize(
     ("place", "form"),
     [("here", form) for form in ("module", "torchscript", "exported", "state-dict")]
-    + [(place, form) for place in ("model-path", "python-path") for form in ("module", "exported")],
+    + [("model-path", "exported"), ("python-path", "exported")],
 )
 def test_a_model(form: str, place: str, trap: Trap, tmp_path: Path) -> None:
     """Its folder has traps as well. Its own modules are found; nobody else looks there."""
@@ -167,18 +174,29 @@ def test_proof_by_loading(trap: Trap) -> None:
     assert trap.sprung() == []
 
 
+@pytest.fixture(scope="module")
+def api_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of Prefect that starts apart from the traps."""
+    home = tmp_path_factory.mktemp("home")
+    shutil.copyfile(prefect_template(tmp_path_factory), home / "prefect.db")
+    with contextlib.ExitStack() as running:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "executable", stand_in())
+            url = running.enter_context(embedded_server({"PREFECT_HOME": str(home)}))
+        yield url
+
+
 @pytest.mark.parametrize("runner", ["processes", "dask", "ray"])
-def test_the_workers_of_a_flow(runner: str, trap: Trap, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_workers_of_a_flow(runner: str, trap: Trap, request: pytest.FixtureRequest) -> None:
     (trap.folder / "weights").mkdir()
-    if runner != "processes":  # with those the server's migrations run among the traps as well
-        (trap.folder / "prefect-home").mkdir()
-        shutil.copyfile(prefect_template(tmp_path_factory), trap.folder / "prefect-home" / "prefect.db")
+    # With processes the run's own server, and its migrations, run among the traps as well.
+    more = {} if runner == "processes" else {"PREFECT_API_URL": request.getfixturevalue("api_url")}
     for number in range(2):
         torch.save(STATE_DICT, trap.folder / "weights" / f"{number}.pt")
     words = ["convert", "weights", "out", "--runner", runner, "--workers", "1", "--verify", "load"]
     with tempfile.TemporaryDirectory(prefix="t") as short:  # Ray's sockets lie there, in names of 107 bytes
         trap.plant(Path(short))
-        trap.run(PTBIN, *words, temporary=Path(short))
+        trap.run(PTBIN, *words, temporary=Path(short), **more)
     assert trap.sprung() == []
     assert len(list((trap.folder / "out").glob("*.bin"))) == 2
 
@@ -188,11 +206,9 @@ def test_the_helpers_of_the_benchmarks(trap: Trap) -> None:
         import sys
         sys.path.append({str(BENCHMARKS)!r})
         from pathlib import Path
-        import formats, run
+        import run
         work = Path("work"); work.mkdir()
-        run._make("small", work / "small.pt", 0)
         run._small_file(work, 1)
-        formats._cast(work, 64, 1)
     """
     trap.run(sys.executable, "-P", "-c", textwrap.dedent(script))
     assert trap.sprung() == []

@@ -28,7 +28,7 @@ from ptbin.errors import (
     UnsupportedTensorError,
 )
 from ptbin.options import OutputFormat
-from ptbin.reading.pickle import meshes, torch_objects
+from ptbin.reading.pickle import meshes, numpy_objects, torch_objects
 from ptbin.reading.pickle.placements import Interpretation, Placement, runs_of
 from tests.bits import assert_same_tensors
 from tests.checkpoints.cut_ranks import as_rank, cut_ranks
@@ -102,7 +102,7 @@ def test_what_all_ranks_share_is_worked_out_once(tmp_path: Path, monkeypatch: py
 
     folder = cut_ranks(tmp_path / "ranks", (4,), {f"t{i}": (torch.ones(8, 2), [Shard(0)]) for i in range(40)})
     counts = {"grids": 0, "tables": 0}
-    grid_of, numpy_reducers = meshes.grid_of, torch_objects.iter_numpy_reducers
+    grid_of, numpy_reducers = meshes.grid_of, numpy_objects.iter_numpy_reducers
 
     def counted_grid(mesh: Any) -> Any:
         counts["grids"] += 1

@@ -11,7 +11,8 @@ import pytest
 from ptbin import ConvertOptions, convert, inspect
 from ptbin.errors import PtbinError
 from ptbin.reading.pickle.interpreter import run_pickle
-from ptbin.reading.pickle.verdicts import judge_global, judge_programs
+from ptbin.reading.pickle.judged_names import judge_global
+from ptbin.reading.pickle.verdicts import judge_programs
 from tests.checkpoints import Factory, MadeOnce, factories
 from tests.checkpoints.craft import named, text
 

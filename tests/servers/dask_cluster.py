@@ -13,7 +13,7 @@ from pathlib import Path
 
 __all__ = ["DaskCluster", "dask_cluster"]
 
-START_SECONDS = 60
+START_SECONDS = 200
 
 
 class DaskCluster:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from ptbin.stores.retry import RetryPolicy
+from ptbin.stores.requests import RetryPolicy
 from ptbin.stores.s3 import S3Store
 
 __all__ = ["QUICK", "S3Endpoint"]

@@ -82,14 +82,14 @@ def read_checkpoint(
     """
     limits = limits or Limits()
     if not isinstance(reader, JoinedReader):
-        return read_file(Opening(SourceFile(reader), limits, read_file))
+        return _read_file(Opening(SourceFile(reader), limits, _read_file))
     for is_one, read in FOLDER_CONTAINERS:
         if is_one(reader.names):
-            return read(Folder(reader, limits, read_file, recipe, parts))
+            return read(Folder(reader, limits, _read_file, recipe, parts))
     raise UnsupportedFormatError(f"{reader.uri}: a folder of no known kind")
 
 
-def read_file(opening: Opening) -> Checkpoint:
+def _read_file(opening: Opening) -> Checkpoint:
     """Recognise and index the one file of an opening."""
     file = opening.file
     if file.size == 0:

@@ -39,8 +39,6 @@ from ptbin.values.framing import LOCAL_HEADER
 from ptbin.values.nodes import DictNode
 from ptbin.values.tensors import ByteRange, Place
 
-__all__ = ["read_tar_archive", "read_zip_archive"]
-
 HEAD_NBYTES = 512
 SMALLEST_NBYTES = 16  # nothing shorter holds a tensor
 MAX_CHECKPOINTS = 256

@@ -26,8 +26,6 @@ from ptbin.stores.joined import JoinedReader
 from ptbin.values.state_dict import Excluded
 from ptbin.values.tensors import ByteRange, Deflated, InMemory, Joined, Place, Storage, Tiled, distinct_bytes
 
-__all__ = ["Checkpoint", "Folder", "Opening", "ReadFile", "as_checkpoint_errors", "move_place", "read_part"]
-
 # Pickles nest torch.save in torch.save when somebody pickles a storage by plain pickle; never deeper.
 MAX_NESTING = 4
 
@@ -84,7 +82,7 @@ class Checkpoint:
         """Count the offsets of all storages from `base` bytes earlier; `before` changes a place first."""
         for storage in self.storages.values():
             if storage.place is not None:
-                storage.place = move_place(before(storage.place), base)
+                storage.place = _move_place(before(storage.place), base)
 
 
 @dataclass(slots=True)
@@ -246,7 +244,7 @@ def read_part(reader: JoinedReader, name: str, opening: Opening) -> Checkpoint:
     return checkpoint
 
 
-def move_place(place: Place, base: int) -> Place:
+def _move_place(place: Place, base: int) -> Place:
     """The place with its offsets counted from `base` bytes earlier."""
     if isinstance(place, ByteRange):
         return _moved_range(place, base)

@@ -19,34 +19,12 @@ from ptbin.values.dtypes import BY_NAME, DType
 from ptbin.values.nodes import DictNode
 from ptbin.values.tensors import ByteRange, Storage, TensorRef
 
-__all__ = ["read_exported"]
-
 _CONFIG = re.compile(r"^(?P<root>[^/]+)/data/weights/(?P<model>[^/]+)_weights_config\.json$")
 
-# schema.py, ScalarType
-_DTYPES = {
-    1: "uint8",
-    2: "int8",
-    3: "int16",
-    4: "int32",
-    5: "int64",
-    6: "float16",
-    7: "float32",
-    8: "float64",
-    9: "complex32",
-    10: "complex64",
-    11: "complex128",
-    12: "bool",
-    13: "bfloat16",
-    28: "uint16",
-    29: "float8_e4m3fn",
-    30: "float8_e5m2",
-    31: "float8_e4m3fnuz",
-    32: "float8_e5m2fnuz",
-    33: "float8_e8m0fnu",
-    34: "uint32",
-    35: "uint64",
-}
+# schema.py, ScalarType: numbered from 1 on and, for later types, from 28 on
+_FIRST = "uint8 int8 int16 int32 int64 float16 float32 float64 complex32 complex64 complex128 bool bfloat16"
+_LATER = "uint16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu uint32 uint64"
+_DTYPES = dict(enumerate(_FIRST.split(), 1)) | dict(enumerate(_LATER.split(), 28))
 
 
 def read_exported(opening: Opening, directory: ZipDirectory) -> Checkpoint | None:

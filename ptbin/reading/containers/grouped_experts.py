@@ -17,8 +17,6 @@ from ptbin.reading.containers.megatron import Sizes
 from ptbin.reading.containers.part_files import PartFiles
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["grouped_experts"]
-
 
 def grouped_experts(
     files: PartFiles,

@@ -25,8 +25,6 @@ from ptbin.reading.containers.part_files import PartFiles, Pieces
 from ptbin.values.nodes import DictNode, sizes_in
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["SHARDING_INFO", "read_hf_shards", "sharding_offsets"]
-
 SHARDING_INFO = "DCP_SHARDING_INFO"
 
 MAX_SHARDING_NBYTES = 64 << 20

@@ -20,8 +20,6 @@ from ptbin.values.dtypes import BY_NAME
 from ptbin.values.nodes import DictNode, sizes_in
 from ptbin.values.tensors import ByteRange, Storage, TensorRef, dense_strides
 
-__all__ = ["read_indexed"]
-
 
 def read_indexed(folder: Folder) -> Checkpoint:
     """Index the files that an index lists.

@@ -19,8 +19,6 @@ from ptbin.reading.pickle.storage_ids import parse_text_id, storage_loader
 from ptbin.values.nodes import DictNode, Global
 from ptbin.values.tensors import ByteRange, Storage
 
-__all__ = ["looks_like_legacy", "read_legacy", "read_raw_pickle", "run_pickle_at"]
-
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # torch/serialization.py, MAGIC_NUMBER
 PROTOCOL_VERSION = 1001
 FIRST_WINDOW = 64 * 1024

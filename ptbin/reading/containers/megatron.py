@@ -18,25 +18,6 @@ from typing import Any
 from ptbin.reading.containers.part_files import mapping_of
 from ptbin.values.nodes import DictNode
 
-__all__ = [
-    "Path",
-    "Rank",
-    "Sizes",
-    "describe_sizes",
-    "expert_in",
-    "folder_of",
-    "global_name",
-    "is_expert",
-    "is_grouped",
-    "megatron_arguments",
-    "megatron_facts",
-    "orders_of",
-    "piece_of",
-    "rank_of",
-    "sizes_of",
-    "split_like",
-]
-
 MAX_SIZE = 1 << 20
 """Of one dimension of parallelism, and of other numbers that something is made for each of."""
 MAX_NUMBER = 1 << 40

@@ -47,8 +47,6 @@ from ptbin.reading.tree import holds_data
 from ptbin.values.nodes import DictNode, Instance, Opaque
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["read_megatron_parts"]
-
 DEFAULT_RECIPE = "megatron"
 MAX_DEPTH = 8
 MAX_SHOWN = 3

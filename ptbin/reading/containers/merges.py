@@ -17,8 +17,6 @@ from ptbin.merging.views import View, concatenated, view_of
 from ptbin.reading.containers.part_files import PartFiles
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["merge_parts", "parts_by_name", "total_of"]
-
 
 def parts_by_name(
     files: PartFiles, states: Sequence[tuple[str, Mapping[Any, Any]]]

@@ -21,8 +21,6 @@ from ptbin.stores.joined import JoinedReader
 from ptbin.values.nodes import DictNode
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["read_meta_parts"]
-
 MAX_PARAMETERS_NBYTES = 1 << 20
 MAX_NUMBER = 1 << 40
 DEFAULT_RECIPE = "llama-meta"

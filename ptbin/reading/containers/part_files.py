@@ -22,8 +22,6 @@ from ptbin.values.nodes import DictNode, Instance
 from ptbin.values.state_dict import Excluded
 from ptbin.values.tensors import ByteRange, Storage, TensorRef
 
-__all__ = ["PartFiles", "Pieces", "Tree", "mapping_of"]
-
 MAX_PROGRESS_DEPTH = 2
 CONSTANT_NBYTES = 4096
 
@@ -49,7 +47,7 @@ def mapping_of(value: Any) -> DictNode | None:
     return found if isinstance(found, DictNode) else None
 
 
-def progress_of(root: Any, depth: int = 0) -> dict[str, int | float]:
+def _progress_of(root: Any, depth: int = 0) -> dict[str, int | float]:
     """Counters of a file that say when in training it was saved, by dotted name."""
     found: dict[str, int | float] = {}
     for key, value in root.pairs if isinstance(root, DictNode) else ():
@@ -58,7 +56,7 @@ def progress_of(root: Any, depth: int = 0) -> dict[str, int | float]:
         if key in _PROGRESS and type(value) in (int, float):
             found[key] = value
         elif depth < MAX_PROGRESS_DEPTH and isinstance(value, DictNode):
-            found.update({f"{key}.{name}": n for name, n in progress_of(value, depth + 1).items()})
+            found.update({f"{key}.{name}": n for name, n in _progress_of(value, depth + 1).items()})
     return found
 
 
@@ -117,7 +115,7 @@ class PartFiles:
         self.storages.update({f"{name}/{key}": storage for key, storage in checkpoint.storages.items()})
         self.opening.keep_programs(inner.programs)
         self._first = self._first or name
-        for what, value in progress_of(checkpoint.root).items():
+        for what, value in _progress_of(checkpoint.root).items():
             if name == self._first or what in self._progress:
                 self.compare_counter(what, name, value)
         return checkpoint

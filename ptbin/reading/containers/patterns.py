@@ -12,8 +12,6 @@ from typing import Any
 
 from ptbin.errors import UnsupportedFormatError
 
-__all__ = ["Patterns"]
-
 MAX_LENGTH = 1000
 MAX_REPEATS = 3
 MAX_NAME = 400

@@ -35,8 +35,6 @@ from ptbin.reading.pickle.placements import runs_of
 from ptbin.values.nodes import DictNode
 from ptbin.values.tensors import TensorRef, dense_strides
 
-__all__ = ["read_rank_files"]
-
 MAX_DEPTH = 16
 MAX_SHOWN = 3
 

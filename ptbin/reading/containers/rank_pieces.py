@@ -27,18 +27,6 @@ from ptbin.values.dtypes import DType, dtype_by_name
 from ptbin.values.nodes import Opaque, sizes_in
 from ptbin.values.tensors import TensorRef, dense_strides
 
-__all__ = [
-    "Layout",
-    "Path",
-    "Piece",
-    "RankPieces",
-    "Shards",
-    "describe_layout",
-    "label_of",
-    "number_in",
-    "with_number",
-]
-
 Path = tuple[Any, ...]
 _NUMBER = re.compile(r"\d+(?=(?:[._-]of[._-]\d+)?\D*$)")
 

@@ -16,8 +16,6 @@ from ptbin.values.dtypes import BY_NAME, SAFETENSORS_NAMES
 from ptbin.values.nodes import DictNode, sizes_in
 from ptbin.values.tensors import ByteRange, Storage, TensorRef, dense_strides
 
-__all__ = ["looks_like_safetensors", "read_safetensors"]
-
 MAX_HEADER_NBYTES = 100_000_000
 
 _DTYPES = {short: BY_NAME[name] for name, short in SAFETENSORS_NAMES.items()}

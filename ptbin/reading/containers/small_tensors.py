@@ -20,8 +20,6 @@ from ptbin.values.tensors import ByteRange, InMemory, Storage, TensorRef, dense_
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["MAX_SMALL_NBYTES", "SmallTensors"]
-
 MAX_SMALL_NBYTES = 256 << 20
 """All tensors of a checkpoint together that are computed in memory."""
 

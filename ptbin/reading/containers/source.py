@@ -11,8 +11,6 @@ from typing import Protocol
 
 from ptbin.errors import CorruptArchiveError
 
-__all__ = ["MemoryReader", "RandomReader", "SourceFile", "Window"]
-
 # One request of this size holds the end record and the directory of a few hundred members, the magic
 # bytes at the start, or the whole of a small file.
 EDGE_NBYTES = 64 * 1024

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from ptbin.errors import CorruptArchiveError, LimitExceededError, UnsupportedFormatError
 from ptbin.reading.containers.source import SourceFile
 
-__all__ = ["MAX_INDEX_READS", "WINDOW_NBYTES", "TarMember", "iter_tar", "looks_like_tar"]
-
 BLOCK_NBYTES = 512
 WINDOW_NBYTES = 16 * 1024
 MAX_INDEX_READS = 1000

@@ -26,8 +26,6 @@ from ptbin.reading.pickle.storage_ids import storage_dtype
 from ptbin.values.nodes import MAX_DIMENSIONS, Global
 from ptbin.values.tensors import ByteRange, Storage, TensorRef, TypedStorage
 
-__all__ = ["is_torch_tar", "read_torch_tar"]
-
 _MEMBERS = frozenset(["sys_info", "pickle", "storages", "tensors"])
 
 

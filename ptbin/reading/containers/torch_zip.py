@@ -24,8 +24,6 @@ from ptbin.values.nodes import Global
 from ptbin.values.state_dict import Excluded
 from ptbin.values.tensors import ByteRange, Deflated, Storage, TypedStorage
 
-__all__ = ["read_zip"]
-
 # Members around the pickle that one request may bring along.
 NEIGHBOUR_NBYTES = 256 * 1024
 

@@ -17,8 +17,6 @@ from ptbin.reading.containers.safetensors import looks_like_safetensors
 from ptbin.reading.containers.source import EDGE_NBYTES, MemoryReader, SourceFile
 from ptbin.reading.containers.tar import iter_tar, looks_like_tar
 
-__all__ = ["refuse_compressed", "refuse_known_foreign"]
-
 MAX_INFLATED_NBYTES = 1 << 20
 """Of the head: enough for a configuration and tokenizers that stand before the weights."""
 

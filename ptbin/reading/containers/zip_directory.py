@@ -35,8 +35,6 @@ from ptbin.values.framing import (
     implied_data_offset,
 )
 
-__all__ = ["Member", "ZipDirectory", "read_zip_directory", "refuse_foreign_zip", "refuse_prefixed_zip"]
-
 STORED, DEFLATED = 0, 8
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
 _HAS_DESCRIPTOR = 0x8

@@ -11,8 +11,6 @@ import gc
 import threading
 from collections.abc import Iterator
 
-__all__ = ["gc_paused"]
-
 _lock = threading.Lock()
 _pausing = 0
 _was_enabled = False

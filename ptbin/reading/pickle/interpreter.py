@@ -26,8 +26,6 @@ from ptbin.reading.pickle.machine import Machine, PickleProgram, PickleTruncated
 from ptbin.reading.pickle.opcodes import DISPATCH
 from ptbin.reading.pickle.tensor_runs import TENSOR_RUN, run_named, run_tensor
 
-__all__ = ["run_pickle"]
-
 _SHORT = {0x4B: "push", 0x68: "get", 0x71: "put"}
 """BININT1, BINGET, BINPUT: more than half of a state dict's opcodes, done in the loop to save the calls."""
 

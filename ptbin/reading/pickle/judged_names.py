@@ -15,15 +15,6 @@ from typing import Literal
 
 from ptbin.values.dtypes import BY_NAME, BY_STORAGE_CLASS, QUANTIZER_SCHEMES
 
-__all__ = [
-    "Verdict",
-    "is_special_attribute",
-    "judge_attribute",
-    "judge_global",
-    "judge_method_call",
-    "plain_module",
-]
-
 Verdict = Literal["safe", "unknown", "unsafe"]
 
 # Python 2 names of builtins modules (CPython, Lib/_compat_pickle.py)

@@ -13,8 +13,6 @@ from ptbin.errors import CorruptArchiveError, PtbinError
 from ptbin.options import Limits
 from ptbin.values.nodes import DictNode, Global, Instance
 
-__all__ = ["Machine", "PickleProgram", "PickleTruncatedError", "Reducer", "SetState"]
-
 Reducer = Callable[[tuple[Any, ...]], Any]
 SetState = Callable[[Any, Any], bool]
 

@@ -15,8 +15,6 @@ from typing import Any
 from ptbin.values.nodes import DictNode, Instance
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["Grid", "Grids", "attributes_of", "grid_of"]
-
 MAX_MESH_DIMENSIONS = 16
 MAX_RANKS = 1 << 20
 

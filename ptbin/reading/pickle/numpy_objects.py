@@ -16,8 +16,6 @@ from ptbin.values.dtypes import dtype_by_name
 from ptbin.values.nodes import NdArray, Opaque
 from ptbin.values.tensors import InMemory, Storage, TypedStorage, dense_strides, distinct_bytes
 
-__all__ = ["ArrayBuilder", "DTypeNode", "array_storage", "iter_numpy_reducers", "narrow_to_bfloat16"]
-
 # Letters of numpy's array interface that stand for plain numbers.
 _PLAIN = re.compile(r"^[<>|=]?[biufcSV?]\d*$")
 

@@ -23,8 +23,6 @@ from ptbin.values.dtypes import BY_STORAGE_CLASS, DType
 from ptbin.values.nodes import DictNode, Global, Instance, Opaque
 from ptbin.values.tensors import InMemory, SparseTensor, Storage, TensorRef, TypedStorage, dense_strides
 
-__all__ = ["OldTensors", "UnsetTensor"]
-
 Build = Callable[[TypedStorage, int, tuple[int, ...], tuple[int, ...]], TensorRef]
 
 MAX_LIST_DEPTH = 64  # as many dimensions as any tensor that ptbin reads

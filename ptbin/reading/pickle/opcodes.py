@@ -17,8 +17,6 @@ from ptbin.values.nodes import DictNode, Global, Instance, SetNode
 if TYPE_CHECKING:
     from ptbin.reading.pickle.machine import Machine
 
-__all__ = ["DISPATCH"]
-
 # CPython refuses longer decimal integers by default (sys.int_info.default_max_str_digits); protocol 0
 # writes integers in decimal, and reading them is quadratic.
 MAX_DECIMAL_DIGITS = 4300

@@ -19,16 +19,6 @@ from typing import Literal
 from ptbin.reading.pickle.meshes import attributes_of
 from ptbin.values.nodes import DictNode, Instance
 
-__all__ = [
-    "Interpretation",
-    "Placement",
-    "Run",
-    "interpretations_of",
-    "placements_of",
-    "runs_of",
-    "stated_orders",
-]
-
 MAX_SPLIT_FACTOR = 1 << 14
 
 Run = tuple[int, int]

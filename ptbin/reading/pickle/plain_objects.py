@@ -12,8 +12,6 @@ from ptbin.errors import LimitExceededError
 from ptbin.options import Limits
 from ptbin.values.nodes import DictNode, SetNode
 
-__all__ = ["PlainObjects"]
-
 Reduce = Callable[[tuple[Any, ...]], Any]
 
 

@@ -15,8 +15,6 @@ from ptbin.values.dtypes import BY_STORAGE_CLASS, DType
 from ptbin.values.nodes import Global
 from ptbin.values.tensors import Place, Storage, TypedStorage
 
-__all__ = ["parse_text_id", "storage_dtype", "storage_loader"]
-
 MAX_ELEMENTS = 1 << 59
 
 # How protocol 0 writes a persistent id: `str` of the tuple (CPython, Lib/pickle.py, `save_pers`).

@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ptbin.reading.pickle.machine import Machine
 
-__all__ = ["TENSOR_RUN", "run_named", "run_tensor"]
-
 _GET = rb"(h.|j.{4})"
 _PUT = rb"(q.|r.{4}|)"
 _INT = rb"(?:K.|M..|J.{4})"

@@ -10,8 +10,6 @@ from ptbin.values.dtypes import DType
 from ptbin.values.nodes import MAX_DIMENSIONS, DictNode
 from ptbin.values.tensors import TensorRef, TypedStorage
 
-__all__ = ["TensorViews", "as_sizes"]
-
 MAX_SIZE = 1 << 62
 MAX_KNOWN_SHAPES = 4096
 

@@ -24,8 +24,6 @@ from ptbin.values.dtypes import QUANTIZER_SCHEMES, DType, dtype_by_name
 from ptbin.values.nodes import Global, NdArray, Opaque, TorchSize
 from ptbin.values.tensors import InMemory, SparseTensor, Storage, TensorRef, TypedStorage
 
-__all__ = ["TorchVocabulary"]
-
 Reduce = Callable[[tuple[Any, ...]], Any]
 
 _SPARSE_PARTS = {

@@ -23,8 +23,6 @@ from ptbin.reading.pickle.judged_names import (
 from ptbin.reading.pickle.machine import PickleProgram
 from ptbin.values.nodes import Global, Instance
 
-__all__ = ["GlobalVerdict", "SafetyReport", "judge_global", "judge_programs", "refuse_unsafe_fragment"]
-
 MAX_FINDINGS = 1000
 
 # No model needs a longer chain of getattr calls.

@@ -19,17 +19,6 @@ from ptbin.reading.tree import may_hold_data
 from ptbin.values.nodes import DictNode, Global, Instance, Opaque
 from ptbin.values.tensors import TensorRef
 
-__all__ = [
-    "WRAPPER",
-    "Piece",
-    "local_tensor",
-    "piece_of",
-    "placement_of",
-    "read_wrapper",
-    "with_attributes",
-    "wrapped_tensor",
-]
-
 WRAPPER = "torch._utils._rebuild_wrapper_subclass"
 
 DTENSOR = "DTensor"

@@ -12,8 +12,6 @@ from ptbin.writing.casts import Casts
 from ptbin.writing.layout import FileContent, FileLayout
 from ptbin.writing.storages import slices_of, swapped
 
-__all__ = ["DenseTensor", "dense_file", "dense_recipes", "dense_tensors"]
-
 
 @dataclass(frozen=True, eq=False, slots=True)
 class DenseTensor:

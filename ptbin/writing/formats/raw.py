@@ -11,8 +11,6 @@ from ptbin.values.segments import FilePlan
 from ptbin.writing.formats.dense import dense_file, dense_tensors
 from ptbin.writing.layout import FileContent, FileLayout
 
-__all__ = ["plan_raw", "raw_index"]
-
 ALIGNMENT = 64
 
 

@@ -17,8 +17,6 @@ from ptbin.values.segments import FilePlan, Literal
 from ptbin.writing.formats.dense import dense_file, dense_tensors
 from ptbin.writing.layout import FileContent, FileLayout
 
-__all__ = ["plan_safetensors"]
-
 ALIGNMENT = 64
 
 

@@ -38,8 +38,6 @@ from ptbin.writing.layout import FileContent, FileLayout
 from ptbin.writing.pickle_emitter import emit_state_dict
 from ptbin.writing.storages import OutputStorage, plan_storages
 
-__all__ = ["plan_torch_archive"]
-
 # The first record of a run this long is padded so that all of the run keeps its offsets modulo a page: the
 # kernel then copies page by page (a quarter less time, measured), and filesystems that share blocks may.
 LONG_RUN_NBYTES = 1 << 20

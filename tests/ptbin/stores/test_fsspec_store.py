@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from ptbin.errors import AccessDeniedError, NotFoundInStoreError, SourceChangedError, StorageError, UsageError
 from ptbin.stores import open_store
 from ptbin.stores.fsspec_store import FsspecStore, identity_from, open_fsspec
-from ptbin.stores.retry import RetryPolicy
+from ptbin.stores.requests import RetryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from ptbin.stores.limits import RequestLimit, limit_requests, process_limit, request_slot
+from ptbin.stores.requests import PROCESS_LIMIT, RequestLimit, limit_requests, request_slot
 from tests.servers.endpoint import S3Endpoint
 
 MIB = 1 << 20
@@ -48,7 +48,7 @@ def test_a_run_keeps_within_its_own_limit(moto_s3: S3Endpoint) -> None:
 def test_the_process_has_one_as_well() -> None:
     async def take_two() -> None:
         async with request_slot(), request_slot():
-            assert process_limit().peak >= 2
+            assert PROCESS_LIMIT.peak >= 2
 
     asyncio.run(take_two())
 

@@ -44,7 +44,7 @@ def test_a_neighbour_does_not_lie_below() -> None:
 
 def test_a_slash_at_the_end_says_what_lies_below() -> None:
     place = place_of("s3://b/file.pt/", SECRET)
-    assert place.means_below
+    assert place.path.endswith("/")
     assert place.file.uri == "s3://b/file.pt"
     assert (place.name, place.parent.uri) == ("file.pt", "s3://b")
     assert (place_of("/").parent.path, place_of("/").name) == ("/", "")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ptbin.errors import AccessDeniedError, PtbinError, SourceChangedError, StorageError
-from ptbin.stores.retry import RetryPolicy, call_with_retries, call_with_retries_async
+from ptbin.stores.requests import RetryPolicy, call_with_retries, call_with_retries_async
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -22,10 +22,11 @@ from ptbin.errors import (
 from ptbin.sources.opening import find_source
 from ptbin.stores import open_store
 from ptbin.stores.parts import PartRules
-from ptbin.stores.retry import RetryPolicy
+from ptbin.stores.requests import RetryPolicy
 from ptbin.stores.s3 import S3Store
 from ptbin.stores.s3_client import S3Client
 from ptbin.stores.s3_writer import part_nbytes_for
+from ptbin.version import __version__
 from tests.servers.asked import Bend, asked, refusal
 from tests.servers.endpoint import QUICK, S3Endpoint
 from tests.servers.faulty_proxy import Fault, FaultyProxy, Request, faulty_proxy
@@ -541,6 +542,23 @@ def test_options_are_handed_through_and_defaults_give_way() -> None:
     assert config.signature_version is UNSIGNED
     assert config.read_timeout == 7
     assert config.request_checksum_calculation == "when_required"
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, f"ptbin/{__version__} "),
+        ({"user_agent": "night/1"}, "night/1 "),
+        ({"user_agent_extra": "x/2"}, " x/2"),
+    ],
+)
+def test_requests_say_who_asks(moto_s3: S3Endpoint, config: dict[str, str], expected: str) -> None:
+    store = moto_s3.store(config_kwargs=config)
+    seen: list[str] = []
+    events = store.client.fs.s3.meta.events
+    events.register("before-send.s3", lambda request, **_: seen.append(str(request.headers["User-Agent"])))
+    assert not store.is_directory(f"{moto_s3.make_bucket()}/x")
+    assert expected in seen[-1]
 
 
 def test_bad_options_are_a_usage_error_that_tells_no_values() -> None:

@@ -23,8 +23,6 @@ from ptbin.values.framing import LOCAL_HEADER
 from ptbin.values.nodes import DictNode, Opaque
 from ptbin.values.tensors import ByteRange, Place
 
-__all__ = ["Chunks"]
-
 # An archive of one tensor by torch 2.13: the pickle and what stands before the data take 0.7 KiB, the
 # directory and its end 0.6 KiB. What does not fit costs that chunk a request more.
 EDGE_NBYTES = 1024

@@ -31,8 +31,6 @@ from ptbin.values.nodes import DictNode, Instance, Opaque, iter_nodes
 from ptbin.values.state_dict import Excluded
 from ptbin.values.tensors import ByteRange, InMemory, Storage, TensorRef, dense_strides
 
-__all__ = ["read_dcp"]
-
 
 def read_dcp(folder: Folder) -> Checkpoint:
     """Index a `torch.distributed.checkpoint` folder.

@@ -25,8 +25,6 @@ from ptbin.stores.joined import JoinedReader
 from ptbin.values.dtypes import DType, dtype_by_name
 from ptbin.values.nodes import DictNode, Global, Instance, Opaque, sizes_in
 
-__all__ = ["Chunk", "Entry", "Span", "entries_of"]
-
 MAX_PATH = 64
 """Steps of a path to an entry; `state_dict.MAX_DEPTH` looks no deeper than half of it."""
 

@@ -23,8 +23,6 @@ from ptbin.values.nodes import DictNode, iter_nodes
 from ptbin.values.state_dict import Excluded
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["is_torch_dist", "split_by_role", "tree_of"]
-
 # An optimizer's or a scheduler's entry, flattened: told by what it holds, because a module of a model
 # may be called `opt` or `optimal_transport`.
 _STATE_NAMES = frozenset(

@@ -19,8 +19,6 @@ from ptbin.reading.containers.part_files import PartFiles
 from ptbin.values.nodes import DictNode, entry_in, sizes_in
 from ptbin.values.tensors import TensorRef, dense_strides
 
-__all__ = ["is_scaled", "scaled_whole", "whole_of_pieces"]
-
 MAX_PIECES = 1 << 16
 
 

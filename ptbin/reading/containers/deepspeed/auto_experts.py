@@ -19,8 +19,6 @@ from ptbin.reading.containers.part_files import PartFiles
 from ptbin.values.nodes import DictNode, entry_in
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["AutoLayer", "auto_layers_of", "fused_experts"]
-
 MAX_EXPERTS = 1 << 20
 FOLDING = "folding"
 """Key of what says on how many ranks of each kind an expert was saved."""

@@ -27,8 +27,6 @@ from ptbin.reading.containers.part_files import PartFiles, mapping_of
 from ptbin.sources.deepspeed_names import EXPERT
 from ptbin.values.nodes import DictNode
 
-__all__ = ["read_deepspeed_experts"]
-
 MAX_SHOWN = 5
 _SLICED = "enable_expert_tensor_parallelism"
 

@@ -33,8 +33,6 @@ from ptbin.sources.deepspeed_names import LAYER, MODEL_STATES, OPTIM_STATES
 from ptbin.values.nodes import DictNode, entry_in
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["read_deepspeed_layers"]
-
 MAX_LAYERS = 1 << 16
 MAX_SHOWN = 3
 _RANK = re.compile(r"^model_(\d+)$")

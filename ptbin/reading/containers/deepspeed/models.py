@@ -19,8 +19,6 @@ from ptbin.sources.deepspeed_names import MODEL_STATES
 from ptbin.values.nodes import DictNode, Opaque, sizes_in
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["Buffers", "ModelStates", "leave_out_states", "mapping_in", "model_files", "shapes_in"]
-
 MAX_CAST_NBYTES = 64 << 20
 """All buffers together that are cast in memory; a model whose buffers are larger has its weights in them."""
 
@@ -56,7 +54,7 @@ def leave_out_states(files: PartFiles, name: str, root: DictNode, *, kept: str |
     files.leave_out(name, rest, "trainer_state")
 
 
-def shapes_in(uri: str, node: Any, what: str) -> Shapes:
+def _shapes_in(uri: str, node: Any, what: str) -> Shapes:
     """Name to shape, checked."""
     if not isinstance(node, DictNode):
         raise CorruptArchiveError(f"{uri}: {what} is not a mapping of names to shapes")
@@ -114,7 +112,7 @@ class ModelStates:
         groups: list[Shapes] = []
         seen: set[str] = set()
         for entry in node:
-            shapes = shapes_in(self.uri, entry, "param_shapes")
+            shapes = _shapes_in(self.uri, entry, "param_shapes")
             twice = next((name for name in shapes if name in seen), None)
             if twice is not None:
                 raise CorruptArchiveError(f"{self.uri}: param_shapes names {short(twice)} in two groups")
@@ -146,7 +144,7 @@ class ModelStates:
 
     def _frozen_shapes(self) -> Shapes:
         node = self.root.get("frozen_param_shapes")
-        return {} if node is None else shapes_in(self.uri, node, "frozen_param_shapes")
+        return {} if node is None else _shapes_in(self.uri, node, "frozen_param_shapes")
 
     def frozen(self, stage: int, cutter: Cutter) -> Iterator[tuple[str, TensorRef]]:
         """Parameters that no optimizer holds, in the type they were trained with."""

@@ -15,8 +15,6 @@ from ptbin.reading.containers.small_tensors import SmallTensors
 from ptbin.values.nodes import DictNode, Global, Instance, entry_in
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["OptimStates", "read_optim_states"]
-
 MAX_EXTENT = 1 << 48
 MAX_STEPS = 8
 """Groups whose counters are compared."""

@@ -23,8 +23,6 @@ from ptbin.values.tensors import (
     part_of,
 )
 
-__all__ = ["FLOATING", "Cutter", "Vector", "refuse_overlap", "short"]
-
 FLOATING = ("float", "bfloat")
 
 

@@ -22,8 +22,6 @@ from ptbin.reading.containers.deepspeed.rules import (
 from ptbin.reading.containers.part_files import PartFiles
 from ptbin.values.nodes import DictNode
 
-__all__ = ["Ranks", "merge_model_states", "model_ranks", "read_deepspeed_ranks"]
-
 
 @dataclass(frozen=True, slots=True)
 class Ranks:

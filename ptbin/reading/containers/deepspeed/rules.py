@@ -24,16 +24,6 @@ from ptbin.reading.containers.patterns import Patterns
 from ptbin.values.nodes import DictNode, Instance, entry_in
 from ptbin.values.tensors import TensorRef
 
-__all__ = [
-    "Rules",
-    "merge_ranks",
-    "merge_states",
-    "merges_by_name",
-    "parallel_degree",
-    "rules_of",
-    "tensor_ranks_of",
-]
-
 AFFINE_VERSION = 1
 WIDTHS_VERSION = 0.4
 """Of the universal checkpoint, from which on the widths of sub-parameters are recorded."""

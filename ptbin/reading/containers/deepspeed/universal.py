@@ -24,8 +24,6 @@ from ptbin.sources.deepspeed_names import OPTIM_STATES, UNIVERSAL, UNIVERSAL_OPT
 from ptbin.values.nodes import DictNode
 from ptbin.values.tensors import TensorRef, dense_strides
 
-__all__ = ["read_deepspeed_universal"]
-
 
 def read_deepspeed_universal(folder: Folder) -> Checkpoint:
     """Index the folder; `fp32` is the model.

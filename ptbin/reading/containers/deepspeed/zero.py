@@ -31,8 +31,6 @@ from ptbin.sources.deepspeed_names import MODEL_STATES, OPTIM_STATES
 from ptbin.values.nodes import DictNode
 from ptbin.values.tensors import TensorRef
 
-__all__ = ["read_deepspeed"]
-
 # Keys of the model states that say how to put the masters together (deepspeed/checkpoint/constants.py).
 _LAYOUT_KEYS = frozenset(
     "module buffer_names param_shapes frozen_param_shapes frozen_param_fragments shared_params".split()
