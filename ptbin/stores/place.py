@@ -162,7 +162,10 @@ def place_of(where: Where, storage_options: Mapping[str, Any] | None = None) -> 
         if storage_options:
             raise UsageError(f"{where.uri} is a place and has storage options already; others were given")
         return where
-    return Place(*open_store(os.fspath(where), storage_options))
+    text = os.fspath(where)
+    if not isinstance(text, str):
+        raise TypeError("a place is text, a path or a Place, and not bytes; os.fsdecode makes text of them")
+    return Place(*open_store(text, storage_options))
 
 
 def open_store(uri: str, storage_options: Mapping[str, Any] | None = None) -> tuple[Store, str]:

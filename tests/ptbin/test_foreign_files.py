@@ -41,3 +41,8 @@ def test_what_holds_no_state_dict_says_what_it_holds(tmp_path: Path) -> None:
     torch.save({"state": {}, "param_groups": [{"lr": 0.1}]}, tmp_path / "optimizer.pt")
     with pytest.raises(NoStateDictError, match=r"what it holds \(dict of 'state', 'param_groups'\)"):
         ptbin.convert(tmp_path / "optimizer.pt", tmp_path / "model.bin")
+
+
+def test_a_path_of_bytes_is_said_to_be_one(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"os\.fsdecode"):
+        ptbin.convert(bytes(tmp_path / "a.pt"), tmp_path / "a.bin")  # type: ignore[arg-type]
