@@ -11,7 +11,7 @@ from ptbin.errors import UsageError
 from ptbin.installed import require_reader
 from ptbin.options import ConvertOptions
 from ptbin.restoring.options import RestoreOptions
-from ptbin.stores import public_uri
+from ptbin.stores import refuse_secret
 from ptbin.values.names import is_unicode, shown_path
 from ptbin.values.options import options_of
 
@@ -131,10 +131,7 @@ def refuse_secrets(*uris: str, instead: str = "give credentials as storage optio
     for uri in uris:
         if not is_unicode(uri):
             raise UsageError(f"{shown_path(uri)}: the path is not UTF-8; rename the folder first")
-        if public_uri(uri) != uri:
-            raise UsageError(
-                f"{public_uri(uri)} carries a password or a signature, which Prefect would show; {instead}"
-            )
+        refuse_secret(uri, instead)
 
 
 def refuse_runner_secrets(address: str | None) -> None:

@@ -7,7 +7,7 @@ with place.open_reader() as reader: ...
 from __future__ import annotations
 
 from ptbin.stores.base import Store, Watch, WatchQuietly
-from ptbin.stores.faults import public_uri
+from ptbin.stores.faults import public_uri, refuse_secret
 from ptbin.stores.place import NO_OPTIONS, Place, Sides, Where, open_store, place_of, register_store
 from ptbin.stores.reader import RangeReader
 from ptbin.stores.values import (
@@ -40,5 +40,6 @@ __all__ = [
     "open_store",
     "place_of",
     "public_uri",
+    "refuse_secret",
     "register_store",
 ]

@@ -21,6 +21,7 @@ from ptbin.errors import (
     PtbinError,
     SourceChangedError,
     StorageError,
+    UsageError,
 )
 
 if TYPE_CHECKING:
@@ -110,6 +111,14 @@ MESSAGE_NCHARS = 300
 def public_uri(text: str) -> str:
     """`text` without the passwords and signatures of the URIs in it (user names stay)."""
     return _SECRET_PARAMETER.sub(r"\1***", _USERINFO.sub(r"\1@", text))
+
+
+def refuse_secret(uri: str, instead: str = "give credentials as storage options") -> None:
+    """Raise UsageError for a URI with a password or a signature: records, reports and logs would show it."""
+    if public_uri(uri) != uri:
+        raise UsageError(
+            f"{public_uri(uri)} carries a password or a signature, shown by records and logs; {instead}"
+        )
 
 
 @contextmanager

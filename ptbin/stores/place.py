@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ptbin.errors import UsageError
 from ptbin.installed import require
+from ptbin.stores.faults import refuse_secret
 from ptbin.stores.values import READ_BYTES_LIMIT
 
 if TYPE_CHECKING:
@@ -215,11 +216,16 @@ def register_store(protocol: str, factory: StoreFactory | None) -> None:
 
 
 def apart(where: Where, storage_options: Mapping[str, Any] | None) -> tuple[str, Mapping[str, Any] | None]:
-    """A place's URI and options, as whole runs keep them: their jobs and records hold texts."""
+    """A place's URI and options, as whole runs keep them: their jobs and records hold texts.
+
+    Raises:
+        UsageError: a URI with a password in it, which nothing made of that text would have any more.
+    """
     if isinstance(where, Place):
         place = place_of(where, storage_options)
         return place.uri, place.store.storage_options
-    return os.fspath(where), storage_options
+    refuse_secret(text := os.fspath(where))
+    return text, storage_options
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -118,6 +119,19 @@ assert result.counts["converted"] == 2
 assert ptbin.verify_directory(sys.argv[2]).succeeded
 print(sorted(name for name in ("prefect", "torch", "flows", "tasks", "click") if name in sys.modules))
 """
+
+
+@pytest.mark.parametrize("call", ["source", "dest", "verify"])
+def test_a_password_in_a_uri_is_refused(call: str, store: Path) -> None:
+    secret = "sftp://me:hidden@host/runs"
+    calls = {
+        "source": partial(ptbin.convert_directory, secret, store),
+        "dest": partial(ptbin.convert_directory, store, secret),
+        "verify": partial(ptbin.verify_directory, secret),
+    }
+    with pytest.raises(UsageError, match="storage options") as refused:
+        calls[call]()
+    assert "hidden" not in str(refused.value)
 
 
 def test_one_text_is_not_taken_for_a_sequence_of_letters(store: Path, tmp_path: Path) -> None:

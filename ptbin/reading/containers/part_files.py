@@ -169,7 +169,9 @@ class PartFiles:
         )
 
     def _is_constant(self, part: Part) -> bool:
-        """Whether a piece begins with one value over and over, as what was never trained may."""
+        """Whether a piece is empty or begins with one value over and over, as what was never trained may."""
+        if not part.tensor.numel:
+            return True
         size, place = part.tensor.dtype.itemsize, part.tensor.storage.place
         if not isinstance(place, ByteRange):
             return False
