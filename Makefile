@@ -84,7 +84,7 @@ test: install s3-packages browser-packages postgres-packages prometheus-packages
 
 # What starts neither a server nor a process and takes no seconds: the loop while working on the engine.
 test-quick: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not thorough and not starts_processes and not starts_servers" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m "not slow and not thorough and not starts_processes and not starts_servers" $(PYTEST_ARGS)
 
 test-slow: install s3-packages browser-packages postgres-packages prometheus-packages
 	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)

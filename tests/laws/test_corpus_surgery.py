@@ -111,6 +111,7 @@ def _operated(draw: st.DrawFn) -> Any:
     return value
 
 
+@pytest.mark.thorough
 @long
 @given(_operated(), WRITERS)
 def test_the_law_holds_for_other_peoples_checkpoints_taken_apart(value: Any, writer: str) -> None:
@@ -120,6 +121,7 @@ def test_the_law_holds_for_other_peoples_checkpoints_taken_apart(value: Any, wri
         event(f"reason {hold(path)}")
 
 
+@pytest.mark.thorough
 @long
 @given(st.data())
 def test_an_archive_without_or_with_other_members_is_refused_or_whole(data: st.DataObject) -> None:

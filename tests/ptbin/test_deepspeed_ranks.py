@@ -234,6 +234,7 @@ def _bloom() -> tuple[Any, dict[int, Written]]:
     return model, bloom_layers(model.state_dict(), 2)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_transformers_reads_the_layers_of_gpt_neox(tmp_path: Path, ranks: int) -> None:
     model, layers = _neox()

@@ -119,6 +119,7 @@ def test_a_number_that_another_process_has_now_holds_nothing(place: Place) -> No
     lease.release()
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("impatient")
 def test_another_machine_s_lease_counts_until_it_is_not_renewed_for_long(place: Place) -> None:
     place.put(elsewhere("far"))
@@ -164,6 +165,7 @@ def test_who_was_held_for_dead_is_told_and_takes_nothing_back(place: Place) -> N
     lease.release()
 
 
+@pytest.mark.thorough  # they wait
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("end", ["told to stop", "released", "dead"])
 def test_workers_elsewhere_hear_of_the_end(place: Place, end: str) -> None:
@@ -183,6 +185,7 @@ def test_workers_elsewhere_hear_of_the_end(place: Place, end: str) -> None:
     lease.release()
 
 
+@pytest.mark.thorough
 def test_a_lease_that_cannot_be_read_is_somebody_s(place: Place, impatient: None) -> None:
     store, path = open_store(f"{place.dest}/_ptbin/leases/odd.json", place.options)
     store.write_bytes(path, b"{ not JSON")
