@@ -22,7 +22,7 @@ from ptbin.manifests.manifest import MANIFEST_SUFFIX, dump_manifest, utc_now
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, add_source_digests, dump_statement, statement_of
 from ptbin.manifests.sidecars import copy_sidecars, put_text
 from ptbin.manifests.vouching import Guard, Standing
-from ptbin.options import ConvertOptions
+from ptbin.options import ConvertOptions, given
 from ptbin.output_files import write_files
 from ptbin.preparing import outputs_of_before, prepared
 from ptbin.stores import Identity, Place, place_of
@@ -79,7 +79,7 @@ def stage(
         guard: which manifests vouch for what is there already (`vouching`); None: it is replaced.
         standing: what a listing has shown at `dest`; spares requests.
     """
-    options = options or ConvertOptions()
+    options = given(options, ConvertOptions)
     if options.verify == "load":
         require_reader(options.format)
     started_at = utc_now()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptbin.errors import CheckpointError
-from ptbin.options import ConvertOptions, Limits
+from ptbin.options import ConvertOptions, Limits, given
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.parts import accept_part
 from ptbin.reading.search import find_state_dicts
@@ -41,7 +41,7 @@ def inspect(
     Raises:
         CheckpointError: the file cannot be read. StorageError: nor can the store.
     """
-    options = options or ConvertOptions()
+    options = given(options, ConvertOptions)
     if limits is not None:
         options = options.replace(limits=limits)
     place = find_source(uri, storage_options)

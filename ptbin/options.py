@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from ptbin.errors import UsageError
 from ptbin.merging.shipped import find_recipe
@@ -28,6 +28,7 @@ Naming = Literal["replace", "append"]
 OnUnsafe = Literal["reject", "extract"]
 VerifyLevel = Literal["none", "checksum", "load"]
 FileDigest = Literal["sha256", "none"]
+Options = TypeVar("Options")
 
 MIB = 1 << 20
 
@@ -44,6 +45,16 @@ def refuse_text(**sequences: Any) -> None:
     for name, value in sequences.items():
         if isinstance(value, (str, bytes)):
             raise UsageError(f"{name}: {value!r} is one text, and a sequence is expected: [{value!r}]")
+
+
+def given(options: Any, kind: type[Options]) -> Options:
+    """The options of a call, or the default ones. Raises UsageError: something else stands in their place."""
+    if options is None:
+        return kind()
+    if not isinstance(options, kind):
+        hint = f": {kind.__name__}(**options)" if isinstance(options, dict) else ""
+        raise UsageError(f"options: a {type(options).__name__}, and {kind.__name__} is expected{hint}")
+    return options
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from ptbin.errors import CheckpointError, UsageError
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
 from ptbin.manifests.provenance import STATEMENT_SUFFIX
 from ptbin.manifests.vouching import Guard, OutputSite, Standing
-from ptbin.options import ConvertOptions
+from ptbin.options import ConvertOptions, given
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import Selected, read_selected
 from ptbin.sources.opening import SourcePlace, find_source
@@ -61,7 +61,7 @@ def preview(
     Raises:
         OutputExistsError: it would refuse to. CheckpointError: it would refuse the source.
     """
-    options = options or ConvertOptions()
+    options = given(options, ConvertOptions)
     with prepared(source, dest, options, guard, standing, damaged) as made:
         for plan in made.output.files:
             if made.at.replaced.get(plan.name):

@@ -19,7 +19,7 @@ from ptbin.differences.sides import CheckpointSide, Side, SideTensor
 from ptbin.differences.values import Difference, Numbers, SideFacts, TensorDifference, TensorFacts
 from ptbin.differences.weights import Pair, Readers, compare_pairs, hash_views
 from ptbin.errors import UsageError
-from ptbin.options import ConvertOptions
+from ptbin.options import ConvertOptions, given
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.keys import without_wrappers
 from ptbin.reading.pickle.gc_pause import gc_paused
@@ -67,7 +67,7 @@ def diff(
     """
     if not all(math.isfinite(value) and value >= 0 for value in (rtol, atol)):
         raise UsageError(f"rtol {rtol} and atol {atol} must be finite and not negative")
-    options = options or ConvertOptions()
+    options = given(options, ConvertOptions)
     if storage_options_b is None and not isinstance(b, Place):
         storage_options_b = storage_options
     with ExitStack() as stack:

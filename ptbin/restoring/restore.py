@@ -14,6 +14,7 @@ from ptbin.conversion import Progress, publish_at, stage
 from ptbin.errors import UsageError
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
 from ptbin.manifests.vouching import OutputSite, Standing
+from ptbin.options import given
 from ptbin.preparing import Preview, preview
 from ptbin.restoring.models import restore_model
 from ptbin.restoring.options import RestoreOptions
@@ -44,7 +45,7 @@ def restore(
         ModelMismatchError: keys are missing, unexpected or of another shape; nothing was written.
         CheckpointError, VerificationError, StorageError, UsageError: as `ptbin.convert`.
     """
-    options = options or RestoreOptions()
+    options = given(options, RestoreOptions)
     source, dest = place_of(source, source_options), place_of(dest, dest_options)
     if dest.name.lower().endswith(".safetensors"):
         raise UsageError(f"{dest.uri}: restore makes files for torch; ptbin convert makes .safetensors")

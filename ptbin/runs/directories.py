@@ -22,7 +22,7 @@ from ptbin.catalog.plan import Plan
 from ptbin.catalog.request import RunRequest
 from ptbin.cores import default_workers
 from ptbin.errors import StorageError, UsageError
-from ptbin.options import ConvertOptions, Naming, refuse_text
+from ptbin.options import ConvertOptions, Naming, given, refuse_text
 from ptbin.runs.account import FULL, Account
 from ptbin.runs.outcomes import Outcome, outcome_of_error
 from ptbin.runs.record import check_run_id, new_run_id
@@ -85,7 +85,7 @@ def convert_directory(
     request = RunRequest(
         source,
         dest,
-        options or ConvertOptions(),
+        given(options, ConvertOptions),
         naming=naming,
         include=tuple(include),
         exclude=tuple(exclude),

@@ -146,6 +146,21 @@ def test_one_text_is_not_taken_for_a_sequence_of_letters(store: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dict_is_not_taken_for_options(store: Path, tmp_path: Path) -> None:
+    options = cast("Any", {"dtype": "bfloat16"})
+    source, out = store / "run" / "0.pt", tmp_path / "out.bin"
+    calls: list[Callable[[], object]] = [
+        lambda: ptbin.convert(source, out, options),
+        lambda: ptbin.convert_directory(store, tmp_path / "out", options),
+        lambda: ptbin.inspect(source, options=options),
+        lambda: ptbin.restore(source, out, options),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match=r"a dict, and \w+Options is expected"):
+            call()
+    assert not out.exists()
+
+
 @pytest.mark.starts_processes
 def test_neither_prefect_nor_torch_is_imported(store: Path, tmp_path: Path) -> None:
     done = subprocess.run(
