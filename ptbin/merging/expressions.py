@@ -26,10 +26,10 @@ _STEP = re.compile(rf"{_GROUP}(?:{_RUN}\\\.|\\\.{_RUN}|{_GROUP}(?P<words>\w+(?:\
 def runaway(text: str) -> str:
     """Why matching the expression may never end; empty where it is sure to."""
     without_steps = _STEP.sub(_plain_step, text)
-    repeats = len(_REPEAT.findall(_bare(_NUMBER.sub("x", without_steps))))
+    repeats = len(_REPEAT.findall(bare(_NUMBER.sub("x", without_steps))))
     if repeats > MAX_REPEATS:
         return f"{repeats} repeats that are not of digits, at most {MAX_REPEATS}"
-    plain = _bare(without_steps)
+    plain = bare(without_steps)
     choices = len(_QUESTION.findall(plain))
     several_ways = [False]  # for each open group
     for at, character in enumerate(plain):
@@ -48,7 +48,7 @@ def runaway(text: str) -> str:
     return f"{choices} choices, at most {MAX_CHOICES}" if choices > MAX_CHOICES else ""
 
 
-def _bare(text: str) -> str:
+def bare(text: str) -> str:
     """With a letter for each escaped character and each set."""
     return _SET.sub("x", _ESCAPED.sub("x", text))
 

@@ -11,12 +11,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from ptbin.errors import UnsupportedFormatError
+from ptbin.merging.expressions import bare
 
 MAX_LENGTH = 1000
 MAX_REPEATS = 3
 MAX_NAME = 400
-_ESCAPED = re.compile(r"\\.", re.DOTALL)
-_SET = re.compile(r"\[\^?\]?[^\]]*\]")
 _GROUP_REPEATED = re.compile(r"\)[*+{]")
 _REPEAT = re.compile(r"[*+]|\{\d+,\d*\}")
 
@@ -57,8 +56,8 @@ def _plain(text: str) -> str:
 
 
 def _compiled(text: str, where: str) -> re.Pattern[str]:
-    bare = _SET.sub("x", _ESCAPED.sub("x", text))
-    if _GROUP_REPEATED.search(bare) or len(_REPEAT.findall(bare)) > MAX_REPEATS or re.search(r"\\\d", text):
+    plain = bare(text)
+    if _GROUP_REPEATED.search(plain) or len(_REPEAT.findall(plain)) > MAX_REPEATS or re.search(r"\\\d", text):
         raise UnsupportedFormatError(f"{where}: the pattern {text[:100]!r} may take long to match")
     try:
         return re.compile(text)
