@@ -25,7 +25,14 @@ WAITS = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
 
 
 @pytest.mark.parametrize(
-    "given", [["-P", "-c", ABOUT, "a"], ["-c", ABOUT], ["script.py", "b"], ["-m", "script"]]
+    "given",
+    [
+        ["-P", "-c", ABOUT, "a"],
+        ["-c", ABOUT],
+        ["script.py", "b"],
+        ["-m", "script"],
+        ["-P", "-c", ABOUT, " worker ", "mlflow"],  # after all that is imported for these: Ray adds a path
+    ],
 )
 def test_all_that_a_program_is_given_is_as_with_python(given: list[str], tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(ABOUT)

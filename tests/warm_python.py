@@ -48,6 +48,8 @@ VARIABLE = "PTBIN_TEST_WARM_PYTHON"
 BIN = Path(sys.executable).parent
 ANEW = re.compile(r"(ptbin|tasks|flows|mlflow\.server|huggingface_hub)\b")
 """What each process imports by itself: this project, and what reads the environment when it is imported."""
+OWN_PATH = tuple(sys.path[1:] if not sys.flags.safe_path else sys.path)
+"""What the interpreter itself looks for modules in: some that are imported add to it (Ray)."""
 PR_SET_NAME = 15  # linux/prctl.h
 IMPORTED = {
     r"": [*(f"flows.{name}" for name in ("cli", "convert", "migrate", "restore", "sync", "verify")),
@@ -326,6 +328,7 @@ def _take_over(request: _Request) -> None:
     sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
     logging.getLogger().handlers.clear()
     os.getppid = lambda: _parent_of(request.stand_in)
+    sys.path.sort(key=lambda name: name not in OWN_PATH)  # what was added comes last
     sys.executable = str(Path(request.words[0]).with_name("python"))
     multiprocessing.spawn.set_executable(sys.executable)
     held = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "prefect"}
