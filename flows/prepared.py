@@ -28,12 +28,12 @@ from ptbin.runs.account import Account
 from ptbin.runs.outcomes import Kind, Outcome
 from ptbin.runs.remembering import CheckpointMemory
 from ptbin.runs.tally import Tally
-from ptbin.sources.companions import companion_of, is_companion
+from ptbin.sources.leftovers import is_leftover, leftover_role
 from ptbin.stores import identity_text
 from tasks.live import LiveRun
 
 WIDTH = 8
-"""Manifests and companions are asked side by side: they only wait for small answers."""
+"""Leftovers of training are looked at side by side: that only waits for small answers."""
 
 
 def refuse_nothing(live: LiveRun, request: RunRequest) -> None:
@@ -99,7 +99,7 @@ def _read_ledger(live: LiveRun, plan: Plan) -> Ledger:
 
 def _is_settled(job: Job, ledger: Ledger) -> bool:
     """Whether an earlier run found this very state of the file not to be a checkpoint."""
-    if not job.copies and is_companion(job.path):
+    if not job.copies and is_leftover(job.path):
         return True
     row = ledger.before.get(job.source_uri)
     return row is not None and row.state == identity_text(job.identity) and not row.is_failure
@@ -142,27 +142,27 @@ def finish_in_step(live: LiveRun, min_success: float | None = None) -> dict[str,
 def _settle_known(live: LiveRun, account: Account) -> bool:
     """Settle what is not a checkpoint, by name or by earlier runs; false where anything else is to do."""
     plan, before = account.plan, account.tally.ledger.before
-    companions = []
+    leftovers = []
     known = []
     for job in plan.work.iter_to_do():
         if job.copies or not _is_settled(job, account.tally.ledger):
             return False
         row = before.get(job.source_uri)
         if row is None or row.state != identity_text(job.identity):
-            companions.append(job)
+            leftovers.append(job)
         else:
             known.append((job, Outcome(job.path, cast("Kind", row.outcome), detail=row.detail)))
     with ThreadPoolExecutor(WIDTH) as pool:
         # By their names optimizers and the like: a run looks into each, for it may hold a model after all.
         looked = pool.map(
             lambda job: is_convertible(live.source_at(job.source_uri), plan.request.making),
-            companions,
+            leftovers,
         )
-        for job, converts in zip(companions, looked, strict=True):
+        for job, converts in zip(leftovers, looked, strict=True):
             live.tick()
             if converts:
                 return False
-            role = companion_of(job.path.rpartition("/")[2]) or ""
+            role = leftover_role(job.path) or ""
             known.append((job, Outcome(job.path, "left_alone", detail=role)))
     for job, outcome in known:
         account.settle(job, outcome)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ptbin.errors import CheckpointError, NotACheckpointError
 from ptbin.manifests.vouching import Standing
-from ptbin.sources.companions import left_alone_as
+from ptbin.sources.leftovers import left_alone_as
 from ptbin.stores import Identity
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ptbin.values.segments import FilePlan
     from ptbin.writing.layout import FileContent
 
-__all__ = ["FORMATS", "Format"]
+__all__ = ["FORMATS", "OUTPUT_SUFFIXES", "Format"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +67,5 @@ FORMATS: dict[OutputFormat, Format] = {
     "raw": Format(".bin", _plan_raw, index=_raw_index),
     "safetensors": Format(".safetensors", _plan_safetensors),
 }
+
+OUTPUT_SUFFIXES: dict[OutputFormat, str] = {name: entry.suffix for name, entry in FORMATS.items()}
