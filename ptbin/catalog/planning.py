@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from ptbin.catalog.jobs import Found, Job, Problem
 from ptbin.errors import OutputCollisionError
-from ptbin.options import Layout, Naming, OutputFormat
+from ptbin.options import Layout, Naming
 from ptbin.sources.part_names import INDEX_SUFFIX
 from ptbin.sources.suffixes import CHECKPOINT_SUFFIXES, suffix_of
 from ptbin.stores import ListedObject
 from ptbin.values.names import bad_name, is_plain_path, shown_path
-from ptbin.writing.formats import OUTPUT_SUFFIXES
+from ptbin.writing.formats import OUTPUT_SUFFIXES, OutputFormat
 
 NAMED = 5
 """How many of the files that collide are named in each problem."""
