@@ -105,7 +105,7 @@ def running(live: LiveRun, request: RunRequest | None, settings: RunSettings) ->
             lease = live.lease
             if lease is None:
                 lease = acquire_lease(
-                    live.dest_at(request.dest),
+                    live.sides.dest_at(request.dest),
                     live.run_id,
                     lost=live.stop,
                     tick=live.tick,

@@ -44,7 +44,7 @@ def refuse_nothing(live: LiveRun, request: RunRequest) -> None:
     """
     if request.named is not None or request.kind == "sync":
         return
-    place, pattern = split_glob(request.source, live.source_at)
+    place, pattern = split_glob(request.source, live.sides.source_at)
     shown = (*request.include, pattern or "")
     entries = Entries(shown=shown, exclude=request.exclude, copy_links=request.copy_links)
     found = find_checkpoints(
@@ -70,7 +70,7 @@ def preparing(live: LiveRun, request: RunRequest, work_found: Callable[[], objec
         DestinationBusyError: another run works on DEST.
     """
     with live.open_plan(request) as plan, contextlib.ExitStack() as stack:
-        lease = acquire_lease(live.dest_at(request.dest), live.run_id, lost=live.stop, tick=live.tick)
+        lease = acquire_lease(live.sides.dest_at(request.dest), live.run_id, lost=live.stop, tick=live.tick)
         stack.callback(lease.release)
         ledgers: list[Ledger] = []
 
@@ -92,7 +92,7 @@ def preparing(live: LiveRun, request: RunRequest, work_found: Callable[[], objec
 
 def _read_ledger(live: LiveRun, plan: Plan) -> Ledger:
     try:
-        return read_ledger(live.dest_at(plan.request.dest), root=CheckpointMemory(plan).root)
+        return read_ledger(live.sides.dest_at(plan.request.dest), root=CheckpointMemory(plan).root)
     except PtbinError:
         return Ledger()
 
@@ -116,7 +116,7 @@ def finish_in_step(live: LiveRun, min_success: float | None = None) -> dict[str,
     rows = plan.settle_unknown(live.tick)
     if rows:  # also for the flow that may go on
         with contextlib.suppress(StorageError):
-            write_segment(live.dest_at(request.dest), f"{live.run_id}-0000", rows)
+            write_segment(live.sides.dest_at(request.dest), f"{live.run_id}-0000", rows)
     tally = Tally.of(live.run_id, request, min_success)
     account = Account(plan, tally, CheckpointMemory(plan), began=live.began)
     refused = account.open()
@@ -134,7 +134,7 @@ def finish_in_step(live: LiveRun, min_success: float | None = None) -> dict[str,
         live.listener.noted(text)
     for entry in refused:
         live.listener.settled(entry)
-    tally.add_untouched(work)
+    account.count_untouched()
     live.listener.planned(0, 0, tally.count("up_to_date"))
     return account.close() | {"task_runs": 0}
 
@@ -155,7 +155,7 @@ def _settle_known(live: LiveRun, account: Account) -> bool:
     with ThreadPoolExecutor(WIDTH) as pool:
         # By their names optimizers and the like: a run looks into each, for it may hold a model after all.
         looked = pool.map(
-            lambda job: is_convertible(live.source_at(job.source_uri), plan.request.making),
+            lambda job: is_convertible(live.sides.source_at(job.source_uri), plan.request.making),
             leftovers,
         )
         for job, converts in zip(leftovers, looked, strict=True):

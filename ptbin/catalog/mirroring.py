@@ -66,13 +66,6 @@ def iter_gone(
             yield found
 
 
-def excess(count: int, most: int | None) -> str:
-    """Why that many are not deleted; empty where they may be."""
-    if most is None or count <= most:
-        return ""
-    return f"{count} outputs are gone from SOURCE, more than the {most} allowed; none was deleted"
-
-
 def is_reached_plainly(root: Place, path: str) -> bool:
     """Whether `path` below `root` is what its name says: no symbolic link, and none on the way to it."""
     if not root.is_local:

@@ -54,11 +54,6 @@ class WorkList(Inventory):
 
     # -- planning --------------------------------------------------------------------------------
 
-    @property
-    def options(self) -> ConvertOptions:
-        """Of the last plan."""
-        return self._options
-
     def plan(
         self,
         request: RunRequest,
