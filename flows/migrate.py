@@ -1,6 +1,6 @@
 """The migrate flow: one model registry into another, every checkpoint on the way as weights.
 
-Versions are moved side by side and made known in order, model by model: a destination that numbers versions
+Versions are moved side by side and registered in order, model by model: a destination that numbers versions
 itself (MLflow) gives them numbers in the order of the source. What the destination cannot keep is reported
 before anything is written.
 """

@@ -109,7 +109,7 @@ class Account:
         self.remember([replace(row, manifest=self.plan.work.relative_manifest(job))])
 
     def remember(self, rows: Iterable[FinishedRow]) -> None:
-        """Rows for the index of finished work, written every so often."""
+        """Rows for the index of finished work, written in segments."""
         self._rows.extend(rows)
         if len(self._rows) >= SEGMENT_ROWS:
             self.write_index()

@@ -1,9 +1,9 @@
 """What a conversion run has come to so far: outcomes in, counts, message and summary out. Pure.
 
 Every checkpoint that was planned ends in exactly one of: converted, up to date, rejected (its own
-fault), failed (anybody else's), known (either of the two, and acknowledged), not a checkpoint (content that
+fault), failed (any other fault), known (either of the two, and acknowledged), not a checkpoint (content that
 its place had suggested), left alone (what training leaves next to weights: optimizers, schedulers, ...), not
-tried (the run was told to stop at the first problem). The ledger (`ptbin.history.failures`) says what of it
+tried (the run ended before it got to them). The ledger (`ptbin.history.failures`) says what of it
 is new.
 """
 
