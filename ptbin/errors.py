@@ -48,11 +48,11 @@ class UnsafePickleError(CheckpointError, ValueError):
 class NoStateDictError(CheckpointError, LookupError):
     """A readable file in which no mapping of names to tensors was found.
 
-    `companion` is set where the content is what training leaves next to weights (`optimizer`, say).
+    `leftover` is set where the content is what training leaves next to weights (`optimizer`, say).
     """
 
     reason = "no_state_dict"
-    companion: str | None = None
+    leftover: str | None = None
 
 
 class AmbiguousStateDictError(CheckpointError, LookupError):

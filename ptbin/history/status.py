@@ -20,7 +20,7 @@ from ptbin.errors import PtbinError
 from ptbin.history.failures import Ledger, Unconverted, read_ledger, written_at
 from ptbin.history.records import iter_runs
 from ptbin.options import ConvertOptions
-from ptbin.sources.companions import is_companion
+from ptbin.sources.leftovers import is_leftover
 from ptbin.stores import NO_OPTIONS, Sides, identity_text
 
 MAX_LISTED = 1000
@@ -168,7 +168,7 @@ def _place(status: Status, work: WorkList, ledger: Ledger, job: Job) -> None:
         else:
             status.counts["left_alone" if row.outcome == "left_alone" else "not_checkpoints"] += 1
         return
-    if not job.copies and is_companion(job.path):
+    if not job.copies and is_leftover(job.path):
         status.counts["left_alone"] += 1
         return
     written = written_at(state)

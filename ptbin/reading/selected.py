@@ -150,7 +150,7 @@ def select_from(
     try:
         state_dicts = select_state_dicts(checkpoint, options, findings)
     except NoStateDictError as error:
-        error.companion = role_of_leftover(checkpoint.root)
+        error.leftover = role_of_leftover(checkpoint.root)
         raise
     for state_dict in state_dicts:
         drop_entries(state_dict, options, checkpoint.uri)

@@ -15,6 +15,7 @@ from ptbin.errors import NotFoundInStoreError, PtbinError, StorageError, UsageEr
 from ptbin.registries.layouts import Style
 from ptbin.registries.values import Model, Origin, Version
 from ptbin.stores import Place
+from ptbin.values.names import is_plain_name
 
 Pair = tuple[str, str]
 """URI of a file that belongs to a model and to no version, and its path below the model's folder."""
@@ -243,7 +244,7 @@ class Registry(ABC):
 
     def name_problem(self, name: str) -> str | None:
         """Why a model of that name cannot be kept there; None: it can."""
-        if not name or name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
+        if not (is_plain_name(name) and name.isprintable()):
             return f"{name!r} is not a plain name: it would become a folder"
         return None
 
