@@ -169,6 +169,6 @@ def refuse_unsafe(safety: SafetyReport, options: ConvertOptions, uri: str) -> No
     """Raise UnsafePickleError where the verdict is `unsafe` and the options do not say to go on."""
     if safety.verdict == "unsafe" and options.on_unsafe == "reject":
         raise UnsafePickleError(
-            f"{uri}: the pickle {'; '.join(safety.findings[:5])}; nothing was run; "
+            f"{uri}: the pickle is unsafe ({'; '.join(safety.findings[:5])}); nothing was run; "
             "--on-unsafe extract takes the weights all the same"
         )
