@@ -8,7 +8,6 @@ both. Killed at any instant, what remains is either nothing, an output without a
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,7 @@ from ptbin.output_files import write_files
 from ptbin.preparing import outputs_of_before, prepared
 from ptbin.stores import Identity, Place, place_of
 from ptbin.stores.place import Where
+from ptbin.values.crc32 import crc32_of
 
 Progress = Callable[[int], None]
 
@@ -196,7 +196,7 @@ def publish_at(draft: Draft, source: Place, dest: Place, progress: Progress | No
         statement = dump_statement(statement_of(manifest))
         if draft.claimed:
             files = [(file.path, file.size, file.crc32) for file in draft.files]
-            files.append((manifest["provenance"], len(statement), zlib.crc32(statement)))
+            files.append((manifest["provenance"], len(statement), crc32_of(statement)))
             claim_place(dest).write_bytes(claim_of(files, restored=is_restored(manifest)))
         dest.beside(STATEMENT_SUFFIX).write_bytes(statement, claim=draft.claim)
     place = dest.beside(MANIFEST_SUFFIX)

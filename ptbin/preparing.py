@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from ptbin.sources.opening import SourcePlace, find_source
 from ptbin.sources.sidecars import find_sidecars, refuse_pointer_at
 from ptbin.splice import iter_recipe, splice
 from ptbin.stores import ListedObject, Place, RangeReader, Writer
+from ptbin.values.crc32 import crc32_of
 from ptbin.values.names import bad_name, shown_path
 from ptbin.writing.outputs import OutputPlan, plan_outputs
 from ptbin.writing.ties import tie_equal_tensors
@@ -149,7 +149,7 @@ def prepared(
             for plan in output.files:
                 at.check(plan.name, plan.plan.size)
             for text_name, data in output.texts:
-                at.check(text_name, len(data), zlib.crc32(data))
+                at.check(text_name, len(data), crc32_of(data))
             for sidecar, item in sidecars.items():
                 refuse_pointer_at(found.folder / item.path, item.size)
                 if sidecar != "config.json" or options.dtype is None:  # which then gets another size

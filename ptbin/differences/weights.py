@@ -24,7 +24,7 @@ from ptbin.cores import available_cores
 from ptbin.differences.numbers import BLOCK, Tally, Tolerance, has_numbers, resolve_lazy, same_bytes
 from ptbin.differences.streams import Feed, is_plain, iter_views, part_of
 from ptbin.stores import RangeReader
-from ptbin.values.crc32 import confirm_crc32, crc32_of
+from ptbin.values.crc32 import confirm_crc32, crc32_of_all
 from ptbin.values.tensors import ByteRange, TensorRef
 
 GROUP_NBYTES = 32 << 20
@@ -265,5 +265,5 @@ def _records(pairs: Sequence[Pair], side: int) -> list[ByteRange]:
 
 def _check_crc32(place: ByteRange, readers: Readers, side: int) -> None:
     reader = readers.of(side)
-    found = crc32_of(reader.iter_range(place.offset, place.nbytes))
+    found = crc32_of_all(reader.iter_range(place.offset, place.nbytes))
     confirm_crc32(reader.uri, place.member, found, place.crc32)

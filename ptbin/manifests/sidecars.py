@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from ptbin.manifests.draft import DraftFile
@@ -11,6 +10,7 @@ from ptbin.manifests.vouching import OutputSite
 from ptbin.sources.opening import SourcePlace
 from ptbin.sources.sidecars import with_dtype
 from ptbin.stores import ListedObject, identity_text
+from ptbin.values.crc32 import crc32_of
 
 MAX_CONFIG_NBYTES = 16 << 20
 CHUNK_NBYTES = 1 << 20
@@ -57,7 +57,7 @@ def _put(
     crc, sha256 = 0, hashlib.sha256()
     with at.place_of(name).open_writer(size_hint=size, claim=at.claim) as writer:
         for piece in pieces:
-            crc = zlib.crc32(piece, crc)
+            crc = crc32_of(piece, crc)
             sha256.update(piece)
             writer.write(piece)
         confirm()

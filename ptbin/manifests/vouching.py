@@ -25,7 +25,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,6 +50,7 @@ from ptbin.manifests.damage import DAMAGED
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, dump_manifest, hex_crc32, parse_manifest
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, dump_statement, statement_of
 from ptbin.stores import Place, identity_text
+from ptbin.values.crc32 import crc32_of
 
 CHUNK_NBYTES = 4 << 20
 
@@ -201,7 +201,7 @@ class OutputSite:
             self.replaced[name] = False
             return
         self._look_for_claim()
-        crc32 = hex_crc32(zlib.crc32(there))
+        crc32 = hex_crc32(crc32_of(there))
         claimed = any(
             row.name == name and row.size == len(there) and row.crc32 == crc32 for row in self._claimed
         )
@@ -278,7 +278,7 @@ class OutputSite:
         crc, digest = 0, hashlib.sha256()
         with place.open_reader() as reader:
             for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
-                crc = zlib.crc32(piece, crc)
+                crc = crc32_of(piece, crc)
                 digest.update(piece)
         self._read[place.path, identity] = hex_crc32(crc), digest.hexdigest()
         return self._read[place.path, identity]
@@ -287,7 +287,7 @@ class OutputSite:
         crc = 0
         with place.open_reader() as reader:
             for piece in reader.iter_range(0, reader.size, chunk_nbytes=CHUNK_NBYTES):
-                crc = zlib.crc32(piece, crc)
+                crc = crc32_of(piece, crc)
         return crc
 
     # -- the claim -----------------------------------------------------------------------------------

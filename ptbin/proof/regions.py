@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import zlib
 from collections.abc import Callable
 
 from ptbin.proof.logical import ReadSpan, iter_strided
+from ptbin.values.crc32 import crc32_of
 from ptbin.values.digests import FileDigests, StoredTensor
 
 
@@ -63,7 +63,7 @@ class RegionLane:
         found.records[record] = 0
 
         def feed(part: memoryview) -> None:
-            found.records[record] = zlib.crc32(part, found.records[record])
+            found.records[record] = crc32_of(part, found.records[record])
 
         return _Region(record[0], record[1], feed, lambda: None)
 

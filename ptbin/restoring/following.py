@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-import zlib
 from collections.abc import Callable
+
+from ptbin.values.crc32 import crc32_of
 
 CHUNK_NBYTES = 4 << 20
 PAUSE_SECONDS = 0.005
@@ -45,7 +46,7 @@ class FollowedFile:
             nbytes = os.preadv(self._descriptor, [buffer], position)
             if nbytes:
                 self._whole.update(buffer[:nbytes])
-                self.crc32 = zlib.crc32(buffer[:nbytes], self.crc32)
+                self.crc32 = crc32_of(buffer[:nbytes], self.crc32)
                 position += nbytes
                 self._arrived(position)
             elif complete:

@@ -26,7 +26,7 @@ from ptbin.restoring.facts import Facts, View, view_of
 from ptbin.restoring.options import RestoreOptions
 from ptbin.sources.opening import find_source
 from ptbin.stores import Place, RangeReader, place_of
-from ptbin.values.crc32 import confirm_crc32, crc32_of
+from ptbin.values.crc32 import confirm_crc32, crc32_of_all
 from ptbin.values.digests import StoredTensor
 from ptbin.values.state_dict import iter_tensors
 from ptbin.values.tensors import ByteRange, TensorRef
@@ -115,7 +115,7 @@ class Weights:
         """
         for offset, record in self._records.items():
             if offset not in self._proven and record.crc32 is not None:
-                found = crc32_of(self._iter_range(offset, record.nbytes))
+                found = crc32_of_all(self._iter_range(offset, record.nbytes))
                 confirm_crc32(self._reader.uri, record.member, found, record.crc32)
         self._reader.check_unchanged()
 

@@ -12,7 +12,6 @@ Promises: the writer receives exactly the plan's bytes or an error is raised; co
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,7 +21,7 @@ from ptbin.splice.parallel_pieces import ParallelPieces
 from ptbin.splice.recipes import iter_recipe
 from ptbin.splice.records import RecordChecks
 from ptbin.stores import RangeReader, Writer
-from ptbin.values.crc32 import combine_crc32, confirm_crc32, crc32_of
+from ptbin.values.crc32 import combine_crc32, confirm_crc32, crc32_of, crc32_of_all
 from ptbin.values.segments import Computed, Copy, Deferred, Literal, Piece, Plan
 from ptbin.values.tensors import ByteRange
 
@@ -132,7 +131,7 @@ def _stream(stream: Iterator[bytes], piece: Copy | Computed, writer: Writer, rep
     crc = 0
     total = 0
     for chunk in stream:
-        crc = zlib.crc32(chunk, crc)
+        crc = crc32_of(chunk, crc)
         writer.write(chunk)
         total += len(chunk)
         report(len(chunk))
@@ -216,7 +215,7 @@ def check_copies(plan: Plan, reader: RangeReader) -> None:
     """
     for piece in plan.pieces:
         if isinstance(piece, Copy) and piece.crc32 is not None:
-            found = crc32_of(reader.iter_range(piece.offset, piece.nbytes))
+            found = crc32_of_all(reader.iter_range(piece.offset, piece.nbytes))
             confirm_crc32(reader.uri, piece.what, found, piece.crc32)
 
 
@@ -224,9 +223,9 @@ def _whole_crc32(plan: Plan, crcs: dict[int, int]) -> int:
     total = 0
     for piece in plan.pieces:
         if isinstance(piece, Literal):
-            total = zlib.crc32(piece.data, total)
+            total = crc32_of(piece.data, total)
         elif isinstance(piece, Deferred):
-            total = zlib.crc32(piece.build(crcs), total)
+            total = crc32_of(piece.build(crcs), total)
         else:
             crc = piece.crc32 if isinstance(piece, Copy) and piece.crc32 is not None else None
             if crc is None:

@@ -7,7 +7,6 @@ go of the interpreter's lock. Memory is that of one stream for each thread.
 
 from __future__ import annotations
 
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,6 +16,7 @@ from ptbin.cores import spare_cores
 from ptbin.splice.moves import Move
 from ptbin.splice.recipes import iter_recipe
 from ptbin.stores import RangeReader, Writer
+from ptbin.values.crc32 import crc32_of
 from ptbin.values.segments import Computed, Copy, Piece
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class ParallelPieces:
         for chunk in stream:
             if self._given_up:
                 break
-            crc = zlib.crc32(chunk, crc)
+            crc = crc32_of(chunk, crc)
             self._writer.write_at(position + done, memoryview(chunk))
             done += len(chunk)
         assert done == piece.nbytes or self._given_up, f"{piece.what}: {done} bytes, not {piece.nbytes}"

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import bisect
 import threading
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from ptbin.stores import RangeReader
-from ptbin.values.crc32 import combine_crc32, confirm_crc32, crc32_of
+from ptbin.values.crc32 import combine_crc32, confirm_crc32, crc32_of, crc32_of_all
 from ptbin.values.segments import Plan
 from ptbin.values.tensors import ByteRange
 
@@ -79,7 +78,7 @@ class RecordChecks:
                     break
                 self._spare -= passed.missing_nbytes
                 for offset, nbytes in list(passed.missing()):
-                    passed.add_run(offset, nbytes, crc32_of(reader.iter_range(offset, nbytes)))
+                    passed.add_run(offset, nbytes, crc32_of_all(reader.iter_range(offset, nbytes)))
                 self._confirm(reader.uri, passed)
 
     def _at(self, offset: int) -> _Passed | None:
@@ -133,7 +132,7 @@ class _Passed:
     def add(self, offset: int, data: memoryview) -> None:
         """Count what of these bytes has not passed yet."""
         for start, nbytes in list(self.missing(offset, offset + len(data))):
-            self._put(start, nbytes, zlib.crc32(data[start - offset : start - offset + nbytes]))
+            self._put(start, nbytes, crc32_of(data[start - offset : start - offset + nbytes]))
 
     def add_run(self, offset: int, nbytes: int, crc32: int) -> None:
         """Count a run, unless some of it has passed: the CRC-32 is one of all of it."""

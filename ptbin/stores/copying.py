@@ -6,13 +6,13 @@ source is pinned: what arrives is one state of it, or nothing.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ptbin.errors import NotFoundInStoreError, OutputExistsError, VerificationError
 from ptbin.stores import CopyRefused, Identity, Place, RangeReader, Writer, identity_text
 from ptbin.stores.parts import Extent, Part
+from ptbin.values.crc32 import crc32_of
 
 Progress = Callable[[int], None]
 Change = Callable[[bytes], bytes]
@@ -76,7 +76,7 @@ def copy_file(
             with dest.open_writer(size_hint=len(wanted)) as sent:
                 sent.write(wanted)
                 sent.commit()
-            crc32: int | None = zlib.crc32(wanted)
+            crc32: int | None = crc32_of(wanted)
         else:
             try:
                 sent, crc32 = _write(reader, dest, progress, copies=True)
@@ -132,7 +132,7 @@ def _write(
                     progress(part.nbytes)
                 continue
             for piece in reader.iter_range(part.start, part.nbytes):
-                crc32 = zlib.crc32(piece, crc32) if crc32 is not None else None
+                crc32 = crc32_of(piece, crc32) if crc32 is not None else None
                 writer.write(piece)
                 if progress is not None:
                     progress(len(piece))
@@ -154,7 +154,7 @@ def _arrived(dest: Place, size: int, crc32: int | None, progress: Progress | Non
         if reader.size != size:
             return False
         for piece in reader.iter_range(0, size):
-            found = zlib.crc32(piece, found)
+            found = crc32_of(piece, found)
             if progress is not None:
                 progress(0)
     return found == crc32

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ptbin.errors import ChecksumMismatchError, CorruptArchiveError
+from ptbin.values.crc32 import crc32_of
 from ptbin.values.tensors import Deflated
 
 if TYPE_CHECKING:
@@ -43,14 +44,14 @@ def _iter_inflated(place: Deflated, reader: RangeReader) -> Iterator[bytes]:
             total += len(piece)
             if total > place.nbytes:
                 raise CorruptArchiveError(f"{where} inflates to more than the {place.nbytes} bytes stated")
-            crc = zlib.crc32(piece, crc)
+            crc = crc32_of(piece, crc)
             if piece:
                 yield piece
             elif inflater.eof:
                 break
     rest = inflater.flush()
     total += len(rest)
-    crc = zlib.crc32(rest, crc)
+    crc = crc32_of(rest, crc)
     if rest:
         yield rest
     if total != place.nbytes:

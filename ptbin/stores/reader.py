@@ -5,7 +5,6 @@ Memory is bounded by the reader's window of bytes under way, never by a size in 
 
 from __future__ import annotations
 
-import zlib
 from abc import ABC, abstractmethod
 from collections import deque
 from functools import partial
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from ptbin.stores.ranges import Fetch, plan_fetches
 from ptbin.stores.values import MIB, Identity, check_range, refuse_other_object
+from ptbin.values.crc32 import crc32_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -140,7 +140,7 @@ class RangeReader(ABC):
         for index, piece in self.iter_ranges(ranges):
             write_at(targets[index] + done[index], memoryview(piece))
             done[index] += len(piece)
-            yield index, zlib.crc32(piece), len(piece)
+            yield index, crc32_of(piece), len(piece)
 
     def fileno(self) -> int | None:
         """The open descriptor of a local file, for `copy_file_range`; None for anything else."""

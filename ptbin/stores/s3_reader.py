@@ -8,7 +8,6 @@ reading keeps `window_nbytes` under way or waiting to be consumed: 32 MiB of mem
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from ptbin.errors import NotFoundInStoreError, SourceChangedError, StorageError
 from ptbin.stores.ranges import Fetch, Piece, plan_fetches
 from ptbin.stores.reader import Pending, RangeReader
 from ptbin.stores.values import MIB, Identity, ObjectStat, check_range, refuse_other_object
+from ptbin.values.crc32 import crc32_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -237,7 +237,7 @@ class _Scattering:
             first, last = max(piece.start, begin), min(piece.stop, end)
             if first < last:
                 part = view[first - begin : last - begin]
-                self.crc32[self._job] = zlib.crc32(part, self.crc32[self._job])
+                self.crc32[self._job] = crc32_of(part, self.crc32[self._job])
                 self._write_at(target + first - piece.start, part)
             if piece.stop > end:
                 break

@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import CancelledError, wait
@@ -32,6 +31,7 @@ from ptbin.stores.s3_client import S3Client
 from ptbin.stores.s3_reader import S3Reader, etag_of
 from ptbin.stores.values import MIB, Identity
 from ptbin.stores.writer import CopyRefused, Writer
+from ptbin.values.crc32 import crc32_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -163,7 +163,7 @@ class S3Writer(Writer):
         return str(answer["UploadId"])
 
     async def _upload_part(self, number: int, part: bytearray) -> _Sent:
-        checksum = {"ChecksumCRC32": _base64(zlib.crc32(part))} if self.checks_crc32 else {}
+        checksum = {"ChecksumCRC32": _base64(crc32_of(part))} if self.checks_crc32 else {}
         which = {"UploadId": self._upload_id, "PartNumber": number}
         answer = await self._at.attempt("upload_part", **which, **checksum, **self._body(part))
         return _Sent(str(answer["ETag"]), checksum.get("ChecksumCRC32"))

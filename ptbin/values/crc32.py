@@ -1,4 +1,7 @@
-"""CRC-32s: of a concatenation from those of its parts, and held against what a container states.
+"""CRC-32s: of bytes, of a concatenation from those of its parts, and held against what a container states.
+
+Bytes are counted by ISA-L where its package is installed. One core does 20 to 30 GB/s with it and 2 to 7 with
+zlib, and each byte is counted beside a SHA-256 of 1 to 2 GB/s.
 
 zlib has `crc32_combine` and Python's zlib module does not offer it. The mathematics is zlib's (crc32.c,
 `multmodp`, `x2nmodp`): appending n bytes multiplies a CRC by x^(8n) modulo the polynomial.
@@ -6,11 +9,18 @@ zlib has `crc32_combine` and Python's zlib module does not offer it. The mathema
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable
 from functools import lru_cache
 
 from ptbin.errors import ChecksumMismatchError
+
+try:
+    from isal import isal_zlib as _counting
+except ImportError:  # not built for this machine
+    import zlib as _counting  # type: ignore[no-redef]
+
+crc32_of = _counting.crc32
+"""CRC-32 of bytes; with a second argument, the CRC-32 of what they come behind, that of both."""
 
 _POLYNOMIAL = 0xEDB88320  # CRC-32 (ISO 3309), bits reversed
 
@@ -52,15 +62,15 @@ def _shift(nbytes: int) -> int:
 
 
 def combine_crc32(first: int, second: int, second_nbytes: int) -> int:
-    """CRC-32 of A+B from crc32(A), crc32(B) and the length of B in bytes."""
+    """CRC-32 of A+B from those of A and B and the length of B in bytes."""
     return _multiply(_shift(second_nbytes), first) ^ second
 
 
-def crc32_of(pieces: Iterable[bytes]) -> int:
+def crc32_of_all(pieces: Iterable[bytes]) -> int:
     """Of what the pieces are, one behind the other."""
     crc = 0
     for piece in pieces:
-        crc = zlib.crc32(piece, crc)
+        crc = crc32_of(piece, crc)
     return crc
 
 

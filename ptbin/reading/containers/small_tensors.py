@@ -6,14 +6,13 @@ and is as torch on a CPU computes it: in float32, rounded to the element type af
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import LimitExceededError
 from ptbin.merging.tiles import Part
 from ptbin.stores.joined import JoinedReader
-from ptbin.values.crc32 import confirm_crc32
+from ptbin.values.crc32 import confirm_crc32, crc32_of
 from ptbin.values.dtypes import BY_NAME, DType
 from ptbin.values.tensors import ByteRange, InMemory, Storage, TensorRef, dense_strides
 
@@ -134,7 +133,7 @@ class SmallTensors:
             return place.data[first:end]
         data = self._reader.read(place.offset + first, end - first)
         if place.crc32 is not None:
-            confirm_crc32(self._reader.uri, place.member, zlib.crc32(data), place.crc32)
+            confirm_crc32(self._reader.uri, place.member, crc32_of(data), place.crc32)
         return data
 
 

@@ -25,6 +25,7 @@ from ptbin.errors import CorruptArchiveError, LimitExceededError, NotACheckpoint
 from ptbin.options import Limits
 from ptbin.reading.containers.checkpoint import Opening
 from ptbin.reading.containers.source import EDGE_NBYTES, SourceFile
+from ptbin.values.crc32 import crc32_of
 from ptbin.values.framing import (
     END,
     END_64,
@@ -147,10 +148,10 @@ class ZipDirectory:
             raise CorruptArchiveError(
                 f"{self.file.uri}: member {name!r} has {len(raw)} bytes, {member.nbytes} are stated"
             )
-        if not self.crcs_off and zlib.crc32(raw) != member.crc32:
+        if not self.crcs_off and crc32_of(raw) != member.crc32:
             raise CorruptArchiveError(
                 f"{self.file.uri}: member {name!r} has CRC-32 "
-                f"{zlib.crc32(raw):08x}, the directory states {member.crc32:08x}"
+                f"{crc32_of(raw):08x}, the directory states {member.crc32:08x}"
             )
         return raw
 

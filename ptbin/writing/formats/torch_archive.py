@@ -12,11 +12,11 @@ The bytes are a function of the source's bytes and the options alone.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ptbin.stores.joined import PART_BITS
+from ptbin.values.crc32 import crc32_of
 from ptbin.values.framing import (
     ALIGNMENT,
     END,
@@ -123,7 +123,7 @@ class _Archive(FileLayout):
 
     def literal_member(self, name: str, data: bytes) -> None:
         raw_name = f"{self.root}/{name}".encode()
-        crc = zlib.crc32(data)
+        crc = crc32_of(data)
         self.entries.append(_Entry(raw_name, len(data), self.offset, Checksum(((crc, None, len(data)),))))
         zip64 = uses_zip64(self.offset, len(data))
         self.add(Literal(local_header(raw_name, len(data), self.offset) + data))
