@@ -121,9 +121,15 @@ class OutputExistsError(CheckpointError, FileExistsError):
 
 
 class LimitExceededError(CheckpointError, ValueError):
-    """The file asks for more memory, opcodes, members or elements than `Limits` grants."""
+    """The file asks for more memory, opcodes, members or elements than it may.
+
+    `limit` is the field of `Limits` that raises it, where there is one.
+    """
 
     reason = "limit_exceeded"
+
+    def __init__(self, message: str, *, limit: str = "") -> None:
+        super().__init__(message + (f" (from Python, Limits({limit}=...) raises it)" if limit else ""))
 
 
 class StorageError(PtbinError, OSError):

@@ -6,9 +6,14 @@ by its name. A stand-in sends what it was given (words, environment, working fol
 process that forks, passes on its signals, ends as the forked process ends, and takes it along when it is
 killed. There `sys.executable` is a stand-in as well, for what that process starts.
 
-The modules of this project are imported anew each time, as in a new interpreter, and Prefect reads its
-settings when it is imported. Not tried is what happens while an interpreter starts; and the forked process is
-not a child of the one that started the stand-in. Tests that are about either use `sys.executable`.
+Each kind of command has a process of its own to fork from, with what such commands import: what a process
+starts with depends on its own command, not on what ran before it. The modules of this project are imported
+anew each time, as in a new interpreter, and Prefect reads its settings when it is imported.
+
+Not as with Python: what happens while an interpreter starts; the seed of its hashes, which all share; options
+and PYTHON* variables that are not named here; and the forked process is not a child of the one that started
+the stand-in, and ends a moment later than a stand-in that is killed. Tests that are about any of these use
+`sys.executable`.
 
     python -P warm_python.py FOLDER      # the process to fork from; ends when its standard input does
 """
@@ -16,17 +21,20 @@ not a child of the one that started the stand-in. Tests that are about either us
 from __future__ import annotations
 
 import atexit
+import codecs
 import contextlib
 import ctypes
 import fcntl
 import gc
 import importlib
 import importlib.machinery
+import io
 import logging
 import marshal
 import multiprocessing.spawn
 import os
 import re
+import resource
 import runpy
 import selectors
 import signal
@@ -35,7 +43,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import traceback
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,17 +58,30 @@ ANEW = re.compile(r"(ptbin|tasks|flows|mlflow\.server|huggingface_hub)\b")
 OWN_PATH = tuple(sys.path[1:] if not sys.flags.safe_path else sys.path)
 """What the interpreter itself looks for modules in: some that are imported add to it (Ray)."""
 PR_SET_NAME = 15  # linux/prctl.h
-IMPORTED = {
-    r"": [*(f"flows.{name}" for name in ("cli", "convert", "migrate", "restore", "sync", "verify")),
-          "prefect.runner", "prefect.workers.process", "prefect.cli", "rich.progress"],
-    r"embedded_server\.py| server ": ["prefect.server.api.server", "prefect.server.services", "uvicorn"],
-    r"\bwork(er|-pool) |\bdeploy ": [  # each imports all collections that are installed
-        f"prefect_{name}" for name in ("aws", "dask", "docker", "gcp", "kubernetes", "ray", "redis")],
-    r"ptbin\.restoring": ["torch"],
-    r"mlflow": ["mlflow.cli", "mlflow.pytorch", "mlflow.store.tracking.sqlalchemy_store", "flask", "graphene",
-                "uvicorn"],
+LIMITS = 16  # RLIM_NLIMITS, asm-generic/resource.h
+KINDS = {
+    "server": (
+        ["embedded_server.py", "prefect server "],
+        ["prefect.server.api.server", "prefect.server.services", "uvicorn"]),
+    "mlflow": (
+        ["mlflow"],
+        ["mlflow.cli", "mlflow.pytorch", "mlflow.store.tracking.sqlalchemy_store", "flask", "graphene",
+         "uvicorn"]),
+    "worker": (
+        [" worker ", " work-pool ", " deploy "],  # each imports all collections that are installed
+        [f"prefect_{name}" for name in ("aws", "dask", "docker", "gcp", "kubernetes", "ray", "redis")]),
+    "restoring": (
+        ["ptbin.restoring"],
+        ["torch._functorch._aot_autograd.graph_compile",  # most of torch.export, and what compares outputs
+         "networkx",  # torch.export's, late
+         "transformers.models.llama.modeling_llama"]),
+    "any": (
+        [""],
+        [*(f"flows.{name}" for name in ("cli", "convert", "migrate", "restore", "sync", "verify")),
+         "prefect.runner", "prefect.workers.process", "prefect.cli", "rich.progress"]),
 }  # fmt: skip
-"""What a process is forked with, by what occurs in its command."""
+"""A command is of the first kind of which something occurs in it. Its process is forked with the modules of
+that kind, and of the last."""
 QUIET = {
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -69,18 +89,21 @@ QUIET = {
 }
 
 STAND_IN = """#!{python} -IS
-import _socket, marshal, os, signal, sys
+import _socket, marshal, os, resource, signal, sys
 
 FORWARDED = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until there is a process that they can be sent to
 ignored = [int(number) for number in FORWARDED if signal.getsignal(number) == signal.SIG_IGN]
 mask = os.umask(0)
 os.umask(mask)
+limits = [resource.getrlimit(number) for number in range({limits})]
+command = " ".join(sys.argv)
+kind = next(kind for kind, marks in {marks!r}.items() if any(mark in command for mark in marks))
 server = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-server.connect({address!r})
+server.connect({folder!r} + "/" + kind)
 there = [int(name) for name in os.listdir("/proc/self/fd")]
 passed = [fd for fd in there if fd != server.fileno() and os.path.exists(f"/proc/self/fd/{{fd}}")]
-data = marshal.dumps((sys.argv, dict(os.environ), os.getcwd(), os.getpid(), passed, ignored, mask))
+data = marshal.dumps((sys.argv, dict(os.environ), os.getcwd(), os.getpid(), passed, ignored, mask, limits))
 rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in passed)
 server.sendmsg([len(data).to_bytes(8, "little")], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
 while data:
@@ -123,7 +146,8 @@ def warm_python() -> Iterator[Path]:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        text = STAND_IN.format(python=sys.executable, address=str(folder / "socket"))
+        marks = {kind: marks for kind, (marks, _) in KINDS.items()}
+        text = STAND_IN.format(python=sys.executable, folder=str(folder), marks=marks, limits=LIMITS)
         (folder / "bin").mkdir()
         for program in ("python", "python3", *_scripts()):
             (folder / "bin" / program).write_text(text)
@@ -183,6 +207,7 @@ class _Request(NamedTuple):
     passed: list[int]
     ignored: list[int]
     mask: int
+    limits: list[tuple[int, int]]
     received: list[int]
 
 
@@ -190,13 +215,21 @@ class _Forks:
     """What runs, by descriptors that tell when it ends (`pidfd_open`), and whose stand-in waits."""
 
     def __init__(self, folder: Path) -> None:
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(folder / "socket"))
-        self._listener.listen(64)
+        self._listeners: dict[str, socket.socket] = {}
+        for kind in KINDS:
+            self._listeners[kind] = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._listeners[kind].bind(str(folder / kind))
+            self._listeners[kind].listen(64)
+        self._kinds: list[int] = []
+        self._watch()
+
+    def _watch(self) -> None:
+        """Wait for stand-ins of these kinds, and for the end. Nothing runs yet."""
         self._running: dict[int, tuple[int, socket.socket]] = {}
         self._selector = selectors.DefaultSelector()
         self._selector.register(0, selectors.EVENT_READ)
-        self._selector.register(self._listener, selectors.EVENT_READ)
+        for kind, listener in self._listeners.items():
+            self._selector.register(listener, selectors.EVENT_READ, kind)
 
     def serve(self) -> _Request | None:
         """Fork for each stand-in. Returns what it asked for, in the forked process; None at the end."""
@@ -205,25 +238,27 @@ class _Forks:
                 if self._selector.get_map().get(key.fd) is not key:
                     continue  # it went with one before it
                 if key.fd == 0:
-                    for pid, _ in self._running.values():
-                        os.kill(pid, signal.SIGKILL)
-                        os.waitpid(pid, 0)
+                    self._end()
                     return None
                 if key.fd in self._running:
                     self._ended(key.fd)
-                elif key.fileobj is not self._listener:  # killed
+                elif key.data in self._listeners:
+                    if request := self._asked(key.data):
+                        return request
+                else:  # killed
                     os.kill(self._running[key.data][0], signal.SIGKILL)
                     self._selector.unregister(key.fd)
-                elif request := self._asked():
-                    return request
 
-    def _asked(self) -> _Request | None:
+    def _asked(self, kind: str) -> _Request | None:
         """The request, in the forked process."""
-        connection, _ = self._listener.accept()
+        _import("any")
+        if len(self._listeners) > 1 and kind != "any":
+            self._fork_for(kind)
+            return None
+        connection, _ = self._listeners[kind].accept()
         request = _receive(connection)
         if request is None:
             return None
-        _import_for(" ".join(request.words))
         pid = os.fork()
         if not pid:
             return request
@@ -236,6 +271,32 @@ class _Forks:
         with contextlib.suppress(OSError):
             connection.sendall(pid.to_bytes(8, "little"))
         return None
+
+    def _fork_for(self, kind: str) -> None:
+        """From now on another process, which begins here, serves this kind."""
+        listener = self._listeners.pop(kind)
+        pid = os.fork()
+        if pid:
+            self._kinds.append(pid)
+            self._selector.unregister(listener)
+            listener.close()
+            return
+        self._selector.close()
+        for other in (*self._listeners.values(), *(connection for _, connection in self._running.values())):
+            other.close()
+        for descriptor in self._running:
+            os.close(descriptor)
+        self._kinds, self._listeners = [], {kind: listener}
+        self._watch()
+        _import(kind)
+
+    def _end(self) -> None:
+        """Nothing that was forked from here outlives this process."""
+        for pid, _ in self._running.values():
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        for pid in self._kinds:
+            os.waitpid(pid, 0)
 
     def _ended(self, descriptor: int) -> None:
         pid, connection = self._running.pop(descriptor)
@@ -260,15 +321,24 @@ def _receive(connection: socket.socket) -> _Request | None:
     return _Request._make([*marshal.loads(data), received])  # noqa: S302 - from our own stand-in
 
 
-def _import_for(command: str) -> None:
-    for pattern in [pattern for pattern in IMPORTED if re.search(pattern, command)]:
-        for name in IMPORTED.pop(pattern):
-            importlib.import_module(name)
-        for name in filter(ANEW.match, list(sys.modules)):
-            del sys.modules[name]
-        assert threading.active_count() == 1
-        gc.collect()
-        gc.freeze()
+def _import(kind: str) -> None:
+    """What processes of a kind are forked with, once."""
+    if kind in _imported:
+        return
+    before = dict(os.environ)
+    _imported.add(kind)
+    for name in KINDS[kind][1]:
+        importlib.import_module(name)
+    _set_by_imports.update({name: value for name, value in os.environ.items() if before.get(name) != value})
+    for name in filter(ANEW.match, list(sys.modules)):
+        del sys.modules[name]
+    assert threading.active_count() == 1
+    gc.collect()
+    gc.freeze()  # else each process goes through all of it, and copies its pages
+
+
+_imported: set[str] = set()
+_set_by_imports: dict[str, str] = {}
 
 
 # -- a forked process --------------------------------------------------------------------------------
@@ -276,7 +346,7 @@ def _import_for(command: str) -> None:
 
 def _run(request: _Request) -> None:
     """Be the process that the stand-in stands for, and end as the interpreter does."""
-    status = 1
+    status, interrupted = 1, False
     try:
         _take_over(request)
         program, *words = request.words
@@ -288,19 +358,20 @@ def _run(request: _Request) -> None:
         status = 0
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
-        if isinstance(error.code, str):
+        if status and status is not error.code:
             sys.stderr.write(f"{error.code}\n")
     except BaseException as error:  # noqa: BLE001 - as the interpreter ends
-        traceback.print_exc()
-        if isinstance(error, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
+        sys.excepthook(type(error), error, error.__traceback__)
+        interrupted = isinstance(error, KeyboardInterrupt)
     with contextlib.suppress(KeyboardInterrupt):
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     os._exit(status & 0xFF)
 
 
@@ -317,15 +388,15 @@ def _take_over(request: _Request) -> None:
         os.dup2(descriptor, wanted)
         os.close(descriptor)
     os.umask(request.mask)
+    for number, limit in enumerate(request.limits):
+        resource.setrlimit(number, limit)
     os.chdir(request.folder)
     os.environ.clear()
-    os.environ.update(request.environment)
+    os.environ.update(_set_by_imports | request.environment)
     for number in request.ignored:
         signal.signal(number, signal.SIG_IGN)
-    sys.stdin = os.fdopen(0, closefd=False)
-    at_once = os.isatty(1) or "PYTHONUNBUFFERED" in os.environ
-    sys.stdout = os.fdopen(1, "w", 1 if at_once else -1, closefd=False)
-    sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
+    _open_streams()
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     logging.getLogger().handlers.clear()
     os.getppid = lambda: _parent_of(request.stand_in)
     sys.path.sort(key=lambda name: name not in OWN_PATH)  # what was added comes last
@@ -336,6 +407,30 @@ def _take_over(request: _Request) -> None:
     for name in held:
         del sys.modules[name]
     sys.meta_path.insert(0, _Held(held))
+
+
+def _open_streams() -> None:
+    """Standard input, output and error, as the interpreter does (`create_stdio` in its pylifecycle.c)."""
+    encoding, _, errors = os.environ.get("PYTHONIOENCODING", "").partition(":")
+    encoding, errors = codecs.lookup(encoding or "utf-8").name, errors or sys.stdin.errors or "strict"
+    at_once = bool(os.environ.get("PYTHONUNBUFFERED"))
+
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        raw = io.FileIO(descriptor, "w" if descriptor else "r", closefd=False)
+        raw.name = f"<{name}>"
+        stream: Any = raw  # one that writes at once has no buffer
+        if not (descriptor and at_once):
+            stream = io.BufferedWriter(raw) if descriptor else io.BufferedReader(raw)
+        stream = io.TextIOWrapper(
+            stream,
+            encoding,
+            errors if descriptor < 2 else "backslashreplace",
+            "\n" if descriptor else None,
+            line_buffering=not at_once and (descriptor == 2 or raw.isatty()),
+            write_through=at_once,
+        )
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
 
 
 def _parent_of(pid: int) -> int:
@@ -405,3 +500,4 @@ if __name__ == "__main__":
     print("ready", flush=True)  # noqa: T201 - for `warm_python`
     if _request := _forks.serve():
         _run(_request)
+    os._exit(0)  # what was imported is not asked to end: it began nothing
