@@ -105,7 +105,7 @@ def running(live: LiveRun, request: RunRequest | None, settings: RunSettings) ->
             lease = live.lease
             if lease is None:
                 lease = acquire_lease(
-                    live.dest_at(request.dest),
+                    live.sides.dest_at(request.dest),
                     live.run_id,
                     lost=live.stop,
                     tick=live.tick,
@@ -152,12 +152,9 @@ def current_flow_run_id() -> str | None:
 
 def run_url() -> str | None:
     """The page of this thread's flow run; None on a server that ends with it, and where no UI is known."""
-    from prefect.context import FlowRunContext
     from prefect.utilities.urls import url_for
 
     from flows.prefect import orchestrator
 
-    context = FlowRunContext.get()
-    if context is None or context.flow_run is None or orchestrator.is_embedded():
-        return None
-    return url_for("flow-run", context.flow_run.id)
+    run_id = current_flow_run_id()
+    return None if run_id is None or orchestrator.is_embedded() else url_for("flow-run", run_id)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote_plus
 
-from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, suffix_of
+from ptbin.sources.suffixes import CHECKPOINT_SUFFIXES, suffix_of
 
 ARRIVED = "ptbin.checkpoints.arrived"
 """The event that `deployments/arrivals.py` sends to Prefect, and that `convert-arrivals` waits for."""

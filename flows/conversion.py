@@ -87,7 +87,6 @@ class Conversion:
             warn=self.logger.warning,
         )
         self.progress = Artifacts(f"ptbin-{self.plan.request.kind}", self.logger)
-        self.counted_current = False
         self.stages = Stages(run, self.logger, self._keeps_on)
 
     def carry_out(self) -> Any:
@@ -108,21 +107,17 @@ class Conversion:
             self.run()
         except Interrupted:
             self.running.stop()
-            self._account_for_the_rest()
         except INTERRUPTS:
             self.tally.interrupted = True
-            self._end_early()
+            self.running.stop()
+            self.finish()
             raise
         except BaseException as error:
             self.tally.add_run_error(error)
-            self._end_early()
+            self.running.stop()
+            self.finish()
             raise
         return self.finish()
-
-    def _end_early(self) -> None:
-        self.running.stop()
-        self._account_for_the_rest()
-        self.finish()
 
     def _clean_up(self) -> None:
         """After a run that was killed: no other run will remove what it had under way."""
@@ -163,12 +158,11 @@ class Conversion:
         )
 
     def run(self) -> None:
-        """Convert and prove what is to be done; every checkpoint is in the tally afterwards."""
-        self._count_current()
+        """Convert and prove what is to be done."""
+        self.account.count_untouched()
         count, nbytes = self.work.to_do()
         self._begin(count, nbytes, f"checkpoints ({format_nbytes(nbytes)}) to convert")
         self.stages.carry_out(*self._parts())
-        self._account_for_the_rest()
 
     def _begin(self, count: int, nbytes: int, what: str) -> None:
         up_to_date = self.tally.count("up_to_date")
@@ -204,19 +198,14 @@ class Conversion:
             per_worker=self.runner.batches_per_worker,
         )
 
-    def _account_for_the_rest(self) -> None:
+    def _count_rest(self) -> None:
         """Count what the run did not get to as well."""
-        self._count_current()
-        self.tally.add_rest(self.work, self.stages.settled)
-
-    def _count_current(self) -> None:
-        if not self.counted_current:
-            self.counted_current = True
-            self.tally.add_untouched(self.work)
+        self.account.count_rest()
 
     def finish(self) -> Any:
         """Leave the index, the run record, the summary and the artifacts; the state says how it went."""
         tally, live = self.tally, self.live
+        self._count_rest()
         summary = self.account.close(
             stopped=live.stop_reason,
             merges=not self.running.is_stopping,
@@ -261,7 +250,7 @@ class Conversion:
         for job, outcome in final:
             self._settle(job, outcome)
         self._log_lines()
-        self.progress.update(len(self.stages.settled), self.tally.message())
+        self.progress.update(len(self.account.settled), self.tally.message())
 
     def _settle(self, job: Any, outcome: Outcome) -> None:
         """One checkpoint has its final outcome."""
@@ -277,7 +266,7 @@ class Conversion:
         self.live.listener.settled(entry)
         if entry.reason:
             self.logger.warning("%s %s: %s: %s", entry.outcome, entry.path, entry.reason, entry.detail)
-        elif len(self.stages.settled) <= LOGGED:
+        elif len(self.account.settled) <= LOGGED:
             self.lines.append(entry.line())
 
     def _log_lines(self) -> None:

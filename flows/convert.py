@@ -13,10 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 from flows.conversion import Conversion, carry_out
-from flows.forms import PLACES, Text
+from flows.forms import PLACES
 from flows.options import CONVERT
 from flows.parsing import refuse_secrets
-from flows.requests import convert_request
+from flows.requests import Text, convert_request
 from flows.run_flow import run_flow
 
 

@@ -31,8 +31,6 @@ def _text_of(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-Text = str | os.PathLike[str]
-"""How a flow may be called from Python; its function gets a `str`."""
 PlaceText = Annotated[str, Field(min_length=1), BeforeValidator(_text_of)]
 
 _OF_THE_RUN = (

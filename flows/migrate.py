@@ -1,6 +1,6 @@
 """The migrate flow: one model registry into another, every checkpoint on the way as weights.
 
-Versions are moved side by side and made known in order, model by model: a destination that numbers versions
+Versions are moved side by side and registered in order, model by model: a destination that numbers versions
 itself (MLflow) gives them numbers in the order of the source. What the destination cannot keep is reported
 before anything is written.
 """
@@ -15,22 +15,22 @@ from typing import Any
 from flows.access import Running, join_run, running
 from flows.batches import cut, iter_batches
 from flows.conversion import Conversion
-from flows.forms import PLACES, Text
+from flows.forms import PLACES
 from flows.options import CONTENT, MIGRATE, RunSettings, chosen
 from flows.parsing import build_options, refuse_secrets
+from flows.requests import Text
 from flows.run_flow import run_flow
 from flows.stages import Stage
 from ptbin.catalog import Problem
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import UsageError
-from ptbin.registries import Migration, ModelPlan, Step, wanted_names
+from ptbin.registries import Migration, ModelPlan, wanted_names
 from ptbin.registries.migration import Registries, prepare
 from ptbin.registries.values import natural_order
 from ptbin.runs.migrating import MigrationTally, loss_lines
 from ptbin.runs.outcomes import Outcome, Staged
 from ptbin.runs.record import new_run_id
 from ptbin.runs.remembering import VersionMemory
-from ptbin.runs.tally import Entry
 from tasks.migrating import (
     VersionJob,
     model_of,
@@ -68,7 +68,6 @@ class Migrating(Conversion):
             for step in model.steps
             if step.action == "migrate"
         ]
-        self.unsettled = {step.version.path for step in plan.steps()}
         # Where the destination counts, what was passed over earlier comes behind what keeps its number.
         in_order = sorted(self.jobs, key=lambda job: natural_order(job.step.dest_version))
         self.stages.expect(model_of, in_order)
@@ -90,16 +89,16 @@ class Migrating(Conversion):
             self.live.listener.noted(f"not kept: {line}")
         for one in self.migration.steps():
             if one.action == "up_to_date":
-                self._close(one, Outcome(one.version.path, "up_to_date"))
+                self.versions.close(one, Outcome(one.version.path, "up_to_date"))
             elif one.action == "refused":
-                self._report(self._close(one, Outcome(one.version.path, "rejected", one.reason, one.detail)))
+                refused = Outcome(one.version.path, "rejected", one.reason, one.detail)
+                self._report(self.versions.close(one, refused))
         self._begin(len(self.jobs), 0, "versions to migrate")
         for plan in self.migration.models:
             if plan.problem and not plan.steps:
                 self.tally.run_problems.append(Problem(plan.model.name, "registry_error", plan.problem))
         self.stages.carry_out(*self._parts())
         self._update()
-        self._account_for_the_rest()
 
     def _parts(self) -> Sequence[tuple[Stage, Iterable[Sequence[VersionJob]]]]:
         sides = {"registries": self.registries}
@@ -141,16 +140,13 @@ class Migrating(Conversion):
         self._apart(stage, cut(plans, len(plans), MODELS_PER_UPDATE, max_batches=UPDATES))
 
     def _settle(self, job: VersionJob, outcome: Outcome) -> None:
-        self._report(self._close(job.step, outcome))
+        self.account.settled.add(job.path)
+        self._report(self.versions.close(job.step, outcome))
 
-    def _close(self, step: Step, outcome: Outcome) -> Entry:
-        self.unsettled.discard(step.version.path)
-        return self.versions.close(step, outcome)
-
-    def _account_for_the_rest(self) -> None:
+    def _count_rest(self) -> None:
         for job in self.jobs:
-            if job.path in self.unsettled:
-                self._close(job.step, Outcome(job.path, "not_tried"))
+            if job.path not in self.account.settled:
+                self.versions.close(job.step, Outcome(job.path, "not_tried"))
         order = {step.version.path: index for index, step in enumerate(self.migration.steps())}
         self.versions.versions.sort(key=lambda row: order[f"{row['model']}/{row['version']}"])
 

@@ -28,12 +28,12 @@ from ptbin.runs.account import Account
 from ptbin.runs.outcomes import Kind, Outcome
 from ptbin.runs.remembering import CheckpointMemory
 from ptbin.runs.tally import Tally
-from ptbin.sources.companions import companion_of, is_companion
+from ptbin.sources.leftovers import is_leftover, leftover_role
 from ptbin.stores import identity_text
 from tasks.live import LiveRun
 
 WIDTH = 8
-"""Manifests and companions are asked side by side: they only wait for small answers."""
+"""Leftovers of training are looked at side by side: that only waits for small answers."""
 
 
 def refuse_nothing(live: LiveRun, request: RunRequest) -> None:
@@ -44,7 +44,7 @@ def refuse_nothing(live: LiveRun, request: RunRequest) -> None:
     """
     if request.named is not None or request.kind == "sync":
         return
-    place, pattern = split_glob(request.source, live.source_at)
+    place, pattern = split_glob(request.source, live.sides.source_at)
     shown = (*request.include, pattern or "")
     entries = Entries(shown=shown, exclude=request.exclude, copy_links=request.copy_links)
     found = find_checkpoints(
@@ -70,7 +70,7 @@ def preparing(live: LiveRun, request: RunRequest, work_found: Callable[[], objec
         DestinationBusyError: another run works on DEST.
     """
     with live.open_plan(request) as plan, contextlib.ExitStack() as stack:
-        lease = acquire_lease(live.dest_at(request.dest), live.run_id, lost=live.stop, tick=live.tick)
+        lease = acquire_lease(live.sides.dest_at(request.dest), live.run_id, lost=live.stop, tick=live.tick)
         stack.callback(lease.release)
         ledgers: list[Ledger] = []
 
@@ -92,14 +92,14 @@ def preparing(live: LiveRun, request: RunRequest, work_found: Callable[[], objec
 
 def _read_ledger(live: LiveRun, plan: Plan) -> Ledger:
     try:
-        return read_ledger(live.dest_at(plan.request.dest), root=CheckpointMemory(plan).root)
+        return read_ledger(live.sides.dest_at(plan.request.dest), root=CheckpointMemory(plan).root)
     except PtbinError:
         return Ledger()
 
 
 def _is_settled(job: Job, ledger: Ledger) -> bool:
     """Whether an earlier run found this very state of the file not to be a checkpoint."""
-    if not job.copies and is_companion(job.path):
+    if not job.copies and is_leftover(job.path):
         return True
     row = ledger.before.get(job.source_uri)
     return row is not None and row.state == identity_text(job.identity) and not row.is_failure
@@ -116,7 +116,7 @@ def finish_in_step(live: LiveRun, min_success: float | None = None) -> dict[str,
     rows = plan.settle_unknown(live.tick)
     if rows:  # also for the flow that may go on
         with contextlib.suppress(StorageError):
-            write_segment(live.dest_at(request.dest), f"{live.run_id}-0000", rows)
+            write_segment(live.sides.dest_at(request.dest), f"{live.run_id}-0000", rows)
     tally = Tally.of(live.run_id, request, min_success)
     account = Account(plan, tally, CheckpointMemory(plan), began=live.began)
     refused = account.open()
@@ -134,7 +134,7 @@ def finish_in_step(live: LiveRun, min_success: float | None = None) -> dict[str,
         live.listener.noted(text)
     for entry in refused:
         live.listener.settled(entry)
-    tally.add_untouched(work)
+    account.count_untouched()
     live.listener.planned(0, 0, tally.count("up_to_date"))
     return account.close() | {"task_runs": 0}
 
@@ -142,27 +142,27 @@ def finish_in_step(live: LiveRun, min_success: float | None = None) -> dict[str,
 def _settle_known(live: LiveRun, account: Account) -> bool:
     """Settle what is not a checkpoint, by name or by earlier runs; false where anything else is to do."""
     plan, before = account.plan, account.tally.ledger.before
-    companions = []
+    leftovers = []
     known = []
     for job in plan.work.iter_to_do():
         if job.copies or not _is_settled(job, account.tally.ledger):
             return False
         row = before.get(job.source_uri)
         if row is None or row.state != identity_text(job.identity):
-            companions.append(job)
+            leftovers.append(job)
         else:
             known.append((job, Outcome(job.path, cast("Kind", row.outcome), detail=row.detail)))
     with ThreadPoolExecutor(WIDTH) as pool:
         # By their names optimizers and the like: a run looks into each, for it may hold a model after all.
         looked = pool.map(
-            lambda job: is_convertible(live.source_at(job.source_uri), plan.request.making),
-            companions,
+            lambda job: is_convertible(live.sides.source_at(job.source_uri), plan.request.making),
+            leftovers,
         )
-        for job, converts in zip(companions, looked, strict=True):
+        for job, converts in zip(leftovers, looked, strict=True):
             live.tick()
             if converts:
                 return False
-            role = companion_of(job.path.rpartition("/")[2]) or ""
+            role = leftover_role(job.path) or ""
             known.append((job, Outcome(job.path, "left_alone", detail=role)))
     for job, outcome in known:
         account.settle(job, outcome)

@@ -17,6 +17,7 @@ from ptbin.options import ConvertOptions
 from ptbin.stores import NO_OPTIONS, Sides, place_of
 
 Text = str | os.PathLike[str]
+"""How a place is given in Python; a flow's function gets a `str`."""
 
 
 def convert_request(source: Text, dest: Text, asked: Mapping[str, Any]) -> RunRequest:

@@ -11,10 +11,10 @@ from typing import Any
 
 from flows.access import Running
 from flows.conversion import Conversion, carry_out
-from flows.forms import PLACES, Text
+from flows.forms import PLACES
 from flows.options import RESTORE
 from flows.parsing import restore_options
-from flows.requests import restore_request
+from flows.requests import Text, restore_request
 from flows.run_flow import run_flow
 from flows.stages import Stage
 from ptbin import RestoreOptions

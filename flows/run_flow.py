@@ -17,9 +17,10 @@ from prefect.client.schemas.objects import State
 from prefect.states import Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.forms import Text, takes
+from flows.forms import takes
 from flows.parsing import MAX_WORKERS
 from flows.prefect.undocumented import flow_run_context
+from flows.requests import Text
 from ptbin.errors import PtbinError
 from ptbin.runs.result import RunResult
 from ptbin.values.options import Option

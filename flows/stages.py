@@ -80,7 +80,8 @@ class _Order:
     """What goes through a stage with a key: who comes next, who is there, which keys are busy."""
 
     waiting: dict[str, deque[Any]] = field(default_factory=dict)
-    arrived: dict[str, Staged] = field(default_factory=dict)
+    arrived: dict[str, Staged | None] = field(default_factory=dict)
+    """By path; None: it will not come, because it has its final outcome already."""
     busy: set[str] = field(default_factory=set)
 
 
@@ -97,8 +98,6 @@ class Stages:
         self._logger = logger
         self._keep_on = keep_on
         self._order = _Order()
-        self.settled: set[str] = set()
-        """Paths of the items that have their final outcome."""
 
     def carry_out(self, *parts: tuple[Stage, Iterable[Sequence[Any]]], width: int | None = None) -> None:
         """Put batches through their stages, and through those that follow. Raises as `fan_out`."""
@@ -142,7 +141,6 @@ class Stages:
                     self._logger.info("%s will be tried again: %s", outcome.path, outcome.detail)
                 else:
                     final.append(_final(item, outcome))
-            self.settled.update(path_of(item) for item, _ in final)
             stage.settle(final)
             if again:
                 yield self._work(stage, again, retry + 1)
@@ -151,13 +149,16 @@ class Stages:
                 self._order.busy |= {stage.key(staged.item) for staged in again}
                 yield from self._next_in_order(stage)
             if stage.then is not None:
-                yield from self._go_on(stage.then, staged)
+                yield from self._go_on(stage.then, staged, final)
 
         return Work(submit, then, stage.urgent, retry_delay(retry) if retry else 0.0)
 
-    def _go_on(self, stage: Stage, staged: list[Staged]) -> Iterable[Work]:
+    def _go_on(
+        self, stage: Stage, staged: list[Staged], final: Sequence[tuple[Any, Outcome]]
+    ) -> Iterable[Work]:
         if stage.key is not None:
-            self._order.arrived.update({one.path: one for one in staged})
+            self._order.arrived |= {path_of(item): None for item, _ in final}
+            self._order.arrived |= {one.path: one for one in staged}
             yield from self._next_in_order(stage)
         elif staged:
             yield self._work(stage, staged)
@@ -169,8 +170,8 @@ class Stages:
         for key, waiting in order.waiting.items():
             if key in order.busy:
                 continue
-            while waiting and (waiting[0].path in order.arrived or waiting[0].path in self.settled):
-                staged = order.arrived.pop(waiting.popleft().path, None)
+            while waiting and waiting[0].path in order.arrived:
+                staged = order.arrived.pop(waiting.popleft().path)
                 if staged is not None:
                     ready.append(staged)
                     order.busy.add(key)

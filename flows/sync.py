@@ -14,9 +14,9 @@ from typing import Any
 from flows.access import Running
 from flows.batches import cut
 from flows.conversion import LOGGED, Conversion, carry_out
-from flows.forms import PLACES, Text
+from flows.forms import PLACES
 from flows.options import SYNC
-from flows.requests import sync_request
+from flows.requests import Text, sync_request
 from flows.run_flow import run_flow
 from flows.stages import Stage, count_of
 from ptbin.catalog import Job, Problem
@@ -94,7 +94,7 @@ class Synchronization(Conversion):
                 self.live.tick()
                 try:
                     if names := self.work.copies_listed(job):
-                        release_companions(self.live.dest_at(manifest_uri(job.dest_uri)), names)
+                        release_companions(self.live.sides.dest_at(manifest_uri(job.dest_uri)), names)
                 except Exception as error:  # noqa: BLE001 - what is wrong with one must not stop the others
                     failed.append((job, outcome_of_error(job.path, error)))
 

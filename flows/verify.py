@@ -13,11 +13,12 @@ from prefect import get_run_logger
 from flows.access import Running, join_run, running
 from flows.artifacts import Artifacts, verification_rows
 from flows.batches import iter_batches
-from flows.forms import DEST, Text
+from flows.forms import DEST
 from flows.notices import final_state
 from flows.options import VERIFY, RunSettings
 from flows.parsing import refuse_secrets
 from flows.prefect.orchestrator import await_server
+from flows.requests import Text
 from flows.run_flow import run_flow
 from flows.stages import Stage, Stages, count_of
 from ptbin.options import VerifyLevel
@@ -51,7 +52,7 @@ def verify(dest: Text, **asked: Any) -> Any:
             return verdicts
 
         summary = verify_below(
-            live.dest_at(dest),
+            live.sides.dest_at(dest),
             dest,
             verify_all,
             asked["public_key"],

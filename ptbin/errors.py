@@ -48,11 +48,11 @@ class UnsafePickleError(CheckpointError, ValueError):
 class NoStateDictError(CheckpointError, LookupError):
     """A readable file in which no mapping of names to tensors was found.
 
-    `companion` is set where the content is what training leaves next to weights (`optimizer`, say).
+    `leftover` is set where the content is what training leaves next to weights (`optimizer`, say).
     """
 
     reason = "no_state_dict"
-    companion: str | None = None
+    leftover: str | None = None
 
 
 class AmbiguousStateDictError(CheckpointError, LookupError):
@@ -121,9 +121,15 @@ class OutputExistsError(CheckpointError, FileExistsError):
 
 
 class LimitExceededError(CheckpointError, ValueError):
-    """The file asks for more memory, opcodes, members or elements than `Limits` grants."""
+    """The file asks for more memory, opcodes, members or elements than it may.
+
+    `limit` is the field of `Limits` that raises it, where there is one.
+    """
 
     reason = "limit_exceeded"
+
+    def __init__(self, message: str, *, limit: str = "") -> None:
+        super().__init__(message + (f" (from Python, Limits({limit}=...) raises it)" if limit else ""))
 
 
 class StorageError(PtbinError, OSError):

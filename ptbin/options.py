@@ -18,11 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
 from ptbin.errors import UsageError
-from ptbin.merging.shipped import find_recipe
 from ptbin.values.dtypes import CAST_NAMES
 from ptbin.values.options import option
+from ptbin.writing.formats import FORMATS, OutputFormat
 
-OutputFormat = Literal["torch", "raw", "safetensors"]
 Layout = Literal["mirror", "hf"]
 Naming = Literal["replace", "append"]
 OnUnsafe = Literal["reject", "extract"]
@@ -92,7 +91,9 @@ class ConvertOptions:
     """
 
     format: OutputFormat = option(
-        "torch", "torch: as pytorch_model.bin; raw: bare tensors and a JSON index; safetensors.", group=FORM
+        "torch",
+        "; ".join(f"{name}: {row.help}" if row.help else name for name, row in FORMATS.items()) + ".",
+        group=FORM,
     )
     dtype: str | None = option(
         None, "Cast floating-point tensors to this type, as torch does.", choices=CAST_NAMES, group=FORM
@@ -199,6 +200,8 @@ class ConvertOptions:
         if self.layout == "hf" and self.format == "raw":
             raise UsageError("layout hf has no place for format raw, which transformers does not read")
         if self.recipe is not None:
+            from ptbin.merging.shipped import find_recipe
+
             find_recipe(self.recipe)
         if self.split and self.flatten:
             raise UsageError("split gives each state dict an output of its own, flatten makes one of all")

@@ -112,7 +112,12 @@ def plan_conversion(reader: RangeReader, options: ConvertOptions, name: str) -> 
             tie_equal_tensors(state_dict, lambda recipe: iter_recipe(recipe, reader, {}))
         selected.account()
     return selected, plan_outputs(
-        selected.state_dicts, options, name, archive_root=selected.checkpoint.archive_root
+        selected.state_dicts,
+        name,
+        format_name=options.format,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        archive_root=selected.checkpoint.archive_root,
     )
 
 

@@ -59,4 +59,4 @@ def restore_batch(live: LiveRun, job: Job, options: RestoreOptions) -> Outcome:
 @batch_task("verify manifests")
 def verify_manifests(live: LiveRun, uri: str, level: VerifyLevel) -> Outcome:
     """Read back what a manifest vouches for."""
-    return verify_manifest(live.dest_at(uri), level, live.moved)
+    return verify_manifest(live.sides.dest_at(uri), level, live.moved)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ptbin.stores import Place, Sides, Where
+from ptbin.stores import Sides
 from tasks.credentials import Credentials
 
 if TYPE_CHECKING:
@@ -96,16 +96,8 @@ class LiveRun:
 
     @property
     def sides(self) -> Sides:
-        """What makes places of the URIs that tasks get."""
+        """What makes places of URIs, with the run's storage options."""
         return Sides(self.source_options, self.dest_options)
-
-    def source_at(self, where: Where) -> Place:
-        """A place below SOURCE, with the run's storage options for it."""
-        return self.sides.source_at(where)
-
-    def dest_at(self, where: Where) -> Place:
-        """A place below DEST, likewise."""
-        return self.sides.dest_at(where)
 
     @property
     def opened_plan(self) -> Plan:
@@ -212,7 +204,7 @@ def _watch(live: LiveRun, lease: str) -> None:
         with _lock:
             _runs.pop(live.run_id, None)
 
-    LeaseWatch(live.dest_at(lease), stop)
+    LeaseWatch(live.sides.dest_at(lease), stop)
 
 
 def stop_all() -> None:

@@ -33,8 +33,8 @@ def compare_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
 def copy_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
     """Copy a file as it is, but for what a cast makes wrong in it (`sidecars.change_of`)."""
     copied = copy_file(
-        live.source_at(job.source_uri),
-        live.dest_at(job.dest_uri),
+        live.sides.source_at(job.source_uri),
+        live.sides.dest_at(job.dest_uri),
         expected=job.identity,
         verify=options.verify != "none",
         change=change_on_copying(job.source_uri, job.output_name, options, size=job.source_size),
@@ -52,7 +52,7 @@ def copy_batch(live: LiveRun, job: Job, options: ConvertOptions) -> Outcome:
 def back_up_batch(live: LiveRun, path: str, dest: str, backup: str) -> Outcome:
     """Copy a file of DEST (its path below it) to the same path below the backup place."""
     try:
-        copy_file(live.dest_at(dest) / path, live.dest_at(backup) / path, progress=live.moved)
+        copy_file(live.sides.dest_at(dest) / path, live.sides.dest_at(backup) / path, progress=live.moved)
     except NotFoundInStoreError:
         return Outcome(path, "not_tried")  # gone meanwhile: nothing is lost by going on
     except NoSpaceError as error:
@@ -64,7 +64,7 @@ def back_up_batch(live: LiveRun, path: str, dest: str, backup: str) -> Outcome:
 @batch_task("delete")
 def delete_batch(live: LiveRun, path: str, dest: str) -> Outcome:
     """Delete a file of DEST. They come in order: manifests before what they vouch for."""
-    folder = live.dest_at(dest)
+    folder = live.sides.dest_at(dest)
     if not is_reached_plainly(folder, path):
         return Outcome(path, "not_tried")  # a link took its place: what it leads to is not ours
     (folder / path).delete()

@@ -1,9 +1,9 @@
 """The entry point: commands, exit statuses, and how errors look.
 
 0: all done. 1: the run finished, but some checkpoints failed or were rejected. 2: the call itself was
-wrong and nothing was written. 130: interrupted. `diff` answers as diff(1) does:
-0 equal, 1 different, 2 trouble. An error is one line on standard error; a traceback appears only with
-`--log-level debug`.
+wrong and nothing was written. 130: interrupted. 141: the reader of standard output closed it (`| head`).
+`diff` and `status` give 2 for trouble, because 1 is an answer of theirs. An error is one line on standard
+error; a traceback appears only with `--log-level debug`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import gc
 import io
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import click
 from click.shell_completion import shell_complete
@@ -59,7 +61,8 @@ Examples:
 
 \b
 Exit status: 0 all done; 1 some checkpoints failed or were rejected;
-2 the call was wrong, nothing was written; 130 interrupted.
+2 the call was wrong, nothing was written; 130 interrupted;
+141 the reader of standard output closed it (as by | head).
 
 Every option can come from the environment: PTBIN_WORKERS=4 for all commands, PTBIN_CONVERT_WORKERS=4 for one.
 
@@ -69,7 +72,11 @@ Completion in a shell (or zsh_source, fish_source):
 
 ptbin COMMAND --help has examples and all options of a command."""
 
-OUTPUT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF}
+OUTPUT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF, errno.EPIPE}
+CLOSED_PIPE_STATUS = 128 + signal.SIGPIPE
+"""What a shell reports of a program that SIGPIPE ended: `git log | head` has it too."""
+ANSWERING = {"diff", "status"}
+"""Commands that answer with status 1, so that trouble has to be 2."""
 COMPLETION_VARIABLE = "_PTBIN_COMPLETE"
 _commands = 0
 
@@ -118,16 +125,34 @@ def run(arguments: Sequence[str] | None = None) -> int:
         begin_again()
     words = list(sys.argv[1:] if arguments is None else arguments)
     _open_streams()
+    try:
+        status = _answered(words)
+        sys.stdout.flush()
+    except OSError as error:
+        # Of standard output: what the work itself reads and writes has errors of ptbin's own.
+        _discard(sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return CLOSED_PIPE_STATUS
+        print_error(f"standard output cannot be written: {error.strerror}")
+        return _trouble(words)
+    return status
+
+
+def _answered(words: Sequence[str]) -> int:
+    """The exit status, when the command or an error has had its say.
+
+    Raises:
+        OSError: standard output cannot be written.
+    """
     signals = SignalHandler()
     try:
         with handle_signals(signals.handle):
             _quieten_libraries(words)
             # Not `cli.main`: it would answer an interrupt with an empty line.
-            with cli.make_context("ptbin", words.copy()) as context:
+            with cli.make_context("ptbin", list(words)) as context:
                 if line := unread_variables(cli.commands.values(), os.environ):
                     print_error(line, kind="ptbin: warning")
                 status = cli.invoke(context)
-            sys.stdout.flush()
     except click.exceptions.Exit as error:  # --help and --version
         return error.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
@@ -137,10 +162,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _failed(words, "usage_error", _usage_line(error), 2)
     except (KeyboardInterrupt, click.Abort):
         return _interrupted(words)
-    except BrokenPipeError:
-        # The reader of our output has closed it; nothing may be flushed into the closed pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except PtbinError as error:
         if signals.interrupted:
             return _interrupted(words)
@@ -149,18 +170,37 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         _print_traceback(words)
         return _failed(words, "not_installed", missing_line(str(error.name), "this command"), 2)
-    except Exception as error:  # noqa: BLE001 - the last line of defence: a line, not a traceback
+    except Exception as error:  # the last line of defence: a line, not a traceback
         if signals.interrupted:
             return _interrupted(words)
-        _print_traceback(words)
         if isinstance(error, OSError) and error.errno in OUTPUT_ERRNOS:
-            # Errors of stores are ours by now: this is what we print. Nothing may be flushed into it at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            print_error(f"standard output cannot be written: {error.strerror}")
-            return 1
+            raise
+        _print_traceback(words)
         detail = f"{type(error).__name__}: {error} (a fault in ptbin; --log-level debug shows where)"
-        return _failed(words, "internal_error", detail, 1)
+        return _failed(words, "internal_error", detail, _trouble(words))
     return status if isinstance(status, int) else 0
+
+
+def _trouble(words: Sequence[str]) -> int:
+    return 2 if words and words[0] in ANSWERING else 1
+
+
+class _StandardError(io.FileIO):
+    """Standard error as long as someone reads it: a run does not end because its log does."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            _discard(self.fileno())
+            return len(data)
+
+
+def _discard(descriptor: int) -> None:
+    """What is written there goes nowhere from now on, what is still in buffers at exit included."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
 
 
 def _open_streams() -> None:
@@ -171,6 +211,9 @@ def _open_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if (standard := sys.__stderr__) is not None and sys.stderr is standard:
+        raw = io.BufferedWriter(_StandardError(standard.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(raw, standard.encoding, "backslashreplace", line_buffering=True)
 
 
 def _quieten_libraries(words: Sequence[str]) -> None:

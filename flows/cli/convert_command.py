@@ -98,7 +98,7 @@ def _names_one(dest: str, asked: dict[str, Any], shared: Shared) -> bool:
     Raises:
         UsageError: a suffix that convert does not write, or that contradicts `--format`.
     """
-    from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
+    from ptbin.writing.formats import OUTPUT_SUFFIXES
 
     suffix = one_file(dest, tuple(dict.fromkeys(OUTPUT_SUFFIXES.values())), shared.dest_options)
     if suffix is None:

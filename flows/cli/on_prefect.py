@@ -47,7 +47,7 @@ def run_prepared(
 
     refuse_nothing(live, request)
     listener.stage("looking at SOURCE and DEST")
-    with leaving_no_empty_folders(live.dest_at(request.dest)), preparing(live, request, start_server):
+    with leaving_no_empty_folders(live.sides.dest_at(request.dest)), preparing(live, request, start_server):
         if (summary := finish_in_step(live, parameters.get("min_success"))) is not None:
             return summary
         places = {"source": request.source, "dest": request.dest}

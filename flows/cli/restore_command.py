@@ -61,7 +61,9 @@ def _names_one(dest: str, asked: dict[str, Any], shared: Shared) -> bool:
     Raises:
         UsageError: a suffix that restore does not write, or that contradicts `--as`.
     """
-    suffix = one_file(dest, ONE_OUTPUT, shared.dest_options, elsewhere=(".bin", ".safetensors"))
+    from ptbin.writing.formats import OUTPUT_SUFFIXES
+
+    suffix = one_file(dest, ONE_OUTPUT, shared.dest_options, elsewhere=tuple(OUTPUT_SUFFIXES.values()))
     if suffix is None:
         return False
     if suffix == ".pt2":

@@ -146,7 +146,7 @@ def mapping_lines(plan: Mapping[str, Any]) -> list[str]:
         lines += [f"would bring in step: {', '.join(plan['updates'])}", ""]
     counts = Counter(row["action"] for row in plan["versions"])
     lines.append(
-        f"would migrate {counts['migrate']} versions, up to date {counts['up_to_date']}, "
+        f"would migrate {counted(counts['migrate'], 'version')}, up to date {counts['up_to_date']}, "
         f"refused {counts['refused'] - len(known)}"
         + (f", known failures {len(known)}" if known else "")
         + "; nothing was written"

@@ -21,6 +21,7 @@ import json
 import os
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,8 @@ def import_prefect() -> None:
     """
     for name, value in CLIENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
+    # Where a server of its own needs the home, `embedded_server` refuses; a running one does not need it.
+    warnings.filterwarnings("ignore", "Failed to create the Prefect home directory")
     import prefect.settings  # noqa: F401 - for what it does
 
 

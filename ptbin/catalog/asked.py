@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from ptbin.errors import NotFoundInStoreError, StorageError
 from ptbin.sources.folders import is_folder_part
 from ptbin.stores import ListedObject, Place
+from ptbin.values.names import is_plain_path
 
 MAX_ASKED = 200
 """More than these are as soon listed: a page of a listing holds a thousand."""
@@ -42,5 +43,4 @@ def ask_for_named(root: Place, paths: Iterable[str]) -> list[ListedObject] | Non
 
 def _is_plain(path: str) -> bool:
     """Whether it can only be a file by itself, below SOURCE; `..` leads elsewhere on some stores."""
-    parts = path.split("/")
-    return not is_folder_part(parts[-1]) and not {"", ".", ".."}.intersection(parts)
+    return is_plain_path(path) and not is_folder_part(path.rpartition("/")[2])

@@ -1,4 +1,4 @@
-"""Jobs that want one place: outputs of one name, copies in the way of what lies beside an output, shards.
+"""Jobs that want one place: outputs of one name, copies in the way of what lies next to an output, shards.
 
 Decided by names alone, before anything is written. Being there first wins no such place.
 """
@@ -14,12 +14,12 @@ from ptbin.catalog.planning import settle_collision
 from ptbin.errors import OutputCollisionError
 from ptbin.manifests.provenance import STATEMENT_SUFFIX
 from ptbin.options import ConvertOptions
-from ptbin.sources.companions import is_companion
+from ptbin.sources.leftovers import is_leftover
 from ptbin.sources.part_names import INDEX_SUFFIX
 
 
 def suffixes_beside(options: ConvertOptions) -> list[str]:
-    """Of the files that lie beside an output with these options, known before it is made."""
+    """Of the files that lie next to an output with these options, known before it is made."""
     index = [INDEX_SUFFIX] if options.format == "raw" or options.max_shard_size is not None else []
     return index + ([STATEMENT_SUFFIX] if options.provenance else [])
 
@@ -27,14 +27,14 @@ def suffixes_beside(options: ConvertOptions) -> list[str]:
 def settle_collisions(table: JobTable, options: ConvertOptions) -> list[Problem]:
     """Refuse the jobs that cannot all have their places; a problem for each. Under the table's lock.
 
-    What is a companion by its name (`optimizer.pt` next to `optimizer.bin`) gives way, which is not a
-    problem.
+    What is a leftover of training by its name (`optimizer.pt` next to `optimizer.bin`) gives way; that is not
+    a problem.
     """
     problems = []
     shared = "SELECT place FROM jobs GROUP BY place HAVING count(*) > 1"
     for (place,) in table.db.execute(shared).fetchall():
         same = list(table.select("place = ?", (place,)))
-        alone = [(number, job) for number, job in same if not job.copies and is_companion(job.path)]
+        alone = [(number, job) for number, job in same if not job.copies and is_leftover(job.path)]
         table.db.executemany(
             "UPDATE jobs SET state = ? WHERE id = ?", [(LEFT_ALONE, number) for number, _ in alone]
         )

@@ -114,11 +114,7 @@ class Entries(Watch):
         if len(self.passed) < LISTED:
             self.passed.append((kind, path))
 
-    # -- told afterwards ---------------------------------------------------------------------------
-
-    def words(self) -> str:
-        """What was passed over, in words; empty where nothing was."""
-        return skipped_words(self.counts)
+    # -- asked afterwards ---------------------------------------------------------------------------
 
     def links_words(self) -> str:
         """Names of the links that lead out of SOURCE and were not followed; empty where there were none."""
@@ -138,7 +134,7 @@ class Entries(Watch):
 
 def nothing_below(source: str, entries: Entries, nothing: str = "no checkpoints to convert") -> str:
     """That there is nothing to do, and what was passed over."""
-    words = entries.words()
+    words = skipped_words(entries.counts)
     return f"{nothing} below SOURCE: {source}" + (f"; passed over: {words}" if words else "")
 
 

@@ -18,13 +18,14 @@ from ptbin.catalog.entries import Entries, hidden_part
 from ptbin.catalog.globs import is_excluded, matches, split_glob
 from ptbin.catalog.jobs import Found
 from ptbin.catalog.named import NamedFiles
-from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, OTHER_SUFFIXES, OUTPUT_SUFFIXES, suffix_of
 from ptbin.errors import NotFoundInStoreError, StorageError, VerificationError
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.sources.folders import Group, Grouping, is_folder_part
 from ptbin.sources.opening import find_source
 from ptbin.sources.part_names import split_place
+from ptbin.sources.suffixes import CHECKPOINT_SUFFIXES, OTHER_SUFFIXES, suffix_of
 from ptbin.stores import ListedObject, Place, Watch, WatchQuietly, Where, is_partial_name, place_of
+from ptbin.writing.formats import OUTPUT_SUFFIXES
 
 OWN_FOLDER = "_ptbin"
 """Run records and the index of finished work lie there, below DEST."""

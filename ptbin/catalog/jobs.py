@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ptbin.errors import CheckpointError, NotACheckpointError
 from ptbin.manifests.vouching import Standing
-from ptbin.sources.companions import left_alone_as
+from ptbin.sources.leftovers import left_alone_as
 from ptbin.stores import Identity
 
 
@@ -42,17 +41,6 @@ class Job:
     def output_name(self) -> str:
         return self.dest_uri.rpartition("/")[2]
 
-    def to_json(self) -> dict[str, Any]:
-        data = asdict(self)
-        data["identity"] = self.identity.to_json() if self.identity is not None else None
-        data.pop("standing")  # true for one run
-        return data
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Job:
-        identity = data["identity"]
-        return cls(**{**data, "identity": Identity.from_json(identity) if identity is not None else None})
-
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -64,10 +52,6 @@ class Problem:
 
     def to_json(self) -> dict[str, str]:
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, str]) -> Problem:
-        return cls(**data)
 
 
 def problem_of(source: str, error: Exception) -> Problem:

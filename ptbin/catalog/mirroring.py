@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ptbin.catalog.checks import real_uri
-from ptbin.catalog.companions import is_sidecar
 from ptbin.catalog.finding import SHARD_NUMBER, split_bases
 from ptbin.catalog.globs import is_excluded
 from ptbin.catalog.planning import relative_output
@@ -22,6 +21,7 @@ from ptbin.errors import LimitExceededError, NotFoundInStoreError, VerificationE
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, dump_statement, statement_of
 from ptbin.proof.verification import difference_of
+from ptbin.sources.companions import is_sidecar
 from ptbin.sources.part_names import INDEX_SUFFIX
 from ptbin.stores import Identity, Place, identity_text
 
@@ -64,13 +64,6 @@ def iter_gone(
         found = mirror.examine(path)
         if found is not None:
             yield found
-
-
-def excess(count: int, most: int | None) -> str:
-    """Why that many are not deleted; empty where they may be."""
-    if most is None or count <= most:
-        return ""
-    return f"{count} outputs are gone from SOURCE, more than the {most} allowed; none was deleted"
 
 
 def is_reached_plainly(root: Place, path: str) -> bool:

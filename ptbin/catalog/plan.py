@@ -22,7 +22,7 @@ from ptbin.catalog.comparing import compare_job
 from ptbin.catalog.entries import nothing_below
 from ptbin.catalog.finished import FinishedRow, read_finished, write_segment
 from ptbin.catalog.jobs import Job, Problem
-from ptbin.catalog.mirroring import Gone, excess, iter_gone
+from ptbin.catalog.mirroring import Gone, iter_gone
 from ptbin.catalog.request import RunRequest
 from ptbin.catalog.worklist import WorkList
 from ptbin.errors import PtbinError, StorageError, UsageError
@@ -213,7 +213,8 @@ def plan_deletions(found: Sequence[Gone], *, is_clean: bool, most: int | None) -
     gone = [item for item in found if not item.kept]
     if not gone or not is_clean:
         return Deletions(kept=tuple(found))
-    if too_many := excess(len(gone), most):
-        return Deletions(kept=tuple(found), problem=too_many)
+    if most is not None and len(gone) > most:
+        problem = f"{len(gone)} outputs are gone from SOURCE, more than the {most} allowed; none was deleted"
+        return Deletions(kept=tuple(found), problem=problem)
     files = tuple(dict.fromkeys(path for item in gone for path in item.files))
     return Deletions(files, tuple(item for item in found if item.kept))

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ptbin.catalog.jobs import Found, Job, Problem
-from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, OUTPUT_SUFFIXES, suffix_of
 from ptbin.errors import OutputCollisionError
-from ptbin.options import Layout, Naming, OutputFormat
+from ptbin.options import Layout, Naming
 from ptbin.sources.part_names import INDEX_SUFFIX
+from ptbin.sources.suffixes import CHECKPOINT_SUFFIXES, suffix_of
 from ptbin.stores import ListedObject
-from ptbin.values.names import bad_name, shown_path
+from ptbin.values.names import bad_name, is_plain_path, shown_path
+from ptbin.writing.formats import OUTPUT_SUFFIXES, OutputFormat
 
 NAMED = 5
 """How many of the files that collide are named in each problem."""
@@ -86,7 +87,7 @@ class OutputRule:
         )
 
     def beside_weights(self, path: str, output: str) -> str | None:
-        """Where in layout `hf` a second copy of a file of SOURCE goes, for weights put at or beside `output`.
+        """Where in layout `hf` a second copy of a file of SOURCE goes, for weights put at `output`.
 
         None where the weights' folder is not one that this layout adds: there the first copy serves.
         """
@@ -120,7 +121,7 @@ def _unsafe_path(path: str, uri: str) -> Problem | None:
             after = "/".join(parts[number + 1 :])
             place = shown_path(uri.removesuffix(f"/{after}") + "/" if after else uri)
             return Problem(place, "unsafe_path", f"the name {part!a} {why}; rename it first")
-    if any(part in ("", ".", "..") for part in parts) or "\\" in path or "\0" in path:
+    if not is_plain_path(path):
         return Problem(uri, "unsafe_path", f"{path!r} is not a plain relative path; rename the object first")
     return None
 

@@ -7,17 +7,15 @@ The command line, the flows, `ptbin status` and `ptbin.convert_directory` make o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ptbin.catalog.companions import copied_along
 from ptbin.catalog.globs import is_excluded, matches
 from ptbin.catalog.planning import OutputRule
-from ptbin.catalog.suffixes import OUTPUT_SUFFIXES
 from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions, Naming
-from ptbin.stores import ListedObject
+from ptbin.sources.companions import is_companion
+from ptbin.writing.formats import OUTPUT_SUFFIXES
 
 RunKind = Literal["convert", "restore", "sync", "migrate"]
 
@@ -36,7 +34,7 @@ class RunRequest:
     Attributes:
         options: as they were given; `force` of a mirror replaces foreign files, and redoes nothing.
         include: globs of the checkpoints that are looked at; of a mirror, `copied` are globs of the files
-            that are copied as they are, beside a checkpoint's companions.
+            that are copied as they are, as companions are.
         named: paths below SOURCE; no others are looked at. Where they `must_exist`, a missing one is a
             problem.
         distrust: nothing is up to date by times and ETags.
@@ -91,10 +89,15 @@ class RunRequest:
         """The options that say what is up to date."""
         return self.making.replace(force=False) if self.kind == "sync" else self.making
 
-    @property
-    def copies(self) -> Callable[[ListedObject], bool] | None:
-        """Which files are copied as they are; None: none."""
-        return copied_along(self.copied) if self.kind == "sync" else None
+    def copies(self, path: str) -> bool:
+        """Whether a mirror copies the file at `path` below SOURCE as it is: a companion, or one of `copied`.
+
+        What by its name may be a checkpoint is one of them only where `copied` says so, and then its content
+        decides (`WorkList`).
+        """
+        if self.kind != "sync":
+            return False
+        return is_companion(path) or any(matches(path, glob) for glob in self.copied)
 
     @property
     def nothing(self) -> str:

@@ -15,7 +15,6 @@ from dataclasses import replace
 
 from ptbin.catalog.cases import folds_case
 from ptbin.catalog.collisions import settle_collisions, suffixes_beside
-from ptbin.catalog.companions import is_doubtful, is_sidecar
 from ptbin.catalog.entries import Entries
 from ptbin.catalog.finding import SHARD_NUMBER, find_checkpoints, is_in_own_folder, split_bases
 from ptbin.catalog.finished import (
@@ -31,7 +30,9 @@ from ptbin.catalog.request import RunRequest
 from ptbin.manifests.claims import ASIDE_SUFFIX, CLAIM_TARGET_SUFFIX
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
 from ptbin.options import ConvertOptions
+from ptbin.sources.companions import is_companion, is_sidecar
 from ptbin.sources.part_names import INDEX_SUFFIX
+from ptbin.sources.suffixes import OTHER_SUFFIXES, suffix_of
 from ptbin.stores import NO_OPTIONS, ListedObject, Place, Where
 
 NEW_EVERY = 20
@@ -53,11 +54,6 @@ class WorkList(Inventory):
 
     # -- planning --------------------------------------------------------------------------------
 
-    @property
-    def options(self) -> ConvertOptions:
-        """Of the last plan."""
-        return self._options
-
     def plan(
         self,
         request: RunRequest,
@@ -75,7 +71,7 @@ class WorkList(Inventory):
         Raises:
             NotFoundInStoreError, StorageError: from the stores.
         """
-        options, copies = request.planning, request.copies
+        options = request.planning
         named = NamedFiles(request.named) if request.named is not None else None
         with self.lock:
             self._clear()
@@ -96,7 +92,7 @@ class WorkList(Inventory):
                 pattern=pattern,
                 include=request.include,
                 exclude=request.exclude,
-                is_other=copies or (lambda _: False),
+                is_other=lambda item: request.copies(item.path),
                 other=others.append,
                 entries=self.entries,
                 parts=options.parts,
@@ -218,7 +214,7 @@ class WorkList(Inventory):
         while others:
             item = others.pop(0)
             made = self.rule.apply(Found(item.path, item.uri, item.size, item.identity, True))
-            if is_doubtful(item) and (isinstance(made, Problem) or self._converts(made)):
+            if _is_doubtful(item.path) and (isinstance(made, Problem) or self._converts(made)):
                 yield made
             else:
                 yield self.rule.copy(item)
@@ -382,6 +378,11 @@ class WorkList(Inventory):
     def is_only_unproven(self, job: Job) -> bool:
         """Whether a job is to be done for a stronger proof alone: its output would come out the same."""
         return any(self._is_of(row, job, self._options) for row in self.rows_of(self.relative_manifest(job)))
+
+
+def _is_doubtful(path: str) -> bool:
+    """Whether a file that is to be copied may be a checkpoint: its content decides."""
+    return not is_companion(path) and suffix_of(path.rpartition("/")[2]) not in OTHER_SUFFIXES
 
 
 def _is_folder(job: Job) -> bool:

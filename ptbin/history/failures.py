@@ -129,7 +129,7 @@ class Ledger:
         return next((item for item in candidates if item.covers(row, self.now.date())), None)
 
     def idle(self) -> list[tuple[Acknowledgement, str]]:
-        """What is acknowledged to no effect, and why: its day is over, or nothing like that fails."""
+        """What is acknowledged without effect, and why: its day is over, or nothing like that fails."""
         failing: dict[str, list[Unconverted]] = {}
         for row in self.before.values():
             if row.is_failure:

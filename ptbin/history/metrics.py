@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 
-from ptbin.history.openmetrics import Family, families, render
+from ptbin.history.openmetrics import Family, families
 from ptbin.history.records import RecordedRun
 
 OUTCOMES = {
@@ -34,11 +34,6 @@ MEANINGS = {
     "last_success_timestamp_seconds": "When the last run that succeeded ended.",
     "oldest_unconverted_age_seconds": "Age of the oldest checkpoint that the last run failed at.",
 }
-
-
-def render_metrics(dest: str, runs: Iterable[RecordedRun], now: datetime) -> str:
-    """OpenMetrics text for the runs of one destination."""
-    return render(metrics_of_runs(dest, runs, now))
 
 
 def metrics_of_runs(dest: str, runs: Iterable[RecordedRun], now: datetime) -> list[Family]:

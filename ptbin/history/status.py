@@ -20,7 +20,7 @@ from ptbin.errors import PtbinError
 from ptbin.history.failures import Ledger, Unconverted, read_ledger, written_at
 from ptbin.history.records import iter_runs
 from ptbin.options import ConvertOptions
-from ptbin.sources.companions import is_companion
+from ptbin.sources.leftovers import is_leftover
 from ptbin.stores import NO_OPTIONS, Sides, identity_text
 
 MAX_LISTED = 1000
@@ -40,7 +40,7 @@ class Status:
             that are acknowledged; `orphaned`: outputs whose source is gone.
         listed: by kind, one JSON-able row each.
         oldest: of what is not converted, the path and since when it waits, where that is known.
-        idle: what is acknowledged to no effect, and why.
+        idle: what is acknowledged without effect, and why.
     """
 
     run: str = ""
@@ -79,7 +79,7 @@ class Status:
             self.waits(row.path, row.waits_since)
 
     def note_idle(self, ledger: Ledger) -> None:
-        """Say what is acknowledged to no effect."""
+        """Take in what is acknowledged without effect."""
         self.idle = [
             {"path": item.path, "because": item.because, "until": item.until, "why": why}
             for item, why in ledger.idle()
@@ -91,7 +91,7 @@ class Status:
 
 
 def last_request(source: str, dest: str, sides: Sides = NO_OPTIONS) -> tuple[RunRequest, str] | None:
-    """What the newest recorded run from SOURCE was asked for, and its id; None: there is none of late.
+    """What the newest run from SOURCE was asked for, and its id; None: not among the last `RECORDS_READ`.
 
     Runs that looked at named files alone say how, and are passed over for what they looked at.
     """
@@ -168,7 +168,7 @@ def _place(status: Status, work: WorkList, ledger: Ledger, job: Job) -> None:
         else:
             status.counts["left_alone" if row.outcome == "left_alone" else "not_checkpoints"] += 1
         return
-    if not job.copies and is_companion(job.path):
+    if not job.copies and is_leftover(job.path):
         status.counts["left_alone"] += 1
         return
     written = written_at(state)

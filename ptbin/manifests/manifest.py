@@ -1,6 +1,6 @@
 """The manifest: what one output is, where it came from, and how it was proven. Pure data.
 
-It lies beside the output (`<output>.manifest.json`), is written last and is the commit marker: an
+It lies next to the output (`<output>.manifest.json`), is written last and is the commit marker: an
 output without one does not count. Paths in it are relative to it, so that a folder can be moved. A
 consumer can check every tensor from its logical, contiguous bytes, in any output format.
 
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptbin.errors import VerificationError
-from ptbin.values.names import bad_name
+from ptbin.values.names import bad_name, is_plain_name
 
 SCHEMA_VERSION = 1
 MAX_NAME_NBYTES = 1024
@@ -93,6 +93,6 @@ def parse_manifest(data: bytes, uri: str) -> dict[str, Any]:
             raise VerificationError(
                 f"{uri}: the manifest names an output with a text that is not a file name"
             )
-        if "/" in path or "\\" in path or path in (".", ".."):
+        if not is_plain_name(path):
             raise VerificationError(f"{uri}: the manifest names {path!r}, which lies outside its folder")
     return manifest

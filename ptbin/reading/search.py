@@ -109,7 +109,9 @@ def find_state_dicts(checkpoint: Checkpoint, limits: Limits) -> Findings:
         seen.add(id(node))
         visited += 1
         if visited > limits.tree_nodes:
-            raise LimitExceededError(f"{checkpoint.uri}: more than {limits.tree_nodes} records")
+            raise LimitExceededError(
+                f"{checkpoint.uri}: more than {limits.tree_nodes} records", limit="tree_nodes"
+            )
         path = ".".join(steps) or "."
         if not auxiliary and steps:
             auxiliary, looks = _is_auxiliary(steps[-1], node, looks)

@@ -219,7 +219,7 @@ class _Seen(set[int]):
 
     def add(self, key: int) -> None:
         if len(self) >= self._most:
-            raise LimitExceededError("more records inside values than the limit allows")
+            raise LimitExceededError("more records inside values than the limit allows", limit="tree_nodes")
         super().add(key)
 
 

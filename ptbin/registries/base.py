@@ -15,6 +15,7 @@ from ptbin.errors import NotFoundInStoreError, PtbinError, StorageError, UsageEr
 from ptbin.registries.layouts import Style
 from ptbin.registries.values import Model, Origin, Version
 from ptbin.stores import Place
+from ptbin.values.names import is_plain_name
 
 Pair = tuple[str, str]
 """URI of a file that belongs to a model and to no version, and its path below the model's folder."""
@@ -82,7 +83,7 @@ class VersionSite:
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """A version whose files are there and proven, to be made known.
+    """A version whose files are there and proven, to be registered.
 
     Attributes:
         dest_version: what it is expected to be called there.
@@ -218,7 +219,7 @@ class Registry(ABC):
     def register(
         self, model: Model, ready: Sequence[Registration], brought: Mapping[str, str] | None = None
     ) -> list[str]:
-        """Make versions of one model known, in order; the names that they have now. It may be done again.
+        """Register versions of one model, in order; the names that they have now. It may be done again.
 
         `brought`: files of the model's own that came along: what each is now, by path, as `identity_text` has
         it. Only a registry with a `model_folder` gets any, and keeps them.
@@ -243,7 +244,7 @@ class Registry(ABC):
 
     def name_problem(self, name: str) -> str | None:
         """Why a model of that name cannot be kept there; None: it can."""
-        if not name or name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
+        if not (is_plain_name(name) and name.isprintable()):
             return f"{name!r} is not a plain name: it would become a folder"
         return None
 

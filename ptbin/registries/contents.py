@@ -6,7 +6,6 @@ listing, and the index of each checkpoint. A dry run prints the plan, `transfer`
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,6 @@ from ptbin.catalog.collisions import suffixes_beside
 from ptbin.catalog.finding import find_checkpoints
 from ptbin.catalog.jobs import Found, Job
 from ptbin.catalog.planning import relative_output
-from ptbin.catalog.suffixes import OUTPUT_SUFFIXES, suffix_of
 from ptbin.errors import CheckpointError, NoStateDictError, NotACheckpointError, OutputCollisionError
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
 from ptbin.manifests.provenance import STATEMENT_SUFFIX
@@ -23,12 +21,15 @@ from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import read_selected
 from ptbin.registries.base import Pair
 from ptbin.registries.layouts import Style
-from ptbin.registries.record import OWN_FILES, is_plain_path
-from ptbin.sources.companions import companion_of, left_alone_as
+from ptbin.registries.record import OWN_FILES
+from ptbin.sources.companions import is_sidecar
+from ptbin.sources.leftovers import is_leftover, left_alone_as
 from ptbin.sources.opening import SourcePlace, find_source
 from ptbin.sources.part_names import INDEX_SUFFIX
-from ptbin.sources.sidecars import PATTERNS
+from ptbin.sources.suffixes import suffix_of
 from ptbin.stores import ListedObject, Place
+from ptbin.values.names import is_plain_path
+from ptbin.writing.formats import OUTPUT_SUFFIXES
 
 WEIGHTS_SUFFIXES = frozenset(".pt .pth .ckpt .bin .th .safetensors .pt2 .pkl .pickle .jit .ptc".split())
 """A file of such a name that is not a checkpoint makes a version bad; other names are then plain files."""
@@ -108,7 +109,7 @@ def plan_contents(folder: Place, style: Style, options: ConvertOptions) -> Conte
     twins = _twins(listed, options)
     members: set[str] = set()
     left = {path for path, fate in twins.items() if fate == "left"}
-    others = {"is_other": lambda item: _is_sidecar(item.path), "parts": options.parts}
+    others = {"is_other": lambda item: is_sidecar(item.path), "parts": options.parts}
     for candidate in find_checkpoints(root, **others):  # type: ignore[arg-type]
         if candidate.path in twins:
             continue
@@ -165,7 +166,7 @@ def _jobs(found: Sequence[Found], copied: Sequence[ListedObject], style: Style, 
 def is_of_training(path: str) -> bool:
     """Whether a pickle without weights is what trainers leave next to weights, and not a missed model."""
     name = path.rpartition("/")[2]
-    return companion_of(name) is not None or name.endswith(OF_OTHERS)
+    return is_leftover(name) or name.endswith(OF_OTHERS)
 
 
 def _twins(listed: Mapping[str, ListedObject], options: ConvertOptions) -> dict[str, str]:
@@ -198,11 +199,6 @@ def _is_own(path: str) -> bool:
     if name == "model.sig" or path == ".gitattributes":
         return True
     return path.endswith(MANIFEST_SUFFIX) or name in OWN_FILES or "_ptbin" in path.split("/")
-
-
-def _is_sidecar(path: str) -> bool:
-    name = path.rpartition("/")[2]
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS)
 
 
 def _refuse_collisions(outputs: Sequence[str], uri: str) -> None:

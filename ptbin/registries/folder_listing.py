@@ -6,17 +6,15 @@ taken (part of it may be missing), or else a problem by itself; the rest of the 
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ptbin.catalog.companions import COMPANIONS
-from ptbin.catalog.suffixes import CHECKPOINT_SUFFIXES, suffix_of
 from ptbin.errors import StorageError
 from ptbin.registries.layouts import ONLY_VERSION, Layout
-from ptbin.registries.record import OWN_FILES, RECORD, is_plain_path
-from ptbin.sources.sidecars import PATTERNS
+from ptbin.registries.record import OWN_FILES, RECORD
+from ptbin.sources.companions import is_companion
 from ptbin.stores import ListedObject, Place, Watch
+from ptbin.values.names import is_plain_path
 
 
 @dataclass(slots=True)
@@ -121,8 +119,4 @@ def _name_above(path: str, above: Mapping[str | None, str]) -> str | None:
 def _goes_along(path: str) -> bool:
     """Whether a file of a model's own may be copied as it is. Checkpoints belong into versions."""
     name = path.rpartition("/")[2]
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS):
-        return True
-    if suffix_of(name) in CHECKPOINT_SUFFIXES or not name.isprintable():
-        return False
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*COMPANIONS, "*.pbtxt"))
+    return name.isprintable() and (is_companion(name) or name.endswith(".pbtxt"))  # Triton's configuration

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ptbin.errors import UsageError
+from ptbin.values.names import is_plain_path
 
 Style = Literal["mirror", "hf", "triton"]
 
@@ -39,8 +40,8 @@ class Layout:
         parts = self.template.split("/")
         fields = _FIELD.findall(self.template)
         if (
-            any(part in ("", ".", "..", "_ptbin") for part in parts)
-            or "\\" in self.template
+            not is_plain_path(self.template)
+            or "_ptbin" in parts
             or set(fields) - {"name", "version"}
             or len(set(fields)) != len(fields)
             or "{" in _FIELD.sub("", self.template)

@@ -16,6 +16,7 @@ from typing import Any
 
 from ptbin.errors import VerificationError
 from ptbin.registries.values import Metric, Model, Origin, RunLink, Version, natural_order
+from ptbin.values.names import is_plain_path
 
 SCHEMA_VERSION = 1
 RECORD = "registry.json"
@@ -144,11 +145,6 @@ class ModelRecord:
         """As registries speak of it."""
         versions = tuple(record.version for record in self.versions)
         return Model(self.name, self.description, self.tags, self.aliases, versions)
-
-
-def is_plain_path(path: str) -> bool:
-    """Whether a path leads straight down: no empty parts, `.`, `..`, backslashes or NUL."""
-    return not any(part in ("", ".", "..") for part in path.split("/")) and not {"\\", "\0"} & set(path)
 
 
 def _texts(data: Mapping[str, Any]) -> dict[str, str]:

@@ -55,6 +55,7 @@ class Account:
         self._do = do
         self._warn = warn
         self._full = 0
+        self._has_counted = False
         self._rows: list[FinishedRow] = []
         self._segments = 0
         self._dest = plan.sides.dest_at(tally.place)
@@ -72,6 +73,17 @@ class Account:
             self.tally.run_problems.append(Problem(self.tally.dest, error.reason, one_line(str(error))))
         self.tally.skipped.update(self.plan.work.entries.counts)
         return self.tally.add_collisions(self.plan.problems)
+
+    def count_untouched(self) -> None:
+        """Count, once, what is not to be done: what is up to date or, by its name, left alone."""
+        if not self._has_counted:
+            self._has_counted = True
+            self.tally.add_untouched(self.plan.work)
+
+    def count_rest(self) -> None:
+        """At the run's end count what it did not get to."""
+        self.count_untouched()
+        self.tally.add_rest(self.plan.work, self.settled)
 
     def settle(self, job: Job, outcome: Outcome) -> Entry:
         """A job has its final outcome."""
@@ -97,7 +109,7 @@ class Account:
         self.remember([replace(row, manifest=self.plan.work.relative_manifest(job))])
 
     def remember(self, rows: Iterable[FinishedRow]) -> None:
-        """Rows for the index of finished work, written every so often."""
+        """Rows for the index of finished work, written in segments."""
         self._rows.extend(rows)
         if len(self._rows) >= SEGMENT_ROWS:
             self.write_index()

@@ -139,7 +139,7 @@ class _Run:
         self.account.open()
         try:
             self.account.remember(self.plan.settle_unknown(self.tick))
-            self.tally.add_untouched(self.work)
+            self.account.count_untouched()
             self._convert_all(workers)
         except BaseException as error:
             self.tally.interrupted = not isinstance(error, Exception)
@@ -196,7 +196,7 @@ class _Run:
         return False
 
     def _finish(self) -> RunResult:
-        """Count what was not come to; leave the index, what is not converted, and the record."""
-        self.tally.add_rest(self.work, self.account.settled)
+        """Count what is left; leave the index, what is not converted, and the record."""
+        self.account.count_rest()
         summary = self.account.close(stopped=self.reason, merges=not self.stopping.is_set())
         return RunResult.of(self.tally.kind, summary)

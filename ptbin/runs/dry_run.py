@@ -25,7 +25,7 @@ from ptbin.preparing import Preview, preview
 from ptbin.runs.outcomes import Outcome, outcome_of_job
 from ptbin.runs.remembering import CheckpointMemory
 from ptbin.runs.tally import Entry, Tally
-from ptbin.sources.companions import is_companion
+from ptbin.sources.leftovers import is_leftover
 from ptbin.stores import NO_OPTIONS, Sides
 from ptbin.stores.copying import find_in_place
 
@@ -194,7 +194,7 @@ def plan_jobs(jobs: Iterable[Job], options: ConvertOptions, look: Look, found: D
 
 def _needs_look(job: Job, options: ConvertOptions) -> bool:
     """Whether a listing does not tell which files the job writes: of a candidate that may not be a checkpoint
-    none, and parts, shards and companions are called as its content says.
+    none, and parts, shards and sidecars are called as its content says.
     """
     standing = job.standing
     if standing is None or standing.size is not None:
@@ -202,7 +202,7 @@ def _needs_look(job: Job, options: ConvertOptions) -> bool:
     if job.copies:
         return False
     by_content = options.split or options.max_shard_size is not None or options.layout == "hf"
-    return by_content or not standing.alone or not job.certain or is_companion(job.path)
+    return by_content or not standing.alone or not job.certain or is_leftover(job.path)
 
 
 def _names_of(job: Job, options: ConvertOptions) -> tuple[str, ...]:

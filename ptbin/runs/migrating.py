@@ -6,7 +6,6 @@ index of each of its checkpoints. Nothing is written.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,7 +30,6 @@ class MigrationTally(Tally):
     """A row for each version of the plan, in its order, with what became of it."""
     updated: int = 0
     """Models whose metadata was brought in step."""
-    files: Counter[str] = field(default_factory=Counter)
 
     def _counted(self) -> list[tuple[str, int]]:
         return [

@@ -106,11 +106,10 @@ class VersionMemory(Memory):
         return {name: _plain(self.asked[name]) for name in names}
 
     def _is_settled(self, row: Unconverted, tally: Tally, settled: Collection[str]) -> bool:
-        del settled
+        del tally
         for step in self.migration.steps():
             if step.version.uri == row.source:
-                path = step.version.path
-                return not any(entry.path == path and entry.outcome == "not_tried" for entry in tally.entries)
+                return step.action != "migrate" or step.version.path in settled
         model = row.path.rpartition("/")[0]
         unseen = {plan.model.name for plan in self.migration.models if plan.problem}
         is_in_view = row.root == self.root and self.asked["versions"] == "all" and model not in unseen

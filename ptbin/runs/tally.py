@@ -1,9 +1,9 @@
 """What a conversion run has come to so far: outcomes in, counts, message and summary out. Pure.
 
 Every checkpoint that was planned ends in exactly one of: converted, up to date, rejected (its own
-fault), failed (anybody else's), known (either of the two, and acknowledged), not a checkpoint (content that
+fault), failed (any other fault), known (either of the two, and acknowledged), not a checkpoint (content that
 its place had suggested), left alone (what training leaves next to weights: optimizers, schedulers, ...), not
-tried (the run was told to stop at the first problem). The ledger (`ptbin.history.failures`) says what of it
+tried (the run ended before it got to them). The ledger (`ptbin.history.failures`) says what of it
 is new.
 """
 
@@ -21,7 +21,7 @@ from ptbin.errors import PtbinError
 from ptbin.history.failures import Ledger
 from ptbin.runs.outcomes import Converted, Kind, Outcome, one_line
 from ptbin.runs.units import format_nbytes
-from ptbin.sources.companions import companion_of, is_companion
+from ptbin.sources.leftovers import is_leftover, leftover_role
 from ptbin.stores import identity_text
 
 LISTED = 1000
@@ -133,9 +133,7 @@ class Tally:
         """What the plan shows to be up to date, and what training leaves next to weights, by its name."""
         self.add_all(work.iter_current(), "up_to_date")
         for job in work.iter_left_alone():
-            self.add(
-                job, Outcome(job.path, "left_alone", detail=companion_of(job.path.rpartition("/")[2]) or "")
-            )
+            self.add(job, Outcome(job.path, "left_alone", detail=leftover_role(job.path) or ""))
 
     def add_rest(self, work: WorkList, settled: Collection[str]) -> None:
         """What the run did not come to; `settled` are the paths of what it did."""
@@ -169,7 +167,7 @@ class Tally:
         failed = entry.outcome in {"rejected", "failed"}
         if entry.outcome not in {"rejected", "failed", "not_a_checkpoint", "left_alone"}:
             return entry
-        if entry.outcome == "left_alone" and is_companion(entry.path):
+        if entry.outcome == "left_alone" and is_leftover(entry.path):
             return entry  # by its name alone: no run reads it to find that out
         row = self.ledger.note(entry.source, entry.path, state, entry.outcome, entry.reason, entry.detail)
         if not failed:

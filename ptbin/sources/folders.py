@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ptbin.sources.companions import companion_of
 from ptbin.sources.deepspeed_names import UNIVERSAL_OPTIMIZER, deepspeed_checkpoint
+from ptbin.sources.leftovers import is_leftover
 from ptbin.sources.part_names import (
     INDEX_SUFFIX,
     META_PARAMETERS,
@@ -213,4 +213,4 @@ def main_handle(items: Iterable[ListedObject]) -> Group | ListedObject | None:
 
 def _may_be_weights(path: str) -> bool:
     name = path.rpartition("/")[2]
-    return name.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors")) and companion_of(name) is None
+    return name.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors")) and not is_leftover(name)

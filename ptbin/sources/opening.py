@@ -25,6 +25,7 @@ from ptbin.sources.folders import main_handle
 from ptbin.sources.part_names import INDEX_SUFFIX, find_parts, listed_names, may_be_part, split_place
 from ptbin.stores import Identity, ListedObject, ObjectStat, Place, RangeReader, place_of
 from ptbin.stores.joined import JoinedReader, joint_identity
+from ptbin.values.names import is_plain_name
 
 if TYPE_CHECKING:
     from ptbin.stores.place import Where
@@ -117,7 +118,7 @@ def find_source(where: Where, storage_options: Mapping[str, Any] | None = None) 
         tag = (place / tracker).read_bytes(limit=4096).decode("utf-8", "replace").strip()
         if tracker == MEGATRON_TRACKER and tag.isdecimal():
             tag = f"iter_{int(tag):07d}"
-        if _is_plain_name(tag) and (place / tag).is_directory():
+        if is_plain_name(tag) and tag.isprintable() and (place / tag).is_directory():
             return find_source(place / tag)
     if found is None:
         raise UsageError(f"{place.uri}: a directory that is not one checkpoint by itself; name a file in it")
@@ -162,10 +163,6 @@ def _why_part(place: Place) -> str:
 def _directly_in(folder: Place) -> list[ListedObject]:
     listed = itertools.islice(folder.iter_objects(), MAX_LISTED)
     return [item for item in listed if not split_place(item.path)[0]]
-
-
-def _is_plain_name(name: str) -> bool:
-    return name not in ("", ".", "..") and "/" not in name and "\\" not in name and name.isprintable()
 
 
 def _is_raw(place: Place, found: ObjectStat, index: Place) -> bool:
@@ -229,6 +226,6 @@ def parse_index(data: bytes, uri: str) -> dict[str, Any]:
     if not names:
         raise CorruptArchiveError(f"{uri}: the index names no files")
     for name in names:
-        if not _is_plain_name(name):
+        if not (is_plain_name(name) and name.isprintable()):
             raise CorruptArchiveError(f"{uri}: the index names {name!r}, which lies outside its folder")
     return {**index, "files": names}

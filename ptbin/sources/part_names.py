@@ -18,7 +18,6 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ptbin.sources.companions import companion_of
 from ptbin.sources.deepspeed_names import (
     EXPERT,
     LAYER,
@@ -28,6 +27,7 @@ from ptbin.sources.deepspeed_names import (
     deepspeed_checkpoint,
     is_universal_name,
 )
+from ptbin.sources.leftovers import is_leftover
 
 MAX_LISTED_NAMES = 5
 MAX_COUNTED = 100_000
@@ -106,7 +106,7 @@ def split_place(path: str) -> tuple[str, str]:
 
 def may_be_part(name: str) -> bool:
     """Whether the name (as `split_place` gives it) alone calls for a look at the names next to it."""
-    if companion_of(name.rpartition("/")[2]) is not None:
+    if is_leftover(name):
         return False
     return "/" in name or any(pattern.match(name) for pattern in _PATTERNS)
 
@@ -134,13 +134,13 @@ def is_megatron_name(name: str) -> bool:
 
 def _is_megatron_file(file: str) -> bool:
     # NeMo names the file after the model.
-    return file in _MEGATRON_FILES or (file.endswith(".ckpt") and companion_of(file) is None)
+    return file in _MEGATRON_FILES or (file.endswith(".ckpt") and not is_leftover(file))
 
 
 def is_only_rank(name: str) -> bool:
     """Whether the name says that its file is of a run on one rank: all of a checkpoint."""
     match = _OF_WORLD.match(name)
-    return match is not None and int(match["of"]) == 1 and companion_of(name) is None
+    return match is not None and int(match["of"]) == 1 and not is_leftover(name)
 
 
 def find_parts(names: Iterable[str]) -> list[Parts]:
@@ -214,7 +214,7 @@ _DEEPSPEED = {
 
 def _of_deepspeed(names: Sequence[str]) -> Iterator[Parts]:
     kind, found = deepspeed_checkpoint(names)
-    members = [name for name in found if not OPTIM_STATES.match(name) and companion_of(name) is None]
+    members = [name for name in found if not OPTIM_STATES.match(name) and not is_leftover(name)]
     stage_3 = [name for name in names if (match := MODEL_STATES.match(name)) and match["rank"]]
     if stage_3 and kind in ("", "deepspeed_zero", "deepspeed_ranks"):
         what = "DeepSpeed's model states of ZeRO stage 3, whose parameters lie in the *_optim_states.pt files"

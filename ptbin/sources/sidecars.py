@@ -1,31 +1,23 @@
-"""Files that belong to a Hugging Face model beside its weights: configuration, tokenizer, chat template.
+"""Files that belong to a Hugging Face model next to its weights: configuration, tokenizer, chat template.
 
 Chosen by name, out of the source's folder or the `huggingface/` in it, where verl puts them. Code (`*.py`)
 stays where it is: a folder that ptbin writes never makes anybody run some. Neither does a Git LFS pointer go
 along, the few lines that lie in a file's place where `git lfs pull` has not been run: the output would look
-whole. (One in a checkpoint's place is told by its container, `reading.containers.unreadable`.)
+whole. (One in a checkpoint's place is recognised by its container, `reading.containers.unreadable`.)
 """
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 import json
 import re
 from collections.abc import Callable
 
 from ptbin.errors import UnsupportedFormatError
+from ptbin.sources.companions import is_sidecar
 from ptbin.sources.opening import SourcePlace
 from ptbin.stores import ListedObject, Place
 
-# transformers' and tokenizers' file names (utils/hub.py, tokenization_utils_base.py), and peft's.
-PATTERNS = tuple(
-    "config.json generation_config.json adapter_config.json configuration.json"
-    " tokenizer.json tokenizer_config.json tokenizer.model *.tiktoken special_tokens_map.json"
-    " added_tokens.json vocab.json vocab.txt merges.txt spiece.model sentencepiece.bpe.model"
-    " preprocessor_config.json processor_config.json image_processor_config.json"
-    " video_preprocessor_config.json chat_template.json chat_template.jinja".split()
-)
 HUGGING_FACE_FOLDER = "huggingface"
 """In a folder of rank files (verl's FSDP checkpoint manager, SkyRL)."""
 
@@ -41,7 +33,7 @@ def find_sidecars(source: SourcePlace) -> dict[str, ListedObject]:
     found: dict[str, ListedObject] = {}
     for item in itertools.islice(source.folder.iter_objects(), MAX_LISTED):
         name = item.path.removeprefix(f"{HUGGING_FACE_FOLDER}/")
-        if "/" in name or not any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS):
+        if "/" in name or not is_sidecar(name):
             continue
         if name.isprintable() and item.size <= MAX_NBYTES and (name == item.path or name not in found):
             found[name] = item

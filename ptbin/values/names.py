@@ -20,6 +20,16 @@ def bad_name(name: str) -> str:
     return "has a line break or another control character in it" if found else ""
 
 
+def is_plain_path(path: str) -> bool:
+    """Whether a relative path leads straight down: no empty parts, `.`, `..`, backslashes or NUL."""
+    return {"", ".", ".."}.isdisjoint(path.split("/")) and {"\\", "\0"}.isdisjoint(path)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether it is a plain path of one part."""
+    return "/" not in name and is_plain_path(name)
+
+
 def is_unicode(text: str) -> bool:
     """Whether it can be written as UTF-8: it holds no lone surrogate, as bytes that are no text come as."""
     try:

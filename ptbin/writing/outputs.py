@@ -1,4 +1,4 @@
-"""From a state dict and the options to the files of one output: which, how named, what in each. Pure.
+"""From a state dict to the files of one output: which, how named, what in each. Pure.
 
 One file, or shards of at most `max_shard_size` with an index, cut as huggingface_hub cuts them: in order, a
 new shard where the next tensor would not fit, tensors that share memory together, a larger one by itself.
@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptbin.errors import NoStateDictError, UnsupportedTensorError
-from ptbin.options import ConvertOptions
 from ptbin.values.segments import FilePlan
 from ptbin.values.state_dict import LeftOut, StateDict, tensors_of
 from ptbin.values.tensors import SparseTensor, TensorRef
 from ptbin.writing.casts import Casts
-from ptbin.writing.formats import FORMATS
+from ptbin.writing.formats import FORMATS, OutputFormat
 from ptbin.writing.layout import FileContent
 
 Entries = list[tuple[str, Any]]
@@ -43,19 +42,25 @@ class OutputPlan:
 
 
 def plan_outputs(
-    state_dicts: Sequence[StateDict], options: ConvertOptions, name: str, *, archive_root: str | None
+    state_dicts: Sequence[StateDict],
+    name: str,
+    *,
+    format_name: OutputFormat = "torch",
+    dtype: str | None = None,
+    max_shard_size: int | None = None,
+    archive_root: str | None = None,
 ) -> OutputPlan:
-    """Lay the output of one checkpoint out: `name` (`last.bin`), or one file for each of several
-    state dicts.
+    """Lay out the output of one checkpoint: `name` (`last.bin`), or one file for each of several state dicts.
 
     Those are called `last.<path>.bin`, the path reduced to characters that are safe in file names everywhere.
+    `dtype` is what floating-point tensors are cast to; a file has up to `max_shard_size` bytes of tensors.
 
     Raises:
         UnsupportedTensorError: a tensor that the format cannot hold. NoStateDictError: no tensor is left.
     """
     names = [name] if len(state_dicts) == 1 else _split_names(name, [found.path for found in state_dicts])
     plans = [
-        _plan_output(found, options, own, archive_root=archive_root)
+        _plan_output(found, own, format_name, dtype, max_shard_size, archive_root)
         for found, own in zip(state_dicts, names, strict=True)
     ]
     return OutputPlan(
@@ -83,16 +88,21 @@ def _split_names(name: str, paths: list[str]) -> list[str]:
 
 
 def _plan_output(
-    state_dict: StateDict, options: ConvertOptions, name: str, *, archive_root: str | None
+    state_dict: StateDict,
+    name: str,
+    format_name: OutputFormat,
+    dtype: str | None,
+    max_shard_size: int | None,
+    archive_root: str | None,
 ) -> OutputPlan:
     all_entries, metadata = state_dict.entries, state_dict.metadata
     left: tuple[LeftOut, ...] = ()
-    output_format = FORMATS[options.format]
+    output_format = FORMATS[format_name]
     if output_format.only_tensors:
-        all_entries, left = _leave_values_out(state_dict, options.format)
+        all_entries, left = _leave_values_out(state_dict, format_name)
         metadata = None
-    casts = Casts(all_entries, options.dtype)
-    shards = _shards(all_entries, casts, options.max_shard_size)
+    casts = Casts(all_entries, dtype)
+    shards = _shards(all_entries, casts, max_shard_size)
     files = []
     for index, entries in enumerate(shards):
         shard_name = name if len(shards) == 1 else _shard_name(name, index, len(shards))

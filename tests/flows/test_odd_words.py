@@ -155,6 +155,7 @@ def test_an_interrupt_before_and_after_the_command_is_no_traceback(
     ("redirection", "status", "said"),
     [
         (">/dev/full", 1, "standard output cannot be written"),
+        (">/dev/full 2>/dev/full", 1, ""),
         ("--json >/dev/full", 1, "standard output cannot be written"),
         (">&-", 0, ""),
         ("2>&-", 0, ""),
@@ -172,6 +173,53 @@ def test_an_output_that_cannot_be_written_is_no_traceback(
     assert done.returncode == status, done.stderr
     assert said in done.stderr
     assert len(done.stderr.splitlines()) <= 1
+
+
+@pytest.mark.starts_processes
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        ("inspect a.pt | :", 141),
+        ("diff a.pt a.pt --json | :", 141),
+        ("diff a.pt a.pt >/dev/full", 2),
+        ("convert missing.pt b.bin --json | :", 141),
+        ("convert --help | :", 141),
+        ("convert missing.pt b.bin 2> >(:)", 2),
+        ("inspect a.pt 2> >(:)", 0),
+    ],
+)
+def test_an_output_that_is_read_no_more_has_one_status(tmp_path: Path, words: str, status: int) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
+    # A shell's own fork and pipe: the reader is gone, or will be, before Python has started.
+    command = f'set -o pipefail; "{sys.executable}" -P -m ptbin {words}'
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Broken pipe" not in done.stderr
+
+
+@pytest.mark.starts_processes
+def test_a_run_outlives_the_reader_of_its_log(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
+    words = [sys.executable, "-P", "-m", "ptbin", "convert", "a.pt", "out.bin", "--log-format", "json"]
+    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    process.stderr.close()
+    assert process.wait(60) == 0
+    assert (tmp_path / "out.bin.manifest.json").exists()
+
+
+@pytest.mark.starts_processes
+def test_prefect_says_nothing_of_a_home_that_it_does_not_need(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", "from flows.prefect.orchestrator import import_prefect as i; i()"],
+        env={**os.environ, "PREFECT_HOME": str(tmp_path / "file/home")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.starts_processes

@@ -27,7 +27,8 @@ from ptbin.catalog.plan import Plan
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import CheckpointError, NotACheckpointError
 from ptbin.history.failures import Ledger, acknowledge, write_unconverted
-from ptbin.history.metrics import render_metrics
+from ptbin.history.metrics import metrics_of_runs
+from ptbin.history.openmetrics import render
 from ptbin.history.records import iter_runs
 from ptbin.history.status import Status, last_request, status_of
 from ptbin.options import ConvertOptions
@@ -125,7 +126,7 @@ class Store:
 
     def metrics(self) -> dict[tuple[str, ...], float]:
         """By name, outcome and reason."""
-        text = render_metrics("out", iter_runs(str(self.dest)), self.now + timedelta(minutes=2))
+        text = render(metrics_of_runs("out", iter_runs(str(self.dest)), self.now + timedelta(minutes=2)))
         samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
         same = [s for family in parse_prometheus(text) for s in family.samples]
         assert [(s.name, s.labels, s.value) for s in samples] == [(s.name, s.labels, s.value) for s in same]

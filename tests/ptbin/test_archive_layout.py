@@ -40,7 +40,7 @@ def opened(path: Path) -> RangeReader:
 def planned(reader: RangeReader) -> FilePlan:
     selected = read_selected(reader, ConvertOptions())
     root = selected.checkpoint.archive_root
-    return plan_outputs(selected.state_dicts, ConvertOptions(), "x.bin", archive_root=root).files[0]
+    return plan_outputs(selected.state_dicts, "x.bin", archive_root=root).files[0]
 
 
 @given(st.binary(max_size=200), st.binary(max_size=200))

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ptbin
-from ptbin import ConvertOptions
+from ptbin import ConvertOptions, Limits
 from ptbin.errors import (
     LimitExceededError,
     NotACheckpointError,
@@ -253,3 +253,24 @@ def test_every_truncation_and_every_flipped_byte_is_an_error_or_changes_nothing(
         if kind != "torch_tar":  # that format has no checksums: a flipped weight is a weight
             assert_same_tensors(_tensors(out), expected)
     assert kept, "nothing but errors: the test has no subject"
+
+
+@pytest.mark.parametrize("limit", ["members", "directory_nbytes", "pickle_nbytes", "opcodes", "tensors"])
+def test_a_limit_says_how_to_raise_it(tmp_path: Path, limit: str) -> None:
+    torch.save({"w": torch.zeros(1).expand(8), "v": torch.ones(2)}, tmp_path / "a.pt")
+    for most in (1, 10_000):
+        options = ConvertOptions(limits=Limits(**{limit: most}))
+        if most == 1:
+            with pytest.raises(LimitExceededError, match=rf"Limits\({limit}=\.\.\.\)"):
+                ptbin.convert(tmp_path / "a.pt", tmp_path / "a.bin", options)
+        else:
+            ptbin.convert(tmp_path / "a.pt", tmp_path / "a.bin", options)
+
+
+def test_what_a_view_unfolds_is_limited_and_says_how_to_raise_it(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(1).expand(8)}, tmp_path / "a.pt")
+    with pytest.raises(LimitExceededError, match=r"Limits\(expanded_nbytes=\.\.\.\)"):
+        ptbin.convert(
+            tmp_path / "a.pt", tmp_path / "a.bin", ConvertOptions(limits=Limits(expanded_nbytes=27))
+        )
+    ptbin.convert(tmp_path / "a.pt", tmp_path / "a.bin", ConvertOptions(limits=Limits(expanded_nbytes=28)))

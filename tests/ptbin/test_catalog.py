@@ -372,16 +372,6 @@ def test_a_plan_keeps_its_promises(found: list[Found], naming: Any) -> None:
     assert set(backwards) == set(jobs)
 
 
-def test_values_travel_as_json() -> None:
-    for job in (
-        Job("s3://b/a.pt", 3, "/out/a.bin", "a.pt", True, Identity("etag", "0f")),
-        Job("a.pt", 3, "/out/a.bin", "a.pt", False, None),
-    ):
-        assert Job.from_json(json.loads(json.dumps(job.to_json()))) == job
-    problem = Problem("s3://b/a.pt", "corrupt_archive", "why")
-    assert Problem.from_json(json.loads(json.dumps(problem.to_json()))) == problem
-
-
 def test_an_error_as_a_row_of_the_summary() -> None:
     refused = catalog.problem_of("a.pt", ptbin.errors.NoStateDictError("nothing in it"))
     assert refused == Problem("a.pt", "no_state_dict", "nothing in it")

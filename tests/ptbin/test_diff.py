@@ -377,7 +377,7 @@ def test_prefixes_and_selections(tmp_path: Path) -> None:
     net = ConvertOptions(select="net")
     found = ptbin.diff(a, b, options=net, options_b=ConvertOptions())
     assert (found.common, found.equal) == (0, False)
-    assert found.notes == ("3 names would meet with --strip-prefix auto",)
+    assert found.notes == ("3 names would match with --strip-prefix auto",)
     stripped = ConvertOptions(strip_prefix="auto")
     assert ptbin.diff(a, b, options=stripped.replace(select="net"), options_b=stripped).equal
     renamed = ConvertOptions(rename=((r"^module\.", ""),))
@@ -389,7 +389,7 @@ def test_prefixes_and_selections(tmp_path: Path) -> None:
     with pytest.raises(OutputCollisionError):
         ptbin.diff(tmp_path / "a.bin.manifest.json", b, options=ConvertOptions(rename=((".*", "x"),)))
     prefixed = save(tmp_path / "c.pt", {f"model.net.{name}": tensor for name, tensor in SAMPLE.items()})
-    assert ptbin.diff(prefixed, b).notes == ("3 names would meet with --strip-prefix model.net.",)
+    assert ptbin.diff(prefixed, b).notes == ("3 names would match with --strip-prefix model.net.",)
 
 
 # -- manifests -----------------------------------------------------------------------------------

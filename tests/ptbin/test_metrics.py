@@ -11,7 +11,8 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from flows.cli import app
-from ptbin.history.metrics import render_metrics
+from ptbin.history.metrics import metrics_of_runs
+from ptbin.history.openmetrics import render
 from ptbin.history.records import RecordedRun
 
 NOW = datetime(2026, 11, 10, 3, 0, tzinfo=UTC)
@@ -23,7 +24,7 @@ def recorded(**facts: Any) -> RecordedRun:
 
 
 def samples(*runs: RecordedRun, dest: str = "/out") -> list[tuple[str, dict[str, str], float]]:
-    text = render_metrics(dest, runs, NOW)
+    text = render(metrics_of_runs(dest, runs, NOW))
     return [
         (s.name, s.labels, s.value) for family in text_string_to_metric_families(text) for s in family.samples
     ]

@@ -13,7 +13,7 @@ import torch
 import ptbin
 from ptbin import ConvertOptions, catalog
 from ptbin.errors import CheckpointError, IncompleteCheckpointError, StorageError, UsageError
-from ptbin.sources.companions import is_companion
+from ptbin.sources.leftovers import is_leftover
 from ptbin.sources.opening import find_source
 from ptbin.sources.part_names import find_parts, may_be_part
 from ptbin.stores import Place
@@ -77,7 +77,7 @@ def test_a_folder_in_parts_is_one_problem(tmp_path: Path, name: str) -> None:
     found = [item for item in catalog.find_checkpoints(str(tmp_path / "in")) if item.certain]
     told = {item.path: _reason(item.uri, tmp_path) for item in found}
     assert told.pop("plain.pt") is None
-    assert [told[path] for path in told if not is_companion(path)] == ["incomplete_checkpoint"]
+    assert [told[path] for path in told if not is_leftover(path)] == ["incomplete_checkpoint"]
 
 
 @pytest.mark.parametrize("name", FOLDERS)

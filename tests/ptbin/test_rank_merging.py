@@ -27,9 +27,9 @@ from ptbin.errors import (
     IncompleteCheckpointError,
     UnsupportedTensorError,
 )
-from ptbin.options import OutputFormat
 from ptbin.reading.pickle import meshes, numpy_objects, torch_objects
 from ptbin.reading.pickle.placements import Interpretation, Placement, runs_of
+from ptbin.writing.formats import OutputFormat
 from tests.bits import assert_same_tensors
 from tests.checkpoints.cut_ranks import as_rank, cut_ranks
 from tests.checkpoints.meshes import make_meshes

@@ -142,7 +142,9 @@ def run_pickle_at(opening: Opening, pos: int, where: str, persistent: Any) -> Pi
                 raise
             window *= 8
             if window > limits.pickle_nbytes and end - pos >= limits.pickle_nbytes:
-                raise LimitExceededError(f"{where}: longer than {limits.pickle_nbytes} bytes") from None
+                raise LimitExceededError(
+                    f"{where}: longer than {limits.pickle_nbytes} bytes", limit="pickle_nbytes"
+                ) from None
             window = min(window, limits.pickle_nbytes)
             continue
         program.end += pos

@@ -12,7 +12,7 @@ Costs: the index of each file. Memory: one small record for each tensor of each 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import Any
@@ -338,10 +338,6 @@ class _Ranks:
     def _merges(self) -> tuple[Merge, ...]:
         own = self.recipe.merges if self.recipe is not None else ()
         return own or find_recipe(DEFAULT_RECIPE).merges
-
-
-def _embeds(names: Iterable[str]) -> bool:
-    return any(_EMBEDDING.search(name) for name in names)
 
 
 def _is_model(key: Any) -> bool:

@@ -149,7 +149,9 @@ class RankPieces:
         if not isinstance(listed, (list, tuple)):
             self.unsupported(name, path, "a ShardedTensor that does not list its shards")
         if len(listed) > self.files.folder.limits.tensors:
-            raise LimitExceededError(f"{self.files.uri}: {name} lists {len(listed)} shards of one tensor")
+            raise LimitExceededError(
+                f"{self.files.uri}: {name} lists {len(listed)} shards of one tensor", limit="tensors"
+            )
         shape = self._sizes(metadata.get("size"), name, path)
         everything = frozenset(self._shard_box(item, len(shape), name, path) for item in listed)
         boxes = []

@@ -38,7 +38,8 @@ def read_safetensors(opening: Opening) -> Checkpoint | None:
         return None
     header_nbytes = int.from_bytes(head[:8], "little")
     if header_nbytes > min(MAX_HEADER_NBYTES, opening.limits.pickle_nbytes):
-        raise LimitExceededError(f"{file.uri}: a header of {header_nbytes} bytes")
+        limit = "pickle_nbytes" if header_nbytes <= MAX_HEADER_NBYTES else ""
+        raise LimitExceededError(f"{file.uri}: a header of {header_nbytes} bytes", limit=limit)
     try:
         header = json.loads(file.read(8, header_nbytes, "header"), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:

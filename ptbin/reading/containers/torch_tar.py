@@ -154,7 +154,7 @@ class _Reader:
             raise CorruptArchiveError(f"{self.uri}: no number of {what}")
         if count > self._opening.limits.tensors:
             raise LimitExceededError(
-                f"{self.uri}: {count} {what}, the limit is {self._opening.limits.tensors}"
+                f"{self.uri}: {count} {what}, the limit is {self._opening.limits.tensors}", limit="tensors"
             )
         return count, program.end
 

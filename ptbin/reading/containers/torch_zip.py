@@ -111,7 +111,8 @@ def _fetch_index(directory: ZipDirectory, root: str) -> None:
     if pickle.nbytes > directory.limits.pickle_nbytes:
         raise LimitExceededError(
             f"{directory.file.uri}: a pickle of {pickle.nbytes} "
-            f"bytes, the limit is {directory.limits.pickle_nbytes}"
+            f"bytes, the limit is {directory.limits.pickle_nbytes}",
+            limit="pickle_nbytes",
         )
     end = pickle.next_offset
     for member in directory.members.values():
@@ -167,7 +168,8 @@ def _read_script_classes(
         total += directory.members[name].nbytes
         if total > directory.limits.code_nbytes:
             raise LimitExceededError(
-                f"{directory.file.uri}: more than {directory.limits.code_nbytes} bytes of TorchScript code"
+                f"{directory.file.uri}: more than {directory.limits.code_nbytes} bytes of TorchScript code",
+                limit="code_nbytes",
             )
         module = name[len(prefix) : -len(".py")].replace("/", ".")
         text = directory.read_member(name).decode("utf-8", "replace")

@@ -120,17 +120,19 @@ class ZipDirectory:
         member = self.members.get(name)
         if member is None:
             raise CorruptArchiveError(f"{self.file.uri}: no member {name!r}")
-        limit = self.limits.pickle_nbytes if member.method == STORED else self.limits.inflated_member_nbytes
-        if member.nbytes > limit:
+        limit = "pickle_nbytes" if member.method == STORED else "inflated_member_nbytes"
+        if member.nbytes > (most := getattr(self.limits, limit)):
             raise LimitExceededError(
-                f"{self.file.uri}: member {name!r} has {member.nbytes} bytes, the limit is {limit}"
+                f"{self.file.uri}: member {name!r} has {member.nbytes} bytes, the limit is {most}",
+                limit=limit,
             )
         if member.method == DEFLATED and member.nbytes > (
             self.limits.pickle_inflate_ratio * member.compressed_nbytes + (1 << 20)
         ):
             raise LimitExceededError(
                 f"{self.file.uri}: member {name!r} claims to inflate "
-                f"from {member.compressed_nbytes} to {member.nbytes} bytes"
+                f"from {member.compressed_nbytes} to {member.nbytes} bytes",
+                limit="pickle_inflate_ratio",
             )
         # Index members are few, their headers next to them: no trust in the implied place here, where a
         # loader that follows the local header would read another pickle.
@@ -186,7 +188,8 @@ def read_zip_directory(file: SourceFile, limits: Limits) -> ZipDirectory:
     end_offset = tail_offset + at
     count, size, offset, directory_end = _read_end_records(file, tail, at, end_offset)
     if count > limits.members or size > limits.directory_nbytes:
-        raise LimitExceededError(f"{file.uri}: a directory of {count} members and {size} bytes")
+        limit = "members" if count > limits.members else "directory_nbytes"
+        raise LimitExceededError(f"{file.uri}: a directory of {count} members and {size} bytes", limit=limit)
     if offset + size != directory_end:
         raise CorruptArchiveError(
             f"{file.uri}: the directory should end at byte "

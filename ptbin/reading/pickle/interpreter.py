@@ -92,7 +92,7 @@ def _run(machine: Machine) -> PickleProgram:
         if opcode == 0x2E:  # STOP
             break
         if count > budget:
-            raise LimitExceededError(f"{machine.where}: more than {budget} opcodes")
+            raise LimitExceededError(f"{machine.where}: more than {budget} opcodes", limit="opcodes")
         if (short := _SHORT.get(opcode)) is not None and machine.pos < size:
             argument = data[machine.pos]
             machine.pos += 1

@@ -51,7 +51,9 @@ class PlainObjects:
         """Count what a constructor copies. Raises LimitExceededError beyond `Limits.copied_nbytes`."""
         self.copied_nbytes += nbytes
         if self.copied_nbytes > self._limits.copied_nbytes:
-            raise LimitExceededError(f"constructor calls copy more than {self._limits.copied_nbytes} bytes")
+            raise LimitExceededError(
+                f"constructor calls copy more than {self._limits.copied_nbytes} bytes", limit="copied_nbytes"
+            )
 
     def _items(self, args: tuple[Any, ...]) -> Any:
         if not args:

@@ -85,7 +85,8 @@ class TensorViews:
             if self.unfolded_nbytes > self._limits.expanded_nbytes:
                 raise LimitExceededError(
                     f"a tensor of shape {list(sizes)} unfolds {end - first} stored bytes to {ref.nbytes}; "
-                    f"the limit is {self._limits.expanded_nbytes}"
+                    f"the limit is {self._limits.expanded_nbytes}",
+                    limit="expanded_nbytes",
                 )
             if (
                 sizes is shape
@@ -100,7 +101,7 @@ class TensorViews:
     def _count_tensor(self) -> None:
         self.count += 1
         if self.count > self._limits.tensors:
-            raise LimitExceededError(f"more than {self._limits.tensors} tensors")
+            raise LimitExceededError(f"more than {self._limits.tensors} tensors", limit="tensors")
 
 
 def _flags(metadata: Any) -> tuple[str, ...]:

@@ -181,5 +181,6 @@ def refuse_unsafe_fragment(error: CorruptArchiveError, uri: str) -> None:
         safety = judge_programs([error.program])
         if safety.verdict == "unsafe":
             raise UnsafePickleError(
-                f"{uri}: the pickle {'; '.join(safety.findings[:5])}; nothing was run; it is damaged as well"
+                f"{uri}: the pickle is unsafe ({'; '.join(safety.findings[:5])}); nothing was run; "
+                "it is damaged as well"
             ) from error

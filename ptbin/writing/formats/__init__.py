@@ -1,21 +1,22 @@
-"""The output formats, each a plan: a list of segments. A new one is a module, a row, and a name in options.
+"""The output formats, each a plan: a list of segments. A new one is a module, and its name and row below.
 
-What a format says of itself is in its row; nothing else asks which one it is.
+What a format says of itself is in its row: nothing that writes asks which one it is. The proof, which shares
+no code with the writing side, opens each with the reader that it is meant for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from ptbin.options import OutputFormat
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from ptbin.values.segments import FilePlan
     from ptbin.writing.layout import FileContent
 
-__all__ = ["FORMATS", "Format"]
+__all__ = ["FORMATS", "OUTPUT_SUFFIXES", "Format", "OutputFormat"]
+
+OutputFormat = Literal["torch", "raw", "safetensors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +25,14 @@ class Format:
 
     Attributes:
         suffix: what its files end in.
+        help: what it is, for the help of `--format`; empty where the name says it.
         plan: lays one file out.
         only_tensors: whether it holds tensors under names and nothing else.
         index: text that describes the files of an output, a single one too; None where a file says it all.
     """
 
     suffix: str
+    help: str
     plan: Callable[[FileContent], FilePlan]
     only_tensors: bool = True
     index: Callable[[list[FilePlan]], bytes] | None = None
@@ -63,7 +66,9 @@ def _plan_safetensors(file: FileContent) -> FilePlan:
 
 
 FORMATS: dict[OutputFormat, Format] = {
-    "torch": Format(".bin", _plan_torch, only_tensors=False),
-    "raw": Format(".bin", _plan_raw, index=_raw_index),
-    "safetensors": Format(".safetensors", _plan_safetensors),
+    "torch": Format(".bin", "as pytorch_model.bin", _plan_torch, only_tensors=False),
+    "raw": Format(".bin", "bare tensors and a JSON index", _plan_raw, index=_raw_index),
+    "safetensors": Format(".safetensors", "", _plan_safetensors),
 }
+
+OUTPUT_SUFFIXES: dict[OutputFormat, str] = {name: entry.suffix for name, entry in FORMATS.items()}

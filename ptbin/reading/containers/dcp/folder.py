@@ -45,7 +45,9 @@ def read_dcp(folder: Folder) -> Checkpoint:
     reader, limits = folder.reader, folder.limits
     part = reader.part(DCP_METADATA)
     if part.size > limits.pickle_nbytes:
-        raise LimitExceededError(f"{part.uri}: {part.size} bytes, the limit is {limits.pickle_nbytes}")
+        raise LimitExceededError(
+            f"{part.uri}: {part.size} bytes, the limit is {limits.pickle_nbytes}", limit="pickle_nbytes"
+        )
     opening = folder.opening(DCP_METADATA)
     program = opening.run_whole(part.read(0, part.size), DCP_METADATA, part.uri)
     entries = entries_of(reader, program.root, limits)

@@ -181,7 +181,7 @@ class _Index:
         """The non-empty chunks in row-major order, each once: ranks that hold the same may both list it."""
         self._count += len(described)
         if self._count > self._limits.tensors:
-            raise LimitExceededError(f"{self.uri}: more than {self._limits.tensors} chunks")
+            raise LimitExceededError(f"{self.uri}: more than {self._limits.tensors} chunks", limit="tensors")
         boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], None] = {}
         for chunk in described:
             state = _state(chunk) or DictNode()

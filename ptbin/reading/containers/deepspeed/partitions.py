@@ -108,7 +108,9 @@ class Cutter:
         pieces = tuple(parts)
         self.pieces += len(pieces) + 1
         if self.pieces > self.limits.tensors:
-            raise LimitExceededError(f"{self.uri}: more than {self.limits.tensors} pieces of tensors")
+            raise LimitExceededError(
+                f"{self.uri}: more than {self.limits.tensors} pieces of tensors", limit="tensors"
+            )
         place: Place = InMemory(b"")
         if pieces:
             place = pieces[0] if len(pieces) == 1 else Joined(pieces)

@@ -12,7 +12,8 @@ import ptbin
 from ptbin.errors import CheckpointError, CorruptArchiveError, IncompleteCheckpointError, NoStateDictError
 from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.contents import role_of_leftover
-from ptbin.sources.companions import companion_of, left_alone_as
+from ptbin.sources.companions import is_companion
+from ptbin.sources.leftovers import left_alone_as, leftover_role
 from ptbin.sources.opening import find_source
 from tests.checkpoints.leftovers import NAMES, leftovers
 from tests.checkpoints.parts import weights
@@ -29,9 +30,10 @@ def test_each_is_known_by_content_and_by_name(tmp_path: Path, name: str) -> None
         torch.save(content, place)
         with pytest.raises(NoStateDictError) as refused:
             ptbin.convert(str(place), str(tmp_path / "x.bin"))
-        assert refused.value.companion == role
+        assert refused.value.leftover == role
         assert left_alone_as(str(place), refused.value) == role
-    assert companion_of(name) == role
+    assert leftover_role(name) == role
+    assert not is_companion(name)
     assert left_alone_as(f"run/{name}", NoStateDictError("of unknown content")) == role
 
 
@@ -62,7 +64,7 @@ def test_a_model_is_converted_whatever_it_is_called(tmp_path: Path) -> None:
     "name", ["optim.weights.pt", "optimal.pt", "scheduler_net.pt", "my_optimizer.pt", "rng.pth"]
 )
 def test_other_names_say_nothing(name: str) -> None:
-    assert companion_of(name) is None
+    assert leftover_role(name) is None
 
 
 def test_damage_is_a_problem_under_any_name() -> None:

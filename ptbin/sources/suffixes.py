@@ -1,11 +1,6 @@
-"""File names: which may be checkpoints, and what their outputs are called. Pure."""
+"""Which files may be checkpoints, by the suffixes of their names. Pure."""
 
 from __future__ import annotations
-
-from ptbin.options import OutputFormat
-from ptbin.writing.formats import FORMATS
-
-OUTPUT_SUFFIXES: dict[OutputFormat, str] = {name: entry.suffix for name, entry in FORMATS.items()}
 
 # Names under which people keep checkpoints, and archives of them: always looked into.
 CHECKPOINT_SUFFIXES = frozenset(
