@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.servers.prefect_stack import wait_for
-from tests.warm_python import parent_of, stand_in
+from tests.warm_forks import parent_of
+from tests.warm_python import stand_in
 
 pytestmark = pytest.mark.starts_processes
 
