@@ -111,12 +111,10 @@ class Plan:
                 rows += self.work.answer(jobs, found, self.request.planning)
         return rows
 
-    def compare_all(self, tick: Tick = lambda: None) -> None:
+    def compare_all(self) -> None:
         """Settle by content what would come out the same. Reads sources and outputs, and writes nothing."""
 
         def compare(job: Job) -> bool:
-            tick()
-
             def note(files: Mapping[str, Any]) -> None:
                 self.damaged[job.dest_uri] = files
 
