@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from flows.environment import CLOSE_LIKENESS, METRICS, SETTINGS, unread_line
@@ -20,7 +20,7 @@ from flows.metric_targets import Target, parse_targets
 from flows.prefect.undocumented import flow_run_context
 from ptbin.errors import PtbinError
 from ptbin.history.openmetrics import Family, families
-from ptbin.runs.tally import Entry
+from ptbin.runs.outcomes import Outcome
 from ptbin.stores import public_uri
 from tasks.live import Listener, LiveRun
 
@@ -67,9 +67,9 @@ class Meter(Listener):
                 self._sums["run_moved_bytes"] += nbytes
         self._inner.moved(nbytes)
 
-    def settled(self, entry: Entry) -> None:
+    def settled(self, entry: Outcome) -> None:
         with self._lock:
-            self._outcomes[entry.outcome, entry.reason] += 1
+            self._outcomes[entry.kind, entry.reason] += 1
             self._sums.update(run_read_bytes=entry.read_nbytes, run_written_bytes=entry.written_nbytes)
         self._inner.settled(entry)
 
@@ -113,34 +113,41 @@ def metering(live: LiveRun) -> Iterator[None]:
     targets = parse_targets(wanted, labels)
     live.listener = meter = Meter(labels, live.listener)
     ended = threading.Event()
-    sender = threading.Thread(
-        target=_send_until, args=(ended, targets, meter, get_run_logger()), name="ptbin-metrics", daemon=True
-    )
-    sender.start()
+    logger = get_run_logger()
+    # One each: a target that does not answer keeps nothing from the others.
+    senders = [
+        threading.Thread(
+            target=_send_until, args=(ended, target, meter, logger), name="ptbin-metrics", daemon=True
+        )
+        for target in targets
+    ]
+    for sender in senders:
+        sender.start()
     try:
         yield
     finally:
         ended.set()
-        sender.join(SEND_SECONDS)
+        deadline = time.monotonic() + SEND_SECONDS
+        for sender in senders:
+            sender.join(max(0.0, deadline - time.monotonic()))
 
 
 def _send_until(
     ended: threading.Event,
-    targets: Sequence[Target],
+    target: Target,
     meter: Meter,
     logger: logging.Logger | logging.LoggerAdapter[Any],
 ) -> None:
-    troubled: set[int] = set()
+    troubled = False
     pause = 0.0  # the first ones go out at once
     active = True
     while active:
         active = not ended.wait(pause)
         pause = SEND_SECONDS
         found = meter.families(active=active)
-        for number, target in enumerate(targets):
-            try:
-                target.send(found)
-            except (OSError, PtbinError) as error:
-                if number not in troubled:
-                    troubled.add(number)
-                    logger.warning("metrics: %s", error)
+        try:
+            target.send(found)
+        except (OSError, PtbinError) as error:
+            if not troubled:
+                logger.warning("metrics: %s", error)
+            troubled = True

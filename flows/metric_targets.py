@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import base64
+import http.client
 import math
 import urllib.parse
 import urllib.request
@@ -41,20 +43,37 @@ class Textfile:
 
 
 class Pushgateway:
-    """A group of Prometheus's Pushgateway, replaced at each push (PUT); `group` is its grouping key."""
+    """A group of Prometheus's Pushgateway, replaced at each push (PUT); `group` is its grouping key.
+
+    A user and password in the address are sent as a header (basic authentication), and shown nowhere.
+    """
 
     def __init__(self, url: str, group: Mapping[str, str]) -> None:
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-            raise UsageError("metrics: a Pushgateway's address begins with http:// or https://")
-        parts = [f"{name}@base64/{_base64(value)}" for name, value in group.items()]
-        self._url = "/".join([url.rstrip("/"), "metrics/job/ptbin", *parts])
+        try:
+            parts = urllib.parse.urlsplit(url)
+            usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
+        except ValueError:
+            usable = False
+        if not usable or not url.isascii() or not url.isprintable() or " " in url:
+            raise UsageError("metrics: a Pushgateway's address reads http://HOST:PORT, or https://HOST")
+        user, found, self._shown = parts.netloc.rpartition("@")
+        self._headers = {"Content-Type": "text/plain; version=0.0.4"}
+        if found:
+            token = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+            self._headers["Authorization"] = f"Basic {token}"
+        place = parts._replace(netloc=self._shown).geturl().rstrip("/")
+        key = [f"{name}@base64/{_base64(value)}" for name, value in group.items()]
+        self._url = "/".join([place, "metrics/job/ptbin", *key])
 
     def send(self, found: Sequence[Family]) -> None:
         request = urllib.request.Request(  # noqa: S310 - http, as checked
-            self._url, render(found).encode(), {"Content-Type": "text/plain; version=0.0.4"}, method="PUT"
+            self._url, render(found).encode(), self._headers, method="PUT"
         )
-        with urllib.request.urlopen(request, timeout=PUSH_SECONDS):  # noqa: S310 - as above
-            pass
+        try:
+            with urllib.request.urlopen(request, timeout=PUSH_SECONDS):  # noqa: S310 - as above
+                pass
+        except (OSError, http.client.HTTPException) as error:
+            raise OSError(f"the Pushgateway at {self._shown}: {getattr(error, 'reason', error)}") from error
 
 
 class Otlp:
@@ -130,6 +149,4 @@ def parse_targets(text: str, group: Mapping[str, str]) -> list[Target]:
 
 
 def _base64(text: str) -> str:
-    import base64
-
     return base64.urlsafe_b64encode(text.encode()).decode() or "="

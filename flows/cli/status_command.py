@@ -50,9 +50,9 @@ def status_command(source: str, dest: str, asked: dict[str, Any], shared: Shared
     """Say how far DEST is in step with SOURCE: what is new, changed, failed, left over."""
     options = build_options(asked)
     include, exclude = tuple(asked["include"]), tuple(asked["exclude"])
-    from flows.version_status import refuse_registries, version_status
     from ptbin.catalog.request import RunRequest
     from ptbin.history.status import last_request, status_of
+    from ptbin.runs.version_status import refuse_registries, version_status
 
     refuse_registries(source, dest)
     request = RunRequest(source, dest, options, naming=asked["naming"], include=include, exclude=exclude)

@@ -16,7 +16,7 @@ from ptbin.runs.units import counted, format_nbytes, left_out_words
 if TYPE_CHECKING:
     from flows.cli.command import Shared
     from ptbin.catalog import Job
-    from ptbin.runs.tally import Entry
+    from ptbin.runs.outcomes import Outcome
 
 JSON_KEYS = (
     "run_id", "source", "dest", "converted", "up_to_date", "rejected", "failed", "known", "new", "resolved",
@@ -154,9 +154,9 @@ def mapping_lines(plan: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def single_lines(entry: Entry, job: Job, seconds: float) -> list[str]:
+def single_lines(entry: Outcome, job: Job, seconds: float) -> list[str]:
     """The outcome of a single conversion; a problem was printed before."""
-    if entry.outcome == "up_to_date":
+    if entry.kind == "up_to_date":
         return [f"{job.dest_uri} is up to date"]
     if entry.converted is None:
         return []

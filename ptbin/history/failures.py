@@ -116,6 +116,11 @@ class Ledger:
         self.found[source] = row
         return row
 
+    def seen(self, source: str, state: str) -> Unconverted | None:
+        """What an earlier run found of a source in this very state."""
+        row = self.before.get(source)
+        return row if row is not None and row.state == state else None
+
     def novelty(self, row: Unconverted) -> Novelty:
         """Whether a failure is known, old or new."""
         if self.acknowledgement(row) is not None:

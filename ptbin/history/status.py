@@ -161,8 +161,7 @@ def status_of(
 def _place(status: Status, work: WorkList, ledger: Ledger, job: Job) -> None:
     """Count one checkpoint or file that a run would work on."""
     state = identity_text(job.identity)
-    row = ledger.before.get(job.source_uri)
-    if row is not None and row.state == state:
+    if (row := ledger.seen(job.source_uri, state)) is not None:
         if row.is_failure:
             status.add_failure(ledger, row, "failed")
         else:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import re
+import socket
+import socketserver
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -22,8 +26,8 @@ from flows.metric_targets import parse_targets
 from ptbin.errors import UsageError
 from ptbin.history.metrics import MEANINGS
 from ptbin.history.openmetrics import Family
-from ptbin.runs.tally import Entry
-from tasks.live import Listener
+from ptbin.runs.outcomes import Outcome
+from tasks.live import Listener, LiveRun
 from tests.servers.prometheus import MONITORING, prometheus_program
 
 
@@ -33,11 +37,13 @@ class Gateway:
     def __init__(self) -> None:
         self.bodies: list[tuple[str, bytes]] = []
         self.status = 200
+        self.authorization: str | None = None
         bodies = self.bodies
         gateway = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_PUT(self) -> None:
+                gateway.authorization = self.headers["Authorization"]
                 bodies.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
                 self.send_response(gateway.status)
                 self.end_headers()
@@ -101,6 +107,61 @@ def test_a_gateway_that_is_gone_is_no_matter(
     assert sum("metrics: " in record.getMessage() for record in caplog.records) == 1
 
 
+class Answers(socketserver.StreamRequestHandler):
+    """Answers whatever is asked with the server's `words`, and hangs up."""
+
+    def handle(self) -> None:
+        self.rfile.read1()
+        self.wfile.write(self.server.words)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [b"", b"\x1b[31mgarbage\r\n\r\n", b"HTTP/1.1 500 No\r\n\r\n", b"HTTP/1.1 302 No\r\nLocation: /\r\n\r\n"],
+)
+def test_an_answer_of_any_kind_is_one_warning_and_keeps_nothing_from_other_targets(
+    words: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(metering, "SEND_SECONDS", 0.05)
+    monkeypatch.setattr("prefect.logging.get_run_logger", lambda: logging.getLogger("run"))
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Answers) as server:
+        server.words = words  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        gateway = f"127.0.0.1:{server.server_address[1]}"
+        url = f"http://user:hunter2@{gateway}"
+        monkeypatch.setenv("PTBIN_METRICS", f"pushgateway:{url} textfile:{tmp_path / 'run.prom'}")
+        live = LiveRun("run")
+        with metering.metering(live):
+            live.listener.moved(5)
+            time.sleep(0.3)
+        server.shutdown()
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1
+    assert gateway in told[0]
+    assert "hunter2" not in told[0]
+    last = values((tmp_path / "run.prom").read_text())
+    assert (last["ptbin_run_active", ""], last["ptbin_run_moved_bytes", ""]) == (0, 5)
+
+
+def test_a_gateway_that_hangs_keeps_nothing_from_other_targets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metering, "SEND_SECONDS", 0.2)
+    monkeypatch.setattr("prefect.logging.get_run_logger", lambda: logging.getLogger("run"))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("PTBIN_METRICS", f"pushgateway:{url} textfile:{tmp_path / 'run.prom'}")
+        with metering.metering(LiveRun("run")):
+            pass
+    assert values((tmp_path / "run.prom").read_text())["ptbin_run_active", ""] == 0
+
+
+def test_a_password_for_a_gateway_is_sent_as_a_header(gateway: Gateway) -> None:
+    (target,) = parse_targets(f"pushgateway:{gateway.url.replace('//', '//me:p%40ss@')}", {})
+    target.send([])
+    assert gateway.authorization == f"Basic {base64.b64encode(b'me:p@ss').decode()}"
+
+
 def test_a_collector_of_opentelemetry_gets_the_same_numbers(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +198,10 @@ def test_a_collector_of_opentelemetry_gets_the_same_numbers(
     [
         ("graphite:host", "'graphite' is not a target"),
         ("textfile:/nowhere/at/all/x.prom", "there is no folder /nowhere/at/all"),
-        ("pushgateway:gateway", "begins with http"),
+        ("pushgateway:gateway", "reads http://HOST"),
+        ("pushgateway:http://user:hunter2@gateway:port", "reads http://HOST"),
+        ("pushgateway:http://[::1", "reads http://HOST"),
+        ("pushgateway:http://:9091", "reads http://HOST"),
     ],
 )
 def test_a_target_that_is_none_is_named(text: str, told: str) -> None:
@@ -150,7 +214,7 @@ def test_a_meter_tells_on_what_it_is_told() -> None:
         def __init__(self) -> None:
             self.seen: list[str] = []
 
-        def settled(self, entry: Entry) -> None:
+        def settled(self, entry: Outcome) -> None:
             self.seen.append(entry.path)
 
         def stage(self, text: str) -> None:
@@ -158,7 +222,7 @@ def test_a_meter_tells_on_what_it_is_told() -> None:
 
     bar = Bar()
     meter = metering.Meter({"dest": "/out"}, bar)
-    meter.settled(Entry("a.pt", "", 0, "rejected", "corrupt_archive"))
+    meter.settled(Outcome("a.pt", "rejected", "corrupt_archive"))
     meter.stage("proving")
     assert bar.seen == ["a.pt", "proving"]
     (found,) = [family for family in meter.families(active=True) if family.name == "run_checkpoints"]

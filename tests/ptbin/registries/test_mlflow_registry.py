@@ -375,10 +375,10 @@ def test_the_way_back_of_the_documentation(registry: MlflowRegistry, client: Any
 @pytest.mark.parametrize("content", ["empty", "another program's", "no database", "an older MLflow's"])
 def test_a_database_that_is_not_mlflows_is_left_alone(content: str, tmp_path: Path, database: Path) -> None:
     path = tmp_path / "other.db"
-    said = "no database of MLflow's"
+    said = "not a database of MLflow"
     if content == "no database":
         path.write_bytes(b"some text " * 500)
-        said = "no database that can be read"
+        said = "the database cannot be read"
     elif content == "an older MLflow's":
         shutil.copy(database, path)
         with sqlite3.connect(path) as connection:
