@@ -161,3 +161,22 @@ def test_a_run_id_that_is_no_plain_name_is_refused(good_source: Path, tmp_path: 
     assert not (tmp_path / "deep").exists()
     with pytest.raises(LookupError):
         find_live_run(run_id)
+
+
+def test_what_a_run_did_not_come_to_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mirror ends at its first problem, and then meets a fault in what follows."""
+    for number in range(4):
+        (tmp_path / "in" / f"{number}.pt").parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{number}.pt").write_bytes(b"PK\3\4" + bytes(100 + number))
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("ptbin.catalog.plan.Plan.iter_gone", fails)
+    places = tmp_path / "in", tmp_path / "out"
+    state, summary = run(sync, *places, fail_fast=True, delete=True, workers=1)
+    assert state.is_failed()
+    assert "a fault of ours" in summary["message"]
+    counts = {name: summary[name] for name in ("converted", "up_to_date", "rejected", "failed", "not_tried")}
+    assert sum(counts.values()) == 4, counts
+    assert counts["not_tried"] > 0
