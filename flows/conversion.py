@@ -1,4 +1,4 @@
-"""A run over a whole store under way: batches out, final states in, outcomes into the tally.
+"""A run over a whole store: batches go out, final states come in, outcomes go into the account.
 
 A batch that was written is proven next, before new batches begin; `flows.stages` has the rules for what is
 lost or fails on the way. An interrupted run still accounts for what it did.

@@ -73,7 +73,7 @@ class Migrating(Conversion):
         self.stages.expect(model_of, in_order)
 
     def drop_up_to_date(self) -> None:
-        """The plan knows."""
+        """The plan knows what is up to date."""
 
     def _clean_up(self) -> None:
         """Unfinished outputs lie apart; a run that takes up the version goes on from there.

@@ -1,4 +1,4 @@
-"""The verify flow: every manifest below DEST against what is stored there (`ptbin.runs.verifying`)."""
+"""The verify flow: holds every manifest below DEST against what is stored there (`ptbin.runs.verifying`)."""
 
 from __future__ import annotations
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ptbin.catalog.globs import split_glob
@@ -27,11 +28,10 @@ def check_request(request: RunRequest, sides: Sides = NO_OPTIONS, *, writes: boo
     _check(place, pattern, dest, writes=writes)
     if request.kind != "sync":
         return
-    above, below = real_uri(dest), real_uri(place)
-    if _lies_in(below, above):
+    if _lies_in(place, dest):
         raise UsageError(
-            f"the source {below} lies inside the destination {above}: what a mirror may delete and what it "
-            "reads must be apart; choose another place"
+            f"the source {real_uri(place)} lies inside the destination {real_uri(dest)}: what a mirror may "
+            "delete and what it reads must be apart; choose another place"
         )
     if request.deletes and (pattern is not None or not place.is_directory()):
         raise UsageError(
@@ -40,10 +40,12 @@ def check_request(request: RunRequest, sides: Sides = NO_OPTIONS, *, writes: boo
         )
     if request.backup_dir is None:
         return
-    own = real_uri(sides.dest_at(request.backup_dir))
-    for name, other in (("SOURCE", below), ("DEST", above)):
-        if own == other or _lies_in(own, other) or _lies_in(other, own):
-            raise UsageError(f"the backup place and {name} lie in one another: {own}, {other}")
+    own = sides.dest_at(request.backup_dir)
+    for name, other in (("SOURCE", place), ("DEST", dest)):
+        if _is_same(own, other) or _lies_in(own, other) or _lies_in(other, own):
+            raise UsageError(
+                f"the backup place and {name} lie in one another: {real_uri(own)}, {real_uri(other)}"
+            )
 
 
 def check_call(
@@ -92,18 +94,31 @@ def refuse_bytes(place: Place) -> None:
 
 
 def _refuse_overlap(source: Place, dest: Place, *, is_directory: bool) -> None:
-    above, below = real_uri(source), real_uri(dest)
-    if above == below:
-        raise UsageError(f"{below}: source and destination are the same place")
-    if is_directory and _lies_in(below, above):
+    if _is_same(source, dest):
+        raise UsageError(f"{real_uri(dest)}: source and destination are the same place")
+    if is_directory and _lies_in(dest, source):
         raise UsageError(
-            f"{below} lies inside the source {above}: the next run "
+            f"{real_uri(dest)} lies inside the source {real_uri(source)}: the next run "
             "would take outputs for checkpoints; choose another place"
         )
 
 
-def _lies_in(below: str, above: str) -> bool:
-    return below.startswith(f"{above}/")
+def _is_same(one: Place, other: Place) -> bool:
+    return real_uri(one) == real_uri(other) or _is_mounted_twice(one, [real_uri(other)])
+
+
+def _lies_in(below: Place, above: Place) -> bool:
+    uri = real_uri(below)
+    if uri.startswith(f"{real_uri(above)}/"):
+        return True
+    return below.is_local and _is_mounted_twice(above, map(str, Path(uri).parents))
+
+
+def _is_mounted_twice(place: Place, paths: Iterable[str]) -> bool:
+    """Whether one of the paths is the same local folder by another name, as a bind mount has it."""
+    if not place.is_local or not os.path.isdir(place.path):
+        return False
+    return any(os.path.isdir(path) and os.path.samefile(place.path, path) for path in paths)
 
 
 def real_uri(place: Place) -> str:

@@ -22,6 +22,7 @@ tell about; one HEAD for each file that only its own claim can vouch for.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -50,6 +51,7 @@ from ptbin.manifests.damage import DAMAGED
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, dump_manifest, hex_crc32, parse_manifest
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, dump_statement, statement_of
 from ptbin.stores import Place, identity_text
+from ptbin.stores.faults import fault
 from ptbin.values.crc32 import crc32_of
 
 CHUNK_NBYTES = 4 << 20
@@ -112,6 +114,8 @@ class OutputSite:
         self.replaced: dict[str, bool] = {}
         """Names of files that are there and may be replaced; true: only if they are the new ones already."""
         self._foreign_manifest = ""
+        if self._is_local:
+            self._is_there(self._manifest_place)  # before gigabytes are written that could never count
         self.manifest = self._read_manifest()
         """The manifest that is there."""
         if self.manifest is not None and damaged:
@@ -135,6 +139,17 @@ class OutputSite:
     def place_of(self, name: str) -> Place:
         """Of a file of the output."""
         return self._folder / name
+
+    @staticmethod
+    def _is_there(place: Place) -> bool:
+        """Whether a local file is. Raises StorageError: none can have this name."""
+        try:
+            os.lstat(place.path)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise fault(error, "write", place.uri) from error
+            return False
+        return True
 
     # -- may it be replaced --------------------------------------------------------------------------
 
@@ -162,7 +177,7 @@ class OutputSite:
         if name in self._settled:
             return
         place = self.place_of(name)
-        if self._is_free and not (self._is_local and os.path.lexists(place.path)):
+        if self._is_free and not (self._is_local and self._is_there(place)):
             return
         try:
             found, identity = self._stat(place, name)

@@ -38,9 +38,6 @@ class MigrationTally(Tally):
             ("not tried", self.count("not_tried")),
         ]
 
-    def message(self) -> str:
-        return Tally.message(self).replace("converted ", "migrated ", 1)
-
     def close(self, step: Step, outcome: Outcome) -> Outcome:
         """A version has its final outcome: a row for it, and an entry for each checkpoint in it."""
         entry = self.add_version(step.version, outcome)

@@ -234,7 +234,7 @@ def outcome_of_error(path: str, error: Exception) -> Outcome:
 
 
 def outcome_of_job(job: Job, error: Exception) -> Outcome:
-    """As `outcome_of_error`, of a candidate that may turn out to be no checkpoint, or none of a model."""
+    """As `outcome_of_error`, of a candidate that may not be a checkpoint, or not one of a model."""
     passed = passed_over_as(job, error)
     return (
         outcome_of_error(job.path, error)

@@ -182,7 +182,7 @@ class Tally:
     def message(self) -> str:
         """The counts as one sentence, for the flow run's state."""
         parts = [
-            f"converted {self.count('converted')}",
+            f"{'migrated' if self.kind == 'migrate' else 'converted'} {self.count('converted')}",
             f"up to date {self.count('up_to_date')}",
             f"rejected {self.count('rejected')}",
             f"failed {self.count('failed')}",

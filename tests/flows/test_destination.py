@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,31 @@ def test_calls_that_cannot_be_meant_write_nothing(
     before = _stored(folder)
     assert run(words) == 2
     assert said in capfd.readouterr().err
+    assert _stored(folder) == before
+
+
+@pytest.mark.starts_processes
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("convert many mounted", "same place"),
+        ("convert many mounted/out", "lies inside the source"),
+        ("sync many/sub mounted", "lies inside the destination"),
+        ("sync many out --delete --backup-dir mounted/old", "lie in one another"),
+    ],
+)
+def test_a_folder_that_is_mounted_twice_is_one(folder: Path, words: str, said: str) -> None:
+    Path("mounted").mkdir()
+    Path("many/sub").mkdir()
+    torch.save({"w": torch.ones(4)}, "many/sub/c.pt")
+    apart = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    if subprocess.run([*apart, "mount --bind many mounted"], capture_output=True, check=False).returncode:
+        pytest.skip("nothing may be mounted here")
+    before = _stored(folder)
+    command = f'mount --bind many mounted && exec "{sys.executable}" -P -m ptbin {words}'
+    done = subprocess.run([*apart, command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert said in done.stderr
     assert _stored(folder) == before
 
 

@@ -294,3 +294,16 @@ def test_the_engine_names_no_file_wrongly(tmp_path: Path) -> None:
     torch.save(STATE_DICT, tmp_path / "x.bin")
     with pytest.raises(UsageError, match="ptbin convert"):
         ptbin.restore(str(tmp_path / "x.bin"), str(tmp_path / "y.safetensors"))
+
+
+@pytest.mark.parametrize("letters", [238, 251])
+def test_a_name_too_long_for_its_manifest_is_refused_before_anything_is_written(
+    tmp_path: Path, letters: int
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    torch.save({"w": torch.ones(2)}, source / f"{'x' * letters}.pt")
+    result = ptbin.convert_directory(source, out)
+    assert [problem["reason"] for problem in result.problems] == ["storage_error"]
+    assert "choose a shorter name" in result.problems[0]["detail"]
+    assert [path.name for path in out.iterdir()] == ["_ptbin"]
