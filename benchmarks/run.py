@@ -124,7 +124,7 @@ def _medium_file(work: Path, mib: int, rounds: int) -> dict[str, Measured]:
     return measured
 
 
-def _small_file(work: Path, rounds: int) -> Measured:
+def small_file(work: Path, rounds: int) -> Measured:
     source, output = work / "small.pt", work / "small.bin"
     _make("small", source, 0)
     command = Command([PTBIN, "convert", str(source), str(output), "--quiet"], output)
@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work = Path(folder)
         large, source_nbytes, output_nbytes = _one_large_file(work, wishes.mib, wishes.rounds)
         medium = _medium_file(work, wishes.mib // 10, wishes.rounds)
-        small = _small_file(work, 2 * wishes.rounds)
+        small = small_file(work, 2 * wishes.rounds)
         flow = _many_small_files(work, wishes.count)
     verdicts = _verdicts(large, medium, small, flow)
     sizes = (source_nbytes, output_nbytes)

@@ -1,4 +1,4 @@
-"""The Prefect flows (`convert`, `verify`) and, in `flows.cli`, the command line over them.
+"""The Prefect flows (`convert`, `verify`, `restore`, `sync`, `migrate`) and, in `flows.cli`, the commands.
 
 Importing this package imports nothing: the single-file commands must start without Prefect.
 """

@@ -19,7 +19,7 @@ from typing import Any
 
 from flows.prefect.undocumented import settings_with
 from ptbin.errors import short_detail
-from ptbin.runs.tally import Entry
+from ptbin.runs.outcomes import Outcome
 from ptbin.runs.units import format_nbytes
 
 MAX_ROWS = 5_000
@@ -113,13 +113,13 @@ class Artifacts:
             update_progress_artifact(self._progress_id, percent, description=text or None)
 
 
-def conversion_rows(entries: Iterable[Entry]) -> list[dict[str, Any]]:
+def conversion_rows(entries: Iterable[Outcome]) -> list[dict[str, Any]]:
     """One row per checkpoint: new problems first, then the others, then by path."""
     ordered = sorted(entries, key=lambda entry: (entry.novelty != "new", not entry.reason, entry.path))
     return [
         {
             "checkpoint": entry.path,
-            "outcome": entry.outcome.replace("_", " "),
+            "outcome": entry.words,
             "since": entry.age,
             "reason": entry.reason,
             "detail": short_detail(entry.path, entry.detail),

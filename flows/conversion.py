@@ -1,4 +1,4 @@
-"""A run over a whole store under way: batches out, final states in, outcomes into the tally.
+"""A run over a whole store: batches go out, final states come in, outcomes go into the account.
 
 A batch that was written is proven next, before new batches begin; `flows.stages` has the rules for what is
 lost or fails on the way. An interrupted run still accounts for what it did.
@@ -32,7 +32,7 @@ from ptbin.runs.outcomes import Outcome, Staged, one_line
 from ptbin.runs.record import new_run_id
 from ptbin.runs.remembering import CheckpointMemory, Memory
 from ptbin.runs.result import RunResult
-from ptbin.runs.tally import Entry, Tally
+from ptbin.runs.tally import Tally
 from ptbin.runs.units import format_nbytes
 from tasks.assets import announce
 from tasks.converting import convert_and_verify_batch, convert_batch, find_up_to_date, verify_batch
@@ -259,13 +259,13 @@ class Conversion:
             self.running.stop(FULL)
         self._report(entry)
 
-    def _report(self, entry: Entry) -> None:
+    def _report(self, entry: Outcome) -> None:
         """To the listener and to the log; what went well is logged with its batch (`_log_lines`)."""
         if self.runner.is_remote:
             self.live.listener.moved(entry.read_nbytes)
         self.live.listener.settled(entry)
         if entry.reason:
-            self.logger.warning("%s %s: %s: %s", entry.outcome, entry.path, entry.reason, entry.detail)
+            self.logger.warning("%s %s: %s: %s", entry.kind, entry.path, entry.reason, entry.detail)
         elif len(self.account.settled) <= LOGGED:
             self.lines.append(entry.line())
 

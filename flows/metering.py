@@ -20,7 +20,7 @@ from flows.metric_targets import Target, parse_targets
 from flows.prefect.undocumented import flow_run_context
 from ptbin.errors import PtbinError
 from ptbin.history.openmetrics import Family, families
-from ptbin.runs.tally import Entry
+from ptbin.runs.outcomes import Outcome
 from ptbin.stores import public_uri
 from tasks.live import Listener, LiveRun
 
@@ -67,9 +67,9 @@ class Meter(Listener):
                 self._sums["run_moved_bytes"] += nbytes
         self._inner.moved(nbytes)
 
-    def settled(self, entry: Entry) -> None:
+    def settled(self, entry: Outcome) -> None:
         with self._lock:
-            self._outcomes[entry.outcome, entry.reason] += 1
+            self._outcomes[entry.kind, entry.reason] += 1
             self._sums.update(run_read_bytes=entry.read_nbytes, run_written_bytes=entry.written_nbytes)
         self._inner.settled(entry)
 

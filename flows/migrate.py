@@ -1,6 +1,6 @@
 """The migrate flow: one model registry into another, every checkpoint on the way as weights.
 
-Versions are moved side by side and made known in order, model by model: a destination that numbers versions
+Versions are moved side by side and registered in order, model by model: a destination that numbers versions
 itself (MLflow) gives them numbers in the order of the source. What the destination cannot keep is reported
 before anything is written.
 """
@@ -73,7 +73,7 @@ class Migrating(Conversion):
         self.stages.expect(model_of, in_order)
 
     def drop_up_to_date(self) -> None:
-        """The plan knows."""
+        """The plan knows what is up to date."""
 
     def _clean_up(self) -> None:
         """Unfinished outputs lie apart; a run that takes up the version goes on from there.

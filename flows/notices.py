@@ -17,18 +17,17 @@ from prefect.states import Completed, Failed
 
 from flows.prefect.undocumented import flow_run_context
 from ptbin.errors import short_detail
-from ptbin.runs.outcomes import one_line
+from ptbin.runs.outcomes import Outcome, one_line
 from ptbin.runs.result import RunFailedError, RunResult
-from ptbin.runs.tally import Entry
 from tasks.batches import MAX_LINE_LENGTH, MAX_LISTED_FAILURES, first_failures
 
 TAG = "ptbin"
 """Of every flow run; `deployments/automations/` match it."""
 
 
-def failure_line(entry: Entry) -> str:
+def failure_line(entry: Outcome) -> str:
     """`new: run3/cut.pt: corrupt_archive: ...`, or `since 2026-11-01: ...`; one line."""
-    when = "new" if entry.age == "new" else f"since {entry.age}" if entry.age else entry.outcome
+    when = "new" if entry.age == "new" else f"since {entry.age}" if entry.age else entry.kind
     text = f"{when}: {entry.path}: {entry.reason}: {short_detail(entry.path, entry.detail)}"
     return one_line(text, MAX_LINE_LENGTH)
 

@@ -20,7 +20,7 @@ from ptbin.catalog.entries import Entries, nothing_below
 from ptbin.catalog.finished import write_segment
 from ptbin.catalog.globs import split_glob
 from ptbin.catalog.lease import acquire_lease
-from ptbin.catalog.plan import Plan
+from ptbin.catalog.plan import WIDTH, Plan
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import PtbinError, StorageError, UsageError
 from ptbin.history.failures import Ledger, read_ledger
@@ -31,9 +31,6 @@ from ptbin.runs.tally import Tally
 from ptbin.sources.leftovers import is_leftover, leftover_role
 from ptbin.stores import identity_text
 from tasks.live import LiveRun
-
-WIDTH = 8
-"""Leftovers of training are looked at side by side: that only waits for small answers."""
 
 
 def refuse_nothing(live: LiveRun, request: RunRequest) -> None:
@@ -98,11 +95,11 @@ def _read_ledger(live: LiveRun, plan: Plan) -> Ledger:
 
 
 def _is_settled(job: Job, ledger: Ledger) -> bool:
-    """Whether an earlier run found this very state of the file not to be a checkpoint."""
+    """Whether the file is not a checkpoint, by its name or by an earlier run that found it in this state."""
     if not job.copies and is_leftover(job.path):
         return True
-    row = ledger.before.get(job.source_uri)
-    return row is not None and row.state == identity_text(job.identity) and not row.is_failure
+    row = ledger.seen(job.source_uri, identity_text(job.identity))
+    return row is not None and not row.is_failure
 
 
 def finish_in_step(live: LiveRun, min_success: float | None = None) -> dict[str, Any] | None:
@@ -141,14 +138,14 @@ def finish_in_step(live: LiveRun, min_success: float | None = None) -> dict[str,
 
 def _settle_known(live: LiveRun, account: Account) -> bool:
     """Settle what is not a checkpoint, by name or by earlier runs; false where anything else is to do."""
-    plan, before = account.plan, account.tally.ledger.before
+    plan, ledger = account.plan, account.tally.ledger
     leftovers = []
     known = []
     for job in plan.work.iter_to_do():
-        if job.copies or not _is_settled(job, account.tally.ledger):
+        if job.copies or not _is_settled(job, ledger):
             return False
-        row = before.get(job.source_uri)
-        if row is None or row.state != identity_text(job.identity):
+        row = ledger.seen(job.source_uri, identity_text(job.identity))
+        if row is None:
             leftovers.append(job)
         else:
             known.append((job, Outcome(job.path, cast("Kind", row.outcome), detail=row.detail)))

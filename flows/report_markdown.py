@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptbin.errors import short_detail
-from ptbin.runs.tally import Entry, Tally
+from ptbin.runs.outcomes import Outcome
+from ptbin.runs.tally import Tally
 from ptbin.runs.units import format_nbytes, format_seconds, left_out_words
 
 MAX_ROWS = 50
@@ -46,7 +47,7 @@ def render_markdown(tally: Tally, summary: Mapping[str, Any], uri: str, link: st
     return "\n".join(lines) + "\n"
 
 
-def _table(title: str, entries: Sequence[Entry]) -> list[str]:
+def _table(title: str, entries: Sequence[Outcome]) -> list[str]:
     if not entries:
         return []
     lines = [f"### {title}", "", "| checkpoint | since | reason | detail |", "|---|---|---|---|"]

@@ -1,4 +1,4 @@
-"""What is done to many things: in batches, each a task run; halved when lost, retried when transient.
+"""Work on many items in batches, each a task run: halved when lost, retried when transient.
 
 A `Stage` says what is done; `Stages` carries it out, with one set of rules for all flows:
 

@@ -1,4 +1,4 @@
-"""The verify flow: every manifest below DEST against what is stored there (`ptbin.runs.verifying`)."""
+"""The verify flow: holds every manifest below DEST against what is stored there (`ptbin.runs.verifying`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from ptbin.options import VerifyLevel
 from ptbin.runs.outcomes import Outcome
 from ptbin.runs.record import new_run_id
 from ptbin.runs.result import RunResult
-from ptbin.runs.tally import Entry
 from ptbin.runs.verifying import issues_of, verify_below
 from tasks.converting import verify_manifests
 from tasks.steps import step
@@ -81,8 +80,9 @@ def _verify_all(run: Running, manifests: Sequence[str], level: VerifyLevel, fina
     def settle(verdicts: Sequence[tuple[str, Outcome]]) -> None:
         for uri, outcome in verdicts:
             final.append(outcome)
-            kind = "proven" if outcome.kind == "proven" else "failed"
-            listener.settled(replace(Entry.of(uri, 0, outcome), outcome=kind))
+            listener.settled(
+                replace(outcome, source=uri, kind="proven" if outcome.kind == "proven" else "failed")
+            )
             for issue in issues_of(outcome):
                 logger.warning("%s: %s: %s", issue["reason"], issue["uri"], issue["detail"])
 

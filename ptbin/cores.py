@@ -27,7 +27,7 @@ _at_work = 0
 
 
 def share_cores(processes: int) -> None:
-    """This process is one of so many that work on checkpoints side by side: each takes its part of the cores.
+    """This process is one of several that work on checkpoints side by side: each takes its part of the cores.
 
     To be called while nothing is hashed: the pool is made anew, for the cores that there are by then.
     """

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
 from ptbin.errors import UsageError
-from ptbin.merging.shipped import find_recipe
 from ptbin.values.dtypes import CAST_NAMES
 from ptbin.values.options import option
 from ptbin.writing.formats import FORMATS, OutputFormat
@@ -201,6 +200,8 @@ class ConvertOptions:
         if self.layout == "hf" and self.format == "raw":
             raise UsageError("layout hf has no place for format raw, which transformers does not read")
         if self.recipe is not None:
+            from ptbin.merging.shipped import find_recipe
+
             find_recipe(self.recipe)
         if self.split and self.flatten:
             raise UsageError("split gives each state dict an output of its own, flatten makes one of all")

@@ -16,8 +16,8 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import ValidationError
 
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
-from ptbin.runs.outcomes import Converted
-from ptbin.runs.tally import Entry, Tally
+from ptbin.runs.outcomes import Converted, Outcome
+from ptbin.runs.tally import Tally
 from ptbin.stores import public_uri
 
 MAX_OUTPUTS = 100
@@ -67,7 +67,7 @@ def announce(tally: Tally, *, report: str | None = None) -> int:
     return 1
 
 
-def _facts_of(entry: Entry, output: Converted) -> dict[str, Any]:
+def _facts_of(entry: Outcome, output: Converted) -> dict[str, Any]:
     return {
         "source": entry.source,
         "manifest": output.manifest_uri,

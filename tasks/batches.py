@@ -111,8 +111,8 @@ def _state_of(outcomes: Sequence[Outcome]) -> State[list[Outcome]]:
     """The final state of the task run that came to these outcomes.
 
     A refused file is not a failure of the task run that found it: the flow gets an outcome for each item. But
-    whoever opens a run in Prefect's UI looks for the task run that met the file. So the state is called
-    `2 of 50 failed`, which is what lists of task runs show, and its message has a line for each failure.
+    people who open a run in Prefect's UI look for the task run that met the file. So the state is called
+    `2 of 50 failed`, which lists of task runs show, and its message has a line for each failure.
     """
     failures = [outcome for outcome in outcomes if outcome.kind in FAILURES]
     name = f"{len(failures)} of {len(outcomes)} failed" if failures else "Completed"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ptbin.catalog.lease import Lease
     from ptbin.catalog.plan import Plan
     from ptbin.catalog.request import RunRequest
-    from ptbin.runs.tally import Entry
+    from ptbin.runs.outcomes import Outcome
     from ptbin.stores.requests import RequestLimit
 
 
@@ -47,7 +47,7 @@ class Listener:
     def moved(self, nbytes: int) -> None:
         """The bytes that were moved or read back since the last call."""
 
-    def settled(self, entry: Entry) -> None:
+    def settled(self, entry: Outcome) -> None:
         """One file has its final outcome."""
 
 

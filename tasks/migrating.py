@@ -99,7 +99,7 @@ def transfer_batch(
 
 @batch_task("register versions", opens=_open_dest, groups=lambda staged: model_of(staged.item))
 def register_batch(live: LiveRun, versions: Sequence[Staged], dest: Registry) -> list[Outcome]:
-    """Make versions of one model known whose files are there; `converted`."""
+    """Register versions of one model whose files are there: `converted`."""
     plan: ModelPlan = versions[0].item.plan
     ready = [staged.outcome.written for staged in versions if staged.outcome.written is not None]
     brought = bring_along(plan, dest, live.sides, live.moved)

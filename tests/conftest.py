@@ -10,6 +10,7 @@ import functools
 import gc
 import os
 import signal
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -32,8 +33,10 @@ os.environ.update(
         "TRANSFORMERS_OFFLINE": "1",
     }
 )
-# Credentials of the person who runs the suite are none of its business.
-for _name in [name for name in os.environ if name.startswith("AWS_")]:
+# Credentials and settings of the person who runs the suite are none of its business.
+FOREIGN = ("AWS_", "HF_TOKEN", "MLFLOW_", "OTEL_", "PREFECT_", "PTBIN_")
+KEPT = ("PREFECT_SERVER_ANALYTICS_ENABLED", "PTBIN_CORPUS", "PTBIN_LAW_EXAMPLES", "PTBIN_TEST_")
+for _name in [name for name in os.environ if name.startswith(FOREIGN) and not name.startswith(KEPT)]:
     del os.environ[_name]
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 # A shell starts jobs in the background with SIGINT ignored, and so would be every process that a test starts:
@@ -107,6 +110,10 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Not that person's home of Prefect either, whatever a test starts and whatever ran before it.
+    home = tempfile.TemporaryDirectory(prefix="ptbin-prefect-", ignore_cleanup_errors=True)
+    os.environ["PREFECT_HOME"] = home.name
+    config.add_cleanup(home.cleanup)
     if f"not {starting.PROCESSES}" in config.option.markexpr:
         starting.watch()
     if warm_python.VARIABLE not in os.environ:  # in a process of pytest-xdist it is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import ptbin
+from tests.servers.prefect_home import prefect_template
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -25,14 +27,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(example: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def run(example: str, *arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: os.environ[name] for name in os.environ if name not in {"PYTHONPATH", "PREFECT_API_URL"}}
     return subprocess.run(
         [sys.executable, str(EXAMPLES / example), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=240,
-        env=kept,
+        env=kept | more,
         check=False,
     )
 
@@ -53,8 +55,12 @@ def test_a_folder_is_converted_and_its_weights_are_used(folder: Path) -> None:
 
 
 @pytest.mark.starts_servers
-def test_a_flow_around_the_flow(folder: Path) -> None:
-    done = run("nightly_flow.py", folder / "checkpoints", folder / "weights")
+def test_a_flow_around_the_flow(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    home = folder / "home"
+    home.mkdir()
+    shutil.copyfile(prefect_template(tmp_path_factory), home / "prefect.db")
+    own = {"PREFECT_HOME": str(home), "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "200"}
+    done = run("nightly_flow.py", folder / "checkpoints", folder / "weights", **own)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "new: 1"
     assert "cut.pt (corrupt_archive)" in done.stdout + done.stderr

@@ -6,8 +6,9 @@ from typing import Any
 
 from flows.cli.command import Shared, command, dry_run_option
 from flows.cli.destination import refuse_one_file
+from flows.cli.plans import print_migration
 from flows.cli.progress import showing_progress
-from flows.cli.summary import mapping_lines, report_run
+from flows.cli.summary import report_run
 from flows.options import CONTENT, MIGRATE, chosen
 from flows.parsing import build_options, refuse_secrets
 
@@ -53,8 +54,7 @@ def migrate_command(source: str, dest: str, asked: dict[str, Any], shared: Share
 
         plan = prepare(here, there, asked["include"], asked["exclude"], asked["versions"], options)
         document = plan_run(plan, here, there, options, shared.sides)
-        shared.answer(lambda: document, mapping_lines(document), even_quiet=True)
-        return 1 if document["problems"] else 0
+        return print_migration(document, shared)
     from flows.cli.on_prefect import run_flow
 
     with showing_progress(shared) as listener:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from flows.cli.command import Shared
 from flows.cli.printing import align
+from flows.cli.summary import version_row
 from ptbin.catalog.entries import skipped_words
 from ptbin.errors import OutputExistsError
-from ptbin.runs.units import format_nbytes
+from ptbin.runs.units import counted, format_nbytes
 
 if TYPE_CHECKING:
     from ptbin.catalog import Problem
@@ -20,6 +22,12 @@ def print_dry_run(found: DryRun, shared: Shared) -> int:
     """Print what the run would do; the exit status: 1 where it would refuse anything."""
     shared.answer(found.to_json, _lines(found), even_quiet=True)
     return 1 if found.problems else 0
+
+
+def print_migration(document: Mapping[str, Any], shared: Shared) -> int:
+    """The same of a migration, whose document `ptbin.runs.migrating.dry_run` makes."""
+    shared.answer(lambda: document, _migration_lines(document), even_quiet=True)
+    return 1 if document["problems"] else 0
 
 
 def _lines(found: DryRun) -> Iterator[str]:
@@ -72,3 +80,32 @@ def _refused_row(what: str, problem: Problem) -> tuple[str, str, str]:
     """Where a file is in the way, which one; else the source that is refused."""
     in_the_way = problem.reason == OutputExistsError.reason
     return (what, problem.reason, problem.detail if in_the_way else problem.source)
+
+
+def _migration_lines(plan: Mapping[str, Any]) -> list[str]:
+    """What a migration would do, one version a line, and what would not be kept."""
+    rows = []
+    known = {problem["source"] for problem in plan["known_problems"]}
+    for row in plan["versions"]:
+        what, where, aliases = version_row(row)
+        if row["action"] == "refused":
+            verb = "known" if f"{row['model']}/{row['version']}" in known else "refuse"
+            rows.append((verb, what, row["reason"], row["detail"]))
+        else:
+            notes = [aliases, *row["not_kept"], *row.get("checkpoints", ())]
+            if row.get("replaces"):
+                notes.insert(0, "replaces what ptbin registered there")
+            rows.append((row["action"].replace("_", " "), what, where, "; ".join(filter(None, notes))))
+    lines = [*align(rows, indent=""), ""] if rows else []
+    if plan["not_kept"]:
+        lines += ["not kept:", *(f"  {text}" for text in plan["not_kept"]), ""]
+    if plan["updates"]:
+        lines += [f"would bring in step: {', '.join(plan['updates'])}", ""]
+    counts = Counter(row["action"] for row in plan["versions"])
+    lines.append(
+        f"would migrate {counted(counts['migrate'], 'version')}, up to date {counts['up_to_date']}, "
+        f"refused {counts['refused'] - len(known)}"
+        + (f", known failures {len(known)}" if known else "")
+        + "; nothing was written"
+    )
+    return lines

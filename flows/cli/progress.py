@@ -21,7 +21,7 @@ from ptbin.runs.units import format_nbytes
 from tasks.live import Listener
 
 if TYPE_CHECKING:
-    from ptbin.runs.tally import Entry
+    from ptbin.runs.outcomes import Outcome
 
 LINE_SECONDS = 5.0
 
@@ -38,11 +38,11 @@ class Problems(Listener):
         self.leaves_them = False
         """Whether problems are left to the report at the end, which is what the command is for."""
 
-    def settled(self, entry: Entry) -> None:
+    def settled(self, entry: Outcome) -> None:
         if entry.reason and not self.leaves_them:
             self.reported.add((entry.reason, entry.detail))
             self.report(
-                f"{entry.outcome} {entry.path}: {entry.reason}: {short_detail(entry.path, entry.detail)}"
+                f"{entry.kind} {entry.path}: {entry.reason}: {short_detail(entry.path, entry.detail)}"
             )
 
     def noted(self, text: str) -> None:
@@ -69,7 +69,7 @@ class _Counting(Problems):
         self._pace.moved(nbytes)
         self._show()
 
-    def settled(self, entry: Entry) -> None:
+    def settled(self, entry: Outcome) -> None:
         self._pace.settled(entry.nbytes, problem=bool(entry.reason))
         self._show()
 
@@ -112,7 +112,7 @@ class PlainProgress(_Counting):
         done = f"; {up_to_date} up to date" if up_to_date else ""
         self.report(f"{files} files to work on{size}{done}")
 
-    def settled(self, entry: Entry) -> None:
+    def settled(self, entry: Outcome) -> None:
         Problems.settled(self, entry)
         if self._each and not entry.reason:
             self.report(entry.line())
@@ -134,7 +134,7 @@ class BarProgress(_Counting):
     def stage(self, text: str) -> None:
         self._progress.update(self._task, description=text)
 
-    def settled(self, entry: Entry) -> None:
+    def settled(self, entry: Outcome) -> None:
         if self._each and not entry.reason:
             self.report(entry.line())
         super().settled(entry)
@@ -170,13 +170,13 @@ class JsonLines(_Counting):
         self._print("planned", files=files, source_bytes=nbytes, up_to_date=up_to_date)
         super().planned(files, nbytes, up_to_date)
 
-    def settled(self, entry: Entry) -> None:
+    def settled(self, entry: Outcome) -> None:
         problem = {"reason": entry.reason, "detail": entry.detail} if entry.reason else {}
         self._print(
             "checkpoint",
             level="warning" if problem else "info",
             path=entry.path,
-            outcome=entry.outcome,
+            outcome=entry.kind,
             seconds=round(entry.seconds, 4),
             source_bytes=entry.nbytes,
             read_bytes=entry.read_nbytes,

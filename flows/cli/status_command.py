@@ -23,7 +23,7 @@ WORDS = {"up_to_date": "up to date", "left_alone": "left alone", "not_checkpoint
 MEANINGS = {
     "new": "not converted yet",
     "changed": "the source, or the options, since they were converted",
-    "failed": "as the last run left them; tried again by each run",
+    "failed": "as the last run left them; each run tries them again",
     "refused": "the listing alone refuses them",
     "known": "failures that are acknowledged",
     "orphaned": "outputs whose source is gone; `sync --delete` removes them",
@@ -35,9 +35,8 @@ Examples:
   ptbin status s3://training/runs s3://models/weights --json | jq .counts
   ptbin status checkpoints/ weights/ --format safetensors
 
-Lists both sides as a run does, writes nothing and reads no checkpoint. Without options of a conversion it
-asks for what the last recorded run from SOURCE was asked for; with any of them, or --sync, the options given
-are all that count.
+Lists both sides as a run does, writes nothing and reads no checkpoint. Without conversion options it takes
+those of the last recorded run from SOURCE; with any of them, or with --sync, only the command line counts.
 
 Exit status: 0 all in step; 1 something is new, changed, fails or is refused, and is not acknowledged;
 2 the call was wrong."""
@@ -51,9 +50,9 @@ def status_command(source: str, dest: str, asked: dict[str, Any], shared: Shared
     """Say how far DEST is in step with SOURCE: what is new, changed, failed, left over."""
     options = build_options(asked)
     include, exclude = tuple(asked["include"]), tuple(asked["exclude"])
-    from flows.version_status import refuse_registries, version_status
     from ptbin.catalog.request import RunRequest
     from ptbin.history.status import last_request, status_of
+    from ptbin.runs.version_status import refuse_registries, version_status
 
     refuse_registries(source, dest)
     request = RunRequest(source, dest, options, naming=asked["naming"], include=include, exclude=exclude)
@@ -102,12 +101,12 @@ def _lines(status: Status) -> list[str]:
             rows = [*rows[:SHOWN_ROWS], *and_more(status.counts[kind])]
             lines += ["", f"{kind}:", *(f"  {row}" for row in rows)]
     if status.idle:
-        lines += ["", "acknowledged to no effect:"]
+        lines += ["", "acknowledged without effect:"]
         lines += [f"  {row['path']}, until {row['until']}: {row['why']}" for row in status.idle[:SHOWN_ROWS]]
     if status.oldest is not None:
         lines += ["", f"oldest unconverted: {status.oldest['path']}, since {_day(status.oldest['since'])}"]
     lines += ["", "all in step" if status.is_in_step else "not in step"]
-    return [*lines, f"asked as run {status.run} was"] if status.run else lines
+    return [*lines, f"with the options of run {status.run}"] if status.run else lines
 
 
 def _row(row: dict[str, str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from ptbin.runs.units import counted, format_nbytes, left_out_words
 if TYPE_CHECKING:
     from flows.cli.command import Shared
     from ptbin.catalog import Job
-    from ptbin.runs.tally import Entry
+    from ptbin.runs.outcomes import Outcome
 
 JSON_KEYS = (
     "run_id", "source", "dest", "converted", "up_to_date", "rejected", "failed", "known", "new", "resolved",
@@ -84,7 +83,7 @@ def _migration_lines(summary: Mapping[str, Any]) -> list[str]:
     lines = align(rows, right=[1], indent="")
     migrated = [row for row in summary["versions"] if row["outcome"] == "migrated"]
     if migrated:
-        lines += ["", *align([_version_row(row) for row in migrated[:SHOWN_VERSIONS]], indent="")]
+        lines += ["", *align([version_row(row) for row in migrated[:SHOWN_VERSIONS]], indent="")]
         lines += and_more(len(migrated), SHOWN_VERSIONS, ", in the run record")
     elif not summary["problems"] and not summary.get("reported") and not summary["updated"]:
         lines += ["", "nothing to do: DEST is in step"]
@@ -119,44 +118,15 @@ def _last_lines(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _version_row(row: Mapping[str, Any]) -> tuple[str, str, str]:
+def version_row(row: Mapping[str, Any]) -> tuple[str, str, str]:
     """Model and version, what it is called there, its aliases."""
     aliases = ", ".join(f"@{alias}" for alias in row["aliases"])
     return f"{row['model']} {row['version']}", f"-> {row['dest_version'] or '-'}", aliases
 
 
-def mapping_lines(plan: Mapping[str, Any]) -> list[str]:
-    """What a migration would do, one version a line, and what would not be kept."""
-    rows = []
-    known = {problem["source"] for problem in plan["known_problems"]}
-    for row in plan["versions"]:
-        what, where, aliases = _version_row(row)
-        if row["action"] == "refused":
-            verb = "known" if f"{row['model']}/{row['version']}" in known else "refuse"
-            rows.append((verb, what, row["reason"], row["detail"]))
-        else:
-            notes = [aliases, *row["not_kept"], *row.get("checkpoints", ())]
-            if row.get("replaces"):
-                notes.insert(0, "replaces what ptbin registered there")
-            rows.append((row["action"].replace("_", " "), what, where, "; ".join(filter(None, notes))))
-    lines = [*align(rows, indent=""), ""] if rows else []
-    if plan["not_kept"]:
-        lines += ["not kept:", *(f"  {text}" for text in plan["not_kept"]), ""]
-    if plan["updates"]:
-        lines += [f"would bring in step: {', '.join(plan['updates'])}", ""]
-    counts = Counter(row["action"] for row in plan["versions"])
-    lines.append(
-        f"would migrate {counts['migrate']} versions, up to date {counts['up_to_date']}, "
-        f"refused {counts['refused'] - len(known)}"
-        + (f", known failures {len(known)}" if known else "")
-        + "; nothing was written"
-    )
-    return lines
-
-
-def single_lines(entry: Entry, job: Job, seconds: float) -> list[str]:
+def single_lines(entry: Outcome, job: Job, seconds: float) -> list[str]:
     """The outcome of a single conversion; a problem was printed before."""
-    if entry.outcome == "up_to_date":
+    if entry.kind == "up_to_date":
         return [f"{job.dest_uri} is up to date"]
     if entry.converted is None:
         return []

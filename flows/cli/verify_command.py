@@ -89,7 +89,7 @@ def _manifest_of(place: Place) -> Place:
 
 
 def _verify_one(dest: str, place: Place, asked: dict[str, Any], listener: Problems) -> dict[str, Any]:
-    from ptbin.runs.tally import Entry
+    from ptbin.runs.outcomes import Outcome
     from ptbin.runs.verifying import issues_of, sum_up, verify_manifest
     from ptbin.stores import public_uri
 
@@ -103,7 +103,9 @@ def _verify_one(dest: str, place: Place, asked: dict[str, Any], listener: Proble
         signed = verify_signatures(place, public_key, [manifest.uri], progress=listener.moved)
         issues += [issue.to_json() for issue in signed]
     for issue in issues:
-        listener.settled(Entry(issue["uri"], issue["uri"], 0, "failed", issue["reason"], issue["detail"]))
+        listener.settled(
+            Outcome(issue["uri"], "failed", issue["reason"], issue["detail"], source=issue["uri"])
+        )
     if issues:
         verdict = replace(verdict, kind="failed")
     return sum_up(public_uri(dest), [verdict], [], issues, time.monotonic() - began())

@@ -1,4 +1,4 @@
-"""Jobs that want one place: outputs of one name, copies in the way of what lies beside an output, shards.
+"""Jobs that want one place: outputs of one name, copies in the way of what lies next to an output, shards.
 
 Decided by names alone, before anything is written. Being there first wins no such place.
 """
@@ -19,7 +19,7 @@ from ptbin.sources.part_names import INDEX_SUFFIX
 
 
 def suffixes_beside(options: ConvertOptions) -> list[str]:
-    """Of the files that lie beside an output with these options, known before it is made."""
+    """Of the files that lie next to an output with these options, known before it is made."""
     index = [INDEX_SUFFIX] if options.format == "raw" or options.max_shard_size is not None else []
     return index + ([STATEMENT_SUFFIX] if options.provenance else [])
 

@@ -45,7 +45,6 @@ class Entries(Watch):
 
     def __init__(
         self,
-        uri_of: Callable[[str], str] = lambda path: path,
         *,
         shown: Sequence[str] = (),
         exclude: Sequence[str] = (),
@@ -53,7 +52,8 @@ class Entries(Watch):
         is_named: Callable[[str], bool] = lambda _: False,
     ) -> None:
         """`shown` are the globs that may take hidden entries; `is_named`: whether a list names a path."""
-        self.uri_of = uri_of
+        self.uri_of: Callable[[str], str] = lambda path: path
+        """The URI of a path below SOURCE; the listing sets it."""
         self.problems: list[Problem] = []
         self.counts: Counter[str] = Counter()
         self.passed: list[tuple[str, str]] = []

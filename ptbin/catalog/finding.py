@@ -149,7 +149,7 @@ def find_one(source: Where, *, storage_options: Mapping[str, Any] | None = None)
 
 
 def _is_our_own(path: str) -> bool:
-    """Run records, manifests and unfinished outputs are no checkpoints."""
+    """Whether it is a run record, a manifest or an unfinished output."""
     return is_in_own_folder(path) or is_partial_name(path) or path.endswith(MANIFEST_SUFFIX)
 
 

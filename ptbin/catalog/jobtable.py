@@ -40,10 +40,14 @@ class JobTable:
         self.lock = threading.RLock()
         self._file = tempfile.NamedTemporaryFile(prefix="ptbin-work-", suffix=".sqlite")  # noqa: SIM115
         self.db = sqlite3.connect(self._file.name, check_same_thread=False, isolation_level=None)
-        # Nothing of it is worth keeping after a crash.
-        self.db.executescript(
-            "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-16384;" + _TABLES
-        )
+        try:
+            # Nothing of it is worth keeping after a crash.
+            self.db.executescript(
+                "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-16384;" + _TABLES
+            )
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         with self.lock:

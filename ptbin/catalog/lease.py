@@ -132,7 +132,7 @@ class Lease:
         return self._place.uri
 
     def ask_to_stop(self) -> None:
-        """Have workers elsewhere stop; they hear of it within seconds. Errors are no news to anyone."""
+        """Have workers elsewhere stop, within seconds. A store's fault is passed over."""
         with contextlib.suppress(StorageError), self._lock:
             self._holder = replace(self._holder, stop=True, renewals=self._holder.renewals + 1)
             if not self._released.is_set():

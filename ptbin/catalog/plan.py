@@ -49,10 +49,11 @@ class Plan:
     def __init__(self, request: RunRequest, sides: Sides = NO_OPTIONS) -> None:
         if request.kind != "migrate":  # whose SOURCE is a registry
             refuse_bytes(sides.source_at(request.source))
+        dest = sides.dest_at(request.dest)
+        refuse_bytes(dest)
         self.request = request
         self.sides = sides
-        self.work = WorkList(sides.dest_at(request.dest))
-        refuse_bytes(self.work.dest)
+        self.work = WorkList(dest)
         self.problems: list[Problem] = []
         self.is_made = False
         self.damaged: dict[str, Mapping[str, Any]] = {}
@@ -110,12 +111,10 @@ class Plan:
                 rows += self.work.answer(jobs, found, self.request.planning)
         return rows
 
-    def compare_all(self, tick: Tick = lambda: None) -> None:
+    def compare_all(self) -> None:
         """Settle by content what would come out the same. Reads sources and outputs, and writes nothing."""
 
         def compare(job: Job) -> bool:
-            tick()
-
             def note(files: Mapping[str, Any]) -> None:
                 self.damaged[job.dest_uri] = files
 

@@ -87,7 +87,7 @@ class OutputRule:
         )
 
     def beside_weights(self, path: str, output: str) -> str | None:
-        """Where in layout `hf` a second copy of a file of SOURCE goes, for weights put at or beside `output`.
+        """Where in layout `hf` a second copy of a file of SOURCE goes, for weights put at `output`.
 
         None where the weights' folder is not one that this layout adds: there the first copy serves.
         """

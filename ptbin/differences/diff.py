@@ -279,7 +279,7 @@ def _among(groups: list[tuple[str, ...]], names: set[str]) -> set[tuple[str, ...
 
 
 def _name_notes(a: list[str], b: list[str], common: int) -> list[str]:
-    """The option under which more names would meet."""
+    """The option under which more names would match."""
     if common == len(a) or common == len(b):
         return []
     best, advice = common, ""
@@ -293,4 +293,4 @@ def _name_notes(a: list[str], b: list[str], common: int) -> list[str]:
             met = sum(name.removeprefix(prefix) in others for name in names)
             if met > best:
                 best, advice = met, f"--strip-prefix {prefix}"
-    return [f"{best} names would meet with {advice}"] if advice else []
+    return [f"{best} names would match with {advice}"] if advice else []

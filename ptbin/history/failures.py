@@ -116,6 +116,11 @@ class Ledger:
         self.found[source] = row
         return row
 
+    def seen(self, source: str, state: str) -> Unconverted | None:
+        """What an earlier run found of a source in this very state."""
+        row = self.before.get(source)
+        return row if row is not None and row.state == state else None
+
     def novelty(self, row: Unconverted) -> Novelty:
         """Whether a failure is known, old or new."""
         if self.acknowledgement(row) is not None:
@@ -129,7 +134,7 @@ class Ledger:
         return next((item for item in candidates if item.covers(row, self.now.date())), None)
 
     def idle(self) -> list[tuple[Acknowledgement, str]]:
-        """What is acknowledged to no effect, and why: its day is over, or nothing like that fails."""
+        """What is acknowledged without effect, and why: its day is over, or nothing like that fails."""
         failing: dict[str, list[Unconverted]] = {}
         for row in self.before.values():
             if row.is_failure:

@@ -139,9 +139,7 @@ def _after_space(text: str, at: int) -> int:
     return match.end() if match is not None else at
 
 
-def read_rows(
-    dest: Where, run_id: str, *, storage_options: Mapping[str, Any] | None = None
-) -> list[Mapping[str, Any]]:
+def read_rows(dest: Where, run_id: str) -> list[Mapping[str, Any]]:
     """The rows of the checkpoints of one run; its record is read whole.
 
     Raises:
@@ -150,7 +148,7 @@ def read_rows(
     """
     if "/" in run_id:
         raise UsageError(f"{run_id!r} is not the id of a run; `ptbin runs {dest}` lists them")
-    place = place_of(dest, storage_options) / RUNS_FOLDER / run_id / RECORD_NAME
+    place = place_of(dest) / RUNS_FOLDER / run_id / RECORD_NAME
     try:
         rows = json.loads(place.read_bytes())["checkpoints"]
     except NotFoundInStoreError as error:

@@ -40,7 +40,7 @@ class Status:
             that are acknowledged; `orphaned`: outputs whose source is gone.
         listed: by kind, one JSON-able row each.
         oldest: of what is not converted, the path and since when it waits, where that is known.
-        idle: what is acknowledged to no effect, and why.
+        idle: what is acknowledged without effect, and why.
     """
 
     run: str = ""
@@ -79,7 +79,7 @@ class Status:
             self.waits(row.path, row.waits_since)
 
     def note_idle(self, ledger: Ledger) -> None:
-        """Say what is acknowledged to no effect."""
+        """Take in what is acknowledged without effect."""
         self.idle = [
             {"path": item.path, "because": item.because, "until": item.until, "why": why}
             for item, why in ledger.idle()
@@ -91,7 +91,7 @@ class Status:
 
 
 def last_request(source: str, dest: str, sides: Sides = NO_OPTIONS) -> tuple[RunRequest, str] | None:
-    """What the newest recorded run from SOURCE was asked for, and its id; None: there is none of late.
+    """What the newest run from SOURCE was asked for, and its id; None: not among the last `RECORDS_READ`.
 
     Runs that looked at named files alone say how, and are passed over for what they looked at.
     """
@@ -161,8 +161,7 @@ def status_of(
 def _place(status: Status, work: WorkList, ledger: Ledger, job: Job) -> None:
     """Count one checkpoint or file that a run would work on."""
     state = identity_text(job.identity)
-    row = ledger.before.get(job.source_uri)
-    if row is not None and row.state == state:
+    if (row := ledger.seen(job.source_uri, state)) is not None:
         if row.is_failure:
             status.add_failure(ledger, row, "failed")
         else:

@@ -23,7 +23,7 @@ class DraftRecord:
 
 @dataclass(frozen=True, slots=True)
 class DraftFile:
-    """One file of an output: its name beside the manifest, and what it must be.
+    """One file of an output: its name next to the manifest, and what it must be.
 
     Attributes:
         crc32: of the whole file, as computed from what the source states.

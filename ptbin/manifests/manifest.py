@@ -1,6 +1,6 @@
 """The manifest: what one output is, where it came from, and how it was proven. Pure data.
 
-It lies beside the output (`<output>.manifest.json`), is written last and is the commit marker: an
+It lies next to the output (`<output>.manifest.json`), is written last and is the commit marker: an
 output without one does not count. Paths in it are relative to it, so that a folder can be moved. A
 consumer can check every tensor from its logical, contiguous bytes, in any output format.
 

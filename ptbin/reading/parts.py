@@ -21,7 +21,6 @@ from typing import Any
 
 from ptbin.errors import IncompleteCheckpointError
 from ptbin.reading.containers.checkpoint import Checkpoint
-from ptbin.reading.containers.deepspeed.rules import parallel_degree
 from ptbin.reading.containers.hf_shards import SHARDING_INFO, sharding_offsets
 from ptbin.reading.pickle.wrappers import WRAPPER, local_tensor, piece_of, placement_of
 from ptbin.values.nodes import DictNode, Instance, Opaque, iter_nodes
@@ -148,6 +147,8 @@ def _of_deepspeed(root: Any) -> str | None:
         return f"DeepSpeed's model states of one of {size} model-parallel ranks (mp_world_size)"
     if isinstance(info, DictNode) and size is None:
         return "DeepSpeed's model states with universal_checkpoint_info, and nothing says of how many ranks"
+    from ptbin.reading.containers.deepspeed.rules import parallel_degree
+
     for name in ("tp_degree", "pp_degree"):
         if (parallel_degree(root, name) or 0) > 1:
             return f"DeepSpeed's model states with {name} {parallel_degree(root, name)}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ptbin.errors import AmbiguousStateDictError, CorruptArchiveError, NoStateDictError, UnsafePickleError
-from ptbin.merging.replicas import refuse_unequal
 from ptbin.options import ConvertOptions
 from ptbin.reading.accounting import Accounting, account
 from ptbin.reading.containers import read_checkpoint
@@ -20,7 +19,6 @@ from ptbin.reading.keys import drop_entries, keep_writable, rename_entries
 from ptbin.reading.left_out import list_left_out
 from ptbin.reading.parts import accept_part, refuse_part
 from ptbin.reading.pickle.verdicts import SafetyReport, judge_programs, refuse_unsafe_fragment
-from ptbin.reading.recipe_steps import apply_recipe
 from ptbin.reading.search import Findings, find_state_dicts
 from ptbin.reading.selection import WAYS_OUT, select_state_dicts
 from ptbin.values.state_dict import Excluded, StateDict, storages_of
@@ -113,6 +111,8 @@ def read_selected(reader: RandomReader, options: ConvertOptions) -> Selected:
     refuse_unsafe(safety, options, reader.uri)
     selected = select_from(checkpoint, safety, options)
     if checkpoint.replicas:
+        from ptbin.merging.replicas import refuse_unequal
+
         entries = [entry for state_dict in selected.state_dicts for entry in state_dict.entries]
         taken = storages_of(entries)
         refuse_unequal(reader, (group for storage, group in checkpoint.replicas if id(storage) in taken))
@@ -156,6 +156,8 @@ def select_from(
         drop_entries(state_dict, options, checkpoint.uri)
         keep_writable(state_dict, checkpoint.uri, checkpoint.search)
         if options.recipe is not None:
+            from ptbin.reading.recipe_steps import apply_recipe
+
             apply_recipe(state_dict, options.recipe, checkpoint)
     selected = Selected(checkpoint, safety, state_dicts, findings, options)
     for state_dict in state_dicts:

@@ -83,7 +83,7 @@ class VersionSite:
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """A version whose files are there and proven, to be made known.
+    """A version whose files are there and proven, to be registered.
 
     Attributes:
         dest_version: what it is expected to be called there.
@@ -219,7 +219,7 @@ class Registry(ABC):
     def register(
         self, model: Model, ready: Sequence[Registration], brought: Mapping[str, str] | None = None
     ) -> list[str]:
-        """Make versions of one model known, in order; the names that they have now. It may be done again.
+        """Register versions of one model, in order; the names that they have now. It may be done again.
 
         `brought`: files of the model's own that came along: what each is now, by path, as `identity_text` has
         it. Only a registry with a `model_folder` gets any, and keeps them.

@@ -26,7 +26,7 @@ from ptbin.stores.copying import copy_file, same_content
 MAX_RECORD_NBYTES = 64 << 20
 STAGING = "_ptbin/staging"
 """Below it a folder for each version that is to take the place of its earlier state, by its fingerprint."""
-NOBODY = Origin("", "", "", "")
+NO_ORIGIN = Origin("", "", "", "")
 
 
 class FolderRegistry(Registry):
@@ -220,7 +220,7 @@ class FolderRegistry(Registry):
         for new in ready:
             folder = self.layout.folder(model.name, new.dest_version)
             old = record.row(new.dest_version)
-            if old is not None and (old.version.origin or NOBODY).fingerprint != new.fingerprint:
+            if old is not None and (old.version.origin or NO_ORIGIN).fingerprint != new.fingerprint:
                 record = record.without_version(new.dest_version)
                 self._replace(record, old, new, self._root / folder)
             path = folder[len(above) :].lstrip("/") or "."

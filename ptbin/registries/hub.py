@@ -53,6 +53,7 @@ class HubRegistry(Registry):
         if not _REFERENCE.fullmatch(self._owner):
             raise self._refuse("hf://OWNER names a user or an organisation")
         self._options = dict(options or {})
+        self._access = {name: self._options[name] for name in _OPTIONS if name in self._options}
         self._made: Any = None
 
     @property
@@ -61,7 +62,7 @@ class HubRegistry(Registry):
             require("huggingface_hub", self.uri)
             from huggingface_hub import HfApi
 
-            self._made = HfApi(**{name: self._options[name] for name in _OPTIONS if name in self._options})
+            self._made = HfApi(**self._access)
         return self._made
 
     @contextmanager
@@ -169,9 +170,7 @@ class HubRegistry(Registry):
         """What an earlier migration left on the main branch."""
         from huggingface_hub import HfFileSystem
 
-        filesystem = HfFileSystem(
-            **{key: self._options[key] for key in _OPTIONS if key in self._options}, skip_instance_cache=True
-        )
+        filesystem = HfFileSystem(**self._access, skip_instance_cache=True)
         path = f"{self._owner}/{name}@{MAIN}/{RECORD}"
         try:
             with self._faults(f"read {RECORD} of {name}"):
@@ -202,7 +201,9 @@ class HubRegistry(Registry):
 
     def name_problem(self, name: str) -> str | None:
         from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils._validators import validate_repo_id
+
+        # Documented under "Validators"; its stubs do not say that it is exported.
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
         try:
             validate_repo_id(f"{self._owner}/{name}")
@@ -218,9 +219,9 @@ class HubRegistry(Registry):
         if alias == MAIN:
             return f"{MAIN} is the branch that holds the newest version"
         if not _REFERENCE.fullmatch(alias):
-            return "no name of a tag"
+            return "not a valid name for a tag"
         if alias in names:
-            return "a version's tag is called so"
+            return "a version's tag has that name"
         return None
 
     def place(self, model: Model, version: Version, dest_version: str, fingerprint: str) -> VersionSite:
@@ -352,9 +353,7 @@ def _name_of_version(tags: Sequence[str], known: Collection[str] | None) -> str 
 
 def _name(version: str, aliases: Mapping[str, str]) -> Name:
     if version == MAIN:
-        return Name(
-            problem=f"{MAIN} is a branch there and can be no version's tag: give it a tag at the source"
-        )
+        return Name(problem=f"{MAIN} is a branch there, not a tag: give the version a tag at the source")
     if not _REFERENCE.fullmatch(version):
         return Name(problem=f"version {version!r} cannot be a tag")
     if version in aliases:

@@ -103,10 +103,10 @@ class Connection:
             ) as database:
                 rows = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
         except sqlite3.Error as error:
-            raise UsageError(f"{self.uri}: no database that can be read: {error}") from error
+            raise UsageError(f"{self.uri}: the database cannot be read: {error}") from error
         tables = {str(name) for (name,) in rows}
         if not tables >= _OWN_TABLES:
-            raise UsageError(f"{self.uri}: no database of MLflow's: it has no model registry")
+            raise UsageError(f"{self.uri}: not a database of MLflow: it has no model registry")
         if missing := _expected_tables() - tables:
             raise UsageError(
                 f"{self.uri}: a database of another MLflow, without {', '.join(sorted(missing))[:200]}: "

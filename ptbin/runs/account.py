@@ -19,7 +19,7 @@ from ptbin.history.failures import write_unconverted
 from ptbin.runs.ending import Do, end_run
 from ptbin.runs.outcomes import Outcome, one_line
 from ptbin.runs.remembering import Memory
-from ptbin.runs.tally import Entry, Tally
+from ptbin.runs.tally import Tally
 
 FULL_AFTER = 3
 """After that many failures for want of room a run ends: each of the rest would be read whole to fail so."""
@@ -60,7 +60,7 @@ class Account:
         self._segments = 0
         self._dest = plan.sides.dest_at(tally.place)
 
-    def open(self) -> list[Entry]:
+    def open(self) -> list[Outcome]:
         """Take over what earlier runs failed at; what the listing refuses, in the plan's order.
 
         Where it cannot be read what failed, nothing is known, and the run fails.
@@ -85,7 +85,7 @@ class Account:
         self.count_untouched()
         self.tally.add_rest(self.plan.work, self.settled)
 
-    def settle(self, job: Job, outcome: Outcome) -> Entry:
+    def settle(self, job: Job, outcome: Outcome) -> Outcome:
         """A job has its final outcome."""
         self._full += outcome.is_full
         self.settled.add(job.path)
@@ -109,7 +109,7 @@ class Account:
         self.remember([replace(row, manifest=self.plan.work.relative_manifest(job))])
 
     def remember(self, rows: Iterable[FinishedRow]) -> None:
-        """Rows for the index of finished work, written every so often."""
+        """Rows for the index of finished work, written in segments."""
         self._rows.extend(rows)
         if len(self._rows) >= SEGMENT_ROWS:
             self.write_index()

@@ -24,7 +24,7 @@ from ptbin.options import ConvertOptions
 from ptbin.preparing import Preview, preview
 from ptbin.runs.outcomes import Outcome, outcome_of_job
 from ptbin.runs.remembering import CheckpointMemory
-from ptbin.runs.tally import Entry, Tally
+from ptbin.runs.tally import Tally
 from ptbin.sources.leftovers import is_leftover
 from ptbin.stores import NO_OPTIONS, Sides
 from ptbin.stores.copying import find_in_place
@@ -91,9 +91,9 @@ class DryRun:
     def add_failed(self, job: Job, error: Exception) -> None:
         """A job that the run would reject, or pass over."""
         entry = self.tally.add(job, outcome_of_job(job, error))
-        if entry.outcome == "left_alone":
+        if entry.kind == "left_alone":
             self.left_alone.append(job)
-        elif entry.outcome == "not_a_checkpoint":
+        elif entry.kind == "not_a_checkpoint":
             self.not_checkpoints.append(job)
         else:
             self._add(problem_of(job.source_uri, error), entry)
@@ -103,8 +103,8 @@ class DryRun:
         for problem, entry in zip(problems, self.tally.add_collisions(problems), strict=True):
             self._add(problem, entry)
 
-    def _add(self, problem: Problem, entry: Entry) -> None:
-        (self.known if entry.outcome == "known" else self.problems).append(problem)
+    def _add(self, problem: Problem, entry: Outcome) -> None:
+        (self.known if entry.kind == "known" else self.problems).append(problem)
 
     def to_json(self) -> dict[str, Any]:
         """The document of `--dry-run --json`."""

@@ -17,7 +17,7 @@ from ptbin.registries.contents import NoCheckpointError, is_of_training
 from ptbin.registries.migration import plan_version
 from ptbin.runs.outcomes import Converted, Outcome
 from ptbin.runs.remembering import state_of
-from ptbin.runs.tally import Entry, Tally
+from ptbin.runs.tally import Tally
 from ptbin.stores import NO_OPTIONS, Sides
 
 
@@ -38,13 +38,10 @@ class MigrationTally(Tally):
             ("not tried", self.count("not_tried")),
         ]
 
-    def message(self) -> str:
-        return Tally.message(self).replace("converted ", "migrated ", 1)
-
-    def close(self, step: Step, outcome: Outcome) -> Entry:
+    def close(self, step: Step, outcome: Outcome) -> Outcome:
         """A version has its final outcome: a row for it, and an entry for each checkpoint in it."""
         entry = self.add_version(step.version, outcome)
-        row = step.to_json() | {"outcome": entry.outcome}
+        row = step.to_json() | {"outcome": entry.kind}
         del row["action"]
         written = outcome.written
         if written is not None and written.dest_version:
@@ -59,16 +56,16 @@ class MigrationTally(Tally):
         self.versions.append(row)
         return entry
 
-    def add_version(self, version: Version, outcome: Outcome) -> Entry:
+    def add_version(self, version: Version, outcome: Outcome) -> Outcome:
         """Count a version. The entry that is returned stands for all of it: `migrated` if it came along."""
         written = outcome.written
         if outcome.kind != "converted" or written is None:
-            return self._append(Entry.of(version.uri, 0, outcome), state_of(version))
+            return self._append(replace(outcome, source=version.uri), state_of(version))
         self.counts["converted"] += 1
         self.files["copied"] += written.copied
-        whole = Entry(version.path, version.uri, 0, "migrated", seconds=outcome.seconds)
+        whole = Outcome(version.path, "migrated", source=version.uri, seconds=outcome.seconds)
         for part in written.parts:
-            own = replace(whole, path=f"{version.path}/{part.path}", outcome="converted")
+            own = replace(whole, path=f"{version.path}/{part.path}", kind="converted")
             self.entries.append(replace(own, nbytes=part.nbytes, converted=part.converted))
         fresh = [part.converted for part in written.parts if part.fresh]
         read, wrote = sum(each.read_nbytes for each in fresh), sum(each.written_nbytes for each in fresh)
@@ -131,7 +128,7 @@ def dry_run(
             refused = Outcome(step.version.path, "rejected", row["reason"], row["detail"])
             entry = tally.add_version(step.version, refused)
             problem = {"source": entry.path, "reason": entry.reason, "detail": entry.detail}
-            (known if entry.outcome == "known" else problems).append(problem)
+            (known if entry.kind == "known" else problems).append(problem)
     lost = [f"{model.model.name}: {text}" for model in plan.models for text in model.not_kept]
     return {
         "dry_run": True,

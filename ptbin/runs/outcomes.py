@@ -14,6 +14,7 @@ from ptbin.catalog.finished import FinishedRow, row_of
 from ptbin.catalog.jobs import passed_over_as
 from ptbin.errors import CheckpointError, NoSpaceError, OutputCollisionError, PtbinError
 from ptbin.runs.retrying import is_transient
+from ptbin.runs.units import format_nbytes
 from ptbin.stores import Identity, identity_text
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 Kind = Literal[
     "staged",
     "converted",
+    "migrated",
     "proven",
     "updated",
     "copied",
@@ -33,6 +35,7 @@ Kind = Literal[
     "not_tried",
     "rejected",
     "failed",
+    "known",
 ]
 DETAIL_LENGTH = 500
 NAMED_GLOBALS = 10
@@ -137,9 +140,10 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of the checkpoint at `path` (below SOURCE). `staged`: written, not yet proven.
+    """What became of the checkpoint at `path` (below SOURCE): one value from the task to the report.
 
-    `left_alone`: an optimizer, a scheduler, ... (`detail` says what); not a fault.
+    `staged`: written, not yet proven. `left_alone`: an optimizer, a scheduler, ... (`detail` says what); not
+    a fault. `known`: it failed, which is acknowledged. The last five fields are what the run adds to it.
     """
 
     path: str
@@ -159,6 +163,47 @@ class Outcome:
     """Of a manifest: all that was found wrong; `reason` and `detail` are the first one's."""
     digests: tuple[tuple[str, tuple[str, str]], ...] = ()
     """Of a manifest: URI of each output, and the SHA-256 and the run that it states."""
+    source: str = ""
+    """URI of the source."""
+    nbytes: int = 0
+    """Size of the source."""
+    novelty: str = ""
+    """Of a failure: `new`, `old` or `known`."""
+    since: str = ""
+    """Of a failure: when a run first found it like this."""
+    because: str = ""
+    """Of a known one: what its acknowledgement says, and until when it holds."""
+
+    @property
+    def read_nbytes(self) -> int:
+        return self.converted.read_nbytes if self.converted is not None else 0
+
+    @property
+    def written_nbytes(self) -> int:
+        return self.converted.written_nbytes if self.converted is not None else 0
+
+    @property
+    def words(self) -> str:
+        """Its kind as people read it: `up to date`."""
+        return self.kind.replace("_", " ")
+
+    @property
+    def age(self) -> str:
+        """Of a failure, for tables: `new`, or the day since when it is like this."""
+        return "new" if self.novelty == "new" else self.since[:10]
+
+    def line(self) -> str:
+        """Of what went well, for logs: `converted a.pt (1.50 MiB, 1.20 MiB written) in 0.21 s`."""
+        written = f", {format_nbytes(self.written_nbytes)} written" if self.written_nbytes else ""
+        detail = f"; {self.detail}" if self.detail else ""
+        size = format_nbytes(self.nbytes)
+        return f"{self.words} {self.path} ({size}{written}) in {self.seconds:.2f} s{detail}"
+
+    def problem(self) -> dict[str, str]:
+        """As a row of the summary."""
+        row = {"source": self.source, "reason": self.reason, "detail": self.detail}
+        row |= {"novelty": self.novelty, "since": self.since}
+        return row | ({"because": self.because} if self.because else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +234,7 @@ def outcome_of_error(path: str, error: Exception) -> Outcome:
 
 
 def outcome_of_job(job: Job, error: Exception) -> Outcome:
-    """As `outcome_of_error`, of a candidate that may turn out to be no checkpoint, or none of a model."""
+    """As `outcome_of_error`, of a candidate that may not be a checkpoint, or not one of a model."""
     passed = passed_over_as(job, error)
     return (
         outcome_of_error(job.path, error)

@@ -22,8 +22,9 @@ from typing import Any
 from ptbin.errors import UsageError
 from ptbin.installed import is_installed
 from ptbin.manifests.checksums import CHECKSUM_LIST, checksum_line
+from ptbin.runs.outcomes import Outcome
 from ptbin.runs.report import render_report
-from ptbin.runs.tally import Entry, Tally
+from ptbin.runs.tally import Tally
 
 LISTS = (
     "deleted_paths", "initial", "problems", "known_problems", "resolved_problems", "versions", "manifests",
@@ -111,7 +112,7 @@ def record_files(
     return files
 
 
-def sha256sums(entries: Iterable[Entry], dest: str) -> str:
+def sha256sums(entries: Iterable[Outcome], dest: str) -> str:
     """Lines as GNU `sha256sum` writes and reads them, sorted by path."""
     root = dest.rstrip("/") + "/"
     lines = []
@@ -125,7 +126,7 @@ def sha256sums(entries: Iterable[Entry], dest: str) -> str:
     return "".join(checksum_line(path, digest) for path, digest in sorted(lines))
 
 
-def manifests_by_tensor(entries: Iterable[Entry]) -> list[str]:
+def manifests_by_tensor(entries: Iterable[Outcome]) -> list[str]:
     """Manifests of outputs whose checksum lines are their tensors' (`manifests.checksums.tensor_lines`)."""
     return [
         entry.converted.manifest_uri
@@ -134,12 +135,12 @@ def manifests_by_tensor(entries: Iterable[Entry]) -> list[str]:
     ]
 
 
-def _by_reason(entries: Iterable[Entry]) -> dict[str, dict[str, int]]:
+def _by_reason(entries: Iterable[Outcome]) -> dict[str, dict[str, int]]:
     """How many ended in each outcome for each reason."""
     found: dict[str, Counter[str]] = {}
     for entry in entries:
         if entry.reason:
-            found.setdefault(entry.outcome, Counter())[entry.reason] += 1
+            found.setdefault(entry.kind, Counter())[entry.reason] += 1
     return {outcome: dict(sorted(reasons.items())) for outcome, reasons in sorted(found.items())}
 
 
@@ -150,16 +151,16 @@ def _oldest_unconverted(tally: Tally) -> dict[str, str] | None:
     return {"path": oldest.path, "since": oldest.waits_since} if oldest is not None else None
 
 
-def _in_order(entries: Iterable[Entry]) -> list[Entry]:
+def _in_order(entries: Iterable[Outcome]) -> list[Outcome]:
     return sorted(entries, key=lambda entry: entry.path)
 
 
-def _entry_json(entry: Entry) -> dict[str, Any]:
+def _entry_json(entry: Outcome) -> dict[str, Any]:
     row: dict[str, Any] = {
         "path": entry.path,
         "source": entry.source,
         "size": entry.nbytes,
-        "outcome": entry.outcome,
+        "outcome": entry.kind,
     }
     if entry.seconds:
         row["seconds"] = round(entry.seconds, 3)
@@ -169,7 +170,7 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
             row |= {"novelty": entry.novelty, "since": entry.since}
         if entry.because:
             row["because"] = entry.because
-    elif entry.outcome == "left_alone" or (entry.outcome == "copied" and entry.detail):
+    elif entry.kind == "left_alone" or (entry.kind == "copied" and entry.detail):
         row["detail"] = entry.detail
     if entry.converted is not None:
         row |= {

@@ -25,7 +25,7 @@ class RunResult:
         record: URI of the run record (run.json), `report`: of the page for people; empty where a run leaves
             none (`verify`), or where it could not be written.
         seconds: how long it took.
-        interrupted: whether it was told to stop before its end.
+        interrupted: whether it was interrupted.
     """
 
     run_id: str

@@ -1,9 +1,9 @@
 """What a conversion run has come to so far: outcomes in, counts, message and summary out. Pure.
 
 Every checkpoint that was planned ends in exactly one of: converted, up to date, rejected (its own
-fault), failed (anybody else's), known (either of the two, and acknowledged), not a checkpoint (content that
+fault), failed (any other fault), known (either of the two, and acknowledged), not a checkpoint (content that
 its place had suggested), left alone (what training leaves next to weights: optimizers, schedulers, ...), not
-tried (the run was told to stop at the first problem). The ledger (`ptbin.history.failures`) says what of it
+tried (the run ended before it got to them). The ledger (`ptbin.history.failures`) says what of it
 is new.
 """
 
@@ -20,64 +20,10 @@ from ptbin.catalog.worklist import WorkList
 from ptbin.errors import PtbinError
 from ptbin.history.failures import Ledger
 from ptbin.runs.outcomes import Converted, Kind, Outcome, one_line
-from ptbin.runs.units import format_nbytes
 from ptbin.sources.leftovers import is_leftover, leftover_role
 from ptbin.stores import identity_text
 
 LISTED = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One line of the report."""
-
-    path: str
-    source: str
-    nbytes: int
-    outcome: str
-    reason: str = ""
-    detail: str = ""
-    converted: Converted | None = None
-    seconds: float = 0.0
-    novelty: str = ""
-    """Of a failure: `new`, `old` or `known`."""
-    since: str = ""
-    """Of a failure: when a run first found it like this."""
-    because: str = ""
-    """Of a known one: what its acknowledgement says, and until when it holds."""
-
-    @classmethod
-    def of(cls, source: str, nbytes: int, outcome: Outcome) -> Entry:
-        """What became of a source of that size."""
-        facts = (outcome.reason, outcome.detail, outcome.converted, outcome.seconds)
-        return cls(outcome.path, source, nbytes, outcome.kind, *facts)
-
-    @property
-    def read_nbytes(self) -> int:
-        return self.converted.read_nbytes if self.converted is not None else 0
-
-    @property
-    def written_nbytes(self) -> int:
-        return self.converted.written_nbytes if self.converted is not None else 0
-
-    def line(self) -> str:
-        """Of what went well, for logs: `converted a.pt (1.50 MiB, 1.20 MiB written) in 0.21 s`."""
-        written = f", {format_nbytes(self.written_nbytes)} written" if self.written_nbytes else ""
-        detail = f"; {self.detail}" if self.detail else ""
-        size = format_nbytes(self.nbytes)
-        what = self.outcome.replace("_", " ")
-        return f"{what} {self.path} ({size}{written}) in {self.seconds:.2f} s{detail}"
-
-    @property
-    def age(self) -> str:
-        """Of a failure, for tables: `new`, or the day since when it is like this."""
-        return "new" if self.novelty == "new" else self.since[:10]
-
-    def problem(self) -> dict[str, str]:
-        """As a row of the summary."""
-        row = {"source": self.source, "reason": self.reason, "detail": self.detail}
-        row |= {"novelty": self.novelty, "since": self.since}
-        return row | ({"because": self.because} if self.because else {})
 
 
 @dataclass(slots=True)
@@ -87,7 +33,7 @@ class Tally:
     run_id: str
     source: str
     dest: str
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[Outcome] = field(default_factory=list)
     """What was worked on; of what was not, the first `LISTED` of each kind."""
     counts: Counter[str] = field(default_factory=Counter)
     interrupted: bool = False
@@ -119,15 +65,16 @@ class Tally:
     def place(self) -> str:
         return self.home or self.dest
 
-    def add(self, job: Job, outcome: Outcome) -> Entry:
-        return self._append(Entry.of(job.source_uri, job.source_size, outcome), identity_text(job.identity))
+    def add(self, job: Job, outcome: Outcome) -> Outcome:
+        whole = replace(outcome, source=job.source_uri, nbytes=job.source_size)
+        return self._append(whole, identity_text(job.identity))
 
-    def add_all(self, jobs: Iterable[Job], outcome: str) -> None:
+    def add_all(self, jobs: Iterable[Job], kind: Kind) -> None:
         """Jobs that nothing was done about: all count, the first ones are listed (there may be millions)."""
         for job in jobs:
-            if self.counts[outcome] < LISTED:
-                self.entries.append(Entry(job.path, job.source_uri, job.source_size, outcome))
-            self.counts[outcome] += 1
+            if self.counts[kind] < LISTED:
+                self.entries.append(Outcome(job.path, kind, source=job.source_uri, nbytes=job.source_size))
+            self.counts[kind] += 1
 
     def add_untouched(self, work: WorkList) -> None:
         """What the plan shows to be up to date, and what training leaves next to weights, by its name."""
@@ -142,12 +89,12 @@ class Tally:
             self.add_all(left, "not_tried")
         self.add_all(work.iter_to_ask(), "not_tried")  # some, where the asking was cut short
 
-    def add_collisions(self, problems: Iterable[Problem]) -> list[Entry]:
+    def add_collisions(self, problems: Iterable[Problem]) -> list[Outcome]:
         entries = []
         for problem in problems:
             kind: Kind = "rejected" if is_rejection(problem.reason) else "failed"
-            outcome = Outcome(problem.source, kind, problem.reason, problem.detail)
-            entries.append(self._append(Entry.of(problem.source, 0, outcome)))
+            outcome = Outcome(problem.source, kind, problem.reason, problem.detail, source=problem.source)
+            entries.append(self._append(outcome))
         return entries
 
     def add_run_error(self, error: BaseException) -> None:
@@ -156,27 +103,27 @@ class Tally:
         detail = one_line(f"{type(error).__name__}: {error}")
         self.run_problems.append(Problem(self.dest, reason, detail))
 
-    def _append(self, entry: Entry, state: str = "") -> Entry:
+    def _append(self, entry: Outcome, state: str = "") -> Outcome:
         entry = self._judged(entry, state)
         self.entries.append(entry)
-        self.counts[entry.outcome] += 1
+        self.counts[entry.kind] += 1
         return entry
 
-    def _judged(self, entry: Entry, state: str) -> Entry:
+    def _judged(self, entry: Outcome, state: str) -> Outcome:
         """A failure with what the ledger says of it; a known one has its own outcome."""
-        failed = entry.outcome in {"rejected", "failed"}
-        if entry.outcome not in {"rejected", "failed", "not_a_checkpoint", "left_alone"}:
+        failed = entry.kind in {"rejected", "failed"}
+        if entry.kind not in {"rejected", "failed", "not_a_checkpoint", "left_alone"}:
             return entry
-        if entry.outcome == "left_alone" and is_leftover(entry.path):
+        if entry.kind == "left_alone" and is_leftover(entry.path):
             return entry  # by its name alone: no run reads it to find that out
-        row = self.ledger.note(entry.source, entry.path, state, entry.outcome, entry.reason, entry.detail)
+        row = self.ledger.note(entry.source, entry.path, state, entry.kind, entry.reason, entry.detail)
         if not failed:
             return entry
         novelty = self.ledger.novelty(row)
         entry = replace(entry, novelty=novelty, since=row.since)
         if (known := self.ledger.acknowledgement(row)) is None:
             return entry
-        return replace(entry, outcome="known", because=f"{known.because} (until {known.until})")
+        return replace(entry, kind="known", because=f"{known.because} (until {known.until})")
 
     def count(self, outcome: str) -> int:
         return self.counts[outcome]
@@ -184,7 +131,7 @@ class Tally:
     @property
     def not_listed(self) -> dict[str, int]:
         """By outcome, how many are counted and not listed."""
-        listed = Counter(entry.outcome for entry in self.entries)
+        listed = Counter[str](entry.kind for entry in self.entries)
         return {outcome: n - listed[outcome] for outcome, n in self.counts.items() if n > listed[outcome]}
 
     @property
@@ -214,19 +161,19 @@ class Tally:
         return self.counts["rejected"] + self.counts["failed"] > 0
 
     @property
-    def problems(self) -> list[Entry]:
+    def problems(self) -> list[Outcome]:
         """What makes a run fail, new failures first."""
         return sorted(
-            (entry for entry in self.entries if entry.outcome in {"rejected", "failed"}),
+            (entry for entry in self.entries if entry.kind in {"rejected", "failed"}),
             key=lambda entry: (entry.novelty != "new", entry.path),
         )
 
     @property
-    def known(self) -> list[Entry]:
+    def known(self) -> list[Outcome]:
         """Failures that are acknowledged."""
-        return sorted((e for e in self.entries if e.outcome == "known"), key=lambda entry: entry.path)
+        return sorted((e for e in self.entries if e.kind == "known"), key=lambda entry: entry.path)
 
-    def made(self) -> list[tuple[Entry, Converted]]:
+    def made(self) -> list[tuple[Outcome, Converted]]:
         """What has an output that this run made."""
         return [
             (e, e.converted) for e in self.entries if e.converted is not None and e.converted.manifest_uri
@@ -235,7 +182,7 @@ class Tally:
     def message(self) -> str:
         """The counts as one sentence, for the flow run's state."""
         parts = [
-            f"converted {self.count('converted')}",
+            f"{'migrated' if self.kind == 'migrate' else 'converted'} {self.count('converted')}",
             f"up to date {self.count('up_to_date')}",
             f"rejected {self.count('rejected')}",
             f"failed {self.count('failed')}",

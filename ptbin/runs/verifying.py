@@ -83,7 +83,7 @@ def verify_below(
     progress: Callable[[int], None] | None,
     do: Callable[[str, Callable[[], Any]], Any] = lambda _, look: look(),
 ) -> dict[str, Any]:
-    """The summary of a verification, whoever works on the manifests.
+    """The summary of a verification; `verify_all` works on the manifests, in threads or as task runs.
 
     Args:
         dest: how `place` is called.

@@ -1,9 +1,9 @@
-"""Files that belong to a Hugging Face model beside its weights: configuration, tokenizer, chat template.
+"""Files that belong to a Hugging Face model next to its weights: configuration, tokenizer, chat template.
 
 Chosen by name, out of the source's folder or the `huggingface/` in it, where verl puts them. Code (`*.py`)
 stays where it is: a folder that ptbin writes never makes anybody run some. Neither does a Git LFS pointer go
 along, the few lines that lie in a file's place where `git lfs pull` has not been run: the output would look
-whole. (One in a checkpoint's place is told by its container, `reading.containers.unreadable`.)
+whole. (One in a checkpoint's place is recognised by its container, `reading.containers.unreadable`.)
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from flows.cli.progress import PlainProgress
 from flows.cli.summary import JSON_KEYS
 from flows.interrupts import interrupts_held
 from ptbin.errors import short_detail
-from ptbin.runs.tally import Entry
+from ptbin.runs.outcomes import Outcome
 from ptbin.runs.units import format_nbytes
 
 Captured = pytest.CaptureFixture[str]
@@ -255,7 +255,9 @@ def test_progress_without_a_terminal_is_lines_now_and_then(
     now += 6
     progress.moved(1 << 20)
     progress.moved(1 << 20)
-    progress.settled(Entry("a", "/src/a", 5, "rejected", "corrupt_archive", "/src/a: cut short"))
+    progress.settled(
+        Outcome("a", "rejected", "corrupt_archive", "/src/a: cut short", source="/src/a", nbytes=5)
+    )
     assert capsys.readouterr().err.splitlines() == [
         "ptbin: 3 files to work on, 3.00 MiB; 7 up to date",
         "ptbin: 0 of 3 files, 0 %, 2.00 MiB moved, 341 KiB/s, 6.0 s",

@@ -26,7 +26,7 @@ from flows.metric_targets import parse_targets
 from ptbin.errors import UsageError
 from ptbin.history.metrics import MEANINGS
 from ptbin.history.openmetrics import Family
-from ptbin.runs.tally import Entry
+from ptbin.runs.outcomes import Outcome
 from tasks.live import Listener, LiveRun
 from tests.servers.prometheus import MONITORING, prometheus_program
 
@@ -214,7 +214,7 @@ def test_a_meter_tells_on_what_it_is_told() -> None:
         def __init__(self) -> None:
             self.seen: list[str] = []
 
-        def settled(self, entry: Entry) -> None:
+        def settled(self, entry: Outcome) -> None:
             self.seen.append(entry.path)
 
         def stage(self, text: str) -> None:
@@ -222,7 +222,7 @@ def test_a_meter_tells_on_what_it_is_told() -> None:
 
     bar = Bar()
     meter = metering.Meter({"dest": "/out"}, bar)
-    meter.settled(Entry("a.pt", "", 0, "rejected", "corrupt_archive"))
+    meter.settled(Outcome("a.pt", "rejected", "corrupt_archive"))
     meter.stage("proving")
     assert bar.seen == ["a.pt", "proving"]
     (found,) = [family for family in meter.families(active=True) if family.name == "run_checkpoints"]

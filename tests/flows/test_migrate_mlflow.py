@@ -217,8 +217,8 @@ def load_nets() -> Any:
 
 KILLS = {
     "as the place is made": ("ptbin.registries.mlflow_registry", "MlflowRegistry.place", 3),
-    "as files are there": ("ptbin.registries.transfer", "_convert", 2),
-    "as a version is registered": ("ptbin.registries.mlflow_registry", "MlflowRegistry._register_one", 2),
+    "as files are there": ("ptbin.registries.transfer", "publish_at", 2),
+    "as a version is registered": ("mlflow", "MlflowClient.create_model_version", 1),
     "as a model is registered": ("ptbin.registries.mlflow_registry", "MlflowRegistry.register", 1),
 }
 KILLED = """

@@ -19,8 +19,9 @@ from flows.prefect.orchestrator import Orchestrator
 from flows.report_link import link_of, served_at
 from flows.report_markdown import render_markdown
 from ptbin.errors import UsageError
+from ptbin.runs.outcomes import Outcome
 from ptbin.runs.record import new_run_id
-from ptbin.runs.tally import Entry, Tally
+from ptbin.runs.tally import Tally
 from tasks.assets import asset_of
 from tasks.batches import MAX_LISTED_FAILURES
 from tasks.live import LiveRun, open_live_run
@@ -188,14 +189,14 @@ def test_a_flow_that_people_deploy_themselves_keeps_its_own_tags(
     assert sorted(json.loads(found)) == ["ptbin", "team-a"]
 
 
-def entry(path: str, novelty: str = "new") -> Entry:
-    return Entry(
+def entry(path: str, novelty: str = "new") -> Outcome:
+    return Outcome(
         path,
-        f"/in/{path}",
-        10,
         "rejected",
         "corrupt_archive",
         "cut\nshort",
+        source=f"/in/{path}",
+        nbytes=10,
         novelty=novelty,
         since="2026-11-01T02",
     )

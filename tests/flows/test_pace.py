@@ -9,7 +9,7 @@ from rich.console import Console
 
 from flows.cli.pace import Pace
 from flows.cli.progress import BarProgress, JsonLines, _rich_progress
-from ptbin.runs.tally import Entry
+from ptbin.runs.outcomes import Outcome
 
 MIB = 1 << 20
 
@@ -92,7 +92,9 @@ def test_a_terminal_of_eighty_columns_shows_it_all(monkeypatch: pytest.MonkeyPat
     for number in range(12):
         clock.now += 1
         progress.moved(8 * MIB)
-        progress.settled(Entry(f"{number}.pt", "", 10 * MIB, "converted", "corrupt_archive" * (number < 2)))
+        progress.settled(
+            Outcome(f"{number}.pt", "converted", "corrupt_archive" * (number < 2), nbytes=10 * MIB)
+        )
     with console.capture() as shown:
         console.print(bar.get_renderable())
     (line,) = shown.get().splitlines()
@@ -108,7 +110,7 @@ def test_json_lines_tell_the_same_numbers(
     monkeypatch.setattr("flows.cli.progress.time.monotonic", clock)
     lines = JsonLines()
     lines.planned(2, 100 * MIB, 0)
-    lines.settled(Entry("a.pt", "", 25 * MIB, "converted"))
+    lines.settled(Outcome("a.pt", "converted", nbytes=25 * MIB))
     clock.now += 10
     lines.moved(0)
     *_, told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]

@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from flows import conversion
 from flows.convert import convert
 from flows.prefect.orchestrator import Orchestrator
 from flows.sync import sync
+from ptbin.conversion import stage as really_stage
 from ptbin.errors import UsageError
 from ptbin.runs.record import new_run_id
 from ptbin.stores.local import LocalStore
@@ -50,6 +52,44 @@ def test_a_deadline_that_passed_while_listing_is_told_in_a_document(
     summary = json.loads(done.stdout)
     assert {problem["reason"] for problem in summary["problems"]} == {"run_stopped"}
     assert summary["converted"] == 0
+
+
+def test_a_deadline_ends_the_run_and_says_what_it_did_not_come_to(
+    good_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timers: list[Passes] = []
+
+    class Passes:
+        """A timer that is up when the test says so."""
+
+        def __init__(self, seconds: float, do: Callable[..., None], words: list[str]) -> None:
+            self.up = lambda: do(*words)
+            timers.append(self)
+
+        def start(self) -> None: ...
+
+        cancel = start
+
+    begun = 0
+
+    def stage(*arguments: Any, **options: Any) -> Any:
+        nonlocal begun
+        begun += 1
+        if begun == 4:
+            timers[0].up()
+        return really_stage(*arguments, **options)
+
+    monkeypatch.setattr("ptbin.runs.steps.stage", stage)
+    monkeypatch.setattr("flows.access.threading", SimpleNamespace(Timer=Passes))
+    state, summary = run(convert, good_source, tmp_path / "out", deadline="10s", workers=1)
+    assert state.is_failed()
+    assert [problem["reason"] for problem in summary["problems"]] == ["run_stopped"]
+    assert "deadline of 10 s" in summary["problems"][0]["detail"]
+    told = record_of(tmp_path / "out")
+    assert told["converted"] == summary["converted"]
+    assert 0 < told["converted"] < 4
+    assert told["not_tried"] == 6 - told["converted"]
+    assert not told["interrupted"]
 
 
 @pytest.mark.parametrize("flow", [convert, sync])
@@ -121,3 +161,22 @@ def test_a_run_id_that_is_no_plain_name_is_refused(good_source: Path, tmp_path: 
     assert not (tmp_path / "deep").exists()
     with pytest.raises(LookupError):
         find_live_run(run_id)
+
+
+def test_what_a_run_did_not_come_to_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mirror ends at its first problem, and then meets a fault in what follows."""
+    for number in range(4):
+        (tmp_path / "in" / f"{number}.pt").parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{number}.pt").write_bytes(b"PK\3\4" + bytes(100 + number))
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("ptbin.catalog.plan.Plan.iter_gone", fails)
+    places = tmp_path / "in", tmp_path / "out"
+    state, summary = run(sync, *places, fail_fast=True, delete=True, workers=1)
+    assert state.is_failed()
+    assert "a fault of ours" in summary["message"]
+    counts = {name: summary[name] for name in ("converted", "up_to_date", "rejected", "failed", "not_tried")}
+    assert sum(counts.values()) == 4, counts
+    assert counts["not_tried"] > 0

@@ -9,7 +9,8 @@ import torch
 from hypothesis import strategies as st
 
 from tests.checkpoints.models import convnet, weights
-from tests.checkpoints.ordinary import ORDINARY, Run
+from tests.checkpoints.ordinary import ORDINARY
+from tests.checkpoints.scripts import Run
 from tests.laws.trees import MODEL_KEYS, Tree
 
 __all__ = ["producers"]

@@ -1,5 +1,6 @@
 """The servers that tests of whole conversions talk to, and the processes of restore, started quickly."""
 
-from tests.servers.fixtures import moto_s3, rados_s3, warm_children, warm_process
+from tests.distributed_folders import dcp_folders
+from tests.servers.fixtures import moto_s3, rados_s3, warm_children
 
-__all__ = ["moto_s3", "rados_s3", "warm_children", "warm_process"]
+__all__ = ["dcp_folders", "moto_s3", "rados_s3", "warm_children"]

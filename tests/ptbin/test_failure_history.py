@@ -60,7 +60,7 @@ def test_a_failure_is_old_in_the_same_state_with_the_same_reason(
     etag: str, reason: str, novelty: str, since: str
 ) -> None:
     entry = tally().add(job(etag=etag), Outcome("cut.pt", "rejected", reason, "why"))
-    assert (entry.novelty, entry.since[:10], entry.outcome) == (novelty, since, "rejected")
+    assert (entry.novelty, entry.since[:10], entry.kind) == (novelty, since, "rejected")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_what_is_acknowledged_makes_no_run_fail_until_it_expires_or_changes(
     assert found.succeeded == is_known
     summary = found.summary(1)
     assert (summary["known"], summary["rejected"]) == (is_known, not is_known)
-    assert entry.outcome == ("known" if is_known else "rejected")
+    assert entry.kind == ("known" if is_known else "rejected")
     assert [row["source"] for row in summary["known_problems"]] == (["/in/cut.pt"] if is_known else [])
     assert ("known failures 1" in found.message()) == is_known
 

@@ -208,7 +208,7 @@ def test_the_helpers_of_the_benchmarks(trap: Trap) -> None:
         from pathlib import Path
         import run
         work = Path("work"); work.mkdir()
-        run._small_file(work, 1)
+        run.small_file(work, 1)
     """
     trap.run(sys.executable, "-P", "-c", textwrap.dedent(script))
     assert trap.sprung() == []

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from ptbin.errors import DestinationBusyError
 from ptbin.stores import open_store, place_of
 from tests.servers.endpoint import S3Endpoint
 from tests.servers.fixtures import moto_s3
+from tests.servers.prefect_stack import wait_for
 
 __all__ = ["moto_s3"]
 
@@ -30,8 +32,13 @@ class Place:
     dest: str
     options: dict[str, Any]
 
-    def acquire(self, run_id: str, lost: Callable[[str], None] = lambda _: None) -> Lease:
-        return acquire_lease(place_of(self.dest, self.options), run_id, lost=lost)
+    def acquire(
+        self,
+        run_id: str,
+        lost: Callable[[str], None] = lambda _: None,
+        tick: Callable[[], object] = lambda: None,
+    ) -> Lease:
+        return acquire_lease(place_of(self.dest, self.options), run_id, lost=lost, tick=tick)
 
     def put(self, holder: Holder) -> None:
         """A lease that nobody renews."""
@@ -104,9 +111,9 @@ def test_a_process_of_this_machine_that_is_gone_holds_nothing(place: Place) -> N
     code += "sys.stdout.buffer.write(Holder.here('dead').to_bytes())"
     data = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
     place.put(Holder.from_bytes(data, "dead"))
-    began = time.monotonic()
-    lease = place.acquire("next")
-    assert time.monotonic() - began < lease_module.STALE_AFTER_SECONDS / 2
+    waits: list[None] = []
+    lease = place.acquire("next", tick=lambda: waits.append(None))
+    assert not waits
     assert lease.follows_dead
     assert place.leases() == ["next.json"]
     lease.release()
@@ -131,23 +138,10 @@ def test_another_machine_s_lease_counts_until_it_is_not_renewed_for_long(place: 
 
 @pytest.mark.usefixtures("impatient")
 def test_another_machine_that_renews_its_lease_is_at_work(place: Place) -> None:
-    done = threading.Event()
-
-    def renew() -> None:
-        holder = elsewhere("far")
-        while not done.wait(0.05):
-            holder = replace(holder, renewals=holder.renewals + 1)
-            place.put(holder)
-
     place.put(elsewhere("far"))
-    thread = threading.Thread(target=renew)
-    thread.start()
-    try:
-        with pytest.raises(DestinationBusyError, match="on another"):
-            place.acquire("next")
-    finally:
-        done.set()
-        thread.join()
+    renewed = replace(elsewhere("far"), renewals=1)
+    with pytest.raises(DestinationBusyError, match="on another"):
+        place.acquire("next", tick=lambda: place.put(renewed))
     assert place.leases() == ["far.json"]
 
 
@@ -157,32 +151,49 @@ def test_who_was_held_for_dead_is_told_and_takes_nothing_back(place: Place) -> N
     lease = place.acquire("sleepy", lost=told.append)
     store, path = open_store(lease.uri, place.options)
     store.delete(path)
-    deadline = time.monotonic() + 5
-    while not told and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: told, 200)
     assert "held for dead" in told[0]
     assert place.leases() == []
     lease.release()
 
 
 @pytest.mark.thorough  # they wait
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("end", ["told to stop", "released", "dead"])
-def test_workers_elsewhere_hear_of_the_end(place: Place, end: str) -> None:
+def test_workers_elsewhere_hear_of_the_end(
+    place: Place, end: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "WATCH_SECONDS", 0.05)
     lease = place.acquire("run")
     stopped = threading.Event()
     if end == "dead":
+        request.getfixturevalue("impatient")
         lease.release()
         place.put(elsewhere("run"))
     LeaseWatch(place_of(lease.uri, place.options), stopped.set)
-    if end == "released":
-        assert not stopped.wait(0.9)  # longer than the patience: it is being renewed
     if end == "told to stop":
         lease.ask_to_stop()
     elif end == "released":
         lease.release()
-    assert stopped.wait(5)
+    assert stopped.wait(200)
     lease.release()
+
+
+def test_workers_elsewhere_go_on_while_a_lease_is_renewed(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(lease_module, "time", SimpleNamespace(monotonic=lambda: now, sleep=time.sleep))
+    monkeypatch.setattr(lease_module, "WATCH_SECONDS", 0.05)
+    stopped = threading.Event()
+    place.put(elsewhere("run"))
+    watch = LeaseWatch(place_of(f"{place.dest}/_ptbin/leases/run.json", place.options), stopped.set)
+    for renewals in range(1, 4):
+        place.put(replace(elsewhere("run"), renewals=renewals))
+        assert not watch.is_over()
+        now += lease_module.STALE_AFTER_SECONDS * 0.9
+    assert not stopped.is_set()
+    now += lease_module.STALE_AFTER_SECONDS
+    assert stopped.wait(200)
 
 
 @pytest.mark.thorough

@@ -6,7 +6,6 @@ import io
 import pickle
 import pickletools
 import sys
-import time
 from typing import Any
 
 import pytest
@@ -137,13 +136,12 @@ def test_every_truncation_asks_for_more_bytes() -> None:
 
 
 @pytest.mark.thorough
-def test_a_million_opcodes_take_seconds() -> None:
+def test_a_million_opcodes_end_before_the_test_s_limit() -> None:
+    """They take two seconds. Were each to look at all before it, they would take days."""
     buffer = io.BytesIO()
     pickle.Pickler(buffer, 2).dump([{"name": str(i), "value": i} for i in range(120_000)])
-    started = time.perf_counter()
     program = run_pickle(buffer.getvalue(), reducers={})
     assert program.opcodes > 1_000_000
-    assert time.perf_counter() - started < 60  # seconds on any machine; here about two
 
 
 def test_a_tuple_graph_of_a_billion_leaves_is_walked_once() -> None:

@@ -6,6 +6,9 @@ Each server starts at the first wish and once a session, however many folders im
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,12 +16,12 @@ import pytest
 from ptbin.restoring import children
 from tests.servers.endpoint import S3Endpoint
 from tests.servers.rados_gateway import RadosGateway, missing_programs
-from tests.warm_children import Warm, warm
+from tests.warm_python import stand_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-__all__ = ["moto_s3", "rados_s3", "warm_children", "warm_process"]
+__all__ = ["moto_s3", "rados_s3", "warm_children"]
 
 _MOTO = pytest.StashKey[S3Endpoint]()
 _RADOS = pytest.StashKey[S3Endpoint]()
@@ -65,13 +68,14 @@ def _start_rados(config: pytest.Config) -> S3Endpoint:
     return gateway.start()
 
 
-@pytest.fixture(scope="session")
-def warm_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    with warm(tmp_path_factory.mktemp("warm")) as process:
-        yield process
+class _Killed(subprocess.Popen[bytes]):
+    """A stand-in that is killed outright ends before what it stands for; this way both end."""
+
+    kill = subprocess.Popen.terminate
 
 
 @pytest.fixture
-def warm_children(warm_process: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
+def warm_children(monkeypatch: pytest.MonkeyPatch) -> None:
     """Restore's child processes are forked from one that has torch."""
-    monkeypatch.setattr(children, "subprocess", warm_process)
+    monkeypatch.setattr(sys, "executable", stand_in())
+    monkeypatch.setattr(children, "subprocess", SimpleNamespace(Popen=_Killed, PIPE=subprocess.PIPE))

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.warm_python import parent_of, stand_in
+from tests.warm_forks import parent_of
+from tests.warm_python import stand_in
 
 __all__ = ["FINAL", "PrefectStack", "descendants", "postgres_programs", "prefect_stack", "wait_for"]
 

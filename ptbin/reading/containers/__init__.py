@@ -1,47 +1,29 @@
 """Opening a checkpoint: which container it is, by content; its index read; its storages placed.
 
-`CONTAINERS` and `FOLDER_CONTAINERS` are all there are: a new one is a module and a row here. Reads no
-weights. Costs: for a remote torch zip the tail, the directory where that is larger than 64 KiB, and the
-pickle; for a legacy file the pickles at its beginning; for a folder its index, or the index of each file.
+`CONTAINERS` and, for folders, `folders.FOLDER_CONTAINERS` are all there are: a new one is a module and a row
+in one of the two. Reads no weights.
+
+Costs: for a remote torch zip the tail, the directory where that is larger than 64 KiB, and the pickle; for a
+legacy file the pickles at its beginning; for a folder its index, or the index of each file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 from ptbin.errors import EmptyFileError, NotACheckpointError, UnsupportedFormatError
 from ptbin.options import Limits
 from ptbin.reading.containers.archives import read_tar_archive
 from ptbin.reading.containers.checkpoint import Checkpoint, Folder, Opening
-from ptbin.reading.containers.dcp.folder import read_dcp
-from ptbin.reading.containers.deepspeed.experts import read_deepspeed_experts
-from ptbin.reading.containers.deepspeed.layers import read_deepspeed_layers
-from ptbin.reading.containers.deepspeed.ranks import read_deepspeed_ranks
-from ptbin.reading.containers.deepspeed.universal import read_deepspeed_universal
-from ptbin.reading.containers.deepspeed.zero import read_deepspeed
-from ptbin.reading.containers.hf_shards import read_hf_shards
-from ptbin.reading.containers.indexed import read_indexed
 from ptbin.reading.containers.legacy import read_legacy, read_raw_pickle
-from ptbin.reading.containers.megatron_parts import read_megatron_parts
-from ptbin.reading.containers.meta_parts import read_meta_parts
-from ptbin.reading.containers.rank_files import read_rank_files
 from ptbin.reading.containers.safetensors import read_safetensors
 from ptbin.reading.containers.source import RandomReader, SourceFile
 from ptbin.reading.containers.torch_zip import read_zip
 from ptbin.reading.containers.unreadable import refuse_compressed, refuse_known_foreign
 from ptbin.reading.containers.zip_directory import refuse_prefixed_zip
-from ptbin.sources.deepspeed_names import deepspeed_checkpoint
-from ptbin.sources.folders import DCP_METADATA
-from ptbin.sources.part_names import (
-    INDEX_SUFFIX,
-    is_megatron_name,
-    is_meta_name,
-    is_rank_name,
-    is_torch_shard,
-)
 from ptbin.stores.joined import JoinedReader
 
-__all__ = ["CONTAINERS", "FOLDER_CONTAINERS", "read_checkpoint"]
+__all__ = ["CONTAINERS", "read_checkpoint"]
 
 CONTAINERS: tuple[Callable[[Opening], Checkpoint | None], ...] = (
     # By the head first: any file may hold the bytes of a zip's end record by chance.
@@ -55,21 +37,6 @@ CONTAINERS: tuple[Callable[[Opening], Checkpoint | None], ...] = (
     refuse_prefixed_zip,
 )
 """Each answers None for a file that is not its own."""
-
-FOLDER_CONTAINERS: tuple[tuple[Callable[[Collection[str]], bool], Callable[[Folder], Checkpoint]], ...] = (
-    (lambda names: DCP_METADATA in names, read_dcp),
-    (lambda names: deepspeed_checkpoint(names)[0] == "deepspeed_universal", read_deepspeed_universal),
-    (lambda names: deepspeed_checkpoint(names)[0] == "deepspeed_layers", read_deepspeed_layers),
-    (lambda names: deepspeed_checkpoint(names)[0] == "deepspeed_experts", read_deepspeed_experts),
-    (lambda names: deepspeed_checkpoint(names)[0] == "deepspeed_zero", read_deepspeed),
-    (lambda names: deepspeed_checkpoint(names)[0] == "deepspeed_ranks", read_deepspeed_ranks),
-    (lambda names: any(is_torch_shard(name) for name in names), read_hf_shards),
-    (lambda names: is_meta_name(next(iter(names))), read_meta_parts),
-    (lambda names: is_megatron_name(next(iter(names))), read_megatron_parts),
-    (lambda names: any(name.endswith(INDEX_SUFFIX) for name in names), read_indexed),
-    (lambda names: is_rank_name(next(iter(names))), read_rank_files),
-)
-"""By the names of the files: whose they are, and its reader."""
 
 
 def read_checkpoint(
@@ -89,6 +56,9 @@ def read_checkpoint(
     limits = limits or Limits()
     if not isinstance(reader, JoinedReader):
         return _read_file(Opening(SourceFile(reader), limits, _read_file))
+    # Most checkpoints are one file: what reads several, and merges them, is imported for those alone.
+    from ptbin.reading.containers.folders import FOLDER_CONTAINERS
+
     for is_one, read in FOLDER_CONTAINERS:
         if is_one(reader.names):
             return read(Folder(reader, limits, _read_file, recipe, parts))

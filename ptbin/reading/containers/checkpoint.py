@@ -11,10 +11,9 @@ import dataclasses
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import CorruptArchiveError, PtbinError, UnsupportedFormatError
-from ptbin.merging.replicas import Replicas
 from ptbin.options import Limits
 from ptbin.reading.containers.source import MemoryReader, SourceFile
 from ptbin.reading.pickle.gc_pause import gc_paused
@@ -25,6 +24,9 @@ from ptbin.reading.tree import DataSearch
 from ptbin.stores.joined import JoinedReader
 from ptbin.values.state_dict import Excluded
 from ptbin.values.tensors import ByteRange, Deflated, InMemory, Joined, Place, Storage, Tiled, distinct_bytes
+
+if TYPE_CHECKING:
+    from ptbin.merging.replicas import Replicas
 
 # Pickles nest torch.save in torch.save when somebody pickles a storage by plain pickle; never deeper.
 MAX_NESTING = 4

@@ -1,7 +1,8 @@
+"""Objects on S3: what requests cost, which buckets, keys and options are taken, and threads and forks."""
+
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import subprocess
@@ -15,36 +16,19 @@ from botocore import UNSIGNED
 from ptbin.errors import (
     AccessDeniedError,
     NotFoundInStoreError,
-    SourceChangedError,
     StorageError,
     UsageError,
 )
 from ptbin.sources.opening import find_source
 from ptbin.stores import open_store
 from ptbin.stores.parts import PartRules
-from ptbin.stores.requests import RetryPolicy
 from ptbin.stores.s3 import S3Store
 from ptbin.stores.s3_client import S3Client
 from ptbin.stores.s3_writer import part_nbytes_for
 from ptbin.version import __version__
-from tests.servers.asked import Bend, asked, refusal
 from tests.servers.endpoint import QUICK, S3Endpoint
-from tests.servers.faulty_proxy import Fault, FaultyProxy, Request, faulty_proxy
-
-MIB = 1 << 20
-CONTENT = os.urandom(MIB) * 30
-
-
-@pytest.fixture
-def bucket(moto_s3: S3Endpoint) -> str:
-    return moto_s3.make_bucket()
-
-
-@pytest.fixture
-def store(proxy: FaultyProxy) -> S3Store:
-    """A store that talks through the proxy."""
-    return S3Endpoint(proxy.url).store()
-
+from tests.servers.faulty_proxy import FaultyProxy
+from tests.servers.large_object import CONTENT, MIB
 
 # ------------------------------------------------------------------------------------------------- requests
 
@@ -168,277 +152,7 @@ def test_memory_does_not_grow_with_the_object(moto_s3: S3Endpoint, bucket: str) 
     assert many < few + 24 * MIB
 
 
-# ------------------------------------------------------------------------------------------------- retries
-
-
-@pytest.mark.parametrize("kind", ["503", "500", "reset", "short"])
-def test_a_read_outlasts_passing_faults(proxy: FaultyProxy, store: S3Store, bucket: str, kind: Any) -> None:
-    store.write_bytes(f"{bucket}/x", CONTENT)
-    gets = lambda request: request.method == "GET"  # noqa: E731
-    with store.open_reader(f"{bucket}/x") as reader:
-        proxy.faults += [Fault(kind, gets)] * 3
-        proxy.requests.clear()
-        assert reader.read(5, 1000) == CONTENT[5:1005]
-        # aiohttp asks again by itself, once, where a connection was closed.
-        assert reader.requests == (2 if kind == "reset" else 4)
-    assert proxy.count("GET") == 4
-    assert not proxy.faults
-
-
-@pytest.mark.parametrize("kind", ["503", "reset", "short"])
-def test_attempts_at_reading_are_bounded(proxy: FaultyProxy, store: S3Store, bucket: str, kind: Any) -> None:
-    store.write_bytes(f"{bucket}/x", CONTENT)
-    with store.open_reader(f"{bucket}/x") as reader:
-        proxy.faults += [Fault(kind, lambda request: request.method == "GET")] * 20
-        proxy.requests.clear()
-        with pytest.raises(StorageError, match=f"s3://{bucket}/x") as caught:
-            reader.read(0, 1000)
-    assert caught.value.transient
-    assert proxy.count("GET") == QUICK.attempts * (2 if kind == "reset" else 1)
-
-
-def test_a_permanent_fault_is_not_repeated(proxy: FaultyProxy, store: S3Store, bucket: str) -> None:
-    store.write_bytes(f"{bucket}/x", b"x")
-    proxy.faults += [Fault("403", lambda request: request.method == "GET")] * 2
-    with pytest.raises(AccessDeniedError, match="AccessDenied"):
-        store.read_bytes(f"{bucket}/x")
-    assert proxy.count("GET") == 1
-
-
-@pytest.mark.parametrize("kind", ["503", "500", "reset", "lost-answer"])
-def test_an_upload_outlasts_passing_faults(
-    proxy: FaultyProxy, store: S3Store, moto_s3: S3Endpoint, bucket: str, kind: Any
-) -> None:
-    proxy.faults += [
-        Fault(kind, lambda request: "partNumber=2" in request.path),
-        Fault(kind, lambda request: "partNumber=4" in request.path),
-        # A completion whose answer is lost has happened: the repetition finds no upload any more.
-        Fault(kind, lambda request: request.method == "POST" and "uploadId" in request.path),
-    ]
-    with store.open_writer(f"{bucket}/x", size_hint=len(CONTENT)) as writer:
-        writer.write(CONTENT)
-        writer.commit()
-    assert not proxy.faults
-    assert store.read_bytes(f"{bucket}/x") == CONTENT
-    assert moto_s3.uploads_in(bucket) == []
-
-
-@pytest.mark.s3_real
-def test_a_completion_whose_answer_was_lost_is_found_done(rados_s3: S3Endpoint) -> None:
-    bucket = rados_s3.make_bucket()
-    with faulty_proxy(rados_s3.url) as proxy:
-        store = S3Endpoint(proxy.url).store()
-        completes = lambda request: request.method == "POST" and "uploadId" in request.path  # noqa: E731
-        proxy.faults.append(Fault("lost-answer", completes))
-        write_large(store, bucket)
-        assert proxy.count("POST", "uploadId") == 2
-        assert store.read_bytes(f"{bucket}/x") == CONTENT
-
-
-@pytest.mark.parametrize("completed", [True, False])
-def test_a_missing_upload_is_a_success_only_where_the_object_is_there(
-    moto_s3: S3Endpoint, bucket: str, completed: bool
-) -> None:
-    # What S3 answers to a repeated completion; both servers of the suite accept it a second time.
-    store = moto_s3.store()
-
-    def forget(method: str, parameters: dict[str, Any]) -> None:
-        if method == "complete_multipart_upload":
-            if completed:
-                moto_s3.store(anon=False).client.call(method, bucket, **parameters)
-            raise refusal("NoSuchUpload", 404)
-
-    if completed:
-        with asked(moto_s3.storage_options, forget):
-            write_large(store, bucket)
-        assert store.read_bytes(f"{bucket}/x") == CONTENT
-    else:
-        store.write_bytes(f"{bucket}/x", b"an older one")
-        with asked(moto_s3.storage_options, forget), pytest.raises(StorageError, match="NoSuchUpload"):
-            write_large(store, bucket)
-        assert store.read_bytes(f"{bucket}/x") == b"an older one"
-        assert moto_s3.uploads_in(bucket) == []
-
-
-def test_an_upload_whose_beginning_was_not_heard_of_is_discarded_later(
-    proxy: FaultyProxy, store: S3Store, moto_s3: S3Endpoint, bucket: str
-) -> None:
-    begins = lambda request: request.method == "POST" and "uploads" in request.path  # noqa: E731
-    proxy.faults += [Fault("lost-answer", begins)] * 2
-    write_large(store, bucket)
-    assert store.read_bytes(f"{bucket}/x") == CONTENT
-    assert moto_s3.uploads_in(bucket) == ["x", "x"]  # which of them is ours, no answer says
-    assert store.discard_unfinished(bucket, lambda path: path == "x") == 2
-    assert moto_s3.uploads_in(bucket) == []
-
-
-def test_a_small_object_outlasts_them_too(proxy: FaultyProxy, store: S3Store, bucket: str) -> None:
-    proxy.faults += [Fault("503"), Fault("reset"), Fault("500")]
-    store.write_bytes(f"{bucket}/x", b"weights")
-    assert store.read_bytes(f"{bucket}/x") == b"weights"
-
-
-def failing(request: Request) -> bool:
-    return "partNumber=3" in request.path
-
-
-@pytest.mark.parametrize("fault", [Fault("403", failing), Fault("503", failing)], ids=["403", "503"])
-def test_a_failed_upload_is_aborted(
-    proxy: FaultyProxy, store: S3Store, moto_s3: S3Endpoint, bucket: str, fault: Fault
-) -> None:
-    proxy.faults += [fault] * 9
-    with pytest.raises(StorageError, match=f"cannot write s3://{bucket}/x"):
-        write_large(store, bucket)
-    assert moto_s3.uploads_in(bucket) == []
-    assert list(store.iter_objects(bucket)) == []
-
-
-def test_a_failing_abort_does_not_hide_the_first_error(
-    proxy: FaultyProxy, store: S3Store, bucket: str
-) -> None:
-    proxy.faults += [Fault("403", failing)]
-    proxy.faults += [Fault("500", lambda request: request.method == "DELETE")] * 9
-    with pytest.raises(AccessDeniedError, match="cannot write"):
-        write_large(store, bucket)
-    assert proxy.count("DELETE") == QUICK.attempts
-
-
-def test_an_upload_under_way_is_given_up_with_the_writer(
-    store: S3Store, moto_s3: S3Endpoint, bucket: str
-) -> None:
-    with (
-        contextlib.suppress(KeyboardInterrupt),
-        store.open_writer(f"{bucket}/x", size_hint=1 << 30) as writer,
-    ):
-        writer.write(CONTENT)
-        assert moto_s3.uploads_in(bucket) == ["x"]
-        raise KeyboardInterrupt
-    assert moto_s3.uploads_in(bucket) == []
-
-
-def test_an_unreachable_store_is_a_transient_error() -> None:
-    policy = RetryPolicy(attempts=2, first_delay_s=0.01)
-    store = S3Endpoint("http://127.0.0.1:9").store(retry=policy)  # the discard port: nobody listens
-    with pytest.raises(StorageError, match="does not answer") as caught:
-        store.stat("bucket/x")
-    assert caught.value.transient
-
-
-# ------------------------------------------------------------------------------------------------- the pin
-
-
-@pytest.mark.parametrize("versioned", [False, True])
-def test_every_range_belongs_to_the_object_seen_first(moto_s3: S3Endpoint, versioned: bool) -> None:
-    check_pin(moto_s3, versioned=versioned)
-
-
-@pytest.mark.s3_real
-@pytest.mark.parametrize("versioned", [False, True])
-def test_every_range_belongs_to_the_object_seen_first_on_a_real_server(
-    rados_s3: S3Endpoint, versioned: bool
-) -> None:
-    check_pin(rados_s3, versioned=versioned)
-
-
-def check_pin(endpoint: S3Endpoint, *, versioned: bool) -> None:
-    """Unversioned: refused. Versioned: the old version is read on, and the change is told at the end."""
-    bucket = endpoint.make_bucket(versioned=versioned)
-    store = endpoint.store()
-    store.write_bytes(f"{bucket}/x", b"old" * 6 * MIB)
-    with store.open_reader(f"{bucket}/x") as reader:
-        assert ("VersionId" in reader.copy_source["CopySource"]) is versioned
-        pieces = reader.iter_range(0, reader.size, chunk_nbytes=MIB // 4)
-        got = [next(pieces)]
-        store.write_bytes(f"{bucket}/x", b"new" * 6 * MIB)
-        if versioned:
-            assert b"".join([*got, *pieces]) == b"old" * 6 * MIB
-            assert reader.read(0, 3) == b"old"
-        else:
-            with pytest.raises(SourceChangedError, match=f"s3://{bucket}/x"):
-                got += list(pieces)
-            assert b"new" not in b"".join(got)
-            with pytest.raises(SourceChangedError):
-                reader.read(0, 3)
-        with pytest.raises(SourceChangedError):
-            reader.check_unchanged()
-
-
-def test_every_range_is_asked_for_on_condition(proxy: FaultyProxy, store: S3Store, bucket: str) -> None:
-    store.write_bytes(f"{bucket}/x", CONTENT)
-    with store.open_reader(f"{bucket}/x") as reader:
-        proxy.requests.clear()
-        reader.read(0, 5)
-        list(reader.iter_range(0, len(CONTENT)))
-        list(reader.iter_ranges([(0, 5), (20 * MIB, 7)]))
-        etag = reader.identity.value
-    assert len(proxy.requests) == 7
-    assert {request.if_match for request in proxy.requests} == {f'"{etag}"'}
-
-
-def test_an_object_that_shrank_is_another_one(moto_s3: S3Endpoint, bucket: str) -> None:
-    store = moto_s3.store()
-    store.write_bytes(f"{bucket}/x", CONTENT)
-    with store.open_reader(f"{bucket}/x") as reader:
-        store.write_bytes(f"{bucket}/x", b"0")
-        with pytest.raises(SourceChangedError):
-            reader.read(5, 5)
-
-
-def test_a_deleted_object_is_another_one(moto_s3: S3Endpoint, bucket: str) -> None:
-    store = moto_s3.store()
-    store.write_bytes(f"{bucket}/x", CONTENT)
-    with store.open_reader(f"{bucket}/x") as reader:
-        store.delete(f"{bucket}/x")
-        with pytest.raises(SourceChangedError, match="deleted"):
-            reader.read(5, 5)
-
-
-def test_a_small_object_is_read_in_one_state_whatever_becomes_of_it(moto_s3: S3Endpoint, bucket: str) -> None:
-    store = moto_s3.store()
-    store.write_bytes(f"{bucket}/x", b"0123456789")
-    with store.open_reader(f"{bucket}/x") as reader:
-        store.write_bytes(f"{bucket}/x", b"another one")
-        assert reader.read(5, 5) == b"56789"
-        reader.confirm()
-        with pytest.raises(SourceChangedError):
-            reader.check_unchanged()
-
-
-def _without(parameter: str) -> Bend:
-    """As a server that pays no heed to it."""
-    return lambda method, parameters: parameters.pop(parameter, None)
-
-
-def test_a_server_that_ignores_conditions_is_found_out(moto_s3: S3Endpoint, bucket: str) -> None:
-    store = moto_s3.store()
-    store.write_bytes(f"{bucket}/x", b"old" * MIB)
-    with store.open_reader(f"{bucket}/x") as reader:
-        store.write_bytes(f"{bucket}/x", b"new" * MIB)
-        with (
-            asked(moto_s3.storage_options, _without("IfMatch")),
-            pytest.raises(SourceChangedError, match="not the object seen first"),
-        ):
-            reader.read(0, 3)
-
-
-def test_a_server_that_ignores_ranges_is_found_out(moto_s3: S3Endpoint, bucket: str) -> None:
-    store = moto_s3.store()
-    store.write_bytes(f"{bucket}/x", CONTENT)
-    with (
-        asked(moto_s3.storage_options, _without("Range")),
-        store.open_reader(f"{bucket}/x") as reader,
-        pytest.raises(StorageError, match="ignores ranges"),
-    ):
-        reader.read(2, 3)
-
-
 # ------------------------------------------------------------------------------------ buckets, options, keys
-
-
-def write_large(store: S3Store, bucket: str) -> None:
-    with store.open_writer(f"{bucket}/x", size_hint=len(CONTENT)) as writer:
-        writer.write(CONTENT)
-        writer.commit()
 
 
 SERVERS = ["moto_s3", pytest.param("rados_s3", marks=pytest.mark.s3_real)]
