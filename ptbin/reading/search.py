@@ -89,6 +89,8 @@ class Findings:
 
     candidates: list[Candidate] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
+    too_deep: bool = False
+    """Whether tensors lie deeper than is looked for state dicts."""
 
 
 def find_state_dicts(checkpoint: Checkpoint, limits: Limits) -> Findings:
@@ -104,7 +106,12 @@ def find_state_dicts(checkpoint: Checkpoint, limits: Limits) -> Findings:
     visited, looks = 0, MAX_LOOKS
     while stack:
         steps, node, auxiliary, inside = stack.pop()
-        if id(node) in seen or len(steps) > MAX_SEARCH_DEPTH or is_unreadable_tensor(node):
+        if len(steps) > MAX_SEARCH_DEPTH:
+            if not found.too_deep and looks > 0:
+                looks -= 1
+                found.too_deep = bool(names_below(node, limit=LOOK_NODES))
+            continue
+        if id(node) in seen or is_unreadable_tensor(node):
             continue
         seen.add(id(node))
         visited += 1

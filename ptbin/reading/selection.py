@@ -15,7 +15,15 @@ from ptbin.options import ConvertOptions
 from ptbin.reading.averages import AVERAGED, COPY_SUFFIX
 from ptbin.reading.containers.checkpoint import Checkpoint
 from ptbin.reading.flattening import flattened
-from ptbin.reading.search import PRIMARY_NAMES, Candidate, Findings, Rejected, as_state_dict, find_state_dicts
+from ptbin.reading.search import (
+    MAX_SEARCH_DEPTH,
+    PRIMARY_NAMES,
+    Candidate,
+    Findings,
+    Rejected,
+    as_state_dict,
+    find_state_dicts,
+)
 from ptbin.reading.tree import iter_data, resolve
 from ptbin.values.nodes import DictNode, Instance
 from ptbin.values.state_dict import Excluded, StateDict, iter_tensors
@@ -174,7 +182,7 @@ def _choose_candidate(checkpoint: Checkpoint, findings: Findings) -> Candidate:
         raise AmbiguousStateDictError(
             f"{checkpoint.uri}: {len(main)} state dicts: {listed}; {WAYS_OUT}", tuple(c.path for c in main)
         )
-    raise NoStateDictError(f"{checkpoint.uri}: {_why_none(checkpoint, candidates)}")
+    raise NoStateDictError(f"{checkpoint.uri}: {_why_none(checkpoint, candidates, findings)}")
 
 
 def _all_rejected(checkpoint: Checkpoint, findings: Findings) -> AmbiguousStateDictError:
@@ -193,7 +201,7 @@ def _all_rejected(checkpoint: Checkpoint, findings: Findings) -> AmbiguousStateD
     )
 
 
-def _why_none(checkpoint: Checkpoint, auxiliary: list[Candidate]) -> str:
+def _why_none(checkpoint: Checkpoint, auxiliary: list[Candidate], findings: Findings) -> str:
     root = checkpoint.root
     if auxiliary:
         return "no state dict of a model; --select takes one of " + ", ".join(c.path for c in auxiliary[:10])
@@ -207,6 +215,11 @@ def _why_none(checkpoint: Checkpoint, auxiliary: list[Candidate]) -> str:
         return "a single tensor without a name"
     if next((data for data in iter_data(root) if isinstance(data, (bytes, bytearray))), None) is not None:
         return "it holds the bytes of another torch.save; write them to a separate file and convert that"
+    if findings.too_deep and isinstance(root, DictNode):
+        return (
+            f"no mapping of names to tensors in the upper {MAX_SEARCH_DEPTH} levels; "
+            "--flatten takes what lies deeper, names joined by dots"
+        )
     what = root.class_path if isinstance(root, Instance) else getattr(root, "kind", type(root).__name__)
     if isinstance(root, DictNode) and (names := list(root.by_name())):
         what += f" of {', '.join(repr(name[:60]) for name in names[:5])}{', ...' if names[5:] else ''}"

@@ -14,7 +14,13 @@ import re
 import stat as stat_module
 from typing import TYPE_CHECKING, Any
 
-from ptbin.errors import AccessDeniedError, CorruptArchiveError, NotFoundInStoreError, StorageError
+from ptbin.errors import (
+    AccessDeniedError,
+    CorruptArchiveError,
+    NotFoundInStoreError,
+    StorageError,
+    UsageError,
+)
 from ptbin.stores.base import Store, Watch
 from ptbin.stores.faults import fault, mapped_faults
 from ptbin.stores.local_writer import LocalWriter, identity_of, open_unpublished
@@ -35,10 +41,17 @@ if TYPE_CHECKING:
 
 
 def open_local(uri: str, options: Mapping[str, Any]) -> tuple[Store, str]:
-    """Of a path, or a URL; the path comes out absolute."""
+    """Of a path, or a URL; the path comes out absolute.
+
+    Raises:
+        UsageError: it is relative, and the working folder was deleted.
+    """
     del options
     path = re.sub(r"(?i)^(?:file|local):(?://|:)", "", uri)
-    return LocalStore(), os.path.abspath(os.path.expanduser(path))
+    try:
+        return LocalStore(), os.path.abspath(os.path.expanduser(path))
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: the working folder is gone; go to another, or give whole paths") from error
 
 
 class LocalStore(Store):

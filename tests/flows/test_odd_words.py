@@ -245,3 +245,14 @@ def test_an_address_that_is_not_of_prefects_api_is_one_line(source: Path, tmp_pa
     server.server_close()
     assert done.returncode == 2
     assert "is not Prefect's API, whose address ends in /api" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("words", [["inspect", "a.pt"], ["convert", "a.pt", "b.bin"], ["runs", "out"]])
+def test_a_working_folder_that_is_gone_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run_command(words) == 2
+    assert "the working folder is gone" in capfd.readouterr().err

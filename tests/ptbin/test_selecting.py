@@ -302,3 +302,17 @@ def test_the_refusal_names_the_three_ways_and_the_candidates(tmp_path: Path) -> 
         convert(gan(), tmp_path)
     for words in ("--select", "--flatten", "--split", "generator", "discriminator"):
         assert words in str(refusal.value)
+
+
+def test_tensors_that_lie_very_deep_are_not_said_to_be_missing(tmp_path: Path) -> None:
+    deep: Any = {"weight": torch.ones(2)}
+    for level in range(30):
+        deep = {f"l{level}": deep}
+    with pytest.raises(NoStateDictError, match="--flatten takes what lies deeper"):
+        convert(deep, tmp_path)
+    assert len(convert(deep, tmp_path, flatten=True)["tensors"]) == 1
+    nothing: Any = {"weight": 1}
+    for level in range(30):
+        nothing = {f"l{level}": nothing}
+    with pytest.raises(NoStateDictError, match="in what it holds"):
+        convert(nothing, tmp_path, name="b.bin")
