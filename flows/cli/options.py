@@ -47,7 +47,9 @@ def _click_option(entry: Option) -> Callable[[Any], Any]:
         settings["multiple"] = True
         settings["help"] = f"{entry.help.removesuffix('.')} (repeatable)."
     else:
-        settings |= {"type": _type_of(entry), "default": entry.default}
+        settings["type"] = _type_of(entry)
+        if not entry.required:  # whose default, even None, would be a value to click
+            settings["default"] = entry.default
         settings["show_default"] = entry.kind in {"choice", "count"} and entry.default is not None
     if entry.kind == "choice" and len(entry.choices) > MAX_SHOWN_CHOICES and not entry.metavar:
         settings["metavar"] = "NAME"

@@ -130,9 +130,10 @@ def single_lines(entry: Outcome, job: Job, seconds: float) -> list[str]:
         return [f"{job.dest_uri} is up to date"]
     if entry.converted is None:
         return []
+    source = f"{job.path} ({format_nbytes(entry.nbytes)})"
     written = format_nbytes(sum(output.size for output in entry.converted.outputs))
-    tensors = f"{counted(entry.converted.tensors, 'tensor')}, {written} of {format_nbytes(entry.nbytes)}"
-    lines = [f"{job.path} -> {job.dest_uri}: {tensors}, {seconds:.1f} s"]
+    tensors = counted(entry.converted.tensors, "tensor")
+    lines = [f"{source} -> {job.dest_uri} ({written}): {tensors}, {seconds:.1f} s"]
     if entry.converted.left_out:
         lines.append(f"left out: {left_out_words(entry.converted.left_out)}")
     return lines

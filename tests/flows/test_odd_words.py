@@ -49,6 +49,13 @@ def test_a_folder_whose_name_is_not_text_is_refused_in_one_line(
     assert sorted(path.name for path in odd.iterdir()) == ["a.pt"]
 
 
+@pytest.mark.parametrize(("given", "missing"), [("until", "reason"), ("reason", "until")])
+def test_an_option_that_is_required_and_missing_is_named(capsys: Captured, given: str, missing: str) -> None:
+    assert run_command(["acknowledge", "out", "a.pt", f"--{given}", "2100-01-01"]) == 2
+    said = capsys.readouterr().err
+    assert said == f"ptbin: error: Missing option '--{missing}' (see ptbin acknowledge --help)\n"
+
+
 def test_an_output_gets_no_name_that_its_manifest_cannot_state(source: Path, tmp_path: Path) -> None:
     for name in (b"two\nlines.bin", b"odd\xff.bin"):
         with pytest.raises(UsageError, match="choose another"):
