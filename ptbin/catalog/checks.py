@@ -42,10 +42,7 @@ def check_request(request: RunRequest, sides: Sides = NO_OPTIONS, *, writes: boo
         return
     own = sides.dest_at(request.backup_dir)
     for name, other in (("SOURCE", place), ("DEST", dest)):
-        if _is_same(own, other) or _lies_in(own, other) or _lies_in(other, own):
-            raise UsageError(
-                f"the backup place and {name} lie in one another: {real_uri(own)}, {real_uri(other)}"
-            )
+        refuse_nested(f"the backup place and {name}", own, other)
 
 
 def check_call(
@@ -91,6 +88,12 @@ def refuse_bytes(place: Place) -> None:
     """Records, the index and Prefect keep places as text. Raises UsageError where a path is not UTF-8."""
     if not is_unicode(place.path):
         raise UsageError(f"{shown_path(place.uri)}: the path is not UTF-8; rename the folder first")
+
+
+def refuse_nested(what: str, one: Place, other: Place) -> None:
+    """Raises UsageError where two directories are the same one, or one of them lies in the other."""
+    if _is_same(one, other) or _lies_in(one, other) or _lies_in(other, one):
+        raise UsageError(f"{what} lie in one another: {real_uri(one)}, {real_uri(other)}")
 
 
 def _refuse_overlap(source: Place, dest: Place, *, is_directory: bool) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from ptbin.catalog.checks import refuse_nested
 from ptbin.errors import UsageError
 from ptbin.options import ConvertOptions
 from ptbin.registries import is_registry_uri, open_registry
@@ -44,9 +45,10 @@ class Registries:
         source_layout, dest_layout = self.source_layout, self.dest_layout
         if is_registry_uri(self.dest) and not is_registry_uri(self.source) and source_layout is None:
             source_layout, dest_layout = dest_layout, None
-        own, other = self.dest.rstrip("/") + "/", self.source.rstrip("/") + "/"
-        if own.startswith(other) or other.startswith(own):
-            raise UsageError(f"the registries lie in one another: {self.source}, {self.dest}")
+        if self.source.rstrip("/") == self.dest.rstrip("/"):
+            raise UsageError(f"the registries are the same: {self.source}")
+        if not is_registry_uri(self.source) and not is_registry_uri(self.dest):
+            refuse_nested("the registries", sides.source_at(self.source), sides.dest_at(self.dest))
         return (
             open_registry(self.source, source_layout, sides.source_options),
             open_registry(self.dest, dest_layout, sides.dest_options),

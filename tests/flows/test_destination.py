@@ -18,13 +18,14 @@ MINE = b"somebody's own file"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder: a checkpoint, weights, a folder of checkpoints."""
+    """The working folder: a checkpoint, weights, a folder of checkpoints, a link to it."""
     monkeypatch.chdir(tmp_path)
     torch.save({"w": torch.ones(40, 3)}, "good.pt")
     torch.save({"w": torch.ones(40, 3)}, "x.bin")
     Path("many").mkdir()
     for name in "ab":
         torch.save({"w": torch.ones(4)}, f"many/{name}.pt")
+    Path("link").symlink_to("many")
     return tmp_path
 
 
@@ -60,6 +61,10 @@ def test_a_suffix_settles_the_format(folder: Path) -> None:
         (["restore", "many", "many/out"], "lies inside the source"),
         (["sync", "many", "."], "lies inside the destination"),
         (["migrate", "many", "many/out"], "lie in one another"),
+        (["migrate", "many", "many/"], "are the same"),
+        (["migrate", "many", "link"], "lie in one another"),
+        (["migrate", "link/out", "many"], "lie in one another"),
+        (["convert", "many", "link/out"], "lies inside the source"),
     ],
 )
 def test_calls_that_cannot_be_meant_write_nothing(
@@ -78,6 +83,7 @@ def test_calls_that_cannot_be_meant_write_nothing(
         ("convert many mounted", "same place"),
         ("convert many mounted/out", "lies inside the source"),
         ("sync many/sub mounted", "lies inside the destination"),
+        ("migrate many mounted/out", "lie in one another"),
         ("sync many out --delete --backup-dir mounted/old", "lie in one another"),
     ],
 )
