@@ -13,6 +13,7 @@ from ptbin.errors import short_detail
 from ptbin.runs.outcomes import Outcome
 from ptbin.runs.tally import Tally
 from ptbin.runs.units import format_nbytes, format_seconds, left_out_words
+from ptbin.values.names import visible
 
 MAX_ROWS = 50
 
@@ -62,7 +63,7 @@ def _table(title: str, entries: Sequence[Outcome]) -> list[str]:
 
 def _code(text: str) -> str:
     """A code span that holds any text: names come out of foreign files and stores."""
-    text = " ".join(text.split()).replace("|", "\\|")
+    text = visible(" ".join(text.split())).replace("|", "\\|")
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{ticks}{pad}{text}{pad}{ticks}"
@@ -70,4 +71,4 @@ def _code(text: str) -> str:
 
 def _text(text: str) -> str:
     """Plain text: nothing in it is Markdown or HTML."""
-    return re.sub(r"([\\`*_\[\]<>|#!])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>|#!])", r"\\\1", visible(" ".join(text.split())))

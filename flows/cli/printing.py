@@ -18,14 +18,14 @@ from typing import Any
 import click
 
 from ptbin.stores import public_uri
+from ptbin.values.names import visible
 
 SHOWN_ROWS = 20
 
 
 def printable(text: str) -> str:
     """`text` on one line, without passwords in URIs, what does not print as itself escaped."""
-    text = public_uri(text)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return visible(public_uri(text))
 
 
 def print_error(message: str, kind: str = "ptbin: error") -> None:

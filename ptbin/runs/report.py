@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ptbin.errors import short_detail
 from ptbin.runs.report_rows import MAX_DETAILED, details_of, history_bars, previous_facts, web_address
 from ptbin.runs.units import format_nbytes, format_seconds
+from ptbin.values.names import visible
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -65,7 +66,7 @@ def _environment() -> Environment:
 
     environment = Environment(
         loader=PackageLoader("ptbin.runs"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        lstrip_blocks=True, finalize=lambda value: visible(value) if type(value) is str else value,
     )  # fmt: skip
     environment.filters["nbytes"] = format_nbytes
     environment.filters["short"] = lambda detail, path: short_detail(path, detail)

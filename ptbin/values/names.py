@@ -39,6 +39,13 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def visible(text: str) -> str:
+    """`text` with all that does not print as itself escaped: what breaks lines or turns their direction."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def shown_path(path: str) -> str:
     r"""A path as text on one line that any log, page and JSON file takes.
 

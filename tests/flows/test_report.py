@@ -252,10 +252,16 @@ def night() -> dict[str, Any]:
 
 def test_problems_come_first_and_new_ones_are_marked() -> None:
     page = render_report(night())
-    assert page.index("2 failed, 1 of them new") < page.index('class="tiles"')
+    assert page.index("2 problems, 1 of them new") < page.index('class="tiles"')
     assert page.index("z-new.pt") < page.index("a-old.pt")
     assert '<b class="new">new</b> <code>z-new.pt</code>' in page
     assert "since 2026-11-01" in page
+
+
+def test_a_name_cannot_read_backwards() -> None:
+    page = render_report(record(row("\u202egnp.pt", "rejected", reason="unsafe_pickle", detail="a\x1b[31m")))
+    assert r"\u202egnp.pt" in page
+    assert not {"\u202e", "\x1b"} & set(page)
 
 
 def test_it_says_where_when_and_by_what_and_what_came_before() -> None:
