@@ -244,16 +244,22 @@ class S3Store(Store):
             asked["UploadIdMarker"] = answer["NextUploadIdMarker"]
 
     def check_writable(self, path: str) -> None:
-        """Three small requests: is the bucket there, may an upload be begun; it is aborted at once.
+        """Four small requests: is the bucket there, may an upload be begun; it is aborted at once, and what a
+        process that was killed in between has left of its own.
 
         So nothing ever appears, not even in a bucket that keeps versions or sends events.
         """
         at = self._at(path)
         self._refuse_missing_bucket(at, "write to")
         probe = replace(at, key=f"{at.key.rstrip('/')}/.check{PARTIAL_SUFFIX}".lstrip("/"))
-        answer = probe.call("create_multipart_upload")
+        begun = {probe.call("create_multipart_upload")["UploadId"]}
         with contextlib.suppress(StorageError):
-            probe.call("abort_multipart_upload", UploadId=answer["UploadId"])
+            asked = {"Bucket": probe.bucket, "Prefix": probe.key}
+            answer = self.client.call("list_multipart_uploads", probe.uri, **asked)
+            begun |= {row["UploadId"] for row in answer.get("Uploads", ()) if row["Key"] == probe.key}
+        for upload_id in begun:
+            with contextlib.suppress(StorageError):
+                probe.call("abort_multipart_upload", UploadId=upload_id)
 
 
 def _size_of(answer: Mapping[str, Any]) -> int:

@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 import torch
 
 from tests.deployments.mailbox import Mailbox
-from tests.servers.prefect_stack import ROOT, free_port
+from tests.servers.prefect_stack import ROOT, free_port, wait_for
 from tests.warm_python import warm_path
 
 pytestmark = [pytest.mark.starts_servers, pytest.mark.timeout(900)]
@@ -36,6 +37,11 @@ def guide_blocks() -> list[str]:
     text = (ROOT / "deployments" / "README.md").read_text()
     section = text[text.index("## One machine") : text.index("## Credentials")]
     return [block for block in BLOCK.findall(section) if not block.startswith(INSTALLS)]
+
+
+def note_failure(mailbox: Mailbox, heard: Path) -> None:
+    wait_for(lambda: any(letter["state"] == "Failed" for letter in mailbox.at("/hook")), 600)
+    heard.touch()
 
 
 @pytest.fixture
@@ -56,7 +62,12 @@ def test_the_guide_s_blocks_lead_from_nothing_to_an_alert_a_retry_and_metrics(
     whole = (source / "a.pt").read_bytes()
     (source / "cut.pt").write_bytes(whole[:-30])
     # The night with a failure comes before the morning, and the file is mended before it is tried again.
-    night = "prefect deployment run convert/convert-nightly --watch || true\nsleep 5\n"
+    heard = tmp_path / "heard"
+    threading.Thread(target=note_failure, args=(mailbox, heard), daemon=True).start()
+    night = (
+        "prefect deployment run convert/convert-nightly --watch || true\n"
+        f"for _ in $(seq 1500); do [ -e {heard} ] && break; sleep 0.2; done\n"
+    )
     mended = f"cp {source}/a.pt {source}/cut.pt\n"
     script = ["set -eu", "trap 'kill $(jobs -p) 2> /dev/null; wait || true' EXIT"]
     for block in guide_blocks():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def test_one_checkpoint_becomes_one_output_and_then_is_up_to_date(
     out = tmp_path / "made" / "x.bin"
     status, text, problems = run(capsys, "convert", checkpoint, out)
     assert (status, problems) == (0, "")
-    assert text.startswith(f"0.pt -> {out}: 2 tensors")
+    assert re.match(rf"0\.pt \(.* KiB\) -> {out} \(.* KiB\): 2 tensors, ", text)
     assert {path.name for path in out.parent.iterdir()} == {"x.bin", "x.bin.manifest.json"}
     before = out.stat().st_mtime_ns
     assert run(capsys, "convert", checkpoint, out) == (0, f"{out} is up to date\n", "")

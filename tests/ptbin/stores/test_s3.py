@@ -122,6 +122,30 @@ def test_more_parts_than_s3_takes_is_an_error_and_aborts(
     assert moto_s3.uploads_in(bucket) == []
 
 
+def test_a_check_takes_away_what_one_that_was_killed_has_left(
+    moto_s3: S3Endpoint, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = moto_s3.store().client
+    killed: list[str] = []
+
+    def until_begun(method: str, uri: str, **parameters: Any) -> dict[str, Any]:
+        answer = client.call(method, uri, **parameters)
+        if method == "create_multipart_upload":
+            killed.append(uri)
+            raise KeyboardInterrupt
+        return answer
+
+    store = moto_s3.store()
+    monkeypatch.setattr(store.client, "call", until_begun)
+    with pytest.raises(KeyboardInterrupt):
+        store.check_writable(f"{bucket}/x")
+    monkeypatch.undo()
+    assert killed
+    assert len(moto_s3.uploads_in(bucket)) == 1
+    moto_s3.store().check_writable(f"{bucket}/x")
+    assert moto_s3.uploads_in(bucket) == []
+
+
 MOVE = """
 import json, resource, sys
 from ptbin.stores import open_store
