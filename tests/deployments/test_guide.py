@@ -64,9 +64,13 @@ def test_the_guide_s_blocks_lead_from_nothing_to_an_alert_a_retry_and_metrics(
     # The night with a failure comes before the morning, and the file is mended before it is tried again.
     heard = tmp_path / "heard"
     threading.Thread(target=note_failure, args=(mailbox, heard), daemon=True).start()
+    # On SQLite, Prefect's server drops an event that three tries in a row found the database locked for: then
+    # nobody is told of that night.
     night = (
+        "for _ in 1 2 3 4 5; do\n"
         "prefect deployment run convert/convert-nightly --watch || true\n"
-        f"for _ in $(seq 1500); do [ -e {heard} ] && break; sleep 0.2; done\n"
+        f"for _ in $(seq 100); do [ -e {heard} ] && break 2; sleep 0.2; done\n"
+        "done\n"
     )
     mended = f"cp {source}/a.pt {source}/cut.pt\n"
     script = ["set -eu", "trap 'kill $(jobs -p) 2> /dev/null; wait || true' EXIT"]
@@ -114,11 +118,8 @@ def test_the_guide_s_blocks_lead_from_nothing_to_an_alert_a_retry_and_metrics(
     assert torch.equal(loaded["w"], torch.arange(3.0))
     records = sorted((dest / "_ptbin" / "runs").glob("*/run.json"))
     runs: list[dict[str, Any]] = [json.loads(record.read_text()) for record in records]
-    assert [(run["converted"], run["rejected"], run["resolved"]) for run in runs] == [
-        (2, 1, 0),
-        (0, 1, 0),
-        (1, 0, 1),
-    ]
+    first, *nights, morning = [(run["converted"], run["rejected"], run["resolved"]) for run in runs]
+    assert (first, set(nights), morning) == ((2, 1, 0), {(0, 1, 0)}, (1, 0, 1))
     assert "cut.pt" in out  # status
     told = [letter for letter in mailbox.at("/hook") if letter["state"] == "Failed"]
     assert told
