@@ -46,8 +46,9 @@ def convert(
     Args:
         source: local path or fsspec URL of one checkpoint, or a `Place`.
         dest: where the output goes; its manifest goes next to it.
-        source_options, dest_options: fsspec storage options, where places are given as text; they never reach
-            manifests or messages.
+        source_options: fsspec storage options for `source`, if it is text; they never reach manifests or
+            messages.
+        dest_options: the same for `dest`.
         progress: called with the bytes moved since its last call.
 
     Raises:

@@ -6,6 +6,8 @@ on other people's stores and servers cannot be run here: of those each word is p
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import re
 import shlex
@@ -122,6 +124,19 @@ def _parse(words: list[str]) -> None:
             name, command, arguments = cli.resolve_command(context, rest)
             assert command is not None
             command.make_context(name, arguments, parent=context)
+
+
+DOCUMENTED = re.findall(r"^::: (ptbin\.\S+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", [name for name in DOCUMENTED if name != "ptbin.errors"])
+def test_documented_arguments_are_the_functions_own(name: str) -> None:
+    """`make docs` stops at one that is not."""
+    module, _, attribute = name.rpartition(".")
+    documented = getattr(importlib.import_module(module), attribute)
+    _, _, arguments = (inspect.getdoc(documented) or "").partition("Args:\n")
+    named = re.findall(r"^ {4}(\S[^:\n]*): ", arguments.partition("\n\n")[0], re.MULTILINE)
+    assert set(named) <= inspect.signature(documented).parameters.keys()
 
 
 def test_consumers_of_a_migrated_registry_load_as_the_page_says(tmp_path: Path) -> None:
