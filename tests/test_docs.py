@@ -77,6 +77,12 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+def test_modules_that_the_design_names_are_there() -> None:
+    named = set(re.findall(r"`([a-z_0-9/]+\.py)", (DOCS / "design.md").read_text(encoding="utf-8")))
+    paths = [path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.py")]
+    assert {name for name in named if not any(f"/{path}".endswith(f"/{name}") for path in paths)} == set()
+
+
 RUN_ELSEWHERE = {"tutorial.md", "recipes.md", "diff.md", "migration.md"}
 """By tests/test_newcomer.py, interop/test_recipes.py, flows/test_diff_command.py, and below. The way back in
 `migration.md` is run by tests/ptbin/registries/test_mlflow_registry.py."""
