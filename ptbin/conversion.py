@@ -105,10 +105,11 @@ def stage(
             obsolete.discard(manifest["provenance"])
         bytes_read = reader.bytes_read
     for name in sorted(obsolete - {file.path for file in files}):
-        if made.vouches_for(name):
-            at.place_of(name).delete()
+        kept = made.why_kept(name)
+        if kept:
+            notes.append(f"{name} of the output before this one stays: {kept}")
         else:
-            notes.append(f"{name} of the output before this one stays: it has other content by now")
+            at.place_of(name).delete()
     manifest["run_id"] = run_id or os.urandom(6).hex()
     manifest["started_at"] = started_at
     manifest["finished_at"] = utc_now()

@@ -123,6 +123,8 @@ def find_source(where: Where, storage_options: Mapping[str, Any] | None = None) 
     if found is None:
         raise UsageError(f"{place.uri}: a directory that is not one checkpoint by itself; name a file in it")
     if isinstance(found, ListedObject):
+        if found.path.endswith(INDEX_SUFFIX):  # its shards have names of their own
+            return _indexed(place / found.path)
         return SourcePlace(place / found.path, place)
     if found.kind == "sharded":
         return _indexed(place / found.handle)
