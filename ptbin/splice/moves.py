@@ -26,6 +26,11 @@ from ptbin.values.segments import Copy, Literal, Piece
 MAX_FRAMING_NBYTES = 4096
 SPARE = 1 / 512
 
+SMALL_NBYTES = 32 << 10
+"""Below this a copy through memory takes less time than a call to the kernel for it."""
+LOCAL_GAP_NBYTES = 4096
+"""So much is read of a local file more rather than calling for each of two pieces."""
+
 
 @dataclass(frozen=True, slots=True)
 class Move:
@@ -48,8 +53,10 @@ def with_moves(pieces: Sequence[Piece], reader: RangeReader, writer: Writer) -> 
 
 
 def _is_movable(piece: Piece) -> bool:
-    # What has a slot is read in any case: its CRC-32 is not known before.
-    return isinstance(piece, Copy) and piece.slot is None and piece.nbytes > 0
+    # What has a slot is read in any case: its CRC-32 is not known before. A small record by itself goes with
+    # its neighbours (`runs`).
+    is_small = piece.nbytes < SMALL_NBYTES and isinstance(piece, Copy) and piece.crc32 is not None
+    return isinstance(piece, Copy) and piece.slot is None and piece.nbytes > 0 and not is_small
 
 
 def _cut(pieces: Sequence[Piece], copied: Iterator[tuple[int, int]]) -> Iterator[Piece | Move]:
@@ -118,7 +125,9 @@ def _confirmed(between: dict[int, tuple[int, bytes]], reader: RangeReader, spare
     """Those whose bytes the source does hold; up to `spare_nbytes` more may be read to save requests."""
     indices = list(between)
     ranges = [(between[index][0], len(between[index][1])) for index in indices]
-    gap = affordable_gap(ranges, most=reader.gap_nbytes, budget_nbytes=spare_nbytes)
+    gap = LOCAL_GAP_NBYTES
+    if not reader.is_local:
+        gap = affordable_gap(ranges, most=reader.gap_nbytes, budget_nbytes=spare_nbytes)
     read: dict[int, bytes] = {}
     for number, data in reader.iter_ranges(ranges, gap_nbytes=gap):
         read[number] = read.get(number, b"") + data
