@@ -21,6 +21,7 @@ SCHEMA_VERSION = 1
 MAX_NAME_NBYTES = 1024
 """Of a key in S3; file systems hold less, and say so themselves."""
 MANIFEST_SUFFIX = ".manifest.json"
+ROWS_AT_ONCE = 1000
 
 _REQUIRED: dict[str, type | tuple[type, ...]] = {
     "schema_version": int,
@@ -55,15 +56,21 @@ def hex_crc32(value: int) -> str:
 
 def dump_manifest(manifest: Mapping[str, Any]) -> bytes:
     """The manifest as it is stored: UTF-8 JSON, one tensor a line."""
-    lines = []
-    for key, value in manifest.items():
+    out = [b"{\n"]
+    encode = json.JSONEncoder(ensure_ascii=False).encode
+    for number, (key, value) in enumerate(manifest.items()):
+        out.append(b",\n" * (number > 0) + f"  {json.dumps(key)}: ".encode())
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            rows = ",\n".join("    " + json.dumps(row, ensure_ascii=False) for row in value)
-            lines.append(f"  {json.dumps(key)}: [\n{rows}\n  ]")
+            out.append(b"[\n")
+            for start in range(0, len(value), ROWS_AT_ONCE):
+                rows = ",\n".join(["    " + encode(row) for row in value[start : start + ROWS_AT_ONCE]])
+                # backslashreplace, because tensor names come out of foreign pickles
+                out.append(b",\n" * (start > 0) + rows.encode("utf-8", "backslashreplace"))
+            out.append(b"\n  ]")
         else:
-            lines.append(f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
-    # surrogatepass, because tensor names come out of foreign pickles
-    return ("{\n" + ",\n".join(lines) + "\n}\n").encode("utf-8", "backslashreplace")
+            out.append(encode(value).encode("utf-8", "backslashreplace"))
+    out.append(b"\n}\n")
+    return b"".join(out)
 
 
 def parse_manifest(data: bytes, uri: str) -> dict[str, Any]:

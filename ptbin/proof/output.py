@@ -30,6 +30,7 @@ from ptbin.proof.digests import digest_file
 from ptbin.proof.serial import serial_of
 from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.containers.source import RandomReader
+from ptbin.reading.pickle.gc_pause import gc_paused
 from ptbin.reading.pickle.verdicts import judge_programs
 from ptbin.reading.selection import select_state_dict
 from ptbin.sources.part_names import INDEX_SUFFIX
@@ -242,6 +243,13 @@ def check_structure(
     """
     if not rows or output_format == "raw":
         return
+    with gc_paused():
+        _compare_index(reader, limits, output_format, rows)
+
+
+def _compare_index(
+    reader: RandomReader, limits: Limits, output_format: str, rows: Sequence[Mapping[str, Any]]
+) -> None:
     try:
         checkpoint = read_checkpoint(reader, limits)
         safety = judge_programs(checkpoint.programs)

@@ -42,7 +42,7 @@ class Move:
 
 def with_moves(pieces: Sequence[Piece], reader: RangeReader, writer: Writer) -> list[Piece | Move]:
     """The same bytes; what the writer can take from the source by itself is a `Move`."""
-    if not writer.moves_from(reader):
+    if not writer.moves_from(reader) or not any(_has_no_slot(piece) for piece in pieces):
         return list(pieces)
     whole = coalesce(pieces, reader)
     parts = writer.lay_out([Extent(piece.nbytes, _is_movable(piece)) for piece in whole])
@@ -52,11 +52,16 @@ def with_moves(pieces: Sequence[Piece], reader: RangeReader, writer: Writer) -> 
     return list(_cut(whole, iter(copied)))
 
 
+def _has_no_slot(piece: Piece) -> bool:
+    # What has one is read in any case: its CRC-32 is not known before.
+    return type(piece) is Copy and piece.slot is None
+
+
 def _is_movable(piece: Piece) -> bool:
-    # What has a slot is read in any case: its CRC-32 is not known before. A small record by itself goes with
-    # its neighbours (`runs`).
-    is_small = piece.nbytes < SMALL_NBYTES and isinstance(piece, Copy) and piece.crc32 is not None
-    return isinstance(piece, Copy) and piece.slot is None and piece.nbytes > 0 and not is_small
+    if not isinstance(piece, Copy) or piece.slot is not None or not piece.nbytes:
+        return False
+    # A small record by itself is read with its neighbours (`runs`).
+    return piece.nbytes >= SMALL_NBYTES or piece.crc32 is None
 
 
 def _cut(pieces: Sequence[Piece], copied: Iterator[tuple[int, int]]) -> Iterator[Piece | Move]:
