@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ptbin.errors import VerificationError
@@ -47,6 +47,14 @@ def manifest_uri(output_uri: str) -> str:
 def utc_now() -> str:
     """Now, as ISO 8601 in UTC with whole seconds."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def rows_by_file(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """A manifest's rows of tensors by the file they lie in, each in their order."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["file"], []).append(row)
+    return found
 
 
 def hex_crc32(value: int) -> str:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import CheckpointError, ChecksumMismatchError, VerificationError
-from ptbin.manifests.manifest import hex_crc32
+from ptbin.manifests.manifest import hex_crc32, rows_by_file
 from ptbin.options import Limits
 from ptbin.proof.digests import digest_file
 from ptbin.proof.serial import serial_of
@@ -69,11 +69,12 @@ def prove_output(
         ChecksumMismatchError: the difference is in bytes that the store copied: the source holds them so.
     """
     proven_by = READ_BACK
+    rows_of = rows_by_file(draft.manifest["tensors"])
     for file, output in zip(draft.files, draft.manifest["outputs"], strict=True):
         if file.acknowledged:
             proven_by = STORE_CHECKSUM
             continue
-        rows = [row for row in draft.manifest["tensors"] if row["file"] == file.path]
+        rows = rows_of.get(file.path, [])
         place = dest.parent / file.path
         with place.open_reader() as reader:
             if identities is not None and (seen := identity_text(reader.identity)):

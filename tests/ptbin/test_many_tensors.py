@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 import ptbin
-from ptbin.errors import ChecksumMismatchError
+from ptbin.errors import AmbiguousStateDictError, ChecksumMismatchError
 from ptbin.options import ConvertOptions
+from ptbin.values.nodes import DictNode
 
 TENSORS = 3000
 
@@ -110,3 +111,20 @@ def test_the_steps_grow_with_the_number_of_views_of_one_storage(tmp_path: Path) 
         counts.append(steps.count)
     first, second, third = counts
     assert third - second < 2.2 * (second - first)
+
+
+def test_thousands_of_state_dicts_are_searched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing looks through the whole top level again for each of them."""
+    source = tmp_path / "source.pt"
+    torch.save({f"d{i}": {"weight": torch.ones(1), "bias": torch.ones(1)} for i in range(300)}, source)
+    looks: Counter[int] = Counter()
+    real = DictNode.get
+
+    def get(self: DictNode, key: str, default: Any = None) -> Any:
+        looks[len(self.pairs)] += 1
+        return real(self, key, default)
+
+    monkeypatch.setattr(DictNode, "get", get)
+    with pytest.raises(AmbiguousStateDictError, match="300 state dicts"):
+        ptbin.convert(source, tmp_path / "out.bin")
+    assert looks[300] < 10

@@ -161,10 +161,10 @@ class _Archive(FileLayout):
         return record.offset
 
     def directory(self) -> None:
-        start, size, members = self.offset, len(self._directory), self._members
+        # Not `self`: a plan that refers to itself would stay in memory until the collector comes by.
+        start, directory, members = self.offset, self._directory, self._members
 
         def build(crcs: Mapping[int, int]) -> bytes:
-            directory = self._directory
             for position, checksum in members:
                 CRC32_FIELD.pack_into(directory, position + CRC32_AT, checksum.value(crcs))
             return bytes(directory)
@@ -172,8 +172,8 @@ class _Archive(FileLayout):
         if all(checksum.is_known for _, checksum in members):
             self.text(build({}))
         else:
-            self.add(Deferred(size, build))
-        self.text(_end_records(len(members), size, start))
+            self.add(Deferred(len(directory), build))
+        self.text(_end_records(len(members), len(directory), start))
 
 
 @functools.lru_cache(4096)
