@@ -47,8 +47,9 @@ def convert(
     Args:
         source: local path or fsspec URL of one checkpoint, or a `Place`.
         dest: where the output goes; its manifest goes next to it.
-        source_options, dest_options: fsspec storage options, where places are given as text; they never reach
-            manifests or messages.
+        source_options: fsspec storage options for `source`, if it is text; they never reach manifests or
+            messages.
+        dest_options: the same for `dest`.
         progress: called with the bytes moved since its last call.
 
     Raises:
@@ -106,10 +107,11 @@ def stage(
             obsolete.discard(manifest["provenance"])
         bytes_read = reader.bytes_read
     for name in sorted(obsolete - {file.path for file in files}):
-        if made.vouches_for(name):
-            at.place_of(name).delete()
+        kept = made.why_kept(name)
+        if kept:
+            notes.append(f"{name} of the output before this one stays: {kept}")
         else:
-            notes.append(f"{name} of the output before this one stays: it has other content by now")
+            at.place_of(name).delete()
     manifest["run_id"] = run_id or os.urandom(6).hex()
     manifest["started_at"] = started_at
     manifest["finished_at"] = utc_now()

@@ -14,6 +14,7 @@ from ptbin.values.digests import FileDigests, StoredTensor
 
 
 def strided_sha256(tensor: StoredTensor, read: ReadSpan) -> str:
+    """Of a tensor that is stored with strides, over its elements in logical order."""
     assert tensor.stride is not None
     digest = hashlib.sha256()
     pieces = iter_strided(read, tensor.offset, tensor.shape, tensor.stride, tensor.itemsize, tensor.per_unit)

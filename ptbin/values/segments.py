@@ -96,6 +96,8 @@ def nbytes_of(recipes: tuple[Recipe, ...]) -> int:
 
 @dataclass(slots=True, unsafe_hash=True)
 class Literal:
+    """Bytes that the plan itself holds: headers, the pickle, padding."""
+
     data: bytes = field(repr=False)
 
     @property
@@ -188,6 +190,8 @@ class RecordLayout:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
+    """A whole file as pieces, one behind the other: `size` bytes, with the records that lie in it."""
+
     pieces: tuple[Piece, ...]
     size: int
     records: tuple[RecordLayout, ...]
