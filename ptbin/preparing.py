@@ -181,6 +181,8 @@ def prepared(
 def _refuse_same_file(source: Place, dest: Place) -> None:
     uris = source.uri, dest.uri
     if source.is_local and dest.is_local:
+        if not os.path.lexists(dest.path):
+            return
         # With the links in their folders followed.
         uris = os.path.realpath(source.path), os.path.join(os.path.realpath(dest.parent.path), dest.name)
     if uris[0] == uris[1]:

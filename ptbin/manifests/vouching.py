@@ -355,7 +355,10 @@ class OutputSite:
         fresh = [row for row in rows if row not in self._claimed]
         self._claimed += fresh
         if fresh or not self._has_claim:
-            claim_place(self.place).write_bytes(dump_claim(self._claimed, self._restores))
+            # Where a power failure takes a claim on new files alone, a rerun still finds the very bytes that
+            # it would write, and that is allowed without one.
+            lasting = any(row not in rows for row in self._claimed)
+            claim_place(self.place).write_bytes(dump_claim(self._claimed, self._restores), lasting=lasting)
             self._has_claim = True
         if self.manifest is not None and not self._is_withdrawn:
             self._manifest_place.delete()

@@ -157,8 +157,14 @@ class Store(ABC):
             refuse_too_large(reader.uri, reader.size, limit)
             return reader.read(0, reader.size), reader.identity
 
-    def write_bytes(self, path: str, data: bytes, *, claim: str = "") -> Identity | None:
-        """Write a whole small object, or nothing; its identity where the store tells it by itself."""
+    def write_bytes(
+        self, path: str, data: bytes, *, claim: str = "", lasting: bool = True
+    ) -> Identity | None:
+        """Write a whole small object, or nothing; its identity where the store tells it by itself.
+
+        `lasting`: it must outlast a power failure. A store that has no cheaper way ignores it.
+        """
+        del lasting
         with self.open_writer(path, size_hint=len(data), claim=claim) as writer:
             writer.write(data)
             writer.commit()

@@ -152,6 +152,14 @@ class LocalStore(Store):
         del copies, claim  # a local file's always could
         return LocalWriter(path, size_hint)
 
+    def write_bytes(self, path: str, data: bytes, *, claim: str = "", lasting: bool = True) -> Identity:
+        del claim
+        with LocalWriter(path, len(data), flushes=lasting) as writer:
+            writer.write(data)
+            writer.commit()
+        assert writer.identity is not None
+        return writer.identity
+
     def delete(self, path: str) -> None:
         try:
             with mapped_faults("delete", path):

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
+import stat
 from typing import TYPE_CHECKING
 
 from ptbin.errors import StorageError
@@ -61,11 +63,17 @@ def open_unpublished(target: str) -> tuple[int, str | None]:
         # EOPNOTSUPP, EISDIR (old kernels), EINVAL (some FUSE mounts): a named file tells the real problem.
         with contextlib.suppress(OSError):
             descriptor = os.open(directory, flags | os.O_TMPFILE, 0o666)
-            if os.path.exists(f"/proc/self/fd/{descriptor}"):  # needed to give it a name
+            if _has_proc():
                 return descriptor, None
             os.close(descriptor)
     name = partial_name(target)
     return os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o666), name
+
+
+@functools.cache
+def _has_proc() -> bool:
+    """Whether /proc is mounted, without which an unnamed file cannot be given a name."""
+    return os.path.isdir("/proc/self/fd")
 
 
 def identity_of(status: os.stat_result) -> Identity:
@@ -77,8 +85,10 @@ class LocalWriter(Writer):
 
     scatters = True
 
-    def __init__(self, target: str, size_hint: int | None = None) -> None:
+    def __init__(self, target: str, size_hint: int | None = None, *, flushes: bool = True) -> None:
+        """`flushes`: what was committed outlasts a power failure, and not only the end of this process."""
         super().__init__(target)
+        self._flushes = flushes
         self._target = target
         self._made: list[str] = []
         self._descriptor = -1
@@ -98,11 +108,11 @@ class LocalWriter(Writer):
         self._descriptor, self._partial = open_unpublished(self._target)
 
     def _retried_without_parents(self, step: Callable[[], None]) -> None:
-        """Another writer that aborts may take away a still empty directory between two steps of ours."""
+        """Several times, since another writer that aborts may take away a still empty directory in between."""
         for _ in range(3):
-            _make_parents(os.path.dirname(self._target), self._made)
             with contextlib.suppress(FileNotFoundError):
                 return step()
+            _make_parents(os.path.dirname(self._target), self._made)
         return step()
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -191,7 +201,8 @@ class LocalWriter(Writer):
     def _publish(self) -> None:
         with mapped_faults("write", self.uri):
             self._write_back.finish()
-            os.fsync(self._descriptor)
+            if self._flushes:
+                os.fsync(self._descriptor)
             if self._partial is None:
                 self._retried_without_parents(self._give_name)
             else:
@@ -199,8 +210,9 @@ class LocalWriter(Writer):
                 self._partial = None
             self.identity = identity_of(os.fstat(self._descriptor))
             self._close()
-            for directory in {os.path.dirname(path) for path in (self._target, *self._made)}:
-                _flush_directory(directory)
+            if self._flushes:
+                for directory in {os.path.dirname(path) for path in (self._target, *self._made)}:
+                    _flush_directory(directory)
 
     def _give_name(self) -> None:
         try:
@@ -213,13 +225,11 @@ class LocalWriter(Writer):
             self._partial = None
 
     def _link(self, name: str) -> None:
-        # open(2), O_TMPFILE: /proc's link must be followed, which os.link does only when it is given
-        # a directory descriptor (CPython calls link(2), which does not follow, without one).
-        directory = os.open(os.path.dirname(name), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.link(f"/proc/self/fd/{self._descriptor}", name, src_dir_fd=directory, follow_symlinks=True)
-        finally:
-            os.close(directory)
+        # open(2), O_TMPFILE: /proc's link must be followed, which os.link does only when it is given a
+        # directory's descriptor (CPython calls link(2), which does not follow, without one). Beside an
+        # absolute path any descriptor will do: linkat(2) does not look at it.
+        own = self._descriptor
+        os.link(f"/proc/self/fd/{own}", name, src_dir_fd=own, follow_symlinks=True)
 
     def _discard(self) -> None:
         with contextlib.suppress(OSError):
@@ -273,13 +283,17 @@ class _WriteBack:
 def _refuse_target(target: str) -> None:
     """Find out before gigabytes are written what would only fail at the end (a name too long, too)."""
     try:
-        if os.path.isdir(target):
-            raise StorageError(f"cannot write {target}: it is a directory")
-        if not os.path.isfile(target) and not os.path.islink(target):
-            os.lstat(target)
-            raise StorageError(f"cannot write {target}: it is a pipe, socket or device, not a regular file")
+        mode = os.stat(target).st_mode
     except FileNotFoundError:
-        pass
+        return
+    except OSError:
+        if os.path.islink(target):  # which the output takes the place of
+            return
+        raise
+    if stat.S_ISDIR(mode):
+        raise StorageError(f"cannot write {target}: it is a directory")
+    if not stat.S_ISREG(mode) and not os.path.islink(target):
+        raise StorageError(f"cannot write {target}: it is a pipe, socket or device, not a regular file")
 
 
 def _make_parents(directory: str, made: list[str]) -> None:

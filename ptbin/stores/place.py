@@ -139,8 +139,8 @@ class Place:
     def read_identified(self, *, limit: int = READ_BYTES_LIMIT) -> tuple[bytes, Identity]:
         return self.store.read_identified(self.path, limit=limit)
 
-    def write_bytes(self, data: bytes, *, claim: str = "") -> Identity | None:
-        return self.store.write_bytes(self.path, data, claim=claim)
+    def write_bytes(self, data: bytes, *, claim: str = "", lasting: bool = True) -> Identity | None:
+        return self.store.write_bytes(self.path, data, claim=claim, lasting=lasting)
 
     def delete(self) -> None:
         self.store.delete(self.path)

@@ -56,8 +56,8 @@ class TestCached(StoreContract):
 class ArchivedStore(FsspecStore):
     """The members of a zip archive, which only tests write."""
 
-    def write_bytes(self, path: str, data: bytes, *, claim: str = "") -> None:
-        del claim
+    def write_bytes(self, path: str, data: bytes, *, claim: str = "", lasting: bool = True) -> None:
+        del claim, lasting
         with zipfile.ZipFile(self.fs.fo.name, "a") as archive:
             archive.writestr(path, data)
         fsspec.AbstractFileSystem.clear_instance_cache()

@@ -329,3 +329,16 @@ def test_a_name_too_long_for_its_manifest_is_refused_before_anything_is_written(
     assert [problem["reason"] for problem in result.problems] == ["storage_error"]
     assert "choose a shorter name" in result.problems[0]["detail"]
     assert [path.name for path in out.iterdir()] == ["_ptbin"]
+
+
+def test_a_claim_that_a_power_failure_emptied_does_not_stop_the_rerun(tmp_path: Path) -> None:
+    torch.save(STATE_DICT, tmp_path / "a.pt")
+    output = tmp_path / "a.bin"
+    ptbin.convert(tmp_path / "a.pt", output)
+    made = output.read_bytes()
+    (tmp_path / "a.bin.manifest.json").unlink()
+    (tmp_path / f"a.bin{ASIDE_SUFFIX}").write_bytes(b"")
+    ptbin.convert(tmp_path / "a.pt", output)
+    assert output.read_bytes() == made
+    assert ptbin.verify(f"{output}.manifest.json") == []
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.bin", "a.bin.manifest.json", "a.pt"]

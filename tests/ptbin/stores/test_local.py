@@ -471,3 +471,25 @@ def test_a_missing_directory_is_told_from_a_forbidden_one(
             store.is_directory(str(tmp_path / "x"))
     with pytest.raises(NotFoundInStoreError), contextlib.ExitStack() as stack:
         stack.enter_context(store.open_reader(str(tmp_path / "missing")))
+
+
+def test_a_small_file_takes_two_flushes_and_what_need_not_last_none(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[int] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (flushed.append(descriptor), fsync(descriptor))[1])
+    store.write_bytes(str(tmp_path / "lasting"), b"x")
+    assert len(flushed) == 2  # the file, and the folder that names it
+    store.write_bytes(str(tmp_path / "passing"), b"x", lasting=False)
+    assert len(flushed) == 2
+    assert (tmp_path / "passing").read_bytes() == b"x"
+
+
+def test_a_link_that_leads_nowhere_or_round_is_replaced(store: LocalStore, tmp_path: Path) -> None:
+    for name, target in (("nowhere", "absent"), ("round", "round")):
+        link = tmp_path / name
+        link.symlink_to(target)
+        store.write_bytes(str(link), b"x")
+        assert link.read_bytes() == b"x"
+        assert not link.is_symlink()
