@@ -108,7 +108,7 @@ class LocalWriter(Writer):
         self._descriptor, self._partial = open_unpublished(self._target)
 
     def _retried_without_parents(self, step: Callable[[], None]) -> None:
-        """Several times, since another writer that aborts may take away a still empty directory in between."""
+        """Tried again, since another writer that aborts may take away a still empty directory meanwhile."""
         for _ in range(3):
             with contextlib.suppress(FileNotFoundError):
                 return step()
