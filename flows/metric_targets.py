@@ -9,9 +9,11 @@ from __future__ import annotations
 import base64
 import http.client
 import math
+import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +23,8 @@ from ptbin.installed import MissingPackageError, missing_line
 from ptbin.stores import place_of
 
 PUSH_SECONDS = 10.0
+ANSWER_SECONDS = 20.0
+"""A target may take that long, whatever it sends meanwhile."""
 
 
 class Target(Protocol):
@@ -28,6 +32,32 @@ class Target(Protocol):
 
     def send(self, found: Sequence[Family]) -> None:
         """Raises OSError where it cannot be reached."""
+
+
+def send_in_time(target: Target, found: Sequence[Family]) -> None:
+    """Send them, for a caller that waits: a socket's timeout holds for each byte that drips in.
+
+    What does not end is left to a thread that ends with the process.
+
+    Raises:
+        OSError: it cannot be reached, or takes too long; PtbinError: as the target raises it.
+    """
+    sent = Future[None]()
+
+    def send() -> None:
+        try:
+            target.send(found)
+            sent.set_result(None)
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            sent.set_exception(error)
+
+    threading.Thread(target=send, name="ptbin-metrics", daemon=True).start()
+    try:
+        sent.result(ANSWER_SECONDS)
+    except TimeoutError as error:
+        if sent.done():
+            raise
+        raise OSError(f"it did not end within {ANSWER_SECONDS:.0f} s") from error
 
 
 class Textfile:

@@ -24,6 +24,7 @@ from ptbin.manifests.vouching import Guard, Standing
 from ptbin.options import ConvertOptions, given
 from ptbin.output_files import write_files
 from ptbin.preparing import outputs_of_before, prepared
+from ptbin.reading.pickle.gc_pause import gc_paused
 from ptbin.stores import Identity, Place, place_of
 from ptbin.stores.place import Where
 from ptbin.values.crc32 import crc32_of
@@ -46,8 +47,9 @@ def convert(
     Args:
         source: local path or fsspec URL of one checkpoint, or a `Place`.
         dest: where the output goes; its manifest goes next to it.
-        source_options, dest_options: fsspec storage options, where places are given as text; they never reach
-            manifests or messages.
+        source_options: fsspec storage options for `source`, if it is text; they never reach manifests or
+            messages.
+        dest_options: the same for `dest`.
         progress: called with the bytes moved since its last call.
 
     Raises:
@@ -95,7 +97,8 @@ def stage(
             files.append(file)
         files += [put_text(at, name, data) for name, data in output.texts]
         files += copy_sidecars(made.sidecars, made.source, at, dtype=options.dtype, notes=notes)
-        manifest = draft_manifest(reader, made.selected, output, written, files)
+        with gc_paused():
+            manifest = draft_manifest(reader, made.selected, output, written, files)
         if part := made.source.incomplete or made.selected.checkpoint.part:
             manifest["part"] = part
         if options.provenance:

@@ -36,7 +36,7 @@ OPTIONS = (
 @command("metrics", ["dest"], OPTIONS, EPILOG)
 def metrics_command(dest: str, asked: dict[str, Any], shared: Shared) -> int:
     """Print OpenMetrics text about the runs that wrote into DEST."""
-    from flows.metric_targets import Otlp, Pushgateway, Target, Textfile
+    from flows.metric_targets import Otlp, Pushgateway, Target, Textfile, send_in_time
     from ptbin.history.metrics import metrics_of_runs
     from ptbin.history.openmetrics import render
     from ptbin.history.records import iter_runs
@@ -51,7 +51,7 @@ def metrics_command(dest: str, asked: dict[str, Any], shared: Shared) -> int:
     found = metrics_of_runs(place, runs, datetime.now(UTC))
     for target in targets:
         try:
-            target.send(found)
+            send_in_time(target, found)
         except OSError as error:
             raise StorageError(f"metrics of {place} could not be sent: {error}") from error
     if shared.as_json:

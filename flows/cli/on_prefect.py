@@ -14,6 +14,7 @@ from flows.cli.progress import Problems
 from flows.cli.started import began
 from flows.interrupts import hold_signals, interrupts_held
 from flows.parsing import refuse_runner_secrets
+from flows.prefect.open_files import allow_open_files
 from ptbin.errors import PtbinError
 from ptbin.installed import require
 from ptbin.runs.record import new_run_id
@@ -36,7 +37,7 @@ def run_prepared(
     from flows.prepared import finish_in_step, preparing, refuse_nothing
 
     refuse_runner_secrets(parameters.get("runner_address"))
-    _check_installed()  # before anything is written
+    _check_machine()  # before anything is written
     live = _live_run(shared, listener)
 
     def start_server() -> None:
@@ -70,9 +71,15 @@ def _live_run(shared: Shared, listener: Problems) -> LiveRun:
     return LiveRun(new_run_id(), shared.source_options, shared.dest_options, listener, began=began())
 
 
-def _check_installed() -> None:
+def _check_machine() -> None:
+    """Refuse what would keep the run from its end.
+
+    Raises:
+        UsageError: too few files may be opened; a package is missing.
+    """
     require("prefect", "more than one checkpoint at a time")
     require("jinja2", "the report of a run")
+    allow_open_files()
 
 
 def _set_logging(shared: Shared) -> None:
@@ -83,7 +90,7 @@ def _set_logging(shared: Shared) -> None:
 
 
 def _run(name: str, live: LiveRun, shared: Shared, parameters: dict[str, Any]) -> dict[str, Any]:
-    _check_installed()
+    _check_machine()
     _set_logging(shared)
     from flows.prefect.orchestrator import import_prefect, orchestrator
 

@@ -39,7 +39,8 @@ class Problems(Listener):
         """Whether problems are left to the report at the end, which is what the command is for."""
 
     def settled(self, entry: Outcome) -> None:
-        if entry.reason and not self.leaves_them:
+        # Known failures are not news: the summary lists them, with what the acknowledgement says.
+        if entry.reason and entry.kind != "known" and not self.leaves_them:
             self.reported.add((entry.reason, entry.detail))
             self.report(
                 f"{entry.kind} {entry.path}: {entry.reason}: {short_detail(entry.path, entry.detail)}"

@@ -165,8 +165,10 @@ def report_run(
 
 def report_summary(kind: str, summary: Mapping[str, Any], lines: Sequence[str], shared: Shared) -> int:
     """Print the end of a run of that kind as the options ask; its exit status."""
-    shared.answer(lambda: {key: summary[key] for key in KEYS[kind]}, [*lines, *_initial_lines(summary)])
-    if summary.get("interrupted"):
+    interrupted = bool(summary.get("interrupted"))
+    end = {"reason": "interrupted", "exit_status": INTERRUPTED_STATUS} if interrupted else {}
+    shared.answer(lambda: {key: summary[key] for key in KEYS[kind]} | end, [*lines, *_initial_lines(summary)])
+    if interrupted:
         print_error("interrupted", kind="ptbin")
         return INTERRUPTED_STATUS
     return 0 if summary["succeeded"] else 1

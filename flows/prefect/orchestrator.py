@@ -24,12 +24,15 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.prefect.child import OrchestratorError, embedded_server
 from flows.prefect.early import begin_early, take_early
 from flows.prefect.undocumented import drain_client_queues, expect_no_server, refresh_settings, settings_with
 from ptbin.stores import public_uri
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 RECORDING_SECONDS = 60.0
 INTERRUPTED_SECONDS = 1.5
@@ -37,6 +40,7 @@ INTERRUPTED_SECONDS = 1.5
 DRAIN_SECONDS = 20.0
 HEALTH_SECONDS = 3.0
 NOT_THERE = 404
+KEY_REFUSED = (401, 403)
 AWAY_SECONDS = 5.0
 """How long a server may be away when a run begins."""
 ABSENT_SECONDS = 60.0
@@ -134,20 +138,40 @@ def orchestrator() -> Iterator[Orchestrator]:
 
 
 def _refuse_absent(api_url: str) -> None:
-    """Raises OrchestratorError where the server does not answer, after some seconds: it may be starting."""
+    """Raises OrchestratorError where the server serves no run; it may be starting, so after some seconds."""
+    shown = f"{public_uri(api_url)} (PREFECT_API_URL)"
     deadline = time.monotonic() + AWAY_SECONDS
-    while (error := _health()) is not None and (answer := getattr(error, "response", None)) is None:
-        if time.monotonic() > deadline:
+    while (error := _health() or _refusal()) is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in KEY_REFUSED:
             raise OrchestratorError(
-                f"Prefect's server does not answer at {public_uri(api_url)} (PREFECT_API_URL); start it, or "
-                "unset PREFECT_API_URL to have one started for the run"
+                f"Prefect's server at {shown} refuses the run ({status}): PREFECT_API_KEY, or "
+                "PREFECT_API_AUTH_STRING of an own server, is missing, wrong or expired"
+            )
+        if status == NOT_THERE or isinstance(error, ValueError):
+            raise OrchestratorError(
+                f"what answers at {shown} is not Prefect's API, whose address ends in /api"
+            )
+        if isinstance(error, RuntimeError):  # of versions that do not fit
+            raise OrchestratorError(f"Prefect's server at {shown}: {error}")
+        if time.monotonic() > deadline:
+            what = f"answers with status {status} at" if status else "does not answer at"
+            raise OrchestratorError(
+                f"Prefect's server {what} {shown}; start it, or unset PREFECT_API_URL to have one started "
+                "for the run"
             )
         time.sleep(0.5)
-    if error is not None and getattr(answer, "status_code", None) == NOT_THERE:
-        raise OrchestratorError(
-            f"what answers at {public_uri(api_url)} (PREFECT_API_URL) is not Prefect's API, whose address "
-            "ends in /api"
-        )
+
+
+def _refusal() -> Exception | None:
+    """Ask the server what every run asks: health is answered without a key, and by other programs."""
+    with _quick_client() as client:
+        try:
+            client.read_flows(limit=1)
+            client.raise_for_api_version_mismatch()
+        except Exception as error:  # noqa: BLE001 - httpx's, pydantic's, Prefect's
+            return error
+    return None
 
 
 def start_early() -> None:
@@ -180,13 +204,20 @@ def server_answers() -> bool:
 
 def _health() -> Exception | None:
     """Ask the server for its health; the error, or None where it is well."""
+    with _quick_client() as client:
+        return client.api_healthcheck()
+
+
+@contextlib.contextmanager
+def _quick_client() -> Iterator[SyncPrefectClient]:
+    """A client that asks once, and waits for some seconds at most."""
     from prefect.client.orchestration import get_client
 
     with (
         settings_with("client", max_retries=0),
         get_client(sync_client=True, httpx_settings={"timeout": HEALTH_SECONDS}) as client,
     ):
-        return client.api_healthcheck()
+        yield client
 
 
 def await_server(check: Callable[[], object], seconds: float = ABSENT_SECONDS) -> bool:

@@ -152,6 +152,7 @@ def _is_our_own(path: str) -> bool:
 
 
 def is_in_own_folder(path: str) -> bool:
+    """Whether a path below DEST lies in a `_ptbin` folder, at any depth."""
     return OWN_FOLDER in path and OWN_FOLDER in path.split("/")
 
 

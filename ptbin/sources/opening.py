@@ -215,7 +215,7 @@ def parse_index(data: bytes, uri: str) -> dict[str, Any]:
     try:
         index = json.loads(data, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise CorruptArchiveError(f"{uri}: the index is no JSON: {error}") from error
+        raise CorruptArchiveError(f"{uri}: the index is not JSON: {error}") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     tensors = index.get("tensors") if isinstance(index, dict) else None
     if isinstance(weight_map, dict):

@@ -255,6 +255,7 @@ def test_an_interrupted_run_ends_soon_and_accounts_for_itself(
     workers = workers_in(notes) - {process.pid}
     process.send_signal(number)
     summary = summary_of(process, 130)
+    assert (summary["reason"], summary["exit_status"]) == ("interrupted", 130)
     (record,) = (dest / "_ptbin" / "runs").glob("*/run.json")
     told = json.loads(record.read_text())
     assert told["interrupted"]

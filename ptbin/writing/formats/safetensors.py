@@ -13,7 +13,7 @@ from typing import Any
 from ptbin.errors import UnsupportedTensorError
 from ptbin.values.dtypes import PAIRED, SAFETENSORS_NAMES
 from ptbin.values.names import is_unicode
-from ptbin.values.segments import FilePlan, Literal
+from ptbin.values.segments import FilePlan
 from ptbin.writing.formats.dense import DenseTensor, dense_file, dense_tensors
 from ptbin.writing.layout import FileContent, FileLayout
 
@@ -40,7 +40,7 @@ def plan_safetensors(file: FileContent) -> FilePlan:
                 f"{kept!r} has element type {tensor.dtype.name}, "
                 "which safetensors does not have; --format raw holds it"
             )
-        if {"__metadata__", *metadata} & set(tensor.names):
+        if any(each == "__metadata__" or each in metadata for each in tensor.names):
             raise UnsupportedTensorError(f"{kept!r} is not a name that a tensor may have in safetensors")
         for each in tensor.names:
             if not is_unicode(each):
@@ -58,7 +58,7 @@ def plan_safetensors(file: FileContent) -> FilePlan:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     layout = FileLayout()
-    layout.add(Literal(len(text).to_bytes(8, "little") + text))
+    layout.text(len(text).to_bytes(8, "little") + text)
     return dense_file(file.name, layout, tensors, alignment=1)
 
 
