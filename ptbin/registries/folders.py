@@ -246,8 +246,8 @@ class FolderRegistry(Registry):
             if name not in goes or name in OWN_FILES:
                 continue
             there = identity_text(item.identity) if item.identity is not None else ""
-            # Records of ptbin 0.1 have no identities: what they list is taken for what was brought.
-            if name in old.files and old.identities.get(name, there) == there:
+            # A record that states no identity may be anybody's, and list anybody's files.
+            if name in old.files and old.identities.get(name, "") == there:
                 continue
             if name in staged and same_content(staging / name, folder / name):
                 continue

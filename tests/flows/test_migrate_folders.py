@@ -309,6 +309,21 @@ def test_a_version_whose_folder_holds_a_file_of_somebody_s_is_not_replaced(tmp_p
     assert issues(dest) == []
 
 
+def test_a_record_that_lists_somebody_s_file_deletes_nothing(tmp_path: Path) -> None:
+    """Anybody may write a record; where it states no identity of a file, it vouches for nothing."""
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    put(source / "net/1/model.pt")
+    run(source, dest)
+    (dest / "net/1/mine.txt").write_text("mine")
+    told = json.loads((dest / "net/registry.json").read_text())
+    told["versions"][0]["files"].append("mine.txt")
+    del told["versions"][0]["identities"]["model.bin"]
+    (dest / "net/registry.json").write_text(json.dumps(told))
+    put(source / "net/1/model.pt", 2.0)
+    assert outcomes(run(source, dest)) == {"net/1": "rejected"}
+    assert (dest / "net/1/mine.txt").read_text() == "mine"
+
+
 def test_keys_that_lead_out_of_the_registry_are_not_followed(tmp_path: Path, moto_s3: S3Endpoint) -> None:
     bucket = moto_s3.make_bucket()
     store, root = open_store(f"s3://{bucket}/reg", moto_s3.storage_options)
