@@ -19,7 +19,7 @@ def tell(problems: list[str]) -> None:
 
 @flow
 def nightly(source: str, dest: str) -> int:
-    """How many checkpoints are new tonight; failures of single ones are told, and are no reason to fail."""
+    """How many checkpoints are new tonight; single failures are reported and do not fail the flow."""
     try:
         result = convert(source, dest)
     except ptbin.RunFailedError as error:  # the run came to its end all the same

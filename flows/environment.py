@@ -29,7 +29,8 @@ LIKENESS = 0.7
 """`FROCE`, `MAX_WORKERS` and `FORCE`, `WORKERS` are that like; what is less so is somebody's own variable."""
 CLOSE_LIKENESS = 0.85
 """Where only some names are known: `METRIC` is so like `METRICS`, `METRICS_ALL`, an option, is not."""
-_reported: set[str] = set()
+reported_names: set[str] = set()
+"""Misspelled variables that this process has reported: once each."""
 
 
 def unread_line(names: Iterable[str], known: Collection[str], *, likeness: float = LIKENESS) -> str:
@@ -40,7 +41,7 @@ def unread_line(names: Iterable[str], known: Collection[str], *, likeness: float
     found = sorted(
         name
         for name in names
-        if name.upper().startswith(PREFIX) and name not in known and name not in _reported
+        if name.upper().startswith(PREFIX) and name not in known and name not in reported_names
     )
     if not found:
         return ""
@@ -51,6 +52,6 @@ def unread_line(names: Iterable[str], known: Collection[str], *, likeness: float
     for name in found:
         near = get_close_matches(name.upper().removeprefix(PREFIX), rests, n=1, cutoff=likeness)
         if near:
-            _reported.add(name)
+            reported_names.add(name)
             parts.append(f"{name} is set, which ptbin does not read: did you mean {rests[near[0]]}?")
     return " ".join(parts)

@@ -126,7 +126,7 @@ CONVERT = (
     ),
     Option(
         "retry_failed",
-        "Only what failed: in the run of this id (see `ptbin runs`), or (last) whatever fails now.",
+        "Only what fails now (last), or what failed in the run with this id (see `ptbin runs`).",
         metavar="[RUN]",
         group=FILES,
     ),

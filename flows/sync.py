@@ -25,7 +25,7 @@ from ptbin.catalog.plan import plan_deletions
 from ptbin.errors import StorageError
 from ptbin.manifests.manifest import manifest_uri
 from ptbin.runs.outcomes import Outcome, one_line, outcome_of_error
-from ptbin.runs.tally import LISTED
+from ptbin.runs.tally import MAX_LISTED_ROWS
 from tasks.batches import BatchTask
 from tasks.mirroring import back_up_batch, compare_batch, copy_batch, delete_batch
 from tasks.steps import step
@@ -169,7 +169,7 @@ class Synchronization(Conversion):
         """A deletion leaves nothing but this trace."""
         if outcome.kind != "deleted":
             return
-        if len(self.tally.deleted) < LISTED:
+        if len(self.tally.deleted) < MAX_LISTED_ROWS:
             self.tally.deleted.append(outcome.path)
             self.lines.append(f"deleted {outcome.path}")
 

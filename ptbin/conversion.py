@@ -24,6 +24,7 @@ from ptbin.manifests.vouching import Guard, Standing
 from ptbin.options import ConvertOptions, given
 from ptbin.output_files import write_files
 from ptbin.preparing import outputs_of_before, prepared
+from ptbin.reading.pickle.gc_pause import gc_paused
 from ptbin.stores import Identity, Place, place_of
 from ptbin.stores.place import Where
 from ptbin.values.crc32 import crc32_of
@@ -46,8 +47,9 @@ def convert(
     Args:
         source: local path or fsspec URL of one checkpoint, or a `Place`.
         dest: where the output goes; its manifest goes next to it.
-        source_options, dest_options: fsspec storage options, where places are given as text; they never reach
-            manifests or messages.
+        source_options: fsspec storage options for `source`, if it is text; they never reach manifests or
+            messages.
+        dest_options: the same for `dest`.
         progress: called with the bytes moved since its last call.
 
     Raises:
@@ -95,7 +97,8 @@ def stage(
             files.append(file)
         files += [put_text(at, name, data) for name, data in output.texts]
         files += copy_sidecars(made.sidecars, made.source, at, dtype=options.dtype, notes=notes)
-        manifest = draft_manifest(reader, made.selected, output, written, files)
+        with gc_paused():
+            manifest = draft_manifest(reader, made.selected, output, written, files)
         if part := made.source.incomplete or made.selected.checkpoint.part:
             manifest["part"] = part
         if options.provenance:
@@ -104,10 +107,11 @@ def stage(
             obsolete.discard(manifest["provenance"])
         bytes_read = reader.bytes_read
     for name in sorted(obsolete - {file.path for file in files}):
-        if made.vouches_for(name):
-            at.place_of(name).delete()
+        kept = made.why_kept(name)
+        if kept:
+            notes.append(f"{name} of the output before this one stays: {kept}")
         else:
-            notes.append(f"{name} of the output before this one stays: it has other content by now")
+            at.place_of(name).delete()
     manifest["run_id"] = run_id or os.urandom(6).hex()
     manifest["started_at"] = started_at
     manifest["finished_at"] = utc_now()

@@ -48,7 +48,8 @@ def load(
 
     Args:
         names: only these, in this order.
-        select, strip_prefix: as `ConvertOptions` has them, for checkpoints.
+        select: as in `ConvertOptions`, for checkpoints.
+        strip_prefix: the same.
 
     Raises:
         UsageError: `names` has one that is not there.

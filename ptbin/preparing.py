@@ -20,6 +20,7 @@ from ptbin.options import ConvertOptions, given
 from ptbin.reading.containers.checkpoint import as_checkpoint_errors
 from ptbin.reading.selected import Selected, read_selected
 from ptbin.sources.opening import SourcePlace, find_source
+from ptbin.sources.output_names import is_named_after
 from ptbin.sources.sidecars import find_sidecars, refuse_pointer_at
 from ptbin.splice import iter_recipe, splice
 from ptbin.stores import ListedObject, Place, RangeReader, Writer
@@ -76,7 +77,7 @@ def preview(
         return Preview(
             (*names, made.name + MANIFEST_SUFFIX),
             tuple(sorted(made.at.replaced)),
-            tuple(name for name in sorted(before - set(names)) if made.vouches_for(name)),
+            tuple(name for name in sorted(before - set(names)) if not made.why_kept(name)),
         )
 
 
@@ -96,9 +97,18 @@ class Prepared:
         """Of the output."""
         return self.at.place.name
 
-    def vouches_for(self, name: str) -> bool:
-        """Whether a file that the earlier manifest speaks of is there as it was written."""
-        return name == self.name + STATEMENT_SUFFIX or self.at.vouches_for(name)
+    def why_kept(self, name: str) -> str:
+        """Why a file that the earlier manifest lists may not be deleted; empty where it may.
+
+        A manifest may be anybody's, and list anybody's files with their digests.
+        """
+        if name == self.name + STATEMENT_SUFFIX:
+            return "" if self.at.has_own_statement() else "it is not the statement of that output"
+        if not is_named_after(name, self.name):
+            return "it is not named after it"
+        if not self.at.vouches_for(name):
+            return "it has other content by now"
+        return "it has a manifest of its own" if self.at.has_manifest_beside(name) else ""
 
 
 def plan_conversion(reader: RangeReader, options: ConvertOptions, name: str) -> tuple[Selected, OutputPlan]:

@@ -6,6 +6,8 @@ on other people's stores and servers cannot be run here: of those each word is p
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import re
 import shlex
@@ -75,6 +77,12 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+def test_modules_that_the_design_names_are_there() -> None:
+    named = set(re.findall(r"`([a-z_0-9/]+\.py)", (DOCS / "design.md").read_text(encoding="utf-8")))
+    paths = [path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.py")]
+    assert {name for name in named if not any(f"/{path}".endswith(f"/{name}") for path in paths)} == set()
+
+
 RUN_ELSEWHERE = {"tutorial.md", "recipes.md", "diff.md", "migration.md"}
 """By tests/test_newcomer.py, interop/test_recipes.py, flows/test_diff_command.py, and below. The way back in
 `migration.md` is run by tests/ptbin/registries/test_mlflow_registry.py."""
@@ -122,6 +130,19 @@ def _parse(words: list[str]) -> None:
             name, command, arguments = cli.resolve_command(context, rest)
             assert command is not None
             command.make_context(name, arguments, parent=context)
+
+
+DOCUMENTED = re.findall(r"^::: (ptbin\.\S+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", [name for name in DOCUMENTED if name != "ptbin.errors"])
+def test_documented_arguments_are_the_functions_own(name: str) -> None:
+    """`make docs` stops at one that is not."""
+    module, _, attribute = name.rpartition(".")
+    documented = getattr(importlib.import_module(module), attribute)
+    _, _, arguments = (inspect.getdoc(documented) or "").partition("Args:\n")
+    named = re.findall(r"^ {4}(\S[^:\n]*): ", arguments.partition("\n\n")[0], re.MULTILINE)
+    assert set(named) <= inspect.signature(documented).parameters.keys()
 
 
 def test_consumers_of_a_migrated_registry_load_as_the_page_says(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ OPTIONS = (
 @command("acknowledge", ["dest"], OPTIONS, EPILOG)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 def acknowledge_command(dest: str, paths: Sequence[str], asked: dict[str, Any], shared: Shared) -> int:
-    """Say that the failures of PATHs in DEST are known: no reason for a run to fail."""
+    """Mark failures in DEST as known, so that they no longer fail a run."""
     until: datetime = asked["until"]
     from ptbin.history.failures import acknowledge
     from ptbin.stores import place_of

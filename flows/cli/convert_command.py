@@ -32,10 +32,10 @@ Examples:
   ptbin convert s3://training/runs s3://models/weights --retry-failed
   ls -t checkpoints | head | ptbin convert checkpoints/ weights/ --files-from -
 
-SOURCE and DEST are local paths or any fsspec URL. One checkpoint goes to DEST if that ends in .bin, else
-into DEST. Everything else (a directory, a prefix, a quoted glob) is converted below DEST through Prefect:
-on the server of PREFECT_API_URL, or on one that is started for the run. A rerun converts only what is new
-or changed.
+SOURCE and DEST are local paths or any fsspec URL. One checkpoint becomes the file DEST if that ends in
+.bin or .safetensors, else a file in DEST. Everything else (a directory, a prefix, a quoted glob) is converted
+below DEST through Prefect: on the server of PREFECT_API_URL, or on one that is started for the run. A rerun
+converts only what is new or changed.
 
 Exit status: 0 all converted or up to date; 1 some were rejected or failed;
 2 the call was wrong, nothing was written; 130 interrupted."""

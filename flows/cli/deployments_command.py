@@ -26,7 +26,7 @@ file there differs, the command stops before it writes anything, unless --force.
 @click.argument("folder", default="deployments", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--force", is_flag=True, help="Replace files that differ.")
 def deployments_command(folder: Path, force: bool) -> int:
-    """Write what schedules ptbin by Prefect (deployments, work pools, ...) into FOLDER."""
+    """Write the files that schedule ptbin with Prefect into FOLDER."""
     root = files("flows") / "deployments"
     if not root.is_dir():
         raise UsageError("this installation carries no deployments; take those of the checkout it came from")

@@ -58,7 +58,7 @@ OPTIONS = (
 
 @command("diff", ("a", "b"), OPTIONS, EPILOG)
 def diff_command(a: str, b: str, asked: dict[str, Any], shared: Shared) -> int:
-    """Say which tensors of A and B differ, and how far."""
+    """Show which tensors of A and B differ, and how far."""
     import ptbin
 
     try:

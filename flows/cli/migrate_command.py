@@ -38,7 +38,7 @@ DRY_RUN = dry_run_option("Print which version would become which, write nothing.
 
 @command("migrate", ["source", "dest"], (*MIGRATE, DRY_RUN), EPILOG)
 def migrate_command(source: str, dest: str, asked: dict[str, Any], shared: Shared) -> int:
-    """Bring the models of one registry into another, as weights."""
+    """Move the models of one registry into another, as weights."""
     options = build_options(chosen(CONTENT, asked))
     refuse_secrets(source, dest)
     from ptbin.registries import is_registry_uri

@@ -47,7 +47,7 @@ MIRRORS = Option("mirrors", "DEST is a mirror: other files count, too.", False, 
 
 @command("status", ["source", "dest"], (*STATUS, MIRRORS), EPILOG)
 def status_command(source: str, dest: str, asked: dict[str, Any], shared: Shared) -> int:
-    """Say how far DEST is in step with SOURCE: what is new, changed, failed, left over."""
+    """Show how far DEST is in step with SOURCE: what is new, changed, failed, left over."""
     options = build_options(asked)
     include, exclude = tuple(asked["include"]), tuple(asked["exclude"])
     from ptbin.catalog.request import RunRequest

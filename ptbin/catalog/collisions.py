@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from ptbin.catalog.finding import SHARD_NUMBER, split_bases
 from ptbin.catalog.jobs import Problem
 from ptbin.catalog.jobtable import LEFT_ALONE, REFUSED, JobTable
 from ptbin.catalog.planning import settle_collision
@@ -15,6 +14,7 @@ from ptbin.errors import OutputCollisionError
 from ptbin.manifests.provenance import STATEMENT_SUFFIX
 from ptbin.options import ConvertOptions
 from ptbin.sources.leftovers import is_leftover
+from ptbin.sources.output_names import SHARD_NUMBER, split_bases
 from ptbin.sources.part_names import INDEX_SUFFIX
 
 

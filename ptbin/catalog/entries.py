@@ -36,7 +36,7 @@ KINDS = {
 }
 """What is passed over, and how to say it of one and of many."""
 
-LISTED = 100
+MAX_LISTED_PATHS = 100
 NAMED = 5
 
 
@@ -57,7 +57,7 @@ class Entries(Watch):
         self.problems: list[Problem] = []
         self.counts: Counter[str] = Counter()
         self.passed: list[tuple[str, str]] = []
-        """Kind and path of what was passed over, the first `LISTED`."""
+        """Kind and path of what was passed over, the first `MAX_LISTED_PATHS`."""
         self.kept: list[str] = []
         """Paths of links that were passed over: it is not known what lies below them."""
         self._shown = tuple(glob for glob in shown if glob.startswith(".") or "/." in glob)
@@ -111,7 +111,7 @@ class Entries(Watch):
 
     def _pass(self, kind: str, path: str) -> None:
         self.counts[kind] += 1
-        if len(self.passed) < LISTED:
+        if len(self.passed) < MAX_LISTED_PATHS:
             self.passed.append((kind, path))
 
     # -- asked afterwards ---------------------------------------------------------------------------

@@ -8,7 +8,6 @@ the files that may be parts of a checkpoint of several files.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from ptbin.errors import NotFoundInStoreError, StorageError, VerificationError
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.sources.folders import Group, Grouping, is_folder_part
 from ptbin.sources.opening import find_source
+from ptbin.sources.output_names import SHARD_NUMBER, split_bases
 from ptbin.sources.part_names import split_place
 from ptbin.sources.suffixes import CHECKPOINT_SUFFIXES, OTHER_SUFFIXES, suffix_of
 from ptbin.stores import ListedObject, Place, Watch, WatchQuietly, Where, is_partial_name, place_of
@@ -29,8 +29,6 @@ from ptbin.writing.formats import OUTPUT_SUFFIXES
 
 OWN_FOLDER = "_ptbin"
 """Run records and the index of finished work lie there, below DEST."""
-
-SHARD_NUMBER = re.compile(r"-\d{5,}-of-\d{5,}(?=\.[a-z]+$)")
 
 
 def find_checkpoints(
@@ -154,6 +152,7 @@ def _is_our_own(path: str) -> bool:
 
 
 def is_in_own_folder(path: str) -> bool:
+    """Whether a path below DEST lies in a `_ptbin` folder, at any depth."""
     return OWN_FOLDER in path and OWN_FOLDER in path.split("/")
 
 
@@ -196,19 +195,6 @@ def find_manifests(
     for item in place.iter_objects(watch or WatchQuietly()):
         if item.path.endswith(MANIFEST_SUFFIX) and not is_in_own_folder(item.path):
             yield item.uri
-
-
-def split_bases(name: str) -> list[str]:
-    """Outputs that a file of this name may be a part of by `--split`: `a/last.model.ema.bin` of
-    `a/last.model.bin` or of `a/last.bin`.
-    """
-    folder, slash, file = SHARD_NUMBER.sub("", name).rpartition("/")
-    stem, _, suffix = file.rpartition(".")
-    bases = []
-    while "." in stem:
-        stem = stem.rpartition(".")[0]
-        bases.append(f"{folder}{slash}{stem}.{suffix}")
-    return bases
 
 
 def split_manifest(root: Place, path: str) -> str | None:

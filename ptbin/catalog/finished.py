@@ -103,6 +103,7 @@ def job_digest(uri: str, size: int, identity: Mapping[str, str] | None, fingerpr
 
 
 def digest_of(job: Job, options: ConvertOptions) -> str:
+    """What the index remembers of a job: source, its state, place and options, as one digest."""
     return _digest(job, _copy_fingerprint(job, options) if job.copies else options.fingerprint())
 
 

@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ptbin.catalog.checks import real_uri
-from ptbin.catalog.finding import SHARD_NUMBER, split_bases
 from ptbin.catalog.globs import is_excluded
 from ptbin.catalog.planning import relative_output
 from ptbin.errors import LimitExceededError, NotFoundInStoreError, VerificationError
 from ptbin.manifests.manifest import MANIFEST_SUFFIX, parse_manifest
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, dump_statement, statement_of
 from ptbin.proof.verification import difference_of
-from ptbin.sources.companions import is_sidecar
-from ptbin.sources.part_names import INDEX_SUFFIX
+from ptbin.sources.output_names import is_named_after
 from ptbin.stores import Identity, Place, identity_text
 
 if TYPE_CHECKING:
@@ -173,7 +171,7 @@ class _Mirror:
             path = f"{folder}{slash}{name}"
             if self._work.is_planned(path):
                 continue
-            if not _is_named_after(name, base):
+            if not is_named_after(name, base):
                 return (), f"its manifest lists {name}, which is not named after it"
             try:
                 kept = kept or self._difference(path, listed, made, manifest["tensors"])
@@ -219,12 +217,6 @@ class _Mirror:
             return (self._dest / path).read_bytes() == expected
         except (NotFoundInStoreError, LimitExceededError, LookupError, TypeError):
             return False
-
-
-def _is_named_after(name: str, base: str) -> bool:
-    """Whether an output called `base` may have a file called `name`: a manifest's word is not enough."""
-    whole = SHARD_NUMBER.sub("", name.removesuffix(INDEX_SUFFIX))
-    return whole == base or base in split_bases(whole) or is_sidecar(name)
 
 
 def _is_younger(one: Identity, other: Identity) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from ptbin.catalog.cases import folds_case
 from ptbin.catalog.collisions import settle_collisions, suffixes_beside
 from ptbin.catalog.entries import Entries
-from ptbin.catalog.finding import SHARD_NUMBER, find_checkpoints, is_in_own_folder, split_bases
+from ptbin.catalog.finding import find_checkpoints, is_in_own_folder
 from ptbin.catalog.finished import (
     FinishedRow,
     digest_of,
@@ -31,6 +31,7 @@ from ptbin.manifests.claims import ASIDE_SUFFIX, CLAIM_TARGET_SUFFIX
 from ptbin.manifests.manifest import MANIFEST_SUFFIX
 from ptbin.options import ConvertOptions
 from ptbin.sources.companions import is_companion, is_sidecar
+from ptbin.sources.output_names import SHARD_NUMBER, split_bases
 from ptbin.sources.part_names import INDEX_SUFFIX
 from ptbin.sources.suffixes import OTHER_SUFFIXES, suffix_of
 from ptbin.stores import NO_OPTIONS, ListedObject, Place, Where

@@ -48,12 +48,15 @@ def diff(
     difference of 0). Values that are not tensors are not compared. Memory does not grow with the files.
 
     Args:
-        a, b: a file, an index of shards, a folder that is one checkpoint, or a manifest (`*.json`).
+        a: a file, an index of shards, a folder that is one checkpoint, or a manifest (`*.json`).
+        b: the same.
         options: what is taken of a checkpoint and how its names are changed before they are compared:
             `select`, `flatten`, `strip_prefix`, `rename`, `drop`, `parts`, `on_unsafe`, `limits`. The others
-            say nothing here. `options_b`: those of `b`, where they are not the same.
-        rtol, atol: |a - b| <= atol + rtol * |b| counts as equal (`torch.isclose`); then NaNs equal NaNs.
-        check_dtype: whether tensors of one value and two types differ.
+            have no effect here.
+        options_b: those of `b`, if they differ.
+        rtol: |a - b| <= atol + rtol * |b| counts as equal (`torch.isclose`); then NaNs equal NaNs.
+        atol: see `rtol`. Without both: equal bits.
+        check_dtype: whether tensors with equal values of two types differ.
         check_ties: whether names that share memory on one side only make the two different.
         storage_options: fsspec storage options for `a`, and for `b` unless `storage_options_b` is given.
         progress: called with bytes compared; may be called by several threads.

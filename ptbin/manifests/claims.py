@@ -64,11 +64,13 @@ class Vouched:
 
 
 def carried_claim(uri: str, source_uri: str, restored: bool) -> str:
+    """The claim that an S3 object carries in its metadata: 32 hexadecimal digits of place and source."""
     text = "\0".join((str(CLAIM_VERSION), "restored" if restored else "converted", uri, source_uri))
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def vouched_by(manifest: Mapping[str, Any]) -> list[Vouched]:
+    """The files that a manifest lists, and what `verify` found damaged in their place."""
     identities = manifest["verification"].get("identities")
     if not isinstance(identities, dict):
         identities = {}

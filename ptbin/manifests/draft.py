@@ -9,7 +9,7 @@ from typing import Any
 from ptbin.options import Limits
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # not frozen, as in `values.tensors`
 class DraftRecord:
     """One storage of an output file: where it lies there, and its CRC-32 as the source states it."""
 

@@ -70,6 +70,7 @@ def _output_row(file: DraftFile) -> dict[str, Any]:
 
 
 def draft_file(plan: FilePlan, result: SpliceResult, copied_nbytes: int = 0) -> DraftFile:
+    """What the manifest will say of a file that was written, of which the store copied `copied_nbytes`."""
     records = tuple(
         DraftRecord(record.offset, record.nbytes, record.checksum.value(result.crcs))
         for record in plan.plan.records

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ptbin.errors import VerificationError
@@ -21,6 +21,7 @@ SCHEMA_VERSION = 1
 MAX_NAME_NBYTES = 1024
 """Of a key in S3; file systems hold less, and say so themselves."""
 MANIFEST_SUFFIX = ".manifest.json"
+ROWS_AT_ONCE = 1000
 
 _REQUIRED: dict[str, type | tuple[type, ...]] = {
     "schema_version": int,
@@ -48,6 +49,14 @@ def utc_now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
+def rows_by_file(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """A manifest's rows of tensors by the file they lie in, each in their order."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["file"], []).append(row)
+    return found
+
+
 def hex_crc32(value: int) -> str:
     """Eight hexadecimal digits, as manifests write a CRC-32."""
     return f"{value:08x}"
@@ -55,15 +64,21 @@ def hex_crc32(value: int) -> str:
 
 def dump_manifest(manifest: Mapping[str, Any]) -> bytes:
     """The manifest as it is stored: UTF-8 JSON, one tensor a line."""
-    lines = []
-    for key, value in manifest.items():
+    out = [b"{\n"]
+    encode = json.JSONEncoder(ensure_ascii=False).encode
+    for number, (key, value) in enumerate(manifest.items()):
+        out.append(b",\n" * (number > 0) + f"  {json.dumps(key)}: ".encode())
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            rows = ",\n".join("    " + json.dumps(row, ensure_ascii=False) for row in value)
-            lines.append(f"  {json.dumps(key)}: [\n{rows}\n  ]")
+            out.append(b"[\n")
+            for start in range(0, len(value), ROWS_AT_ONCE):
+                rows = ",\n".join(["    " + encode(row) for row in value[start : start + ROWS_AT_ONCE]])
+                # backslashreplace, because tensor names come out of foreign pickles
+                out.append(b",\n" * (start > 0) + rows.encode("utf-8", "backslashreplace"))
+            out.append(b"\n  ]")
         else:
-            lines.append(f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
-    # surrogatepass, because tensor names come out of foreign pickles
-    return ("{\n" + ",\n".join(lines) + "\n}\n").encode("utf-8", "backslashreplace")
+            out.append(encode(value).encode("utf-8", "backslashreplace"))
+    out.append(b"\n}\n")
+    return b"".join(out)
 
 
 def parse_manifest(data: bytes, uri: str) -> dict[str, Any]:

@@ -125,7 +125,11 @@ class OutputSite:
         if self._is_free:
             return None
         try:
-            return parse_manifest(self._manifest_place.read_bytes(), self.place.uri)
+            manifest = parse_manifest(self._manifest_place.read_bytes(), self.place.uri)
+            if "provenance" not in manifest:
+                # Only a statement says something of tensors; a million rows would stay for all the run.
+                manifest["tensors"] = []
+            return manifest
         except NotFoundInStoreError:
             return None
         except (VerificationError, LimitExceededError):
@@ -277,6 +281,22 @@ class OutputSite:
             return False
         rows = [row for row in vouched_by(self.manifest) if row.name == name]
         return self._has_content(place, found.size, identity_text(found.identity), rows)
+
+    def has_own_statement(self) -> bool:
+        """Whether the statement beside the output is the one of the manifest that is there."""
+        try:
+            there = self.place.beside(STATEMENT_SUFFIX).read_bytes()
+        except (NotFoundInStoreError, LimitExceededError):
+            return False
+        return self.manifest is not None and there == _statement(self.manifest)
+
+    def has_manifest_beside(self, name: str) -> bool:
+        """Whether a file is an output by itself."""
+        try:
+            self.place_of(name + MANIFEST_SUFFIX).stat()
+        except NotFoundInStoreError:
+            return False
+        return True
 
     def _has_content(self, place: Place, size: int, identity: str, rows: Iterable[Vouched]) -> bool:
         rows = [row for row in rows if row.size == size]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import UsageError, VerificationError
 from ptbin.installed import require_reader
+from ptbin.manifests.manifest import rows_by_file
 from ptbin.options import ConvertOptions
 from ptbin.proof.loaded import iter_loaded_tensors
 from ptbin.proof.logical import iter_logical_bytes
@@ -116,12 +117,12 @@ def open_output(dest: Place, manifest: Mapping[str, Any]) -> Iterator[dict[str, 
         VerificationError: a reader refuses a file. UsageError: safetensors is not installed.
     """
     form = manifest["options"].get("format", "torch")
-    files = dict.fromkeys(row["file"] for row in manifest["tensors"])
+    rows_of = rows_by_file(manifest["tensors"])
     with contextlib.ExitStack() as stack:
         merged: dict[str, Any] = {}
-        for name in files:
+        for name in rows_of:
             place = dest.parent / name
-            rows = [row for row in manifest["tensors"] if row["file"] == name]
+            rows = rows_of[name]
             if form == "torch":
                 merged.update(stack.enter_context(_open_with_torch(place)))
                 continue

@@ -24,12 +24,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ptbin.errors import CheckpointError, ChecksumMismatchError, VerificationError
-from ptbin.manifests.manifest import hex_crc32
+from ptbin.manifests.manifest import hex_crc32, rows_by_file
 from ptbin.options import Limits
 from ptbin.proof.digests import digest_file
 from ptbin.proof.serial import serial_of
 from ptbin.reading.containers import read_checkpoint
 from ptbin.reading.containers.source import RandomReader
+from ptbin.reading.pickle.gc_pause import gc_paused
 from ptbin.reading.pickle.verdicts import judge_programs
 from ptbin.reading.selection import select_state_dict
 from ptbin.sources.part_names import INDEX_SUFFIX
@@ -68,11 +69,12 @@ def prove_output(
         ChecksumMismatchError: the difference is in bytes that the store copied: the source holds them so.
     """
     proven_by = READ_BACK
+    rows_of = rows_by_file(draft.manifest["tensors"])
     for file, output in zip(draft.files, draft.manifest["outputs"], strict=True):
         if file.acknowledged:
             proven_by = STORE_CHECKSUM
             continue
-        rows = [row for row in draft.manifest["tensors"] if row["file"] == file.path]
+        rows = rows_of.get(file.path, [])
         place = dest.parent / file.path
         with place.open_reader() as reader:
             if identities is not None and (seen := identity_text(reader.identity)):
@@ -242,6 +244,13 @@ def check_structure(
     """
     if not rows or output_format == "raw":
         return
+    with gc_paused():
+        _compare_index(reader, limits, output_format, rows)
+
+
+def _compare_index(
+    reader: RandomReader, limits: Limits, output_format: str, rows: Sequence[Mapping[str, Any]]
+) -> None:
     try:
         checkpoint = read_checkpoint(reader, limits)
         safety = judge_programs(checkpoint.programs)

@@ -16,7 +16,7 @@ from typing import Any
 
 from ptbin.errors import LimitExceededError, NotFoundInStoreError, StorageError, VerificationError
 from ptbin.manifests.damage import damaged_file, note_damage
-from ptbin.manifests.manifest import MANIFEST_SUFFIX, hex_crc32, parse_manifest
+from ptbin.manifests.manifest import MANIFEST_SUFFIX, hex_crc32, parse_manifest, rows_by_file
 from ptbin.manifests.provenance import STATEMENT_SUFFIX, statement_of
 from ptbin.proof.digests import digest_file
 from ptbin.proof.output import stored_tensor
@@ -84,8 +84,8 @@ def verify_outputs(
     uri = place.uri
     try:
         manifest = parse_manifest(place.read_bytes(), uri)
-        rows = manifest["tensors"]
         _check_rows(manifest, uri)
+        rows_of = rows_by_file(manifest["tensors"])
     except NotFoundInStoreError:
         return [Issue("no_manifest", uri, "there is no manifest")], {}
     except VerificationError as error:
@@ -94,7 +94,7 @@ def verify_outputs(
     issues: list[Issue] = []
     damaged: dict[str, Any] = {}
     for output in manifest["outputs"]:
-        mine = [row for row in rows if row.get("file") == output["path"]]
+        mine = rows_of.get(output["path"], [])
         found, file = _verify_output(folder / output["path"], output, mine, level, progress)
         issues.extend(found)
         if file is not None:

@@ -59,14 +59,17 @@ def roles_by_producer(root: Any) -> dict[str, str]:
     return {}
 
 
-def swapped_copy(root: Any, found: StateDict) -> StateDict | None:
+def is_of_mmcv(root: Any) -> bool:
+    """Whether mmcv's runner wrote the file."""
+    meta = entry_in(root, "meta")
+    return isinstance(meta, DictNode) and "mmcv_version" in meta.by_name()
+
+
+def swapped_copy(found: StateDict) -> StateDict | None:
     """mmcv's average: plain names, next to raw weights in buffers called `ema_` and the name without dots.
 
     mmcv/runner/hooks/ema.py swaps the two before a checkpoint is saved.
     """
-    meta = entry_in(root, "meta")
-    if not isinstance(meta, DictNode) or "mmcv_version" not in meta.by_name():
-        return None
     names = {name for name, _ in found.entries}
     raw = {f"ema_{name.replace('.', '_')}" for name in names}
     raw = {name for name in names if name in raw}

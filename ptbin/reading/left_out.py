@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ptbin.reading.averages import AVERAGED, RAW, is_same_model
 from ptbin.reading.containers.checkpoint import Checkpoint
 from ptbin.reading.contents import role_of_content
-from ptbin.reading.roles import looks_like_weights, role_of_leaf, role_of_name
+from ptbin.reading.roles import contradicts, looks_like_weights, role_of_leaf, role_of_name
 from ptbin.reading.search import Candidate, Findings
 from ptbin.reading.tree import as_mapping, is_branch, is_unreadable_tensor, named_children
 from ptbin.values.nodes import NdArray, Opaque
@@ -90,7 +90,7 @@ class _LeftOutWalk:
                 if named == "averaged_copy" and isinstance(node, (list, tuple)):
                     role = named
                 if role is not None:
-                    below_it = self.below(node)
+                    below_it = self.below(node, role)
                     if below_it is None:
                         self.add(path, role, node)
                         continue
@@ -127,8 +127,8 @@ class _LeftOutWalk:
                     Excluded(".".join((*steps, key)), role, "not part of the selected state dict")
                 )
 
-    def below(self, node: Any) -> Literal["weights", "taken"] | None:
-        """What lies below: something that looks like a model's weights, or a state dict that is taken.
+    def below(self, node: Any, role: str) -> Literal["weights", "taken"] | None:
+        """What lies below: what looks like weights or is nothing of that role, or a state dict that is taken.
 
         Also `taken` where it is too much to look through: then every part is looked at by itself.
         """
@@ -149,7 +149,11 @@ class _LeftOutWalk:
             candidate = self.candidates.get(id(part))
             if candidate is not None and looks_like_weights(name for name, _ in candidate.state_dict.entries):
                 return "weights"
-            for step, child in named_children(as_mapping(part) or part):
+            below = named_children(as_mapping(part) or part)
+            leaves = [(step, child) for step, child in below if _is_leaf(child)]
+            if contradicts(role, [leaf for _, leaf in leaves], [step for step, _ in leaves]):
+                return "weights"
+            for step, child in below:
                 if isinstance(child, (TensorRef, SparseTensor, Opaque)):
                     if looks_like_weights((step,)):
                         return "weights"
@@ -162,10 +166,12 @@ class _LeftOutWalk:
         if any(_same_tensors(found, taken) for taken in self.chosen):
             return "same_weights"
         named = (role_of_name(step) if step else None) or inherited
-        names = [name for name, value in found.entries if isinstance(value, (TensorRef, SparseTensor))]
+        tensors = {name: v for name, v in found.entries if isinstance(v, (TensorRef, SparseTensor))}
         if named == "loss_function":
             return named
-        if named not in (None, "averaged_copy") and not looks_like_weights(names):
+        if named is not None and contradicts(named, tensors.values(), tensors):
+            named = None
+        if named not in (None, "averaged_copy") and not looks_like_weights(tensors):
             return named
         for taken in self.chosen:
             if is_same_model(found, taken):

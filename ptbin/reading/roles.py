@@ -7,6 +7,7 @@ a model's weights. What neither tells has no role, and a conversion that would l
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -149,6 +150,9 @@ _PART_WORDS = frozenset(
 _WORD = re.compile(r"[a-z]+\d*|[A-Z]+(?![a-z])\d*|[A-Z][a-z]*\d*")
 
 _FLOATING = ("float", "bfloat", "complex")
+_NORMALIZERS = ({"mean", "std"}, {"mean", "var"}, {"mean", "variance"}, {"mean", "scale"}, {"min", "max"})
+"""Names that, side by side, are what inputs or targets are normalized by."""
+_NOISE_LEVELS = frozenset("alphas betas sigmas alphas_cumprod alpha_cumprod sqrt_alphas_cumprod".split())
 
 
 def role_of_name(step: str) -> str | None:
@@ -181,8 +185,40 @@ def looks_like_weights(names: Iterable[str]) -> bool:
     return False
 
 
+def contradicts(role: str, leaves: Iterable[Any], names: Iterable[str] = ()) -> bool:
+    """Whether tensors or arrays cannot be what the role says, whatever name led to it.
+
+    Generators keep whole numbers. A gradient scaler keeps single ones: what has more scales inputs or
+    targets. So do pairs such as mean and deviation, and a diffusion's levels of noise are no schedule of
+    learning rates: a model is of no use without them.
+    """
+    many = [leaf for leaf in leaves if _size(leaf) > 1]
+    if role == "scaler":
+        return bool(many)
+    if role == "random_state":
+        return any(_is_floating(leaf) for leaf in many)
+    told = {name.lower().rstrip("_") for name in names} if many else set()
+    if role == "metrics":
+        return any(pair <= told for pair in _NORMALIZERS)
+    return role == "scheduler" and not told.isdisjoint(_NOISE_LEVELS)
+
+
+def _size(leaf: Any) -> int:
+    if isinstance(leaf, TensorRef):
+        return leaf.numel
+    return math.prod(leaf.shape) if isinstance(leaf, NdArray) else 0
+
+
+def _is_floating(leaf: Any) -> bool:
+    if isinstance(leaf, NdArray):
+        return leaf.dtype[1:2] in ("f", "c")
+    return isinstance(leaf, TensorRef) and leaf.dtype.name.startswith(_FLOATING)
+
+
 def role_of_leaf(step: str, leaf: Any, inherited: str | None) -> str | None:
     """The role of one tensor or array outside of every state dict."""
+    if inherited is not None and contradicts(inherited, (leaf,)):
+        inherited = None
     if isinstance(leaf, TensorRef):
         name = leaf.dtype.name
         if name == "uint8" and len(leaf.shape) == 1:
@@ -210,6 +246,8 @@ def role_of_leaf(step: str, leaf: Any, inherited: str | None) -> str | None:
     by_name = role_of_name(step)
     if by_name == "loss_function" and isinstance(leaf, (TensorRef, NdArray)):
         by_name = "metrics"  # a number under `loss` is one
+    if by_name is not None and contradicts(by_name, (leaf,)):
+        return None
     if by_name == "metrics" and isinstance(leaf, (TensorRef, NdArray)) and len(leaf.shape) <= 2:
         return by_name
     return by_name if by_name in ("random_state", "hyperparameters", "averaged_copy") else None

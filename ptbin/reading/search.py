@@ -17,6 +17,7 @@ from ptbin.options import Limits
 from ptbin.reading.averages import (
     RAW,
     copies_inside,
+    is_of_mmcv,
     named_by_order,
     role_of,
     roles_by_producer,
@@ -161,7 +162,8 @@ def _averaged_copies(checkpoint: Checkpoint, candidates: list[Candidate]) -> lis
     """Averages inside other state dicts; offered, never chosen."""
     main = [c.state_dict for c in candidates if not c.auxiliary]
     copies = [copies_inside(state_dict) for state_dict in main]
-    copies += [swapped_copy(checkpoint.root, state_dict) for state_dict in main]
+    if is_of_mmcv(checkpoint.root):
+        copies += [swapped_copy(state_dict) for state_dict in main]
     copies.append(named_by_order(checkpoint.root, main))
     return [_measured(copy, True, role_of(copy.path)) for copy in copies if copy is not None]
 

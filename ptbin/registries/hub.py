@@ -8,7 +8,6 @@ versions to be wait in a folder on this machine, and are gone from there once th
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,16 +24,13 @@ from ptbin.errors import (
 )
 from ptbin.installed import require
 from ptbin.registries.base import Attempts, Name, Registration, Registry, RegistryError, VersionSite
+from ptbin.registries.hub_names import MAIN, is_reference, name_at_hub, version_of_commit
 from ptbin.registries.record import RECORD, ModelRecord, VersionRecord
 from ptbin.registries.values import Model, Version, natural_order
 from ptbin.stores import Place, place_of, public_uri
 
-MAIN = "main"
 STAGING = "unpublished"
 """Below `home`, a folder for each version that is on its way, by fingerprint."""
-_REFERENCE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.))*(?<!\.)(?<!\.lock)")
-"""What is a tag of git everywhere (git-check-ref-format(1)) and a revision in the Hub's URLs."""
-_VERSION_LIKE = re.compile(r"[vV]?[0-9]+(?:[._-].*)?")
 _OPTIONS = ("endpoint", "token")
 
 
@@ -50,7 +46,7 @@ class HubRegistry(Registry):
     def __init__(self, uri: str, options: Mapping[str, Any] | None = None) -> None:
         self.uri = public_uri(uri).rstrip("/")
         self._owner = self.uri.removeprefix("hf://")
-        if not _REFERENCE.fullmatch(self._owner):
+        if not is_reference(self._owner):
             raise self._refuse("hf://OWNER names a user or an organisation")
         self._options = dict(options or {})
         self._access = {name: self._options[name] for name in _OPTIONS if name in self._options}
@@ -129,7 +125,7 @@ class HubRegistry(Registry):
         versions = []
         aliases: dict[str, str] = {}
         for commit, names in by_commit.items():
-            own = _name_of_version(names, known if record is not None else None)
+            own = version_of_commit(names, known if record is not None else None)
             if own is None:
                 continue
             others = [tag for tag in names if tag != own]
@@ -213,12 +209,12 @@ class HubRegistry(Registry):
 
     def name_versions(self, existing: Model | None, versions: Sequence[Version]) -> list[Name]:
         aliases = existing.aliases if existing is not None else {}
-        return [_name(version.version, aliases) for version in versions]
+        return [name_at_hub(version.version, aliases) for version in versions]
 
     def alias_problem(self, alias: str, names: Collection[str]) -> str | None:
         if alias == MAIN:
             return f"{MAIN} is the branch that holds the newest version"
-        if not _REFERENCE.fullmatch(alias):
+        if not is_reference(alias):
             return "not a valid name for a tag"
         if alias in names:
             return "a version's tag has that name"
@@ -334,31 +330,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
-
-
-def _name_of_version(tags: Sequence[str], known: Collection[str] | None) -> str | None:
-    """Which of the tags of one commit is the version's; the others are aliases.
-
-    Args:
-        known: what the record of a migration calls its versions; None: there is no record. With one, a tag
-            that looks like no version's may stand alone: an alias, while its version's tag is being moved.
-    """
-    ordered = sorted(tags, key=natural_order)
-    numbered = [tag for tag in ordered if _VERSION_LIKE.fullmatch(tag)]
-    if known is None:
-        # By its looks first: `best` wanders from commit to commit, `v2` does not.
-        return (numbered or ordered)[0]
-    return next((tag for tag in ordered if tag in known), numbered[0] if numbered else None)
-
-
-def _name(version: str, aliases: Mapping[str, str]) -> Name:
-    if version == MAIN:
-        return Name(problem=f"{MAIN} is a branch there, not a tag: give the version a tag at the source")
-    if not _REFERENCE.fullmatch(version):
-        return Name(problem=f"version {version!r} cannot be a tag")
-    if version in aliases:
-        return Name(problem=f"{version} is there already, as an alias of version {aliases[version]}")
-    return Name(version)
 
 
 def _staged(new: Registration) -> dict[str, Path]:

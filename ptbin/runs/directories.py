@@ -68,10 +68,13 @@ def convert_directory(
 
     Args:
         source: a directory, a prefix, a glob or one checkpoint: a path, any fsspec URL, or a `Place`.
-        include, exclude: globs on paths below `source`. `files`: only these paths below it.
+        include: only paths below `source` that match one of these globs.
+        exclude: not those that match one of these.
+        files: only these paths below `source`.
         min_success: the run succeeds if that share of its checkpoints does.
         workers: checkpoints worked on at once; left out, one a core, 2 to 16.
-        source_options, dest_options: fsspec storage options; they are written nowhere.
+        source_options: fsspec storage options for `source`; they are written nowhere.
+        dest_options: the same for `dest`.
         progress: called with the bytes moved since its last call, from several threads.
 
     Raises:

@@ -60,6 +60,7 @@ def check_run_id(run_id: str) -> str:
 
 
 def record_folder(dest: str, run_id: str) -> str:
+    """URI of the folder with a run's record, report and SHA256SUMS."""
     return f"{dest.rstrip('/')}/_ptbin/runs/{run_id}"
 
 

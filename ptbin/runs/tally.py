@@ -23,7 +23,7 @@ from ptbin.runs.outcomes import Converted, Kind, Outcome, one_line
 from ptbin.sources.leftovers import is_leftover, leftover_role
 from ptbin.stores import identity_text
 
-LISTED = 1000
+MAX_LISTED_ROWS = 1000
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class Tally:
     source: str
     dest: str
     entries: list[Outcome] = field(default_factory=list)
-    """What was worked on; of what was not, the first `LISTED` of each kind."""
+    """What was worked on; of what was not, the first `MAX_LISTED_ROWS` of each kind."""
     counts: Counter[str] = field(default_factory=Counter)
     interrupted: bool = False
     kind: str = "convert"
@@ -44,7 +44,7 @@ class Tally:
     files: Counter[str] = field(default_factory=Counter)
     """Of DEST's own files: `deleted`, `backed_up`."""
     deleted: list[str] = field(default_factory=list)
-    """Of a mirror, paths below DEST, the first `LISTED`: nothing else tells of them afterwards."""
+    """Of a mirror, paths below DEST, the first `MAX_LISTED_ROWS`: nothing else records them."""
     kept: int = 0
     """Outputs that are gone from SOURCE and were not deleted."""
     ledger: Ledger = field(default_factory=Ledger)
@@ -72,7 +72,7 @@ class Tally:
     def add_all(self, jobs: Iterable[Job], kind: Kind) -> None:
         """Jobs that nothing was done about: all count, the first ones are listed (there may be millions)."""
         for job in jobs:
-            if self.counts[kind] < LISTED:
+            if self.counts[kind] < MAX_LISTED_ROWS:
                 self.entries.append(Outcome(job.path, kind, source=job.source_uri, nbytes=job.source_size))
             self.counts[kind] += 1
 
@@ -246,6 +246,6 @@ class Tally:
             "known_problems": [entry.problem() for entry in self.known],
             "resolved_problems": [
                 {"source": row.source, "reason": row.reason, "since": row.since}
-                for row in self.ledger.resolved[:LISTED]
+                for row in self.ledger.resolved[:MAX_LISTED_ROWS]
             ],
         }

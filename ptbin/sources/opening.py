@@ -123,6 +123,8 @@ def find_source(where: Where, storage_options: Mapping[str, Any] | None = None) 
     if found is None:
         raise UsageError(f"{place.uri}: a directory that is not one checkpoint by itself; name a file in it")
     if isinstance(found, ListedObject):
+        if found.path.endswith(INDEX_SUFFIX):  # its shards have names of their own
+            return _indexed(place / found.path)
         return SourcePlace(place / found.path, place)
     if found.kind == "sharded":
         return _indexed(place / found.handle)
@@ -213,7 +215,7 @@ def parse_index(data: bytes, uri: str) -> dict[str, Any]:
     try:
         index = json.loads(data, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise CorruptArchiveError(f"{uri}: the index is no JSON: {error}") from error
+        raise CorruptArchiveError(f"{uri}: the index is not JSON: {error}") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     tensors = index.get("tensors") if isinstance(index, dict) else None
     if isinstance(weight_map, dict):

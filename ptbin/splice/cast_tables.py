@@ -45,6 +45,7 @@ class _Table:
 
 @cache
 def table_of(source: str, target: str) -> _Table:
+    """The table of a cast, made once in a process: 2**8 or 2**16 results."""
     import numpy
 
     wide = _widened(source)

@@ -20,9 +20,10 @@ from ptbin.splice.moves import Move, with_moves
 from ptbin.splice.parallel_pieces import ParallelPieces
 from ptbin.splice.recipes import iter_recipe
 from ptbin.splice.records import RecordChecks
+from ptbin.splice.runs import iter_runs, read_run
 from ptbin.stores import RangeReader, Writer
 from ptbin.values.crc32 import combine_crc32, confirm_crc32, crc32_of, crc32_of_all
-from ptbin.values.segments import Computed, Copy, Deferred, Literal, Piece, Plan
+from ptbin.values.segments import Computed, Copy, Deferred, Literal, Piece, Plan, Stated
 from ptbin.values.tensors import ByteRange
 
 if TYPE_CHECKING:
@@ -86,24 +87,32 @@ def splice(
         check_copies(plan, reader)
     crcs: dict[int, int] = {}
     overflows: dict[str, CastTally] = {}
+    total = 0  # CRC-32 of what was written; every part of it was held against what the source states
     with (
         contextlib.closing(_Streams(pieces, reader, writer)) as streams,
         contextlib.closing(ParallelPieces(pieces, reader, writer, watched)) as ahead,
     ):
-        for piece in pieces:
+        for first, end in iter_runs(pieces, reader):
+            piece = pieces[first]
+            if end > first + 1:
+                data = read_run(pieces[first:end], reader, crcs, checks)
+                writer.write(data)
+                report(len(data))
+                ahead.pass_by(len(data))
+                total = crc32_of(data, total)
+                continue
             crc = ahead.take(piece, overflows, report)
             if crc is not None:
                 assert isinstance(piece, (Computed, Copy))
                 _accept(piece, crc, crcs, reader.uri, checks)
-            elif isinstance(piece, Literal):
-                writer.write(piece.data)
-            elif isinstance(piece, Deferred):
-                data = piece.build(crcs)
-                assert len(data) == piece.nbytes
+            elif isinstance(piece, (Literal, Stated, Deferred)):
+                data = _written_out(piece, crcs)
                 writer.write(data)
+                total = crc32_of(data, total)
             elif isinstance(piece, Computed):
                 stream = iter_recipe(piece.recipe, watched, overflows)
-                crcs[piece.slot] = _stream(stream, piece, writer, report)
+                crc = crcs[piece.slot] = _stream(stream, piece, writer, report)
+                total = combine_crc32(total, crc, piece.nbytes)
                 continue
             elif isinstance(piece, Move):
                 if not writer.copy_from(*reader.locate(piece.offset, piece.nbytes), piece.nbytes):
@@ -112,15 +121,21 @@ def splice(
                     ):
                         writer.write(chunk)
             else:
-                _accept(piece, streams.write(piece, report), crcs, reader.uri, checks)
+                crc = streams.write(piece, report)
+                _accept(piece, crc, crcs, reader.uri, checks)
+                total = combine_crc32(total, crc, piece.nbytes)
                 continue
+            if crc is not None:
+                total = combine_crc32(total, crc, piece.nbytes)
             report(piece.nbytes)
     checks.settle(plan, reader)
     if moved and check_source and check_moved and reader.is_local:
         # Afterwards, because they still lie in memory.
         check_copies(plan, reader)
     overflowed = {what: tally.overflowed for what, tally in overflows.items() if tally.overflowed}
-    return SpliceResult(crcs, _whole_crc32(plan, crcs), moved, overflowed, checks.confirmed)
+    if moved:
+        total = _whole_crc32(plan, crcs)
+    return SpliceResult(crcs, total, moved, overflowed, checks.confirmed)
 
 
 def _ignore(nbytes: int) -> None:
@@ -219,13 +234,20 @@ def check_copies(plan: Plan, reader: RangeReader) -> None:
             confirm_crc32(reader.uri, piece.what, found, piece.crc32)
 
 
+def _written_out(piece: Literal | Stated | Deferred, crcs: dict[int, int]) -> bytes:
+    if isinstance(piece, Literal):
+        return piece.data
+    data = piece.build(crcs) if isinstance(piece, Deferred) else piece.build(piece.checksum.value(crcs))
+    assert len(data) == piece.nbytes
+    return data
+
+
 def _whole_crc32(plan: Plan, crcs: dict[int, int]) -> int:
+    """The CRC-32 of the output by those that the source states, of an output that was moved in part."""
     total = 0
     for piece in plan.pieces:
-        if isinstance(piece, Literal):
-            total = crc32_of(piece.data, total)
-        elif isinstance(piece, Deferred):
-            total = crc32_of(piece.build(crcs), total)
+        if isinstance(piece, (Literal, Stated, Deferred)):
+            total = crc32_of(_written_out(piece, crcs), total)
         else:
             crc = piece.crc32 if isinstance(piece, Copy) and piece.crc32 is not None else None
             if crc is None:

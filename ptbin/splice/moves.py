@@ -26,6 +26,11 @@ from ptbin.values.segments import Copy, Literal, Piece
 MAX_FRAMING_NBYTES = 4096
 SPARE = 1 / 512
 
+SMALL_NBYTES = 32 << 10
+"""Below this a copy through memory takes less time than a call to the kernel for it."""
+LOCAL_GAP_NBYTES = 4096
+"""So much is read of a local file more rather than calling for each of two pieces."""
+
 
 @dataclass(frozen=True, slots=True)
 class Move:
@@ -37,7 +42,7 @@ class Move:
 
 def with_moves(pieces: Sequence[Piece], reader: RangeReader, writer: Writer) -> list[Piece | Move]:
     """The same bytes; what the writer can take from the source by itself is a `Move`."""
-    if not writer.moves_from(reader):
+    if not writer.moves_from(reader) or not any(_has_no_slot(piece) for piece in pieces):
         return list(pieces)
     whole = coalesce(pieces, reader)
     parts = writer.lay_out([Extent(piece.nbytes, _is_movable(piece)) for piece in whole])
@@ -47,9 +52,16 @@ def with_moves(pieces: Sequence[Piece], reader: RangeReader, writer: Writer) -> 
     return list(_cut(whole, iter(copied)))
 
 
+def _has_no_slot(piece: Piece) -> bool:
+    # What has one is read in any case: its CRC-32 is not known before.
+    return type(piece) is Copy and piece.slot is None
+
+
 def _is_movable(piece: Piece) -> bool:
-    # What has a slot is read in any case: its CRC-32 is not known before.
-    return isinstance(piece, Copy) and piece.slot is None and piece.nbytes > 0
+    if not isinstance(piece, Copy) or piece.slot is not None or not piece.nbytes:
+        return False
+    # A small record by itself is read with its neighbours (`runs`).
+    return piece.nbytes >= SMALL_NBYTES or piece.crc32 is None
 
 
 def _cut(pieces: Sequence[Piece], copied: Iterator[tuple[int, int]]) -> Iterator[Piece | Move]:
@@ -118,7 +130,9 @@ def _confirmed(between: dict[int, tuple[int, bytes]], reader: RangeReader, spare
     """Those whose bytes the source does hold; up to `spare_nbytes` more may be read to save requests."""
     indices = list(between)
     ranges = [(between[index][0], len(between[index][1])) for index in indices]
-    gap = affordable_gap(ranges, most=reader.gap_nbytes, budget_nbytes=spare_nbytes)
+    gap = LOCAL_GAP_NBYTES
+    if not reader.is_local:
+        gap = affordable_gap(ranges, most=reader.gap_nbytes, budget_nbytes=spare_nbytes)
     read: dict[int, bytes] = {}
     for number, data in reader.iter_ranges(ranges, gap_nbytes=gap):
         read[number] = read.get(number, b"") + data

@@ -80,6 +80,10 @@ class ParallelPieces:
         assert done == piece.nbytes or self._given_up, f"{piece.what}: {done} bytes, not {piece.nbytes}"
         return crc, tallies
 
+    def pass_by(self, nbytes: int) -> None:
+        """The caller has written small pieces of so many bytes."""
+        self._position += nbytes
+
     def take(self, piece: Piece | Move, tallies: _Tallies, report: Callable[[int], None]) -> int | None:
         """CRC-32 of the next piece, which is in its place now; None where the caller has to write it.
 

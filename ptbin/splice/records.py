@@ -44,9 +44,14 @@ class RecordChecks:
         self._spare = max(SPARE_NBYTES, sum(r.nbytes for p in plans for r in p.records) // SPARE_SHARE)
         self._lock = threading.Lock()
 
+    @property
+    def counts(self) -> bool:
+        """Whether there are any."""
+        return bool(self._offsets)
+
     def watch(self, reader: RangeReader) -> RangeReader:
         """A reader of the same source that counts what it reads."""
-        return _WatchedReader(reader, self) if self._offsets else reader
+        return _WatchedReader(reader, self) if self.counts else reader
 
     def count(self, uri: str, offset: int, data: bytes) -> None:
         """Count bytes that were read. Raises ChecksumMismatchError: of a record that is not as stated."""

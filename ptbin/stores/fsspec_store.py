@@ -1,51 +1,41 @@
 """Any filesystem that fsspec knows: memory, sftp, gcs, abfs, hf, http and the rest.
 
 Owns the mapping of fsspec's loose conventions to this room's promises. Identity is the best thing that
-`info()` offers (ETag, generation, checksum, unique id, else time and size); most backends cannot make a
-read conditional, so the pin is kept by `check_unchanged()`, which readers of a whole object must call at
-the end. Only explicit ranges are fetched; fsspec's own read-ahead caches and listing caches stay unused.
-Asynchronous filesystems (gcs, abfs, http) keep `window` requests in flight, the others one.
-
-Object stores, whose `open(..., "wb")` publishes at the end, are written in place and discarded on
-failure; others get a temporary name that is moved over the final one. That move is as atomic as the
-backend's.
+`info()` offers (ETag, generation, checksum, unique id, else time and size). fsspec's listing caches stay
+unused. `fsspec_reader` and `fsspec_writer` move the bytes.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 from datetime import UTC, datetime
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
 
-from ptbin.errors import NotFoundInStoreError, SourceChangedError, StorageError, UsageError
+from ptbin.errors import NotFoundInStoreError, StorageError, UsageError
 from ptbin.stores.base import Store, Watch
 from ptbin.stores.faults import fault, mapped_faults, public_uri
-from ptbin.stores.ranges import Fetch
-from ptbin.stores.reader import Pending, RangeReader
-from ptbin.stores.requests import RetryPolicy, call_with_retries, call_with_retries_async
+from ptbin.stores.fsspec_reader import FsspecReader
+from ptbin.stores.fsspec_writer import FsspecWriter
+from ptbin.stores.requests import RetryPolicy, call_with_retries
 from ptbin.stores.values import (
-    MIB,
     PARTIAL_SUFFIX,
     Identity,
     ListedObject,
     ObjectStat,
     is_partial_name,
-    partial_name,
-    refuse_other_object,
     target_of_partial,
 )
-from ptbin.stores.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from ptbin.stores.reader import RangeReader
     from ptbin.stores.values import IdentityKind
+    from ptbin.stores.writer import Writer
 
 
 PUBLISH_ON_CLOSE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "tos"}
@@ -238,13 +228,20 @@ class FsspecStore(Store):
         return _stripped(self.fs, info["name"]).rstrip("/")
 
     def open_reader(self, path: str, *, expected: Identity | None = None) -> RangeReader:
-        return _FsspecReader(self, path, self.stat(path)).expecting(expected)
+        return FsspecReader(self, path, self.stat(path)).expecting(expected)
 
     def open_writer(
         self, path: str, *, size_hint: int | None = None, copies: bool = True, claim: str = ""
     ) -> Writer:
         del size_hint, copies, claim
-        return _FsspecWriter(self, path)
+        protocol = self.written_protocol
+        return FsspecWriter(
+            self.fs,
+            path,
+            self.uri_of(path),
+            publishes_on_close=protocol in PUBLISH_ON_CLOSE,
+            has_directories=protocol not in PUBLISH_ON_CLOSE | {"memory"},
+        )
 
     def delete(self, path: str) -> None:
         with contextlib.suppress(NotFoundInStoreError), mapped_faults("delete", self.uri_of(path)):
@@ -278,144 +275,3 @@ class FsspecStore(Store):
         with mapped_faults("write to", self.uri_of(path)):
             self.fs.pipe_file(probe, b"")
             self.fs.rm_file(probe)
-
-
-class _FsspecReader(RangeReader):
-    """Ranges by `cat_file`, its arguments named: positional ones mean other things in some backends."""
-
-    gap_nbytes = 256 * 1024
-    window_nbytes = 32 * MIB
-    max_under_way = 8
-
-    def __init__(self, store: FsspecStore, path: str, found: ObjectStat) -> None:
-        super().__init__(found.uri, found.size, found.identity)
-        self._store = store
-        self._path = path
-        self._concurrent = bool(getattr(store.fs, "async_impl", False) and not store.fs.asynchronous)
-        if not self._concurrent:
-            self.max_under_way = 1
-
-    def _read(self, offset: int, nbytes: int) -> bytes:
-        return self.start_fetch(Fetch(offset, nbytes, ()))()[0]
-
-    def start_fetch(self, fetch: Fetch) -> Callable[[], list[bytes]]:
-        fs, retry = self._store.fs, self._store.retry
-        place = {"start": fetch.offset, "end": fetch.offset + fetch.nbytes}
-
-        def ask() -> list[bytes]:
-            with self._answer(fetch) as blocks:
-                blocks.append(fs.cat_file(self._path, **place))
-            return blocks
-
-        async def ask_there() -> list[bytes]:
-            with self._answer(fetch) as blocks:
-                # fsspec's documented coroutine interface, in spite of its name
-                blocks.append(await fs._cat_file(self._path, **place))  # noqa: SLF001
-            return blocks
-
-        if not self._concurrent:
-            return partial(self._explained, partial(call_with_retries, ask, retry))
-        coroutine = call_with_retries_async(ask_there, retry)
-        return Pending(asyncio.run_coroutine_threadsafe(coroutine, fs.loop), self._explained)
-
-    @contextlib.contextmanager
-    def _answer(self, fetch: Fetch) -> Iterator[list[bytes]]:
-        """One request, and a look at the length of what comes."""
-        blocks: list[bytes] = []
-        with mapped_faults("read", self.uri):
-            self.requests += 1
-            yield blocks
-            came = sum(map(len, blocks))
-            self.bytes_read += came
-            if came != fetch.nbytes:
-                why = ": the server ignores ranges" if came > fetch.nbytes else ""
-                came_of = f"{came} of {fetch.nbytes} bytes came at offset {fetch.offset}"
-                raise StorageError(f"cannot read {self.uri}: {came_of}{why}", transient=not why)
-
-    def _explained(self, wait: Callable[[], T]) -> T:
-        """Where a read fails because the object is another one now, say that instead."""
-        try:
-            return wait()
-        except StorageError as error:
-            with contextlib.suppress(StorageError):
-                self.check_unchanged()
-            if isinstance(error, NotFoundInStoreError):
-                raise SourceChangedError(f"{self.uri} was deleted while it was read") from error
-            raise
-
-    def check_unchanged(self) -> None:
-        try:
-            found = self._store.stat(self._path)
-        except NotFoundInStoreError as error:
-            raise SourceChangedError(f"{self.uri} was deleted while it was read") from error
-        refuse_other_object(self.uri, found.identity, self.identity)
-
-
-class _FsspecWriter(Writer):
-    """A file object of the filesystem's own, under a temporary name where that is needed."""
-
-    def __init__(self, store: FsspecStore, path: str) -> None:
-        super().__init__(store.uri_of(path))
-        self._store = store
-        self._final = path
-        self._in_place = store.written_protocol in PUBLISH_ON_CLOSE
-        self._path = path if self._in_place else partial_name(path)
-        self._file: Any = None
-        with mapped_faults("write", self.uri):
-            if not self._in_place and store.fs.isdir(path):
-                raise StorageError(f"cannot write {self.uri}: it is a directory")
-            if not self._in_place and store.written_protocol != "memory":  # where directories are real
-                store.fs.makedirs(path.rpartition("/")[0] or "/", exist_ok=True)
-            self._file = store.fs.open(self._path, "wb", block_size=8 * MIB)
-            if hasattr(self._file, "set_pipelined"):  # paramiko's waits for an answer each 32 KiB else
-                self._file.set_pipelined(True)
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        with mapped_faults("write", self.uri):
-            rest = memoryview(data).cast("B")
-            while rest:
-                taken = self._file.write(rest)
-                taken = len(rest) if taken is None else taken  # some file objects do not say
-                self.bytes_written += taken
-                rest = rest[taken:]
-
-    def _publish(self) -> None:
-        fs = self._store.fs
-        with mapped_faults("write", self.uri):
-            self._file.close()
-            fs.invalidate_cache()
-            stored = fs.info(self._path)["size"]
-            if stored != self.bytes_written:
-                raise StorageError(
-                    f"cannot write {self.uri}: {self.bytes_written} bytes were written, {stored} are stored",
-                    transient=True,
-                )
-            if not self._in_place:
-                _move(fs, self._path, self._final)
-
-    def _discard(self) -> None:
-        with contextlib.suppress(Exception):
-            if self._in_place:
-                if hasattr(self._file, "discard"):
-                    self._file.discard()
-                self._file.closed = True  # else the garbage collector would close, and so publish it
-            else:
-                self._file.close()
-        if not self._in_place:
-            with contextlib.suppress(Exception):
-                self._store.fs.rm_file(self._path)
-
-
-def _move(fs: Any, source: str, target: str) -> None:
-    """By the filesystem's rename; its default one would read `*` and `[` in names as patterns."""
-    if type(fs).mv is fsspec.AbstractFileSystem.mv:
-        fs.cp_file(source, target)
-        fs.rm_file(source)
-        return
-    try:
-        fs.mv(source, target)
-    except OSError:
-        if not fs.exists(target):  # some refuse to rename over a file (FTP, WebHDFS)
-            raise
-        fs.rm_file(target)
-        fs.mv(source, target)

@@ -5,8 +5,9 @@ first page is not the last, common prefixes ("folders") are asked for, level by 
 ranges that are listed side by side. Keys come in order all the same. A prefix without folders is a chain
 still.
 
-Costs: a request per thousand keys, at most `SURVEYS` to find the ranges, and at most one for each of at most
-`RANGES` ranges, whose last page may reach into the next one. Memory: `SIDE_BY_SIDE` times `PAGES` pages.
+Costs: a request per thousand keys, at most `MAX_SURVEY_REQUESTS` to find the ranges, and at most one more for
+each of up to `MAX_RANGES` ranges, whose last page may reach into the next one. Memory: `SIDE_BY_SIDE` times
+`PAGES` pages.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 
     from ptbin.stores.s3_client import S3Client
 
-SURVEYS = 32
-RANGES = 256
-ENOUGH = 64
-"""So many ranges keep all requests busy; no deeper level is looked at."""
+MAX_SURVEY_REQUESTS = 32
+MAX_RANGES = 256
+WANTED_RANGES = 64
+"""As many ranges keep all requests busy: no deeper level is surveyed then."""
 SIDE_BY_SIDE = 8
 PAGES = 8
 
@@ -88,8 +89,8 @@ class _Listing:
         """Where ranges may begin, in order; few where there are few folders."""
         found: set[str] = set()
         level = [self._asked["Prefix"]]
-        left = SURVEYS
-        while level and left > 0 and len(found) < ENOUGH:
+        left = MAX_SURVEY_REQUESTS
+        while level and left > 0 and len(found) < WANTED_RANGES:
             asked, level = level[:left], []
             left -= len(asked)
             surveys = [self._client.start(partial(self.folders, prefix)) for prefix in asked]
@@ -98,7 +99,7 @@ class _Listing:
                 level += prefixes
             found.update(level)
         ordered = sorted(found, key=str.encode)
-        step = -(-len(ordered) // RANGES) or 1
+        step = -(-len(ordered) // MAX_RANGES) or 1
         return ordered[::step]
 
     def run(self) -> Iterator[Entry]:

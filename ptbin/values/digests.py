@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ptbin.values.tensors import ByteRange, TensorRef
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # not frozen, as in `values.tensors`
 class StoredTensor:
     """Where a tensor lies in a stored file: first byte, shape and stride in elements."""
 

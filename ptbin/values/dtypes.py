@@ -96,7 +96,8 @@ QUANTIZER_SCHEMES = (
 )
 """How `torch._utils._rebuild_qtensor` says that a tensor is quantized."""
 
-# safetensors' names (its `Dtype` enum); what is missing here it cannot hold.
+# safetensors' names (its `Dtype` enum); what is missing here it cannot hold. Of F4 it counts single numbers
+# where torch counts pairs: the last dimension is twice as long there.
 SAFETENSORS_NAMES = {
     "bool": "BOOL",
     "uint8": "U8",
@@ -106,6 +107,7 @@ SAFETENSORS_NAMES = {
     "float8_e5m2fnuz": "F8_E5M2FNUZ",
     "float8_e4m3fnuz": "F8_E4M3FNUZ",
     "float8_e8m0fnu": "F8_E8M0",
+    "float4_e2m1fn_x2": "F4",
     "int16": "I16",
     "uint16": "U16",
     "float16": "F16",
@@ -118,6 +120,8 @@ SAFETENSORS_NAMES = {
     "int64": "I64",
     "uint64": "U64",
 }
+
+PAIRED = SAFETENSORS_NAMES["float4_e2m1fn_x2"]
 
 # Second names that torch gives the same objects (torch/__init__.pyi); old files may hold them.
 _ALIASES = {

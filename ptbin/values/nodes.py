@@ -59,6 +59,8 @@ class DictNode:
 
 
 class SetNode:
+    """A set or frozenset; its items need not be hashable."""
+
     __slots__ = ("frozen", "items")
 
     def __init__(self, items: list[Any], *, frozen: bool = False) -> None:

@@ -2,8 +2,10 @@
 
 Every output is a sequence of literal bytes, source byte ranges and computed streams. A CRC-32 that is
 not known when the plan is made (the source stores none, or the bytes change on the way) gets a *slot*:
-the splice fills it while the bytes pass, and `Deferred` pieces, which have a known length, are built from
-the slots. Pure data: sizes and offsets in bytes.
+the splice fills it while the bytes pass, and `Stated` and `Deferred` pieces, which have a known length, are
+built from the slots. Pure data: sizes and offsets in bytes.
+
+What a plan has by the hundred thousand is not frozen, as in `values.tensors`. Nothing changes it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from ptbin.values.dtypes import DType
 from ptbin.values.tensors import ByteRange, Deflated, InMemory, TensorRef, Tiled
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Slice:
     """`nbytes` from `offset` on of a stored place (deflated ones are inflated on the way)."""
 
@@ -92,8 +94,10 @@ def nbytes_of(recipes: tuple[Recipe, ...]) -> int:
     return sum(recipe.nbytes for recipe in recipes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Literal:
+    """Bytes that the plan itself holds: headers, the pickle, padding."""
+
     data: bytes = field(repr=False)
 
     @property
@@ -101,7 +105,7 @@ class Literal:
         return len(self.data)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Copy:
     """A source range, untouched. Where `crc32` is None, `slot` receives it."""
 
@@ -133,10 +137,19 @@ class Deferred:
     build: Callable[[Mapping[int, int]], bytes]
 
 
-Piece = Literal | Copy | Computed | Deferred
+@dataclass(slots=True, unsafe_hash=True)
+class Stated:
+    """Bytes of known length that state one checksum; `build` makes them of its value."""
+
+    nbytes: int
+    checksum: Checksum
+    build: Callable[[int], bytes]
 
 
-@dataclass(frozen=True, slots=True)
+Piece = Literal | Copy | Computed | Deferred | Stated
+
+
+@dataclass(slots=True, unsafe_hash=True)
 class Checksum:
     """A CRC-32 of parts, each (CRC-32, or None and the slot that receives it, bytes)."""
 
@@ -148,16 +161,22 @@ class Checksum:
 
     def value(self, crcs: Mapping[int, int]) -> int:
         """The number; `crcs` by slot."""
+        if len(self.parts) == 1:
+            crc, slot, _ = self.parts[0]
+            if crc is None:
+                assert slot is not None
+                crc = crcs[slot]
+            return crc
         total = 0
         for crc, slot, nbytes in self.parts:
             if crc is None:
                 assert slot is not None
                 crc = crcs[slot]
-            total = crc if len(self.parts) == 1 else combine_crc32(total, crc, nbytes)
+            total = combine_crc32(total, crc, nbytes)
         return total
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class RecordLayout:
     """Where one storage lies in the output."""
 
@@ -171,12 +190,14 @@ class RecordLayout:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
+    """A whole file as pieces, one behind the other: `size` bytes, with the records that lie in it."""
+
     pieces: tuple[Piece, ...]
     size: int
     records: tuple[RecordLayout, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class PlannedTensor:
     """One plain tensor of an output.
 

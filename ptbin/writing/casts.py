@@ -28,7 +28,7 @@ class Casts:
 
     def of(self, tensor: TensorRef) -> DType | None:
         """The type the tensor gets; None where it keeps its own."""
-        return self._target if tensor.layout_key() in self._cast else None
+        return self._target if self._cast and tensor.layout_key() in self._cast else None
 
     def of_all(self, tensors: list[TensorRef], key: str) -> DType | None:
         """As `of`, for views of one storage that stay together.
@@ -36,6 +36,8 @@ class Casts:
         Raises:
             UnsupportedTensorError: they have several types, and one of them is to be cast.
         """
+        if not self._cast:
+            return None
         found = {self.of(tensor) for tensor in tensors}
         if found == {None}:
             return None

@@ -59,26 +59,44 @@ class FileLayout:
     """Pieces one behind the other; `offset` is where the next one begins."""
 
     def __init__(self) -> None:
-        self.pieces: list[Piece] = []
         self.offset = 0
         self.records: list[RecordLayout] = []
+        self._pieces: list[Piece] = []
+        self._texts: list[bytes] = []
+        """Literal bytes behind the last piece; joined when another one follows."""
         self._slots = 0
 
     def add(self, piece: Piece) -> None:
-        last = self.pieces[-1] if self.pieces else None
-        if isinstance(piece, Literal) and isinstance(last, Literal):
-            self.pieces[-1] = Literal(last.data + piece.data)
-        elif piece.nbytes or not isinstance(piece, Literal):
-            self.pieces.append(piece)
+        if self._texts:
+            self._end_text()
+        self._pieces.append(piece)
         self.offset += piece.nbytes
+
+    def text(self, data: bytes) -> None:
+        """Add bytes as they are."""
+        if data:
+            self._texts.append(data)
+            self.offset += len(data)
+
+    def _end_text(self) -> None:
+        self._pieces.append(Literal(self._texts[0] if len(self._texts) == 1 else b"".join(self._texts)))
+        self._texts.clear()
 
     def align(self, alignment: int) -> None:
         """Zeros up to a multiple of `alignment`."""
-        self.add(Literal(bytes(-self.offset % alignment)))
+        self.text(bytes(-self.offset % alignment))
 
     def body(self, key: str, recipes: tuple[Recipe, ...]) -> RecordLayout:
         """Add the bytes of one record; what is not known of its CRC-32 gets a slot."""
         start = self.offset
+        if len(recipes) == 1 and (place := whole_range(recipes)) is not None and place.nbytes:
+            crc, slot, nbytes = place.crc32, None if place.crc32 is not None else self._slot(), place.nbytes
+            self.add(Copy(place.offset, nbytes, crc, slot, place.member or f"storage {key}"))
+            checksum = Checksum(((crc, slot, nbytes),))
+            taken_in_part = _taken_in_part(recipes) if crc is None else ()
+            record = RecordLayout(key, start, nbytes, checksum, taken_in_part)
+            self.records.append(record)
+            return record
         what = f"storage {key}"
         parts: list[tuple[int | None, int | None, int]] = []
         for recipe in recipes:
@@ -107,7 +125,9 @@ class FileLayout:
         return self._slots - 1
 
     def finish(self) -> Plan:
-        return Plan(tuple(self.pieces), self.offset, tuple(self.records))
+        if self._texts:
+            self._end_text()
+        return Plan(tuple(self._pieces), self.offset, tuple(self.records))
 
 
 def _taken_in_part(recipes: tuple[Recipe, ...]) -> tuple[ByteRange, ...]:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from ptbin.errors import UnsupportedTensorError
-from ptbin.values.dtypes import BY_NAME, BY_STORAGE_CLASS, QUANTIZER_SCHEMES
+from ptbin.values.dtypes import BY_NAME, BY_STORAGE_CLASS, QUANTIZER_SCHEMES, DType
 from ptbin.values.nodes import DictNode, Global, Instance, SetNode, TorchSize
 from ptbin.values.tensors import SparseTensor, TensorRef
 from ptbin.writing.storages import OutputTensor
@@ -37,6 +37,8 @@ _NAMES = frozenset(
 )
 
 BATCH = 1000  # as CPython's pickler (Lib/pickle.py, _BATCHSIZE)
+MAX_FORMS = 4096
+_UINT32 = struct.Struct("<I").pack
 
 
 def emit_state_dict(
@@ -58,8 +60,12 @@ class _Emitter:
     def __init__(self, locate: Callable[[TensorRef], OutputTensor]) -> None:
         self._out: list[bytes] = [b"\x80\x02"]
         self._memo: dict[Any, int] = {}
+        """By text, by (module, name) of a global, by identity of a container."""
         self._keep: list[Any] = []
         self._locate = locate
+        self._written: set[DType] = set()
+        """Types of the plain tensors so far: all names that another such tensor needs are in the memo."""
+        self._forms: dict[tuple[Any, ...], tuple[bytes, bytes]] = {}
 
     def finish(self) -> bytes:
         self._out.append(b".")
@@ -71,31 +77,31 @@ class _Emitter:
         index = self._memo.get(key)
         if index is None:
             return False
-        self._out.append(b"h" + bytes([index]) if index < 256 else b"j" + struct.pack("<I", index))
+        self._out.append(b"h" + bytes([index]) if index < 256 else b"j" + _UINT32(index))
         return True
 
     def _remember(self, key: Any) -> None:
         index = len(self._memo)
         self._memo[key] = index
-        self._out.append(b"q" + bytes([index]) if index < 256 else b"r" + struct.pack("<I", index))
+        self._out.append(b"q" + bytes([index]) if index < 256 else b"r" + _UINT32(index))
 
     # -- values ------------------------------------------------------------------------------
 
     def text(self, value: str) -> None:
-        if self._known(("str", value)):
+        if self._known(value):
             return
         raw = value.encode("utf-8", "surrogatepass")
-        self._out.append(b"X" + struct.pack("<I", len(raw)) + raw)
-        self._remember(("str", value))
+        self._out.append(b"X" + _UINT32(len(raw)) + raw)
+        self._remember(value)
 
     def name(self, module: str, name: str) -> None:
         if (module, name) not in _NAMES:
             # Whatever a foreign pickle said, nothing but these reaches an output.
             raise UnsupportedTensorError(f"{module}.{name} is not a name that an output may hold")
-        if self._known(("global", module, name)):
+        if self._known((module, name)):
             return
         self._out.append(f"c{module}\n{name}\n".encode())
-        self._remember(("global", module, name))
+        self._remember((module, name))
 
     def number(self, value: int) -> None:
         if 0 <= value < 256:
@@ -169,7 +175,7 @@ class _Emitter:
         self.call("_codecs", "encode", 2, args)
 
     def container(self, value: Any) -> None:
-        if self._known(("id", id(value))):
+        if self._known(id(value)):
             return
         self._keep.append(value)  # an id stays unique only while its object lives
         if isinstance(value, TorchSize):
@@ -183,7 +189,7 @@ class _Emitter:
         else:
             assert isinstance(value, DictNode)
             self.emit_mapping(value.kind, value.pairs, None)
-        self._remember(("id", id(value)))
+        self._remember(id(value))
 
     def list_of(self, items: list[Any]) -> None:
         self._out.append(b"]")
@@ -201,8 +207,14 @@ class _Emitter:
         for start in range(0, len(pairs), BATCH):
             self._out.append(b"(")
             for key, value in pairs[start : start + BATCH]:
-                self.value(key)
-                self.value(value)
+                if type(key) is str:
+                    self.text(key)
+                else:
+                    self.value(key)
+                if type(value) is TensorRef:
+                    self.tensor(value)
+                else:
+                    self.value(value)
             self._out.append(b"u")
         if state is not None and kind == "OrderedDict":
             self._out.append(b"}")
@@ -234,6 +246,13 @@ class _Emitter:
 
     def tensor(self, tensor: TensorRef) -> None:
         placed = self._locate(tensor)
+        is_plain = tensor.quantizer is None and not tensor.flags
+        if is_plain and placed.dtype in self._written:
+            before, behind = self._form(tensor, placed)
+            self._out.append(before)
+            self.text(placed.storage.key)
+            self._out.append(behind)
+            return
         untyped = placed.dtype.storage_class is None
         function = "_rebuild_tensor_v3" if untyped else "_rebuild_tensor_v2"
         if tensor.quantizer is not None:
@@ -258,6 +277,36 @@ class _Emitter:
 
         count = 6 + int(untyped or tensor.quantizer is not None) + int(bool(tensor.flags))
         self.call("torch._utils", function, count, fields)
+        if is_plain and not untyped:
+            self._written.add(placed.dtype)
+
+    def _form(self, tensor: TensorRef, placed: OutputTensor) -> tuple[bytes, bytes]:
+        """What stands before and behind the storage's key: the same for all plain tensors of one shape."""
+        nbytes, offset = placed.storage.nbytes, placed.storage_offset
+        form = (placed.dtype, tensor.shape, placed.stride, nbytes, offset)
+        found = self._forms.get(form)
+        if found is None:
+            assert placed.dtype.storage_class is not None
+            whole, self._out = self._out, []
+            self.name("torch._utils", "_rebuild_tensor_v2")
+            self._out.append(b"((")
+            self.text("storage")
+            self.name("torch", placed.dtype.storage_class)
+            before, self._out = b"".join(self._out), []
+            self.text("cpu")
+            self.number(nbytes // placed.dtype.itemsize)
+            self._out.append(b"tQ")
+            self.number(offset)
+            self.numbers(tensor.shape)
+            self.numbers(placed.stride)
+            self._out.append(b"\x89")
+            self.call("collections", "OrderedDict", 0, lambda: None)
+            self._out.append(b"tR")
+            found = before, b"".join(self._out)
+            self._out = whole
+            if len(self._forms) < MAX_FORMS:
+                self._forms[form] = found
+        return found
 
     def quantizer(self, params: tuple[Any, ...]) -> None:
         def fields() -> None:

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from ptbin.errors import UnsupportedTensorError
 from ptbin.values.dtypes import DType
 from ptbin.values.segments import Assemble, Cast, Recipe, Slice, Strided, Swap, nbytes_of
-from ptbin.values.tensors import ByteRange, Deflated, InMemory, Joined, Place, Storage, TensorRef, Tiled
+from ptbin.values.tensors import (
+    ByteRange,
+    Deflated,
+    InMemory,
+    Joined,
+    Place,
+    Storage,
+    TensorRef,
+    Tiled,
+    is_contiguous,
+)
 from ptbin.writing.casts import Casts
 from ptbin.writing.layout import whole_range
 
@@ -41,7 +51,7 @@ class OutputStorage:
         return whole_range(self.recipes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # not frozen, as in `values.tensors`
 class OutputTensor:
     """A view into an output storage; units as in `TensorRef`."""
 
@@ -53,8 +63,8 @@ class OutputTensor:
 
 def plan_storages(
     tensors: list[TensorRef], *, keep_keys: bool, casts: Casts
-) -> tuple[list[OutputStorage], dict[tuple[object, ...], OutputTensor]]:
-    """Output storages, in source order, and for each view (`TensorRef.layout_key`) where it then lies.
+) -> tuple[list[OutputStorage], dict[int, OutputTensor]]:
+    """Output storages, in source order, and for each tensor, by its identity, where it then lies.
 
     Args:
         keep_keys: keep the source's storage keys (zip sources); otherwise number from 0.
@@ -63,16 +73,46 @@ def plan_storages(
     Raises:
         UnsupportedTensorError: a big-endian storage seen through element types of different width.
     """
-    groups: dict[int, list[TensorRef]] = {}
+    first_on: dict[int, TensorRef] = {}
+    others: dict[int, list[TensorRef]] = {}
     for tensor in tensors:
-        groups.setdefault(id(tensor.storage), []).append(tensor)
+        if first_on.setdefault(id(tensor.storage), tensor) is not tensor:
+            others.setdefault(id(tensor.storage), []).append(tensor)
     outputs: list[OutputStorage] = []
-    views: dict[tuple[object, ...], OutputTensor] = {}
-    for group in groups.values():
+    placed: dict[int, OutputTensor] = {}
+    for storage_id, tensor in first_on.items():
+        group = [tensor, *others.get(storage_id, ())]
+        if len(group) == 1 and _is_whole(tensor) and casts.of(tensor) is None:
+            outputs.append(_taken_whole(tensor, placed))
+            continue
+        views: dict[tuple[object, ...], OutputTensor] = {}
         outputs.extend(_plan_cluster(cluster, views, casts) for cluster in _clusters(_distinct(group)))
+        placed.update((id(each), views[each.layout_key()]) for each in group)
     outputs.sort(key=_source_order)
     _name(outputs, keep_keys=keep_keys)
-    return outputs, views
+    return outputs, placed
+
+
+def _is_whole(tensor: TensorRef) -> bool:
+    """Whether the tensor is its storage from end to end, as nearly all are, and that lies there plainly."""
+    storage = tensor.storage
+    return (
+        type(storage.place) is ByteRange
+        and not storage.big_endian
+        and tensor.storage_offset == 0
+        and tensor.dtype.per_unit == 1
+        and 0 < storage.nbytes == tensor.nbytes
+        and is_contiguous(tensor.shape, tensor.stride)
+    )
+
+
+def _taken_whole(tensor: TensorRef, placed: dict[int, OutputTensor]) -> OutputStorage:
+    """What `_plan_cluster` makes of such a tensor, as the only view of its storage."""
+    storage = tensor.storage
+    assert isinstance(storage.place, ByteRange)
+    output = OutputStorage("", (Slice(storage.place, 0, storage.nbytes),), storage)
+    placed[id(tensor)] = OutputTensor(output, tensor.dtype, tensor.stride, 0)
+    return output
 
 
 def _distinct(group: list[TensorRef]) -> list[TensorRef]:
@@ -213,6 +253,9 @@ def swapped(recipe: Recipe, width: int) -> Swap:
 
 
 def _source_order(output: OutputStorage) -> tuple[int, int]:
+    recipes = output.recipes
+    if recipes and type(recipes[0]) is Slice and type(recipes[0].place) is ByteRange:
+        return recipes[0].place.offset, recipes[0].offset
     return _first_offset(output.recipes[0]) if output.recipes else (1 << 63, 0)
 
 
@@ -233,6 +276,8 @@ def _first_offset(recipe: Recipe) -> tuple[int, int]:
 def _name(outputs: list[OutputStorage], *, keep_keys: bool) -> None:
     taken: set[str] = {output.source.key.casefold() for output in outputs} if keep_keys else set()
     used: set[str] = set()
+    parts: dict[str, int] = {}
+    """By folded key, the first number behind it that may be free."""
     for index, output in enumerate(outputs):
         key = (
             output.source.key
@@ -240,10 +285,13 @@ def _name(outputs: list[OutputStorage], *, keep_keys: bool) -> None:
             else str(index)
         )
         # Case-folded, as torch looks members up.
-        if key.casefold() in used:
-            part = 1
-            while f"{key}_{part}".casefold() in used | taken:
+        folded = key.casefold()
+        if folded in used:
+            part = parts.get(folded, 1)
+            while f"{folded}_{part}" in used or f"{folded}_{part}" in taken:
                 part += 1
+            parts[folded] = part + 1
             key = f"{key}_{part}"
-        used.add(key.casefold())
+            folded = f"{folded}_{part}"
+        used.add(folded)
         output.key = key

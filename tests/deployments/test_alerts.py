@@ -1,4 +1,4 @@
-"""Who is told: automations match the command line's runs on a shared server; new failures come first."""
+"""Alerts: automations match the command line's runs on a shared server; new failures come first."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _each_is_reported_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.environment._reported", set())
+    monkeypatch.setattr("flows.environment.reported_names", set())
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,38 @@ def test_a_configuration_is_one_whatever_it_is_of(tmp_path: Path, key: str) -> N
     assert len(manifest["accounting"]["left_out"]) == 1
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"stats": {"observation": {"mean": torch.randn(3), "std": torch.rand(3)}}},
+        {"input_stats": {"min": torch.randn(3), "max": torch.randn(3)}},
+        {"scaler": {"mean": torch.randn(3), "std": torch.rand(3)}},
+        {"scaler": {"mean_": torch.randn(3).numpy(), "scale_": torch.rand(3).numpy()}},
+        {"noise_scheduler": {"alphas_cumprod": torch.rand(100)}},
+        {"random_features": torch.randn(10, 10)},
+        {"seed": {"queries": torch.randn(10, 10)}},
+    ],
+    ids=["stats", "ranges", "scaler", "scaler_of_arrays", "noise", "random_features", "seed"],
+)
+def test_what_a_model_needs_is_not_left_out_for_its_name(tmp_path: Path, part: dict[str, Any]) -> None:
+    """Normalizers, noise levels, random projections: no optimizer's scaler, metric, or generator's state."""
+    with pytest.raises(AmbiguousStateDictError):
+        converted(saved({"model": layer(), **part}, tmp_path))
+
+
+def test_numbers_of_training_are_left_out_by_their_names(tmp_path: Path) -> None:
+    value = {
+        "model": layer(),
+        "scaler": {"scale": torch.tensor(2.0), "growth": torch.tensor(1)},
+        "stats": {"mean": torch.tensor(0.1), "std": torch.tensor(1.0)},
+        "rng": {"cpu_0": torch.zeros(10, dtype=torch.uint8)},
+        "lr_scheduler": {"rates": torch.rand(10)},
+    }
+    manifest, state = converted(saved(value, tmp_path))
+    assert_same_tensors(state, layer())
+    assert set(manifest["accounting"]["left_out"]) == {"scaler", "metrics", "random_state", "scheduler"}
+
+
 def test_flattening_keeps_single_whole_numbers_that_are_no_counters_by_name(tmp_path: Path) -> None:
     value = {"enc": layer(), "queue_ptr": torch.zeros(1, dtype=torch.int64), "global_step": torch.tensor(3)}
     _, state = converted(saved(value, tmp_path), flatten=True)

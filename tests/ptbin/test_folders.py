@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 import ptbin
@@ -109,3 +110,15 @@ def test_an_index_that_puts_tensors_elsewhere_is_refused(store: Path, tmp_path: 
     index.write_text(json.dumps(told))
     with pytest.raises(CorruptArchiveError, match="the index puts"):
         ptbin.convert(str(index), str(tmp_path / "x.bin"))
+
+
+def test_a_folder_is_what_its_index_names_however_the_shards_are_called(tmp_path: Path) -> None:
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    weights = {"a": torch.randn(2, 3), "b": torch.randn(4)}
+    for name, tensor in weights.items():
+        safetensors.torch.save_file({name: tensor}, folder / f"part_{name}.safetensors")
+    index = {"weight_map": {name: f"part_{name}.safetensors" for name in weights}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    ptbin.convert(folder, tmp_path / "x.bin")
+    assert_same_tensors(torch.load(tmp_path / "x.bin", weights_only=True), weights)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import ptbin
@@ -220,3 +221,28 @@ def test_layout_hf_brings_what_belongs_to_the_model(tmp_path: Path) -> None:
         "tokenizer.json",
     }
     assert ptbin.verify(f"{output}.manifest.json") == []
+
+
+def test_pairs_of_4_bit_numbers_go_to_safetensors_and_back(tmp_path: Path) -> None:
+    """safetensors counts numbers, torch pairs of them: its reader and writer are the oracles."""
+    pairs = torch.arange(32, dtype=torch.uint8).view(2, 16).view(torch.float4_e2m1fn_x2)
+    torch.save({"a": pairs, "t": pairs.t()}, tmp_path / "x.pt")
+    safetensors.torch.save_file({"a": pairs}, tmp_path / "theirs.safetensors")
+    ptbin.convert(tmp_path / "x.pt", tmp_path / "ours.safetensors", ConvertOptions(format="safetensors"))
+    ptbin.convert(tmp_path / "theirs.safetensors", tmp_path / "back.bin")
+
+    ours = safetensors.torch.load_file(tmp_path / "ours.safetensors")
+    back = torch.load(tmp_path / "back.bin", weights_only=True)
+    for found, want in ((ours["a"], pairs), (ours["t"], pairs.t()), (back["a"], pairs)):
+        assert found.dtype == want.dtype
+        assert torch.equal(found.view(torch.uint8), want.contiguous().view(torch.uint8))
+
+
+def test_half_a_pair_is_refused_both_ways(tmp_path: Path) -> None:
+    row = {"dtype": "F4", "shape": [3], "data_offsets": [0, 2]}
+    (tmp_path / "odd.safetensors").write_bytes(_safetensors({"a": row}, bytes(2)))
+    torch.save({"a": torch.zeros((), dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}, tmp_path / "x.pt")
+    with pytest.raises(UnsupportedTensorError, match="odd number"):
+        ptbin.convert(tmp_path / "odd.safetensors", tmp_path / "out.bin")
+    with pytest.raises(UnsupportedTensorError, match="without a dimension"):
+        ptbin.convert(tmp_path / "x.pt", tmp_path / "x.safetensors", ConvertOptions(format="safetensors"))

@@ -42,7 +42,7 @@ def threads(monkeypatch: pytest.MonkeyPatch, count: int) -> set[str]:
 
     monkeypatch.setattr(LocalWriter, "write_at", write_at)
     monkeypatch.setattr(parallel_pieces, "spare_cores", lambda: count)
-    monkeypatch.setattr(parallel_pieces, "MIN_NBYTES", 1)
+    monkeypatch.setattr(parallel_pieces, "MIN_NBYTES", 1 << 16)  # small ones are written in runs
     return used
 
 

@@ -5,6 +5,7 @@ The contract is one for local files and S3, and for every way to write an output
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 import ptbin
 from flows.cli.app import run
 from ptbin import ConvertOptions, RestoreOptions
-from ptbin.errors import OutputExistsError, UsageError
+from ptbin.errors import OutputExistsError, PtbinError, UsageError
 from ptbin.manifests.claims import ASIDE_SUFFIX
 from ptbin.stores import open_store
 from tests.servers.endpoint import S3Endpoint
@@ -211,6 +212,27 @@ def test_companions_are_not_written_over(tmp_path: Path) -> None:
 
 
 # -- the command ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("theirs", ["mine.bin", "other.bin", "last.part.bin", "last.bin.intoto.json"])
+def test_a_manifest_that_lists_somebody_else_s_file_deletes_nothing(theirs: str, tmp_path: Path) -> None:
+    """Anybody may write a manifest, and list any file with its true digest."""
+    source, dest, other = tmp_path / "last.pt", tmp_path / "last.bin", tmp_path / theirs
+    torch.save(STATE_DICT, source)
+    ptbin.convert(source, dest)
+    other.write_bytes(dest.read_bytes())
+    if theirs == "last.part.bin":  # an output by itself, of last.part.pt
+        ptbin.convert(source, other)
+    told = tmp_path / "last.bin.manifest.json"
+    manifest = json.loads(told.read_text())
+    manifest["outputs"].append({**manifest["outputs"][0], "path": theirs})
+    manifest["provenance"] = "last.bin.intoto.json"
+    told.write_text(json.dumps(manifest))
+
+    torch.save({"weight": torch.zeros(3)}, source)
+    with contextlib.suppress(PtbinError):
+        ptbin.convert(source, dest)
+    assert other.exists()
 
 
 def test_the_command_refuses_and_says_how_to_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

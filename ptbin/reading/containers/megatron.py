@@ -215,6 +215,7 @@ def global_name(
     counts: dict[str, dict[Rank, int]],
     experts: dict[str, int],
 ) -> str:
+    """The name in the whole model: layers follow those of earlier stages, experts those of earlier ranks."""
     if (expert := expert_in(dotted)) is not None:
         above, number, below = expert
         dotted = f"{above}{rank.expert * experts[above] + number}{below}"

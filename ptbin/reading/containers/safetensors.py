@@ -12,7 +12,7 @@ from typing import Any
 
 from ptbin.errors import CorruptArchiveError, LimitExceededError, UnsupportedTensorError
 from ptbin.reading.containers.checkpoint import Checkpoint, Opening
-from ptbin.values.dtypes import BY_NAME, SAFETENSORS_NAMES
+from ptbin.values.dtypes import BY_NAME, PAIRED, SAFETENSORS_NAMES
 from ptbin.values.nodes import DictNode, sizes_in
 from ptbin.values.tensors import ByteRange, Storage, TensorRef, dense_strides
 
@@ -81,6 +81,12 @@ def _tensor(uri: str, name: str, row: Any, start: int) -> tuple[TensorRef, int]:
     dtype = _DTYPES.get(row.get("dtype"))
     if dtype is None:
         raise UnsupportedTensorError(f"{uri}: {name!r} has element type {str(row.get('dtype'))[:40]!r}")
+    if row["dtype"] == PAIRED:  # two numbers of the format's are one of torch's
+        if not shape or shape[-1] % 2:
+            raise UnsupportedTensorError(
+                f"{uri}: {name!r} is an odd number of 4-bit numbers; torch keeps pairs"
+            )
+        shape = (*shape[:-1], shape[-1] // 2)
     nbytes = dtype.nbytes_of(math.prod(shape))
     if offsets[1] - offsets[0] != nbytes:
         raise CorruptArchiveError(

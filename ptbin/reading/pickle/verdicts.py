@@ -34,6 +34,8 @@ _CLOUDPICKLE = ("cloudpickle.cloudpickle", "cloudpickle.cloudpickle_fast")
 
 @dataclass(frozen=True, slots=True)
 class GlobalVerdict:
+    """One global that a pickle names, and what it is taken for."""
+
     module: str
     name: str
     verdict: Verdict

@@ -11,10 +11,10 @@ import json
 from typing import Any
 
 from ptbin.errors import UnsupportedTensorError
-from ptbin.values.dtypes import SAFETENSORS_NAMES
+from ptbin.values.dtypes import PAIRED, SAFETENSORS_NAMES
 from ptbin.values.names import is_unicode
-from ptbin.values.segments import FilePlan, Literal
-from ptbin.writing.formats.dense import dense_file, dense_tensors
+from ptbin.values.segments import FilePlan
+from ptbin.writing.formats.dense import DenseTensor, dense_file, dense_tensors
 from ptbin.writing.layout import FileContent, FileLayout
 
 ALIGNMENT = 64
@@ -40,7 +40,7 @@ def plan_safetensors(file: FileContent) -> FilePlan:
                 f"{kept!r} has element type {tensor.dtype.name}, "
                 "which safetensors does not have; --format raw holds it"
             )
-        if {"__metadata__", *metadata} & set(tensor.names):
+        if any(each == "__metadata__" or each in metadata for each in tensor.names):
             raise UnsupportedTensorError(f"{kept!r} is not a name that a tensor may have in safetensors")
         for each in tensor.names:
             if not is_unicode(each):
@@ -50,7 +50,7 @@ def plan_safetensors(file: FileContent) -> FilePlan:
                 )
         header[kept] = {
             "dtype": short,
-            "shape": list(tensor.source.shape),
+            "shape": _shape_of(kept, tensor),
             "data_offsets": [position, position + tensor.nbytes],
         }
         metadata.update(dict.fromkeys(dropped, kept))
@@ -58,5 +58,22 @@ def plan_safetensors(file: FileContent) -> FilePlan:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     layout = FileLayout()
-    layout.add(Literal(len(text).to_bytes(8, "little") + text))
+    layout.text(len(text).to_bytes(8, "little") + text)
     return dense_file(file.name, layout, tensors, alignment=1)
+
+
+def _shape_of(name: str, tensor: DenseTensor) -> list[int]:
+    """As the format counts it: pairs of 4-bit numbers are two.
+
+    Raises:
+        UnsupportedTensorError: one pair without a dimension, which the format cannot tell from two numbers.
+    """
+    shape = list(tensor.source.shape)
+    if SAFETENSORS_NAMES[tensor.dtype.name] == PAIRED:
+        if not shape:
+            raise UnsupportedTensorError(
+                f"{name!r} is a pair of 4-bit numbers without a dimension, which safetensors cannot hold; "
+                "--format raw holds it"
+            )
+        shape[-1] *= 2
+    return shape

@@ -12,8 +12,9 @@ The bytes are a function of the source's bytes and the options alone.
 
 from __future__ import annotations
 
+import functools
+import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from ptbin.stores.joined import PART_BITS
 from ptbin.values.crc32 import crc32_of
@@ -31,7 +32,7 @@ from ptbin.values.framing import (
     uses_zip64,
     zip64_field,
 )
-from ptbin.values.segments import Checksum, Deferred, FilePlan, Literal, PlannedTensor
+from ptbin.values.segments import Checksum, Deferred, FilePlan, PlannedTensor, Stated
 from ptbin.values.state_dict import iter_tensors
 from ptbin.values.tensors import is_contiguous
 from ptbin.writing.layout import FileContent, FileLayout
@@ -43,18 +44,12 @@ from ptbin.writing.storages import OutputStorage, plan_storages
 LONG_RUN_NBYTES = 1 << 20
 PAGE_NBYTES = 4096
 
+CRC32_FIELD = struct.Struct("<L")
+CRC32_AT = 16
+"""In an entry of the central directory (APPNOTE.TXT 4.3.12)."""
+
 # torch names the root after the file; nothing longer than a file name is kept.
 MAX_ROOT_NBYTES = 255
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """What the central directory will say of one member."""
-
-    name: bytes
-    nbytes: int
-    header_offset: int
-    checksum: Checksum
 
 
 def plan_torch_archive(file: FileContent) -> FilePlan:
@@ -68,7 +63,7 @@ def plan_torch_archive(file: FileContent) -> FilePlan:
         file.entries,
         mapping_kind=file.mapping_kind,
         metadata=file.metadata,
-        locate=lambda tensor: views[tensor.layout_key()],
+        locate=lambda tensor: views[id(tensor)],
     )
     layout = _Archive(root)
     layout.literal_member("data.pkl", pickle)
@@ -81,7 +76,7 @@ def plan_torch_archive(file: FileContent) -> FilePlan:
     layout.directory()
     tensors = []
     for label, tensor in named:
-        placed = views[tensor.layout_key()]
+        placed = views[id(tensor)]
         first = placed.storage_offset // placed.dtype.per_unit * placed.dtype.itemsize
         tensors.append(
             PlannedTensor(
@@ -114,27 +109,26 @@ def _run_heads(storages: list[OutputStorage]) -> set[int]:
 
 
 class _Archive(FileLayout):
-    """The archive as it grows: what `FileLayout` keeps, and the directory entries."""
+    """The archive as it grows: what `FileLayout` keeps, and its directory, the CRC-32s of which come last."""
 
     def __init__(self, root: str) -> None:
         super().__init__()
         self.root = root
-        self.entries: list[_Entry] = []
+        self._directory = bytearray()
+        self._members: list[tuple[int, Checksum]] = []
+        """Of each entry of the directory, where it begins, and the CRC-32 that it states."""
+
+    def _add_entry(self, name: bytes, nbytes: int, header_offset: int, checksum: Checksum) -> None:
+        self._members.append((len(self._directory), checksum))
+        self._directory += _entry(name, nbytes, header_offset)
 
     def literal_member(self, name: str, data: bytes) -> None:
         raw_name = f"{self.root}/{name}".encode()
         crc = crc32_of(data)
-        self.entries.append(_Entry(raw_name, len(data), self.offset, Checksum(((crc, None, len(data)),))))
+        self._add_entry(raw_name, len(data), self.offset, Checksum(((crc, None, len(data)),)))
         zip64 = uses_zip64(self.offset, len(data))
-        self.add(Literal(local_header(raw_name, len(data), self.offset) + data))
-        self.add(Literal(descriptor(crc, len(data), zip64=zip64)))
-
-    def add_late(
-        self, nbytes: int, build: Callable[[Mapping[int, int]], bytes], *checksums: Checksum
-    ) -> None:
-        """Add bytes that state checksums, which may not be known yet."""
-        known = all(checksum.is_known for checksum in checksums)
-        self.add(Literal(build({})) if known else Deferred(nbytes, build))
+        self.text(local_header(raw_name, len(data), self.offset) + data)
+        self.text(descriptor(crc, len(data), zip64=zip64))
 
     def record(self, storage: OutputStorage, *, page_aligned: bool) -> int:
         """Add one storage; returns where its data begin.
@@ -153,36 +147,49 @@ class _Archive(FileLayout):
         congruent = (0, ALIGNMENT)
         if page_aligned and stored is not None:
             congruent = (stored.offset % PAGE_NBYTES, PAGE_NBYTES)
-        self.add(Literal(local_header(raw_name, nbytes, header_offset, declared, congruent)))
+        self.text(local_header(raw_name, nbytes, header_offset, declared, congruent))
         record = self.body(storage.key, storage.recipes)
-        zip64 = uses_zip64(header_offset if declared is None else declared, nbytes)
-        self.entries.append(_Entry(raw_name, nbytes, header_offset, record.checksum))
-
-        def build(crcs: Mapping[int, int]) -> bytes:
-            return descriptor(record.checksum.value(crcs), nbytes, zip64=zip64)
-
-        self.add_late(len(descriptor(0, nbytes, zip64=zip64)), build, record.checksum)
+        checksum = record.checksum
+        self._add_entry(raw_name, nbytes, header_offset, checksum)
+        if nbytes:
+            zip64 = uses_zip64(header_offset if declared is None else declared, nbytes)
+            if checksum.is_known:
+                self.text(descriptor(checksum.value({}), nbytes, zip64=zip64))
+            else:
+                late = _descriptor_of(nbytes, zip64)
+                self.add(Stated(len(late(0)), checksum, late))
         return record.offset
 
     def directory(self) -> None:
-        start = self.offset
-        entries = tuple(self.entries)
-        size = sum(ENTRY.size + len(e.name) + len(zip64_field(e.header_offset, e.nbytes)) for e in entries)
+        # Not `self`: a plan that refers to itself would stay in memory until the collector comes by.
+        start, directory, members = self.offset, self._directory, self._members
 
         def build(crcs: Mapping[int, int]) -> bytes:
-            return b"".join(_entry(e, e.checksum.value(crcs)) for e in entries)
+            for position, checksum in members:
+                CRC32_FIELD.pack_into(directory, position + CRC32_AT, checksum.value(crcs))
+            return bytes(directory)
 
-        self.add_late(size, build, *(e.checksum for e in entries))
-        self.add(Literal(_end_records(len(entries), size, start)))
+        if all(checksum.is_known for _, checksum in members):
+            self.text(build({}))
+        else:
+            self.add(Deferred(len(directory), build))
+        self.text(_end_records(len(members), len(directory), start))
 
 
-def _entry(entry: _Entry, crc32: int) -> bytes:
-    zip64 = zip64_field(entry.header_offset, entry.nbytes)
-    size = min(entry.nbytes, ZIP64_THRESHOLD)
-    offset = min(entry.header_offset, ZIP64_THRESHOLD)
-    flags, names = flags_of(entry.nbytes), (len(entry.name), len(zip64))
-    head = ENTRY.pack(b"PK\x01\x02", 0, 0, flags, 0, 0, 0, crc32, size, size, *names, 0, 0, 0, 0, offset)
-    return head + entry.name + zip64
+@functools.lru_cache(4096)
+def _descriptor_of(nbytes: int, zip64: bool) -> Callable[[int], bytes]:
+    """The descriptor of a record of this size, by its CRC-32."""
+    return functools.partial(descriptor, nbytes=nbytes, zip64=zip64)
+
+
+def _entry(name: bytes, nbytes: int, header_offset: int) -> bytes:
+    """What the central directory says of one member; its CRC-32 is still zero."""
+    zip64 = zip64_field(header_offset, nbytes)
+    size = min(nbytes, ZIP64_THRESHOLD)
+    offset = min(header_offset, ZIP64_THRESHOLD)
+    flags, names = flags_of(nbytes), (len(name), len(zip64))
+    head = ENTRY.pack(b"PK\x01\x02", 0, 0, flags, 0, 0, 0, 0, size, size, *names, 0, 0, 0, 0, offset)
+    return head + name + zip64
 
 
 def _end_records(count: int, size: int, offset: int) -> bytes:

@@ -11,7 +11,7 @@ import pytest
 from fsspec.asyn import get_loop
 
 from ptbin.stores.s3_client import S3Client
-from ptbin.stores.s3_listing import RANGES, SURVEYS, iter_entries
+from ptbin.stores.s3_listing import MAX_RANGES, MAX_SURVEY_REQUESTS, iter_entries
 
 PAGE = 10
 
@@ -102,7 +102,7 @@ def test_it_is_the_plain_listing(keys: Callable[[], list[str]], prefix: str) -> 
     found = list(iter_entries(client, "s3://b/p", "b", prefix, page_keys=PAGE))
     assert [key for key, _, _ in found] == [key for key in client.keys if key.startswith(prefix)]
     assert all(size == len(key) and etag == key for key, size, etag in found)
-    assert len(client.requests) <= len(found) / PAGE + 1 + SURVEYS + RANGES
+    assert len(client.requests) <= len(found) / PAGE + 1 + MAX_SURVEY_REQUESTS + MAX_RANGES
 
 
 def test_a_small_prefix_costs_one_request() -> None:
@@ -117,7 +117,7 @@ def test_a_listing_that_is_broken_off_stops_asking() -> None:
     for _ in range(25):
         next(entries)
     entries.close()  # type: ignore[attr-defined]  # a generator
-    assert len(client.requests) < 84 + SURVEYS
+    assert len(client.requests) < 84 + MAX_SURVEY_REQUESTS
 
 
 @pytest.mark.s3_real
