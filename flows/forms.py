@@ -33,6 +33,10 @@ def _text_of(value: Any) -> Any:
 
 PlaceText = Annotated[str, Field(min_length=1), BeforeValidator(_text_of)]
 
+# For the server alone, which refuses options by value before it stores them; an error of pydantic's would
+# quote them in the run's log.
+Reference = Annotated[str, Field(json_schema_extra={"pattern": r"^((block|env):.+)?$"})]
+
 _OF_THE_RUN = (
     Option("source_options", "Where SOURCE's storage options lie: block:NAME, block:KIND/NAME or env:NAME."),
     Option("dest_options", "Where DEST's storage options lie: block:NAME, block:KIND/NAME or env:NAME."),
@@ -43,6 +47,7 @@ _OF_THE_RUN = (
 )
 
 _SIZE = r"^\s*\d+(\.\d+)?\s*([KkMmGgTt]([Ii]?[Bb])?|[Bb])?\s*$"
+_PAIR = r"^[^=]+="
 _DURATION = r"^\s*(\d+(\.\d+)?\s*[smhd]\s*)*\d+(\.\d+)?\s*[smhd]?\s*$"
 
 
@@ -72,7 +77,7 @@ def takes(places: Sequence[Option], options: Sequence[Option]) -> Callable[[Func
 
 
 def _annotation(entry: Option) -> Any:
-    made = _type_of(entry)
+    made = Reference if entry.name in ("source_options", "dest_options") else _type_of(entry)
     return made | None if entry.default is None else made
 
 
@@ -90,7 +95,7 @@ def _type_of(entry: Option) -> Any:
     kinds: dict[str, Any] = {
         "flag": bool,
         "list": Sequence[str],
-        "pairs": Sequence[str],
+        "pairs": Sequence[Annotated[str, Field(pattern=_PAIR)]],
         "paths": str | Sequence[str],
         "json": dict[str, Any] | list[Any],
     }

@@ -241,3 +241,23 @@ def test_an_operators_script_that_cannot_work_says_why_in_one_line(
 def test_a_port_alone_is_heard_on_this_machine_alone() -> None:
     script = runpy.run_path(str(FOLDER / "arrivals.py"))
     assert script["as_address"](":8765") == script["as_address"]("8765") == ("127.0.0.1", 8765)
+
+
+@pytest.mark.parametrize(
+    ("values", "taken"),
+    [
+        ({"source_options": '{"secret": "oops"}'}, False),
+        ({"dest_options": "oops"}, False),
+        ({"dest_options": "block:minio-credentials/weights", "source_options": "env:NAME"}, True),
+        ({"source_options": None}, True),
+        ({"rename": ["x"]}, False),
+        ({"rename": ["^model=net"]}, True),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused_by_the_form(values: dict[str, Any], *, taken: bool) -> None:
+    from prefect.utilities.schema_tools import is_valid_schema, validate
+
+    schema = import_object("flows.convert.convert").parameters.model_dump()
+    is_valid_schema(schema)
+    problems = validate({"source": "a", "dest": "b"} | values, schema, raise_on_error=False)
+    assert (not problems) == taken
