@@ -63,7 +63,7 @@ def open_unpublished(target: str) -> tuple[int, str | None]:
         # EOPNOTSUPP, EISDIR (old kernels), EINVAL (some FUSE mounts): a named file tells the real problem.
         with contextlib.suppress(OSError):
             descriptor = os.open(directory, flags | os.O_TMPFILE, 0o666)
-            if _has_proc():
+            if proc_is_mounted():
                 return descriptor, None
             os.close(descriptor)
     name = partial_name(target)
@@ -71,7 +71,7 @@ def open_unpublished(target: str) -> tuple[int, str | None]:
 
 
 @functools.cache
-def _has_proc() -> bool:
+def proc_is_mounted() -> bool:
     """Whether /proc is mounted, without which an unnamed file cannot be given a name."""
     return os.path.isdir("/proc/self/fd")
 

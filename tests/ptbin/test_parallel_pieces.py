@@ -98,8 +98,8 @@ def test_shards_written_at_once_are_those_written_in_turn(
     most = [0]
 
     class Counted(LocalWriter):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: Any, **more: Any) -> None:
+            super().__init__(*arguments, **more)
             at_once[0] += self._is_shard
             most[0] = max(most[0], at_once[0])
 

@@ -419,8 +419,7 @@ def test_partial_writes_are_continued(
 
 
 def test_a_writer_without_proc_uses_a_named_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.path.exists
-    monkeypatch.setattr(os.path, "exists", lambda path: not str(path).startswith("/proc") and real(path))
+    monkeypatch.setattr("ptbin.stores.local_writer.proc_is_mounted", lambda: False)
     with LocalWriter(str(tmp_path / "x")) as writer:
         writer.write(b"x")
         (name,) = below(tmp_path)
