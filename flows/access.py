@@ -22,7 +22,7 @@ from flows.runners import Runner, open_runner
 from ptbin.catalog.lease import Lease, acquire_lease
 from ptbin.catalog.request import RunRequest
 from ptbin.errors import PtbinError
-from ptbin.runs.record import check_run_id
+from ptbin.runs.run_ids import check_run_id
 from ptbin.stores.requests import RequestLimit
 from tasks.credentials import Credentials, load_options
 from tasks.live import Interrupted, LiveRun, Ticket, find_live_run, is_open, open_live_run

@@ -29,9 +29,9 @@ from ptbin.catalog.request import RunRequest
 from ptbin.errors import StorageError
 from ptbin.runs.account import FULL, Account
 from ptbin.runs.outcomes import Outcome, Staged, one_line
-from ptbin.runs.record import new_run_id
 from ptbin.runs.remembering import CheckpointMemory, Memory
 from ptbin.runs.result import RunResult
+from ptbin.runs.run_ids import new_run_id
 from ptbin.runs.tally import Tally
 from ptbin.runs.units import format_nbytes
 from tasks.assets import announce

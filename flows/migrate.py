@@ -29,8 +29,8 @@ from ptbin.registries.migration import Registries, prepare
 from ptbin.registries.values import natural_order
 from ptbin.runs.migrating import MigrationTally, loss_lines
 from ptbin.runs.outcomes import Outcome, Staged
-from ptbin.runs.record import new_run_id
 from ptbin.runs.remembering import VersionMemory
+from ptbin.runs.run_ids import new_run_id
 from tasks.migrating import (
     VersionJob,
     model_of,

@@ -23,8 +23,8 @@ from flows.run_flow import run_flow
 from flows.stages import Stage, Stages, count_of
 from ptbin.options import VerifyLevel
 from ptbin.runs.outcomes import Outcome
-from ptbin.runs.record import new_run_id
 from ptbin.runs.result import RunResult
+from ptbin.runs.run_ids import new_run_id
 from ptbin.runs.verifying import issues_of, verify_below
 from tasks.converting import verify_manifests
 from tasks.steps import step

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ptbin.errors import UsageError
-from tasks.credential_blocks import read_block
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +50,8 @@ def load_options(reference: str | None) -> dict[str, Any]:
         if value is None:
             raise UsageError(f"storage options: no environment variable {name} on this worker")
     elif kind == "block" and name:
+        from tasks.credential_blocks import read_block  # here, because few runs have any
+
         slug, _, block_name = name.rpartition("/")
         value = read_block(slug or "secret", block_name)
     else:

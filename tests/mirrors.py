@@ -13,7 +13,7 @@ import pytest
 
 from flows.prefect.orchestrator import Orchestrator
 from flows.sync import sync
-from ptbin.runs.record import new_run_id
+from ptbin.runs.run_ids import new_run_id
 from ptbin.stores import Store, open_store
 from tasks.live import LiveRun, open_live_run
 from tests.servers.endpoint import S3Endpoint

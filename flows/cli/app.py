@@ -23,22 +23,11 @@ from typing import Any
 import click
 from click.shell_completion import shell_complete
 
-from flows.cli.acknowledge_command import acknowledge_command
-from flows.cli.convert_command import convert_command
-from flows.cli.deployments_command import deployments_command
-from flows.cli.diff_command import diff_command
-from flows.cli.environment import origin_of, read_environment, unread_variables
+from flows.cli.environment import origin_of, unread_variables
 from flows.cli.help import GroupedCommands
-from flows.cli.inspect_command import inspect_command
-from flows.cli.metrics_command import metrics_command
-from flows.cli.migrate_command import migrate_command
+from flows.cli.loading import LoadedCommands
 from flows.cli.printing import asks_for, print_error, print_json, printable
-from flows.cli.restore_command import restore_command
-from flows.cli.runs_command import runs_command
 from flows.cli.started import begin_again
-from flows.cli.status_command import status_command
-from flows.cli.sync_command import sync_command
-from flows.cli.verify_command import verify_command
 from flows.interrupts import INTERRUPTED_STATUS, SignalHandler, handle_signals
 from ptbin.errors import CheckpointError, PtbinError
 from ptbin.installed import missing_line
@@ -82,15 +71,17 @@ _commands = 0
 
 
 COMMANDS = {
-    "Checkpoints": (inspect_command, convert_command, verify_command, diff_command, restore_command),
-    "Whole stores": (sync_command, migrate_command, status_command),
-    "Runs and operation": (runs_command, acknowledge_command, metrics_command, deployments_command),
+    "Checkpoints": ("inspect", "convert", "verify", "diff", "restore"),
+    "Whole stores": ("sync", "migrate", "status"),
+    "Runs and operation": ("runs", "acknowledge", "metrics", "deployments"),
 }
+"""What each heading of the help names; `flows.cli.<name>_command` has the command."""
 
 
 @click.group(
     cls=GroupedCommands,
     groups=COMMANDS,
+    commands=LoadedCommands(name for names in COMMANDS.values() for name in names),
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -261,6 +252,3 @@ def _usage_line(error: click.ClickException) -> str:
 def _print_traceback(words: Sequence[str]) -> None:
     if asks_for(words, "--log-level", "debug"):
         traceback.print_exc()
-
-
-read_environment(cli.commands.values())

@@ -132,7 +132,7 @@ def _run_one(job: Job, request: RunRequest, make: Make, shared: Shared) -> tuple
     """Summary, and lines for people."""
     from ptbin.manifests.manifest import manifest_uri
     from ptbin.runs.outcomes import Converted, Outcome, outcome_of_error
-    from ptbin.runs.record import new_run_id
+    from ptbin.runs.run_ids import new_run_id
     from ptbin.runs.tally import Tally
     from ptbin.stores import public_uri
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from flows.cli.destination import one_file
 from flows.cli.help import GroupedCommand
 from flows.options import CONVERT, LAST
 from ptbin.errors import UsageError
+from ptbin.runs.run_ids import OWN_FORM
 
 EPILOG = """\b
 Examples:
@@ -41,10 +41,6 @@ Exit status: 0 all converted or up to date; 1 some were rejected or failed;
 2 the call was wrong, nothing was written; 130 interrupted."""
 
 
-RUN_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
-"""As `ptbin.runs.record.new_run_id` makes them."""
-
-
 class _RetryingCommand(GroupedCommand):
     """Takes the word after `--retry-failed` for a run only if it looks like one: SOURCE may come next."""
 
@@ -53,7 +49,7 @@ class _RetryingCommand(GroupedCommand):
         for at, word in enumerate(words):
             if word == "--retry-failed":
                 following = "".join(words[at + 1 : at + 2])
-                if RUN_ID.fullmatch(following) is None and following != LAST:
+                if OWN_FORM.fullmatch(following) is None and following != LAST:
                     words[at], taken = f"--retry-failed={LAST}", following
         try:
             return super().parse_args(ctx, words)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import click
 
-from flows.environment import OF_DEPLOYMENTS, SETTINGS, unread_line
+from flows.environment import OF_DEPLOYMENTS, PREFIX, SETTINGS, unread_line
 
 
 def read_environment(commands: Iterable[click.Command]) -> None:
@@ -21,11 +21,14 @@ def read_environment(commands: Iterable[click.Command]) -> None:
 
 def unread_variables(commands: Iterable[click.Command], environment: Iterable[str]) -> str:
     """A line about misspelled variables; empty where there is none."""
+    names = [name for name in environment if name.upper().startswith(PREFIX)]
+    if not names:  # else every command would have to be imported
+        return ""
     known = {*SETTINGS, *OF_DEPLOYMENTS}
     for command in commands:
         for option in command.params:
             known.update(option.envvar or ())
-    return unread_line(environment, known)
+    return unread_line(names, known)
 
 
 def origin_of(commands: Mapping[str, click.Command], words: Sequence[str], message: str) -> str:

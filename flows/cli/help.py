@@ -61,21 +61,16 @@ class GroupedCommands(click.Group):
     `groups`: the commands below each heading, in order.
     """
 
-    def __init__(
-        self, *arguments: Any, groups: Mapping[str, Sequence[click.Command]], **settings: Any
-    ) -> None:
+    def __init__(self, *arguments: Any, groups: Mapping[str, Sequence[str]], **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self.groups = groups
-        for commands in groups.values():
-            for command in commands:
-                self.add_command(command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         del ctx
-        for title, commands in self.groups.items():
+        for title, names in self.groups.items():
             with formatter.section(title):
                 formatter.write_dl(
-                    [(str(each.name), each.get_short_help_str(limit=1000)) for each in commands]
+                    [(name, self.commands[name].get_short_help_str(limit=1000)) for name in names]
                 )
 
 

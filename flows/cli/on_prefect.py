@@ -17,7 +17,7 @@ from flows.parsing import refuse_runner_secrets
 from flows.prefect.open_files import allow_open_files
 from ptbin.errors import PtbinError
 from ptbin.installed import require
-from ptbin.runs.record import new_run_id
+from ptbin.runs.run_ids import new_run_id
 from tasks.live import LiveRun, open_live_run
 
 if TYPE_CHECKING:

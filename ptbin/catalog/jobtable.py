@@ -6,7 +6,6 @@ the system's temporary folder and vanishes with the table. One instance may be u
 
 from __future__ import annotations
 
-import sqlite3
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -35,6 +34,8 @@ class JobTable:
     """Made empty. `db` and `lock` are for those who fill it; a transaction belongs under the lock."""
 
     def __init__(self, rule: OutputRule) -> None:
+        import sqlite3  # here, because one file alone needs no table
+
         self.rule = rule
         """How outputs are named in this run."""
         self.lock = threading.RLock()

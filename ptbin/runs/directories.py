@@ -25,10 +25,10 @@ from ptbin.errors import StorageError, UsageError
 from ptbin.options import ConvertOptions, Naming, given, refuse_text
 from ptbin.runs.account import FULL, Account
 from ptbin.runs.outcomes import Outcome, outcome_of_error
-from ptbin.runs.record import check_run_id, new_run_id
 from ptbin.runs.remembering import CheckpointMemory
 from ptbin.runs.result import RunResult
 from ptbin.runs.retrying import RETRIES, retry_delay
+from ptbin.runs.run_ids import check_run_id, new_run_id
 from ptbin.runs.steps import publish_job, stage_job
 from ptbin.runs.tally import Tally
 from ptbin.stores import Sides, Where

@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import json
 import posixpath
-import re
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from ptbin.errors import UsageError
 from ptbin.installed import is_installed
 from ptbin.manifests.checksums import CHECKSUM_LIST, checksum_line
 from ptbin.runs.outcomes import Outcome
@@ -30,33 +27,6 @@ LISTS = (
     "deleted_paths", "initial", "problems", "known_problems", "resolved_problems", "versions", "manifests",
 )  # fmt: skip
 """Of a summary, what grows with the number of checkpoints."""
-
-
-def new_run_id() -> str:
-    """`<UTC time>-<id>`: sorts by time, and names the run's folder and its manifests' `run_id`.
-
-    The id's first three digits are the fraction of the second, for runs that follow one another in it.
-    """
-    now = datetime.now(UTC)
-    return f"{now:%Y%m%dT%H%M%SZ}-{now.microsecond * 4096 // 1_000_000:03x}{uuid.uuid4().hex[:5]}"
-
-
-# It becomes a folder's name in DEST, and it comes from the caller of the run.
-_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-def check_run_id(run_id: str) -> str:
-    """The id itself.
-
-    Raises:
-        UsageError: it is not made of letters, digits, dots, dashes and underscores.
-    """
-    if not _RUN_ID.fullmatch(run_id):
-        raise UsageError(
-            f"{run_id!r} is not a run id: at most 100 letters, digits, dots, dashes and underscores, "
-            "the first one a letter or digit; leave it out to get a new one"
-        )
-    return run_id
 
 
 def record_folder(dest: str, run_id: str) -> str:

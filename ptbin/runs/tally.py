@@ -12,16 +12,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptbin.catalog import Job, Problem, is_rejection
-from ptbin.catalog.request import RunRequest
-from ptbin.catalog.worklist import WorkList
 from ptbin.errors import PtbinError
 from ptbin.history.failures import Ledger
 from ptbin.runs.outcomes import Converted, Kind, Outcome, one_line
 from ptbin.sources.leftovers import is_leftover, leftover_role
 from ptbin.stores import identity_text
+
+if TYPE_CHECKING:
+    from ptbin.catalog.request import RunRequest
+    from ptbin.catalog.worklist import WorkList
 
 MAX_LISTED_ROWS = 1000
 

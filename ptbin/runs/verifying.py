@@ -20,8 +20,8 @@ from ptbin.proof.signatures import verify_signatures
 from ptbin.proof.verification import verify_outputs
 from ptbin.registries.verification import verify_records
 from ptbin.runs.outcomes import Outcome, one_line, outcome_of_error
-from ptbin.runs.record import check_run_id, new_run_id
 from ptbin.runs.result import RunResult
+from ptbin.runs.run_ids import check_run_id, new_run_id
 from ptbin.stores import Place, Sides, Where
 from ptbin.stores.place import apart
 from ptbin.values.names import shown_path

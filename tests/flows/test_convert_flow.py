@@ -19,8 +19,8 @@ from flows.prefect.orchestrator import Orchestrator
 from ptbin.conversion import publish_at
 from ptbin.errors import StorageError, UsageError
 from ptbin.registries.verification import verify_records
-from ptbin.runs.record import new_run_id
 from ptbin.runs.retrying import RETRIES
+from ptbin.runs.run_ids import new_run_id
 from ptbin.stores import Place, place_of
 from tasks.live import LiveRun, open_live_run
 

@@ -16,7 +16,7 @@ from flows.cli.app import run as run_command
 from flows.convert import convert
 from flows.sync import sync
 from flows.verify import verify
-from ptbin.runs.record import new_run_id
+from ptbin.runs.run_ids import new_run_id
 from tasks.live import LiveRun, open_live_run
 
 SCHEMA = json.loads(Path(str(ptbin.__file__)).with_name("manifest.schema.json").read_text())

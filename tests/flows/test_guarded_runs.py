@@ -15,7 +15,7 @@ from flows.cli.app import run as command
 from flows.convert import convert
 from flows.sync import sync
 from ptbin.manifests.claims import claim_place
-from ptbin.runs.record import new_run_id
+from ptbin.runs.run_ids import new_run_id
 from ptbin.stores import Place, open_store
 from tasks.live import LiveRun, open_live_run
 from tests.servers.endpoint import S3Endpoint

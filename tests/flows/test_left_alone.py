@@ -13,7 +13,7 @@ import torch
 from flows.convert import convert
 from flows.migrate import migrate
 from flows.sync import sync
-from ptbin.runs.record import new_run_id
+from ptbin.runs.run_ids import new_run_id
 from tasks.live import LiveRun, open_live_run
 from tests.checkpoints.leftovers import leftovers, write_training_folder
 from tests.checkpoints.parts import FOLDERS

@@ -21,7 +21,7 @@ from flows.migrate import migrate
 from flows.prefect.orchestrator import Orchestrator
 from flows.verify import verify
 from ptbin.errors import UsageError
-from ptbin.runs.record import new_run_id
+from ptbin.runs.run_ids import new_run_id
 from ptbin.stores import open_store
 from tasks.live import LiveRun, open_live_run
 from tests.servers.endpoint import S3Endpoint

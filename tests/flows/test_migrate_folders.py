@@ -20,7 +20,7 @@ from flows.verify import verify
 from ptbin.registries import Layout
 from ptbin.registries.folders import FolderRegistry
 from ptbin.registries.record import CLAIM
-from ptbin.runs.record import new_run_id
+from ptbin.runs.run_ids import new_run_id
 from ptbin.stores import open_store
 from tasks.live import LiveRun, open_live_run
 from tests.servers.endpoint import S3Endpoint

@@ -15,7 +15,7 @@ from flows.cli.app import run as run_command
 from flows.migrate import migrate
 from ptbin.history.failures import acknowledge
 from ptbin.history.records import iter_runs
-from ptbin.runs.record import new_run_id
+from ptbin.runs.run_ids import new_run_id
 from tasks.live import LiveRun, open_live_run
 
 pytestmark = pytest.mark.usefixtures("server")

@@ -20,7 +20,7 @@ from flows.report_link import link_of, served_at
 from flows.report_markdown import render_markdown
 from ptbin.errors import UsageError
 from ptbin.runs.outcomes import Outcome
-from ptbin.runs.record import new_run_id
+from ptbin.runs.run_ids import new_run_id
 from ptbin.runs.tally import Tally
 from tasks.assets import asset_of
 from tasks.batches import MAX_LISTED_FAILURES

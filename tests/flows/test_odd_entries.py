@@ -15,7 +15,7 @@ import pytest
 from flows.convert import convert
 from flows.sync import sync
 from flows.verify import verify
-from ptbin.runs.record import new_run_id
+from ptbin.runs.run_ids import new_run_id
 from tasks.live import Listener, LiveRun, open_live_run
 
 pytestmark = pytest.mark.usefixtures("server")

@@ -10,7 +10,7 @@ import pytest
 import ptbin
 from flows.convert import convert
 from flows.sync import sync
-from ptbin.runs.record import new_run_id
+from ptbin.runs.run_ids import new_run_id
 from ptbin.stores import Place, place_of
 from tasks.live import LiveRun, open_live_run
 from tests.servers.endpoint import S3Endpoint

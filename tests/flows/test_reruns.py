@@ -13,7 +13,7 @@ import pytest
 import ptbin
 from flows.convert import convert
 from ptbin import catalog
-from ptbin.runs.record import new_run_id
+from ptbin.runs.run_ids import new_run_id
 from ptbin.stores.s3 import S3Store
 from tasks.live import LiveRun, open_live_run
 from tests.servers.endpoint import S3Endpoint

@@ -12,7 +12,7 @@ import torch
 import ptbin
 from flows.restore import restore
 from ptbin import ConvertOptions
-from ptbin.runs.record import new_run_id
+from ptbin.runs.run_ids import new_run_id
 from ptbin.stores.local import LocalStore
 from tasks.live import LiveRun, open_live_run
 from tests.bits import assert_same_tensors

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from ptbin.catalog import Job, Problem
 from ptbin.runs.outcomes import Converted, Kind, Outcome, StoredFile
-from ptbin.runs.record import new_run_id, record_files, sha256sums
+from ptbin.runs.record import record_files, sha256sums
+from ptbin.runs.run_ids import new_run_id
 from ptbin.runs.tally import Tally
 
 KINDS: list[Kind] = ["converted", "not_a_checkpoint", "rejected", "failed"]
@@ -121,6 +122,6 @@ def test_runs_within_one_second_sort_as_they_began(monkeypatch: pytest.MonkeyPat
     for number in range(4):
         moment = first + timedelta(milliseconds=500 * number)
         clock = type("Clock", (), {"now": staticmethod(lambda _zone, moment=moment: moment)})
-        monkeypatch.setattr("ptbin.runs.record.datetime", clock)
+        monkeypatch.setattr("ptbin.runs.run_ids.datetime", clock)
         ids.append(new_run_id())
     assert ids == sorted(ids)

@@ -24,7 +24,7 @@ from flows.convert import convert
 from flows.prefect.orchestrator import Orchestrator
 from flows.runners import Runner, open_runner
 from ptbin.errors import UsageError
-from ptbin.runs.record import new_run_id
+from ptbin.runs.run_ids import new_run_id
 from tasks.live import LiveRun, open_live_run
 from tests.servers.dask_cluster import DaskCluster, dask_cluster
 from tests.warm_python import stand_in

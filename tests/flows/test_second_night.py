@@ -20,7 +20,7 @@ from flows.parsing import parse_share
 from flows.sync import sync
 from ptbin.catalog.named import NamedFiles, parse_lines
 from ptbin.errors import UsageError
-from ptbin.runs.record import new_run_id
+from ptbin.runs.run_ids import new_run_id
 from tasks.live import LiveRun, open_live_run
 
 REASONS = {"hostile.pkl": "unsafe_pickle", "truncated.pt": "corrupt_archive"}

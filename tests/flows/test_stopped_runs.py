@@ -17,7 +17,7 @@ from flows.prefect.orchestrator import Orchestrator
 from flows.sync import sync
 from ptbin.conversion import stage as really_stage
 from ptbin.errors import UsageError
-from ptbin.runs.record import new_run_id
+from ptbin.runs.run_ids import new_run_id
 from ptbin.stores.local import LocalStore
 from tasks.live import Listener, LiveRun, find_live_run, open_live_run
 from tests.fakes import FaultyStore, SlowStore, registered

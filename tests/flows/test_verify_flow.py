@@ -12,8 +12,8 @@ from flows import stages
 from flows.verify import verify
 from ptbin.errors import StorageError
 from ptbin.proof.verification import verify_outputs
-from ptbin.runs.record import new_run_id
 from ptbin.runs.retrying import RETRIES
+from ptbin.runs.run_ids import new_run_id
 from ptbin.stores import Place
 from tasks.live import LiveRun, open_live_run
 
