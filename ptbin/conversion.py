@@ -91,6 +91,7 @@ def stage(
     begin, end = place_of(source, source_options), place_of(dest, dest_options)
     with prepared(begin, end, options, guard, standing) as made:
         reader, at, output = made.reader, made.at, made.output
+        notes += made.selected.notes
         obsolete = outputs_of_before(at.manifest, made.name)
         for one, file in write_files(output.files, reader, at, options, progress, notes):
             written.append(one)

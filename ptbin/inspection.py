@@ -82,6 +82,7 @@ def inspect(
             "globals": safety.to_json(),
             "findings": list(safety.findings),
             "verdict": safety.verdict,
+            "notes": selected.notes if selected is not None else [],
             "bytes_read": reader.bytes_read,
         }
 

@@ -52,6 +52,7 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     globals_named = [(f"{row['module']}.{row['name']}", row["verdict"]) for row in report["globals"]]
     yield from section("globals named by the pickle", globals_named)
     yield from section("findings", [(finding,) for finding in report.get("findings", [])])
+    yield from section("notes", [(note,) for note in report["notes"]])
 
 
 def _dict_row(row: dict[str, Any]) -> tuple[str, ...]:

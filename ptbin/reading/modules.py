@@ -26,6 +26,8 @@ MAX_DEPTH = 200
 MAX_MODULES = 200_000
 MAX_ENTRIES = 500_000
 MAX_NAME_NBYTES = 32 << 20
+MAX_NAMED = 3
+"""Modules with hooks that a note names."""
 
 
 # Layers whose own code turns packed weights into entries of a state dict (torch/ao/nn/quantized/modules).
@@ -36,6 +38,8 @@ _QUANTIZED = (
     "torch.nn.intrinsic.quantized.",
     "torch.ao.nn.sparse.quantized.",
 )
+# torch/nn/modules/module.py, `Module.state_dict`: they may change what it returns
+_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks")
 _MODULE_ATTRIBUTES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 # torch/_dynamo/eval_frame.py, `OptimizedModule.__reduce__`: the class, called with the module and its context
@@ -81,6 +85,7 @@ def module_state_dict(root: Instance, path: str) -> StateDict:
     entries = found.entries
     # Of all attributes together: modules share configurations, and each is walked once.
     seen: set[int] = set()
+    hooked: list[str] = []
 
     def own(module: Instance, prefix: str) -> Iterator[tuple[str, Any]]:
         inner = _compiled_inside(module)
@@ -89,6 +94,8 @@ def module_state_dict(root: Instance, path: str) -> StateDict:
             return
         attributes = module.attributes()
         assert attributes is not None
+        if any(_changes_names(attributes.get(name)) for name in _HOOKS):
+            hooked.append(prefix.rstrip(".") or "the module itself")
         skipped = attributes.get("_non_persistent_buffers_set")
         transient = set()
         if isinstance(skipped, SetNode):
@@ -121,7 +128,21 @@ def module_state_dict(root: Instance, path: str) -> StateDict:
                 entries.append((prefix + name, _own_pickling(child)))
 
     _walk(root, own, found)
+    if hooked:
+        more = f" and {len(hooked) - MAX_NAMED} more" if len(hooked) > MAX_NAMED else ""
+        found.notes.append(
+            f"hooks on state_dict() of {', '.join(hooked[:MAX_NAMED])}{more} were not run, because they are "
+            "code: the names and values are those of the parameters and buffers"
+        )
     return found
+
+
+def _changes_names(hooks: Any) -> bool:
+    """Whether there are hooks other than those of torch's own utilities, which add to metadata alone."""
+    return isinstance(hooks, (DictNode, Instance)) and any(
+        not (isinstance(hook, Instance) and hook.class_path.startswith("torch.nn.utils."))
+        for _, hook in hooks.pairs
+    )
 
 
 def _packed_weights(module: Instance, value: Any) -> Opaque:

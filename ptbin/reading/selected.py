@@ -61,6 +61,11 @@ class Selected:
         """Paths of the state dicts, as the manifest's `selected` has them."""
         return ", ".join(found.path for found in self.state_dicts)
 
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the manifest should know of the state dicts."""
+        return [note for found in self.state_dicts for note in found.notes]
+
     def account(self) -> None:
         """Count every storage, anew after the state dicts were changed.
 

@@ -56,6 +56,7 @@ class StateDict:
         made_of: output name to names in the source, where a recipe made it.
         nodes: identities of the records it was made of, which nothing else needs to account for.
         base: path below which its names lie, where that is not `path`.
+        notes: what a reader of the manifest should know of it.
     """
 
     path: str
@@ -68,6 +69,7 @@ class StateDict:
     nodes: frozenset[int] = frozenset()
     made_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
     base: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     def place(self, name: str) -> str:
         """The path from the top of the checkpoint of what lies in it under a name."""
