@@ -94,8 +94,8 @@ class _LeftOutWalk:
                     if below_it is None:
                         self.add(path, role, node)
                         continue
-                    if below_it == "weights" or looks_like_weights(_leaf_steps(node)):
-                        role = None  # the name misleads
+                    if below_it in ("weights", "taken") or looks_like_weights(_leaf_steps(node)):
+                        role = None  # it misleads, or is that of the model and all saved with it
                 if len(steps) >= MAX_DEPTH or len(self.rows) > MAX_ROWS:
                     self.add(path, role, node)
                     continue
@@ -127,17 +127,17 @@ class _LeftOutWalk:
                     Excluded(".".join((*steps, key)), role, "not part of the selected state dict")
                 )
 
-    def below(self, node: Any, role: str) -> Literal["weights", "taken"] | None:
+    def below(self, node: Any, role: str) -> Literal["weights", "taken", "much"] | None:
         """What lies below: what looks like weights or is nothing of that role, or a state dict that is taken.
 
-        Also `taken` where it is too much to look through: then every part is looked at by itself.
+        `much` where it is too much to look through: then every part is looked at by itself.
         """
         found: Literal["taken"] | None = None
         stack: list[Any] = [node]
         seen: set[int] = set()
         while stack:
             if len(seen) >= MAX_ROWS or self.looked >= MAX_LOOKS:
-                return "taken"
+                return "much"
             part = stack.pop()
             if id(part) in seen:
                 continue

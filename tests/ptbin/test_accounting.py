@@ -317,3 +317,15 @@ def test_parts_that_many_share_are_not_looked_through_for_each(tmp_path: Path) -
         _, state = converted(path)
     assert_same_tensors(state, layer())
     assert looks < 100_000
+
+
+@pytest.mark.parametrize("name", ["best_state", "results"])
+def test_what_is_saved_with_the_model_does_not_take_the_role_of_their_folder(
+    tmp_path: Path, name: str
+) -> None:
+    extra = {"model": layer(), "_extra_state": {"amax": torch.randn(3)}}
+    with pytest.raises(AmbiguousStateDictError):
+        converted(saved({name: extra}, tmp_path))
+    manifest, _ = converted(saved({name: extra | {"_extra_state": {"losses": torch.randn(3)}}}, tmp_path))
+    (row,) = [row for row in manifest["left_out"] if row["nbytes"]]
+    assert (row["path"], row["role"]) == (f"{name}._extra_state.losses", "metrics")
