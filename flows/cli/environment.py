@@ -39,5 +39,8 @@ def origin_of(commands: Mapping[str, click.Command], words: Sequence[str], messa
         given = any(word.split("=")[0] in option.opts for word in words)
         spoken = any(name in message for name in (*option.opts, f"{option.name}:"))
         if isinstance(option, click.Option) and spoken and not given:
-            names += [name for name in option.envvar or () if os.environ.get(name)][:1]
+            names += [name for name in option.envvar or () if os.environ.get(name) and name not in message][
+                :1
+            ]
+    names = [name for name in names if name not in message]  # as in "'--workers' (from PTBIN_WORKERS)"
     return f" (set by {', '.join(names)} in the environment)" if names else ""

@@ -108,7 +108,7 @@ def test_a_wrong_value_out_of_the_environment_is_said_to_come_from_there(
     monkeypatch.chdir(source.parent)
     monkeypatch.setenv(variable, value)
     assert run_command(words) == 2
-    assert f"(set by {variable} in the environment)" in capsys.readouterr().err
+    assert capsys.readouterr().err.count(variable) == 1
     monkeypatch.delenv(variable)
     assert run_command(["convert", "in/a.pt", "b.bin", "--workers", "0"]) == 2
     assert "environment" not in capsys.readouterr().err
