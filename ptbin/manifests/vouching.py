@@ -356,8 +356,8 @@ class OutputSite:
         self._claimed += fresh
         if fresh or not self._has_claim:
             # Where a power failure takes a claim on new files alone, a rerun still finds the very bytes that
-            # it would write, and that is allowed without one.
-            lasting = any(row not in rows for row in self._claimed)
+            # it would write, and that is allowed without one. A restored module may come out otherwise.
+            lasting = self._restores or any(row not in rows for row in self._claimed)
             claim_place(self.place).write_bytes(dump_claim(self._claimed, self._restores), lasting=lasting)
             self._has_claim = True
         if self.manifest is not None and not self._is_withdrawn:
