@@ -21,10 +21,10 @@ def read_environment(commands: Iterable[click.Command]) -> None:
 
 def unread_variables(commands: Iterable[click.Command], environment: Iterable[str]) -> str:
     """A line about misspelled variables; empty where there is none."""
-    names = [name for name in environment if name.upper().startswith(PREFIX)]
-    if not names:  # else every command would have to be imported
-        return ""
     known = {*SETTINGS, *OF_DEPLOYMENTS}
+    names = [name for name in environment if name.upper().startswith(PREFIX) and name not in known]
+    if not names:  # else every command has to be imported
+        return ""
     for command in commands:
         for option in command.params:
             known.update(option.envvar or ())

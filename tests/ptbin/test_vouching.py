@@ -342,3 +342,15 @@ def test_a_claim_that_a_power_failure_emptied_does_not_stop_the_rerun(tmp_path: 
     assert output.read_bytes() == made
     assert ptbin.verify(f"{output}.manifest.json") == []
     assert sorted(item.name for item in tmp_path.iterdir()) == ["a.bin", "a.bin.manifest.json", "a.pt"]
+
+
+def test_a_new_output_waits_for_the_disk_four_times_and_a_replaced_one_for_its_claim_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(STATE_DICT, tmp_path / "a.pt")
+    flushed: list[int] = []
+    monkeypatch.setattr("os.fsync", flushed.append)
+    ptbin.convert(tmp_path / "a.pt", tmp_path / "a.bin")
+    assert len(flushed) == 4  # output and manifest, and twice the folder
+    ptbin.convert(tmp_path / "a.pt", tmp_path / "a.bin", ConvertOptions(drop=("bias",)))
+    assert len(flushed) == 4 + 6
